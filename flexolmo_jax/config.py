@@ -1,0 +1,316 @@
+"""Every config: frozen dataclasses, loaded from strict YAML, overridden with `a.b=c`, checked before anything heavy is imported.
+
+A run's YAML has the sections of `RunConfig`. `model.preset` fills in an architecture, which single keys then override.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from flexolmo_jax.errors import UserError
+
+
+T = TypeVar("T")
+
+
+class _Config:
+    """What the sections share: `check` raises UserError for values that cannot work together."""
+
+    def check(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Config):
+    """The architecture: OLMo 2 with `n_experts` experts an FFN. Everything a stranger needs to read the weights."""
+
+    vocab_size: int = 0  # 0: the tokenizer's, rounded up to a multiple of 128
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 8
+    n_kv_heads: int = 8
+    d_ffn: int = 688
+    n_experts: int = 1  # the anchor's included; 1 is a dense model
+    n_active: int = 1  # experts a token uses (k)
+    router_bias: bool = True  # experts other than the anchor's have a bias <= 0; HF's format has no place for it
+    init_bias: float = -0.01  # just below 0: min(b, 0) has no gradient above
+    rope_theta: float = 5e5
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    max_seq_len: int = 4096
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    def check(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "n_experts", "n_active", "max_seq_len"):
+            _expect(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
+        _expect(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of model.d_model ({self.d_model})")
+        _expect(self.d_head % 2 == 0, "model.d_model / model.n_heads", self.d_head, "an even head size (rotary positions)")
+        _expect(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads ({self.n_heads})")
+        _expect(self.n_active <= self.n_experts, "model.n_active", self.n_active, f"at most model.n_experts ({self.n_experts})")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {},
+    "1b": dict(vocab_size=100352, d_model=2048, n_layers=16, n_heads=16, n_kv_heads=16, d_ffn=8192),  # OLMo-2-0425-1B
+    "7b": dict(vocab_size=100352, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ffn=11008),  # OLMo-2-1124-7B
+}
+
+
+@dataclass(frozen=True)
+class Dataset(_Config):
+    """One source of a mixture: a prepared directory, or raw documents, which are prepared into a cache first."""
+
+    path: str = ""
+    weight: float = 1.0
+    name: str = ""  # default: the path's last part without suffixes
+
+    @property
+    def title(self) -> str:
+        return self.name or Path(self.path).name.split(".")[0]
+
+    def check(self) -> None:
+        _expect(bool(self.path), "data path", self.path, "a prepared directory or a file of documents")
+        _expect(self.weight > 0, f"weight of {self.path}", self.weight, "a positive number")
+
+
+@dataclass(frozen=True)
+class DataConfig(_Config):
+    train: tuple[Dataset, ...] = ()
+    eval: tuple[Dataset, ...] = ()  # held-out records of these; default: of the training sources
+    tokenizer: str = ""  # a tokenizer.json or a directory with one; default: the anchor's (pair, router) or the prepared data's
+    batch_size: int = 32  # records a step, over all devices
+    seq_len: int = 256
+
+    def check(self) -> None:
+        _expect(bool(self.train), "data.train", "nothing", "a list of {path, weight, name}")
+        _expect(self.batch_size > 0, "data.batch_size", self.batch_size, "a positive number")
+        _expect(self.seq_len > 1, "data.seq_len", self.seq_len, "at least 2")
+        for dataset in (*self.train, *self.eval):
+            dataset.check()
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Config):
+    steps: int = 100
+    seed: int = 0
+    init: str = ""  # anchor and joint runs: start from the weights of this run, anchor or model instead of random ones
+    accumulate: int = 1  # microbatches a step; the gradient is the same, the memory smaller
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    eval_records: int = 64  # held-out records of each source that in-loop evaluation reads
+    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    keep: int = 2  # newest checkpoints kept, beside the best
+    log_every: int = 1
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters stay float32
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+
+    def check(self) -> None:
+        for name in ("steps", "accumulate", "keep", "log_every", "eval_records"):
+            _expect(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a positive number")
+        for name in ("eval_every", "save_every", "seed"):
+            _expect(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig(_Config):
+    """AdamW with linear warm-up and a cosine; upstream's values are the defaults. See facts in the configs themselves."""
+
+    lr: float = 9e-4
+    warmup: int = 20
+    schedule_steps: int = 0  # where the cosine would end; 0: train.steps. The paper's anchor lays it out for 5T tokens and stops at 1T
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices but the embedding; pair runs use 0
+    clip: float = 1.0  # global norm
+    z_loss: float = 1e-5  # on the language model's logsumexp
+    router_z_loss: float = 0.0  # pair runs: 1e-3
+    load_balance: float = 0.0  # joint runs: keeps experts in use
+
+    def check(self) -> None:
+        _expect(self.lr > 0, "optim.lr", self.lr, "a positive number")
+        _expect(0 <= self.final_fraction <= 1, "optim.final_fraction", self.final_fraction, "a number from 0 to 1")
+        for name in ("warmup", "schedule_steps", "weight_decay", "z_loss", "router_z_loss", "load_balance"):
+            _expect(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
+        _expect(self.clip > 0, "optim.clip", self.clip, "a positive number")
+
+
+@dataclass(frozen=True)
+class PairConfig(_Config):
+    """The anchor and one new expert. The new expert starts as a copy of the anchor's."""
+
+    anchor: str = ""
+    name: str = ""
+    domain: str = ""  # free text for the manifest
+    licence: str = "unspecified"
+    public_share: float = 0.3  # of the tokens: local contrast, the row learns what to let pass; 0 is the paper's recipe
+    public: str = ""  # prepared public records; default: the sample that the anchor carries
+    row: Literal["embedding", "random", "anchor"] = "embedding"  # the router row starts as the domain's mean embedding
+
+    def check(self) -> None:
+        _expect(bool(self.anchor), "pair.anchor", "nothing", "the path of a published anchor")
+        _expect(bool(self.name), "pair.name", "nothing", "the expert's name")
+        _expect(self.name != "anchor", "pair.name", self.name, "another name: the anchor's expert has it")
+        _expect(0 <= self.public_share < 1, "pair.public_share", self.public_share, "a share from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class RouterConfig(_Config):
+    """Training of router rows and biases only, on public text and proxies, with every expert active."""
+
+    model: str = ""
+
+    def check(self) -> None:
+        _expect(bool(self.model), "router.model", "nothing", "the path of a merged model")
+
+
+@dataclass(frozen=True)
+class MeshConfig(_Config):
+    """Devices along each axis; -1 (one axis at most) takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    expert: int = 1
+
+    def check(self) -> None:
+        sizes = dataclasses.astuple(self)
+        _expect(all(n == -1 or n > 0 for n in sizes), "mesh", sizes, "positive numbers, or -1 for what is left")
+        _expect(sizes.count(-1) <= 1, "mesh", sizes, "-1 on one axis at most")
+
+
+@dataclass(frozen=True)
+class RunConfig(_Config):
+    """One training run. The resolved config is saved in the run's directory."""
+
+    run: Literal["anchor", "pair", "router", "joint"] = "anchor"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    pair: PairConfig | None = None
+    router: RouterConfig | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def check(self) -> None:
+        for name, section in (("pair", self.pair), ("router", self.router)):
+            if self.run == name and section is None:
+                raise UserError(f"run: {name} needs the section {name!r}; got none; add it")
+            if self.run != name and section is not None:
+                raise UserError(f"section {name!r} belongs to run: {name}; got run: {self.run}; remove the section or change run")
+        if self.run in ("pair", "router"):
+            _expect(not self.train.init, "train.init", self.train.init, f"nothing: a {self.run} run starts from its {self.run} section")
+        if self.run == "anchor":
+            _expect(self.model.n_experts == 1, "model.n_experts", self.model.n_experts, "1 for an anchor; run: joint trains several")
+        for section in (self.model, self.data, self.train, self.optim, self.pair, self.router, self.mesh):
+            if section is not None:
+                section.check()
+        micro = self.train.accumulate
+        _expect(self.data.batch_size % micro == 0, "train.accumulate", micro, f"a divisor of data.batch_size ({self.data.batch_size})")
+        limit = self.model.max_seq_len
+        _expect(self.data.seq_len <= limit, "data.seq_len", self.data.seq_len, f"at most model.max_seq_len ({limit})")
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run's YAML, applies `section.key=value` overrides and checks the result."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no config at {path}; expected a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return resolve(tree or {}, overrides)
+
+
+def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """A checked RunConfig from a nested dict (which is left as it was) and overrides."""
+    tree = json.loads(json.dumps(tree))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"--set got {override!r}; expected section.key=value")
+        *branches, leaf = key.split(".")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set got {override!r}, but {branch!r} is not a section")
+        node[leaf] = yaml.safe_load(value)
+    model = tree.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        preset = model.pop("preset")
+        if preset not in PRESETS:
+            raise UserError(f"unknown model.preset {preset!r}; expected one of {', '.join(PRESETS)}")
+        tree["model"] = PRESETS[preset] | model
+    config = build(RunConfig, tree)
+    config.check()
+    return config
+
+
+def build(cls: type[T], tree: Any, at: str = "") -> T:
+    """A dataclass from a nested dict: unknown keys name the nearest key, values must have the field's type."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{at or 'the config'} is {tree!r}; expected a section with keys {', '.join(_fields(cls))}")
+    values = {}
+    for key, value in tree.items():
+        path = f"{at}.{key}" if at else str(key)
+        if key not in _fields(cls):
+            near = difflib.get_close_matches(str(key), _fields(cls), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_fields(cls))}"
+            raise UserError(f"unknown config key {path!r}; {hint}")
+        values[key] = _convert(typing.get_type_hints(cls)[key], value, path)
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested plain dict of a config: what YAML and JSON files of runs, anchors and models hold."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    tree = {key: value for key, value in to_dict(config).items() if value is not None}
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls)}
+
+
+def _convert(hint: Any, value: Any, at: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # only `Section | None` is used
+        return None if value is None else _convert(arguments[0], value, at)
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, at)
+    if origin is tuple:
+        _expect(isinstance(value, (list, tuple)), at, value, "a list")
+        return tuple(_convert(arguments[0], item, f"{at}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        _expect(value in arguments, at, value, f"one of {', '.join(arguments)}")
+        return value
+    if hint is float and isinstance(value, str):  # YAML reads 1e-3, without a dot, as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    wrong = not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
+    _expect(not wrong, at, value, f"a value of type {hint.__name__}")
+    return value
+
+
+def _expect(holds: bool, what: str, got: Any, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{what} is {got!r}; expected {expected}")

@@ -1,0 +1,7 @@
+"""The model: `init_params` makes a tree of arrays, `forward` and `decode` run it. Knows nothing of training or data."""
+
+from .layers import KVCache
+from .moe import RouterOutput
+from .transformer import Output, Params, decode, empty_cache, forward, init_params, logical_axes, num_experts
+
+__all__ = ["KVCache", "Output", "Params", "RouterOutput", "decode", "empty_cache", "forward", "init_params", "logical_axes", "num_experts"]

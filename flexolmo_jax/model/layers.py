@@ -1,0 +1,102 @@
+"""The parts of an OLMo 2 layer that are not experts: RMSNorm, rotary positions, attention with QK-norm.
+
+Dims (used everywhere): B batch, T time, S key time, D model, H heads, K kv heads, C head size, F ffn, E experts, A active
+experts, V vocabulary, L layers. Each parameter names its logical axes; `sharding.py` maps them to the mesh.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from flexolmo_jax.config import ModelConfig
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer (or, stacked, of all): `[B, S, K, C]`; `valid` marks the slots that hold a token."""
+
+    keys: Float[Array, "*L B S K C"]
+    values: Float[Array, "*L B S K C"]
+
+
+class Linear(nnx.Module):
+    """`x @ kernel`, no bias; the kernel is cast to the activations' dtype."""
+
+    def __init__(self, shape: tuple[int, int], axes: tuple[str | None, str | None], config: ModelConfig, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape), axes=axes)
+
+    def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`x / rms(x) * scale`, computed in float32 (OLMo 2 multiplies by the scale before casting back)."""
+
+    def __init__(self, size: int, axis: str | None, config: ModelConfig):
+        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
+        self.eps = config.norm_eps
+
+    def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        x32 = x.astype(jnp.float32)  # the mean of squares of a bfloat16 vector loses all of its digits
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x: Float[Array, "B T H C"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H C"]:
+    """Rotary position embedding, half-split layout (HF's), cos and sin in float32."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # float32: positions in the thousands need more than 8 bits
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head (or grouped-query) attention with RMSNorm over the whole query and key projections."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, C = config.d_model, config.d_head
+        q_size, kv_size = config.n_heads * C, config.n_kv_heads * C
+        self.q = Linear((D, q_size), ("embed", "heads"), config, rngs)
+        self.k = Linear((D, kv_size), ("embed", "kv_heads"), config, rngs)
+        self.v = Linear((D, kv_size), ("embed", "kv_heads"), config, rngs)
+        self.o = Linear((q_size, D), ("heads", "embed"), config, rngs)
+        self.q_norm = RMSNorm(q_size, "heads", config)
+        self.k_norm = RMSNorm(kv_size, "kv_heads", config)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        cache: KVCache | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """With a cache, this call's keys and values are written at `slot` and attention runs over the whole cache."""
+        B, T, _ = x.shape
+        K, C, theta = self.config.n_kv_heads, self.config.d_head, self.config.rope_theta
+        q = rotate(self.q_norm(self.q(x)).reshape(B, T, -1, C), positions, theta)
+        k = rotate(self.k_norm(self.k(x)).reshape(B, T, K, C), positions, theta)
+        v = self.v(x).reshape(B, T, K, C)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), slot, 1)
+            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), slot, 1)
+            cache = KVCache(k, v)
+        return self.o(attend(q, k, v, mask).reshape(B, T, -1)), cache
+
+
+def attend(
+    q: Float[Array, "B T H C"], k: Float[Array, "B S K C"], v: Float[Array, "B S K C"], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B T H C"]:
+    """Softmax attention; `H / K` query heads share a key head. A row whose mask is all False gives the mean of v: finite, unused."""
+    B, T, H, C = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, H // K, C)
+    scores = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32) * C**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(B, T, H, C)

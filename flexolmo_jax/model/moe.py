@@ -1,0 +1,85 @@
+"""The experts of a model and the mixture they form.
+
+`Experts` holds the FFNs of `E` experts with their router rows and biases. A dense model has one of it with one expert; a merged
+model one with E; a pair has two, each with one expert, because the anchor's is frozen and the new one is trained:
+separate trees, so that frozen means no gradient and no optimiser state.
+
+The mixture: `y = sum over the top k of p_e * FFN_e(h)`, `p = softmax(rows . h + min(bias, 0))`; expert 0 is the anchor's and has no bias.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.kernels.expert_ffn import sparse_experts, swiglu
+from flexolmo_jax.kernels.routing import dense_weights, route_topk
+
+
+class RouterOutput(NamedTuple):
+    """What the routers did: the weight of each expert (0 where not chosen) and the logsumexp of the router's logits."""
+
+    weights: Float[Array, "*L B T E"]
+    log_z: Float[Array, "*L B T"]
+
+
+class Experts(nnx.Module):
+    """FFNs, router rows and (where experts have one) biases of `num_experts` experts of one layer."""
+
+    def __init__(self, config: ModelConfig, num_experts: int, has_bias: bool, rngs: nnx.Rngs):
+        E, D, F = num_experts, config.d_model, config.d_ffn
+
+        def normal(*shape: int) -> Array:
+            return config.init_std * jax.random.normal(rngs.params(), shape)
+
+        self.gate = nnx.Param(normal(E, D, F), axes=("expert", "embed", "ffn"))
+        self.up = nnx.Param(normal(E, D, F), axes=("expert", "embed", "ffn"))
+        self.down = nnx.Param(normal(E, F, D), axes=("expert", "ffn", "embed"))
+        self.row = nnx.Param(normal(E, D), axes=("expert", None))
+        self.bias = nnx.Param(jnp.full(E, config.init_bias), axes=("expert",)) if has_bias else None
+
+
+def mixture(
+    h: Float[Array, "B T D"], groups: tuple[Experts, ...], active: int, allowed: Bool[Array, "E"]
+) -> tuple[Float[Array, "B T D"], RouterOutput]:
+    """The mixture of all experts of all groups, in order; the first expert of the first group is the anchor's.
+
+    One group with fewer active experts than it holds is dispatched sparsely; everything else runs every expert.
+    """
+    B, T, D = h.shape
+    x = h.reshape(B * T, D)
+    # float32 from the residual stream on: routing decisions must not depend on the compute dtype.
+    rows = jnp.concatenate([group.row[...] for group in groups]).astype(jnp.float32)
+    logits = x.astype(jnp.float32) @ rows.T + _bias(groups)
+    E = rows.shape[0]
+    active = min(active, E)
+    routing = route_topk(logits, active, allowed)
+    weights = dense_weights(routing, E)
+    if len(groups) == 1 and active < E:
+        gate, up, down = (w[...].astype(x.dtype) for w in (groups[0].gate, groups[0].up, groups[0].down))
+        y = sparse_experts(x, routing, gate, up, down)
+    else:
+        y = _dense_experts(x, weights, groups)
+    return y.reshape(B, T, D), RouterOutput(weights.reshape(B, T, E), routing.log_z.reshape(B, T))
+
+
+def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:
+    """min(b, 0) of every expert; 0 where there is none and for the anchor, whatever is stored there."""
+    biases = [jnp.zeros(g.row.shape[0]) if g.bias is None else jnp.minimum(g.bias[...].astype(jnp.float32), 0) for g in groups]
+    return jnp.concatenate(biases).at[0].set(0)
+
+
+def _dense_experts(x: Float[Array, "N D"], weights: Float[Array, "N E"], groups: tuple[Experts, ...]) -> Float[Array, "N D"]:
+    """A loop over experts, not one batched product: canonical matmuls reach the hardware's peak, `td,edf->etf` does not."""
+    y, e = jnp.zeros_like(x), 0
+    for group in groups:
+        for i in range(group.row.shape[0]):
+            out = swiglu(x, *(w[i].astype(x.dtype) for w in (group.gate, group.up, group.down)))
+            # `where`, never a product with 0: NaN in an excluded expert must not leak.
+            weight = weights[:, e, None]
+            y += jnp.where(weight > 0, out * weight.astype(x.dtype), 0)
+            e += 1
+    return y

@@ -1,0 +1,213 @@
+"""OLMo 2 with experts in place of the FFN, as Flax NNX modules run by plain JAX on trees of arrays.
+
+    h = x + norm(attention(x));  y = h + norm(mixture(h))        ("reordered norm": the norm is on the branch, not on the input)
+
+Layers are stacked and scanned. Parameters are a nested dict of arrays with three branches, whose paths are the same in
+configs, checkpoints and manifests:
+
+    trunk/...      embeddings, attention, norms, head
+    experts/...    gate, up, down [L, E, ...], row [L, E, D], bias [L, E]: the anchor's expert first
+    expert/...     the same with E = 1: a pair's new expert (present in a pair only)
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from flexolmo_jax.config import ModelConfig
+
+from .layers import Attention, KVCache, Linear, RMSNorm
+from .moe import Experts, RouterOutput, mixture
+
+Params = dict  # nested dict of arrays, see above
+
+
+class Output(NamedTuple):
+    """Logits are float32; `router` has a leading layer axis."""
+
+    logits: Float[Array, "B T V"]
+    router: RouterOutput
+    cache: KVCache | None
+
+
+class Layer(nnx.Module):
+    """Attention and the two norms; the experts come from outside, as they are stored and trained apart from the trunk."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs)
+        self.attention_norm = RMSNorm(config.d_model, None, config)
+        self.ffn_norm = RMSNorm(config.d_model, None, config)
+
+
+class Trunk(nnx.Module):
+    """Everything of the anchor but its FFN and router: embeddings, stacked layers, final norm, head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        V, D = config.vocab_size, config.d_model
+        self.embedding = nnx.Param(config.init_std * jax.random.normal(rngs.params(), (V, D)), axes=("vocab", "embed"))
+        self.layers = nnx.vmap(functools.partial(Layer, config))(rngs.split(config.n_layers))
+        self.norm = RMSNorm(D, None, config)
+        self.head = Linear((D, V), ("embed", "vocab"), config, rngs)
+
+
+class Transformer(nnx.Module):
+    """A dense model, a merged model (`n_experts` > 1) or, with `pair`, the anchor beside one new expert."""
+
+    def __init__(self, config: ModelConfig, pair: bool, rngs: nnx.Rngs):
+        def stack(num_experts: int, has_bias: bool) -> Experts:
+            return nnx.vmap(functools.partial(Experts, config, num_experts, has_bias))(rngs.split(config.n_layers))
+
+        self.config = config
+        self.trunk = Trunk(config, rngs)
+        self.experts = stack(config.n_experts, config.router_bias and config.n_experts > 1)
+        self.expert = stack(1, config.router_bias) if pair else None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        mask: Bool[Array, "B T S"],
+        *,
+        active: int,
+        allowed: Bool[Array, "E"],
+        cache: KVCache | None = None,
+        slot: Int[Array, ""] | int = 0,
+        dtype: jnp.dtype | str = jnp.float32,
+        remat: str = "none",
+    ) -> Output:
+        trunk = self.trunk
+        graph, layers = nnx.split(trunk.layers)
+        groups = [nnx.split(group) for group in (self.experts, self.expert) if group is not None]
+
+        def layer_step(x, xs):
+            state, states, layer_cache = xs
+            layer = nnx.merge(graph, state)
+            experts = tuple(nnx.merge(g, s) for (g, _), s in zip(groups, states, strict=True))
+            with jax.named_scope("attention"):
+                attended, layer_cache = layer.attention(x, positions, mask, layer_cache, slot)
+                h = x + layer.attention_norm(attended)
+            with jax.named_scope("mixture"):
+                mixed, router = mixture(h, experts, active, allowed)
+                y = h + layer.ffn_norm(mixed)
+            return y, (router, layer_cache)
+
+        x = trunk.embedding[...][tokens].astype(dtype)
+        step = rematerialised(layer_step, remat)
+        x, (router, cache) = jax.lax.scan(step, x, (layers, [state for _, state in groups], cache))
+        with jax.named_scope("head"):
+            kernel = trunk.head.kernel[...].astype(x.dtype)
+            logits = jnp.einsum("btd,dv->btv", trunk.norm(x), kernel, preferred_element_type=jnp.float32)
+        return Output(logits, router, cache)
+
+
+def rematerialised(step, policy: str):
+    """What the backward pass recomputes: nothing, everything but the layer's input, or all but matrix products."""
+    if policy == "none":
+        return step
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
+
+
+def init_params(config: ModelConfig, key: Array, *, pair: bool = False) -> Params:
+    """Random float32 parameters: N(0, init_std), norms 1."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, pair, nnx.Rngs(params=key))))
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
+    *,
+    active: int | None = None,
+    allowed: Bool[Array, "E"] | None = None,
+    dtype: jnp.dtype | str = jnp.float32,
+    remat: str = "none",
+) -> Output:
+    """Logits of whole sequences. `segments` marks packed documents (0 is padding): no token attends outside its own.
+
+    `active` defaults to the config's for a merged model and to all experts for a pair. `allowed` excludes experts at run time.
+    """
+    B, T = tokens.shape
+    if segments is None:
+        segments = jnp.ones((B, T), jnp.int32)
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    mask = causal & (segments[:, :, None] == segments[:, None, :])
+    active, allowed = _all_experts(config, params, active, allowed)
+    model, positions = bind(config, params), document_positions(segments)
+    return model(tokens, positions, mask, active=active, allowed=allowed, dtype=dtype, remat=remat)
+
+
+def decode(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    mask: Bool[Array, "B T S"],
+    cache: KVCache,
+    slot: Int[Array, ""] | int,
+    *,
+    active: int | None = None,
+    allowed: Bool[Array, "E"] | None = None,
+    dtype: jnp.dtype | str = jnp.float32,
+) -> Output:
+    """One step over a KV cache of S slots: `tokens` are written at `slot` and attend wherever `mask` says (prefill and decode alike)."""
+    active, allowed = _all_experts(config, params, active, allowed)
+    model = bind(config, params)
+    return model(tokens, positions, mask, active=active, allowed=allowed, cache=cache, slot=slot, dtype=dtype)
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype | str = jnp.float32) -> KVCache:
+    shape = (config.n_layers, batch, slots, config.n_kv_heads, config.d_head)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def bind(config: ModelConfig, params: Params) -> Transformer:
+    """The module with these parameters in it (arrays or tracers); cheap."""
+    return nnx.merge(_graph(config, "expert" in params), params)
+
+
+def document_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token within its own document: a packed document sees the positions it would have alone."""
+    index = jnp.arange(segments.shape[1])
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def num_experts(config: ModelConfig, params: Params) -> int:
+    """How many experts a token can choose from, the anchor's included."""
+    return config.n_experts + ("expert" in params)
+
+
+def logical_axes(config: ModelConfig, *, pair: bool = False) -> Params:
+    """The logical axis names of every parameter, in the shape of the parameter tree; stacked ones start with "layers"."""
+    axes = {}
+    for path, variable in nnx.to_flat_state(nnx.state(_abstract(config, pair))):
+        names = variable.get_metadata()["axes"]
+        branch = axes
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[path[-1]] = ("layers", *names) if len(variable.shape) > len(names) else names
+    return axes
+
+
+@functools.lru_cache
+def _abstract(config: ModelConfig, pair: bool) -> Transformer:
+    return nnx.eval_shape(lambda: Transformer(config, pair, nnx.Rngs(params=0)))
+
+
+@functools.lru_cache
+def _graph(config: ModelConfig, pair: bool) -> nnx.GraphDef:
+    return nnx.split(_abstract(config, pair))[0]
+
+
+def _all_experts(config: ModelConfig, params: Params, active: int | None, allowed: Array | None) -> tuple[int, Array]:
+    """Defaults: every expert allowed; the config's number of active ones, both of them in a pair."""
+    E = num_experts(config, params)
+    if active is None:
+        active = E if "expert" in params else config.n_active
+    return active, jnp.ones(E, bool) if allowed is None else allowed

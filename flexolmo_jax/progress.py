@@ -1,0 +1,44 @@
+"""Progress bars and notes, all on stderr, so that stdout carries results only."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+
+
+def note(message: str) -> None:
+    """Prints one line on stderr, above any bar that is running."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar; yields `advance(n=1, text="")`, where text is shown after the bar (a rate, a loss).
+
+    On a terminal it is drawn and redrawn. Where stderr is a file or a pipe, one line is written about every tenth of the way.
+    """
+    if console.is_terminal:
+        count = DownloadColumn() if in_bytes else MofNCompleteColumn()
+        columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(description, total=total, text="")
+
+            def draw(n: float = 1, text: str | None = None) -> None:
+                progress.update(task, advance=n, **({} if text is None else {"text": text}))
+
+            yield draw
+        return
+    done, written = 0.0, 0
+
+    def write(n: float = 1, text: str | None = None) -> None:
+        nonlocal done, written
+        done += n
+        if total and done * 10 // total > written:
+            written = int(done * 10 // total)
+            print(f"{description}: {min(done / total, 1):.0%} {text or ''}".rstrip(), file=sys.stderr, flush=True)
+
+    yield write

@@ -1,0 +1,1 @@
+"""Routing and expert kernels: jax only, no model, no training. Installed as `flexolmo_jax.kernels`."""
