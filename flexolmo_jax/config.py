@@ -3,6 +3,7 @@
 A run's YAML has the sections of `RunConfig`. `model.preset` fills in an architecture, which single keys then override.
 """
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -55,7 +56,9 @@ class ModelConfig(_Config):
             _expect(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
         _expect(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of model.d_model ({self.d_model})")
         _expect(self.d_head % 2 == 0, "model.d_model / model.n_heads", self.d_head, "an even head size (rotary positions)")
-        _expect(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads ({self.n_heads})")
+        _expect(
+            self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads ({self.n_heads})"
+        )
         _expect(self.n_active <= self.n_experts, "model.n_active", self.n_active, f"at most model.n_experts ({self.n_experts})")
 
 
@@ -126,7 +129,9 @@ class OptimConfig(_Config):
 
     lr: float = 9e-4
     warmup: int = 20
-    schedule_steps: int = 0  # where the cosine would end; 0: train.steps. The paper's anchor lays it out for 5T tokens and stops at 1T
+    schedule_steps: int = (
+        0  # where the cosine would end; 0: train.steps. The paper's anchor lays it out for 5T tokens and stops at 1T
+    )
     final_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -209,14 +214,23 @@ class RunConfig(_Config):
             if self.run != name and section is not None:
                 raise UserError(f"section {name!r} belongs to run: {name}; got run: {self.run}; remove the section or change run")
         if self.run in ("pair", "router"):
-            _expect(not self.train.init, "train.init", self.train.init, f"nothing: a {self.run} run starts from its {self.run} section")
+            _expect(
+                not self.train.init,
+                "train.init",
+                self.train.init,
+                f"nothing: a {self.run} run starts from its {self.run} section",
+            )
         if self.run == "anchor":
-            _expect(self.model.n_experts == 1, "model.n_experts", self.model.n_experts, "1 for an anchor; run: joint trains several")
+            _expect(
+                self.model.n_experts == 1, "model.n_experts", self.model.n_experts, "1 for an anchor; run: joint trains several"
+            )
         for section in (self.model, self.data, self.train, self.optim, self.pair, self.router, self.mesh):
             if section is not None:
                 section.check()
         micro = self.train.accumulate
-        _expect(self.data.batch_size % micro == 0, "train.accumulate", micro, f"a divisor of data.batch_size ({self.data.batch_size})")
+        _expect(
+            self.data.batch_size % micro == 0, "train.accumulate", micro, f"a divisor of data.batch_size ({self.data.batch_size})"
+        )
         limit = self.model.max_seq_len
         _expect(self.data.seq_len <= limit, "data.seq_len", self.data.seq_len, f"at most model.max_seq_len ({limit})")
 
@@ -234,7 +248,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """A checked RunConfig from a nested dict (which is left as it was) and overrides."""
-    tree = json.loads(json.dumps(tree))
+    if not isinstance(tree, dict):
+        raise UserError(f"the config is {tree!r}; expected sections: {', '.join(_fields(RunConfig))}")
+    tree = copy.deepcopy(tree)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -245,11 +261,14 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
             node = node.setdefault(branch, {})
             if not isinstance(node, dict):
                 raise UserError(f"--set got {override!r}, but {branch!r} is not a section")
-        node[leaf] = yaml.safe_load(value)
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set got {override!r}, whose value is not valid YAML; quote it") from None
     model = tree.get("model")
     if isinstance(model, dict) and "preset" in model:
         preset = model.pop("preset")
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise UserError(f"unknown model.preset {preset!r}; expected one of {', '.join(PRESETS)}")
         tree["model"] = PRESETS[preset] | model
     config = build(RunConfig, tree)

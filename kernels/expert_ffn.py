@@ -72,9 +72,10 @@ def _backward(saved, dy):
         dx = jax.lax.dynamic_update_slice_in_dim(dx, dxb, start, 0)
         return dx, dgate.at[expert].add(dg), dup.at[expert].add(du), ddown.at[expert].add(dd)
 
-    zeros = (jnp.zeros((M + BLOCK, D), x.dtype), jnp.zeros_like(gate), jnp.zeros_like(up), jnp.zeros_like(down))
+    # Weight gradients are summed over blocks in float32: in bfloat16 the sum soon swallows what a block adds.
+    zeros = (jnp.zeros((M + BLOCK, D), x.dtype), *(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down)))
     dx, dgate, dup, ddown = jax.lax.fori_loop(0, blocks, body, zeros)
-    return dx[:M], None, dgate, dup, ddown
+    return dx[:M], None, dgate.astype(gate.dtype), dup.astype(up.dtype), ddown.astype(down.dtype)
 
 
 _grouped_swiglu.defvjp(_forward, _backward)

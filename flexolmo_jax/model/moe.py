@@ -51,9 +51,10 @@ def mixture(
     """
     B, T, D = h.shape
     x = h.reshape(B * T, D)
-    # float32 from the residual stream on: routing decisions must not depend on the compute dtype.
+    # float32 from the residual stream on: routing decisions must not depend on the compute dtype. The precision is asked for,
+    # because by default TPUs multiply float32 as bfloat16 and GPUs as TF32.
     rows = jnp.concatenate([group.row[...] for group in groups]).astype(jnp.float32)
-    logits = x.astype(jnp.float32) @ rows.T + _bias(groups)
+    logits = jnp.matmul(x.astype(jnp.float32), rows.T, precision="highest") + _bias(groups)
     E = rows.shape[0]
     active = min(active, E)
     routing = route_topk(logits, active, allowed)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
@@ -76,7 +77,7 @@ class Transformer(nnx.Module):
         allowed: Bool[Array, "E"],
         cache: KVCache | None = None,
         slot: Int[Array, ""] | int = 0,
-        dtype: jnp.dtype | str = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: str = "none",
     ) -> Output:
         trunk = self.trunk
@@ -125,7 +126,7 @@ def forward(
     *,
     active: int | None = None,
     allowed: Bool[Array, "E"] | None = None,
-    dtype: jnp.dtype | str = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     remat: str = "none",
 ) -> Output:
     """Logits of whole sequences. `segments` marks packed documents (0 is padding): no token attends outside its own.
@@ -153,7 +154,7 @@ def decode(
     *,
     active: int | None = None,
     allowed: Bool[Array, "E"] | None = None,
-    dtype: jnp.dtype | str = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Output:
     """One step over a KV cache of S slots: `tokens` are written at `slot` and attend wherever `mask` says (prefill and decode alike)."""
     active, allowed = _all_experts(config, params, active, allowed)
@@ -161,7 +162,7 @@ def decode(
     return model(tokens, positions, mask, active=active, allowed=allowed, cache=cache, slot=slot, dtype=dtype)
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype | str = jnp.float32) -> KVCache:
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
     shape = (config.n_layers, batch, slots, config.n_kv_heads, config.d_head)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 

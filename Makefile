@@ -1,0 +1,57 @@
+# `make` lists the targets. PYTHON= chooses the interpreter: with it the environment is .venv-3.12 and the like, without it .venv.
+SHELL := /bin/bash
+.NOTPARALLEL:
+
+ifeq ($(strip $(PYTHON)),)
+  override PYTHON := python3
+  VENV ?= .venv
+endif
+version := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+ifeq ($(version),)
+  $(error PYTHON=$(PYTHON) does not run: give the path of a Python 3.11 or newer)
+endif
+ifneq ($(shell $(PYTHON) -c 'import sys; print(sys.version_info < (3, 11))'),False)
+  $(error PYTHON=$(PYTHON) is Python $(version), but 3.11 or newer is needed: give the path of one, as in PYTHON=python3.12)
+endif
+VENV ?= .venv-$(version)
+
+# JAX runs several threads in each worker already, so more workers than two gain little on a small machine. 0: one process.
+WORKERS ?= 2
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+# A stamp is out of date when the packaging changes, and missing when the interpreter does.
+runtime := $(VENV)/.installed-$(version)
+testing := $(VENV)/.installed-$(version)-test
+
+.PHONY: help env demo test test-slow check clean
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+env: $(runtime) ## makes the environment (.venv) with flexolmo installed
+
+demo: $(runtime) ## the whole story on real text on a CPU
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/demo.sh
+
+test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(testing) ## the slow tests
+	$(PYTEST) -m slow $(ARGS)
+
+check: $(testing) ## lint, format, types, import contract
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	$(VENV)/bin/lint-imports
+
+clean: ## removes environments, caches and what the demo made
+	rm -rf .venv .venv-* build dist demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+
+$(runtime): what := .
+$(testing): what := .[test]
+$(runtime) $(testing): setup.py pyproject.toml
+	@[ "$$($(VENV)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(version) ] \
+	    || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing -e '$(what)' into $(VENV) (log: $(VENV)/install.log)" >&2
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '$(what)' >>$(VENV)/install.log 2>&1 \
+	    || { tail -n 20 $(VENV)/install.log >&2; exit 1; }
+	@touch $@ $(runtime)

@@ -1,0 +1,116 @@
+"""What a path holds: a training run, a published anchor or a merged model; opened and loaded the same way.
+
+Each has a `flexolmo.json` that says what it is, its weights as an Orbax checkpoint, and the tokenizer:
+
+    RUN      config.yaml  checkpoints/<step>/  metrics.jsonl
+    ANCHOR   weights/     embedder/            public/ (packed public records for owners)
+    MODEL    weights/
+
+A pair's run holds its expert only and names its anchor by path and fingerprint; a router run holds rows and biases.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax import checkpoint
+from flexolmo_jax.config import ModelConfig, build
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import write_text
+from flexolmo_jax.model.tree import flatten, unflatten
+
+DESCRIPTION = "flexolmo.json"
+FORMAT = 1
+
+Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # where a tensor of this path and shape goes
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened run, anchor or model. Opening reads JSON only; `params` reads the weights."""
+
+    path: Path
+    kind: str  # run | anchor | model
+    config: ModelConfig
+    experts: tuple[str, ...]  # "anchor" first
+    description: dict[str, Any]  # all of flexolmo.json
+
+    @property
+    def is_pair(self) -> bool:
+        return self.description.get("run") == "pair"
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the published anchor that this is or stands on; None for an anchor's run and a joint model."""
+        return self.description.get("fingerprint")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.path)
+
+    def params(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
+        """The whole parameter tree (a pair's with its anchor's), on one device unless a placement is given.
+
+        `which` chooses a run's checkpoint: last, best or a step.
+        """
+        placement = placement or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+        target = self._stored(placement)
+        if self.kind != "run":
+            return checkpoint.load_weights(self.path / "weights", target)
+        with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
+            own = checkpoints.restore_part("params", target, checkpoints.choose(which))
+        if "base" not in self.description:
+            return own
+        return unflatten(flatten(self.base().params(placement=placement)) | flatten(own))
+
+    def base(self) -> "Artifact":
+        """The anchor of a pair's run, the model of a router run; refused if it is no longer the one trained against."""
+        base = open_artifact(Path(self.description["base"]))
+        if base.fingerprint != self.fingerprint:
+            raise UserError(f"{self.path} was trained on another version of {base.path} (fingerprint {self.fingerprint}); restore that one")
+        return base
+
+    def _stored(self, placement: Placement) -> dict[str, Any]:
+        target = {}
+        for path, tensor in self.description["tensors"].items():
+            shape = tuple(tensor["shape"])
+            target[path] = jax.ShapeDtypeStruct(shape, jnp.dtype(tensor["dtype"]), sharding=placement(path, shape))
+        return unflatten(target)
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Raises UserError where the path holds none, or one of a newer format."""
+    path = Path(path)
+    try:
+        description = json.loads((path / DESCRIPTION).read_text())
+        if description["format"] > FORMAT:
+            raise UserError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; upgrade flexolmo-jax")
+        config = build(ModelConfig, description["model"])
+        return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a run, anchor or model: it has no {DESCRIPTION}") from None
+    except NotADirectoryError:
+        raise UserError(f"{path} is a file; expected the directory of a run, anchor or model") from None
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path / DESCRIPTION} is damaged ({type(error).__name__}: {error}); restore it or make the artifact anew") from None
+
+
+def describe(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The `tensors` entry of a description: shape and dtype of each, by path."""
+    return {path: {"dtype": str(a.dtype), "shape": list(a.shape)} for path, a in flatten(params).items()}
+
+
+def canonical_json(value: Any) -> str:
+    """The one spelling of a JSON value that digests are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def write_description(directory: Path, description: dict[str, Any]) -> None:
+    write_text(directory / DESCRIPTION, json.dumps({"format": FORMAT, **description}, indent=1, sort_keys=True) + "\n")

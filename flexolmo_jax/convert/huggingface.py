@@ -1,0 +1,261 @@
+"""Hugging Face's OLMo 2 (dense) and FlexOlmo: the config and the name of every tensor, both ways.
+
+`key_table` is the whole correspondence: one entry for each tensor of a Hugging Face checkpoint, in that checkpoint's order,
+with its place in our parameters. Ours stack layers and experts and store matrices as [in, out]; Hugging Face has one matrix a
+layer and expert, as [out, in]. `to_hf` and `from_hf` apply the table in memory; readers and writers of files stream through it.
+
+A dense model is written as `olmo2` (which has no router: its one row has no influence) and a merged one as `flex_olmo`.
+Names checked against transformers 5.23 (`models/olmo2`, `models/flex_olmo`).
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import Params, init_params
+
+Architecture = Literal["olmo2", "flex_olmo"]
+
+CLASSES: dict[Architecture, str] = {"olmo2": "Olmo2ForCausalLM", "flex_olmo": "FlexOlmoForCausalLM"}
+
+# What our model computes and has no setting for. A key that is absent has this value in transformers too.
+FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "norm_topk_prob": False,
+    "clip_qkv": None,
+    "sliding_window": None,
+    "rope_scaling": None,
+    "partial_rotary_factor": None,
+}
+
+
+TOGETHER = "check that config.json and the weights belong together"
+
+
+class Entry(NamedTuple):
+    """One tensor of a Hugging Face checkpoint: element `index` of our leaf at `path`, transposed where it is a linear map."""
+
+    name: str
+    shape: tuple[int, ...]  # in the Hugging Face checkpoint
+    path: tuple[str, ...]  # of our leaf
+    index: tuple[int, ...] = ()  # into our leaf: (), (layer,) or (layer, expert)
+    transpose: bool = False
+
+
+def architecture_of(config: ModelConfig) -> Architecture:
+    """What a model is written as: dense models as OLMo 2, those with several experts as FlexOlmo."""
+    return "olmo2" if config.n_experts == 1 else "flex_olmo"
+
+
+def key_table(config: ModelConfig, architecture: Architecture | None = None) -> list[Entry]:
+    """Every tensor of this model's Hugging Face checkpoint. Raises UserError for OLMo 2 with several experts: it is dense."""
+    architecture = architecture or architecture_of(config)
+    if architecture == "olmo2" and config.n_experts > 1:
+        raise UserError(f"olmo2 is a dense model; got {config.n_experts} experts; write it as flex_olmo")
+    V, D, F, E = config.vocab_size, config.d_model, config.d_ffn, config.n_experts
+    q_size, kv_size = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    layers = ("trunk", "layers")
+    projections = {"q": (q_size, D), "k": (kv_size, D), "v": (kv_size, D), "o": (D, q_size)}
+    ffn = {"gate": (F, D), "up": (F, D), "down": (D, F)}
+    table = [Entry("model.embed_tokens.weight", (V, D), ("trunk", "embedding"))]
+    for l in range(config.n_layers):
+        hf = f"model.layers.{l}"
+        for name, shape in projections.items():
+            table.append(Entry(f"{hf}.self_attn.{name}_proj.weight", shape, (*layers, "attention", name, "kernel"), (l,), True))
+        table.append(Entry(f"{hf}.self_attn.q_norm.weight", (q_size,), (*layers, "attention", "q_norm", "scale"), (l,)))
+        table.append(Entry(f"{hf}.self_attn.k_norm.weight", (kv_size,), (*layers, "attention", "k_norm", "scale"), (l,)))
+        table.append(Entry(f"{hf}.post_attention_layernorm.weight", (D,), (*layers, "attention_norm", "scale"), (l,)))
+        table.append(Entry(f"{hf}.post_feedforward_layernorm.weight", (D,), (*layers, "ffn_norm", "scale"), (l,)))
+        if architecture == "flex_olmo":
+            table.append(Entry(f"{hf}.mlp.gate.weight", (E, D), ("experts", "row"), (l,)))
+        for e in range(E):
+            mlp = f"{hf}.mlp.experts.{e}" if architecture == "flex_olmo" else f"{hf}.mlp"
+            for name, shape in ffn.items():
+                table.append(Entry(f"{mlp}.{name}_proj.weight", shape, ("experts", name), (l, e), True))
+    table.append(Entry("model.norm.weight", (D,), ("trunk", "norm", "scale")))
+    table.append(Entry("lm_head.weight", (V, D), ("trunk", "head", "kernel"), (), True))
+    return table
+
+
+def hf_config(
+    config: ModelConfig,
+    architecture: Architecture | None = None,
+    *,
+    dtype: str = "float32",
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
+    """The contents of `config.json`. Token ids are written even where None: transformers' defaults are AllenAI's tokenizer's."""
+    architecture = architecture or architecture_of(config)
+    if config.vocab_size <= 0:
+        raise UserError("model.vocab_size is not set; expected the size that the weights have; use the config saved beside them")
+    tree: dict[str, Any] = {
+        "architectures": [CLASSES[architecture]],
+        "model_type": architecture,
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ffn,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        # Both spellings: transformers 5 reads rope_parameters, 4 reads rope_theta.
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
+        "initializer_range": config.init_std,
+        "hidden_act": FIXED["hidden_act"],
+        "attention_bias": FIXED["attention_bias"],
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": FIXED["tie_word_embeddings"],
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "use_cache": True,
+    }
+    if architecture == "flex_olmo":
+        tree |= {
+            "num_experts": config.n_experts,
+            "num_experts_per_tok": config.n_active,
+            "norm_topk_prob": FIXED["norm_topk_prob"],
+            "output_router_logits": False,
+        }
+    return tree
+
+
+def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
+    """Our config from the contents of a `config.json`. Raises UserError, naming the key, for what our model does not compute.
+
+    FlexOlmo has no router bias, so the result has none either.
+    """
+    kind = hf_config.get("model_type")
+    if kind not in CLASSES:
+        raise UserError(f"model_type is {kind!r}; expected one of {', '.join(CLASSES)}; other architectures cannot be imported")
+    for key, value in FIXED.items():
+        if hf_config.get(key, value) != value:
+            raise UserError(f"{key} is {hf_config[key]!r}; expected {value!r}; a model with another value cannot be imported")
+    heads = _positive(hf_config, "num_attention_heads")
+    config = ModelConfig(
+        vocab_size=_positive(hf_config, "vocab_size"),
+        d_model=_positive(hf_config, "hidden_size"),
+        n_layers=_positive(hf_config, "num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=heads if hf_config.get("num_key_value_heads") is None else _positive(hf_config, "num_key_value_heads"),
+        d_ffn=_positive(hf_config, "intermediate_size"),
+        n_experts=_positive(hf_config, "num_experts") if kind == "flex_olmo" else 1,
+        n_active=_positive(hf_config, "num_experts_per_tok") if kind == "flex_olmo" else 1,
+        router_bias=kind != "flex_olmo",
+        rope_theta=_rope_theta(hf_config),
+        norm_eps=float(_present(hf_config, "rms_norm_eps")),
+        init_std=float(hf_config.get("initializer_range", ModelConfig.init_std)),
+        max_seq_len=_positive(hf_config, "max_position_embeddings"),
+    )
+    config.check()
+    head_size = hf_config.get("head_dim")
+    if head_size is not None and head_size != config.d_head:
+        raise UserError(
+            f"head_dim is {head_size!r}; expected {config.d_head} (hidden_size / num_attention_heads); it cannot be imported"
+        )
+    return config
+
+
+def to_hf(
+    config: ModelConfig, params: Params, architecture: Architecture | None = None, *, drop_bias: bool = False
+) -> dict[str, np.ndarray]:
+    """The tensors of the Hugging Face checkpoint, by name, contiguous and of the parameters' dtypes.
+
+    Raises UserError for a pair, and for a router bias that matters (one below 0 of an expert other than the anchor's) unless it
+    is to be dropped: the format has no place for it, so the exported model would route otherwise.
+    """
+    if "expert" in params:
+        raise UserError("got a pair, whose new expert is stored apart; expected an anchor or a merged model; merge it first")
+    bias = params["experts"].get("bias")
+    if bias is not None and not drop_bias:
+        lowest = float(np.min(np.asarray(bias, np.float32)[:, 1:], initial=0))
+        if lowest < 0:
+            raise UserError(f"router biases (down to {lowest:.3g}) have no place in Hugging Face's format; choose to drop them")
+    leaf = functools.lru_cache(None)(lambda path: np.asarray(_at(params, path)))  # one copy from the device a leaf
+    tensors = {}
+    for entry in key_table(config, architecture):
+        value = leaf(entry.path)[entry.index]
+        value = np.ascontiguousarray(value.T if entry.transpose else value)
+        if value.shape != entry.shape:
+            raise UserError(
+                f"{'/'.join(entry.path)} gives {entry.name} shape {value.shape}; expected {entry.shape} by the config"
+            )
+        tensors[entry.name] = value
+    return tensors
+
+
+def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
+    """Parameters from the tensors of an OLMo 2 or FlexOlmo checkpoint (told apart by the router), in the tensors' dtypes.
+
+    What the checkpoint lacks is zero: the router row of OLMo 2 and, where the config has them, biases.
+    Raises UserError naming tensors that are missing, unexpected or of another shape than the config's.
+    """
+    architecture = "flex_olmo" if config.n_experts > 1 or "model.layers.0.mlp.gate.weight" in tensors else "olmo2"
+    table = key_table(config, architecture)
+    _check_tensors(table, tensors)
+    stacks: dict[tuple[str, ...], list[np.ndarray]] = {}
+    for entry in table:  # layers and, within them, experts come in order
+        stacks.setdefault(entry.path, []).append(tensors[entry.name].T if entry.transpose else tensors[entry.name])
+    dtype = stacks["experts", "gate"][0].dtype
+
+    def fill(path: Sequence[jax.tree_util.DictKey], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = stacks.get(tuple(key.key for key in path))
+        return jnp.zeros(leaf.shape, dtype) if parts is None else jnp.asarray(np.stack(parts).reshape(leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)))
+
+
+def _check_tensors(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> None:
+    expected = {entry.name: entry.shape for entry in table}
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
+    if missing:
+        raise UserError(f"missing tensors: {_some(missing)}; expected all that config.json describes; {TOGETHER}")
+    if extra:
+        raise UserError(f"unexpected tensors: {_some(extra)}; expected only those that config.json describes; {TOGETHER}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            got = tuple(tensors[name].shape)
+            raise UserError(f"{name} has shape {got}; expected {shape} by config.json; {TOGETHER}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _rope_theta(hf_config: Mapping[str, Any]) -> float:
+    """Theta of plain rotary positions, as transformers 5 (`rope_parameters`) or 4 (`rope_theta`) writes it."""
+    rope = hf_config.get("rope_parameters") or {"rope_theta": _present(hf_config, "rope_theta")}
+    extra = sorted(set(rope) - {"rope_type", "rope_theta"})
+    if rope.get("rope_type", "default") != "default" or extra:
+        raise UserError(f"rope_parameters is {rope!r}; expected rope_type 'default' and rope_theta; scaling cannot be imported")
+    return float(_present(rope, "rope_theta"))
+
+
+def _positive(tree: Mapping[str, Any], key: str) -> int:
+    value = _present(tree, key)
+    if not isinstance(value, int) or value <= 0:
+        raise UserError(f"{key} is {value!r}; expected a positive whole number; correct config.json")
+    return value
+
+
+def _present(tree: Mapping[str, Any], key: str) -> Any:
+    if tree.get(key) is None:
+        raise UserError(f"{key} is missing from config.json; expected it in every OLMo 2 or FlexOlmo config; add it")
+    return tree[key]
+
+
+def _at(params: Params, path: Sequence[str]) -> Any:
+    return functools.reduce(lambda branch, key: branch[key], path, params)

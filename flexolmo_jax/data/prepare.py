@@ -1,0 +1,327 @@
+"""Raw documents -> a prepared directory (data/records.py says what is in one).
+
+Documents are read one by one; exact duplicates (SHA-256 of the text) and empty ones are dropped; the digest alone decides
+whether a document is held out, so the same document lands on the same side in every corpus; tokens and EOS are packed into
+records (data/packing.py) and written as they are complete. In memory are the digests, the open records and a few chunks of
+text, never the corpus. The files depend on the documents, their order and the arguments, never on the number of workers.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexolmo_jax.data.documents import INDEX_FILE, document_files, has_documents, name_of, read_documents
+from flexolmo_jax.data.packing import Packer, Pieces, lay_out
+from flexolmo_jax.data.records import FORMAT, SPLITS, Index, InputFile, Split, SplitIndex, scored_targets, sha256_of, token_dtype
+from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.progress import bar, note
+
+HELDOUT = 0.05
+CACHE_VARIABLE = "FLEXOLMO_CACHE"
+_CHUNK_CHARACTERS = 1 << 18
+_BUFFERED_RECORDS = 64
+
+Chunk = list[tuple[Split, str]]
+
+
+def prepare(
+    inputs: Sequence[Path],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    out: Path,
+    *,
+    heldout: float = HELDOUT,
+    workers: int | None = None,
+) -> Index:
+    """Tokenizes and packs documents into records of `seq_len` tokens in the new directory `out`; returns its index.
+
+    Args:
+        inputs: document files or directories of them.
+        heldout: the share of documents that are kept for evaluation; a small corpus may have none.
+        workers: threads that tokenize (the tokenizer runs outside Python's lock); every core by default.
+
+    Raises:
+        UserError: documents that cannot be read or are none, an output directory that is not new or empty, or that cannot be
+            written (a full disk). Whatever happens, nothing half-written is left.
+    """
+    if seq_len < 2:
+        raise UserError(f"got records of {seq_len} tokens, expected 2 or more")
+    if not 0 <= heldout < 1:
+        raise UserError(f"got a held-out share of {heldout}, expected 0 or more and less than 1")
+    files = [file for path in inputs for file in document_files(path)]
+    if not files:
+        raise UserError("got no documents to prepare: expected files or directories of documents")
+    with _new_directory(Path(out)) as directory:
+        return _prepare(files, tokenizer, seq_len, directory, Path(out).resolve().name, heldout, workers or _cores())
+
+
+def prepare_cached(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path | None = None) -> Path:
+    """The prepared directory for `path`: itself where it is one, else what `prepare` makes of it, kept in a cache.
+
+    The cache is `cache`, or `$FLEXOLMO_CACHE`, or ~/.cache/flexolmo-jax; a preparation is found again by the content of the
+    documents, the tokenizer and the length. Of several processes that ask at once, one prepares and the others wait.
+
+    Raises:
+        UserError: a directory prepared with another tokenizer or length; what `prepare` raises.
+    """
+    path = Path(path)
+    if not has_documents(path):
+        index = Index.read(path)
+        if index.tokenizer_digest != tokenizer.digest:
+            raise UserError(f"{path} was prepared with another tokenizer than the one asked for: prepare it again with that one")
+        if index.seq_len != seq_len:
+            raise UserError(f"{path} has records of {index.seq_len} tokens, not {seq_len}: prepare it again or set data.seq_len")
+        return path
+    key = hashlib.sha256(f"{FORMAT} {tokenizer.digest} {seq_len} {HELDOUT}".encode())
+    for file in document_files(path):
+        key.update(f" {file.suffix} {sha256_of(file)}".encode())
+    # The corpus names the directory, and the digest the one around it: what is read from it goes by the corpus's name.
+    entry = (cache or _default_cache()) / "prepared" / key.hexdigest()[:32]
+    prepared = entry / name_of(path)
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+        with (entry / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process that holds it ends
+            if not (prepared / INDEX_FILE).is_file():
+                for left_over in entry.glob(".*.tmp"):
+                    shutil.rmtree(left_over, ignore_errors=True)
+                note(f"preparing {path} in {prepared}")
+                prepare([path], tokenizer, seq_len, prepared)
+    except OSError as error:
+        message = f"cannot use the cache {entry}: {error.strerror}; set {CACHE_VARIABLE} to a directory that can be written"
+        raise UserError(message) from error
+    return prepared
+
+
+def is_heldout(digest: bytes, share: float) -> bool:
+    """Whether a document with this SHA-256 is held out: its first 8 bytes, as a fraction of their range, are below the share."""
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _prepare(
+    files: list[Path], tokenizer: Tokenizer, seq_len: int, directory: Path, name: str, heldout: float, workers: int
+) -> Index:
+    sizes = [file.stat().st_size for file in files]
+    seen = _Seen(heldout)
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(bar(f"prepare {name}", sum(sizes), in_bytes=True))
+        writers = {split: stack.enter_context(_SplitWriter(directory, split, tokenizer, seq_len)) for split in SPLITS}
+        texts = (text for file in files for text in read_documents(file, advance))
+        for split, tokens in _tokenized(_chunks(seen.sort(texts)), tokenizer, workers):
+            writers[split].add(tokens)
+        splits = {split: writer.finish() for split, writer in writers.items()}
+    if not any(split.records for split in splits.values()):
+        raise UserError(f"no text in {', '.join(str(file) for file in files)}: expected documents that are not empty")
+    tokenizer.save(directory)
+    index = Index(
+        format=FORMAT,
+        name=name,
+        seq_len=seq_len,
+        tokenizer_digest=tokenizer.digest,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        heldout=heldout,
+        splits=splits,
+        inputs=[InputFile(file.name, size, sha256_of(file)) for file, size in zip(files, sizes, strict=True)],
+        duplicates_removed=seen.duplicates,
+        empty_removed=seen.empty,
+        files={file.name: sha256_of(file) for file in sorted(directory.iterdir())},
+    )
+    index.write(directory)
+    return index
+
+
+class _Seen:
+    """Drops empty documents and exact duplicates, and says which split each other one belongs to."""
+
+    def __init__(self, heldout: float):
+        self.duplicates = 0
+        self.empty = 0
+        self._heldout = heldout
+        self._digests: set[bytes] = set()
+
+    def sort(self, texts: Iterable[str]) -> Iterator[tuple[Split, str]]:
+        for text in texts:
+            digest = hashlib.sha256(text.encode()).digest()
+            if not text:
+                self.empty += 1
+            elif digest in self._digests:
+                self.duplicates += 1
+            else:
+                self._digests.add(digest)
+                yield ("heldout" if is_heldout(digest, self._heldout) else "train"), text
+
+
+def _chunks(documents: Iterable[tuple[Split, str]]) -> Iterator[Chunk]:
+    chunk: Chunk = []
+    characters = 0
+    for split, text in documents:
+        chunk.append((split, text))
+        characters += len(text)
+        if characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _tokenized(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Split, np.ndarray]]:
+    """Tokens and EOS of every document, in order, from `workers` threads and never more than two chunks each."""
+    dtype = token_dtype(tokenizer.vocab_size)
+
+    def tokenize(chunk: Chunk) -> list[tuple[Split, np.ndarray]]:
+        # One document a call: a longer batch would make the tokenizer start threads of its own beside these.
+        return [(split, np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype)) for split, text in chunk]
+
+    pending: deque[Future[list[tuple[Split, np.ndarray]]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(tokenize, chunk))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _SplitWriter:
+    """Packs the documents of one split and writes its two arrays, record after record."""
+
+    def __init__(self, directory: Path, split: Split, tokenizer: Tokenizer, seq_len: int):
+        self._tokenizer, self._seq_len = tokenizer, seq_len
+        self._packer = Packer(seq_len)
+        self._tokens = _ArrayFile(directory / f"{split}.tokens.npy", token_dtype(tokenizer.vocab_size), seq_len)
+        self._segments = _ArrayFile(directory / f"{split}.segments.npy", np.uint16, seq_len)
+        self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
+        self._documents = self._filled = self._scored_tokens = self._scored_bytes = 0
+
+    def __enter__(self) -> "_SplitWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tokens.file.close()
+        self._segments.file.close()
+
+    def add(self, document: np.ndarray) -> None:
+        self._documents += 1
+        self._write(self._packer.add(document))
+
+    def finish(self) -> SplitIndex:
+        self._write(self._packer.flush())
+        self._flush()
+        records = self._tokens.finish()
+        self._segments.finish()
+        return SplitIndex(
+            records=records,
+            documents=self._documents,
+            tokens=self._filled,
+            scored_tokens=self._scored_tokens,
+            scored_bytes=self._scored_bytes,
+            fill=round(self._filled / (records * self._seq_len), 6) if records else 0.0,
+        )
+
+    def _write(self, closed: list[Pieces]) -> None:
+        for pieces in closed:
+            self._buffer.append(lay_out(pieces, self._seq_len, self._tokenizer.pad_id))
+            if len(self._buffer) == _BUFFERED_RECORDS:
+                self._flush()
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        tokens, segments = (np.stack(rows) for rows in zip(*self._buffer, strict=True))
+        self._buffer.clear()
+        scored = tokens[scored_targets(tokens, segments, self._tokenizer.eos_id)]
+        self._filled += int(np.count_nonzero(segments))
+        self._scored_tokens += len(scored)
+        self._scored_bytes += int(self._tokenizer.byte_lengths[scored].sum(dtype=np.int64))
+        self._tokens.append(tokens)
+        self._segments.append(segments)
+
+
+class _ArrayFile:
+    """A .npy of shape [R, T] that grows row by row; NumPy leaves room in the header for the R that is known only at the end."""
+
+    def __init__(self, path: Path, dtype: type[np.unsignedinteger], width: int):
+        self.file = path.open("wb")
+        self._dtype, self._width, self._rows = np.dtype(dtype), width, 0
+        self._start = self._write_header()
+
+    def append(self, rows: np.ndarray) -> None:
+        self.file.write(rows.astype(self._dtype, copy=False).tobytes())
+        self._rows += len(rows)
+
+    def finish(self) -> int:
+        """Completes the file and returns its rows."""
+        self.file.seek(0)
+        if self._write_header() != self._start:
+            raise AssertionError("the header of a .npy changed its size")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self._rows
+
+    def _write_header(self) -> int:
+        header: dict[str, Any] = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows, self._width)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+        return self.file.tell()
+
+
+@contextlib.contextmanager
+def _new_directory(out: Path) -> Iterator[Path]:
+    """A temporary sibling of `out` that becomes `out` at the end, or vanishes after an error or Ctrl-C."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty directory: choose another --out")
+    temporary = None
+    try:
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.resolve().name}.", suffix=".tmp", dir=out.resolve().parent))
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        _fsync(temporary / INDEX_FILE, temporary / TOKENIZER_FILE, temporary)
+        temporary.rename(out.resolve())
+        _fsync(out.resolve().parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left to write {out}: free some or write to another disk") from error
+        raise UserError(f"cannot write {out}: {error.strerror}; choose a place that can be written") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fsync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "flexolmo-jax")

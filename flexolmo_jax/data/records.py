@@ -1,0 +1,190 @@
+"""Prepared data: fixed-length records on disk, and which of their tokens count.
+
+A prepared directory holds, per split (train, heldout), `<split>.tokens.npy` uint16 or uint32 [R, T] and
+`<split>.segments.npy` uint16 [R, T] (0 is padding; 1, 2, ... are the documents in a record), the tokenizer, and `index.json`,
+which says what all of it is. `prepare.py` writes it.
+
+Scored is every token of a document except its first one in each record it spans; EOS and padding are not. Bits per byte are
+the -log2 p of the scored tokens over their UTF-8 bytes.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from flexolmo_jax.data.documents import INDEX_FILE
+from flexolmo_jax.errors import UserError
+
+FORMAT = 1
+Split = Literal["train", "heldout"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Record = dict[str, np.ndarray]  # "tokens" and "segments", int32 [T]
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """What a split holds. `scored_bytes`: UTF-8 bytes of exactly the scored tokens; `fill`: the share that is not padding."""
+
+    records: int
+    documents: int
+    tokens: int
+    scored_tokens: int
+    scored_bytes: int
+    fill: float
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that documents were read from; its name without the path, which is nobody else's business."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The content of `index.json`."""
+
+    format: int
+    name: str
+    seq_len: int
+    tokenizer_digest: str
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    heldout: float
+    splits: dict[str, SplitIndex]
+    inputs: list[InputFile]
+    duplicates_removed: int
+    empty_removed: int
+    files: dict[str, str]  # SHA-256 of every other file in the directory
+
+    @classmethod
+    def read(cls, path: Path) -> "Index":
+        """The index of a prepared directory. Raises UserError where there is none or it is not one of ours."""
+        file = Path(path) / INDEX_FILE
+        try:
+            fields = json.loads(file.read_text("utf-8"))
+            if fields["format"] != FORMAT:
+                raise UserError(f"{file} has format {fields['format']}, this version reads {FORMAT}: prepare the data again")
+            fields["splits"] = {split: SplitIndex(**fields["splits"][split]) for split in SPLITS}
+            fields["inputs"] = [InputFile(**entry) for entry in fields["inputs"]]
+            return cls(**fields)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            message = f"{path} is not a prepared directory (no {INDEX_FILE} in it): make one with `flexolmo data prepare`"
+            raise UserError(message) from error
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{file} is damaged or not an index of prepared data: prepare the data again") from error
+
+    def write(self, path: Path) -> None:
+        """Writes `index.json` into a directory."""
+        (Path(path) / INDEX_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
+
+
+class Records:
+    """One split of a prepared directory, memory-mapped: `len(records)`, `records[i]`."""
+
+    def __init__(self, path: Path, split: Split):
+        if split not in SPLITS:
+            raise UserError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
+        self.path = Path(path)
+        self.split: Split = split
+        self.index = Index.read(self.path)
+        self._tokens = self._map("tokens", np.dtype(token_dtype(self.index.vocab_size)))
+        self._segments = self._map("segments", np.dtype(np.uint16))
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.resolve().name
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a record, T."""
+        return self.index.seq_len
+
+    @property
+    def stats(self) -> SplitIndex:
+        """What this split holds."""
+        return self.index.splits[self.split]
+
+    def __len__(self) -> int:
+        return self.stats.records
+
+    def __getitem__(self, index: int) -> Record:
+        """One record as "tokens" and "segments", int32 [T]."""
+        return {"tokens": self._tokens[index].astype(np.int32), "segments": self._segments[index].astype(np.int32)}
+
+    def check_digests(self) -> None:
+        """Reads every file of the directory and raises UserError naming the first one that is not what the index says."""
+        for name, digest in self.index.files.items():
+            if sha256_of(self.path / name) != digest:
+                raise UserError(f"{self.path / name} is not the file that was prepared (its SHA-256 differs): prepare it again")
+
+    def _map(self, kind: str, dtype: np.dtype) -> np.ndarray:
+        file = self.path / f"{self.split}.{kind}.npy"
+        shape = (self.stats.records, self.seq_len)
+        try:
+            with file.open("rb") as opened:
+                np.lib.format.read_magic(opened)
+                header = np.lib.format.read_array_header_1_0(opened)
+                start = opened.tell()
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}; prepare the data again") from error
+        except ValueError as error:
+            raise UserError(f"{file} is not a NumPy file: prepare the data again") from error
+        expected = start + shape[0] * shape[1] * dtype.itemsize
+        if header != (shape, False, dtype) or file.stat().st_size != expected:
+            raise UserError(
+                f"{file} holds {header[0]} {header[2]} in {file.stat().st_size} bytes, its index says {shape} {dtype} in "
+                f"{expected}: an incomplete copy, or files of two preparations; copy or prepare it again"
+            )
+        if shape[0] == 0:  # nothing to map, which mmap refuses
+            return np.zeros(shape, dtype)
+        return np.memmap(file, dtype, "r", start, shape)
+
+
+def open_records(path: Path, split: Split) -> Records:
+    """Opens a split of a prepared directory. Raises UserError where it is none, or a file is not as large as the index says."""
+    return Records(path, split)
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The type in which token ids are stored."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def positions(segments: np.ndarray) -> np.ndarray:
+    """int [.., T] -> int32 [.., T]: each token's position in its document, from where that starts in the record; padding: 0."""
+    at = np.arange(segments.shape[-1], dtype=np.int32)
+    starts = np.zeros(segments.shape, bool)
+    starts[..., 1:] = segments[..., 1:] != segments[..., :-1]
+    return np.where(segments != 0, at - np.maximum.accumulate(np.where(starts, at, 0), axis=-1), 0).astype(np.int32)
+
+
+def loss_targets(segments: np.ndarray) -> np.ndarray:
+    """int [.., T] -> bool [.., T]: the tokens to learn to predict: all of a document but its first in the record; EOS too."""
+    targets = np.zeros(segments.shape, bool)
+    targets[..., 1:] = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != 0)
+    return targets
+
+
+def scored_targets(tokens: np.ndarray, segments: np.ndarray, eos_id: int) -> np.ndarray:
+    """int [.., T] twice -> bool [.., T]: the tokens that count in bits per byte: `loss_targets` without EOS."""
+    return loss_targets(segments) & (tokens != eos_id)
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hex. Raises UserError where it cannot be read."""
+    try:
+        with Path(file).open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error

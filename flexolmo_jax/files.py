@@ -1,0 +1,66 @@
+"""Writing files and directories that are either whole or not there."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flexolmo_jax.errors import UserError
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yields a temporary directory beside `out` that becomes `out` at the end, or vanishes with any error.
+
+    Raises UserError where `out` holds something already, and for a full disk.
+    """
+    out = Path(out).absolute()
+    check_new(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes it private; what becomes an artifact is as readable as anything else
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                sync(path)
+        sync(temporary)
+        check_new(out)
+        if out.exists():
+            out.rmdir()
+        os.replace(temporary, out)
+        sync(out.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left on the disk while writing {out}; nothing was kept; free some and run it again") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(out: Path) -> None:
+    """Raises UserError unless `out` does not exist or is an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; give a new or empty directory")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,49 @@
+"""The training loss: next-token cross entropy, its z-loss, the routers' z-loss and, for joint runs, load balancing.
+
+Which tokens count is decided by the data (`data.records.loss_targets`): all of a document but its first token in a record.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from flexolmo_jax.config import OptimConfig
+from flexolmo_jax.model import Output, RouterOutput
+
+
+class LossSums(NamedTuple):
+    """Sums over tokens, so that microbatches add up to their batch: divide by the batch's number of targets."""
+
+    total: Float[Array, ""]  # what is minimised
+    cross_entropy: Float[Array, ""]  # nats
+    router_share: Float[Array, "E"]  # weight each expert had, averaged over layers
+
+
+def token_losses(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T-1"], Float[Array, "B T-1"]]:
+    """-ln p of the tokens 1..T-1, and the logsumexp of the logits that predicted each."""
+    logits, targets = logits[:, :-1], tokens[:, 1:]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # A comparison fuses into the pass over the logits, forward and backward; a gather's gradient is a scatter.
+    hit = targets[:, :, None] == jnp.arange(logits.shape[-1])
+    return log_z - jnp.sum(jnp.where(hit, logits, 0), axis=-1), log_z
+
+
+def loss_sums(output: Output, tokens: Int[Array, "B T"], targets: Bool[Array, "B T"], optim: OptimConfig) -> LossSums:
+    mask = targets[:, 1:]
+    losses, log_z = token_losses(output.logits, tokens)
+    cross_entropy = jnp.sum(losses * mask)
+    total = cross_entropy + optim.z_loss * jnp.sum(jnp.square(log_z) * mask)
+    router = RouterOutput(output.router.weights[:, :, :-1], output.router.log_z[:, :, :-1])
+    E = router.weights.shape[-1]
+    if optim.router_z_loss and E > 1:
+        total += optim.router_z_loss * jnp.sum(jnp.mean(jnp.square(router.log_z), axis=0) * mask)
+    share = jnp.einsum("lbte,bt->le", router.weights, mask.astype(jnp.float32))
+    if optim.load_balance and E > 1:
+        # Switch Transformer's: E * sum of (share of tokens that chose e) * (weight of e), 1 when balanced.
+        chosen = jnp.einsum("lbte,bt->le", (router.weights > 0).astype(jnp.float32), mask.astype(jnp.float32))
+        count = jnp.maximum(jnp.sum(mask), 1)
+        active = jnp.sum(chosen, axis=-1, keepdims=True) / count
+        total += optim.load_balance * jnp.mean(jnp.sum(chosen / active * share, axis=-1)) * E / count
+    return LossSums(total, cross_entropy, jnp.mean(share, axis=0))

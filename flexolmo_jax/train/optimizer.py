@@ -1,0 +1,34 @@
+"""AdamW with linear warm-up, a cosine and clipping by global norm: upstream's optimiser and schedule."""
+
+import optax
+
+from flexolmo_jax.config import OptimConfig
+from flexolmo_jax.model.tree import flatten, unflatten
+
+
+def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
+    """Warm-up from 0, then a cosine to `final_fraction` at `schedule_steps` (a run may stop before its end)."""
+    end = optim.schedule_steps or steps
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=optim.lr,
+        warmup_steps=min(optim.warmup, end - 1),
+        decay_steps=max(end, 2),
+        end_value=optim.lr * optim.final_fraction,
+    )
+
+
+def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Its state has the shapes of what it is initialised with: the trained parameters, nothing frozen."""
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip),
+        optax.adamw(
+            learning_rate(optim, steps), b1=optim.beta1, b2=optim.beta2, eps=optim.eps, weight_decay=optim.weight_decay, mask=_decayed
+        ),
+    )
+
+
+def _decayed(params: dict) -> dict:
+    """Upstream decays everything but the embedding."""
+    return unflatten({path: not path.endswith("embedding") for path in flatten(params)})
+

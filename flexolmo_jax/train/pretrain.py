@@ -1,0 +1,56 @@
+"""Anchor and joint runs: every weight trained, from random initial values or from those of an earlier model (`train.init`)."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flexolmo_jax.artifact import Placement, open_artifact
+from flexolmo_jax.config import RunConfig
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import Params, init_params
+from flexolmo_jax.model.tree import flatten, unflatten
+
+from .loop import Job, train
+from .sources import choose_tokenizer, open_sources
+
+
+def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
+    """Runs an anchor or joint config; see `loop.train`."""
+    if run.train.init:
+        return _continue(run, out)
+    tokenizer = choose_tokenizer(run.data)
+    vocab_size = run.model.vocab_size or -(-tokenizer.vocab_size // 128) * 128
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size is {vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}")
+    model = dataclasses.replace(run.model, vocab_size=vocab_size)
+    initialise = functools.partial(init_params, model)
+
+    def initial(placement: Placement) -> Params:
+        key = jax.random.key(run.train.seed)
+        shapes = flatten(jax.eval_shape(initialise, key))
+        shardings = unflatten({path: placement(path, a.shape) for path, a in shapes.items()})
+        return jax.jit(initialise, out_shardings=shardings)(key)
+
+    return _start(run, model, tokenizer, initial, out)
+
+
+def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
+    source = open_artifact(Path(run.train.init))
+    if source.is_pair or (source.config.n_experts > 1) != (run.run == "joint"):
+        raise UserError(f"train.init {source.path} is a {source.kind} of {len(source.experts)} experts; run: {run.run} cannot start from it")
+
+    def initial(placement: Placement) -> Params:
+        # Masters are float32 whatever the release dtype: steps of 1e-4 vanish in bfloat16.
+        return jax.tree.map(lambda a: a.astype("float32"), source.params(placement=placement))
+
+    return _start(run, source.config, source.tokenizer, initial, out)
+
+
+def _start(run, model, tokenizer, initial, out: Path) -> dict[str, Any]:
+    run = dataclasses.replace(run, model=model)
+    batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
+    experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
+    return train(Job(run, model, initial, lambda path: True, experts, tokenizer, batches, heldout), out)

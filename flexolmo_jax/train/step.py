@@ -1,0 +1,71 @@
+"""One optimisation step: gradients of the trained parameters only, accumulated over microbatches."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flexolmo_jax.config import ModelConfig, RunConfig
+from flexolmo_jax.model import Params, forward
+from flexolmo_jax.model.tree import combine
+
+from .losses import LossSums, loss_sums
+from .optimizer import learning_rate
+
+Batch = dict[str, jax.Array]  # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step and is checkpointed: the trained parameters and their optimiser state, nothing frozen."""
+
+    params: Params
+    optimizer: Any
+
+
+def make_step(
+    model: ModelConfig, run: RunConfig, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step: (state, frozen parameters, batch, step number) -> (state, metrics). The old state's buffers are reused."""
+    schedule = learning_rate(run.optim, run.train.steps)
+
+    def losses(trained: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
+        active = model.n_experts if run.run == "router" else None  # router tuning: every expert active, no dispatch
+        output = forward(
+            model, combine(frozen, trained), batch["tokens"], batch["segments"],
+            active=active, dtype=run.train.compute_dtype, remat=run.train.remat,
+        )  # fmt: skip
+        sums = loss_sums(output, batch["tokens"], batch["targets"], run.optim)
+        return sums.total, sums
+
+    def gradients(trained: Params, frozen: Params, batch: Batch) -> tuple[Params, LossSums]:
+        gradient = jax.grad(losses, has_aux=True)
+        if run.train.accumulate == 1:
+            return gradient(trained, frozen, batch)
+        n = run.train.accumulate
+        # Every n-th record goes to the same microbatch: each keeps an even share of every device's records.
+        micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch)
+
+        def add(sums, one):
+            return jax.tree.map(jnp.add, sums, gradient(trained, frozen, one)), None
+
+        first = jax.tree.map(lambda a: a[0], micro)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, trained, frozen, first))
+        return jax.lax.scan(add, zeros, micro)[0]
+
+    def step(state: TrainState, frozen: Params, batch: Batch, number: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        count = jnp.maximum(jnp.sum(batch["targets"][:, 1:]), 1).astype(jnp.float32)
+        grads, sums = gradients(state.params, frozen, batch)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        metrics = {
+            "loss": sums.cross_entropy / count,
+            "total_loss": sums.total / count,
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(number - 1)),
+            "router_share": sums.router_share / count,
+        }
+        return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
+
+    return jax.jit(step, donate_argnums=0)

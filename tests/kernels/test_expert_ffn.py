@@ -1,0 +1,135 @@
+"""Sparse dispatch against every expert run on every token: values and all gradients, whatever the sizes of the groups."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flexolmo_jax.kernels.expert_ffn import BLOCK, sparse_experts, swiglu
+from flexolmo_jax.kernels.routing import Routing, dense_weights
+
+N, A, E, D, F = 2 * BLOCK + 45, 2, 4, 12, 20
+
+
+def dense_experts(x, routing, gate, up, down):
+    """The definition: every expert on every token, weighted."""
+    weights = dense_weights(routing, E)
+    return sum(weights[:, e, None] * swiglu(x, gate[e], up[e], down[e]) for e in range(E))
+
+
+def arguments(ids: np.ndarray, weights: np.ndarray, seed: int = 0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x, gate, up, down = (jax.random.normal(k, s) for k, s in zip(keys, [(N, D), (E, D, F), (E, D, F), (E, F, D)], strict=True))
+    routing = Routing(jnp.asarray(weights, jnp.float32), jnp.asarray(ids, jnp.int32), jnp.zeros(N))
+    return x, routing, gate / D**0.5, up / D**0.5, down / F**0.5
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, x, routing, gate, up, down):
+    """The output, and the gradients of a fixed weighted sum of it in x, the routing weights and the three matrices."""
+
+    def total(x, weights, gate, up, down):
+        y = function(x, routing._replace(weights=weights), gate, up, down)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)), y
+
+    return jax.grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True)(x, routing.weights, gate, up, down)
+
+
+def assert_sparse_equals_dense(ids, weights):
+    values = arguments(ids, weights)
+    gradients, y = value_and_gradients(sparse_experts, *values)
+    expected_gradients, expected = value_and_gradients(dense_experts, *values)
+    assert_close(y, expected, "value")
+    for name, got, want in zip(("x", "weights", "gate", "up", "down"), gradients, expected_gradients, strict=True):
+        # A slot of weight 0 runs no expert, so its weight has no gradient: an excluded expert's probability is constant.
+        assert_close(got, np.where(weights > 0, want, 0) if name == "weights" else want, f"gradient of {name}")
+
+
+def assert_close(got, want, what):
+    assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 1e-5 * np.linalg.norm(want), what
+
+
+def sizes_of(*sizes: int) -> np.ndarray:
+    """Ids of N tokens whose first slot takes expert e `sizes[e]` times and whose second slot takes the next expert."""
+    first = np.repeat(np.arange(E), sizes)
+    return np.stack([first, (first + 1) % E], axis=1)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pytest.param(np.tile([2, 0], (N, 1)), id="one hot expert and two that nobody chose"),
+        pytest.param(sizes_of(BLOCK, BLOCK, 45, 0), id="groups that fill blocks exactly"),
+        pytest.param(sizes_of(BLOCK + 1, BLOCK - 1, 44, 1), id="groups one off a block"),
+        pytest.param(sizes_of(N, 0, 0, 0), id="groups of several blocks"),
+        pytest.param(sizes_of(N - 3, 1, 1, 1), id="groups of single rows"),
+    ],
+)
+def test_sparse_dispatch_equals_running_every_expert(ids):
+    rng = np.random.default_rng(0)
+    ids = rng.permutation(ids)
+    assert_sparse_equals_dense(ids, rng.uniform(0.05, 0.5, ids.shape))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31), st.lists(st.floats(0.01, 1), min_size=E, max_size=E), st.floats(0, 1))
+@example(0, [1.0] * E, 1.0)
+def test_sparse_dispatch_equals_running_every_expert_for_any_routing(seed, popularity, unused):
+    """`unused`: the share of second slots that weigh nothing, as where fewer experts are allowed than active."""
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.gumbel(size=(N, E)) + np.log(popularity), axis=1)[:, -A:]
+    weights = rng.uniform(0.05, 0.5, (N, A))
+    weights[:, 1][rng.random(N) < unused] = 0
+    assert_sparse_equals_dense(ids, weights)
+
+
+def test_where_nothing_is_chosen_the_output_and_the_gradients_are_zero():
+    gradients, y = value_and_gradients(sparse_experts, *arguments(np.tile([0, 1], (N, 1)), np.zeros((N, A))))
+    assert all(not np.asarray(part).any() for part in (y, *gradients))
+
+
+def test_an_expert_that_nobody_chose_is_never_read():
+    ids, weights = np.tile([0, 2], (N, 1)), np.full((N, A), 0.4)
+    weights[:7, 1] = 0
+    x, routing, *matrices = arguments(ids, weights)
+    poisoned = [matrix.at[jnp.array([1, 3])].set(jnp.nan) for matrix in matrices]
+    run = jax.jit(sparse_experts)
+    np.testing.assert_array_equal(run(x, routing, *matrices), run(x, routing, *poisoned))
+
+
+def test_tokens_do_not_see_each_other():
+    """A NaN token, however its rows are sorted among the others, spoils its own output only."""
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((N, E)), axis=1)[:, :A]
+    x, routing, *matrices = arguments(ids, rng.uniform(0.05, 0.5, (N, A)))
+    run = jax.jit(sparse_experts)
+    spoilt = np.array([0, 77, N - 1])
+    y, with_nan = run(x, routing, *matrices), run(x.at[spoilt].set(jnp.nan), routing, *matrices)
+    np.testing.assert_array_equal(np.delete(y, spoilt, 0), np.delete(with_nan, spoilt, 0))
+    assert np.isnan(with_nan[spoilt]).all()
+
+
+def test_weight_gradients_in_bfloat16_are_summed_in_float32():
+    """Over many blocks, a bfloat16 sum would stop growing: 8 bits of it are soon larger than what a block adds."""
+    blocks = 64
+    rows = blocks * BLOCK
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(rows, D), (1, D, F), (1, D, F), (1, F, D)]
+    x, *matrices = (jnp.abs(jax.random.normal(k, s)).astype(jnp.bfloat16) / 4 for k, s in zip(keys, shapes, strict=True))
+    routing = Routing(jnp.ones((rows, 1)), jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows))
+
+    def total(matrices):
+        return jnp.sum(sparse_experts(x, routing, *matrices), dtype=jnp.float32)
+
+    def exact(matrices):
+        return jnp.sum(swiglu(x.astype(jnp.float32), *(matrix[0] for matrix in matrices)))
+
+    gradients = jax.jit(jax.grad(total))(matrices)
+    expected = jax.jit(jax.grad(exact))([matrix.astype(jnp.float32) for matrix in matrices])
+    for gradient, want in zip(gradients, expected, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        assert np.linalg.norm(gradient.astype(jnp.float32) - want) < 0.005 * np.linalg.norm(want)

@@ -1,0 +1,293 @@
+"""The whole model: causality, packing, caching, experts switched off, precision, sizes."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexolmo_jax.config import PRESETS, ModelConfig
+from flexolmo_jax.kernels.routing import route_topk
+from flexolmo_jax.model import Params, decode, empty_cache, forward, init_params, logical_axes, moe
+from flexolmo_jax.model.transformer import document_positions
+
+E = 4
+CONFIG = ModelConfig(vocab_size=96, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ffn=48, n_experts=E, n_active=2)
+DENSE = dataclasses.replace(CONFIG, n_experts=1, n_active=1)
+B, T = 2, 24
+TOKENS = jax.random.randint(jax.random.key(5), (B, T), 0, CONFIG.vocab_size)
+jitted = jax.jit(forward, static_argnums=0, static_argnames=("active", "dtype", "remat"))
+
+
+@functools.lru_cache
+def random_params(config: ModelConfig = CONFIG, pair: bool = False) -> Params:
+    """Weights that keep hidden states, logits and router logits of order 1, so that tolerances and margins mean something."""
+    generator = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = generator.standard_normal(leaf.shape, np.float32)
+        match path[-1].key:
+            case "scale":
+                noise = 1 + 0.3 * noise
+            case "bias":
+                noise = -0.3 * np.abs(noise)
+            case "row":
+                noise = noise / np.sqrt(leaf.shape[-1], dtype=np.float32)
+            case name if name != "embedding":
+                noise = noise / np.sqrt(leaf.shape[-2], dtype=np.float32)
+        return jnp.asarray(noise)
+
+    shapes = jax.eval_shape(functools.partial(init_params, config, pair=pair), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def on_experts(params: Params, change) -> Params:
+    """The parameters with `change` applied to every expert leaf, [L, E, ...]."""
+    return params | {"experts": jax.tree.map(change, params["experts"])}
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Within `tolerance` of the scale of what is wanted."""
+    assert np.max(np.abs(np.asarray(got) - want)) <= tolerance * np.max(np.abs(want))
+
+
+def losses(logits, tokens):
+    """Of every token but the first, in nats, [B, T - 1]."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+# --- time ---
+
+
+@pytest.mark.parametrize("config", [DENSE, CONFIG])
+def test_a_logit_depends_on_all_earlier_tokens_of_its_document_and_on_no_other(config):
+    tokens = jnp.arange(T)[None]  # all different: the gradient of an embedding row is that of one position
+    segments = jnp.asarray([[1] * 9 + [2] * 11 + [0] * 4])
+    t = 15
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(lambda params: jnp.sum(forward(config, params, tokens, segments).logits[0, t] ** 2))(params)
+
+    reached = np.abs(gradient(random_params(config))["trunk"]["embedding"][:T]).sum(axis=1) > 0
+    assert reached.tolist() == [9 <= s <= t for s in range(T)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_positions_count_from_the_start_of_each_document(lengths):
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    segments = np.concatenate([segments, np.zeros(30 - len(segments), int)])[None]
+    expected = [i for length in lengths for i in range(length)] + list(range(30 - sum(lengths)))
+    assert document_positions(jnp.asarray(segments)).tolist() == [expected]
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, T - 9), st.sampled_from([1, 2, E]))
+def test_a_documents_loss_does_not_depend_on_what_it_is_packed_with(seed, start, active):
+    """Bitwise where the document keeps its place in the record; 1e-6 where it moves, as sums over keys then round otherwise."""
+    rng, length = np.random.default_rng(seed), 9
+    document = rng.integers(CONFIG.vocab_size, size=length)
+
+    def loss(at):
+        tokens, here = rng.integers(CONFIG.vocab_size, size=(1, T)), slice(at, at + length)
+        segments = np.repeat([[1, 2, 3]], [at, length, T - at - length], axis=1)
+        tokens[0, here] = document
+        logits = jitted(CONFIG, random_params(), jnp.asarray(tokens), jnp.asarray(segments), active=active).logits
+        return np.asarray(losses(logits[:, here], document[None]))
+
+    expected = loss(start)
+    np.testing.assert_array_equal(loss(start), expected)
+    np.testing.assert_allclose(loss(0), expected, atol=1e-5)
+    np.testing.assert_allclose(loss(0).mean(), expected.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [DENSE, CONFIG])
+def test_decoding_with_a_cache_equals_the_whole_forward_pass(config):
+    """A prefill of two prompts of different lengths, the shorter padded on the left, then single steps."""
+    params, lengths, prefill, slots = random_params(config), (T, T - 5), 14, T + 3
+    pads = jnp.asarray([T - length for length in lengths])[:, None]
+    padded = jnp.where(jnp.arange(T) >= pads, TOKENS, 0)
+    step = jax.jit(decode, static_argnums=0)
+
+    cache, logits = empty_cache(config, B, slots), []
+    for first, last in [(0, prefill), *((t, t + 1) for t in range(prefill, T))]:
+        at = jnp.arange(first, last)
+        key = jnp.arange(slots)
+        mask = (key <= at[:, None]) & (key >= pads[:, :, None])
+        out = step(config, params, padded[:, first:last], jnp.maximum(at - pads, 0), mask, cache, first)
+        cache = out.cache
+        logits.append(out.logits)
+    got = jnp.concatenate(logits, axis=1)
+    assert np.isfinite(got).all()
+    for b, length in enumerate(lengths):
+        expected = jitted(config, params, TOKENS[b : b + 1, T - length :]).logits
+        assert_close(got[b, T - length :], expected[0])
+
+
+# --- experts ---
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sets(st.integers(1, E - 1), min_size=1), st.sampled_from([2, E]))
+def test_a_masked_expert_has_no_influence(excluded, active):
+    """With its FFN, row and bias replaced by NaN no bit of any logit changes, dispatched sparsely (2 active) or densely (all)."""
+    gone = jnp.asarray(sorted(excluded))
+    allowed = jnp.ones(E, bool).at[gone].set(False)
+    poisoned = on_experts(random_params(), lambda leaf: leaf.at[:, gone].set(jnp.nan))
+    expected = jitted(CONFIG, random_params(), TOKENS, active=active, allowed=allowed)
+    got = jitted(CONFIG, poisoned, TOKENS, active=active, allowed=allowed)
+    assert np.isfinite(expected.logits).all()
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("active", [2, E])
+def test_masking_an_expert_equals_dropping_it(active):
+    smaller = dataclasses.replace(CONFIG, n_experts=E - 1)
+    dropped = on_experts(random_params(), lambda leaf: jnp.delete(leaf, 2, axis=1))
+    masked = jitted(CONFIG, random_params(), TOKENS, active=active, allowed=jnp.arange(E) != 2)
+    assert_close(masked.logits, jitted(smaller, dropped, TOKENS, active=min(active, E - 1)).logits)
+
+
+def test_permuting_the_experts_changes_no_logit():
+    order = jnp.asarray([0, 3, 1, 2])
+    expected = jitted(CONFIG, random_params(), TOKENS)
+    permuted = jitted(CONFIG, on_experts(random_params(), lambda leaf: leaf[:, order]), TOKENS)
+    assert_close(permuted.logits, expected.logits)
+    assert_close(permuted.router.weights, expected.router.weights[..., order])
+
+
+def test_a_merged_model_with_every_expert_masked_is_the_anchor():
+    anchor = on_experts(random_params(), lambda leaf: leaf[:, :1])
+    del anchor["experts"]["bias"]
+    alone = jitted(CONFIG, random_params(), TOKENS, allowed=jnp.arange(E) == 0)
+    assert_close(alone.logits, jitted(DENSE, anchor, TOKENS).logits, 1e-6)
+    assert (alone.router.weights[..., 0] == 1).all()
+
+
+def test_the_router_of_a_dense_model_has_no_influence():
+    params = random_params(DENSE)
+    other = params | {"experts": params["experts"] | {"row": 9 * params["experts"]["row"] + 1}}
+    np.testing.assert_array_equal(jitted(DENSE, other, TOKENS).logits, jitted(DENSE, params, TOKENS).logits)
+
+
+def test_a_pair_is_the_merged_model_of_its_two_experts():
+    pair = random_params(DENSE, pair=True)
+    both = {name: jnp.concatenate([pair["experts"][name], leaf], 1) for name, leaf in pair["expert"].items() if name != "bias"}
+    merged = {"trunk": pair["trunk"], "experts": both | {"bias": jnp.pad(pair["expert"]["bias"], ((0, 0), (1, 0)))}}
+    config = dataclasses.replace(CONFIG, n_experts=2)
+    assert_close(jitted(DENSE, pair, TOKENS).logits, jitted(config, merged, TOKENS).logits, 1e-6)
+
+
+def test_renormalising_the_chosen_weights_changes_nothing(monkeypatch):
+    """The norm after the mixture cancels a common factor (up to its eps): models that renormalise need no code of their own."""
+
+    def renormalised(logits, active, allowed=None):
+        routing = route_topk(logits, active, allowed)
+        return routing._replace(weights=routing.weights / jnp.sum(routing.weights, axis=-1, keepdims=True))
+
+    expected = forward(CONFIG, random_params(), TOKENS)
+    monkeypatch.setattr(moe, "route_topk", renormalised)
+    got = forward(CONFIG, random_params(), TOKENS)
+    assert np.abs(got.router.weights - expected.router.weights).max() > 0.1
+    assert_close(got.logits, expected.logits, 1e-4)
+
+
+def test_grouped_query_attention_is_multi_head_attention_with_repeated_key_heads():
+    full = dataclasses.replace(CONFIG, n_kv_heads=CONFIG.n_heads)
+    params = jax.tree.map(lambda leaf: leaf, random_params())
+    attention = params["trunk"]["layers"]["attention"]
+    for name in ("k", "v", "k_norm"):
+        for key, leaf in attention[name].items():
+            heads = leaf.reshape(*leaf.shape[:-1], CONFIG.n_kv_heads, CONFIG.d_head)
+            repeated = jnp.repeat(heads, CONFIG.n_heads // CONFIG.n_kv_heads, axis=-2)
+            attention[name][key] = repeated.reshape(*leaf.shape[:-1], CONFIG.d_model)
+    assert_close(jitted(full, params, TOKENS).logits, jitted(CONFIG, random_params(), TOKENS).logits)
+
+
+# --- compilation, precision, memory ---
+
+
+def test_compiling_changes_nothing():
+    compiled, plain = jitted(CONFIG, random_params(), TOKENS), forward(CONFIG, random_params(), TOKENS)
+    jax.tree.map(assert_close, compiled, plain)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "remat"))
+def gradients(config, params, **options):
+    return jax.grad(lambda params: losses(forward(config, params, TOKENS, **options).logits, TOKENS).mean())(params)
+
+
+def test_bfloat16_compute_gives_float32_logits_near_those_of_float32_and_finite_gradients():
+    low, high = (jitted(CONFIG, random_params(), TOKENS, active=E, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert low.logits.dtype == low.router.weights.dtype == jnp.float32
+    assert_close(low.logits, high.logits, 0.1)
+    for gradient in jax.tree.leaves(gradients(CONFIG, random_params(), dtype="bfloat16")):
+        assert gradient.dtype == jnp.float32
+        assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputing_activations_changes_no_gradient(remat):
+    jax.tree.map(
+        functools.partial(assert_close, tolerance=2e-6), gradients(CONFIG, random_params(), remat=remat), plain_gradients()
+    )
+
+
+@functools.cache
+def plain_gradients():
+    return gradients(CONFIG, random_params(), remat="none")
+
+
+def test_every_parameter_but_the_dense_router_and_the_anchors_bias_gets_a_gradient():
+    for path, gradient in jax.tree_util.tree_leaves_with_path(plain_gradients()):
+        reached = np.asarray(gradient).any(axis=tuple(range(2, gradient.ndim)))
+        if path[-1].key == "bias":
+            assert not reached[:, 0].any()
+            reached = reached[:, 1:]
+        if "experts" in jax.tree_util.keystr(path):
+            assert reached.all(), path
+        assert reached.any(), path
+
+
+@pytest.mark.parametrize("config", [DENSE, CONFIG])
+def test_the_initial_loss_is_that_of_a_uniform_guess(config):
+    params = init_params(config, jax.random.key(0))
+    loss = losses(jitted(config, params, TOKENS).logits, TOKENS).mean()
+    assert abs(loss / math.log(config.vocab_size) - 1) < 0.05
+
+
+# --- sizes and names ---
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "pair", "billions"),
+    [
+        ("7b", {}, False, 7.30),
+        ("7b", {}, True, 11.63),
+        ("7b", {"n_experts": 7}, False, 33.27),
+        ("1b", {}, False, 1.48),
+    ],
+)
+def test_the_presets_have_the_published_numbers_of_parameters(preset, changes, pair, billions):
+    config = ModelConfig(**PRESETS[preset] | changes)
+    config.check()
+    shapes = jax.eval_shape(functools.partial(init_params, config, pair=pair), jax.random.key(0))
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9, 2) == billions
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    out = jax.eval_shape(functools.partial(forward, config, dtype="bfloat16"), shapes, tokens)
+    assert out.logits.shape == (1, 64, config.vocab_size)
+    assert out.router.weights.shape == (config.n_layers, 1, 64, config.n_experts + pair)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_every_axis_of_every_parameter_has_a_logical_name(pair):
+    config = DENSE if pair else CONFIG
+    params, axes = random_params(config, pair), logical_axes(config, pair=pair)
+    named = jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, params, axes)
+    assert all(jax.tree.leaves(named))

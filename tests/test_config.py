@@ -1,0 +1,192 @@
+"""Configs: strict keys with hints, types, overrides, presets, cross-field checks, round trips, and no heavy import."""
+
+import dataclasses
+import datetime
+import subprocess
+import sys
+import typing
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexolmo_jax.config import PRESETS, MeshConfig, ModelConfig, RunConfig, build, dump_yaml, load_config, resolve, to_dict
+from flexolmo_jax.errors import UserError
+
+DATA = {"train": [{"path": "records/web"}]}
+MINIMAL = {"data": DATA}
+
+
+def test_importing_the_config_imports_nothing_heavy():
+    program = (
+        "import sys, flexolmo_jax.config; print(*sorted({'jax', 'flax', 'numpy', 'orbax', 'tensorstore'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"trian": {}}, "'trian'; did you mean 'train'"),
+        ({"optim": {"learning_rate": 1}}, "'optim.learning_rate'; expected one of lr, "),
+        ({"optim": {"warmpu": 1}}, "'optim.warmpu'; did you mean 'warmup'"),
+        ({"data": {"train": [{"path": "a"}, {"pth": "b"}]}}, r"'data.train\[1\].pth'; did you mean 'path'"),
+        ({"model": {"preset": "13b"}}, "'13b'; expected one of tiny, 1b, 7b"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(tree, message):
+    with pytest.raises(UserError, match=message):
+        resolve(MINIMAL | tree)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"train": {"steps": "ten"}}, "train.steps is 'ten'; expected a value of type int"),
+        ({"train": {"steps": 1.5}}, "train.steps is 1.5"),
+        ({"train": {"steps": True}}, "train.steps is True"),
+        ({"train": {"steps": None}}, "train.steps is None"),
+        ({"optim": {"lr": "fast"}}, "optim.lr is 'fast'; expected a value of type float"),
+        ({"optim": {"lr": False}}, "optim.lr is False"),
+        ({"model": {"router_bias": 1}}, "model.router_bias is 1; expected a value of type bool"),
+        ({"train": {"remat": "some"}}, "train.remat is 'some'; expected one of none, dots, full"),
+        ({"run": "anker"}, "run is 'anker'; expected one of anchor, pair, router, joint"),
+        ({"data": {"train": "web"}}, "data.train is 'web'; expected a list"),
+        ({"data": {"train": ["web"]}}, r"data.train\[0\] is 'web'; expected a section with keys path, weight, name"),
+        ({"train": 3}, "train is 3; expected a section"),
+        ({"model": {"preset": ["7b"]}}, "model.preset"),
+        ({"model": None}, "model is None; expected a section"),
+        (
+            {"pair": {"name": datetime.date(2026, 1, 1)}},
+            "pair.name is datetime.date.*expected a value of type str",
+        ),  # YAML's dates
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(tree, message):
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(MINIMAL | tree)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_are_read_as_people_write_them():
+    config = resolve(yaml.safe_load("{data: {train: [{path: a, weight: 2}]}, optim: {lr: 1e-3, clip: 1}}"))
+    assert (config.optim.lr, config.optim.clip, config.data.train[0].weight) == (1e-3, 1.0, 2.0)
+    assert isinstance(config.optim.clip, float)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"data": {}}, "data.train is 'nothing'"),
+        ({"data": {"train": [{"path": ""}]}}, "data path"),
+        ({"data": {"train": [{"path": "a", "weight": 0.0}]}}, "weight of a"),
+        ({"data": DATA | {"seq_len": 8192}}, "data.seq_len is 8192; expected at most model.max_seq_len"),
+        ({"data": DATA | {"batch_size": 6}, "train": {"accumulate": 4}}, "train.accumulate is 4; expected a divisor"),
+        ({"model": {"n_heads": 7}}, "model.n_heads is 7; expected a divisor of model.d_model"),
+        ({"model": {"n_kv_heads": 3}}, "model.n_kv_heads is 3; expected a divisor of n_heads"),
+        ({"model": {"d_model": 24}}, "expected an even head size"),
+        ({"model": {"n_layers": 0}}, "model.n_layers is 0; expected a positive number"),
+        ({"model": {"n_active": 2}}, "model.n_active is 2; expected at most model.n_experts"),
+        ({"model": {"n_experts": 4}}, "model.n_experts is 4; expected 1 for an anchor"),
+        ({"run": "pair"}, "run: pair needs the section 'pair'"),
+        ({"pair": {"anchor": "a", "name": "b"}}, "'pair' belongs to run: pair"),
+        ({"run": "pair", "pair": {"anchor": "a"}}, "pair.name"),
+        ({"run": "pair", "pair": {"name": "b"}}, "pair.anchor"),
+        ({"run": "pair", "pair": {"anchor": "a", "name": "anchor"}}, "expected another name"),
+        ({"run": "pair", "pair": {"anchor": "a", "name": "b"}, "train": {"init": "r"}}, "train.init"),
+        ({"run": "router", "router": {}}, "router.model"),
+        ({"optim": {"final_fraction": 1.5}}, "optim.final_fraction"),
+        ({"mesh": {"data": -1}}, "mesh is .*-1 on one axis at most"),
+        ({"mesh": {"tensor": 0}}, "mesh is"),
+    ],
+)
+def test_values_that_cannot_work_together_are_refused_before_anything_runs(tree, message):
+    with pytest.raises(UserError, match=message):
+        resolve(MINIMAL | tree)
+
+
+def test_overrides_go_over_the_file_and_the_file_over_the_preset(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {preset: 7b, n_layers: 8}\ndata: {train: [{path: a}]}\n")
+    config = load_config(path, ["model.d_ffn=512", "optim.lr=3e-4", "data.eval=[{path: b, name: held}]", "train.remat=full"])
+    assert (config.model.d_model, config.model.n_layers, config.model.d_ffn) == (4096, 8, 512)
+    assert (config.optim.lr, config.data.eval[0].title, config.train.remat) == (3e-4, "held", "full")
+
+
+def test_overrides_can_choose_the_preset_and_open_a_section():
+    config = resolve(MINIMAL, ["model.preset=1b", "run=pair", "pair.anchor=a", "pair.name=b"])
+    assert (config.model.n_layers, config.pair and config.pair.name) == (16, "b")
+
+
+def test_resolving_leaves_its_input_as_it_was():
+    tree = MINIMAL | {"model": {"preset": "1b"}}
+    resolve(tree, ["model.n_layers=2"])
+    assert tree == MINIMAL | {"model": {"preset": "1b"}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "expected section.key=value"),
+        ("train.steps.more=1", "'steps' is not a section"),
+        ("data.train.path=1", "'train' is not a section"),
+        ("train.stepz=1", "did you mean 'steps'"),
+        ("train.steps=[1", "--set got"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        resolve(MINIMAL | {"train": {"steps": 3}}, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "no config at"), ("a: [", "not valid YAML"), ("- a", "expected"), ("", "data.train")]
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_a_dumped_config_loads_to_an_equal_one(data):
+    number = st.floats(min_value=1e-12, max_value=1e12)
+    config = resolve(MINIMAL)
+    optim = dataclasses.replace(
+        config.optim, lr=data.draw(number), z_loss=data.draw(number), warmup=data.draw(st.integers(0, 99))
+    )
+    sources = data.draw(st.lists(st.tuples(st.text(min_size=1), number, st.text()), min_size=1, max_size=3))
+    train = [dict(path=path, weight=weight, name=name) for path, weight, name in sources]
+    config = dataclasses.replace(config, optim=optim, data=resolve({"data": {"train": train}}).data)
+    assert resolve(yaml.safe_load(dump_yaml(config))) == config
+    assert build(RunConfig, to_dict(config)) == config
+
+
+def test_a_pair_config_round_trips():
+    config = resolve(MINIMAL | {"run": "pair", "pair": {"anchor": "a", "name": "b", "public_share": 0}})
+    assert resolve(yaml.safe_load(dump_yaml(config))) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_valid_architecture(preset):
+    assert resolve(MINIMAL | {"model": {"preset": preset}}).model == ModelConfig(**PRESETS[preset])
+
+
+@pytest.mark.parametrize("section", [RunConfig, *typing.get_type_hints(RunConfig).values()])
+def test_every_section_has_defaults_for_all_keys(section):
+    if dataclasses.is_dataclass(section):
+        assert section() == section()
+
+
+def test_a_dataset_is_called_by_its_name_or_by_its_path():
+    train = [{"path": "corpora/web.jsonl.gz"}, {"path": "records/math/"}, {"path": "a", "name": "code"}]
+    assert [dataset.title for dataset in resolve({"data": {"train": train}}).data.train] == ["web", "math", "code"]
+
+
+def test_the_default_mesh_puts_every_device_on_fsdp():
+    assert MeshConfig() == MeshConfig(data=1, fsdp=-1, tensor=1, expert=1)
