@@ -18,7 +18,6 @@ import yaml
 
 from flexolmo_jax.errors import UserError
 
-
 T = TypeVar("T")
 
 
@@ -310,7 +309,7 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):  # only `Section | None` is used
         return None if value is None else _convert(arguments[0], value, at)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, at)
     if origin is tuple:
         _expect(isinstance(value, (list, tuple)), at, value, "a list")

@@ -210,7 +210,7 @@ def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
         stacks.setdefault(entry.path, []).append(tensors[entry.name].T if entry.transpose else tensors[entry.name])
     dtype = stacks["experts", "gate"][0].dtype
 
-    def fill(path: Sequence[jax.tree_util.DictKey], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         parts = stacks.get(tuple(key.key for key in path))
         return jnp.zeros(leaf.shape, dtype) if parts is None else jnp.asarray(np.stack(parts).reshape(leaf.shape))
 

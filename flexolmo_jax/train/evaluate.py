@@ -4,6 +4,7 @@ Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those
 its first in each record it spans; EOS and padding are not.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,7 @@ def score_records(
         tokens, segments = (_stack([row[key] for row in rows], batch_size) for key in ("tokens", "segments"))
         scored = scored_targets(tokens, segments, tokenizer.eos_id)
         nats, weights = scorer(params, put(tokens), put(segments), put(scored), allowed)
-        bits += float(nats) / np.log(2)
+        bits += float(nats) / math.log(2)
         routing = routing + np.asarray(weights, np.float64)
         n_tokens += int(scored.sum())
         n_bytes += int(tokenizer.byte_lengths[tokens[scored]].sum())

@@ -1,0 +1,151 @@
+"""Publishing an anchor: a checkpoint becomes the frozen public model that every owner trains against.
+
+The weights are cast once to the release dtype, optimiser state is left behind, router row 0 becomes the mean domain embedding of
+public text, and tokenizer, embedder and a sample of packed public text are written beside them. The fingerprint is a digest over
+every tensor's name, dtype, shape and bytes (router row 0 among them), the architecture, the tokenizer and the embedder: an
+expert belongs to exactly one fingerprint.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from flexolmo_jax import checkpoint
+from flexolmo_jax.artifact import Artifact, canonical_json, describe, open_artifact, write_description
+from flexolmo_jax.config import to_dict
+from flexolmo_jax.data.documents import name_of, read_documents
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import new_directory
+from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.progress import note
+
+from .embedder import domain_embedding, fit_embedder, load_embedder
+
+RELEASE_DTYPES = ("bfloat16", "float32")
+
+
+def publish(
+    source: Path,
+    public: Sequence[Path],
+    out: Path,
+    *,
+    embedder: str = "tfidf",
+    dtype: str = "bfloat16",
+    seq_len: int | None = None,
+    checkpoint_name: str = "last",
+) -> Artifact:
+    """Makes an anchor of a dense run or model.
+
+    `public` are documents: the embedder is fitted on them, row 0 comes from them, and they travel with the anchor as packed records
+    of `seq_len` tokens (default: the run's), so that owners have public text to contrast their own with.
+    Raises UserError for a source with experts, and for an unknown dtype.
+    """
+    if dtype not in RELEASE_DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
+    artifact = open_artifact(source)
+    if artifact.is_pair or artifact.config.n_experts != 1:
+        raise UserError(f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a dense run or model")
+    with new_directory(out) as directory:
+        artifact.tokenizer.save(directory / "tokenizer.json")
+        length = seq_len or _trained_seq_len(source) or min(artifact.config.max_seq_len, 1024)
+        prepare(public, artifact.tokenizer, length, directory / "public")
+        (directory / "embedder").mkdir()
+        fitted = fit_embedder(embedder, _documents(public), artifact.config.d_model)
+        fitted.save(directory / "embedder")
+        # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
+        row = domain_embedding(load_embedder(directory / "embedder"), _documents(public))
+        params = artifact.params(checkpoint_name)
+        params["experts"]["row"] = jnp.broadcast_to(jnp.asarray(row), params["experts"]["row"].shape)
+        released = jax.tree.map(lambda a: a.astype(dtype), params)
+        checkpoint.save_weights(directory / "weights", released)
+        tensors = digests(released)
+        parts = {
+            "model": to_dict(artifact.config),
+            "tensors": tensors,
+            "tokenizer": artifact.tokenizer.digest,
+            "embedder": embedder_digest(directory / "embedder"),
+        }
+        description = {
+            "kind": "anchor",
+            "model": parts["model"],
+            "experts": ["anchor"],
+            "tensors": tensors,
+            "tokenizer": parts["tokenizer"],
+            "embedder": {"name": fitted.name, "version": fitted.version, "sha256": parts["embedder"]},
+            "public": [name_of(path) for path in public],
+            "dtype": dtype,
+            "fingerprint": fingerprint_of(parts),
+        }
+        write_description(directory, description)
+    note(f"published {out}: fingerprint {description['fingerprint'][:16]}, {sum(a.size for a in flatten(released).values()):,} parameters in {dtype}")
+    return open_artifact(out)
+
+
+def open_anchor(path: Path) -> Artifact:
+    """Opens a published anchor. Raises UserError for anything else."""
+    artifact = open_artifact(path)
+    if artifact.kind != "anchor":
+        raise UserError(f"{path} is a {artifact.kind}; expected a published anchor (`flexolmo publish` makes one)")
+    return artifact
+
+
+def verify_anchor(anchor: Artifact) -> None:
+    """Recomputes every digest. Raises UserError naming what differs from what was published."""
+    check_tensors(anchor)
+    parts = {
+        "model": anchor.description["model"],
+        "tensors": anchor.description["tensors"],
+        "tokenizer": anchor.tokenizer.digest,
+        "embedder": embedder_digest(anchor.path / "embedder"),
+    }
+    if fingerprint_of(parts) != anchor.fingerprint:
+        raise UserError(f"{anchor.path} does not have its fingerprint: tokenizer, embedder or description was changed; fetch it again")
+
+
+def check_tensors(artifact: Artifact) -> None:
+    """Raises UserError naming the first stored tensor whose bytes are not those the description has digests of."""
+    found = digests(artifact.params())
+    for path, expected in artifact.description["tensors"].items():
+        if found[path]["sha256"] != expected["sha256"]:
+            raise UserError(f"{artifact.path}: the bytes of {path} are not the published ones; fetch it again")
+
+
+def digests(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`describe` with the SHA-256 of each tensor's bytes (row-major, little-endian)."""
+    tensors = describe(params)
+    for path, array in flatten(params).items():
+        tensors[path]["sha256"] = tensor_digest(np.asarray(array))
+    return tensors
+
+
+def tensor_digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.asarray(array, order="C").reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def embedder_digest(directory: Path) -> str:
+    """Over the names and bytes of the embedder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def _documents(paths: Sequence[Path]) -> Iterator[str]:
+    for path in paths:
+        yield from read_documents(path)
+
+
+def _trained_seq_len(path: Path) -> int | None:
+    config = path / "config.yaml"
+    return yaml.safe_load(config.read_text())["data"]["seq_len"] if config.exists() else None

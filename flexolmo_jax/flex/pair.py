@@ -1,0 +1,98 @@
+"""Training an expert: the anchor, frozen, beside one new expert that starts as a copy of the anchor's FFN.
+
+Both run for every token, so there is no dispatch. Trained are the new FFN, its router rows and its bias; nothing else has a
+gradient or an optimiser state. Public text is mixed in (`pair.public_share`): from private text alone a row never sees what it
+should let pass, learns to fire always, and drowns the other experts after the merge.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.artifact import Artifact, Placement
+from flexolmo_jax.config import Dataset, ModelConfig, PairConfig, RunConfig
+from flexolmo_jax.data.documents import has_documents, read_documents
+from flexolmo_jax.data.records import open_records
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import Params
+from flexolmo_jax.train.loop import Job, train
+from flexolmo_jax.train.sources import open_sources
+
+from .anchor import open_anchor
+from .embedder import domain_embedding, load_embedder
+
+
+def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
+    """Runs a pair config; see `train.loop.train`."""
+    assert run.pair is not None  # checked by RunConfig
+    anchor = open_anchor(Path(run.pair.anchor))
+    tokenizer = anchor.tokenizer
+    if run.data.tokenizer and Tokenizer.load(Path(run.data.tokenizer)).digest != tokenizer.digest:
+        raise UserError(f"data.tokenizer {run.data.tokenizer} is not the tokenizer of {anchor.path}; leave it out: a pair uses its anchor's")
+    model = dataclasses.replace(anchor.config, router_bias=run.model.router_bias, init_bias=run.model.init_bias)
+    run = dataclasses.replace(run, model=model)
+    batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=_public(run, anchor))
+    row = initial_row(run.pair, run, anchor)
+
+    def initial(placement: Placement) -> Params:
+        params = anchor.params(placement=placement)
+        params["expert"] = new_expert(params["experts"], row, model)
+        return params
+
+    job = Job(
+        run, model, initial, lambda path: path.startswith("expert/"), ("anchor", run.pair.name), tokenizer, batches, heldout,
+        base={"base": str(anchor.path.resolve()), "fingerprint": anchor.fingerprint},
+    )  # fmt: skip
+    return train(job, out)
+
+
+def new_expert(anchor_experts: Params, row: np.ndarray, model: ModelConfig) -> Params:
+    """A float32 copy of the anchor's FFN with the given router row [D] in all layers, or rows [L, D]."""
+    L, _, D = anchor_experts["row"].shape
+    # float32 masters: the release dtype is for handing over, not for steps of 1e-4.
+    expert = {name: jnp.array(anchor_experts[name], jnp.float32, copy=True) for name in ("gate", "up", "down")}
+    expert["row"] = jax.device_put(jnp.broadcast_to(jnp.asarray(row, jnp.float32), (L, D))[:, None], anchor_experts["row"].sharding)
+    if model.router_bias:
+        expert["bias"] = jnp.full((L, 1), model.init_bias, jnp.float32)
+    return expert
+
+
+def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray:
+    """The router row that a pair starts from, [D]."""
+    if pair.row == "embedding":
+        return domain_embedding(load_embedder(anchor.path / "embedder"), _private_documents(run, anchor.tokenizer))
+    width = anchor.config.d_model
+    return np.random.default_rng(run.train.seed).normal(0, anchor.config.init_std, width).astype(np.float32)
+
+
+def _private_documents(run: RunConfig, tokenizer: Tokenizer):
+    """Raw documents as they are; of prepared directories, the training records as text."""
+    for dataset in run.data.train:
+        path = Path(dataset.path)
+        if has_documents(path):
+            yield from read_documents(path)
+        else:
+            records = open_records(path, "train")
+            for i in np.random.default_rng(0).permutation(len(records))[:2000]:
+                record = records[int(i)]
+                yield tokenizer.decode(record["tokens"][record["segments"] > 0].tolist())
+
+
+def _with_shares(run: RunConfig):
+    """The owner's sources, scaled to the share that public text leaves."""
+    assert run.pair is not None
+    total = sum(d.weight for d in run.data.train)
+    share = 1 - run.pair.public_share
+    return dataclasses.replace(run.data, train=tuple(dataclasses.replace(d, weight=d.weight / total * share) for d in run.data.train))
+
+
+def _public(run: RunConfig, anchor: Artifact) -> list[Dataset]:
+    assert run.pair is not None
+    if run.pair.public_share == 0:
+        return []
+    return [Dataset(path=run.pair.public or str(anchor.path / "public"), weight=run.pair.public_share, name="public")]
