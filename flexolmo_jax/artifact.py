@@ -10,7 +10,7 @@ A pair's run holds its expert only and names its anchor by path and fingerprint;
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,14 @@ class Artifact:
             raise UserError(f"{self.path} was trained on another version of {base.path} (fingerprint {self.fingerprint}); restore that one")
         return base
 
+    def check_experts(self, names: Sequence[str]) -> None:
+        """Raises UserError unless each of these experts is there and none of them is the anchor's."""
+        for name in names:
+            if name not in self.experts:
+                raise UserError(f"no expert {name!r} in {self.path}; it has {', '.join(self.experts)}")
+            if name == "anchor":
+                raise UserError("the anchor cannot be excluded: every expert was trained beside it; exclude other experts")
+
     def _stored(self, placement: Placement) -> dict[str, Any]:
         target = {}
         for path, tensor in self.description["tensors"].items():
@@ -99,7 +107,9 @@ def open_artifact(path: Path) -> Artifact:
     except NotADirectoryError:
         raise UserError(f"{path} is a file; expected the directory of a run, anchor or model") from None
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path / DESCRIPTION} is damaged ({type(error).__name__}: {error}); restore it or make the artifact anew") from None
+        raise UserError(
+            f"{path / DESCRIPTION} is damaged ({type(error).__name__}: {error}); restore it or make the artifact anew"
+        ) from None
 
 
 def describe(params: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -55,9 +55,7 @@ class ModelConfig(_Config):
             _expect(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
         _expect(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of model.d_model ({self.d_model})")
         _expect(self.d_head % 2 == 0, "model.d_model / model.n_heads", self.d_head, "an even head size (rotary positions)")
-        _expect(
-            self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads ({self.n_heads})"
-        )
+        _expect(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads ({self.n_heads})")
         _expect(self.n_active <= self.n_experts, "model.n_active", self.n_active, f"at most model.n_experts ({self.n_experts})")
 
 
@@ -128,9 +126,7 @@ class OptimConfig(_Config):
 
     lr: float = 9e-4
     warmup: int = 20
-    schedule_steps: int = (
-        0  # where the cosine would end; 0: train.steps. The paper's anchor lays it out for 5T tokens and stops at 1T
-    )
+    schedule_steps: int = 0  # where the cosine would end; 0: train.steps. The paper's anchor lays it out for 5T tokens and stops at 1T
     final_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -220,16 +216,12 @@ class RunConfig(_Config):
                 f"nothing: a {self.run} run starts from its {self.run} section",
             )
         if self.run == "anchor":
-            _expect(
-                self.model.n_experts == 1, "model.n_experts", self.model.n_experts, "1 for an anchor; run: joint trains several"
-            )
+            _expect(self.model.n_experts == 1, "model.n_experts", self.model.n_experts, "1 for an anchor; run: joint trains several")
         for section in (self.model, self.data, self.train, self.optim, self.pair, self.router, self.mesh):
             if section is not None:
                 section.check()
         micro = self.train.accumulate
-        _expect(
-            self.data.batch_size % micro == 0, "train.accumulate", micro, f"a divisor of data.batch_size ({self.data.batch_size})"
-        )
+        _expect(self.data.batch_size % micro == 0, "train.accumulate", micro, f"a divisor of data.batch_size ({self.data.batch_size})")
         limit = self.model.max_seq_len
         _expect(self.data.seq_len <= limit, "data.seq_len", self.data.seq_len, f"at most model.max_seq_len ({limit})")
 

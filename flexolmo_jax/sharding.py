@@ -66,7 +66,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def parameter_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of one parameter; an axis that its mesh axis does not divide stays whole."""
     names = [LOGICAL_TO_MESH[axis] for axis in axes]
-    return NamedSharding(mesh, PartitionSpec(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True))))
+    return NamedSharding(
+        mesh, PartitionSpec(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)))
+    )
 
 
 def _show(sizes: list[int]) -> str:

@@ -18,9 +18,7 @@ MINIMAL = {"data": DATA}
 
 
 def test_importing_the_config_imports_nothing_heavy():
-    program = (
-        "import sys, flexolmo_jax.config; print(*sorted({'jax', 'flax', 'numpy', 'orbax', 'tensorstore'} & set(sys.modules)))"
-    )
+    program = "import sys, flexolmo_jax.config; print(*sorted({'jax', 'flax', 'numpy', 'orbax', 'tensorstore'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
 
@@ -140,9 +138,7 @@ def test_an_override_that_cannot_be_applied_is_refused(override, message):
         resolve(MINIMAL | {"train": {"steps": 3}}, [override])
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [(None, "no config at"), ("a: [", "not valid YAML"), ("- a", "expected"), ("", "data.train")]
-)
+@pytest.mark.parametrize(("text", "message"), [(None, "no config at"), ("a: [", "not valid YAML"), ("- a", "expected"), ("", "data.train")])
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     if text is not None:
@@ -156,9 +152,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
 def test_a_dumped_config_loads_to_an_equal_one(data):
     number = st.floats(min_value=1e-12, max_value=1e12)
     config = resolve(MINIMAL)
-    optim = dataclasses.replace(
-        config.optim, lr=data.draw(number), z_loss=data.draw(number), warmup=data.draw(st.integers(0, 99))
-    )
+    optim = dataclasses.replace(config.optim, lr=data.draw(number), z_loss=data.draw(number), warmup=data.draw(st.integers(0, 99)))
     sources = data.draw(st.lists(st.tuples(st.text(min_size=1), number, st.text()), min_size=1, max_size=3))
     train = [dict(path=path, weight=weight, name=name) for path, weight, name in sources]
     config = dataclasses.replace(config, optim=optim, data=resolve({"data": {"train": train}}).data)

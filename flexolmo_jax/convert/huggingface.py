@@ -162,9 +162,7 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     config.check()
     head_size = hf_config.get("head_dim")
     if head_size is not None and head_size != config.d_head:
-        raise UserError(
-            f"head_dim is {head_size!r}; expected {config.d_head} (hidden_size / num_attention_heads); it cannot be imported"
-        )
+        raise UserError(f"head_dim is {head_size!r}; expected {config.d_head} (hidden_size / num_attention_heads); it cannot be imported")
     return config
 
 
@@ -189,9 +187,7 @@ def to_hf(
         value = leaf(entry.path)[entry.index]
         value = np.ascontiguousarray(value.T if entry.transpose else value)
         if value.shape != entry.shape:
-            raise UserError(
-                f"{'/'.join(entry.path)} gives {entry.name} shape {value.shape}; expected {entry.shape} by the config"
-            )
+            raise UserError(f"{'/'.join(entry.path)} gives {entry.name} shape {value.shape}; expected {entry.shape} by the config")
         tensors[entry.name] = value
     return tensors
 

@@ -40,9 +40,7 @@ class Batches:
         records = cast(list[Record], [self._records[i] for i in range(start, start + rows)])  # none is None: nothing is filtered
         return {key: np.stack([record[key] for record in records]) for key in ("tokens", "segments")}
 
-    def iterate(
-        self, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2
-    ) -> Generator[Record]:
+    def iterate(self, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2) -> Generator[Record]:
         """Yields `at(start_step)`, `at(start_step + 1)`, ... for ever, read ahead by `prefetch` batches in one background thread.
 
         An error in that thread is raised here. The thread ends when the iterator is closed (`.close()`) or garbage.
@@ -122,9 +120,7 @@ def _check(sources: Sequence[tuple[Records, float]], batch_size: int, seed: int)
         if len(records) == 0:
             raise UserError(f"{records.path} has no {records.split} records: give it more documents or another held-out share")
         if records.seq_len != first.seq_len:
-            raise UserError(
-                f"{records.path} has records of {records.seq_len} tokens, {first.path} of {first.seq_len}: prepare both alike"
-            )
+            raise UserError(f"{records.path} has records of {records.seq_len} tokens, {first.path} of {first.seq_len}: prepare both alike")
         if records.index.tokenizer_digest != first.index.tokenizer_digest:
             raise UserError(f"{records.path} and {first.path} were prepared with different tokenizers: prepare both with one")
     total = sum(len(records) for records, _ in sources)

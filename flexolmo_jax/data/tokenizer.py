@@ -30,9 +30,7 @@ _NEVER_IN_UTF8 = frozenset("\u00c0\u00c1") | {chr(byte) for byte in range(0xF5, 
 
 # How dolma2 cuts text before BPE: contractions, words with the character before them, up to three digits, punctuation, line ends,
 # spaces.
-PRE_TOKENS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PRE_TOKENS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
@@ -143,9 +141,7 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int, out: Path, sample_by
         ]
     )
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=sorted(BYTES), show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=sorted(BYTES), show_progress=False)
     backend.train_from_iterator(_sample(inputs, sample_bytes), trainer)
     tokenizer = Tokenizer(backend.to_str())
     if tokenizer.vocab_size < vocab_size:

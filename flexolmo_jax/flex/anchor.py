@@ -84,7 +84,9 @@ def publish(
             "fingerprint": fingerprint_of(parts),
         }
         write_description(directory, description)
-    note(f"published {out}: fingerprint {description['fingerprint'][:16]}, {sum(a.size for a in flatten(released).values()):,} parameters in {dtype}")
+    note(
+        f"published {out}: fingerprint {description['fingerprint'][:16]}, {sum(a.size for a in flatten(released).values()):,} parameters in {dtype}"
+    )
     return open_artifact(out)
 
 
@@ -139,6 +141,17 @@ def embedder_digest(directory: Path) -> str:
 
 def fingerprint_of(parts: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path) -> np.ndarray:
+    """Writes (as .npy) and returns the mean embedding, float32 [D], of a domain by the anchor's embedder."""
+    anchor = open_anchor(anchor_path)
+    if out.exists():
+        raise UserError(f"{out} exists; give a new file")
+    row = domain_embedding(load_embedder(anchor.path / "embedder"), _documents(documents))
+    with out.open("xb") as file:
+        np.save(file, row)
+    return row
 
 
 def _documents(paths: Sequence[Path]) -> Iterator[str]:

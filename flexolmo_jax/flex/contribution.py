@@ -149,9 +149,7 @@ def package(source: Path, out: Path, which: str = "last") -> Contribution:
             "model": to_dict(anchor.config),
             "router_bias": "bias" in released,
             "dtype": dtype,
-            "tensors": {
-                name: {"dtype": dtype, "shape": list(t.shape), "sha256": tensor_digest(t)} for name, t in sorted(tensors.items())
-            },
+            "tensors": {name: {"dtype": dtype, "shape": list(t.shape), "sha256": tensor_digest(t)} for name, t in sorted(tensors.items())},
             "training": {
                 "steps": config.train.steps,
                 "tokens": config.train.steps * config.data.batch_size * config.data.seq_len,

@@ -44,7 +44,7 @@ def opt_out(model_path: Path, names: Sequence[str], out: Path) -> Artifact:
     Raises UserError for a name the model does not have and for the anchor's.
     """
     model = open_model(model_path)
-    check_experts(model, names)
+    model.check_experts(names)
     members = [m for m in model.description["members"] if m["name"] not in names]
     description = _description(model.description, members, min(model.config.n_active, 1 + len(members)))
     params = model.params()
@@ -61,15 +61,6 @@ def open_model(path: Path) -> Artifact:
     if artifact.kind != "model":
         raise UserError(f"{path} is a {artifact.kind}; expected a merged model (`flexolmo merge` makes one)")
     return artifact
-
-
-def check_experts(artifact: Artifact, names: Sequence[str]) -> None:
-    """Raises UserError unless these experts can be excluded: each exists, none is the anchor, something is left."""
-    for name in names:
-        if name == "anchor":
-            raise UserError("the anchor cannot be excluded: every expert was trained beside it; exclude other experts")
-        if name not in artifact.experts:
-            raise UserError(f"no expert {name!r} in {artifact.path}; it has {', '.join(artifact.experts)}")
 
 
 def _member(contribution: Contribution) -> dict[str, Any]:

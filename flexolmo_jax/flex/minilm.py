@@ -104,9 +104,7 @@ def hidden_states(
         return jax.lax.scan(block, x, weights["layers"])[0]
 
 
-def embed_tokens(
-    weights: Weights, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], *, heads: int, epsilon: float
-) -> Float[Array, "B D"]:
+def embed_tokens(weights: Weights, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], *, heads: int, epsilon: float) -> Float[Array, "B D"]:
     """Mean of the hidden states over the real tokens, scaled to unit length; a row without any real token gives zeros."""
     hidden = jnp.where(mask[..., None], hidden_states(weights, ids, mask, heads=heads, epsilon=epsilon), 0.0)
     mean = hidden.sum(axis=1) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)

@@ -33,7 +33,9 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     anchor = open_anchor(Path(run.pair.anchor))
     tokenizer = anchor.tokenizer
     if run.data.tokenizer and Tokenizer.load(Path(run.data.tokenizer)).digest != tokenizer.digest:
-        raise UserError(f"data.tokenizer {run.data.tokenizer} is not the tokenizer of {anchor.path}; leave it out: a pair uses its anchor's")
+        raise UserError(
+            f"data.tokenizer {run.data.tokenizer} is not the tokenizer of {anchor.path}; leave it out: a pair uses its anchor's"
+        )
     model = dataclasses.replace(anchor.config, router_bias=run.model.router_bias, init_bias=run.model.init_bias)
     run = dataclasses.replace(run, model=model)
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=_public(run, anchor))

@@ -4,4 +4,15 @@ from .layers import KVCache
 from .moe import RouterOutput
 from .transformer import Output, Params, decode, empty_cache, forward, init_params, logical_axes, num_experts
 
-__all__ = ["KVCache", "Output", "Params", "RouterOutput", "decode", "empty_cache", "forward", "init_params", "logical_axes", "num_experts"]
+__all__ = [
+    "KVCache",
+    "Output",
+    "Params",
+    "RouterOutput",
+    "decode",
+    "empty_cache",
+    "forward",
+    "init_params",
+    "logical_axes",
+    "num_experts",
+]

@@ -4,6 +4,7 @@ Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those
 its first in each record it spans; EOS and padding are not.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Score:
         return self.bits / self.bytes
 
 
+@functools.lru_cache
 def make_scorer(config: ModelConfig, active: int | None = None, dtype: str = "float32") -> Scorer:
     """A jitted function from (params, tokens, segments, scored, allowed) to the sums of nats and of routing weights [L, E]."""
 

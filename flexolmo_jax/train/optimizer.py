@@ -23,7 +23,12 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     return optax.chain(
         optax.clip_by_global_norm(optim.clip),
         optax.adamw(
-            learning_rate(optim, steps), b1=optim.beta1, b2=optim.beta2, eps=optim.eps, weight_decay=optim.weight_decay, mask=_decayed
+            learning_rate(optim, steps),
+            b1=optim.beta1,
+            b2=optim.beta2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            mask=_decayed,
         ),
     )
 
@@ -31,4 +36,3 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
 def _decayed(params: dict) -> dict:
     """Upstream decays everything but the embedding."""
     return unflatten({path: not path.endswith("embedding") for path in flatten(params)})
-

@@ -40,7 +40,9 @@ def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
 def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
     source = open_artifact(Path(run.train.init))
     if source.is_pair or (source.config.n_experts > 1) != (run.run == "joint"):
-        raise UserError(f"train.init {source.path} is a {source.kind} of {len(source.experts)} experts; run: {run.run} cannot start from it")
+        raise UserError(
+            f"train.init {source.path} is a {source.kind} of {len(source.experts)} experts; run: {run.run} cannot start from it"
+        )
 
     def initial(placement: Placement) -> Params:
         # Masters are float32 whatever the release dtype: steps of 1e-4 vanish in bfloat16.

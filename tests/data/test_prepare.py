@@ -276,9 +276,7 @@ def test_masks_of_a_batch_are_the_masks_of_its_rows():
     assert (positions(SEGMENTS)[1] == positions(SEGMENTS[1])).all()
 
 
-def test_a_prepared_directory_is_its_own_cache_and_must_fit_the_run(
-    prepared, tokenizer, tmp_path, write_jsonl, made_up_documents
-):
+def test_a_prepared_directory_is_its_own_cache_and_must_fit_the_run(prepared, tokenizer, tmp_path, write_jsonl, made_up_documents):
     assert prepare_cached(prepared, tokenizer, T, tmp_path / "cache") == prepared
     with pytest.raises(UserError, match=f"records of {T} tokens, not 128"):
         prepare_cached(prepared, tokenizer, 128, tmp_path / "cache")

@@ -39,9 +39,7 @@ class Registry:
         name = text.replace("@", "==").split("==")[0]
         self.asked.append(name)
         if name in self.refused:
-            return subprocess.CompletedProcess(
-                command, 1, "", f"WARNING: aside\nERROR: No matching distribution found for {name}\n"
-            )
+            return subprocess.CompletedProcess(command, 1, "", f"WARNING: aside\nERROR: No matching distribution found for {name}\n")
         wheel = self.folder / f"{name}-1.0-py3-none-any.whl"
         (cwd / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")

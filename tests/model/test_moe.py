@@ -52,9 +52,7 @@ def test_one_expert_is_exactly_its_ffn_whatever_its_row_and_bias():
     params = some_experts(1)
     ffn = jax.jit(swiglu)(H.reshape(B * T, -1), params["gate"][0], params["up"][0], params["down"][0]).reshape(H.shape)
     for row, bias in ((0.0, 0.0), (3.0, -9.0)):
-        y, router = jitted(
-            H, [params | {"row": jnp.full_like(params["row"], row), "bias": jnp.full(1, bias)}], 1, jnp.ones(1, bool)
-        )
+        y, router = jitted(H, [params | {"row": jnp.full_like(params["row"], row), "bias": jnp.full(1, bias)}], 1, jnp.ones(1, bool))
         np.testing.assert_array_equal(y, ffn)
         assert (router.weights == 1).all()
 

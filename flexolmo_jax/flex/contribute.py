@@ -1,0 +1,75 @@
+"""An owner's one command: documents -> prepared records -> pair training -> evaluation -> contribution. Resumes where it stopped.
+
+The work (private records, checkpoints) stays in `<out>.work` on the owner's disk; only `out` is handed over.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flexolmo_jax.config import resolve
+from flexolmo_jax.data.documents import has_documents
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.records import Index, open_records
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import check_new
+
+from .anchor import open_anchor
+from .contribution import Contribution, package
+from .pair import train_pair
+
+EPOCHS = 2  # passes over the owner's records, where the config does not say how many steps
+
+
+def contribute(
+    anchor_path: Path,
+    documents: Sequence[Path],
+    name: str,
+    out: Path,
+    *,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Contribution:
+    """Trains an expert on documents against an anchor and packages it.
+
+    `config` is a pair's YAML whose anchor, name and data are filled in here; without it the defaults of a pair run apply.
+    Raises UserError where a document file cannot be read, `out` holds something, or the anchor is none.
+    """
+    anchor = open_anchor(anchor_path)
+    check_new(out)
+    for path in documents:
+        if not has_documents(path):
+            raise UserError(f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a directory of them)")
+    tree = _tree(config)
+    pair = {"anchor": str(anchor_path), "name": name}
+    tree |= {"run": "pair", "pair": (tree.get("pair") or {}) | pair}
+    work = out.with_name(out.name + ".work")
+    data = {"seq_len": Index.read(anchor.path / "public").seq_len} | (tree.get("data") or {})
+    tree["data"] = data | {"train": [{"path": str(work / "data"), "name": name}], "eval": []}
+    run = resolve(tree, overrides)  # every mistake in the config shows before any document is read
+    assert run.pair is not None
+    if not (work / "data").exists():
+        prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data")
+    if not _says_steps(tree, overrides):
+        records = len(open_records(work / "data", "train"))
+        steps = max(1, round(EPOCHS * records / (run.data.batch_size * (1 - run.pair.public_share))))
+        run = resolve(tree, [*overrides, f"train.steps={steps}"])
+    train_pair(run, work / "run")
+    return package(work / "run", out)
+
+
+def _tree(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
+    try:
+        return yaml.safe_load(config.read_text()) or {}
+    except FileNotFoundError:
+        raise UserError(f"no config at {config}; expected a YAML file") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _says_steps(tree: dict[str, Any], overrides: Sequence[str]) -> bool:
+    return "steps" in (tree.get("train") or {}) or any(o.startswith("train.steps=") for o in overrides)

@@ -1,0 +1,35 @@
+"""Router tuning: after a merge, router rows and biases alone are trained on public text (and proxies), every expert active."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.config import RunConfig
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.train.loop import Job, train
+from flexolmo_jax.train.sources import open_sources
+
+from .merge import open_model
+
+TRAINED = ("experts/row", "experts/bias")
+
+
+def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
+    """Runs a router config; see `train.loop.train`. Raises UserError for a model without experts."""
+    assert run.router is not None  # checked by RunConfig
+    model = open_model(Path(run.router.model))
+    if model.config.n_experts == 1:
+        raise UserError(f"{model.path} has no experts; there is nothing to route")
+    run = dataclasses.replace(run, model=model.config)
+    batches, heldout = open_sources(run.data, model.tokenizer, run.train.seed)
+
+    def initial(placement):
+        params = flatten(model.params(placement=placement))
+        return unflatten({path: a.astype("float32") if path in TRAINED else a for path, a in params.items()})
+
+    job = Job(
+        run, model.config, initial, lambda path: path in TRAINED, model.experts, model.tokenizer, batches, heldout,
+        base={"base": str(model.path.resolve()), "fingerprint": model.fingerprint},
+    )  # fmt: skip
+    return train(job, out)

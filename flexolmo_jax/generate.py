@@ -1,0 +1,246 @@
+"""Generation with a KV cache: a batch of prompts of any lengths in, completions out.
+
+    prefill   every prompt token but the last, left-padded to a common length, into the cache; no logits are computed
+    run       one `lax.while_loop`: feed the last token, choose the next; until a limit or until every row has ended
+
+A prompt's last token is fed by the loop, so that one step serves the first token and all others, and streaming calls the same
+compiled program with a limit of one token more each time: it cannot give other tokens than generating in one go.
+Lengths are rounded up to powers of two, and everything about a request but greedy or not is a run-time array: other prompts,
+limits, seeds or experts rarely compile anew.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import KVCache, Params, decode, empty_cache
+
+SMALLEST_BUCKET = 16
+COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: among the `top_k` likeliest, of these the fewest that make up `top_p`, at `temperature`."""
+
+    temperature: float = 0.0  # 0: greedy, the lowest id wins ties
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0  # the same seed, prompt and place in the batch give the same completion
+
+    def check(self) -> None:
+        """Raises UserError for values that mean nothing."""
+        _expect(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a positive number")
+        _expect(self.top_k >= 0, "top_k", self.top_k, "0 (all) or the number of tokens to choose from")
+        _expect(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and up to 1 (all)")
+        _expect(0 <= self.seed < 2**32, "seed", self.seed, "an integer from 0 to 2**32 - 1")
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    vocab_size: int,
+    sampling: Sampling = Sampling(),
+    active: int,
+    allowed: np.ndarray,
+    dtype: str = "float32",
+    on_token: Callable[[int, np.ndarray], None] | None = None,
+) -> list[list[int]]:
+    """The completions of a batch of prompts, each cut before its EOS; a row's tokens do not depend on the other rows.
+
+    Args:
+        eos_id: ends a completion; -1 for none.
+        vocab_size: the tokenizer's; ids from there up to the model's vocabulary are padding and never chosen.
+        active, allowed: experts per token, and bool [E] which experts may be used.
+        dtype: of activations and cache.
+        on_token: called after every step with its index and the chosen ids [B]; rows that have ended give `eos_id`.
+
+    Raises:
+        UserError: no prompts, an empty prompt, ids outside the vocabulary, nothing to generate, more tokens than
+            `config.max_seq_len`, or sampling values that mean nothing.
+    """
+    sampling.check()
+    vocab_size = min(vocab_size, config.vocab_size)
+    _check(config, prompts, max_new_tokens, vocab_size)
+    B, P = len(prompts), _bucket(max(map(len, prompts)) - 1, config.max_seq_len)
+    tokens, lengths = np.zeros((B, P), np.int32), np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    for b, prompt in enumerate(prompts):
+        tokens[b, P - lengths[b] :] = prompt[:-1]
+    request = Request(
+        first_slot=P - lengths,
+        eos_id=np.int32(eos_id),
+        allowed=np.asarray(allowed, bool),
+        temperature=np.float32(sampling.temperature),
+        top_k=np.int32(min(sampling.top_k or vocab_size, vocab_size)),
+        top_p=np.float32(sampling.top_p),
+        seed=np.uint32(sampling.seed),
+    )
+    prefill, run = programs(config, active, vocab_size, sampling.temperature < COLDEST, dtype)
+    last = np.array([prompt[-1] for prompt in prompts], np.int32)
+    state = prefill(params, tokens, last, request, _bucket(max_new_tokens, config.max_seq_len))
+    if on_token is None:
+        state = run(params, state, request, np.int32(max_new_tokens))
+    else:
+        for step in range(max_new_tokens):
+            state = run(params, state, request, np.int32(step + 1))
+            on_token(step, np.array(state.token))  # a copy: the next step takes the buffer
+            if np.all(state.ended):
+                break
+    completions = np.asarray(state.chosen)[:, : int(state.step)].tolist()
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in completions]
+
+
+class TextStream:
+    """Turns ids into text as they come. A token may end inside a character: its bytes wait for the rest."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # since the last token that ended with a whole character
+        self._printed = 0  # characters of these that were returned
+
+    def push(self, token: int) -> str:
+        """The text that is certain now and was not before; often one word, empty inside a character."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        # Bytes that begin a character decode to one U+FFFD, always the last; what is before it stays as it is.
+        incomplete = text.endswith("\ufffd")
+        new = text[self._printed : len(text) - incomplete]
+        if incomplete:
+            self._printed += len(new)
+        else:
+            self._ids, self._printed = [], 0
+        return new
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for a character that was never completed."""
+        left = self._tokenizer.decode(self._ids)[self._printed :]
+        self._ids, self._printed = [], 0
+        return left
+
+
+class Request(NamedTuple):
+    """What a batch asks for, as arrays: changing any of it compiles nothing."""
+
+    first_slot: Int[np.ndarray, "B"]  # of the cache; what is before it is padding
+    eos_id: Int[np.ndarray, ""]
+    allowed: Bool[np.ndarray, "E"]
+    temperature: Float[np.ndarray, ""]
+    top_k: Int[np.ndarray, ""]
+    top_p: Float[np.ndarray, ""]
+    seed: Int[np.ndarray, ""]
+
+
+class State(NamedTuple):
+    """Between two steps. The cache has a slot for each of P prompt tokens and each of N new ones."""
+
+    cache: KVCache
+    token: Int[Array, "B"]  # chosen last, not yet in the cache
+    ended: Bool[Array, "B"]
+    step: Int[Array, ""]  # tokens chosen so far
+    chosen: Int[Array, "B N"]  # EOS where not (yet) chosen
+
+
+@functools.lru_cache
+def programs(config: ModelConfig, active: int, vocab_size: int, greedy: bool, dtype: str) -> tuple[Callable, Callable]:
+    """The jitted (prefill, run) that all calls with these values share; each compiles once per batch size and buckets."""
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def prefill(params: Params, tokens: Array, last: Array, request: Request, new_slots: int) -> State:
+        B, P = tokens.shape
+        slots = jnp.arange(P)
+        mask = (slots <= slots[:, None]) & (slots >= request.first_slot[:, None, None])
+        positions = jnp.maximum(slots - request.first_slot[:, None], 0)
+        cache = empty_cache(config, B, P, jnp.dtype(dtype))
+        # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the rest.
+        cache = decode(config, params, tokens, positions, mask, cache, 0, active=active, allowed=request.allowed, dtype=dtype).cache
+        room = ((0, 0), (0, 0), (0, new_slots), (0, 0), (0, 0))
+        chosen = jnp.full((B, new_slots), request.eos_id)
+        return State(KVCache(*(jnp.pad(a, room) for a in cache)), last, jnp.zeros(B, bool), jnp.int32(0), chosen)
+
+    def step(params: Params, request: Request, state: State) -> State:
+        S, N = state.cache.keys.shape[2], state.chosen.shape[1]
+        slot = S - N + state.step
+        slots = jnp.arange(S)
+        mask = (slots <= slot) & (slots >= request.first_slot[:, None])
+        out = decode(
+            config,
+            params,
+            state.token[:, None],
+            (slot - request.first_slot)[:, None],
+            mask[:, None],
+            state.cache,
+            slot,
+            active=active,
+            allowed=request.allowed,
+            dtype=dtype,
+        )
+        logits = out.logits[:, 0, :vocab_size]
+        if greedy:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            key = jax.random.fold_in(jax.random.key(request.seed), state.step)
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
+            token = jax.vmap(sample, in_axes=(0, 0, None, None, None))(keys, logits, request.temperature, request.top_k, request.top_p)
+        token = jnp.where(state.ended, request.eos_id, token)
+        chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
+        return State(out.cache, token, state.ended | (token == request.eos_id), state.step + 1, chosen)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def run(params: Params, state: State, request: Request, until: Array) -> State:
+        """Steps until `until` tokens are chosen or every row has ended."""
+
+        def goes_on(state: State) -> Array:
+            return (state.step < until) & ~jnp.all(state.ended)
+
+        return jax.lax.while_loop(goes_on, functools.partial(step, params, request), state)
+
+    return prefill, run
+
+
+def sample(
+    key: Array, logits: Float[Array, "V"], temperature: Float[Array, ""], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Int[Array, ""]:
+    """Draws a token: temperature, then the `top_k` likeliest, then the nucleus of `top_p` of what these have (Holtzman et al.,
+    arXiv 1904.09751: a token stays while those likelier than it have less than `top_p`, so that one always does)."""
+    order = jnp.argsort(logits, descending=True, stable=True)  # the lowest id first among equals
+    scaled = (logits[order] - jnp.max(logits)) / temperature  # the maximum first: a low temperature overflows otherwise
+    scaled = jnp.where(jnp.arange(len(logits)) < top_k, scaled, -jnp.inf)
+    likelihood = jax.nn.softmax(scaled)
+    before = jnp.cumsum(likelihood) - likelihood
+    scaled = jnp.where((before < top_p) | (top_p >= 1), scaled, -jnp.inf)
+    return order[jax.random.categorical(key, scaled)].astype(jnp.int32)
+
+
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int) -> None:
+    _expect(len(prompts) > 0, "prompts", "none", "at least one")
+    _expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
+    for i, prompt in enumerate(prompts):
+        _expect(len(prompt) > 0, f"prompt {i}", "no tokens", "at least one; give it some text")
+        _expect(min(prompt) >= 0 and max(prompt) < vocab_size, f"prompt {i}", "ids outside the vocabulary", f"0 to {vocab_size - 1}")
+        limit = config.max_seq_len - max_new_tokens
+        expected = f"at most {config.max_seq_len} together (model.max_seq_len); shorten the prompt or generate less"
+        _expect(len(prompt) <= limit, f"prompt {i}", f"{len(prompt)} tokens and {max_new_tokens} new ones", expected)
+
+
+def _expect(holds: bool, name: str, got: object, expected: str) -> None:
+    if not holds:
+        raise UserError(f"{name}: got {got}, expected {expected}")
+
+
+def _bucket(length: int, largest: int) -> int:
+    """The power of two that a length is rounded up to, which bounds how many programs are compiled."""
+    return min(max(SMALLEST_BUCKET, 1 << max(length - 1, 0).bit_length()), largest)

@@ -1,0 +1,103 @@
+"""A run, anchor or model in memory, ready to use: `flexolmo_jax.load(PATH)`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flexolmo_jax.artifact import Artifact, open_artifact
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.generate import Sampling, generate
+from flexolmo_jax.model import Params, forward
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Weights with what is needed to use them. Experts are switched by name: `without=("code",)`."""
+
+    artifact: Artifact
+    params: Params
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.artifact.config
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names; "anchor" first."""
+        return self.artifact.experts
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.artifact.tokenizer
+
+    def logits(self, ids: np.ndarray, without: Sequence[str] = (), active: int | None = None) -> np.ndarray:
+        """int [B, T] -> float32 [B, T, V]. Each row is one document.
+
+        Raises UserError for an expert that is not there, for excluding the anchor or every expert, and for `active` above what is allowed.
+        """
+        k, allowed = self.selection(without, active)
+        ids = np.asarray(ids, np.int32)
+        if ids.ndim != 2:
+            raise UserError(f"ids have shape {ids.shape}; expected [batch, time]")
+        return np.asarray(_forward(self.config, k)(self.params, ids, allowed))
+
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        *,
+        without: Sequence[str] = (),
+        active: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_token: Callable[[int, np.ndarray], None] | None = None,
+    ) -> list[str] | list[list[int]]:
+        """Completions only, of the kind the prompts are (strings or lists of ids). Greedy unless a temperature is given."""
+        k, allowed = self.selection(without, active)
+        of_text = all(isinstance(prompt, str) for prompt in prompts)
+        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        completions = generate(
+            self.config, self.params, ids, max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eos_id,
+            vocab_size=self.tokenizer.vocab_size, sampling=Sampling(temperature, top_k, top_p, seed),
+            active=k, allowed=allowed, on_token=on_token,
+        )  # fmt: skip
+        return [self.tokenizer.decode(completion) for completion in completions] if of_text else completions
+
+    def selection(self, without: Sequence[str] = (), active: int | None = None) -> tuple[int, np.ndarray]:
+        """(experts a token uses, bool [E] of the experts it may choose from).
+
+        The stored number of active experts shrinks to what is allowed; a number asked for does not.
+        """
+        return select_experts(self.artifact, without, active)
+
+
+def load(path: str | Path, which: str = "last") -> LoadedModel:
+    """Loads a run (`which`: its last or best checkpoint, or a step), a published anchor or a merged model."""
+    artifact = open_artifact(Path(path))
+    return LoadedModel(artifact, artifact.params(which))
+
+
+def select_experts(artifact: Artifact, without: Sequence[str], active: int | None) -> tuple[int, np.ndarray]:
+    """See `LoadedModel.selection`."""
+    artifact.check_experts(without)
+    allowed = np.array([name not in without for name in artifact.experts])
+    if len(artifact.experts) > 1 and allowed.sum() == 1:
+        raise UserError(f"every expert of {artifact.path} is excluded; what is left is the anchor: use the anchor itself")
+    stored = len(artifact.experts) if artifact.is_pair else artifact.config.n_active
+    if active is not None and not 1 <= active <= allowed.sum():
+        raise UserError(f"--active is {active}; expected 1 to {allowed.sum()}, the number of experts that may be chosen")
+    return active or min(stored, int(allowed.sum())), allowed
+
+
+@functools.lru_cache
+def _forward(config: ModelConfig, active: int) -> Callable[..., jax.Array]:
+    return jax.jit(lambda params, ids, allowed: forward(config, params, jnp.asarray(ids), active=active, allowed=allowed).logits)

@@ -1,0 +1,311 @@
+"""Generation: the cache changes nothing, rows do not see each other, sampling keeps to its support, text comes out whole."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.generate import Sampling, TextStream, generate, programs, sample
+from flexolmo_jax.model import Params, forward, init_params
+
+E, N = 4, 12
+# init_std makes logits of order 1: greedy completions then wander, and no two logits are within rounding of each other.
+CONFIG = ModelConfig(
+    vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, n_experts=E, n_active=2, max_seq_len=64, init_std=0.3
+)
+DENSE = dataclasses.replace(CONFIG, n_experts=1, n_active=1)
+VOCAB = 90  # the tokenizer's; 6 ids are padding
+ALL = np.ones(E, bool)
+RNG = np.random.default_rng(1)
+PROMPTS = [RNG.integers(0, VOCAB, size).tolist() for size in (1, 5, 17, 30)]
+HOT = Sampling(temperature=1.5, seed=7)
+
+
+@functools.lru_cache
+def params_of(config: ModelConfig = CONFIG, pair: bool = False) -> Params:
+    """Random parameters whose head prefers the padding ids by far."""
+    params = jax.jit(functools.partial(init_params, config, pair=pair))(jax.random.key(0))
+    head = params["trunk"]["head"]["kernel"]
+    params["trunk"]["head"]["kernel"] = head.at[:, VOCAB:].multiply(10)
+    return params
+
+
+def run(prompts=PROMPTS, *, config=CONFIG, params=None, **options) -> list[list[int]]:
+    defaults = dict(max_new_tokens=N, eos_id=-1, vocab_size=VOCAB, active=config.n_active, allowed=np.ones(config.n_experts, bool))
+    return generate(config, params or params_of(config), prompts, **(defaults | options))
+
+
+@functools.cache
+def greedy() -> list[list[int]]:
+    return run()
+
+
+whole_pass = jax.jit(forward, static_argnums=0, static_argnames="active")
+
+
+def next_logits(config, params, tokens, **options) -> np.ndarray:
+    """Logits [T, V] of a whole forward pass; what is right of the tokens cannot reach them."""
+    padded = np.zeros((1, CONFIG.max_seq_len), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(whole_pass(config, params, padded, **options).logits)[0, : len(tokens)]
+
+
+def assert_greedy(prompt, completion, config, params, **options):
+    """Each token is the argmax, without padding ids, of what a whole forward pass gives after all tokens before it."""
+    logits = next_logits(config, params, prompt + completion, **options)[len(prompt) - 1 : -1]
+    assert completion == logits[:, :VOCAB].argmax(axis=-1).tolist()
+
+
+# --- greedy ---
+
+
+@pytest.mark.parametrize("config", [CONFIG, DENSE])
+def test_greedy_generation_is_the_argmax_of_whole_forward_passes(config):
+    completions = run(config=config)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert len(completion) == N
+        assert_greedy(prompt, completion, config, params_of(config), active=config.n_active)
+    assert len({tuple(row) for row in completions}) == len(PROMPTS)
+
+
+def test_a_pair_generates_with_both_experts():
+    params, both = params_of(DENSE, True), np.ones(2, bool)
+    completions = run(config=DENSE, params=params, active=2, allowed=both)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert_greedy(prompt, completion, DENSE, params, active=2)
+    assert completions != run(config=DENSE, params=params, active=2, allowed=np.array([True, False]))
+
+
+def test_a_row_of_a_batch_equals_the_prompt_alone():
+    for prompt, completion in zip(PROMPTS, greedy(), strict=True):
+        assert run([prompt]) == [completion]
+
+
+def test_padding_ids_are_never_chosen_though_the_model_prefers_them():
+    logits = next_logits(CONFIG, params_of(), PROMPTS[3] + greedy()[3])
+    assert (logits.argmax(axis=-1) >= VOCAB).any()
+    assert np.max(greedy()) < VOCAB
+    assert np.max(run(sampling=HOT)) < VOCAB
+
+
+def test_the_lowest_id_wins_ties():
+    params = params_of()
+    flat = params | {"trunk": params["trunk"] | {"head": {"kernel": jnp.zeros((CONFIG.d_model, CONFIG.vocab_size))}}}
+    assert run(params=flat) == [[0] * N] * len(PROMPTS)
+
+
+def test_bfloat16_chooses_tokens_that_are_nearly_best_in_float32():
+    for prompt, completion in zip(PROMPTS, run(dtype="bfloat16"), strict=True):
+        logits = next_logits(CONFIG, params_of(), prompt + completion)[len(prompt) - 1 : -1, :VOCAB]
+        chosen = np.take_along_axis(logits, np.array(completion)[:, None], axis=1)[:, 0]
+        assert np.median(logits.max(axis=1) - chosen) < 0.1 * logits.std()
+
+
+# --- ends ---
+
+
+def test_a_completion_is_cut_before_its_eos_and_the_other_rows_go_on():
+    whole = greedy()
+    eos = whole[1][4]
+    expected = [row[: row.index(eos)] if eos in row else row for row in whole]
+    assert len(expected[1]) <= 4 and max(map(len, expected)) == N
+    assert run(eos_id=eos) == expected
+
+
+def test_generation_stops_when_every_row_has_ended():
+    eos, steps = greedy()[1][4], []
+    assert run([PROMPTS[1]], eos_id=eos, on_token=lambda step, tokens: steps.append(tokens.tolist())) == run([PROMPTS[1]], eos_id=eos)
+    assert len(steps) == greedy()[1].index(eos) + 1 and steps[-1] == [eos]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), HOT])
+def test_streaming_gives_the_tokens_of_generating_in_one_go(sampling):
+    eos, steps, streamed = greedy()[1][4], [], []
+
+    def on_token(step, tokens):
+        steps.append(step)
+        streamed.append(tokens)
+
+    completions = run(sampling=sampling, eos_id=eos, on_token=on_token)
+    assert completions == run(sampling=sampling, eos_id=eos)
+    assert steps == list(range(N))
+    for b, completion in enumerate(completions):
+        column = [int(tokens[b]) for tokens in streamed]
+        assert column == completion + [eos] * (N - len(completion))
+
+
+def test_fewer_new_tokens_are_a_prefix():
+    assert run(max_new_tokens=1) == [row[:1] for row in greedy()]
+
+
+# --- experts ---
+
+
+@pytest.mark.parametrize("active", [2, E])
+def test_a_masked_expert_full_of_nan_changes_no_token(active):
+    allowed = np.array([True, True, False, True])
+    params = params_of()
+    poisoned = params | {"experts": jax.tree.map(lambda leaf: leaf.at[:, 2].set(jnp.nan), params["experts"])}
+    expected = run(active=active, allowed=allowed)
+    assert run(active=active, allowed=allowed, params=poisoned) == expected
+    assert expected != run(active=active)
+
+
+def test_other_experts_prompts_seeds_and_limits_compile_nothing():
+    run(sampling=HOT)
+    prefill, step = programs(CONFIG, CONFIG.n_active, VOCAB, False, "float32")
+    before = prefill._cache_size(), step._cache_size()
+    run(
+        [prompt[::-1][:20] for prompt in PROMPTS],
+        sampling=Sampling(0.3, top_k=5, top_p=0.5, seed=1),
+        allowed=np.array([True, False, True, False]),
+        max_new_tokens=N + 1,
+        eos_id=3,
+    )
+    assert before == (prefill._cache_size(), step._cache_size()) and min(before) > 0
+
+
+# --- sampling ---
+
+
+def draw(logits, sampling: Sampling, n: int) -> np.ndarray:
+    keys = jax.random.split(jax.random.key(sampling.seed), n)
+    k, temperature, top_p = sampling.top_k or len(logits), jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)
+    return np.asarray(jax.jit(jax.vmap(sample, (0, None, None, None, None)))(keys, logits, temperature, k, top_p))
+
+
+LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("sampling", "support"),
+    [
+        (Sampling(1), {0, 1, 2, 3, 4}),
+        (Sampling(1, top_k=2), {1, 3}),
+        (Sampling(1, top_k=1), {1}),
+        (Sampling(1, top_p=0.6), {1, 3}),
+        (Sampling(1, top_p=0.7), {1, 3, 4}),
+        (Sampling(1, top_p=1e-6), {1}),
+        (Sampling(1, top_k=2, top_p=0.62), {1, 3}),  # of the two, 1 has 0.4 / 0.65 = 0.615
+        (Sampling(1, top_k=2, top_p=0.6), {1}),
+        (Sampling(0.5, top_p=0.55), {1}),  # at temperature 1/2, 1 has 0.16 / 0.275 = 0.58
+        (Sampling(1e-4), {1}),
+    ],
+)
+def test_sampling_draws_all_tokens_of_its_support_and_no_other(sampling, support):
+    assert set(draw(LOGITS, sampling, 500).tolist()) == support
+
+
+def test_sampled_frequencies_are_the_softmax_at_the_temperature():
+    n = 20_000
+    shares = np.bincount(draw(LOGITS, Sampling(2.0), n), minlength=5) / n
+    expected = np.exp(LOGITS / 2) / np.exp(LOGITS / 2).sum()
+    assert np.all(np.abs(shares - expected) < 5 * np.sqrt(expected / n))
+
+
+def test_among_equals_the_lowest_ids_are_kept():
+    assert set(draw(np.zeros(5, np.float32), Sampling(1, top_k=2), 200).tolist()) == {0, 1}
+
+
+def test_generated_tokens_keep_to_the_top_k_after_every_token():
+    completions = run(sampling=dataclasses.replace(HOT, top_k=3))
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        logits = next_logits(CONFIG, params_of(), prompt + completion)[len(prompt) - 1 : -1, :VOCAB]
+        ranks = (logits > np.take_along_axis(logits, np.array(completion)[:, None], axis=1)).sum(axis=1)
+        assert ranks.max() < 3
+    assert completions != greedy()
+
+
+def test_a_seed_repeats_and_another_differs():
+    assert run(sampling=HOT) == run(sampling=HOT)
+    assert run(sampling=HOT) != run(sampling=dataclasses.replace(HOT, seed=8))
+
+
+def test_a_sampled_row_does_not_depend_on_the_other_rows():
+    others = [PROMPTS[0], *PROMPTS[:0:-1]]
+    assert run(sampling=HOT)[0] == run(others, sampling=HOT)[0]
+
+
+def test_equal_prompts_of_a_batch_are_sampled_independently():
+    rows = run([PROMPTS[1]] * len(PROMPTS), sampling=HOT)
+    assert len({tuple(row) for row in rows}) == len(rows)
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts: got none"),
+        ([[1], []], {}, "prompt 1: got no tokens"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ([[1] * 53], {}, "prompt 0: got 53 tokens and 12 new ones, expected at most 64"),
+        ([[VOCAB]], {}, "prompt 0: got ids outside the vocabulary, expected 0 to 89"),
+        ([[-1]], {}, "prompt 0: got ids outside the vocabulary"),
+        ([[1]], {"sampling": Sampling(temperature=-1)}, "temperature: got -1"),
+        ([[1]], {"sampling": Sampling(temperature=float("nan"))}, "temperature: got nan"),
+        ([[1]], {"sampling": Sampling(top_k=-1)}, "top_k: got -1"),
+        ([[1]], {"sampling": Sampling(top_p=0)}, "top_p: got 0"),
+        ([[1]], {"sampling": Sampling(top_p=1.1)}, r"top_p: got 1\.1"),
+        ([[1]], {"sampling": Sampling(seed=-1)}, "seed: got -1"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(prompts, options, message):
+    with pytest.raises(UserError, match=f"^{message}") as raised:
+        run(prompts, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_prompt_and_its_completion_may_fill_the_context():
+    prompt = [i % VOCAB for i in range(CONFIG.max_seq_len - N)]
+    (completion,) = run([prompt])
+    assert_greedy(prompt, completion, CONFIG, params_of())
+
+
+# --- text ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    """Bytes and a few merges: most characters outside ASCII are several tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("the cat sat on the mat. the rat ate the hat. " * 5)
+    return train_tokenizer([folder / "text.txt"], 270, folder / "tokenizer.json")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text())
+@example("the 猫 sat on 🧶, naïve \ufffd\ufffd")
+def test_streamed_text_is_the_text_and_no_piece_splits_a_character(tokenizer, text):
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(text)]
+    pieces.append(stream.finish())
+    assert "".join(pieces) == text
+    assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 269)))
+def test_streamed_text_of_any_ids_is_what_the_tokenizer_decodes(tokenizer, ids):
+    stream = TextStream(tokenizer)
+    ids = [i for i in ids if i < tokenizer.vocab_size]
+    assert "".join(stream.push(i) for i in ids) + stream.finish() == tokenizer.decode(ids)
+
+
+def test_whole_characters_are_not_held_back(tokenizer):
+    stream, given_so_far = TextStream(tokenizer), ""
+    for char in "aé猫🧶b":
+        for token in tokenizer.encode(char):
+            assert not given_so_far.endswith(char)
+            given_so_far += stream.push(token)
+        assert given_so_far.endswith(char)
+    assert stream.finish() == ""
