@@ -64,16 +64,23 @@ class Artifact:
         target = self._stored(placement)
         if self.kind != "run":
             return checkpoint.load_weights(self.path / "weights", target)
+        step = self.step(which)
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
-            own = checkpoints.restore_part("params", target, checkpoints.choose(which))
+            own = checkpoints.restore_part("params", target, step)
         if "base" not in self.description:
             return own
         return unflatten(flatten(self.base().params(placement=placement)) | flatten(own))
 
+    def step(self, which: str = "last") -> int:
+        """The step of a run's checkpoint: last, best, or the step itself. Raises UserError where there is no such one."""
+        with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
+            return checkpoints.choose(which)
+
     def base(self) -> "Artifact":
         """The anchor of a pair's run, the model of a router run; refused if it is no longer the one trained against."""
         base = open_artifact(Path(self.description["base"]))
-        if base.fingerprint != self.fingerprint:
+        # A merged model has its anchor's fingerprint: what makes it this one are its experts.
+        if base.fingerprint != self.fingerprint or (base.kind == "model" and base.experts != self.experts):
             raise UserError(f"{self.path} was trained on another version of {base.path} (fingerprint {self.fingerprint}); restore that one")
         return base
 
@@ -106,7 +113,7 @@ def open_artifact(path: Path) -> Artifact:
         raise UserError(f"{path} is not a run, anchor or model: it has no {DESCRIPTION}") from None
     except NotADirectoryError:
         raise UserError(f"{path} is a file; expected the directory of a run, anchor or model") from None
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path / DESCRIPTION} is damaged ({type(error).__name__}: {error}); restore it or make the artifact anew"
         ) from None

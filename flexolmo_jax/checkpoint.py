@@ -5,6 +5,7 @@ Published weights are written as plain Zarr arrays (one directory of files an ar
 files; any Orbax restores them.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,36 +27,46 @@ class StepCheckpoints:
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
-        if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
-            directory.mkdir(parents=True, exist_ok=True)
-            best = managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
-            policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=lambda m: m["loss"], best_mode="min", cleanup_tmp_directories=True
-            )
         self._directory = directory
+        self._manager: ocp.CheckpointManager | None = None
+        if keep is None:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in list(directory.iterdir()):
+            if path.name.isdigit() and not _is_complete(path):
+                note(f"warning: checkpoint {path} is incomplete; it is set aside")
+                self._set_aside(int(path.name))
+        best = managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, best_fn=lambda m: m["loss"], best_mode="min", cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def __enter__(self) -> "StepCheckpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def save(self, step: int, state: Tree, loss: float | None = None) -> None:
         """Starts saving; `loss` (lower is better) decides which checkpoint is the best."""
+        assert self._manager is not None
         metrics = None if loss is None else {"loss": loss}
         self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
 
     def wait(self) -> None:
+        """Until the save that is under way is complete."""
+        assert self._manager is not None
         self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
-        """Newest first, damaged ones included."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        """The complete ones, newest first."""
+        if not self._directory.is_dir():
+            return []
+        return sorted((int(p.name) for p in self._directory.iterdir() if p.name.isdigit() and _is_complete(p)), reverse=True)
 
     def choose(self, which: str) -> int:
         """The step that "last", "best" or a number names."""
@@ -65,10 +76,11 @@ class StepCheckpoints:
         if which == "last":
             return steps[0]
         if which == "best":
-            best = self._manager.best_step()
-            if best is None:
+            metrics = {step: _metrics(self._directory / str(step)) for step in steps}
+            losses = {step: json.loads(path.read_text())["loss"] for step, path in metrics.items() if path.exists()}
+            if not losses:
                 raise UserError(f"{self._directory} keeps no best checkpoint: the run never evaluated; set train.eval_every")
-            return best
+            return min(losses, key=lambda step: losses[step])
         if not which.isdigit() or int(which) not in steps:
             raise UserError(f"no checkpoint {which!r} in {self._directory}; expected last, best or one of {', '.join(map(str, steps))}")
         return int(which)
@@ -83,22 +95,32 @@ class StepCheckpoints:
         args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
         return self._restore(args, step)[key]
 
-    def _restore(self, args: Any, step: int) -> Tree:
+    def _restore(self, args: ocp.args.PyTreeRestore, step: int) -> Any:
+        path = self._directory.absolute() / str(step) / "default"
         try:
-            return self._manager.restore(step, args=args)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                return checkpointer.restore(path, args=args)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}") from error
 
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
-        """The newest checkpoint that restores, None where there is none. Damaged newer ones are noted and removed."""
+        """The newest checkpoint that restores, None where there is none. Damaged newer ones are noted and set aside, in `damaged/`."""
         for step in self.steps():
             try:
                 return step, self.restore(target, step)
             except UserError as error:
                 note(f"warning: {error}; going back to the one before it")
-                shutil.rmtree(self._directory / str(step))
-                self._manager.reload()
+                self._set_aside(step)
         return None
+
+    def _set_aside(self, step: int) -> None:
+        """Not deleted: what looks damaged may be a disk that failed to answer."""
+        aside = self._directory.with_name("damaged") / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        (self._directory / str(step)).rename(aside)
+        if self._manager is not None:
+            self._manager.reload()
 
 
 def save_weights(directory: Path, params: Tree) -> None:
@@ -117,6 +139,22 @@ def load_weights(directory: Path, target: Tree) -> Tree:
             return checkpointer.restore(directory.absolute(), args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the weights in {directory} cannot be read: {_first_line(error)}") from error
+
+
+def _is_complete(step: Path) -> bool:
+    """Whether everything that says what a checkpoint is can be read: Orbax lists, and trips over, anything named like a step."""
+    metrics = _metrics(step)
+    try:
+        for path in (step / "_CHECKPOINT_METADATA", step / "default" / "_METADATA", *([metrics] if metrics.exists() else [])):
+            json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _metrics(step: Path) -> Path:
+    """Where Orbax writes the metrics of a checkpoint that was saved with some."""
+    return step / "metrics" / "metrics"
 
 
 def abstract(tree: Tree, sharding: jax.sharding.Sharding | None = None) -> Tree:

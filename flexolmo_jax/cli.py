@@ -6,6 +6,7 @@ everything saved. Progress and notes go to stderr; stdout holds the result, as o
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ Verb = Callable[[argparse.Namespace], dict[str, Any]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit status."""
     args = _parser().parse_args(argv)
+    if not args.debug:
+        logging.disable(logging.WARNING)  # what JAX, Orbax and others tell themselves is no news to a user
     try:
         result = args.verb(args)
     except (UserError, RunError) as error:
@@ -26,14 +29,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"flexolmo: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except OSError as error:  # a full disk, a file that may not be read: not a bug, but not foreseen by the verb either
+    except OSError as error:  # a file that may not be read: not a bug, but not foreseen by the verb either
         if args.debug:
             raise
         print(f"flexolmo: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 2
+    except Exception as error:
+        from flexolmo_jax.files import is_disk_full
+
+        if args.debug or not is_disk_full(error):
+            raise
+        print("flexolmo: no space left on the disk; free some and run it again: a run goes on from its last checkpoint", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("flexolmo: interrupted", file=sys.stderr)
         return 130
+    finally:
+        logging.disable(logging.NOTSET)
     if args.json:
         print(json.dumps(result))
     elif "text" in result:
@@ -177,8 +189,12 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
 
 def _stream(model: Any, stream: Any, args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
     """Prints the completion of one prompt as it comes."""
-    print(args.prompt[0], end="", flush=True)
-    model.generate(args.prompt, args.max_new_tokens, on_token=lambda _, ids: print(stream.push(int(ids[0])), end="", flush=True), **options)
+
+    def show(step: int, ids: Any) -> None:
+        before = "" if step else args.prompt[0]  # not earlier: a mistake may still come up
+        print(before + stream.push(int(ids[0])), end="", flush=True)
+
+    model.generate(args.prompt, args.max_new_tokens, on_token=show, **options)
     return {"text": stream.finish()}
 
 
@@ -188,7 +204,6 @@ def _stream(model: Any, stream: Any, args: argparse.Namespace, options: dict[str
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flexolmo", description="One language model from organisations that do not share data.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    path = dict(type=Path)
 
     def verb(name: str, function: Verb, help: str, example: str, to: Any = verbs) -> argparse.ArgumentParser:
         sub = to.add_parser(
@@ -215,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         "data fetch text --domain code --domain public",
         data,
     )
-    p.add_argument("out", help="a directory; one <domain>.jsonl each", **path)
+    p.add_argument("out", help="a directory; one <domain>.jsonl each", type=Path)
     p.add_argument("--domain", action="append", help="only this one (may be given again)")
     p.add_argument("--max-mb", type=float, help="at most this much text a domain")
 
@@ -223,28 +238,28 @@ def _parser() -> argparse.ArgumentParser:
         "prepare", _data_prepare, "Documents to packed fixed-length records.",
         "data prepare --input docs.jsonl --tokenizer anchor --seq-len 1024 --out data/docs", data,
     )  # fmt: skip
-    p.add_argument("--input", nargs="+", required=True, help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them", **path)
-    p.add_argument("--tokenizer", required=True, help="a tokenizer.json, or an anchor, model or run that has one", **path)
+    p.add_argument("--input", nargs="+", required=True, help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them", type=Path)
+    p.add_argument("--tokenizer", required=True, help="a tokenizer.json, or an anchor, model or run that has one", type=Path)
     p.add_argument("--seq-len", type=int, required=True)
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--out", required=True, type=Path)
     p.add_argument("--heldout", type=float, default=0.05, help="share of documents held out (default 0.05)")
-    p.add_argument("--workers", type=int, help="default: one a core")
+    p.add_argument("--workers", type=_positive, help="default: one a core")
 
     p = verb(
         "train", _tokenizer_train, "Train a byte-level BPE on PUBLIC text (a tokenizer leaks what it is trained on).",
         "tokenizer train --input public.jsonl --vocab-size 8192 --out tokenizer.json", tokenizer,
     )  # fmt: skip
-    p.add_argument("--input", nargs="+", required=True, **path)
+    p.add_argument("--input", nargs="+", required=True, type=Path)
     p.add_argument("--vocab-size", type=int, required=True)
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--out", required=True, type=Path)
 
     p = verb(
         "train", _train, "Run a config: anchor, pair, router or joint. Goes on from its newest checkpoint.",
         "train configs/tiny/anchor.yaml --set train.steps=200 --out runs/anchor",
     )  # fmt: skip
-    p.add_argument("config", **path)
+    p.add_argument("config", type=Path)
     _add_set(p)
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--out", required=True, type=Path)
 
     p = verb(
         "publish",
@@ -252,29 +267,29 @@ def _parser() -> argparse.ArgumentParser:
         "Make the frozen public anchor of a dense run.",
         "publish runs/anchor --public public.jsonl --out anchor",
     )
-    p.add_argument("source", help="a dense run or model", **path)
-    p.add_argument("--public", nargs="+", required=True, help="public documents: for the embedder, row 0, and owners' contrast", **path)
+    p.add_argument("source", help="a dense run or model", type=Path)
+    p.add_argument("--public", nargs="+", required=True, help="public documents: for the embedder, row 0, and owners' contrast", type=Path)
     p.add_argument("--embedder", default="tfidf", help="tfidf (default), minilm, or a sentence-transformers model")
     p.add_argument("--dtype", default="bfloat16", help="release dtype: bfloat16 (default) or float32")
     p.add_argument("--seq-len", type=int, help="of the public records that travel with the anchor (default: the run's)")
     _add_checkpoint(p)
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--out", required=True, type=Path)
 
     p = verb(
         "contribute", _contribute, "An owner's one command: documents to a contribution. Goes on where it stopped.",
         "contribute --anchor anchor --documents records.jsonl --name hospital --out contribution",
     )  # fmt: skip
-    p.add_argument("--anchor", required=True, **path)
-    p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", **path)
+    p.add_argument("--anchor", required=True, type=Path)
+    p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", type=Path)
     p.add_argument("--name", required=True, help="the expert's name")
-    p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", **path)
+    p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", type=Path)
     _add_set(p)
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--out", required=True, type=Path)
 
     p = verb("package", _package, "Make a contribution of a pair's run.", "package runs/code --out contributions/code")
-    p.add_argument("run", **path)
+    p.add_argument("run", type=Path)
     _add_checkpoint(p)
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--out", required=True, type=Path)
 
     p = verb(
         "verify",
@@ -282,8 +297,8 @@ def _parser() -> argparse.ArgumentParser:
         "Recompute every digest of a contribution, anchor, model or prepared data.",
         "verify contribution --anchor anchor",
     )
-    p.add_argument("path", **path)
-    p.add_argument("--anchor", help="it must have been made from this one", **path)
+    p.add_argument("path", type=Path)
+    p.add_argument("--anchor", help="it must have been made from this one", type=Path)
 
     p = verb(
         "merge",
@@ -291,23 +306,23 @@ def _parser() -> argparse.ArgumentParser:
         "Anchor + contributions to one model: no data, no training.",
         "merge --anchor anchor c/code c/legal --out model",
     )
-    p.add_argument("contribution", nargs="*", **path)
-    p.add_argument("--anchor", required=True, **path)
+    p.add_argument("contribution", nargs="*", type=Path)
+    p.add_argument("--anchor", required=True, type=Path)
     p.add_argument("--active", type=int, metavar="K", help="experts a token uses (default: 4, or all if there are fewer)")
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--out", required=True, type=Path)
 
     p = verb("opt-out", _opt_out, "Take an expert out, exactly.", "opt-out model --expert legal --out model-without-legal")
-    p.add_argument("model", **path)
+    p.add_argument("model", type=Path)
     p.add_argument("--expert", action="append", required=True, help="its name (may be given again)")
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--out", required=True, type=Path)
 
     p = verb(
         "embed-domain", _embed_domain, "The mean embedding of documents by the anchor's embedder: a router row.",
         "embed-domain --anchor anchor --input docs.jsonl --out row.npy",
     )  # fmt: skip
-    p.add_argument("--anchor", required=True, **path)
-    p.add_argument("--input", nargs="+", required=True, **path)
-    p.add_argument("--out", required=True, **path)
+    p.add_argument("--anchor", required=True, type=Path)
+    p.add_argument("--input", nargs="+", required=True, type=Path)
+    p.add_argument("--out", required=True, type=Path)
 
     p = verb(
         "eval",
@@ -315,16 +330,16 @@ def _parser() -> argparse.ArgumentParser:
         "Bits per byte and routing shares on held-out text.",
         "eval model --data data/code data/public --without legal --json",
     )
-    p.add_argument("path", help="a run, anchor or model", **path)
-    p.add_argument("--data", nargs="+", required=True, help="prepared directories, or documents", **path)
+    p.add_argument("path", help="a run, anchor or model", type=Path)
+    p.add_argument("--data", nargs="+", required=True, help="prepared directories, or documents", type=Path)
     _add_selection(p)
     p.add_argument("--split", default="heldout", choices=["heldout", "train"])
-    p.add_argument("--limit", type=int, help="records of each to read")
-    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--limit", type=_positive, help="records of each to read")
+    p.add_argument("--batch-size", type=_positive, default=16)
     _add_checkpoint(p)
 
     p = verb("generate", _generate, "Complete prompts.", 'generate model --prompt "The patient" --without legal')
-    p.add_argument("path", help="a run, anchor or model", **path)
+    p.add_argument("path", help="a run, anchor or model", type=Path)
     p.add_argument("--prompt", action="append", required=True, help="may be given again: a batch")
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -335,8 +350,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(p)
 
     p = verb("info", _info, "What a path is; of a contribution, exactly what leaves its owner.", "info contribution")
-    p.add_argument("path", **path)
+    p.add_argument("path", type=Path)
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected 1 or more")
+    return number
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:

@@ -33,12 +33,17 @@ def new_directory(out: Path) -> Iterator[Path]:
             out.rmdir()
         os.replace(temporary, out)
         sync(out.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if is_disk_full(error):
             raise UserError(f"no space left on the disk while writing {out}; nothing was kept; free some and run it again") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether that is what an error tells. TensorStore and safetensors, which are not Python, give the system's message and no number."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def check_new(out: Path) -> None:

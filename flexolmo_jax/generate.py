@@ -81,13 +81,13 @@ def generate(
     for b, prompt in enumerate(prompts):
         tokens[b, P - lengths[b] :] = prompt[:-1]
     request = Request(
-        first_slot=P - lengths,
-        eos_id=np.int32(eos_id),
-        allowed=np.asarray(allowed, bool),
-        temperature=np.float32(sampling.temperature),
-        top_k=np.int32(min(sampling.top_k or vocab_size, vocab_size)),
-        top_p=np.float32(sampling.top_p),
-        seed=np.uint32(sampling.seed),
+        first_slot=jnp.asarray(P - lengths),
+        eos_id=jnp.int32(eos_id),
+        allowed=jnp.asarray(allowed, bool),
+        temperature=jnp.float32(sampling.temperature),
+        top_k=jnp.int32(min(sampling.top_k or vocab_size, vocab_size)),
+        top_p=jnp.float32(sampling.top_p),
+        seed=jnp.uint32(sampling.seed),
     )
     prefill, run = programs(config, active, vocab_size, sampling.temperature < COLDEST, dtype)
     last = np.array([prompt[-1] for prompt in prompts], np.int32)
@@ -135,13 +135,13 @@ class TextStream:
 class Request(NamedTuple):
     """What a batch asks for, as arrays: changing any of it compiles nothing."""
 
-    first_slot: Int[np.ndarray, "B"]  # of the cache; what is before it is padding
-    eos_id: Int[np.ndarray, ""]
-    allowed: Bool[np.ndarray, "E"]
-    temperature: Float[np.ndarray, ""]
-    top_k: Int[np.ndarray, ""]
-    top_p: Float[np.ndarray, ""]
-    seed: Int[np.ndarray, ""]
+    first_slot: Int[Array, "B"]  # of the cache; what is before it is padding
+    eos_id: Int[Array, ""]
+    allowed: Bool[Array, "E"]
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    seed: Int[Array, ""]
 
 
 class State(NamedTuple):
@@ -157,6 +157,7 @@ class State(NamedTuple):
 @functools.lru_cache
 def programs(config: ModelConfig, active: int, vocab_size: int, greedy: bool, dtype: str) -> tuple[Callable, Callable]:
     """The jitted (prefill, run) that all calls with these values share; each compiles once per batch size and buckets."""
+    model = functools.partial(decode, config, active=active, dtype=dtype)
 
     @functools.partial(jax.jit, static_argnums=4)
     def prefill(params: Params, tokens: Array, last: Array, request: Request, new_slots: int) -> State:
@@ -166,35 +167,28 @@ def programs(config: ModelConfig, active: int, vocab_size: int, greedy: bool, dt
         positions = jnp.maximum(slots - request.first_slot[:, None], 0)
         cache = empty_cache(config, B, P, jnp.dtype(dtype))
         # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the rest.
-        cache = decode(config, params, tokens, positions, mask, cache, 0, active=active, allowed=request.allowed, dtype=dtype).cache
+        cache = model(params, tokens, positions, mask, cache, 0, allowed=request.allowed).cache
         room = ((0, 0), (0, 0), (0, new_slots), (0, 0), (0, 0))
+        cache = jax.tree.map(lambda a: jnp.pad(a, room), cache)
         chosen = jnp.full((B, new_slots), request.eos_id)
-        return State(KVCache(*(jnp.pad(a, room) for a in cache)), last, jnp.zeros(B, bool), jnp.int32(0), chosen)
+        return State(cache, last, jnp.zeros(B, bool), jnp.int32(0), chosen)
 
     def step(params: Params, request: Request, state: State) -> State:
         S, N = state.cache.keys.shape[2], state.chosen.shape[1]
         slot = S - N + state.step
         slots = jnp.arange(S)
-        mask = (slots <= slot) & (slots >= request.first_slot[:, None])
-        out = decode(
-            config,
-            params,
-            state.token[:, None],
-            (slot - request.first_slot)[:, None],
-            mask[:, None],
-            state.cache,
-            slot,
-            active=active,
-            allowed=request.allowed,
-            dtype=dtype,
-        )
+        mask = (slots <= slot) & (slots >= request.first_slot[:, None, None])
+        positions = (slot - request.first_slot)[:, None]
+        out = model(params, state.token[:, None], positions, mask, state.cache, slot, allowed=request.allowed)
+        assert out.cache is not None  # as one went in
         logits = out.logits[:, 0, :vocab_size]
         if greedy:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         else:
             key = jax.random.fold_in(jax.random.key(request.seed), state.step)
             keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
-            token = jax.vmap(sample, in_axes=(0, 0, None, None, None))(keys, logits, request.temperature, request.top_k, request.top_p)
+            draw = jax.vmap(sample, in_axes=(0, 0, None, None, None))
+            token = draw(keys, logits, request.temperature, request.top_k, request.top_p)
         token = jnp.where(state.ended, request.eos_id, token)
         chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
         return State(out.cache, token, state.ended | (token == request.eos_id), state.step + 1, chosen)
@@ -230,7 +224,8 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens
     _expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
     for i, prompt in enumerate(prompts):
         _expect(len(prompt) > 0, f"prompt {i}", "no tokens", "at least one; give it some text")
-        _expect(min(prompt) >= 0 and max(prompt) < vocab_size, f"prompt {i}", "ids outside the vocabulary", f"0 to {vocab_size - 1}")
+        known = min(prompt) >= 0 and max(prompt) < vocab_size
+        _expect(known, f"prompt {i}", "ids outside the vocabulary", f"0 to {vocab_size - 1}")
         limit = config.max_seq_len - max_new_tokens
         expected = f"at most {config.max_seq_len} together (model.max_seq_len); shorten the prompt or generate less"
         _expect(len(prompt) <= limit, f"prompt {i}", f"{len(prompt)} tokens and {max_new_tokens} new ones", expected)

@@ -28,7 +28,10 @@ def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Ite
             task = progress.add_task(description, total=total, text="")
 
             def draw(n: float = 1, text: str | None = None) -> None:
-                progress.update(task, advance=n, **({} if text is None else {"text": text}))
+                if text is None:
+                    progress.advance(task, n)
+                else:
+                    progress.update(task, advance=n, text=text)
 
             yield draw
         return

@@ -5,6 +5,7 @@ data: replicas (across slices); fsdp: parameters and batch; tensor: heads, ffn, 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,8 +29,8 @@ LOGICAL_TO_MESH: dict[str | None, str | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the config's shape over all devices, or over the first of them if the config asks for fewer.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of the config's shape over all devices (`jax.Device`s), or over the first of them if the config asks for fewer.
 
     Raises UserError for a mesh that is larger than the devices, or one with -1 that does not divide them.
     """

@@ -22,18 +22,25 @@ class Routing(NamedTuple):
     log_z: Float[Array, "N"]
 
 
-def route_topk(logits: Float[Array, "N E"], active: int, allowed: Bool[Array, "E"] | None = None) -> Routing:
-    """Chooses `active` experts for each token.
-
-    Where fewer than `active` experts are allowed, the excess slots have weight 0; their ids mean nothing.
-    """
+def router_probabilities(
+    logits: Float[Array, "N E"], allowed: Bool[Array, " E"] | None = None
+) -> tuple[Float[Array, "N E"], Float[Array, " N"]]:
+    """Softmax over all experts, excluded ones at 0, and its logsumexp."""
     # float32: probabilities that differ in the third digit decide which expert runs.
     logits = logits.astype(jnp.float32)
     if allowed is not None:
         logits = jnp.where(allowed, logits, -jnp.inf)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    weights, ids = jax.lax.top_k(jnp.exp(logits - log_z[:, None]), active)
-    return Routing(weights, ids, log_z)
+    return jnp.exp(logits - log_z[:, None]), log_z
+
+
+def route_topk(logits: Float[Array, "N E"], active: int, allowed: Bool[Array, " E"] | None = None) -> Routing:
+    """Chooses `active` experts for each token.
+
+    Where fewer than `active` experts are allowed, the excess slots have weight 0; their ids mean nothing.
+    """
+    probabilities, log_z = router_probabilities(logits, allowed)
+    return Routing(*jax.lax.top_k(probabilities, active), log_z)
 
 
 def dense_weights(routing: Routing, num_experts: int) -> Float[Array, "N E"]:

@@ -23,3 +23,5 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # with a limit, JAX a
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
+
+pytest_plugins = ("tests.tiny",)  # fixtures of trained anchors, experts and merges, which several directories of tests share

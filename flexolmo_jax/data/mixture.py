@@ -31,14 +31,16 @@ class Batches:
         self._records = records
 
     def at(self, step: int, process_index: int = 0, process_count: int = 1) -> Record:
-        """The share of one process, int32 [B/P, T] "tokens" and "segments"; over all processes it is the batch of the step.
+        """The share of one process; over all processes it is the batch of the step.
+
+        "tokens" and "segments": int32 [B/P, T]; "source": int32 [B/P], the place in the mixture of the source of each record.
 
         Raises UserError where the batch does not divide among the processes.
         """
         first, rows = self._share(process_index, process_count)
         start = step * self.batch_size + first
         records = cast(list[Record], [self._records[i] for i in range(start, start + rows)])  # none is None: nothing is filtered
-        return {key: np.stack([record[key] for record in records]) for key in ("tokens", "segments")}
+        return {key: np.stack([record[key] for record in records]) for key in ("tokens", "segments", "source")}
 
     def iterate(self, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2) -> Generator[Record]:
         """Yields `at(start_step)`, `at(start_step + 1)`, ... for ever, read ahead by `prefetch` batches in one background thread.
@@ -76,7 +78,7 @@ def mixture(sources: Sequence[tuple[Records, float]], batch_size: int, seed: int
     tokenizer, or all of them together have fewer records than one batch.
     """
     _check(sources, batch_size, seed)
-    shuffled = [_shuffled_for_ever(records, (seed, i)) for i, (records, _) in enumerate(sources)]
+    shuffled = [_shuffled_for_ever(records, (seed, i)).map(_Labelled(i)) for i, (records, _) in enumerate(sources)]
     mixed = grain.MapDataset.mix(shuffled, weights=[weight for _, weight in sources]) if len(shuffled) > 1 else shuffled[0]
     return Batches(mixed, batch_size, sources[0][0].seq_len)
 
@@ -88,6 +90,16 @@ def _shuffled_for_ever(records: Records, seed: tuple[int, int]) -> grain.MapData
         return grain.MapDataset.source(_FewShuffled(records, seed))
     source_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return grain.MapDataset.source(records).seed(source_seed).shuffle().repeat()
+
+
+class _Labelled:
+    """Adds a record's source to it."""
+
+    def __init__(self, source: int):
+        self._source = np.int32(source)
+
+    def __call__(self, record: Record) -> Record:
+        return record | {"source": self._source}
 
 
 class _FewShuffled:

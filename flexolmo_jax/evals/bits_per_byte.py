@@ -6,7 +6,7 @@ from typing import Any
 
 from flexolmo_jax.data.documents import name_of
 from flexolmo_jax.data.prepare import prepare_cached
-from flexolmo_jax.data.records import Records, open_records
+from flexolmo_jax.data.records import Records, Split, open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.progress import bar
@@ -21,7 +21,7 @@ def evaluate(
     *,
     without: Sequence[str] = (),
     active: int | None = None,
-    split: str = "heldout",
+    split: Split = "heldout",
     limit: int | None = None,
     batch_size: int = 16,
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def evaluate(
     return result
 
 
-def open_heldout(path: Path, model: LoadedModel, split: str = "heldout") -> Records:
+def open_heldout(path: Path, model: LoadedModel, split: Split = "heldout") -> Records:
     """Records of a prepared directory, or of raw documents, which are prepared into the cache."""
     if (path / "index.json").exists():
         return open_records(path, split)

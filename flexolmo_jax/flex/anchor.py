@@ -84,9 +84,8 @@ def publish(
             "fingerprint": fingerprint_of(parts),
         }
         write_description(directory, description)
-    note(
-        f"published {out}: fingerprint {description['fingerprint'][:16]}, {sum(a.size for a in flatten(released).values()):,} parameters in {dtype}"
-    )
+    parameters = sum(a.size for a in flatten(released).values())
+    note(f"published {out}: fingerprint {description['fingerprint'][:16]}, {parameters:,} parameters in {dtype}")
     return open_artifact(out)
 
 
@@ -100,7 +99,7 @@ def open_anchor(path: Path) -> Artifact:
 
 def verify_anchor(anchor: Artifact) -> None:
     """Recomputes every digest. Raises UserError naming what differs from what was published."""
-    check_tensors(anchor)
+    check_tensors(anchor, anchor.params())
     parts = {
         "model": anchor.description["model"],
         "tensors": anchor.description["tensors"],
@@ -111,11 +110,10 @@ def verify_anchor(anchor: Artifact) -> None:
         raise UserError(f"{anchor.path} does not have its fingerprint: tokenizer, embedder or description was changed; fetch it again")
 
 
-def check_tensors(artifact: Artifact) -> None:
-    """Raises UserError naming the first stored tensor whose bytes are not those the description has digests of."""
-    found = digests(artifact.params())
-    for path, expected in artifact.description["tensors"].items():
-        if found[path]["sha256"] != expected["sha256"]:
+def check_tensors(artifact: Artifact, params: dict[str, Any]) -> None:
+    """Raises UserError naming the first of the tensors read whose bytes are not those the description has digests of."""
+    for path, found in digests(params).items():
+        if found != artifact.description["tensors"][path]:
             raise UserError(f"{artifact.path}: the bytes of {path} are not the published ones; fetch it again")
 
 

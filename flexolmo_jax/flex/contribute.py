@@ -3,6 +3,7 @@
 The work (private records, checkpoints) stays in `<out>.work` on the owner's disk; only `out` is handed over.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import yaml
 
 from flexolmo_jax.config import resolve
-from flexolmo_jax.data.documents import has_documents
+from flexolmo_jax.data.documents import document_files, has_documents
 from flexolmo_jax.data.prepare import prepare
-from flexolmo_jax.data.records import Index, open_records
+from flexolmo_jax.data.records import Index, InputFile, open_records, sha256_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import check_new
 
@@ -51,13 +52,25 @@ def contribute(
     run = resolve(tree, overrides)  # every mistake in the config shows before any document is read
     assert run.pair is not None
     if not (work / "data").exists():
-        prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data")
+        try:
+            prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data")
+        except UserError:
+            with contextlib.suppress(OSError):  # an earlier run's directory stays
+                work.rmdir()
+            raise
+    elif Index.read(work / "data").inputs != _inputs(documents):
+        raise UserError(f"{work} was made of other documents; delete it to start anew, or give a new --out")
     if not _says_steps(tree, overrides):
         records = len(open_records(work / "data", "train"))
         steps = max(1, round(EPOCHS * records / (run.data.batch_size * (1 - run.pair.public_share))))
         run = resolve(tree, [*overrides, f"train.steps={steps}"])
     train_pair(run, work / "run")
     return package(work / "run", out)
+
+
+def _inputs(documents: Sequence[Path]) -> list[InputFile]:
+    files = [file for path in documents for file in document_files(path)]
+    return [InputFile(file.name, file.stat().st_size, sha256_of(file)) for file in files]
 
 
 def _tree(config: Path | None) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import numpy as np
 from flexolmo_jax import checkpoint
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import new_directory
+from flexolmo_jax.files import check_new, new_directory
 from flexolmo_jax.model import Params
 
-from .anchor import digests, open_anchor
+from .anchor import check_tensors, digests, open_anchor
 from .contribution import Contribution, open_contribution
 
 DEFAULT_ACTIVE = 4
@@ -27,12 +27,15 @@ DEFAULT_ACTIVE = 4
 def merge(anchor_path: Path, contribution_paths: Sequence[Path], out: Path, *, active: int | None = None) -> Artifact:
     """Writes the merged model. `active` is the stored number of experts a token uses (default: 4, or all if there are fewer).
 
-    Raises UserError, before any tensor is read, for a contribution to another anchor, a name given twice, and `active` above E.
+    Raises UserError, before any tensor is read, for a contribution to another anchor, a name given twice, and `active` above E;
+    and for tensors, the anchor's or a contribution's, that are not what their digests say.
     """
+    check_new(out)
     anchor = open_anchor(anchor_path)
     contributions = [open_contribution(path, anchor) for path in contribution_paths]
     description = _description(anchor.description, [_member(c) for c in contributions], active)
     params = anchor.params()
+    check_tensors(anchor, params)  # digests of the result must not be taken of bytes that nobody published
     if contributions:
         params["experts"] = _concatenate(params["experts"], contributions, description["model"]["router_bias"])
     return _save(out, description, anchor, params)
@@ -41,13 +44,15 @@ def merge(anchor_path: Path, contribution_paths: Sequence[Path], out: Path, *, a
 def opt_out(model_path: Path, names: Sequence[str], out: Path) -> Artifact:
     """Writes the model without these experts: exactly the merge that never had them.
 
-    Raises UserError for a name the model does not have and for the anchor's.
+    Raises UserError for a name the model does not have and for the anchor's, and for tensors that are not what was merged.
     """
+    check_new(out)
     model = open_model(model_path)
     model.check_experts(names)
     members = [m for m in model.description["members"] if m["name"] not in names]
     description = _description(model.description, members, min(model.config.n_active, 1 + len(members)))
     params = model.params()
+    check_tensors(model, params)
     kept = np.array([i for i, name in enumerate(model.experts) if name not in names])
     if not description["model"]["router_bias"]:
         params["experts"].pop("bias", None)

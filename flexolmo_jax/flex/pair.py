@@ -24,13 +24,16 @@ from flexolmo_jax.train.loop import Job, train
 from flexolmo_jax.train.sources import open_sources
 
 from .anchor import open_anchor
+from .contribution import check_expert_name
 from .embedder import domain_embedding, load_embedder
 
 
 def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     """Runs a pair config; see `train.loop.train`."""
-    assert run.pair is not None  # checked by RunConfig
-    anchor = open_anchor(Path(run.pair.anchor))
+    pair = run.pair
+    assert pair is not None  # checked by RunConfig
+    check_expert_name(pair.name)
+    anchor = open_anchor(Path(pair.anchor))
     tokenizer = anchor.tokenizer
     if run.data.tokenizer and Tokenizer.load(Path(run.data.tokenizer)).digest != tokenizer.digest:
         raise UserError(
@@ -39,33 +42,37 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     model = dataclasses.replace(anchor.config, router_bias=run.model.router_bias, init_bias=run.model.init_bias)
     run = dataclasses.replace(run, model=model)
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=_public(run, anchor))
-    row = initial_row(run.pair, run, anchor)
+    row = initial_row(pair, run, anchor)
 
     def initial(placement: Placement) -> Params:
         params = anchor.params(placement=placement)
-        params["expert"] = new_expert(params["experts"], row, model)
+        expert = new_expert(params["experts"], params["experts"]["row"][:, 0] if row is None else row, model)
+        params["expert"] = {name: jax.device_put(a, placement(f"expert/{name}", a.shape)) for name, a in expert.items()}
         return params
 
     job = Job(
-        run, model, initial, lambda path: path.startswith("expert/"), ("anchor", run.pair.name), tokenizer, batches, heldout,
+        run, model, initial, lambda path: path.startswith("expert/"), ("anchor", pair.name), tokenizer, batches, heldout,
+        contrast=_contrast(run),
         base={"base": str(anchor.path.resolve()), "fingerprint": anchor.fingerprint},
     )  # fmt: skip
     return train(job, out)
 
 
-def new_expert(anchor_experts: Params, row: np.ndarray, model: ModelConfig) -> Params:
+def new_expert(anchor_experts: Params, row: jax.Array | np.ndarray, model: ModelConfig) -> Params:
     """A float32 copy of the anchor's FFN with the given router row [D] in all layers, or rows [L, D]."""
     L, _, D = anchor_experts["row"].shape
     # float32 masters: the release dtype is for handing over, not for steps of 1e-4.
     expert = {name: jnp.array(anchor_experts[name], jnp.float32, copy=True) for name in ("gate", "up", "down")}
-    expert["row"] = jax.device_put(jnp.broadcast_to(jnp.asarray(row, jnp.float32), (L, D))[:, None], anchor_experts["row"].sharding)
+    expert["row"] = jnp.broadcast_to(jnp.asarray(row, jnp.float32), (L, D))[:, None]
     if model.router_bias:
         expert["bias"] = jnp.full((L, 1), model.init_bias, jnp.float32)
     return expert
 
 
-def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray:
-    """The router row that a pair starts from, [D]."""
+def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
+    """The router row that a pair starts from, [D]; None for the anchor's own."""
+    if pair.row == "anchor":
+        return None
     if pair.row == "embedding":
         return domain_embedding(load_embedder(anchor.path / "embedder"), _private_documents(run, anchor.tokenizer))
     width = anchor.config.d_model
@@ -91,6 +98,15 @@ def _with_shares(run: RunConfig):
     total = sum(d.weight for d in run.data.train)
     share = 1 - run.pair.public_share
     return dataclasses.replace(run.data, train=tuple(dataclasses.replace(d, weight=d.weight / total * share) for d in run.data.train))
+
+
+def _contrast(run: RunConfig) -> tuple[tuple[int, float], ...]:
+    """The owner's sources belong to the new expert, public text to the anchor's; both count the same whatever their shares."""
+    assert run.pair is not None
+    own, public = 1 - run.pair.public_share, run.pair.public_share
+    if not run.pair.contrast:
+        return ()
+    return (*((1, run.pair.contrast * 0.5 / own) for _ in run.data.train), (0, run.pair.contrast * 0.5 / public))
 
 
 def _public(run: RunConfig, anchor: Artifact) -> list[Dataset]:

@@ -36,6 +36,10 @@ def verify(path: Path, anchor_path: Path | None = None) -> dict[str, Any]:
         raise UserError(f"{path} is a run; expected a contribution, an anchor or a model (`flexolmo package` or `publish` makes one)")
     if anchor is not None and artifact.fingerprint != anchor.fingerprint:
         raise UserError(f"{path} was made from the anchor {artifact.fingerprint}; {anchor.path} is {anchor.fingerprint}")
-    (verify_anchor if artifact.kind == "anchor" else check_tensors)(artifact)
+    if artifact.kind == "anchor":
+        verify_anchor(artifact)
+        open_records(path / "public", "train").check_digests()
+    else:
+        check_tensors(artifact, artifact.params())
     tensors = len(artifact.description["tensors"])
     return {"path": str(path), "kind": artifact.kind, "verified": True, "tensors": tensors, "anchor": artifact.fingerprint}

@@ -95,8 +95,11 @@ def attend(
     """Softmax attention; `H / K` query heads share a key head. A row whose mask is all False gives the mean of v: finite, unused."""
     B, T, H, C = q.shape
     K = k.shape[2]
-    q = q.reshape(B, T, K, H // K, C)
-    scores = jnp.einsum("btkgc,bskc->bkgts", q, k, preferred_element_type=jnp.float32) * C**-0.5
+    # Heads in front: canonical batched products. On CPU, forward and backward take half the time of "btkgc,bskc->bkgts".
+    q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
+    k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
+    scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskc->btkgc", weights, v).reshape(B, T, H, C)
+    mixed = jnp.einsum("bkgts,bksc->bkgtc", weights, v)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)

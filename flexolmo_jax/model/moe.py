@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.expert_ffn import sparse_experts, swiglu
-from flexolmo_jax.kernels.routing import dense_weights, route_topk
+from flexolmo_jax.kernels.routing import dense_weights, route_topk, router_probabilities
 
 
 class RouterOutput(NamedTuple):
@@ -56,15 +56,17 @@ def mixture(
     rows = jnp.concatenate([group.row[...] for group in groups]).astype(jnp.float32)
     logits = jnp.matmul(x.astype(jnp.float32), rows.T, precision="highest") + _bias(groups)
     E = rows.shape[0]
-    active = min(active, E)
-    routing = route_topk(logits, active, allowed)
-    weights = dense_weights(routing, E)
-    if len(groups) == 1 and active < E:
-        gate, up, down = (w[...].astype(x.dtype) for w in (groups[0].gate, groups[0].up, groups[0].down))
-        y = sparse_experts(x, routing, gate, up, down)
-    else:
+    if active >= E:  # every expert runs: nothing to choose, and sorting probabilities is not free
+        weights, log_z = router_probabilities(logits, allowed)
         y = _dense_experts(x, weights, groups)
-    return y.reshape(B, T, D), RouterOutput(weights.reshape(B, T, E), routing.log_z.reshape(B, T))
+    else:
+        routing = route_topk(logits, active, allowed)
+        weights, log_z = dense_weights(routing, E), routing.log_z
+        if len(groups) == 1:
+            y = sparse_experts(x, routing, *(w[...].astype(x.dtype) for w in (groups[0].gate, groups[0].up, groups[0].down)))
+        else:
+            y = _dense_experts(x, weights, groups)
+    return y.reshape(B, T, D), RouterOutput(weights.reshape(B, T, E), log_z.reshape(B, T))
 
 
 def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:

@@ -5,6 +5,7 @@ function of the step), dispatch, then read the metrics of the step before; evalu
 """
 
 import functools
+import json
 import math
 import signal
 import sys
@@ -17,18 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 import yaml
 from jax.sharding import Mesh
 
 from flexolmo_jax import checkpoint, sharding
-from flexolmo_jax.artifact import Placement, describe, write_description
+from flexolmo_jax.artifact import DESCRIPTION, Placement, describe, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, RunConfig, dump_yaml, to_dict
 from flexolmo_jax.data.mixture import Batches
-from flexolmo_jax.data.records import Records, loss_targets
+from flexolmo_jax.data.records import Record, Records, loss_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.files import check_new, write_text
+from flexolmo_jax.files import new_directory, write_text
 from flexolmo_jax.model import Params, logical_axes
 from flexolmo_jax.model.tree import combine, flatten, partition
 from flexolmo_jax.progress import bar, note
@@ -53,6 +55,7 @@ class Job:
     tokenizer: Tokenizer
     batches: Batches
     heldout: dict[str, Records]
+    contrast: tuple[tuple[int, float], ...] = ()  # for each source of the mixture: (expert its tokens belong to, weight in the loss)
     base: dict[str, Any] = field(default_factory=dict)  # pair, router: {"base": path, "fingerprint": digest}
 
 
@@ -96,11 +99,12 @@ def train(job: Job, out: Path) -> dict[str, Any]:
             nonlocal clock
             row = {name: value.tolist() for name, value in jax.device_get(values).items()}
             if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+                checkpoints.wait()
                 good = next(iter(checkpoints.steps()), None)
                 kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
                 raise RunError(
                     f"loss {row['loss']}, gradient norm {row['gradient_norm']} at step {number} of {out}; {kept}; "
-                    "lower optim.lr, or look at the data of this step"
+                    "start a new --out with a lower optim.lr, or look at the data of this step"
                 )
             now = time.perf_counter()
             rate, clock = tokens_per_step / (now - clock), now
@@ -111,8 +115,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
 
         pending = None  # the metrics of step n are read after step n + 1 is dispatched
         for number in range(start + 1, run.train.steps + 1):
-            batch = next(batches)
-            batch = jax.device_put(batch | {"targets": loss_targets(batch["segments"])}, sharding.batch_sharding(mesh))
+            batch = jax.device_put(_with_targets(job, next(batches)), sharding.batch_sharding(mesh))
             state, values = step(state, frozen, batch, number)
             if pending is not None:
                 read(*pending)
@@ -133,11 +136,22 @@ def train(job: Job, out: Path) -> dict[str, Any]:
                 sys.exit(EXIT_CODES[signals[0]])
         if start == run.train.steps:
             scores = evaluate(state.params, frozen)
-    return {"step": run.train.steps, "tokens": run.train.steps * tokens_per_step, "bits_per_byte": scores}
+    result = {"step": run.train.steps, "tokens": run.train.steps * tokens_per_step, "bits_per_byte": scores}
+    write_text(out / "summary.json", json.dumps(result) + "\n")
+    return result
 
 
 def _due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
+
+
+def _with_targets(job: Job, batch: Record) -> Record:
+    source = batch.pop("source")
+    batch["targets"] = loss_targets(batch["segments"])
+    if job.contrast:
+        expert, weight = (np.array(column)[source] for column in zip(*job.contrast, strict=True))
+        batch |= {"expert": expert.astype(np.int32), "expert_weight": weight.astype(np.float32)}
+    return batch
 
 
 def _placement(job: Job, mesh: Mesh) -> Placement:
@@ -180,15 +194,18 @@ def _claim(job: Job, out: Path) -> None:
     """Makes the run's directory, or checks that it holds this very run. Raises UserError otherwise."""
     path = out / "config.yaml"
     if not path.exists():
-        check_new(out)
-        out.mkdir(parents=True, exist_ok=True)
-        job.tokenizer.save(out / "tokenizer.json")
-        write_text(path, dump_yaml(job.config))
+        with new_directory(out) as directory:  # a kill in between must not leave a directory that no run may claim
+            job.tokenizer.save(directory / "tokenizer.json")
+            write_text(directory / "config.yaml", dump_yaml(job.config))
         return
     before, now = (_identity(config) for config in (yaml.safe_load(path.read_text()), to_dict(job.config)))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise UserError(f"{out} holds a run with another {', '.join(changed)}; give a new --out, or the config it was started with")
+    if (out / DESCRIPTION).exists():
+        before, now = open_artifact(out).fingerprint, job.base.get("fingerprint")
+        if before != now:
+            raise UserError(f"{out} was trained against {before}; {job.base['base']} is now {now}; restore that one or give a new --out")
     write_text(path, dump_yaml(job.config))
 
 
@@ -212,9 +229,9 @@ def _describe(job: Job, out: Path, trained: Params) -> None:
 
 
 @contextmanager
-def _caught_signals() -> Iterator[list[int]]:
+def _caught_signals() -> Iterator[list[signal.Signals]]:
     """Collects Ctrl-C and SIGTERM instead of dying of them; a second Ctrl-C kills as usual. Threads cannot catch signals."""
-    caught: list[int] = []
+    caught: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
@@ -222,7 +239,7 @@ def _caught_signals() -> Iterator[list[int]]:
     def catch(number: int, _frame: object) -> None:
         if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
-        caught.append(number)
+        caught.append(signal.Signals(number))
 
     before = {number: signal.signal(number, catch) for number in EXIT_CODES}
     try:

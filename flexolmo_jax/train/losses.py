@@ -13,6 +13,13 @@ from flexolmo_jax.config import OptimConfig
 from flexolmo_jax.model import Output, RouterOutput
 
 
+class Contrast(NamedTuple):
+    """Which expert the tokens of each record should be routed to, and how much that counts."""
+
+    expert: Int[Array, " B"]
+    weight: Float[Array, " B"]
+
+
 class LossSums(NamedTuple):
     """Sums over tokens, so that microbatches add up to their batch: divide by the batch's number of targets."""
 
@@ -30,7 +37,14 @@ def token_losses(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> tu
     return log_z - jnp.sum(jnp.where(hit, logits, 0), axis=-1), log_z
 
 
-def loss_sums(output: Output, tokens: Int[Array, "B T"], targets: Bool[Array, "B T"], optim: OptimConfig) -> LossSums:
+def loss_sums(
+    output: Output,
+    tokens: Int[Array, "B T"],
+    targets: Bool[Array, "B T"],
+    optim: OptimConfig,
+    contrast: Contrast | None = None,
+) -> LossSums:
+    """The sums over one batch (or microbatch)."""
     mask = targets[:, 1:]
     losses, log_z = token_losses(output.logits, tokens)
     cross_entropy = jnp.sum(losses * mask)
@@ -41,9 +55,12 @@ def loss_sums(output: Output, tokens: Int[Array, "B T"], targets: Bool[Array, "B
         total += optim.router_z_loss * jnp.sum(jnp.mean(jnp.square(router.log_z), axis=0) * mask)
     share = jnp.einsum("lbte,bt->le", router.weights, mask.astype(jnp.float32))
     if optim.load_balance and E > 1:
-        # Switch Transformer's: E * sum of (share of tokens that chose e) * (weight of e), 1 when balanced.
+        # Switch Transformer's: E * sum of (share of the choices that e got) * (share of the weight), 1 when balanced.
         chosen = jnp.einsum("lbte,bt->le", (router.weights > 0).astype(jnp.float32), mask.astype(jnp.float32))
-        count = jnp.maximum(jnp.sum(mask), 1)
-        active = jnp.sum(chosen, axis=-1, keepdims=True) / count
-        total += optim.load_balance * jnp.mean(jnp.sum(chosen / active * share, axis=-1)) * E / count
+        choices, weight = (s / jnp.maximum(jnp.sum(s, axis=-1, keepdims=True), 1e-9) for s in (chosen, share))
+        total += optim.load_balance * E * jnp.mean(jnp.sum(choices * weight, axis=-1)) * jnp.sum(mask)
+    if contrast is not None:
+        chosen = jnp.take_along_axis(router.weights, contrast.expert[None, :, None, None], axis=-1)[..., 0]
+        surprise = -jnp.log(jnp.maximum(chosen, 1e-20))  # the weights are all of the probabilities: in a pair every expert is active
+        total += jnp.sum(jnp.mean(surprise, axis=0) * contrast.weight[:, None] * mask)
     return LossSums(total, cross_entropy, jnp.mean(share, axis=0))

@@ -7,6 +7,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from flexolmo_jax.files import write_text
+
 
 class MetricsWriter:
     """A context manager. Rows after `step`, left by a run that was killed past its last checkpoint, are cut off first."""
@@ -14,7 +16,7 @@ class MetricsWriter:
     def __init__(self, directory: Path, step: int):
         path = directory / "metrics.jsonl"
         kept = [line for line in read_lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=30)
 

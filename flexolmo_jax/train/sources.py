@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flexolmo_jax.config import DataConfig, Dataset
+from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.mixture import Batches, mixture
 from flexolmo_jax.data.prepare import prepare_cached
 from flexolmo_jax.data.records import Records, open_records
@@ -16,7 +17,7 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
     if data.tokenizer:
         return Tokenizer.load(Path(data.tokenizer))
     for dataset in data.train:
-        if (Path(dataset.path) / "index.json").exists():
+        if not has_documents(Path(dataset.path)):  # raises where there is nothing at all
             return Tokenizer.load(Path(dataset.path))
     raise UserError("data.tokenizer is empty and no data.train path is a prepared directory that carries one; set data.tokenizer")
 

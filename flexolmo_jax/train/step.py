@@ -11,10 +11,10 @@ from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
 
-from .losses import LossSums, loss_sums
+from .losses import Contrast, LossSums, loss_sums
 from .optimizer import learning_rate
 
-Batch = dict[str, jax.Array]  # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]
+Batch = dict[str, jax.Array]  # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]; contrast runs: "expert", "expert_weight" [B]
 
 
 class TrainState(NamedTuple):
@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
 def make_step(
     model: ModelConfig, run: RunConfig, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[[TrainState, Params, Batch, jax.Array | int], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step: (state, frozen parameters, batch, step number) -> (state, metrics). The old state's buffers are reused."""
     schedule = learning_rate(run.optim, run.train.steps)
 
@@ -36,7 +36,8 @@ def make_step(
             model, combine(frozen, trained), batch["tokens"], batch["segments"],
             active=active, dtype=run.train.compute_dtype, remat=run.train.remat,
         )  # fmt: skip
-        sums = loss_sums(output, batch["tokens"], batch["targets"], run.optim)
+        contrast = Contrast(batch["expert"], batch["expert_weight"]) if "expert" in batch else None
+        sums = loss_sums(output, batch["tokens"], batch["targets"], run.optim, contrast)
         return sums.total, sums
 
     def gradients(trained: Params, frozen: Params, batch: Batch) -> tuple[Params, LossSums]:
@@ -54,7 +55,7 @@ def make_step(
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, trained, frozen, first))
         return jax.lax.scan(add, zeros, micro)[0]
 
-    def step(state: TrainState, frozen: Params, batch: Batch, number: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Params, batch: Batch, number: jax.Array | int) -> tuple[TrainState, dict[str, jax.Array]]:
         count = jnp.maximum(jnp.sum(batch["targets"][:, 1:]), 1).astype(jnp.float32)
         grads, sums = gradients(state.params, frozen, batch)
         grads = jax.tree.map(lambda g: g / count, grads)
@@ -62,10 +63,11 @@ def make_step(
         metrics = {
             "loss": sums.cross_entropy / count,
             "total_loss": sums.total / count,
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(number - 1)),
             "router_share": sums.router_share / count,
         }
-        return TrainState(optax.apply_updates(state.params, updates), optimizer_state), metrics
+        params: Any = optax.apply_updates(state.params, updates)  # optax types its result as any kind of tree
+        return TrainState(params, optimizer_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# The whole story on real text, on a CPU: `make demo`. Every step is a command a real coordinator or owner would type.
+# Stopped and started again it goes on where it was: a finished step leaves its output, an unfinished run its checkpoints.
+#
+#   DEMO_SCALE=large   a wider model, more domains, hours instead of minutes
+#   DEMO_DIR=demo      where everything goes
+set -euo pipefail
+
+OUT=${DEMO_DIR:-demo}
+CONFIGS=$(dirname "$0")/../configs/tiny
+case ${DEMO_SCALE:-small} in
+  small) DOMAINS=(biomed code drama legal) PUBLIC=(public) MAX_MB=8 ANCHOR_SET=() PAIR_SET=() ;;
+  large)
+    DOMAINS=(academic biomed code discussion drama legal math news) PUBLIC=(public public-more) MAX_MB=40
+    ANCHOR_SET=(--set model.d_model=256 --set model.n_heads=4 --set model.n_kv_heads=4 --set model.d_ffn=1024 --set train.steps=4000)
+    PAIR_SET=(--set train.steps=600)
+    ;;
+  *) echo "DEMO_SCALE is '$DEMO_SCALE'; expected small or large" >&2; exit 2 ;;
+esac
+
+mkdir -p "$OUT"
+export JAX_PLATFORMS=cpu
+# One compiled program serves every owner, and a second run of the demo.
+export JAX_COMPILATION_CACHE_DIR=$PWD/$OUT/.compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+
+stage() { # stage NAME OUTPUT COMMAND...: runs the command unless its output is there, and keeps the time
+  local name=$1 output=$2 start=$SECONDS
+  shift 2
+  [ -e "$output" ] && return
+  printf '\n== %s: %s\n' "$name" "$*" >&2
+  "$@"
+  printf '%s\t%s\n' "$name" $((SECONDS - start)) >>"$OUT/seconds.tsv"
+}
+
+# ---- What everybody can see: public text, a tokenizer trained on public text only, the anchor and its fingerprint ----
+
+fetch_text() {
+  local wanted=()
+  for domain in "${PUBLIC[@]}" "${DOMAINS[@]}"; do wanted+=(--domain "$domain"); done
+  flexolmo data fetch "$OUT/fetched" "${wanted[@]}" --max-mb "$MAX_MB" && mv "$OUT/fetched" "$OUT/text"
+}
+stage fetch "$OUT/text" fetch_text
+OWNERS=() PUBLIC_TEXT=() # a source that could not be had is left out
+for domain in "${DOMAINS[@]}"; do if [ -s "$OUT/text/$domain.jsonl" ]; then OWNERS+=("$domain"); fi; done
+for domain in "${PUBLIC[@]}"; do if [ -s "$OUT/text/$domain.jsonl" ]; then PUBLIC_TEXT+=("$OUT/text/$domain.jsonl"); fi; done
+
+stage tokenizer "$OUT/tokenizer.json" \
+  flexolmo tokenizer train --input "${PUBLIC_TEXT[@]}" --vocab-size 4096 --out "$OUT/tokenizer.json"
+stage prepare "$OUT/data/public" \
+  flexolmo data prepare --input "${PUBLIC_TEXT[@]}" --tokenizer "$OUT/tokenizer.json" --seq-len 256 --out "$OUT/data/public"
+stage anchor "$OUT/runs/anchor/summary.json" \
+  flexolmo train "$CONFIGS/anchor.yaml" --set "data.train=[{path: $OUT/data/public}]" "${ANCHOR_SET[@]}" --out "$OUT/runs/anchor"
+stage publish "$OUT/anchor" \
+  flexolmo publish "$OUT/runs/anchor" --public "${PUBLIC_TEXT[@]}" --out "$OUT/anchor"
+
+# ---- What each owner does alone, on premises: one command. Two of them at a time, and the control beside them ----
+
+owner() { # train an expert on private text, hand over a contribution
+  if [ "$1" = control ]; then
+    # No owner: the anchor trained on public text for as many more tokens as one expert, to tell "more training" from "new text".
+    flexolmo train "$CONFIGS/control.yaml" --set "train.init=$OUT/anchor" --set "data.train=[{path: $OUT/data/public}]" \
+      "${PAIR_SET[@]}" --out "$OUT/runs/control"
+  elif [ ! -e "$OUT/contributions/$1" ]; then
+    flexolmo contribute --anchor "$OUT/anchor" --documents "$OUT/text/$1.jsonl" --name "$1" --config "$CONFIGS/pair.yaml" \
+      "${PAIR_SET[@]}" --out "$OUT/contributions/$1"
+  fi
+}
+owners() {
+  local job
+  for job in "$@"; do
+    while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done # a failed owner ends the demo (set -e)
+    owner "$job" &
+  done
+  while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done
+  touch "$OUT/contributions/.done"
+}
+mkdir -p "$OUT/contributions"
+stage experts "$OUT/contributions/.done" owners "${OWNERS[@]}" control
+
+# ---- What the coordinator does: admit, merge without data or training, take one out again ----
+
+merge_all() {
+  local name
+  for name in "${OWNERS[@]}"; do flexolmo verify "$OUT/contributions/$name" --anchor "$OUT/anchor"; done
+  flexolmo merge --anchor "$OUT/anchor" "${OWNERS[@]/#/$OUT/contributions/}" --out "$OUT/merged"
+}
+stage merge "$OUT/merged" merge_all
+LEAVER=${OWNERS[-1]}
+stage opt-out "$OUT/merged-$LEAVER" flexolmo opt-out "$OUT/merged" --expert "$LEAVER" --out "$OUT/merged-$LEAVER"
+stage never-merged "$OUT/never-$LEAVER" \
+  flexolmo merge --anchor "$OUT/anchor" "${OWNERS[@]:0:${#OWNERS[@]}-1}" --out "$OUT/never-$LEAVER"
+
+# ---- Does it work? One table, results.json, report.html; and a sample with and without the leaver's expert ----
+
+stage evaluate "$OUT/results.json" python "$(dirname "$0")/demo_results.py" "$OUT" "${OWNERS[@]}"
+cat "$OUT/results.txt"

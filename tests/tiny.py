@@ -1,0 +1,127 @@
+"""The whole story in miniature, for tests: four domains of made-up text, an anchor, three experts, their merge.
+
+Real files made by the real functions, once for all tests of a process: a model of 2 layers and width 32 trained for 20 steps.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexolmo_jax.config import RunConfig, resolve
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from flexolmo_jax.flex.anchor import publish
+from flexolmo_jax.flex.contribution import package
+from flexolmo_jax.flex.merge import merge
+from flexolmo_jax.flex.pair import train_pair
+from flexolmo_jax.train.pretrain import pretrain
+
+SEQ_LEN = 32
+MODEL: dict[str, Any] = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64, max_seq_len=64)
+DOMAINS = ("code", "law", "care")
+# Subjects, verbs and objects that no two domains share.
+WORDS = {
+    "public": ("the river,a farmer,our village,the old mill", "feeds,crosses,remembers,paints", "the valley,two bridges,a market,the winter"),
+    "code": ("def parse(),class Queue,import json,self.buffer", "returns,raises,yields,asserts", "None,ValueError(x),list[int],{key: 0}"),
+    "law": ("the tenant,said Party,a Court,the undersigned", "shall waive,may appeal,hereby grants,must indemnify", "Clause 7,all liability,the deed,any lien"),
+    "care": ("the patient,Dr. Osei,a nurse,the ward", "reports,administers,denies,monitors", "chest pain,5 mg heparin,acute fever,the biopsy"),
+}  # fmt: skip
+
+
+def documents(domain: str, count: int, seed: int = 0) -> list[str]:
+    """Different documents of 1 to 6 sentences."""
+    rng = np.random.default_rng(seed)
+    subjects, verbs, objects = (part.split(",") for part in WORDS[domain])
+
+    def sentence() -> str:
+        return f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(objects)}."
+
+    return [f"{domain} {i}: " + " ".join(sentence() for _ in range(rng.integers(1, 7))) for i in range(count)]
+
+
+def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+    return path
+
+
+def run_config(kind: str, train: Path, *overrides: str, **sections: Any) -> RunConfig:
+    """A run of 20 steps of 8 records on one device. `overrides` are `a.b=c`; `sections` are whole sections (pair, router)."""
+    tree = {
+        "run": kind,
+        "model": MODEL,
+        "data": {"train": [{"path": str(train)}], "batch_size": 8, "seq_len": SEQ_LEN},
+        "train": {"steps": 20},
+        "optim": {"lr": 3e-3, "warmup": 2},
+        "mesh": {"fsdp": 1},
+        **sections,
+    }
+    return resolve(tree, overrides)
+
+
+def pair_config(anchor: Path, train: Path, name: str, *overrides: str) -> RunConfig:
+    return run_config("pair", train, "optim.weight_decay=0", "optim.router_z_loss=1e-3", *overrides, pair={"anchor": str(anchor), "name": name})
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that everything below lies in."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def corpora(tiny: Path) -> dict[str, Path]:
+    """A JSONL file of 160 documents for each domain, "public" among them."""
+    return {domain: write_jsonl(tiny / f"{domain}.jsonl", documents(domain, 160)) for domain in WORDS}
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny: Path, corpora: dict[str, Path]) -> Tokenizer:
+    return train_tokenizer([corpora["public"]], 320, tiny / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny: Path, corpora: dict[str, Path], tiny_tokenizer: Tokenizer) -> dict[str, Path]:
+    """Packed records of each domain, a tenth of the documents held out."""
+    for domain, path in corpora.items():
+        prepare([path], tiny_tokenizer, SEQ_LEN, tiny / "data" / domain, heldout=0.1, workers=1)
+    return {domain: tiny / "data" / domain for domain in corpora}
+
+
+@pytest.fixture(scope="session")
+def anchor_run(tiny: Path, prepared: dict[str, Path]) -> Path:
+    pretrain(run_config("anchor", prepared["public"]), tiny / "anchor-run")
+    return tiny / "anchor-run"
+
+
+@pytest.fixture(scope="session")
+def anchor(tiny: Path, anchor_run: Path, corpora: dict[str, Path]) -> Path:
+    """Published in bfloat16."""
+    return publish(anchor_run, [corpora["public"]], tiny / "anchor").path
+
+
+@pytest.fixture(scope="session")
+def anchor32(tiny: Path, anchor_run: Path, corpora: dict[str, Path]) -> Path:
+    """The same, published in float32: another anchor, by its fingerprint."""
+    return publish(anchor_run, [corpora["public"]], tiny / "anchor32", dtype="float32").path
+
+
+@pytest.fixture(scope="session")
+def pair_runs(tiny: Path, anchor: Path, prepared: dict[str, Path]) -> dict[str, Path]:
+    for domain in DOMAINS:
+        train_pair(pair_config(anchor, prepared[domain], domain, "train.steps=8"), tiny / "pairs" / domain)
+    return {domain: tiny / "pairs" / domain for domain in DOMAINS}
+
+
+@pytest.fixture(scope="session")
+def contributions(tiny: Path, pair_runs: dict[str, Path]) -> dict[str, Path]:
+    return {domain: package(run, tiny / "contributions" / domain).path for domain, run in pair_runs.items()}
+
+
+@pytest.fixture(scope="session")
+def model(tiny: Path, anchor: Path, contributions: dict[str, Path]) -> Path:
+    """All three experts merged, two of four active."""
+    return merge(anchor, list(contributions.values()), tiny / "model", active=2).path

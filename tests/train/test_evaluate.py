@@ -1,0 +1,68 @@
+"""Bits per byte: what anyone can recompute from `load(...).logits` and the prepared records."""
+
+import math
+
+import numpy as np
+import pytest
+
+import flexolmo_jax
+from flexolmo_jax.data.records import open_records
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.evals.bits_per_byte import evaluate
+from tests.tiny import SEQ_LEN
+
+
+def pieces_of(path) -> list[np.ndarray]:
+    """The token ids of every document, or piece of one, in the held-out records."""
+    records = open_records(path, "heldout")
+    rows = [records[i] for i in range(len(records))]
+    return [row["tokens"][row["segments"] == s] for row in rows for s in range(1, row["segments"].max() + 1)]
+
+
+def test_bits_per_byte_can_be_recomputed_from_logits_of_each_document_alone(model, prepared):
+    loaded = flexolmo_jax.load(model)
+    eos, tokenizer = loaded.tokenizer.eos_id, loaded.tokenizer
+    pieces = pieces_of(prepared["law"])
+    ids = np.zeros((len(pieces), SEQ_LEN), np.int32)
+    for row, piece in zip(ids, pieces, strict=True):
+        row[: len(piece)] = piece
+    logits = loaded.logits(ids).astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    bits, size = 0.0, 0
+    for i, piece in enumerate(pieces):
+        for t in range(1, len(piece)):
+            if piece[t] != eos:
+                bits -= log_p[i, t - 1, piece[t]] / math.log(2)
+                size += len(tokenizer.decode([piece[t]]).encode())  # the text is ASCII: no character is cut in two
+    result = evaluate(loaded, [prepared["law"]])
+    assert result["bytes"]["law"] == size
+    np.testing.assert_allclose(result["bits_per_byte"]["law"], bits / size, rtol=1e-5)
+    np.testing.assert_allclose(sum(result["routing"]["law"].values()), 1, rtol=1e-5)
+
+
+def test_the_bytes_of_a_document_are_those_of_its_text(tiny_tokenizer, corpora, prepared):
+    stats = open_records(prepared["care"], "heldout").stats
+    pieces = pieces_of(prepared["care"])
+    text = sum(len(tiny_tokenizer.decode(piece).encode()) - len(tiny_tokenizer.decode(piece[:1]).encode()) for piece in pieces)
+    assert stats.scored_bytes == text > 500
+
+
+def test_padding_the_last_batch_changes_nothing(model, prepared):
+    loaded = flexolmo_jax.load(model)
+    size = len(open_records(prepared["code"], "heldout"))
+    assert size % 16 and size % 3
+    whole, padded, threes = (evaluate(loaded, [prepared["code"]], batch_size=n) for n in (size, 16, 3))
+    for result in (padded, threes):
+        assert result["tokens"] == whole["tokens"] and result["bytes"] == whole["bytes"]
+        np.testing.assert_allclose(result["bits_per_byte"]["code"], whole["bits_per_byte"]["code"], rtol=1e-6)
+        np.testing.assert_allclose(list(result["routing"]["code"].values()), list(whole["routing"]["code"].values()), rtol=1e-5)
+
+
+def test_records_of_another_tokenizer_are_refused(model, corpora, tmp_path):
+    from flexolmo_jax.data.prepare import prepare
+    from flexolmo_jax.data.tokenizer import train_tokenizer
+
+    other = train_tokenizer([corpora["code"]], 300, tmp_path / "other.json")
+    prepare([corpora["code"]], other, SEQ_LEN, tmp_path / "code")
+    with pytest.raises(UserError, match="tokenizer"):
+        evaluate(flexolmo_jax.load(model), [tmp_path / "code"])
