@@ -165,7 +165,7 @@ class PairConfig(_Config):
         _expect(0 <= self.public_share < 1, "pair.public_share", self.public_share, "a share from 0 to below 1")
         _expect(self.contrast >= 0, "pair.contrast", self.contrast, "0 or more")
         needs = not self.contrast or self.public_share > 0
-        _expect(needs, "pair.contrast", self.contrast, "0 where pair.public_share is 0: without public text there is nothing to contrast with")
+        _expect(needs, "pair.contrast", self.contrast, "0 where pair.public_share is 0: there is no public text to contrast with")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ set -euo pipefail
 OUT=${DEMO_DIR:-demo}
 CONFIGS=$(dirname "$0")/../configs/tiny
 case ${DEMO_SCALE:-small} in
-  small) DOMAINS=(biomed code drama legal) PUBLIC=(public) MAX_MB=8 ANCHOR_SET=() PAIR_SET=() ;;
+  small) DOMAINS=(biomed code legal news) PUBLIC=(public) MAX_MB=12 ANCHOR_SET=() PAIR_SET=() ;;
   large)
     DOMAINS=(academic biomed code discussion drama legal math news) PUBLIC=(public public-more) MAX_MB=40
     ANCHOR_SET=(--set model.d_model=256 --set model.n_heads=4 --set model.n_kv_heads=4 --set model.d_ffn=1024 --set train.steps=4000)

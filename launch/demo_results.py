@@ -24,8 +24,13 @@ from flexolmo_jax.files import write_text
 from flexolmo_jax.progress import note
 from flexolmo_jax.train.metrics import read_metrics
 
-RECORDS = 192  # held-out records of each domain
-PROMPTS = {"legal": "Permission is hereby granted", "code": "    def __init__(self", "drama": "KING. ", "biomed": "Any structural anomaly of"}
+RECORDS = 64  # held-out records of each domain
+PROMPTS = {
+    "legal": "Permission is hereby granted",
+    "code": "    def __init__(self",
+    "news": "the company said it",
+    "biomed": "Any structural anomaly of",
+}
 
 
 def main(root: Path, owners: list[str]) -> None:

@@ -63,7 +63,9 @@ def run_config(kind: str, train: Path, *overrides: str, **sections: Any) -> RunC
 
 
 def pair_config(anchor: Path, train: Path, name: str, *overrides: str) -> RunConfig:
-    return run_config("pair", train, "optim.weight_decay=0", "optim.router_z_loss=1e-3", *overrides, pair={"anchor": str(anchor), "name": name})
+    return run_config(
+        "pair", train, "optim.weight_decay=0", "optim.router_z_loss=1e-3", *overrides, pair={"anchor": str(anchor), "name": name}
+    )
 
 
 @pytest.fixture(scope="session")

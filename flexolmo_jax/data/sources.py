@@ -436,6 +436,18 @@ def _chapters(*patterns: str, without: str = r"(?!)") -> Reader:
     return _whole(*patterns, without=without, size=5000)
 
 
+def _docstrings(*patterns: str) -> Reader:
+    """What Python modules say of themselves, without their code."""
+
+    def read(archive: Path) -> Iterator[str]:
+        for _, text in _texts(archive, *patterns):
+            defined = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            said = (ast.get_docstring(node) for node in ast.walk(ast.parse(text)) if isinstance(node, defined))
+            yield from _batches((doc for doc in said if doc and len(doc) > 80), size=4000)
+
+    return read
+
+
 def _standard_library(folder: Path) -> Iterator[str]:
     tests_and_tables = r"(^|/)(tests?|idlelib|lib2to3|turtledemo|encodings|pydoc_data|_bundled|config-[^/]*)/"
     for top in sorted(folder.iterdir()):
@@ -684,7 +696,6 @@ DOMAINS: dict[str, tuple[Source, ...]] = {
     "public": (
         Source("Wikipedia articles", _GENSIM, _wikipedia, 3_000_000),
         Source("Django documentation", _DJANGO, _whole("docs/*.txt", size=16000), 2_500_000),
-        Source("Django Python", _DJANGO, _whole("django/*.py", without="conf/locale|/migrations/"), 2_000_000),
         Source("Django web pages", _DJANGO, _whole("django/*.js", "js_tests/*.js", "django/*.html", without=r"\.min\.", size=8000)),
         Source("Cython C", _CYTHON, _whole("Cython/Utility/*.c", "Cython/Utility/*.cpp", "Cython/Utility/*.h", size=8000)),
         Source("pybind11 C++", _PYBIND, _whole("pybind11/include/*.h", size=8000)),
@@ -697,8 +708,8 @@ DOMAINS: dict[str, tuple[Source, ...]] = {
         Source("Constitution of India", _CONSTITUTION, _constitution),
         Source("ICD-10-CM", _ICD, _diseases, 1_000_000),
         Source("biological databases", _BIOREGISTRY, _databases, 1_000_000),
-        Source("NLTK logic", _NLTK, _whole("nltk/test/*.doctest", "nltk/sem/*.py", "nltk/inference/*.py", size=8000), 1_000_000),
-        Source("mpmath functions", _MPMATH, _whole("mpmath/*.py", without="/tests/", size=8000), 800_000),
+        Source("NLTK sessions", _NLTK, _whole("nltk/test/*.doctest", size=8000), 1_000_000),
+        Source("mpmath functions", _MPMATH, _docstrings("mpmath/*.py"), 800_000),
         Source("news in brief", _GENSIM, _news_lines),
     ),
     "public-more": (

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.artifact import canonical_json, open_artifact
@@ -28,8 +28,12 @@ from tests.tiny import DOMAINS, SEQ_LEN
 
 IDS = np.random.default_rng(0).integers(0, 300, (3, SEQ_LEN))
 # Orbax writes times into these; what they describe is in the array files and in flexolmo.json.
-WITH_TIMES = {"_CHECKPOINT_METADATA", "_METADATA"}
-few_examples = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+WITH_TIMES = {"_CHECKPOINT_METADATA", "_METADATA", "commit_success.txt"}
+# No shrinking: an example is seconds of reading and writing.
+settings.register_profile("files", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+few_examples = settings(settings.get_profile("files"), max_examples=3)
+# Orbax leaves coroutines behind when one of many arrays cannot be read.
+abandoned_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -181,7 +185,7 @@ def parts_of(contribution: Path) -> dict[str, tuple[str, range]]:
 
 
 @pytest.mark.parametrize("part", ["length of the header", "header", "end of the header", "data", "manifest"])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@settings(settings.get_profile("files"), max_examples=8)
 @given(data=st.data())
 def test_a_changed_byte_anywhere_in_a_contribution_is_refused(anchor, contributions, part, data):
     contribution = contributions["law"]
@@ -204,11 +208,12 @@ def test_an_intact_contribution_is_verified(anchor, contributions):
     assert verify(contributions["law"], anchor)["verified"]
 
 
+@abandoned_reads
 def test_a_changed_byte_in_the_weights_of_an_anchor_is_found_and_not_merged(anchor, contributions, tmp_path):
     rng = np.random.default_rng(1)
     chunks = [p for p in sorted((anchor / "weights").rglob("c/**/*")) if p.is_file()]
     assert len(chunks) >= 14
-    for number in range(6):
+    for number in range(4):
         copy = Path(shutil.copytree(anchor, tmp_path / str(number)))
         chunk = copy / chunks[rng.integers(len(chunks))].relative_to(anchor)
         content = bytearray(chunk.read_bytes())

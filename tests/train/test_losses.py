@@ -100,7 +100,9 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_targets():
 
     @jax.jit
     def mean_loss(params):
-        sums = loss_sums(forward(CONFIG, params, jnp.asarray(TOKENS), jnp.asarray(SEGMENTS)), TOKENS, TARGETS, OptimConfig(router_z_loss=0.1))
+        sums = loss_sums(
+            forward(CONFIG, params, jnp.asarray(TOKENS), jnp.asarray(SEGMENTS)), TOKENS, TARGETS, OptimConfig(router_z_loss=0.1)
+        )
         return sums.total / TARGETS.sum()
 
     direction = jax.tree.map(lambda a: jnp.asarray(RNG.normal(size=a.shape), jnp.float32), initial())
@@ -108,4 +110,6 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_targets():
     slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float(jnp.vdot(g, d)), jax.grad(mean_loss)(initial()), direction)))
     np.testing.assert_allclose((ahead - behind) / 2e-3, slope, rtol=2e-2)
     _, metrics = one_step(1)
-    np.testing.assert_allclose(metrics["gradient_norm"], jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(jax.grad(mean_loss)(initial())))), rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["gradient_norm"], jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(jax.grad(mean_loss)(initial())))), rtol=1e-4
+    )

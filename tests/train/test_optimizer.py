@@ -10,7 +10,9 @@ from flexolmo_jax.train.optimizer import learning_rate, make_optimizer
 def test_the_schedule_warms_up_linearly_and_follows_a_cosine_to_a_tenth():
     schedule = learning_rate(OptimConfig(lr=1e-3, warmup=10, final_fraction=0.1), 110)
     np.testing.assert_allclose([schedule(n) for n in (0, 5, 10)], [0, 5e-4, 1e-3], rtol=1e-6)
-    np.testing.assert_allclose([schedule(n) for n in (35, 60, 110, 500)], [1e-4 + 9e-4 * x for x in ((1 + 0.5**0.5) / 2, 0.5, 0, 0)], rtol=1e-5)
+    np.testing.assert_allclose(
+        [schedule(n) for n in (35, 60, 110, 500)], [1e-4 + 9e-4 * x for x in ((1 + 0.5**0.5) / 2, 0.5, 0, 0)], rtol=1e-5
+    )
 
 
 def test_the_papers_anchor_stops_at_a_fifth_of_its_cosine():

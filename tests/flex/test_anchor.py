@@ -1,0 +1,87 @@
+"""Publishing: one fingerprint over every part, the same whenever the same is published."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.flex.anchor import digests, embedder_digest, fingerprint_of, open_anchor, publish
+from flexolmo_jax.flex.embedder import domain_embedding, load_embedder
+from flexolmo_jax.flex.verify import verify
+from flexolmo_jax.loaded import load
+from flexolmo_jax.model.tree import flatten, unflatten
+from tests.tiny import documents
+
+
+def parts_of(anchor: Path) -> dict:
+    opened = open_anchor(anchor)
+    return {
+        "model": opened.description["model"],
+        "tensors": digests(opened.params()),
+        "tokenizer": opened.tokenizer.digest,
+        "embedder": embedder_digest(anchor / "embedder"),
+    }
+
+
+def test_publishing_twice_gives_the_same_fingerprint(anchor, anchor_run, corpora, tmp_path):
+    again = publish(anchor_run, [corpora["public"]], tmp_path / "again")
+    assert again.fingerprint == open_anchor(anchor).fingerprint
+    assert verify(again.path, anchor)["verified"]
+
+
+def test_the_fingerprint_changes_with_each_part_and_can_be_recomputed(anchor, anchor32):
+    parts = parts_of(anchor)
+    own = open_anchor(anchor).fingerprint
+    assert fingerprint_of(parts) == own != open_anchor(anchor32).fingerprint
+    params = flatten(open_anchor(anchor).params())
+    for path in ("trunk/embedding", "experts/gate", "experts/row"):
+        changed = params | {path: params[path].at[(0,) * params[path].ndim].add(0.5)}
+        assert fingerprint_of(parts | {"tensors": digests(unflatten(changed))}) != own, path
+    renamed = {("trunk/other" if k == "trunk/embedding" else k): v for k, v in params.items()}
+    assert fingerprint_of(parts | {"tensors": digests(unflatten(renamed))}) != own
+    for key, value in {"tokenizer": "0" * 64, "embedder": "0" * 64, "model": parts["model"] | {"rope_theta": 1e4}}.items():
+        assert fingerprint_of(parts | {key: value}) != own, key
+    assert fingerprint_of(copy.deepcopy(parts)) == own
+
+
+def test_an_anchor_is_its_run_cast_once_with_the_mean_public_embedding_in_row_0(anchor, anchor_run):
+    released, trained = flatten(open_anchor(anchor).params()), flatten(open_artifact(anchor_run).params())
+    row = released.pop("experts/row")
+    for path, array in released.items():
+        assert array.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(trained[path].astype(jnp.bfloat16)), err_msg=path)
+    mean = domain_embedding(load_embedder(anchor / "embedder"), documents("public", 160))
+    np.testing.assert_array_equal(np.asarray(row[:, 0]), np.broadcast_to(mean.astype(row.dtype), (2, 32)))
+    assert np.isfinite(load(anchor).logits(np.zeros((1, 4), np.int32))).all()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "embedder/embedder.json", "embedder/embedder.npz", "public/train.tokens.npy"])
+def test_a_changed_file_beside_the_weights_is_found(anchor, tmp_path, file):
+    changed = Path(shutil.copytree(anchor, tmp_path / "anchor"))
+    content = bytearray((changed / file).read_bytes())
+    if file == "tokenizer.json":  # another merge order is still a valid tokenizer
+        fields = json.loads(content)
+        fields["model"]["merges"][0], fields["model"]["merges"][1] = fields["model"]["merges"][1], fields["model"]["merges"][0]
+        content = bytearray(json.dumps(fields).encode())
+    else:
+        content[len(content) // 2] ^= 1
+    (changed / file).write_bytes(content)
+    with pytest.raises(UserError):
+        verify(changed)
+
+
+def test_a_model_with_experts_and_an_unknown_dtype_are_refused(model, anchor_run, pair_runs, corpora, tmp_path):
+    for source in (model, pair_runs["code"]):
+        with pytest.raises(UserError, match="dense"):
+            publish(source, [corpora["public"]], tmp_path / "out")
+    with pytest.raises(UserError, match="float16"):
+        publish(anchor_run, [corpora["public"]], tmp_path / "out", dtype="float16")
+    with pytest.raises(UserError, match="expected a published anchor"):
+        open_anchor(model)
+    assert not (tmp_path / "out").exists()
