@@ -154,7 +154,7 @@ class PairConfig(_Config):
     domain: str = ""  # free text for the manifest
     licence: str = "unspecified"
     public_share: float = 0.3  # of the tokens: local contrast, the row learns what to let pass; 0 is the paper's recipe
-    contrast: float = 0.1  # weight of -ln p(its own expert) at every router, own and public text alike; 0 is the paper's recipe
+    contrast: float = 0.3  # weight of -ln p(its own expert) at every router, own and public text alike; idle without public text
     public: str = ""  # prepared public records; default: the sample that the anchor carries
     row: Literal["embedding", "random", "anchor"] = "embedding"  # the router row starts as the domain's mean embedding
 
@@ -164,8 +164,6 @@ class PairConfig(_Config):
         _expect(self.name != "anchor", "pair.name", self.name, "another name: the anchor's expert has it")
         _expect(0 <= self.public_share < 1, "pair.public_share", self.public_share, "a share from 0 to below 1")
         _expect(self.contrast >= 0, "pair.contrast", self.contrast, "0 or more")
-        needs = not self.contrast or self.public_share > 0
-        _expect(needs, "pair.contrast", self.contrast, "0 where pair.public_share is 0: there is no public text to contrast with")
 
 
 @dataclass(frozen=True)

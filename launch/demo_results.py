@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ PROMPTS = {
 
 
 def main(root: Path, owners: list[str]) -> None:
+    start = time.perf_counter()
     data = {"public": root / "data/public"} | {name: root / f"contributions/{name}.work/data" for name in owners}
     merged = flexolmo_jax.load(root / "merged")
     everyone = len(merged.experts)
@@ -55,7 +57,7 @@ def main(root: Path, owners: list[str]) -> None:
     for name in owners:
         row(f"merged-{name}", merged, without=[name], active=everyone - 1)
 
-    seconds = stage_seconds(root)
+    seconds = stage_seconds(root) | {"evaluate": round(time.perf_counter() - start)}
     leaver = owners[-1]
     table = Table(columns=list(data), rows=rows)
     checks = [*claims(rows, routing["merged"], owners), same_as_never(root, leaver)]
@@ -66,9 +68,11 @@ def main(root: Path, owners: list[str]) -> None:
         title="FlexOlmo in minutes",
         intro=(
             "One language model from owners who share no data. A public anchor was trained and frozen; each owner trained one expert "
-            "against it, alone; the experts were merged without data or further training. Bits per byte on held-out text: lower is better.\n\n"
+            "against it, alone; the experts were merged without data or further training. "
+            "Bits per byte on held-out text: lower is better.\n\n"
             "anchor+public is the control: the anchor trained on public text for as many more tokens as one expert had. "
-            "pair:X is owner X's own result before the merge. merged runs every expert, merged:k=2 two for each token, merged-X all but X's."
+            "pair:X is owner X's own result before the merge. "
+            "merged runs every expert, merged:k=2 two for each token, merged-X all but X's."
         ),
         table=table,
         checks=checks,
@@ -155,7 +159,9 @@ def report_text(table: Table, checks: list[Check], samples: list[Sample], second
 
 def footer(seconds: dict[str, int]) -> str:
     spent = ", ".join(f"{name} {value} s" for name, value in seconds.items())
-    where = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
+    where = (
+        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
+    )
     return f"{datetime.date.today()} · {where} · {spent}"
 
 

@@ -25,11 +25,11 @@ MODEL: dict[str, Any] = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_
 DOMAINS = ("code", "law", "care")
 # Subjects, verbs and objects that no two domains share.
 WORDS = {
-    "public": ("the river,a farmer,our village,the old mill", "feeds,crosses,remembers,paints", "the valley,two bridges,a market,the winter"),
-    "code": ("def parse(),class Queue,import json,self.buffer", "returns,raises,yields,asserts", "None,ValueError(x),list[int],{key: 0}"),
-    "law": ("the tenant,said Party,a Court,the undersigned", "shall waive,may appeal,hereby grants,must indemnify", "Clause 7,all liability,the deed,any lien"),
-    "care": ("the patient,Dr. Osei,a nurse,the ward", "reports,administers,denies,monitors", "chest pain,5 mg heparin,acute fever,the biopsy"),
-}  # fmt: skip
+    "public": ("the river,a farmer,our village,the old mill", "feeds,crosses,remembers,paints", "the valley,two bridges,the winter"),
+    "code": ("def parse(),class Queue,self.buffer", "returns,raises,yields,asserts", "None,ValueError(x),list[int],{key: 0}"),
+    "law": ("the tenant,said Party,a Court", "shall waive,may appeal,hereby grants,must indemnify", "Clause 7,all liability,the deed"),
+    "care": ("the patient,Dr. Osei,a nurse", "reports,administers,denies,monitors", "chest pain,5 mg heparin,acute fever,the biopsy"),
+}
 
 
 def documents(domain: str, count: int, seed: int = 0) -> list[str]:

@@ -96,7 +96,7 @@ class _Labelled:
     """Adds a record's source to it."""
 
     def __init__(self, source: int):
-        self._source = np.int32(source)
+        self._source = np.array(source, np.int32)
 
     def __call__(self, record: Record) -> Record:
         return record | {"source": self._source}

@@ -191,7 +191,7 @@ def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]], width: int, he
         return inner_height * (y_high - loss) / (y_high - y_low)
 
     parts = []
-    for tick in nice_ticks(y_low, y_high, height // 55):
+    for tick in nice_ticks(y_low, y_high, height // 45):
         at = f"{top + y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text class="end" x="{left - 7}" y="{at}" dy="0.32em">{tick:.6g}</text>')
@@ -242,7 +242,8 @@ def routing_map(name: str, shares: np.ndarray, experts: Sequence[str], most: flo
     """Expert shares, float [L, E], as an SVG heat map with each share in %; the darkest cell means `most`."""
     cell, row, left = (42 if len(experts) <= 9 else 28), 22, 42
     labels = [_printable(expert) for expert in experts]
-    labels = [label if len(label) <= LABEL_LETTERS else label[: LABEL_LETTERS - 1] + "…" for label in labels]
+    # Cut in the middle: names of one study often begin alike.
+    labels = [label if len(label) <= LABEL_LETTERS else f"{label[: LABEL_LETTERS - 7]}…{label[-6:]}" for label in labels]
     slanted = any(6.8 * len(label) > cell for label in labels)
     longest = max(len(label) for label in labels)
     top = 14 + 5 * longest if slanted else 22
@@ -477,6 +478,7 @@ figure { margin: 0; break-inside: avoid; }
 .figures td { text-align: right; padding: 0.3rem 0.5rem; border-radius: 3px; }
 .figures tbody td { background: var(--panel); }
 .figures td span, .figures small { display: inline-block; white-space: nowrap; }
+.figures td span { min-width: 2.9em; }
 .figures small { min-width: 3.6rem; color: var(--ink); opacity: 0.8; }
 .figures td.best span { font-weight: 800; text-decoration: underline; text-underline-offset: 3px; }
 .figures td.better, .key.better { background: rgb(var(--good) / var(--shade)); }
@@ -512,6 +514,6 @@ footer { margin-top: 2.4rem; padding-top: 0.8rem; border-top: 1px solid var(--ru
   .figures td { text-align: left; } .figures small { min-width: 0; }
   .figures td::before { content: attr(data-column); display: block; font-size: 0.75rem; opacity: 0.8; }
 }
-@media print { @page { margin: 14mm; } body { font-size: 11pt; } main { max-width: none; padding: 0; } .scroll { overflow: visible; }
+@media print { @page { margin: 14mm; } html { font-size: 9.5pt; } body { font-size: 1rem; } main { max-width: none; padding: 0; } .scroll { overflow: visible; }
   .sample { break-inside: avoid; } }
 """

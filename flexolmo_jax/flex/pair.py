@@ -104,7 +104,7 @@ def _contrast(run: RunConfig) -> tuple[tuple[int, float], ...]:
     """The owner's sources belong to the new expert, public text to the anchor's; both count the same whatever their shares."""
     assert run.pair is not None
     own, public = 1 - run.pair.public_share, run.pair.public_share
-    if not run.pair.contrast:
+    if not (public and run.pair.contrast):
         return ()
     return (*((1, run.pair.contrast * 0.5 / own) for _ in run.data.train), (0, run.pair.contrast * 0.5 / public))
 

@@ -39,7 +39,7 @@ def sources(make_records):
 
 
 def same(one, other):
-    assert one.keys() == other.keys() == {"tokens", "segments"}
+    assert one.keys() == other.keys() == {"tokens", "segments", "source"}
     return all((one[key] == other[key]).all() for key in one)
 
 
@@ -53,9 +53,16 @@ def origin(records):
 
 def test_a_batch_has_these_shapes_and_types(sources):
     batch = mixture(sources, 12, seed=0).at(3)
-    for array in batch.values():
-        assert array.shape == (12, T)
-        assert array.dtype == np.int32
+    assert {key: array.shape for key, array in batch.items()} == {"tokens": (12, T), "segments": (12, T), "source": (12,)}
+    assert all(array.dtype == np.int32 for array in batch.values())
+
+
+def test_every_record_names_the_source_it_came_from(sources):
+    batches = mixture(sources, 12, seed=0)
+    for step in range(4):
+        batch = batches.at(step)
+        for tokens, source in zip(batch["tokens"], batch["source"], strict=True):
+            assert tokens.tobytes() in origin(sources[source][0])
 
 
 @given(step=st.integers(0, 10**7), seed=st.integers(0, 2**40), processes=st.sampled_from([1, 2, 3, 4, 6, 12]))

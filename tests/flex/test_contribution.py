@@ -98,7 +98,8 @@ def test_tensors_that_do_not_fit_are_refused_whatever_their_digests_say(anchor, 
 
 
 HOSTILE = {
-    "nothing": "", "no JSON": "{]", "a list": "[]", "a number": "1", "null": "null", "deep": "[" * 100_000, "NUL": "\0", "a big number": "9" * 5000,
+    "nothing": "", "no JSON": "{]", "a list": "[]", "a number": "1", "null": "null", "deep": "[" * 100_000,
+    "NUL": "\0", "a big number": "9" * 5000,
     "an empty object": "{}",
 }  # fmt: skip
 

@@ -29,6 +29,8 @@ from flexolmo_jax.train.pretrain import pretrain
 from tests.tiny import documents, pair_config, run_config, write_jsonl
 
 EVERY = ("train.eval_every=4", "train.save_every=4")
+# Orbax leaves coroutines behind when one of many arrays cannot be read.
+abandoned_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 
 
 def saved(run: Path, step: int) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def test_a_two_layer_model_memorises_64_records(tiny_tokenizer, tmp_path):
         np.save(path, np.load(path)[:64])
     text = (tmp_path / "all" / "index.json").read_text().replace(f'"records": {index.splits["train"].records}', '"records": 64', 1)
     (tmp_path / "all" / "index.json").write_text(text)
-    size = ("model.d_model=64", "model.d_ffn=192", "data.batch_size=64", "train.steps=250", "train.log_every=25")
+    size = ("model.d_model=64", "model.d_ffn=192", "data.batch_size=64", "train.steps=100")
     run = run_config("anchor", tmp_path / "all", *size, "optim.lr=1e-2", "optim.warmup=10", "optim.weight_decay=0")
     pretrain(run, tmp_path / "run")
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
@@ -96,6 +98,7 @@ def test_a_run_that_is_stopped_and_goes_on_equals_the_uninterrupted_one_bitwise(
     assert_same_bits(saved(tmp_path / "run", 20), saved(uninterrupted, 20))
 
 
+@abandoned_reads
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_goes_on(config, uninterrupted, finished, capsys):
     for path in (finished / "checkpoints" / "20").rglob("*"):
         if path.is_file() and path.parent.name == "d":
@@ -124,6 +127,7 @@ def test_an_empty_directory_named_like_a_step_is_no_checkpoint(config, uninterru
     assert not (finished / "checkpoints" / "24").exists()
 
 
+@abandoned_reads
 def test_a_damaged_checkpoint_is_an_error_of_one_line_when_it_is_asked_for(finished):
     for path in (finished / "checkpoints" / "20").rglob("d/*"):
         path.write_bytes(b"")
