@@ -100,7 +100,7 @@ class StepCheckpoints:
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(path, args=args)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # Orbax raises bare Exception for data that it cannot read
             raise UserError(f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}") from error
 
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
@@ -137,7 +137,7 @@ def load_weights(directory: Path, target: Tree) -> Tree:
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(directory.absolute(), args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # as above
         raise UserError(f"the weights in {directory} cannot be read: {_first_line(error)}") from error
 
 
@@ -162,5 +162,6 @@ def abstract(tree: Tree, sharding: jax.sharding.Sharding | None = None) -> Tree:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or a.sharding), tree)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error  # what TensorStore said, without Orbax's page of JSON around it
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -20,6 +20,7 @@ esac
 
 mkdir -p "$OUT"
 export JAX_PLATFORMS=cpu
+ONE_THREAD=--xla_cpu_multi_thread_eigen=false # two owners on two cores get further with one thread each
 # One compiled program serves every owner, and a second run of the demo.
 export JAX_COMPILATION_CACHE_DIR=$PWD/$OUT/.compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
@@ -69,7 +70,7 @@ owners() {
   local job
   for job in "$@"; do
     while [ "$(jobs -rp | wc -l)" -ge 2 ]; do wait -n; done # a failed owner ends the demo (set -e)
-    owner "$job" &
+    XLA_FLAGS=$ONE_THREAD owner "$job" &
   done
   while [ "$(jobs -rp | wc -l)" -gt 0 ]; do wait -n; done
   touch "$OUT/contributions/.done"
@@ -85,10 +86,10 @@ merge_all() {
   flexolmo merge --anchor "$OUT/anchor" "${OWNERS[@]/#/$OUT/contributions/}" --out "$OUT/merged"
 }
 stage merge "$OUT/merged" merge_all
-LEAVER=${OWNERS[-1]}
+LEAVER=${OWNERS[-1]} STAYERS=("${OWNERS[@]::${#OWNERS[@]}-1}")
 stage opt-out "$OUT/merged-$LEAVER" flexolmo opt-out "$OUT/merged" --expert "$LEAVER" --out "$OUT/merged-$LEAVER"
 stage never-merged "$OUT/never-$LEAVER" \
-  flexolmo merge --anchor "$OUT/anchor" "${OWNERS[@]:0:${#OWNERS[@]}-1}" --out "$OUT/never-$LEAVER"
+  flexolmo merge --anchor "$OUT/anchor" "${STAYERS[@]/#/$OUT/contributions/}" --out "$OUT/never-$LEAVER"
 
 # ---- Does it work? One table, results.json, report.html; and a sample with and without the leaver's expert ----
 

@@ -370,14 +370,15 @@ def _cells(table: Table) -> dict[tuple[str, str], _Cell]:
         base = figures.get(table.reference)
         for row, figure in figures.items():
             text = "–" if figure is None else f"{figure:.3f}"
+            is_best = figure is not None and round(figure, 3) == best
             change = figure / base - 1 if figure is not None and base and row != table.reference else None
             if change is None or not math.isfinite(change):
-                cells[row, column] = _Cell(text, None, "", False, figure is not None and round(figure, 3) == best)
+                cells[row, column] = _Cell(text, None, "", False, is_best)
                 continue
             percent = f"{100 * change:+.1f}%"
             if percent in ("+0.0%", "-0.0%"):
                 change, percent = 0.0, "0.0%"
-            cells[row, column] = _Cell(text, change, percent, (change < 0) == table.lowest_is_best, round(figure, 3) == best)
+            cells[row, column] = _Cell(text, change, percent, (change < 0) == table.lowest_is_best, is_best)
     return cells
 
 
@@ -514,6 +515,9 @@ footer { margin-top: 2.4rem; padding-top: 0.8rem; border-top: 1px solid var(--ru
   .figures td { text-align: left; } .figures small { min-width: 0; }
   .figures td::before { content: attr(data-column); display: block; font-size: 0.75rem; opacity: 0.8; }
 }
-@media print { @page { margin: 14mm; } html { font-size: 9.5pt; } body { font-size: 1rem; } main { max-width: none; padding: 0; } .scroll { overflow: visible; }
-  .sample { break-inside: avoid; } }
+@page { margin: 14mm; }
+@media print {
+  html { font-size: 9.5pt; } body { font-size: 1rem; }
+  main { max-width: none; padding: 0; } .scroll { overflow: visible; } .sample { break-inside: avoid; }
+}
 """

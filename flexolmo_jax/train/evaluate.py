@@ -20,7 +20,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, forward
 
-from .losses import token_losses
+from .losses import predicts, token_losses
 
 Scorer = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -47,9 +47,8 @@ def make_scorer(config: ModelConfig, active: int | None = None, dtype: str = "fl
     def score(params: Params, tokens: jax.Array, segments: jax.Array, scored: jax.Array, allowed: jax.Array | None):
         output = forward(config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype)
         losses, _ = token_losses(output.logits, tokens)
-        counted = scored[:, 1:].astype(jnp.float32)
-        weights = output.router.weights[:, :, :-1]
-        shares = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        counted = predicts(scored).astype(jnp.float32)
+        shares = output.router.weights / jnp.sum(output.router.weights, axis=-1, keepdims=True)
         return jnp.sum(losses * counted), jnp.einsum("lbte,bt->le", shares, counted)
 
     return score

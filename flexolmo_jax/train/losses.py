@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import OptimConfig
-from flexolmo_jax.model import Output, RouterOutput
+from flexolmo_jax.model import Output
 
 
 class Contrast(NamedTuple):
@@ -28,13 +28,18 @@ class LossSums(NamedTuple):
     router_share: Float[Array, "E"]  # weight each expert had, averaged over layers
 
 
-def token_losses(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T-1"], Float[Array, "B T-1"]]:
-    """-ln p of the tokens 1..T-1, and the logsumexp of the logits that predicted each."""
-    logits, targets = logits[:, :-1], tokens[:, 1:]
+def token_losses(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """At each position -ln p of the token after it, and the logsumexp of its logits. The last position predicts nothing: leave it out."""
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A comparison fuses into the pass over the logits, forward and backward; a gather's gradient is a scatter.
-    hit = targets[:, :, None] == jnp.arange(logits.shape[-1])
+    # The tokens are shifted, not the logits, whose slice would be a copy of the largest array there is. And a comparison fuses
+    # into the pass over the logits, forward and backward, where a gather's gradient is a scatter.
+    hit = jnp.roll(tokens, -1, axis=1)[:, :, None] == jnp.arange(logits.shape[-1])
     return log_z - jnp.sum(jnp.where(hit, logits, 0), axis=-1), log_z
+
+
+def predicts(targets: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+    """From which tokens are targets to which positions predict one."""
+    return jnp.pad(targets[:, 1:], ((0, 0), (0, 1)))
 
 
 def loss_sums(
@@ -45,11 +50,11 @@ def loss_sums(
     contrast: Contrast | None = None,
 ) -> LossSums:
     """The sums over one batch (or microbatch)."""
-    mask = targets[:, 1:]
+    mask = predicts(targets)
     losses, log_z = token_losses(output.logits, tokens)
     cross_entropy = jnp.sum(losses * mask)
     total = cross_entropy + optim.z_loss * jnp.sum(jnp.square(log_z) * mask)
-    router = RouterOutput(output.router.weights[:, :, :-1], output.router.log_z[:, :, :-1])
+    router = output.router
     E = router.weights.shape[-1]
     if optim.router_z_loss and E > 1:
         total += optim.router_z_loss * jnp.sum(jnp.mean(jnp.square(router.log_z), axis=0) * mask)

@@ -11,7 +11,7 @@ from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
 
-from .losses import Contrast, LossSums, loss_sums
+from .losses import Contrast, LossSums, loss_sums, predicts
 from .optimizer import learning_rate
 
 Batch = dict[str, jax.Array]  # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]; contrast runs: "expert", "expert_weight" [B]
@@ -56,7 +56,7 @@ def make_step(
         return jax.lax.scan(add, zeros, micro)[0]
 
     def step(state: TrainState, frozen: Params, batch: Batch, number: jax.Array | int) -> tuple[TrainState, dict[str, jax.Array]]:
-        count = jnp.maximum(jnp.sum(batch["targets"][:, 1:]), 1).astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(predicts(batch["targets"])), 1).astype(jnp.float32)
         grads, sums = gradients(state.params, frozen, batch)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)

@@ -33,7 +33,8 @@ WITH_TIMES = {"_CHECKPOINT_METADATA", "_METADATA", "commit_success.txt"}
 settings.register_profile("files", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 few_examples = settings(settings.get_profile("files"), max_examples=3)
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
-abandoned_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+# They are collected in whichever test comes next.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -208,7 +209,6 @@ def test_an_intact_contribution_is_verified(anchor, contributions):
     assert verify(contributions["law"], anchor)["verified"]
 
 
-@abandoned_reads
 def test_a_changed_byte_in_the_weights_of_an_anchor_is_found_and_not_merged(anchor, contributions, tmp_path):
     rng = np.random.default_rng(1)
     chunks = [p for p in sorted((anchor / "weights").rglob("c/**/*")) if p.is_file()]

@@ -30,7 +30,8 @@ from tests.tiny import documents, pair_config, run_config, write_jsonl
 
 EVERY = ("train.eval_every=4", "train.save_every=4")
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
-abandoned_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+# They are collected in whichever test comes next.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 
 
 def saved(run: Path, step: int) -> dict[str, Any]:
@@ -98,7 +99,6 @@ def test_a_run_that_is_stopped_and_goes_on_equals_the_uninterrupted_one_bitwise(
     assert_same_bits(saved(tmp_path / "run", 20), saved(uninterrupted, 20))
 
 
-@abandoned_reads
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_goes_on(config, uninterrupted, finished, capsys):
     for path in (finished / "checkpoints" / "20").rglob("*"):
         if path.is_file() and path.parent.name == "d":
@@ -127,7 +127,6 @@ def test_an_empty_directory_named_like_a_step_is_no_checkpoint(config, uninterru
     assert not (finished / "checkpoints" / "24").exists()
 
 
-@abandoned_reads
 def test_a_damaged_checkpoint_is_an_error_of_one_line_when_it_is_asked_for(finished):
     for path in (finished / "checkpoints" / "20").rglob("d/*"):
         path.write_bytes(b"")
