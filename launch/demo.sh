@@ -9,9 +9,9 @@ set -euo pipefail
 OUT=${DEMO_DIR:-demo}
 CONFIGS=$(dirname "$0")/../configs/tiny
 case ${DEMO_SCALE:-small} in
-  small) DOMAINS=(biomed code legal news) PUBLIC=(public) MAX_MB=12 ANCHOR_SET=() PAIR_SET=() ;;
+  small) DOMAINS=(biomed code legal math) SPARE=(news) PUBLIC=(public) MAX_MB=12 ANCHOR_SET=() PAIR_SET=() ;;
   large)
-    DOMAINS=(academic biomed code discussion drama legal math news) PUBLIC=(public public-more) MAX_MB=40
+    DOMAINS=(academic biomed code discussion drama legal math news) SPARE=() PUBLIC=(public public-more) MAX_MB=40
     ANCHOR_SET=(--set model.d_model=256 --set model.n_heads=4 --set model.n_kv_heads=4 --set model.d_ffn=1024 --set train.steps=4000)
     PAIR_SET=(--set train.steps=600)
     ;;
@@ -36,13 +36,19 @@ stage() { # stage NAME OUTPUT COMMAND...: runs the command unless its output is 
 # ---- What everybody can see: public text, a tokenizer trained on public text only, the anchor and its fingerprint ----
 
 fetch_text() {
-  local wanted=()
+  local wanted=() domain
   for domain in "${PUBLIC[@]}" "${DOMAINS[@]}"; do wanted+=(--domain "$domain"); done
-  flexolmo data fetch "$OUT/fetched" "${wanted[@]}" --max-mb "$MAX_MB" && mv "$OUT/fetched" "$OUT/text"
+  flexolmo data fetch "$OUT/fetched" "${wanted[@]}" --max-mb "$MAX_MB"
+  for domain in "${DOMAINS[@]}"; do # mathematics comes from Debian's packages; without them the spare joins in
+    if [ ! -s "$OUT/fetched/$domain.jsonl" ] && [ ${#SPARE[@]} -gt 0 ]; then
+      flexolmo data fetch "$OUT/fetched" --domain "${SPARE[@]}" --max-mb "$MAX_MB"
+    fi
+  done
+  mv "$OUT/fetched" "$OUT/text"
 }
 stage fetch "$OUT/text" fetch_text
 OWNERS=() PUBLIC_TEXT=() # a source that could not be had is left out
-for domain in "${DOMAINS[@]}"; do if [ -s "$OUT/text/$domain.jsonl" ]; then OWNERS+=("$domain"); fi; done
+for domain in "${DOMAINS[@]}" "${SPARE[@]}"; do if [ -s "$OUT/text/$domain.jsonl" ]; then OWNERS+=("$domain"); fi; done
 for domain in "${PUBLIC[@]}"; do if [ -s "$OUT/text/$domain.jsonl" ]; then PUBLIC_TEXT+=("$OUT/text/$domain.jsonl"); fi; done
 
 stage tokenizer "$OUT/tokenizer.json" \

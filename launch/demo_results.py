@@ -29,6 +29,7 @@ RECORDS = 64  # held-out records of each domain
 PROMPTS = {
     "legal": "Permission is hereby granted",
     "code": "    def __init__(self",
+    "math": "Theorem",
     "news": "the company said it",
     "biomed": "Any structural anomaly of",
 }
