@@ -20,7 +20,7 @@ esac
 
 mkdir -p "$OUT"
 export JAX_PLATFORMS=cpu
-ONE_THREAD=--xla_cpu_multi_thread_eigen=false # two owners on two cores get further with one thread each
+ONE_THREAD=--xla_cpu_multi_thread_eigen=false # two owners on two cores get further with one thread each; the control comes last, alone
 # One compiled program serves every owner, and a second run of the demo.
 export JAX_COMPILATION_CACHE_DIR=$PWD/$OUT/.compiled JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 
@@ -65,7 +65,7 @@ stage publish "$OUT/anchor" \
 owner() { # train an expert on private text, hand over a contribution
   if [ "$1" = control ]; then
     # No owner: the anchor trained on public text for as many more tokens as one expert, to tell "more training" from "new text".
-    flexolmo train "$CONFIGS/control.yaml" --set "train.init=$OUT/anchor" --set "data.train=[{path: $OUT/data/public}]" \
+    XLA_FLAGS='' flexolmo train "$CONFIGS/control.yaml" --set "train.init=$OUT/anchor" --set "data.train=[{path: $OUT/data/public}]" \
       "${PAIR_SET[@]}" --out "$OUT/runs/control"
   elif [ ! -e "$OUT/contributions/$1" ]; then
     flexolmo contribute --anchor "$OUT/anchor" --documents "$OUT/text/$1.jsonl" --name "$1" --config "$CONFIGS/pair.yaml" \
