@@ -21,8 +21,8 @@ CONFIG = ModelConfig(vocab_size=128, d_model=16, n_layers=2, n_heads=2, n_kv_hea
 PLAIN = OptimConfig(z_loss=0.0)
 RNG = np.random.default_rng(0)
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], *[[1, 1, 1, 1, 1, 1]] * 6, [1, 2, 2, 2, 2, 0]], np.int32)
-TOKENS = RNG.integers(0, V, (B, T)).astype(np.int32)
-TARGETS = loss_targets(SEGMENTS)
+TOKENS = jnp.asarray(RNG.integers(0, V, (B, T)), jnp.int32)
+TARGETS = jnp.asarray(loss_targets(SEGMENTS))
 
 
 def output_of(logits: np.ndarray, weights: np.ndarray, log_z: np.ndarray) -> Output:
@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
 def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_all(active):
     def per_token(weights: np.ndarray) -> float:
         output = output_of(np.zeros((B, T, V), np.float32), weights.astype(np.float32), np.zeros((L, B, T), np.float32))
-        plain, balanced = (loss_sums(output, TOKENS, np.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x)) for x in (0, 1.0))
+        plain, balanced = (loss_sums(output, TOKENS, jnp.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x)) for x in (0, 1.0))
         return float(balanced.total - plain.total) / (B * (T - 1))
 
     # T - 1 = 5 places a record and B = 8 records: every expert is chosen equally often, with top-k weights that do not add up to 1.
