@@ -234,7 +234,8 @@ def test_bfloat16_compute_gives_float32_logits_near_those_of_float32_and_finite_
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputing_activations_changes_no_gradient(remat):
-    jax.tree.map(functools.partial(assert_close, tolerance=2e-6), gradients(CONFIG, random_params(), remat=remat), plain_gradients())
+    # Not bitwise: recomputed activations are fused with other neighbours. 2.7e-6 was seen with jax 0.12, under 2e-6 with 0.10.
+    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), gradients(CONFIG, random_params(), remat=remat), plain_gradients())
 
 
 @functools.cache
