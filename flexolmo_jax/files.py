@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +15,17 @@ from flexolmo_jax.errors import UserError
 def new_directory(out: Path) -> Iterator[Path]:
     """Yields a temporary directory beside `out` that becomes `out` at the end, or vanishes with any error.
 
-    Raises UserError where `out` holds something already, and for a full disk.
+    Raises UserError where `out` holds something already, cannot be made, and for a full disk.
     """
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
-        temporary.chmod(0o755)  # mkdtemp makes it private; what becomes an artifact is as readable as anything else
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose a place that can be written") from error
+    try:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():

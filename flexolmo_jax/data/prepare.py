@@ -7,12 +7,10 @@ text, never the corpus. The files depend on the documents, their order and the a
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +22,9 @@ import numpy as np
 from flexolmo_jax.data.documents import INDEX_FILE, document_files, has_documents, name_of, read_documents
 from flexolmo_jax.data.packing import Packer, Pieces, lay_out
 from flexolmo_jax.data.records import FORMAT, SPLITS, Index, InputFile, Split, SplitIndex, scored_targets, sha256_of, token_dtype
-from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import new_directory
 from flexolmo_jax.progress import bar, note
 
 HELDOUT = 0.05
@@ -63,7 +62,7 @@ def prepare(
     files = [file for path in inputs for file in document_files(path)]
     if not files:
         raise UserError("got no documents to prepare: expected files or directories of documents")
-    with _new_directory(Path(out)) as directory:
+    with new_directory(out) as directory:
         return _prepare(files, tokenizer, seq_len, directory, Path(out).resolve().name, heldout, workers or _cores())
 
 
@@ -277,44 +276,6 @@ class _ArrayFile:
         header: dict[str, Any] = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows, self._width)}
         np.lib.format.write_array_header_1_0(self.file, header)
         return self.file.tell()
-
-
-@contextlib.contextmanager
-def _new_directory(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that becomes `out` at the end, or vanishes after an error or Ctrl-C."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty directory: choose another --out")
-    temporary = None
-    try:
-        out.resolve().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.resolve().name}.", suffix=".tmp", dir=out.resolve().parent))
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        _fsync(temporary / INDEX_FILE, temporary / TOKENIZER_FILE, temporary)
-        temporary.rename(out.resolve())
-        _fsync(out.resolve().parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no space left to write {out}: free some or write to another disk") from error
-        raise UserError(f"cannot write {out}: {error.strerror}; choose a place that can be written") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _cores() -> int:

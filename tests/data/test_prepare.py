@@ -168,7 +168,7 @@ def test_bad_arguments_are_refused(tmp_path, corpus, tokenizer):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     for out in ("file", "full"):
-        with pytest.raises(UserError, match="not an empty directory"):
+        with pytest.raises(UserError, match="exists and is not empty"):
             prepare([corpus], tokenizer, T, tmp_path / out)
     with pytest.raises(UserError, match="cannot write"):
         prepare([corpus], tokenizer, T, tmp_path / "file" / "out")
@@ -185,7 +185,7 @@ def test_an_empty_output_directory_is_filled_and_readable_by_others_like_any_oth
     ("failure", "seen", "complaint"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), UserError, "no space left"),
-        (OSError(errno.EIO, "Input/output error"), UserError, "cannot write .*: Input/output error"),
+        (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
         (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt, "Ctrl-C"),
     ],
 )
