@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .routing import Routing
+from .route import Routing
 
 BLOCK = 128  # rows of one expert multiplied at once; measured on CPU, larger only pays from 512 rows an expert on
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.expert_ffn import sparse_experts, swiglu
-from flexolmo_jax.kernels.routing import dense_weights, route_topk, router_probabilities
+from flexolmo_jax.kernels.route import dense_weights, route_topk, router_probabilities
 
 
 class RouterOutput(NamedTuple):

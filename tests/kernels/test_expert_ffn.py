@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.kernels.expert_ffn import BLOCK, sparse_experts, swiglu
-from flexolmo_jax.kernels.routing import Routing, dense_weights
+from flexolmo_jax.kernels.route import Routing, dense_weights
 
 N, A, E, D, F = 2 * BLOCK + 45, 2, 4, 12, 20
 

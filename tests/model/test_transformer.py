@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.config import PRESETS, ModelConfig
-from flexolmo_jax.kernels.routing import route_topk
+from flexolmo_jax.kernels.route import route_topk
 from flexolmo_jax.model import Params, decode, empty_cache, forward, init_params, logical_axes, moe
 from flexolmo_jax.model.transformer import document_positions
 

@@ -1,0 +1,79 @@
+"""The public functions: which experts a token uses, with what weight, and which row each of its slots gets.
+
+    logits = rows . h + min(bias, 0)          (float32; excluded experts at -inf BEFORE the softmax)
+    p      = softmax(logits) over ALL experts
+    (weights, ids) = top-k of p, not renormalised; the lowest index wins ties
+
+Source: FlexOlmo, arXiv 2507.07024, section 3; the order (softmax, then top-k) is upstream's.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from . import pallas_tpu, reference
+from .reference import DispatchPlan, Routing
+
+Implementation = Literal["xla", "pallas", "pallas_interpret"]
+
+
+def route_topk(
+    logits: Float[Array, "N E"], active: int, allowed: Bool[Array, " E"] | None = None, *, implementation: Implementation | None = None
+) -> Routing:
+    """Chooses `active` experts for each token; differentiable in the logits through the weights and `log_z`.
+
+    Where fewer than `active` experts are allowed, the excess slots have weight 0; their ids mean nothing. The gradient keeps only
+    logits, ids and logsumexp. None is XLA on every platform (see the README's count of bytes); a named implementation is used or raises.
+    """
+    E = logits.shape[1]
+    if not 1 <= active <= E:
+        raise ValueError(f"active must be between 1 and the number of experts, {E}; got {active}")
+    return _route(reference.masked(logits, allowed), active, check(implementation))
+
+
+def dispatch_plan(
+    ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_experts: int, *, implementation: Implementation | None = None
+) -> DispatchPlan:
+    """The rows of all chosen slots in expert order, as a stable sort by expert would give them, by counting.
+
+    `chosen` (weight > 0) says which slots get a row. `implementation` as in `route_topk`.
+    """
+    implementation = check(implementation)
+    if implementation == "xla":
+        return reference.dispatch_plan(ids, chosen, num_experts)
+    return pallas_tpu.dispatch_plan(ids, chosen, num_experts, interpret=implementation == "pallas_interpret")
+
+
+def check(implementation: str | None) -> Implementation:
+    """The implementation to use. Raises ValueError for an unknown name."""
+    match implementation:
+        case None:
+            return "xla"
+        case "xla" | "pallas" | "pallas_interpret":
+            return implementation
+    raise ValueError(f"implementation must be None, 'xla', 'pallas' or 'pallas_interpret'; got {implementation!r}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _route(logits: Float[Array, "N E"], active: int, implementation: Implementation) -> Routing:
+    if implementation == "xla":
+        return reference.route_forward(logits, active)
+    return pallas_tpu.route_forward(logits, active, interpret=implementation == "pallas_interpret")
+
+
+def _forward(logits, active, implementation):
+    routing = _route(logits, active, implementation)
+    return routing, (logits, routing.ids, routing.log_z)
+
+
+def _backward(active, implementation, saved, cotangents: Routing):
+    if implementation == "xla":
+        dlogits = reference.route_backward(*saved, cotangents.weights, cotangents.log_z)
+    else:
+        dlogits = pallas_tpu.route_backward(*saved, cotangents.weights, cotangents.log_z, interpret=implementation == "pallas_interpret")
+    return (dlogits,)
+
+
+_route.defvjp(_forward, _backward)

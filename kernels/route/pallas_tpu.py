@@ -1,0 +1,218 @@
+"""Routing and the dispatch plan as Pallas kernels for TPU.
+
+Experts lie on sublanes (padded to 8) and tokens on lanes (padded to 128), so that a softmax is a reduction over sublanes and no
+lane is wasted on experts that do not exist. There is no sort, cumsum or gather: the top k are k maxima, ranks are a product with
+a triangular matrix, prefix sums are carried from tile to tile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
+
+from .reference import DispatchPlan, Routing
+
+Interpret = bool | pltpu.InterpretParams
+
+LANES, SUBLANES = 128, 8
+TOKENS = 1024  # a block of the routing kernels
+TILE = 256  # slots a tile of the plan: the triangular matrix fills the matrix unit of v6e and tpu7x once
+CHUNK = 1024  # slots whose rows lie in scalar memory at once when the plan is inverted
+EXACT = 2**24  # whole numbers below it are exact in float32
+SCALARS = 2**17  # numbers of the inverse that fit into scalar memory (1 MiB on all of v5e, v5p, v6e, tpu7x) with room to spare
+
+
+def route_forward(logits: Float[Array, "N E"], active: int, *, interpret: Interpret = False) -> Routing:
+    """`reference.route_forward`."""
+    N = logits.shape[0]
+    columns, block = _columns(logits)
+    weights, ids, log_z = pl.pallas_call(
+        functools.partial(_forward_kernel, active=active),
+        grid=(columns.shape[1] // block,),
+        in_specs=[_block(columns.shape[0], block)],
+        out_specs=[_block(active, block), _block(active, block), _block(1, block)],
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, columns.shape[1]), dtype)
+            for rows, dtype in ((active, jnp.float32), (active, jnp.int32), (1, jnp.float32))
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="route_forward",
+    )(columns)
+    return Routing(weights[:, :N].T, ids[:, :N].T, log_z[0, :N])
+
+
+def route_backward(
+    logits: Float[Array, "N E"],
+    ids: Int[Array, "N A"],
+    log_z: Float[Array, " N"],
+    dweights: Float[Array, "N A"],
+    dlog_z: Float[Array, " N"],
+    *,
+    interpret: Interpret = False,
+) -> Float[Array, "N E"]:
+    """`reference.route_backward`."""
+    N, E = logits.shape
+    A = ids.shape[1]
+    columns, block = _columns(logits)
+    tokens = columns.shape[1]
+    slots = [jnp.pad(a.T, ((0, 0), (0, tokens - N))) for a in (ids, dweights, log_z[:, None], dlog_z[:, None])]
+    dlogits = pl.pallas_call(
+        _backward_kernel,
+        grid=(tokens // block,),
+        in_specs=[_block(columns.shape[0], block), _block(A, block), _block(A, block), _block(1, block), _block(1, block)],
+        out_specs=_block(columns.shape[0], block),
+        out_shape=jax.ShapeDtypeStruct(columns.shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=interpret,
+        name="route_backward",
+    )(columns, *slots)
+    return dlogits[:E, :N].T
+
+
+def dispatch_plan(ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_experts: int, *, interpret: Interpret = False) -> DispatchPlan:
+    """`reference.dispatch_plan`. Raises ValueError for more slots than scalar memory holds."""
+    N, A = ids.shape
+    M, E = N * A, num_experts
+    if M > SCALARS:
+        raise ValueError(f"the plan's Pallas kernel holds at most {SCALARS} slots in scalar memory, got {N} tokens x {A}; use 'xla'")
+    experts = _rounded(E, SUBLANES)
+    expert = jnp.where(chosen, ids, -1).reshape(1, M)
+    expert = jnp.pad(expert, ((0, 0), (0, -M % TILE)), constant_values=-1)
+    rows, sizes = pl.pallas_call(
+        functools.partial(_plan_kernel, no_row=M),
+        grid=(2, expert.shape[1] // TILE),  # count all tiles, then place them
+        in_specs=[pl.BlockSpec((1, TILE), lambda phase, tile: (0, tile))],
+        # While counting, the output stays at its first block, which is written before it moves on.
+        out_specs=[
+            pl.BlockSpec((1, TILE), lambda phase, tile: (0, phase * tile)),
+            pl.BlockSpec((experts, LANES), lambda phase, tile: (0, 0)),
+        ],
+        out_shape=[jax.ShapeDtypeStruct(expert.shape, jnp.int32), jax.ShapeDtypeStruct((experts, LANES), jnp.int32)],
+        scratch_shapes=[pltpu.VMEM((experts, LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="dispatch_plan",
+    )(expert)
+    sizes, rows = sizes[:E, 0], rows[0, :M]
+    return DispatchPlan(sizes, rows.reshape(N, A), _inverse(rows, jnp.sum(sizes), interpret))
+
+
+def _inverse(rows: Int[Array, " M"], used: Int[Array, ""], interpret: Interpret) -> Int[Array, " M"]:
+    """The slot of each row, M behind the last one: scalar stores, for a vector store cannot reach scattered places."""
+    M = rows.size
+    chunks = jnp.pad(rows, (0, -M % CHUNK), constant_values=M).reshape(-1, 1, CHUNK)
+    return pl.pallas_call(
+        _inverse_kernel,
+        grid=(chunks.shape[0],),
+        in_specs=[
+            pl.BlockSpec((None, 1, CHUNK), lambda i: (i, 0, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+        ],
+        out_specs=pl.BlockSpec(memory_space=pltpu.SMEM),
+        out_shape=jax.ShapeDtypeStruct((M,), jnp.int32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        interpret=interpret,
+        name="dispatch_plan_inverse",
+    )(chunks, used.reshape(1))
+
+
+def _forward_kernel(logits_ref, weights_ref, ids_ref, log_z_ref, *, active: int):
+    logits = logits_ref[...]
+    best = jnp.max(logits, axis=0, keepdims=True)
+    log_z = best + jnp.log(jnp.sum(jnp.exp(logits - best), axis=0, keepdims=True))
+    log_z_ref[...] = log_z
+    # Indices as float32: vector units reduce floats everywhere, whole numbers not.
+    index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0).astype(jnp.float32)
+    free = jnp.ones(logits.shape, jnp.float32)
+    # NaN compares equal to nothing; as the largest logit it is chosen first, as by lax.top_k, and its weight is NaN through log_z.
+    score = jnp.where(logits == logits, logits, jnp.inf)
+    for a in range(active):
+        best = jnp.max(jnp.where(free > 0, score, -jnp.inf), axis=0, keepdims=True)
+        # Among free ones only, so that excess slots, which find nothing but -inf, take one excluded expert each.
+        id = jnp.min(jnp.where((score == best) & (free > 0), index, float(logits.shape[0])), axis=0, keepdims=True)
+        weights_ref[a : a + 1, :] = jnp.exp(best - log_z)
+        ids_ref[a : a + 1, :] = id.astype(jnp.int32)
+        free = jnp.where(index == id, 0.0, free)
+
+
+def _backward_kernel(logits_ref, ids_ref, dweights_ref, log_z_ref, dlog_z_ref, dlogits_ref):
+    p = jnp.exp(logits_ref[...] - log_z_ref[...])
+    index = jax.lax.broadcasted_iota(jnp.int32, p.shape, 0)
+    g = jnp.zeros(p.shape, jnp.float32)
+    for a in range(ids_ref.shape[0]):
+        g = jnp.where((index == ids_ref[a : a + 1, :]) & (p > 0), dweights_ref[a : a + 1, :], g)
+    inner = jnp.sum(p * g, axis=0, keepdims=True)
+    dlogits_ref[...] = jnp.where(p > 0, p * (g - inner + dlog_z_ref[...]), 0)
+
+
+def _plan_kernel(expert_ref, rows_ref, sizes_ref, taken_ref, *, no_row: int):
+    """`taken_ref`: rows taken by each expert so far (counting), the next row of each expert (placing); alike in all lanes."""
+    phase, tile = pl.program_id(0), pl.program_id(1)
+    experts = taken_ref.shape[0]
+    expert = expert_ref[...]
+    one_hot = (jax.lax.broadcasted_iota(jnp.int32, (experts, TILE), 0) == expert).astype(jnp.float32)
+    counts = jnp.sum(one_hot, axis=1, keepdims=True)
+
+    @pl.when((phase == 0) & (tile == 0))
+    def _():
+        taken_ref[...] = jnp.zeros_like(taken_ref)
+
+    @pl.when((phase == 1) & (tile == 0))
+    def _():
+        sizes = taken_ref[...]
+        sizes_ref[...] = sizes.astype(jnp.int32)
+        # "highest": sizes have more digits than bfloat16, in which the matrix unit multiplies float32 otherwise.
+        smaller = _before(experts, axis=1)
+        taken_ref[...] = jnp.dot(smaller, sizes, precision="highest", preferred_element_type=jnp.float32)
+
+    @pl.when(phase == 1)
+    def _():
+        rank = jnp.dot(one_hot, _before(TILE, axis=0), preferred_element_type=jnp.float32)
+        row = jnp.sum(one_hot * (rank + taken_ref[:, :1]), axis=0, keepdims=True)
+        rows_ref[...] = jnp.where(expert >= 0, row.astype(jnp.int32), no_row)
+
+    taken_ref[...] += counts
+
+
+def _inverse_kernel(rows_ref, used_ref, slots_ref):
+    M, chunk = slots_ref.shape[0], pl.program_id(0)
+
+    @pl.when(chunk == 0)
+    def _():
+        @pl.loop(used_ref[0], M)
+        def _(row):
+            slots_ref[row] = M
+
+    @pl.loop(0, CHUNK)
+    def _(i):
+        row = rows_ref[0, i]
+
+        @pl.when(row < M)
+        def _():
+            slots_ref[row] = chunk * CHUNK + i
+
+
+def _before(size: int, axis: int) -> Float[Array, "size size"]:
+    """1 where the index along `axis` is smaller than the other one."""
+    earlier, later = (jax.lax.broadcasted_iota(jnp.int32, (size, size), i) for i in (axis, 1 - axis))
+    return (earlier < later).astype(jnp.float32)
+
+
+def _columns(logits: Float[Array, "N E"]) -> tuple[Float[Array, "E N"], int]:
+    """Logits with experts on sublanes and tokens on lanes, padded to whole blocks, and the tokens of a block."""
+    N, E = logits.shape
+    block = min(TOKENS, _rounded(N, LANES))
+    columns = jnp.pad(logits.T, ((0, -E % SUBLANES), (0, 0)), constant_values=-jnp.inf)
+    return jnp.pad(columns, ((0, 0), (0, -N % block))), block
+
+
+def _block(rows: int, block: int) -> pl.BlockSpec:
+    return pl.BlockSpec((rows, block), lambda i: (0, i))
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
