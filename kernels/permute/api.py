@@ -56,7 +56,7 @@ def _combine(rows: Float[Array, "M D"], plan: DispatchPlan, implementation: Impl
     return pallas_tpu.combine(rows, plan, interpret=implementation == "pallas_interpret")
 
 
-# The gradients call the custom functions, not the implementations, so that second derivatives exist too.
+# Each gradient is the other public function, by the same implementation.
 _permute.defvjp(
     lambda x, plan, implementation: (_permute(x, plan, implementation), plan),
     lambda implementation, plan, dout: (_combine(dout, plan, implementation), None),

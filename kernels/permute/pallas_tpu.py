@@ -74,7 +74,7 @@ def _permute_kernel(rows_ref, used_ref, x_ref, out_ref, zero_ref, arrived):
 
             @pl.when(row < M)
             def _():
-                act(pltpu.make_async_copy(x_ref.at[slot // active], out_ref.at[row], arrived))
+                act(pltpu.make_async_copy(x_ref.at[jax.lax.div(slot, active)], out_ref.at[row], arrived))
 
         @pl.loop(*unused)
         def _(row):
@@ -88,7 +88,7 @@ def _combine_kernel(slots_ref, rows_ref, y_ref, buffer_ref, arrived, *, active: 
     M, groups = rows_ref.shape[0], y_ref.shape[0] // GROUP
 
     def for_all_copies(group, act):
-        half = group % 2
+        half = jax.lax.rem(group, 2)
 
         @pl.loop(0, GROUP * active)
         def _(i):
@@ -113,7 +113,7 @@ def _combine_kernel(slots_ref, rows_ref, y_ref, buffer_ref, arrived, *, active: 
             token = group * GROUP + i
             y = jnp.zeros(y_ref.shape[1:], jnp.float32)  # summed in float32, rounded once
             for a in range(active):
-                row = buffer_ref[group % 2, i * active + a].astype(jnp.float32)
+                row = buffer_ref[jax.lax.rem(group, 2), i * active + a].astype(jnp.float32)
                 y += jnp.where(slots_ref[0, token * active + a] < M, row, 0)
             y_ref[token] = y.astype(y_ref.dtype)
 

@@ -14,8 +14,9 @@ from ..route import DispatchPlan
 
 def permute(x: Float[Array, "N D"], plan: DispatchPlan) -> Float[Array, "M D"]:
     """Each token's row, once for every slot of it that has a row."""
-    # An index out of range gives 0: a row without a slot holds M, and M // A = N.
-    return jnp.take(x, plan.slots // plan.rows.shape[1], axis=0, mode="fill", fill_value=0)
+    # A row without a slot holds M, and M // A = N: a token of zeros. On TPU, filling after the gather would pass over all M rows again.
+    x = jnp.pad(x, ((0, 1), (0, 0)))
+    return x.at[plan.slots // plan.rows.shape[1]].get(mode="promise_in_bounds")
 
 
 def combine(rows: Float[Array, "M D"], plan: DispatchPlan) -> Float[Array, "N D"]:
