@@ -25,7 +25,7 @@ from flexolmo_jax.files import write_text
 from flexolmo_jax.progress import note
 from flexolmo_jax.train.metrics import read_metrics
 
-RECORDS = 64  # held-out records of each domain
+RECORDS = 48  # held-out records of each domain
 PROMPTS = {
     "legal": "Permission is hereby granted",
     "code": "    def __init__(self",
