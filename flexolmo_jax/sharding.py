@@ -4,7 +4,7 @@ data: replicas (across slices); fsdp: parameters and batch; tensor: heads, ffn, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from flexolmo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "expert")
 BATCH = PartitionSpec(("data", "fsdp"))
+
+Axes = tuple[str | None, ...]  # logical names of an array's axes
 
 LOGICAL_TO_MESH: dict[str | None, str | None] = {
     "embed": "fsdp",
@@ -70,6 +72,48 @@ def parameter_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[in
     return NamedSharding(
         mesh, PartitionSpec(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)))
     )
+
+
+def on_each_shard(
+    mesh: Mesh | None, function: Callable[..., Any], axes: Sequence[Axes], out: Any, *, batch_only: bool = False
+) -> Callable[..., Any]:
+    """`function`, run by every device on its own shard of the arguments, whose logical axes are given ("batch" among them).
+
+    For what the compiler cannot partition, such as a Pallas kernel, or partitions badly, such as a sum over chunks. A name
+    whose mesh axes do not divide everything that bears it stays whole. `batch_only` leaves the mesh's other axes to the
+    compiler, inside too. Without a mesh, or on one device, this is `function` itself.
+    """
+    if mesh is None or mesh.size == 1:
+        return function
+    to_mesh = {"batch": BATCH[0]} if batch_only else LOGICAL_TO_MESH | {"batch": BATCH[0]}
+
+    def sharded(*args: jax.Array) -> Any:
+        whole = set()
+        for arg, names in zip(args, axes, strict=True):
+            for size, name in zip(arg.shape, names, strict=True):
+                ways = math.prod(mesh.shape[axis] for axis in _as_tuple(to_mesh.get(name)))
+                if size % ways:
+                    whole.add(to_mesh[name])
+
+        def spec(names: Axes) -> PartitionSpec:
+            return PartitionSpec(*(None if to_mesh.get(name) in whole else to_mesh.get(name) for name in names))
+
+        specs = tuple(spec(names) for names in axes)
+        # Varying axes are not checked: the kernels of JAX's library do not declare them.
+        manual = {"axis_names": set(_as_tuple(BATCH[0]))} if batch_only else {}
+        out_specs = jax.tree.map(spec, out, is_leaf=_is_axes)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False, **manual)(*args)
+
+    return sharded
+
+
+def _as_tuple(axes: Any) -> tuple[str, ...]:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _is_axes(tree: Any) -> bool:
+    return isinstance(tree, tuple) and all(name is None or isinstance(name, str) for name in tree)
 
 
 def _show(sizes: list[int]) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -28,9 +29,10 @@ Params = dict  # nested dict of arrays, see above
 
 
 class Output(NamedTuple):
-    """Logits are float32; `router` has a leading layer axis."""
+    """`hidden` is what the head multiplies; logits are float32, None where not asked for; `router` has a leading layer axis."""
 
-    logits: Float[Array, "B T V"]
+    hidden: Float[Array, "B T D"]
+    logits: Float[Array, "B T V"] | None
     router: RouterOutput
     cache: KVCache | None
 
@@ -71,7 +73,7 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
+        visible: Int[Array, "B T"] | Bool[Array, "B T S"],
         *,
         active: int,
         allowed: Bool[Array, "E"],
@@ -79,7 +81,10 @@ class Transformer(nnx.Module):
         slot: Int[Array, ""] | int = 0,
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
+        mesh: Mesh | None = None,
+        logits: bool = True,
     ) -> Output:
+        """`visible`: segments, or a mask over the cache, as `Attention` takes them."""
         trunk = self.trunk
         graph, layers = nnx.split(trunk.layers)
         groups = [nnx.split(group) for group in (self.experts, self.expert) if group is not None]
@@ -89,7 +94,7 @@ class Transformer(nnx.Module):
             layer = nnx.merge(graph, state)
             experts = tuple(nnx.merge(g, s) for (g, _), s in zip(groups, states, strict=True))
             with jax.named_scope("attention"):
-                attended, layer_cache = layer.attention(x, positions, mask, layer_cache, slot)
+                attended, layer_cache = layer.attention(x, positions, visible, layer_cache, slot, mesh)
                 h = x + layer.attention_norm(attended)
             with jax.named_scope("mixture"):
                 mixed, router = mixture(h, experts, active, allowed)
@@ -100,9 +105,10 @@ class Transformer(nnx.Module):
         step = rematerialised(layer_step, remat)
         x, (router, cache) = jax.lax.scan(step, x, (layers, [state for _, state in groups], cache))
         with jax.named_scope("head"):
+            hidden = trunk.norm(x)
             kernel = trunk.head.kernel[...].astype(x.dtype)
-            logits = jnp.einsum("btd,dv->btv", trunk.norm(x), kernel, preferred_element_type=jnp.float32)
-        return Output(logits, router, cache)
+            scores = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32) if logits else None
+        return Output(hidden, scores, router, cache)
 
 
 def rematerialised(step, policy: str):
@@ -128,19 +134,21 @@ def forward(
     allowed: Bool[Array, "E"] | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    mesh: Mesh | None = None,
+    logits: bool = True,
 ) -> Output:
-    """Logits of whole sequences. `segments` marks packed documents (0 is padding): no token attends outside its own.
+    """Whole sequences. `segments` marks packed documents (0 is padding): no token attends outside its own.
 
     `active` defaults to the config's for a merged model and to all experts for a pair. `allowed` excludes experts at run time.
+    `mesh` is the one that parameters and batch are spread over, where they are. Without `logits` the head is left out.
     """
-    B, T = tokens.shape
     if segments is None:
-        segments = jnp.ones((B, T), jnp.int32)
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    mask = causal & (segments[:, :, None] == segments[:, None, :])
+        segments = jnp.ones(tokens.shape, jnp.int32)
     active, allowed = _all_experts(config, params, active, allowed)
     model, positions = bind(config, params), document_positions(segments)
-    return model(tokens, positions, mask, active=active, allowed=allowed, dtype=dtype, remat=remat)
+    return model(
+        tokens, positions, segments, active=active, allowed=allowed, dtype=dtype, remat=remat, mesh=mesh, logits=logits
+    )  # fmt: skip
 
 
 def decode(
@@ -170,6 +178,11 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = 
 def bind(config: ModelConfig, params: Params) -> Transformer:
     """The module with these parameters in it (arrays or tracers); cheap."""
     return nnx.merge(_graph(config, "expert" in params), params)
+
+
+def head_of(params: Params, dtype: DTypeLike = jnp.float32) -> Float[Array, "D V"]:
+    """What multiplies `Output.hidden` to give logits, in the dtype of the activations."""
+    return params["trunk"]["head"]["kernel"].astype(dtype)
 
 
 def document_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.records import Records, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import Params, forward
+from flexolmo_jax.model import Params, forward, head_of
 
 from .losses import predicts, token_losses
 
@@ -40,13 +41,13 @@ class Score:
 
 
 @functools.lru_cache
-def make_scorer(config: ModelConfig, active: int | None = None, dtype: str = "float32") -> Scorer:
+def make_scorer(config: ModelConfig, active: int | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> Scorer:
     """A jitted function from (params, tokens, segments, scored, allowed) to the sums of nats and of routing weights [L, E]."""
 
     @jax.jit
     def score(params: Params, tokens: jax.Array, segments: jax.Array, scored: jax.Array, allowed: jax.Array | None):
-        output = forward(config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype)
-        losses, _ = token_losses(output.logits, tokens)
+        output = forward(config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype, mesh=mesh, logits=False)
+        losses, _ = token_losses(output.hidden, head_of(params, dtype), tokens, mesh)
         counted = predicts(scored).astype(jnp.float32)
         shares = output.router.weights / jnp.sum(output.router.weights, axis=-1, keepdims=True)
         return jnp.sum(losses * counted), jnp.einsum("lbte,bt->le", shares, counted)

@@ -74,7 +74,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
     optimizer = make_optimizer(run.optim, run.train.steps)
     state = TrainState(trained, _init_optimizer(optimizer, trained, mesh))
     _describe(job, out, trained)
-    step = make_step(job.model, run, optimizer)
+    step = make_step(job.model, run, optimizer, mesh)
     evaluate = _evaluator(job, mesh)
     tokens_per_step = run.data.batch_size * run.data.seq_len
     scores: dict[str, float] = {}
@@ -174,7 +174,7 @@ def _init_optimizer(optimizer: optax.GradientTransformation, trained: Params, me
 def _evaluator(job: Job, mesh: Mesh) -> Callable[[Params, Params], dict[str, float]]:
     """Bits per byte of each held-out set."""
     active = job.model.n_experts if job.config.run == "router" else None
-    scorer = make_scorer(job.model, active, job.config.train.compute_dtype)
+    scorer = make_scorer(job.model, active, job.config.train.compute_dtype, mesh)
     put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
     batch_size = job.config.data.batch_size // job.config.train.accumulate
 

@@ -5,11 +5,13 @@ Which tokens count is decided by the data (`data.records.loss_targets`): all of 
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import OptimConfig
+from flexolmo_jax.kernels.cross_entropy import cross_entropy
 from flexolmo_jax.model import Output
 
 
@@ -28,13 +30,20 @@ class LossSums(NamedTuple):
     router_share: Float[Array, "E"]  # weight each expert had, averaged over layers
 
 
-def token_losses(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+def token_losses(
+    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], tokens: Int[Array, "B T"], mesh: Mesh | None = None
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """At each position -ln p of the token after it, and the logsumexp of its logits. The last position predicts nothing: leave it out."""
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    # The tokens are shifted, not the logits, whose slice would be a copy of the largest array there is. And a comparison fuses
-    # into the pass over the logits, forward and backward, where a gather's gradient is a scatter.
-    hit = jnp.roll(tokens, -1, axis=1)[:, :, None] == jnp.arange(logits.shape[-1])
-    return log_z - jnp.sum(jnp.where(hit, logits, 0), axis=-1), log_z
+
+    def of_shard(hidden: Array, targets: Array, head: Array) -> tuple[Array, Array]:
+        losses, log_z = cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
+        return losses.reshape(targets.shape), log_z.reshape(targets.shape)
+
+    # The tokens are shifted, not the hidden states: every position keeps its place. Each device goes through its own tokens, so
+    # that the head is gathered, and its gradient summed over devices, once and not once a chunk.
+    axes = (("batch", None, None), ("batch", None), (None, None))
+    run = sharding.on_each_shard(mesh, of_shard, axes, (("batch", None), ("batch", None)), batch_only=True)
+    return run(hidden, jnp.roll(tokens, -1, axis=1), head)
 
 
 def predicts(targets: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -44,14 +53,16 @@ def predicts(targets: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
 
 def loss_sums(
     output: Output,
+    head: Float[Array, "D V"],
     tokens: Int[Array, "B T"],
     targets: Bool[Array, "B T"],
     optim: OptimConfig,
     contrast: Contrast | None = None,
+    mesh: Mesh | None = None,
 ) -> LossSums:
     """The sums over one batch (or microbatch)."""
     mask = predicts(targets)
-    losses, log_z = token_losses(output.logits, tokens)
+    losses, log_z = token_losses(output.hidden, head, tokens, mesh)
     cross_entropy = jnp.sum(losses * mask)
     total = cross_entropy + optim.z_loss * jnp.sum(jnp.square(log_z) * mask)
     router = output.router

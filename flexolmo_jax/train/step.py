@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig, RunConfig
-from flexolmo_jax.model import Params, forward
+from flexolmo_jax.model import Params, forward, head_of
 from flexolmo_jax.model.tree import combine
 
 from .losses import Contrast, LossSums, loss_sums, predicts
@@ -25,19 +26,20 @@ class TrainState(NamedTuple):
 
 
 def make_step(
-    model: ModelConfig, run: RunConfig, optimizer: optax.GradientTransformation
+    model: ModelConfig, run: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Params, Batch, jax.Array | int], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step: (state, frozen parameters, batch, step number) -> (state, metrics). The old state's buffers are reused."""
     schedule = learning_rate(run.optim, run.train.steps)
 
     def losses(trained: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
         active = model.n_experts if run.run == "router" else None  # router tuning: every expert active, no dispatch
+        params, dtype = combine(frozen, trained), run.train.compute_dtype
         output = forward(
-            model, combine(frozen, trained), batch["tokens"], batch["segments"],
-            active=active, dtype=run.train.compute_dtype, remat=run.train.remat,
+            model, params, batch["tokens"], batch["segments"],
+            active=active, dtype=dtype, remat=run.train.remat, mesh=mesh, logits=False,
         )  # fmt: skip
         contrast = Contrast(batch["expert"], batch["expert_weight"]) if "expert" in batch else None
-        sums = loss_sums(output, batch["tokens"], batch["targets"], run.optim, contrast)
+        sums = loss_sums(output, head_of(params, dtype), batch["tokens"], batch["targets"], run.optim, contrast, mesh)
         return sums.total, sums
 
     def gradients(trained: Params, frozen: Params, batch: Batch) -> tuple[Params, LossSums]:
