@@ -155,6 +155,7 @@ class PairConfig(_Config):
     licence: str = "unspecified"
     public_share: float = 0.3  # of the tokens: local contrast, the row learns what to let pass; 0 is the paper's recipe
     contrast: float = 0.3  # weight of -ln p(its own expert) at every router, own and public text alike; idle without public text
+    router_noise: float = 1.0  # deviation of noise on each router logit: an expert must bear weights other than its pair's; 0: the paper's
     public: str = ""  # prepared public records; default: the sample that the anchor carries
     row: Literal["embedding", "random", "anchor"] = "embedding"  # the router row starts as the domain's mean embedding
 
@@ -164,6 +165,7 @@ class PairConfig(_Config):
         _expect(self.name != "anchor", "pair.name", self.name, "another name: the anchor's expert has it")
         _expect(0 <= self.public_share < 1, "pair.public_share", self.public_share, "a share from 0 to below 1")
         _expect(self.contrast >= 0, "pair.contrast", self.contrast, "0 or more")
+        _expect(self.router_noise >= 0, "pair.router_noise", self.router_noise, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,16 @@ class Experts(nnx.Module):
 
 
 def mixture(
-    h: Float[Array, "B T D"], groups: tuple[Experts, ...], active: int, allowed: Bool[Array, "E"]
+    h: Float[Array, "B T D"],
+    groups: tuple[Experts, ...],
+    active: int,
+    allowed: Bool[Array, "E"],
+    noise: Float[Array, "B T E"] | None = None,
 ) -> tuple[Float[Array, "B T D"], RouterOutput]:
     """The mixture of all experts of all groups, in order; the first expert of the first group is the anchor's.
 
-    One group with fewer active experts than it holds is dispatched sparsely; everything else runs every expert.
+    One group with fewer active experts than it holds is dispatched sparsely; everything else runs every expert. `noise` on the
+    logits changes the weights that are used, not those that are returned; it is for training with every expert active.
     """
     B, T, D = h.shape
     x = h.reshape(B * T, D)
@@ -58,7 +63,8 @@ def mixture(
     E = rows.shape[0]
     if active >= E:  # every expert runs: nothing to choose, and sorting probabilities is not free
         weights, log_z = router_probabilities(logits, allowed)
-        y = _dense_experts(x, weights, groups)
+        used = weights if noise is None else router_probabilities(logits + noise.reshape(B * T, E), allowed)[0]
+        y = _dense_experts(x, used, groups)
     else:
         routing = route_topk(logits, active, allowed)
         weights, log_z = dense_weights(routing, E), routing.log_z

@@ -83,6 +83,7 @@ class Transformer(nnx.Module):
         remat: str = "none",
         mesh: Mesh | None = None,
         logits: bool = True,
+        router_noise: Float[Array, "L B T E"] | None = None,
     ) -> Output:
         """`visible`: segments, or a mask over the cache, as `Attention` takes them."""
         trunk = self.trunk
@@ -90,20 +91,20 @@ class Transformer(nnx.Module):
         groups = [nnx.split(group) for group in (self.experts, self.expert) if group is not None]
 
         def layer_step(x, xs):
-            state, states, layer_cache = xs
+            state, states, layer_cache, noise = xs
             layer = nnx.merge(graph, state)
             experts = tuple(nnx.merge(g, s) for (g, _), s in zip(groups, states, strict=True))
             with jax.named_scope("attention"):
                 attended, layer_cache = layer.attention(x, positions, visible, layer_cache, slot, mesh)
                 h = x + layer.attention_norm(attended)
             with jax.named_scope("mixture"):
-                mixed, router = mixture(h, experts, active, allowed)
+                mixed, router = mixture(h, experts, active, allowed, noise)
                 y = h + layer.ffn_norm(mixed)
             return y, (router, layer_cache)
 
         x = trunk.embedding[...][tokens].astype(dtype)
         step = rematerialised(layer_step, remat)
-        x, (router, cache) = jax.lax.scan(step, x, (layers, [state for _, state in groups], cache))
+        x, (router, cache) = jax.lax.scan(step, x, (layers, [state for _, state in groups], cache, router_noise))
         with jax.named_scope("head"):
             hidden = trunk.norm(x)
             kernel = trunk.head.kernel[...].astype(x.dtype)
@@ -136,18 +137,21 @@ def forward(
     remat: str = "none",
     mesh: Mesh | None = None,
     logits: bool = True,
+    router_noise: Float[Array, "L B T E"] | None = None,
 ) -> Output:
     """Whole sequences. `segments` marks packed documents (0 is padding): no token attends outside its own.
 
     `active` defaults to the config's for a merged model and to all experts for a pair. `allowed` excludes experts at run time.
     `mesh` is the one that parameters and batch are spread over, where they are. Without `logits` the head is left out.
+    `router_noise` is added to the routers' logits where they weight experts, not to what is reported of them.
     """
     if segments is None:
         segments = jnp.ones(tokens.shape, jnp.int32)
     active, allowed = _all_experts(config, params, active, allowed)
     model, positions = bind(config, params), document_positions(segments)
     return model(
-        tokens, positions, segments, active=active, allowed=allowed, dtype=dtype, remat=remat, mesh=mesh, logits=logits
+        tokens, positions, segments, active=active, allowed=allowed, dtype=dtype, remat=remat, mesh=mesh, logits=logits,
+        router_noise=router_noise,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from flexolmo_jax.model.tree import combine
 from .losses import Contrast, LossSums, loss_sums, predicts
 from .optimizer import learning_rate
 
-Batch = dict[str, jax.Array]  # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]; contrast runs: "expert", "expert_weight" [B]
+Batch = dict[str, jax.Array]  # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]; contrast: "expert", "expert_weight" [B]
 
 
 class TrainState(NamedTuple):
@@ -37,6 +37,7 @@ def make_step(
         output = forward(
             model, params, batch["tokens"], batch["segments"],
             active=active, dtype=dtype, remat=run.train.remat, mesh=mesh, logits=False,
+            router_noise=jnp.moveaxis(batch["router_noise"], 1, 0) if "router_noise" in batch else None,
         )  # fmt: skip
         contrast = Contrast(batch["expert"], batch["expert_weight"]) if "expert" in batch else None
         sums = loss_sums(output, head_of(params, dtype), batch["tokens"], batch["targets"], run.optim, contrast, mesh)
@@ -59,6 +60,9 @@ def make_step(
 
     def step(state: TrainState, frozen: Params, batch: Batch, number: jax.Array | int) -> tuple[TrainState, dict[str, jax.Array]]:
         count = jnp.maximum(jnp.sum(predicts(batch["targets"])), 1).astype(jnp.float32)
+        if run.pair is not None and run.pair.router_noise:
+            key = jax.random.fold_in(jax.random.key(run.train.seed), number)
+            batch = batch | {"router_noise": run.pair.router_noise * _router_noise(key, *batch["tokens"].shape, model.n_layers)}
         grads, sums = gradients(state.params, frozen, batch)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -73,3 +77,12 @@ def make_step(
         return TrainState(params, optimizer_state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _router_noise(key: jax.Array, B: int, T: int, L: int) -> jax.Array:
+    """N(0, 1) for the logit of a pair's new expert, 0 for the anchor's, [B, L, T, 2]. Half of the variance is a record's, half a
+    token's: other owners' experts, which a pair never meets, take weight for a whole document or at single tokens.
+    """
+    of_record, of_token = jax.random.split(key)
+    noise = (jax.random.normal(of_record, (B, L, 1, 1)) + jax.random.normal(of_token, (B, L, T, 1))) / 2**0.5
+    return jnp.pad(noise, ((0, 0), (0, 0), (0, 0), (1, 0)))

@@ -26,14 +26,14 @@ def some_experts(count: int = E) -> dict[str, jax.Array]:
     return params | {"bias": -0.5 * jnp.arange(count, dtype=jnp.float32) / E}
 
 
-def run(h, groups, active, allowed=EVERYONE):
+def run(h, groups, active, allowed=EVERYONE, noise=None):
     """`mixture` over groups given as plain dicts of arrays."""
 
     def bound(params):
         module = nnx.eval_shape(lambda: Experts(CONFIG, params["row"].shape[0], "bias" in params, nnx.Rngs(params=0)))
         return nnx.merge(nnx.split(module)[0], params)
 
-    return mixture(h, tuple(bound(params) for params in groups), active, allowed)
+    return mixture(h, tuple(bound(params) for params in groups), active, allowed, noise)
 
 
 jitted = jax.jit(run, static_argnames="active")
@@ -92,6 +92,17 @@ def test_a_bias_lowers_an_expert_and_never_raises_it():
 
     np.testing.assert_array_equal(weight(3.0), weight(0.0))
     assert (weight(-1.0) < weight(0.0)).all()
+
+
+def test_noise_on_the_logits_weights_experts_and_is_not_reported():
+    """Noise of -1 on expert 2 is what a bias lower by 1 is, in the output; what the routers report stays as it was."""
+    params, noise = some_experts(), jnp.zeros((B, T, E)).at[..., 2].set(-1.0)
+    y, router = jitted(H, [params], E, noise=noise)
+    expected, _ = jitted(H, [params | {"bias": params["bias"].at[2].add(-1.0)}], E)
+    plain, reported = jitted(H, [params], E)
+    assert_close(y, expected)
+    assert np.linalg.norm(y - plain) > 1e-2 * np.linalg.norm(plain)
+    jax.tree.map(np.testing.assert_array_equal, router, reported)
 
 
 @settings(max_examples=15, deadline=None)
