@@ -15,7 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.kernels.expert_ffn import sparse_experts, swiglu
+from flexolmo_jax.kernels.expert_ffn import swiglu
+from flexolmo_jax.kernels.moe_ffn import sparse_experts
 from flexolmo_jax.kernels.route import dense_weights, route_topk, router_probabilities
 
 

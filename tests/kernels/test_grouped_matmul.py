@@ -1,0 +1,199 @@
+"""One suite for every implementation of the expert FFN that runs on a CPU: values and all gradients against running every expert.
+
+The definition's gradients are jax's own; the reference writes its own by hand, so it stands in the suite too.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from flexolmo_jax.kernels.expert_ffn import swiglu
+from flexolmo_jax.kernels.grouped_matmul import Implementation, expert_ffn
+from flexolmo_jax.kernels.grouped_matmul.blocks_cpu import block_sizes
+from flexolmo_jax.kernels.grouped_matmul.shapes import SHAPES_7B
+from flexolmo_jax.kernels.grouped_matmul.tiles import executed_over_ideal, executed_tiles
+
+M, E, D, F = 150, 4, 12, 20
+NAMES = ("x", "weights", "gate", "up", "down")
+GROUPS = {
+    "even": (37, 37, 37, 37),
+    "one hot expert": (0, M, 0, 0),
+    "no rows at all": (0, 0, 0, 0),
+    "empty groups and unused rows": (0, 70, 0, 33),
+    "single rows": (1, 1, 1, M - 3),
+    "unused rows only at the end of a tile": (128, 0, 0, 0),
+    "blocks of exactly one step": (32, 64, 32, 0),
+}
+# Numbers that add up to at most M: gaps between sorted points of [0, M].
+SIZES = st.lists(st.integers(0, M), min_size=E, max_size=E).map(lambda points: np.diff(np.sort(points), prepend=0))
+
+
+def arguments(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, gate, up, down = (jax.random.normal(k, s) for k, s in zip(keys, [(M, D), (E, D, F), (E, D, F), (E, F, D)], strict=False))
+    weights = jax.random.uniform(keys[4], (M,), minval=0.05, maxval=0.5)
+    return (x.astype(dtype), weights, *((w / w.shape[1] ** 0.5).astype(dtype) for w in (gate, up, down)))
+
+
+def by_definition(x, weights, sizes, gate, up, down):
+    expert = jnp.sum(jnp.arange(M)[:, None] >= jnp.cumsum(sizes), axis=1)
+    each = [jnp.where((expert == e)[:, None], swiglu(x, gate[e], up[e], down[e]), 0) for e in range(E)]
+    return weights[:, None] * sum(each)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, x, weights, sizes, gate, up, down):
+    def total(x, weights, gate, up, down):
+        y = function(x, weights, sizes, gate, up, down)
+        cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+        return jnp.sum(y.astype(jnp.float32) * cotangent), y
+
+    return jax.grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True)(x, weights, gate, up, down)
+
+
+def run(function, sizes, values):
+    x, weights, *matrices = values
+    gradients, y = value_and_gradients(function, x, weights, jnp.asarray(sizes, jnp.int32), *matrices)
+    return {"value": np.asarray(y, np.float64)} | {n: np.asarray(g, np.float64) for n, g in zip(NAMES, gradients, strict=True)}
+
+
+def assert_equal_to_the_definition(function, sizes):
+    got, want = run(function, sizes, arguments()), run(by_definition, sizes, arguments())
+    for name in want:
+        assert np.linalg.norm(got[name] - want[name]) <= 1e-5 * np.linalg.norm(want[name]), name
+    assert not got["value"][sum(sizes) :].any()
+
+
+@functools.cache
+def implemented_by(implementation):
+    """The same object every time, so that `jax.jit` compiles once for an implementation."""
+    return functools.partial(expert_ffn, implementation=implementation)
+
+
+class Suite:
+    """What every implementation must do."""
+
+    implementation: Implementation | None
+
+    @property
+    def function(self):
+        return implemented_by(self.implementation)
+
+    @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS.keys())
+    def test_values_and_gradients_equal_the_definition(self, sizes):
+        assert_equal_to_the_definition(self.function, sizes)
+
+    def test_an_expert_without_rows_is_never_read_and_has_a_gradient_of_exactly_zero(self):
+        sizes, empty = (0, 70, 0, 33), np.array([0, 2])
+        x, weights, *matrices = arguments()
+        poisoned = (x, weights, *(m.at[empty].set(jnp.nan) for m in matrices))
+        clean, got = run(self.function, sizes, (x, weights, *matrices)), run(self.function, sizes, poisoned)
+        for name in clean:
+            np.testing.assert_array_equal(got[name], clean[name], err_msg=name)
+        for name in ("gate", "up", "down"):
+            assert not got[name][empty].any()
+
+    def test_whatever_stands_in_unused_rows_changes_nothing(self):
+        sizes = (20, 0, 61, 30)
+        x, weights, *matrices = arguments()
+        used = sum(sizes)
+        poisoned = (x.at[used:].set(jnp.nan), weights.at[used:].set(jnp.nan), *matrices)
+        clean, got = run(self.function, sizes, (x, weights, *matrices)), run(self.function, sizes, poisoned)
+        for name in clean:
+            np.testing.assert_array_equal(got[name], clean[name], err_msg=name)
+        assert not got["x"][used:].any() and not got["weights"][used:].any()
+
+    def test_a_spoilt_row_spoils_its_own_output_and_the_gradients_of_its_own_expert_only(self):
+        sizes = (20, 0, 61, 30)
+        x, weights, *matrices = arguments()
+        clean = run(self.function, sizes, (x, weights, *matrices))
+        got = run(self.function, sizes, (x.at[25].set(jnp.nan), weights, *matrices))
+        for name in ("value", "x", "weights"):
+            np.testing.assert_array_equal(np.delete(got[name], 25, 0), np.delete(clean[name], 25, 0), err_msg=name)
+        for name in ("gate", "up", "down"):
+            np.testing.assert_array_equal(np.delete(got[name], 2, 0), np.delete(clean[name], 2, 0), err_msg=name)
+
+    def test_in_bfloat16_weight_gradients_are_summed_in_float32(self):
+        """Positive terms, so that a bfloat16 sum would stop growing; 4096 rows of one expert are many blocks and tiles."""
+        rows = 4096
+        keys = jax.random.split(jax.random.key(0), 4)
+        x, *matrices = (
+            (jnp.abs(jax.random.normal(k, s)) / 4).astype(jnp.bfloat16)
+            for k, s in zip(keys, [(rows, D), (1, D, F), (1, D, F), (1, F, D)], strict=True)
+        )
+
+        def total(matrices):
+            return jnp.sum(self.function(x, jnp.ones(rows), jnp.array([rows], jnp.int32), *matrices), dtype=jnp.float32)
+
+        def exact(matrices):
+            return jnp.sum(swiglu(x.astype(jnp.float32), *(m[0] for m in matrices)))
+
+        got = jax.jit(jax.grad(total))(matrices)
+        want = jax.jit(jax.grad(exact))([m.astype(jnp.float32) for m in matrices])
+        for g, w in zip(got, want, strict=True):
+            assert g.dtype == jnp.bfloat16
+            assert np.linalg.norm(g.astype(jnp.float32) - w) < 0.005 * np.linalg.norm(w)
+
+
+class TestThePlatformsChoice(Suite):
+    implementation = None
+
+
+class TestReference(Suite):
+    implementation = "reference"
+
+
+class TestRaggedDot(Suite):
+    implementation = "ragged_dot"
+
+
+class TestMegablox(Suite):
+    implementation = "megablox_interpret"
+
+
+@pytest.mark.parametrize("suite", Suite.__subclasses__())  # not in the suite: hypothesis refuses tests that classes share
+@settings(max_examples=15, deadline=None)
+@given(sizes=SIZES)
+@example(sizes=np.array([M, 0, 0, 0]))
+def test_values_and_gradients_equal_the_definition_for_any_sizes(suite, sizes):
+    assert_equal_to_the_definition(suite().function, sizes)
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="one of blocks, ragged_dot, megablox"):
+        expert_ffn(*arguments()[:2], jnp.zeros(E, jnp.int32), *arguments()[2:], implementation="triton")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("lowered_for", ["cpu", "tpu", "cuda"])
+def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowered_for):
+    x, weights, *matrices = arguments()
+    function = jax.jit(jax.grad(lambda x: jnp.sum(expert_ffn(x, weights, jnp.full(E, 30, jnp.int32), *matrices))))
+    text = function.trace(x).lower(lowering_platforms=(lowered_for,)).as_text()
+    assert ("while" in text) == (lowered_for == "cpu" or "tpu_custom_call" in text)
+
+
+def test_block_sizes_are_ascending_and_never_larger_than_the_array():
+    for rows, experts in [(1, 8), (16, 8), (150, 4), (4096, 8), (4096, 32), (10240, 8)]:
+        sizes = block_sizes(rows, experts)
+        assert list(sizes) == sorted(set(sizes)) and sizes[0] >= 1 and sizes[-1] <= rows
+
+
+@settings(max_examples=50, deadline=None)
+@given(SIZES, st.sampled_from([8, 16, 32]))
+def test_executed_tiles_are_those_each_group_touches(sizes, tm):
+    group = np.repeat(np.arange(E), sizes)
+    assert executed_tiles(list(sizes), tm) == len({(row // tm, e) for row, e in enumerate(group)})
+
+
+@pytest.mark.parametrize("shape", SHAPES_7B, ids=str)
+@pytest.mark.parametrize("skew", [0.0, 1.0, 2.0])
+def test_megablox_multiplies_at_most_a_twentieth_more_than_needed_at_7b(shape, skew):
+    share = (1 + np.arange(shape.E)) ** -skew
+    sizes = np.floor(shape.M * share / share.sum()).astype(int)
+    sizes[0] += shape.M - sizes.sum()
+    assert 1 <= executed_over_ideal(list(sizes), shape.D, shape.F) <= 1.05
