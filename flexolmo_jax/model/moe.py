@@ -12,12 +12,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.expert_ffn import swiglu
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
-from flexolmo_jax.kernels.route import dense_weights, route_topk, router_probabilities
+from flexolmo_jax.kernels.route import Routing, dense_weights, route_topk, router_probabilities
 
 
 class RouterOutput(NamedTuple):
@@ -49,11 +51,13 @@ def mixture(
     active: int,
     allowed: Bool[Array, "E"],
     noise: Float[Array, "B T E"] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T D"], RouterOutput]:
     """The mixture of all experts of all groups, in order; the first expert of the first group is the anchor's.
 
     One group with fewer active experts than it holds is dispatched sparsely; everything else runs every expert. `noise` on the
-    logits changes the weights that are used, not those that are returned; it is for training with every expert active.
+    logits changes the weights that are used, not those that are returned; it is for training with every expert active. Over a mesh
+    each device runs its own experts of a group.
     """
     B, T, D = h.shape
     x = h.reshape(B * T, D)
@@ -62,17 +66,20 @@ def mixture(
     rows = jnp.concatenate([group.row[...] for group in groups]).astype(jnp.float32)
     logits = jnp.matmul(x.astype(jnp.float32), rows.T, precision="highest") + _bias(groups)
     E = rows.shape[0]
-    if active >= E:  # every expert runs: nothing to choose, and sorting probabilities is not free
+    routing = route_topk(logits, active, allowed) if active < E else None  # all of them: nothing to choose, and sorting is not free
+    if routing is None:
         weights, log_z = router_probabilities(logits, allowed)
-        used = weights if noise is None else router_probabilities(logits + noise.reshape(B * T, E), allowed)[0]
-        y = _dense_experts(x, used, groups)
     else:
-        routing = route_topk(logits, active, allowed)
         weights, log_z = dense_weights(routing, E), routing.log_z
-        if len(groups) == 1:
-            y = sparse_experts(x, routing, *(w[...].astype(x.dtype) for w in (groups[0].gate, groups[0].up, groups[0].down)))
-        else:
-            y = _dense_experts(x, weights, groups)
+    if routing is not None and len(groups) == 1:
+        y = _run(_sparse_experts, (x, routing), groups[0], mesh)
+    else:
+        used = weights if noise is None else router_probabilities(logits + noise.reshape(B * T, E), allowed)[0]
+        y, first = jnp.zeros_like(x), 0
+        for group in groups:
+            own = used[:, first : first + group.row.shape[0]]
+            y += _run(_dense_experts, (x, own), group, mesh)
+            first += group.row.shape[0]
     return y.reshape(B, T, D), RouterOutput(weights.reshape(B, T, E), log_z.reshape(B, T))
 
 
@@ -82,14 +89,37 @@ def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:
     return jnp.concatenate(biases).at[0].set(0)
 
 
-def _dense_experts(x: Float[Array, "N D"], weights: Float[Array, "N E"], groups: tuple[Experts, ...]) -> Float[Array, "N D"]:
-    """A loop over experts, not one batched product: canonical matmuls reach the hardware's peak, `td,edf->etf` does not."""
-    y, e = jnp.zeros_like(x), 0
-    for group in groups:
-        for i in range(group.row.shape[0]):
-            out = swiglu(x, *(w[i].astype(x.dtype) for w in (group.gate, group.up, group.down)))
-            # `where`, never a product with 0: NaN in an excluded expert must not leak.
-            weight = weights[:, e, None]
-            y += jnp.where(weight > 0, out * weight.astype(x.dtype), 0)
-            e += 1
+def _run(path, tokens: tuple, group: Experts, mesh: Mesh | None) -> Float[Array, "N D"]:
+    """One of the paths below with the group's weights. A single expert is left to the compiler: plain products, which it spreads well."""
+    weights = (w[...].astype(tokens[0].dtype) for w in (group.gate, group.up, group.down))
+    return sharding.over_experts(mesh if group.row.shape[0] > 1 else None, path)(tokens, *weights)
+
+
+def _sparse_experts(
+    tokens: tuple[Float[Array, "N D"], Routing], gate: Array, up: Array, down: Array, first: Int[Array, ""] | int
+) -> Float[Array, "N D"]:
+    """What experts `first`, `first` + 1, ... add to the tokens that chose them."""
+    x, routing = tokens
+    local = routing.ids - first
+    mine = (local >= 0) & (local < gate.shape[0])
+    # A slot of weight 0 gets no row: slots of other devices' experts cost nothing here.
+    routing = routing._replace(weights=jnp.where(mine, routing.weights, 0), ids=jnp.where(mine, local, 0))
+    return sparse_experts(x, routing, gate, up, down)
+
+
+def _dense_experts(
+    tokens: tuple[Float[Array, "N D"], Float[Array, "N E"]], gate: Array, up: Array, down: Array, first: Int[Array, ""] | int
+) -> Float[Array, "N D"]:
+    """What experts `first`, `first` + 1, ... add to every token.
+
+    A loop over experts, not one batched product: canonical matmuls reach the hardware's peak, `td,edf->etf` does not.
+    """
+    x, weights = tokens
+    count = gate.shape[0]
+    weights = jax.lax.dynamic_slice_in_dim(jnp.pad(weights, ((0, 0), (0, count))), first, count, axis=1)
+    y = jnp.zeros_like(x)
+    for i in range(count):
+        weight = weights[:, i, None]
+        # `where`, never a product with 0: NaN in an excluded expert must not leak.
+        y += jnp.where(weight > 0, swiglu(x, gate[i], up[i], down[i]) * weight.astype(x.dtype), 0)
     return y

@@ -98,7 +98,7 @@ class Transformer(nnx.Module):
                 attended, layer_cache = layer.attention(x, positions, visible, layer_cache, slot, mesh)
                 h = x + layer.attention_norm(attended)
             with jax.named_scope("mixture"):
-                mixed, router = mixture(h, experts, active, allowed, noise)
+                mixed, router = mixture(h, experts, active, allowed, noise, mesh)
                 y = h + layer.ffn_norm(mixed)
             return y, (router, layer_cache)
 
