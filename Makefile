@@ -22,7 +22,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 runtime := $(VENV)/.installed-$(version)
 testing := $(VENV)/.installed-$(version)-test
 
-.PHONY: help env demo test test-slow check clean
+.PHONY: help env demo test test-slow test-tpu-compile check clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -36,6 +36,9 @@ test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
 
 test-slow: $(testing) ## the slow tests
 	$(PYTEST) -m slow $(ARGS)
+
+test-tpu-compile: .venv-tpu/.installed-$(version) ## compiles every kernel for real TPU slices, without one; ARGS=--help says more
+	.venv-tpu/bin/python tests/tpu/compile_kernels.py $(ARGS)
 
 check: $(testing) ## lint, format, types, import contract
 	$(VENV)/bin/ruff check .
@@ -55,3 +58,11 @@ $(runtime) $(testing): setup.py pyproject.toml
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '$(what)' >>$(VENV)/install.log 2>&1 \
 	    || { tail -n 20 $(VENV)/install.log >&2; exit 1; }
 	@touch $@ $(runtime)
+
+# libtpu stays out of the environment that the tests run in.
+.venv-tpu/.installed-$(version): setup.py pyproject.toml
+	@$(PYTHON) -m venv --clear .venv-tpu
+	@echo "installing -e '.[tpu]' into .venv-tpu (log: .venv-tpu/install.log)" >&2
+	@.venv-tpu/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '.[tpu]' >>.venv-tpu/install.log 2>&1 \
+	    || { tail -n 20 .venv-tpu/install.log >&2; exit 1; }
+	@touch $@
