@@ -56,24 +56,25 @@ def check(implementation: str | None) -> Implementation:
     raise ValueError(f"implementation must be None, 'xla', 'pallas' or 'pallas_interpret'; got {implementation!r}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _route(logits: Float[Array, "N E"], active: int, implementation: Implementation) -> Routing:
+def _run(logits: Float[Array, "N E"], active: int, implementation: Implementation) -> Routing:
     if implementation == "xla":
         return reference.route_forward(logits, active)
     return pallas_tpu.route_forward(logits, active, interpret=implementation == "pallas_interpret")
 
 
 def _forward(logits, active, implementation):
-    routing = _route(logits, active, implementation)
+    routing = _run(logits, active, implementation)
     return routing, (logits, routing.ids, routing.log_z)
 
 
 def _backward(active, implementation, saved, cotangents: Routing):
+    logits, ids, log_z = saved
     if implementation == "xla":
-        dlogits = reference.route_backward(*saved, cotangents.weights, cotangents.log_z)
+        backward = reference.route_backward
     else:
-        dlogits = pallas_tpu.route_backward(*saved, cotangents.weights, cotangents.log_z, interpret=implementation == "pallas_interpret")
-    return (dlogits,)
+        backward = functools.partial(pallas_tpu.route_backward, interpret=implementation == "pallas_interpret")
+    return (backward(logits, ids, log_z, cotangents.weights, cotangents.log_z),)
 
 
+_route = jax.custom_vjp(_run, nondiff_argnums=(1, 2))
 _route.defvjp(_forward, _backward)

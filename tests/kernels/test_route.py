@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from jax.typing import ArrayLike
 
 from flexolmo_jax.kernels.route import Implementation, dense_weights, dispatch_plan, route_topk, router_probabilities
 
@@ -49,7 +50,7 @@ class RouteSuite:
 
     implementation: Implementation
 
-    def route(self, logits, active, allowed=None, dweights=0.0, dlog_z=0.0):
+    def route(self, logits, active, allowed=None, dweights: ArrayLike = 0.0, dlog_z: ArrayLike = 0.0):
         logits = jnp.asarray(logits)
         allowed = jnp.ones(logits.shape[1], bool) if allowed is None else jnp.asarray(allowed)
         dweights = jnp.broadcast_to(jnp.asarray(dweights, jnp.float32), logits.shape)
