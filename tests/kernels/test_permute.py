@@ -19,6 +19,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the simula
 from jax.experimental.pallas import tpu as pltpu
 
 from flexolmo_jax.kernels.permute import combine, pallas_tpu, permute, reference, row_weights
+from flexolmo_jax.kernels.permute.shapes import SHAPES
 from flexolmo_jax.kernels.route import DispatchPlan, Implementation
 
 N, A, E, D = 150, 3, 5, 256  # more tokens than a block of the kernels, and not a multiple of one
@@ -169,6 +170,16 @@ def test_a_named_implementation_is_used_or_fails(function):
         jax.block_until_ready(function(x, plan, implementation="pallas"))
     with pytest.raises(ValueError, match="multiple of 128, got 200; use 'xla'"):
         function(x[:, :200], plan, implementation="pallas")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_real_shapes_are_traced(name, implementation):
+    tokens, experts, active, width = SHAPES[name]
+    plan = DispatchPlan(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((experts,), (tokens, active), (tokens * active,))))
+    x, rows = (jax.ShapeDtypeStruct((length, width), jnp.bfloat16) for length in (tokens, tokens * active))
+    assert jax.eval_shape(lambda x, plan: permute(x, plan, implementation=implementation), x, plan) == rows
+    assert jax.eval_shape(lambda rows, plan: combine(rows, plan, implementation=implementation), rows, plan) == x
 
 
 # Kernels that copy by DMA, under the simulator of TPU memory, which records races but does not fail because of them.

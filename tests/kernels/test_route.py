@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jax.typing import ArrayLike
 
 from flexolmo_jax.kernels.route import Implementation, dense_weights, dispatch_plan, route_topk, router_probabilities
+from flexolmo_jax.kernels.route.shapes import SHAPES as REAL
 
 N, E = 16, 5
 ACTIVE = st.sampled_from([1, 3, E])  # each is a program to compile
@@ -212,6 +213,15 @@ def test_a_named_implementation_is_used_or_fails(run):
         run(logits, "cuda")
     with pytest.raises(ValueError, match="interpret mode"):  # Pallas itself, lowering a TPU kernel for the CPU
         jax.block_until_ready(run(logits, "pallas"))
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_real_shapes_are_traced(name, implementation):
+    N, E, A, _ = REAL[name]
+    routing = jax.eval_shape(lambda x: route_topk(x, A, implementation=implementation), jax.ShapeDtypeStruct((N, E), jnp.float32))
+    plan = jax.eval_shape(lambda r: dispatch_plan(r.ids, r.weights > 0, E, implementation=implementation), routing)
+    assert [a.shape for a in (*routing, *plan)] == [(N, A), (N, A), (N,), (E,), (N, A), (N * A,)]
 
 
 @pytest.mark.parametrize("active", [0, E + 1])
