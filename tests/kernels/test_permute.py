@@ -176,7 +176,8 @@ def test_a_named_implementation_is_used_or_fails(function):
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_real_shapes_are_traced(name, implementation):
     tokens, experts, active, width = SHAPES[name]
-    plan = DispatchPlan(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((experts,), (tokens, active), (tokens * active,))))
+    shapes = (experts,), (tokens, active), (tokens * active,)
+    plan = jax.eval_shape(lambda: DispatchPlan(*(jnp.zeros(shape, jnp.int32) for shape in shapes)))
     x, rows = (jax.ShapeDtypeStruct((length, width), jnp.bfloat16) for length in (tokens, tokens * active))
     assert jax.eval_shape(lambda x, plan: permute(x, plan, implementation=implementation), x, plan) == rows
     assert jax.eval_shape(lambda rows, plan: combine(rows, plan, implementation=implementation), rows, plan) == x
