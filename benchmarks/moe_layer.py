@@ -3,30 +3,20 @@
     python benchmarks/moe_layer.py --out moe_layer.json
 
 T = 2048 tokens, d 512, f 1376, float32, E experts, k active: forward, and forward + backward in the input and every weight, with the
-same weights and input; outputs and gradients are compared first. The two take turns in one process. Given are CPU seconds, the best
-of several repetitions (another load on the machine only ever adds), and the same in units of the CPU seconds that the library's own
-2048^3 matmul took in the same turns. torch runs its honest best, `experts_implementation="grouped_mm"`.
+same weights and input; outputs and gradients are compared first. How it is timed is said in timing.py. torch runs its honest best,
+`experts_implementation="grouped_mm"`.
 """
 
-import os
-
-# Read when the backend starts: one thread for both, or CPU seconds count threads that wait.
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
-os.environ["JAX_PLATFORMS"] = "cpu"
+import timing  # isort: skip  (before jax)
 
 import argparse
-import datetime
 import json
-import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-import transformers
 from flax import nnx
 from transformers.models.flex_olmo.configuration_flex_olmo import FlexOlmoConfig
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoSparseMoeBlock
@@ -35,7 +25,6 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.model.moe import Experts, mixture
 
 CASES = [(2, 2), (8, 2), (8, 5), (32, 2), (32, 5)]  # experts, active
-SQUARE = 2048
 
 
 def main() -> None:
@@ -46,27 +35,21 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, with versions and machine")
     options = parser.parse_args()
-    torch.set_num_threads(1)
 
     results = []
-    print(f"{'E':>3} {'k':>2}  {'pass':<16} {'here, s':>8} {'torch, s':>8} {'ratio':>6} {'here, matmuls':>14} {'torch, matmuls':>15}")
+    print(f"{'E':>3} {'k':>2}  {'pass':<16} {timing.HEADER}")
     for experts, active in CASES:
         for result in measure(experts, active, options):
             results.append(result)
-            here, there = result["here"], result["torch"]
-            print(
-                f"{experts:>3} {active:>2}  {result['pass']:<16} {here['cpu_s']:>8.3f} {there['cpu_s']:>8.3f} "
-                f"{here['cpu_s'] / there['cpu_s']:>6.2f} {here['matmuls']:>14.2f} {there['matmuls']:>15.2f}",
-                flush=True,
-            )
+            print(f"{experts:>3} {active:>2}  {result['pass']:<16} {timing.row(result)}", flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"machine": timing.machine(), "results": results}, indent=1) + "\n")
 
 
 def measure(experts: int, active: int, options: argparse.Namespace) -> list[dict]:
     """Both passes of both libraries, in turns."""
-    here, here_square = in_jax(experts, active, options.d_model, options.d_ffn)
-    there, there_square = in_torch(experts, active, options.d_model, options.d_ffn)
+    here = in_jax(experts, active, options.d_model, options.d_ffn)
+    there = in_torch(experts, active, options.d_model, options.d_ffn)
     rng = np.random.default_rng(0)
     shape = (1, options.tokens, options.d_model)
     x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
@@ -80,25 +63,13 @@ def measure(experts: int, active: int, options: argparse.Namespace) -> list[dict
 
     results = []
     for name in ("forward", "forward+backward"):
-        for function in (here_square, ours[name], there_square, theirs[name]):
-            function()  # compiles
-        seconds: dict[str, list[float]] = {}
-        for _ in range(options.repetitions):
-            for key, function in {
-                "here_square": here_square,
-                "here": ours[name],
-                "torch_square": there_square,
-                "torch": theirs[name],
-            }.items():
-                seconds.setdefault(key, []).append(cpu_seconds(function))
-        best = {key: min(values) for key, values in seconds.items()}
-        sides = {side: {"cpu_s": best[side], "matmuls": best[side] / best[f"{side}_square"]} for side in ("here", "torch")}
-        results.append({"experts": experts, "active": active, "pass": name, "repetitions": options.repetitions} | sides)
+        figures = timing.in_turns(ours[name], theirs[name], options.repetitions)
+        results.append({"experts": experts, "active": active, "pass": name, "repetitions": options.repetitions} | figures)
     return results
 
 
 def in_jax(experts: int, active: int, d_model: int, d_ffn: int):
-    """A function that gives this library's passes for an input, an output gradient and weights; and its matmul."""
+    """A function that gives this library's passes for an input, an output gradient and weights."""
     config = ModelConfig(d_model=d_model, d_ffn=d_ffn, n_experts=experts, n_active=active)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Experts(config, experts, has_bias=False, rngs=nnx.Rngs(0))))
     allowed = jnp.ones(experts, bool)
@@ -129,9 +100,7 @@ def in_jax(experts: int, active: int, d_model: int, d_ffn: int):
             "forward+backward": lambda: jax.block_until_ready(backward(weights, x, dy)),
         }
 
-    square = jnp.ones((SQUARE, SQUARE))
-    multiply = jax.jit(jnp.matmul)
-    return passes, lambda: jax.block_until_ready(multiply(square, square))
+    return passes
 
 
 def in_torch(experts: int, active: int, d_model: int, d_ffn: int):
@@ -170,8 +139,7 @@ def in_torch(experts: int, active: int, d_model: int, d_ffn: int):
 
         return {"outputs": outputs, "forward": forward, "forward+backward": backward}
 
-    square = torch.ones(SQUARE, SQUARE)
-    return passes, lambda: square @ square
+    return passes
 
 
 def random_weights(rng: np.random.Generator, experts: int, d_model: int, d_ffn: int) -> dict[str, np.ndarray]:
@@ -180,22 +148,6 @@ def random_weights(rng: np.random.Generator, experts: int, d_model: int, d_ffn: 
     shapes = {"row": (experts, D), "gate": (experts, D, F), "up": (experts, D, F), "down": (experts, F, D)}
     fan_in = {"row": D, "gate": D, "up": D, "down": F}
     return {name: (rng.standard_normal(shape) / fan_in[name] ** 0.5).astype(np.float32) for name, shape in shapes.items()}
-
-
-def cpu_seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def machine() -> dict[str, str]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return (
-        {"cpu": cpu, "cores": str(os.cpu_count()), "python": platform.python_version()}
-        | versions
-        | {"date": datetime.date.today().isoformat()}
-    )
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ class PairConfig(_Config):
     domain: str = ""  # free text for the manifest
     licence: str = "unspecified"
     public_share: float = 0.3  # of the tokens: local contrast, the row learns what to let pass; 0 is the paper's recipe
-    contrast: float = 0.3  # weight of -ln p(its own expert) at every router, own and public text alike; idle without public text
+    contrast: float = 0.3  # weight of -ln p(its own expert) at every router; idle without public text
     router_noise: float = 1.0  # deviation of noise on each router logit: an expert must bear weights other than its pair's; 0: the paper's
     public: str = ""  # prepared public records; default: the sample that the anchor carries
     row: Literal["embedding", "random", "anchor"] = "embedding"  # the router row starts as the domain's mean embedding

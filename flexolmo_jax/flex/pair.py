@@ -101,12 +101,15 @@ def _with_shares(run: RunConfig):
 
 
 def _contrast(run: RunConfig) -> tuple[tuple[int, float], ...]:
-    """The owner's sources belong to the new expert, public text to the anchor's; both count the same whatever their shares."""
+    """The owner's sources belong to the new expert, public text to the anchor's; they count as 2 to 3 whatever their shares:
+
+    after a merge every expert takes its part of public text, but only its own of the owner's.
+    """
     assert run.pair is not None
     own, public = 1 - run.pair.public_share, run.pair.public_share
     if not (public and run.pair.contrast):
         return ()
-    return (*((1, run.pair.contrast * 0.5 / own) for _ in run.data.train), (0, run.pair.contrast * 0.5 / public))
+    return (*((1, run.pair.contrast * 0.4 / own) for _ in run.data.train), (0, run.pair.contrast * 0.6 / public))
 
 
 def _public(run: RunConfig, anchor: Artifact) -> list[Dataset]:

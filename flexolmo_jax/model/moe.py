@@ -23,10 +23,12 @@ from flexolmo_jax.kernels.route import Routing, dense_weights, route_topk, route
 
 
 class RouterOutput(NamedTuple):
-    """What the routers did: the weight of each expert (0 where not chosen) and the logsumexp of the router's logits."""
+    """What the routers did with each token: the weight of each expert (0 where not chosen), the logsumexp of the logits (for the
+    z-loss) and the entropy of the probabilities in nats (no gradient)."""
 
     weights: Float[Array, "*L B T E"]
     log_z: Float[Array, "*L B T"]
+    entropy: Float[Array, "*L B T"]
 
 
 class Experts(nnx.Module):
@@ -80,7 +82,14 @@ def mixture(
             own = used[:, first : first + group.row.shape[0]]
             y += _run(_dense_experts, (x, own), group, mesh)
             first += group.row.shape[0]
-    return y.reshape(B, T, D), RouterOutput(weights.reshape(B, T, E), log_z.reshape(B, T))
+    router = RouterOutput(weights.reshape(B, T, E), log_z.reshape(B, T), _entropy(logits, log_z, allowed).reshape(B, T))
+    return y.reshape(B, T, D), router
+
+
+def _entropy(logits: Float[Array, "N E"], log_z: Float[Array, "N"], allowed: Bool[Array, "E"]) -> Float[Array, "N"]:
+    """`-sum p ln p = log_z - sum p * logit` over the allowed experts."""
+    logits, log_z = jax.lax.stop_gradient((logits, log_z))
+    return log_z - jnp.sum(jnp.where(allowed, jnp.exp(logits - log_z[:, None]) * logits, 0), axis=-1)
 
 
 def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:

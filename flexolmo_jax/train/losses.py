@@ -28,6 +28,7 @@ class LossSums(NamedTuple):
     total: Float[Array, ""]  # what is minimised
     cross_entropy: Float[Array, ""]  # nats
     router_share: Float[Array, "E"]  # weight each expert had, averaged over layers
+    router_entropy: Float[Array, ""]  # nats, averaged over layers
 
 
 def token_losses(
@@ -79,4 +80,4 @@ def loss_sums(
         chosen = jnp.take_along_axis(router.weights, contrast.expert[None, :, None, None], axis=-1)[..., 0]
         surprise = -jnp.log(jnp.maximum(chosen, 1e-20))  # the weights are all of the probabilities: in a pair every expert is active
         total += jnp.sum(jnp.mean(surprise, axis=0) * contrast.weight[:, None] * mask)
-    return LossSums(total, cross_entropy, jnp.mean(share, axis=0))
+    return LossSums(total, cross_entropy, jnp.mean(share, axis=0), jnp.sum(jnp.mean(router.entropy, axis=0) * mask))

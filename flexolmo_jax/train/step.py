@@ -72,6 +72,7 @@ def make_step(
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(number - 1)),
             "router_share": sums.router_share / count,
+            "router_entropy": sums.router_entropy / count,
         }
         params: Any = optax.apply_updates(state.params, updates)  # optax types its result as any kind of tree
         return TrainState(params, optimizer_state), metrics

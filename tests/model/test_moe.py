@@ -94,6 +94,14 @@ def test_a_bias_lowers_an_expert_and_never_raises_it():
     assert (weight(-1.0) < weight(0.0)).all()
 
 
+@pytest.mark.parametrize("active", [2, E])
+def test_entropy_is_that_of_the_allowed_experts_probabilities(active):
+    params, allowed = some_experts(), EVERYONE.at[3].set(False)
+    p = np.asarray(jitted(H, [params], E, allowed)[1].weights, np.float64)  # every expert active: the weights are all of the probabilities
+    expected = -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-30)), 0), axis=-1)
+    np.testing.assert_allclose(jitted(H, [params], active, allowed)[1].entropy, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_noise_on_the_logits_weights_experts_and_is_not_reported():
     """Noise of -1 on expert 2 is what a bias lower by 1 is, in the output; what the routers report stays as it was."""
     params, noise = some_experts(), jnp.zeros((B, T, E)).at[..., 2].set(-1.0)

@@ -27,7 +27,7 @@ TARGETS = jnp.asarray(loss_targets(SEGMENTS))
 
 def output_of(logits: np.ndarray, weights: np.ndarray, log_z: np.ndarray) -> Output:
     """Hidden states that are their logits: the head is the identity."""
-    return Output(jnp.asarray(logits), None, RouterOutput(jnp.asarray(weights), jnp.asarray(log_z)), None)
+    return Output(jnp.asarray(logits), None, RouterOutput(jnp.asarray(weights), jnp.asarray(log_z), 2 * jnp.asarray(log_z)), None)
 
 
 def random_output() -> Output:
@@ -51,6 +51,8 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
     np.testing.assert_allclose(sums.total, nats + 0.1 * squares + 0.01 * of_router, rtol=1e-5)
     share = np.mean([np.asarray(output.router.weights)[:, b, t - 1].mean(0) for b, t in places], axis=0)
     np.testing.assert_allclose(sums.router_share / len(places), share, rtol=1e-5)
+    entropy = sum(output.router.entropy[:, b, t - 1].mean() for b, t in places)
+    np.testing.assert_allclose(sums.router_entropy, entropy, rtol=1e-5)
 
 
 @pytest.mark.parametrize("active", [1, 2, 4])

@@ -1,0 +1,159 @@
+"""A whole sparse model beside Hugging Face's FlexOlmoForCausalLM on torch, on one CPU thread each.
+
+    python benchmarks/model.py --out model.json
+
+Hidden 256, 4 layers, 8 heads, ffn 688, vocabulary 8192, 4 experts, 2 active, 8 x 256 tokens, float32: the forward pass to all logits, a
+training step (loss, gradients of everything, AdamW), and a token of greedy decoding over a KV cache for batches of 1 and 8 (the
+difference between a long and a short completion). The weights are the same, and logits are compared first. How it is timed is said in
+timing.py. torch runs its honest best, `experts_implementation="grouped_mm"` and `attn_implementation="sdpa"`.
+"""
+
+import timing  # isort: skip  (before jax)
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+from safetensors.numpy import save_file
+from transformers import FlexOlmoForCausalLM
+
+from flexolmo_jax.config import ModelConfig, resolve
+from flexolmo_jax.convert.huggingface import hf_config, to_hf
+from flexolmo_jax.generate import Sampling, generate
+from flexolmo_jax.model import forward, init_params
+from flexolmo_jax.train.step import TrainState, make_step
+
+CONFIG = ModelConfig(
+    vocab_size=8192, d_model=256, n_layers=4, n_heads=8, n_kv_heads=8, d_ffn=688, n_experts=4, n_active=2, router_bias=False
+)
+BATCH, LENGTH = 8, 256
+PROMPT, SHORT, LONG = 32, 8, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures, with versions and machine")
+    options = parser.parse_args()
+    params = init_params(CONFIG, jax.random.key(0))
+    model = torch_model(params)
+    tokens = np.random.default_rng(0).integers(1, CONFIG.vocab_size, size=(BATCH, LENGTH))
+    check_same(params, model, tokens)
+
+    pairs = {
+        "forward": (our_forward(params, tokens), their_forward(model, tokens)),
+        "training step": (our_step(params, tokens), their_step(model, tokens)),
+    }
+    results = {}
+    print(f"{'':<22} {timing.HEADER}")
+    for name, (here, there) in pairs.items():
+        results[name] = timing.in_turns(here, there, options.repetitions)
+        print(f"{name:<22} {timing.row(results[name])}", flush=True)
+    for batch in (1, 8):
+        name = f"a token, batch {batch}"
+        results[name] = decoding(params, model, tokens[:batch, :PROMPT], options.repetitions)
+        print(f"{name:<22} {timing.row(results[name])}", flush=True)
+    if options.out:
+        options.out.write_text(json.dumps({"machine": timing.machine(), "results": results}, indent=1) + "\n")
+
+
+def decoding(params, model, prompts: np.ndarray, repetitions: int) -> dict[str, dict[str, float]]:
+    """Per token: prompt and start-up cost the same in both completions and drop out."""
+    short, long = (
+        timing.in_turns(our_generation(params, prompts, n), their_generation(model, prompts, n), repetitions) for n in (SHORT, LONG)
+    )
+    return {side: {key: (long[side][key] - short[side][key]) / (LONG - SHORT) for key in long[side]} for side in long}
+
+
+def our_forward(params, tokens: np.ndarray):
+    run = jax.jit(lambda params, tokens: forward(CONFIG, params, tokens).logits)
+    return lambda: jax.block_until_ready(run(params, tokens))
+
+
+def their_forward(model, tokens: np.ndarray):
+    ids = torch.from_numpy(tokens)
+
+    def run():
+        with torch.no_grad():
+            model.eval()(input_ids=ids, use_cache=False)
+
+    return run
+
+
+def our_step(params, tokens: np.ndarray):
+    run = resolve(
+        {
+            "run": "joint",
+            "data": {"train": [{"path": "-"}], "tokenizer": "-", "batch_size": BATCH, "seq_len": LENGTH},
+            "model": {"preset": "tiny", "n_experts": CONFIG.n_experts, "n_active": CONFIG.n_active},
+        }
+    )
+    optimizer = optax.adamw(1e-3)
+    step = make_step(CONFIG, run, optimizer)
+    ours = jax.tree.map(jnp.array, params)  # a copy: the step reuses the buffers of what it is given
+    state = [TrainState(ours, optimizer.init(ours))]
+    batch = {"tokens": jnp.asarray(tokens), "segments": jnp.ones_like(tokens), "targets": jnp.ones(tokens.shape, bool)}
+
+    def run_step():
+        state[0], metrics = step(state[0], {}, batch, 1)
+        jax.block_until_ready(metrics)
+
+    return run_step
+
+
+def their_step(model, tokens: np.ndarray):
+    ids = torch.from_numpy(tokens)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def run():
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def our_generation(params, prompts: np.ndarray, count: int):
+    allowed = np.ones(CONFIG.n_experts, bool)
+    options = dict(eos_id=-1, vocab_size=CONFIG.vocab_size, sampling=Sampling(), active=CONFIG.n_active, allowed=allowed)
+    return lambda: generate(CONFIG, params, prompts.tolist(), max_new_tokens=count, **options)
+
+
+def their_generation(model, prompts: np.ndarray, count: int):
+    ids = torch.from_numpy(prompts)
+
+    def run():
+        with torch.no_grad():
+            model.eval().generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=True
+            )
+
+    return run
+
+
+def torch_model(params):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(hf_config(CONFIG, pad_token_id=0)))
+        save_file(to_hf(CONFIG, params), Path(folder, "model.safetensors"), {"format": "pt"})
+        options = dict(attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.float32)
+        return FlexOlmoForCausalLM.from_pretrained(folder, **options)
+
+
+def check_same(params, model, tokens: np.ndarray) -> None:
+    with torch.no_grad():
+        want = model(input_ids=torch.from_numpy(tokens[:2]), use_cache=False).logits.numpy()
+    got = np.asarray(forward(CONFIG, params, jnp.asarray(tokens[:2])).logits)
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    if not error <= 1e-3:
+        raise SystemExit(f"logits differ by {error:.1e} of their norm; a comparison of speed would mean nothing")
+
+
+if __name__ == "__main__":
+    main()
