@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from . import reference
 
 BLOCK = 64  # of 32, 64, 128 and 256, fastest on CPU at T = 256
-MOST_BLOCKS = 16  # they are unrolled: bounds the size of the program, and the scores in memory to 1/16 of all
+STRIPES = 4  # blocks whose keys end at the same place; longer sequences have more blocks in each, one after the other
 MASKED_BLOCK = 512
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -36,54 +36,102 @@ def masked_attention(
 
 
 def _forward(q, k, v, segments):
-    Q, K, V = _queries(q * q.shape[-1] ** -0.5, k.shape[2]), _keys(k), _keys(v)
+    Q, K, V, ids = _prepared(q, k, v, segments)
     outs, log_zs = [], []
-    for start, end in _spans(q.shape[1]):
-        scores = _scores(Q, K, segments, start, end)
-        largest = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = jnp.einsum("bkgts,bksc->bkgtc", weights.astype(v.dtype), V[:, :, :end], preferred_element_type=jnp.float32)
-        outs.append((mixed / total).astype(q.dtype))
-        log_zs.append(largest + jnp.log(total))
-    out = _unsplit(jnp.concatenate(outs, axis=3))
+    for start, end in _stripes(ids.shape[1]):
+
+        def block(_, xs, end=end):
+            Qb, idb, rows = xs
+            scores = _scores(Qb, idb, rows, K, ids, end)
+            largest = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - largest)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            mixed = jnp.einsum("bkgts,bksc->bkgtc", weights.astype(v.dtype), V[:, :, :end], preferred_element_type=jnp.float32)
+            return None, ((mixed / total).astype(q.dtype), largest + jnp.log(total))
+
+        _, (out, log_z) = _over_blocks(block, None, (Q[:, :, :, start:end], ids[:, start:end], jnp.arange(start, end)), (3, 1, 0))
+        outs.append(out)
+        log_zs.append(log_z)
+    out = _unsplit(jnp.concatenate(outs, axis=3))[:, : q.shape[1]]
     return out, (q, k, v, segments, out, jnp.concatenate(log_zs, axis=3))
 
 
 def _backward(saved, d_out):
     q, k, v, segments, out, log_z = saved
-    scale, heads = q.shape[-1] ** -0.5, k.shape[2]
-    Q, K, V, dO = _queries(q * scale, heads), _keys(k), _keys(v), _queries(d_out, heads)
-    along = jnp.sum(_queries(out, heads).astype(jnp.float32) * dO.astype(jnp.float32), axis=-1, keepdims=True)
+    T, heads, scale = q.shape[1], k.shape[2], q.shape[-1] ** -0.5
+    Q, K, V, ids = _prepared(q, k, v, segments)
+    dO = _queries(_padded(d_out), heads)
+    along = jnp.sum(_queries(_padded(out), heads).astype(jnp.float32) * dO.astype(jnp.float32), axis=-1, keepdims=True)
     dQ, dK, dV = [], jnp.zeros(K.shape, jnp.float32), jnp.zeros(V.shape, jnp.float32)
 
     def product(letters, a, b):
         return jnp.einsum(letters, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
-    for start, end in _spans(q.shape[1]):
-        Qb, dOb, zb, alongb = (a[:, :, :, start:end] for a in (Q, dO, log_z, along))
-        weights = jnp.exp(_scores(Q, K, segments, start, end) - zb)
-        d_scores = weights * (product("bkgtc,bksc->bkgts", dOb, V[:, :, :end]) - alongb)
-        dQ.append((product("bkgts,bksc->bkgtc", d_scores, K[:, :, :end]) * scale).astype(q.dtype))
-        dK = dK.at[:, :, :end].add(product("bkgts,bkgtc->bksc", d_scores, Qb))
-        dV = dV.at[:, :, :end].add(product("bkgts,bkgtc->bksc", weights, dOb))
-    return _unsplit(jnp.concatenate(dQ, axis=3)), _keys(dK).astype(k.dtype), _keys(dV).astype(v.dtype), None
+    for start, end in _stripes(ids.shape[1]):
+
+        def block(sums, xs, end=end):
+            Qb, dOb, zb, alongb, idb, rows = xs
+            weights = jnp.exp(_scores(Qb, idb, rows, K, ids, end) - zb)
+            d_scores = weights * (product("bkgtc,bksc->bkgts", dOb, V[:, :, :end]) - alongb)
+            d_keys, d_values = product("bkgts,bkgtc->bksc", d_scores, Qb), product("bkgts,bkgtc->bksc", weights, dOb)
+            dQb = (product("bkgts,bksc->bkgtc", d_scores, K[:, :, :end]) * scale).astype(q.dtype)
+            return (sums[0] + d_keys, sums[1] + d_values), (dQb,)
+
+        xs = (*(a[:, :, :, start:end] for a in (Q, dO, log_z, along)), ids[:, start:end], jnp.arange(start, end))
+        sums, (dQs,) = _over_blocks(block, (dK[:, :, :end], dV[:, :, :end]), xs, (3, 3, 3, 3, 1, 0))
+        dQ.append(dQs)
+        dK, dV = (a.at[:, :, :end].set(b) for a, b in zip((dK, dV), sums, strict=True))
+    return (
+        _unsplit(jnp.concatenate(dQ, axis=3))[:, :T],
+        _keys(dK)[:, :T].astype(k.dtype),
+        _keys(dV)[:, :T].astype(v.dtype),
+        None,
+    )
 
 
 attention.defvjp(_forward, _backward)
 
 
-def _spans(length: int) -> list[tuple[int, int]]:
-    """First query and end of every block."""
-    size = max(BLOCK, -(-length // MOST_BLOCKS))
+def _stripes(length: int) -> list[tuple[int, int]]:
+    """First query and end of every stripe."""
+    size = max(BLOCK, -(-length // (STRIPES * BLOCK)) * BLOCK)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _scores(Q: Array, K: Array, segments: Array, start: int, end: int) -> Float[Array, "B K G block end"]:
-    scores = jnp.einsum("bkgtc,bksc->bkgts", Q[:, :, :, start:end], K[:, :, :end], preferred_element_type=jnp.float32)
-    causal = jnp.arange(start, end)[:, None] >= jnp.arange(end)
-    mask = causal & (segments[:, start:end, None] == segments[:, None, :end])
+def _over_blocks(function, carry, xs: tuple[Array, ...], axes: tuple[int, ...]):
+    """`function(carry, xs)` for each block of a stripe in turn (a loop: unrolled, XLA keeps all of their scores at once).
+
+    `axes` says where the queries are in each of `xs`; in the results they are at 3.
+    """
+    length = xs[-1].shape[0]
+    if length <= BLOCK:
+        return function(carry, xs)
+    n = length // BLOCK
+    blocks = tuple(
+        jnp.moveaxis(a.reshape(*a.shape[:at], n, BLOCK, *a.shape[at + 1 :]), at, 0) for a, at in zip(xs, axes, strict=True)
+    )  # fmt: skip
+    carry, ys = jax.lax.scan(function, carry, blocks)
+    ys = (jnp.moveaxis(y, 0, 3) for y in ys)
+    return carry, tuple(y.reshape(*y.shape[:3], length, *y.shape[5:]) for y in ys)
+
+
+def _scores(Qb: Array, idb: Array, rows: Array, K: Array, ids: Array, end: int) -> Float[Array, "B K G block end"]:
+    """Of a block of queries, given with their segments and places, and the first `end` keys."""
+    scores = jnp.einsum("bkgtc,bksc->bkgts", Qb, K[:, :, :end], preferred_element_type=jnp.float32)
+    mask = (rows[:, None] >= jnp.arange(end)) & (idb[:, :, None] == ids[:, None, :end])
     return jnp.where(mask[:, None, None], scores, MASKED)
+
+
+def _prepared(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, Array, Array, Array]:
+    """Scaled queries, keys and values with heads in front, and segments."""
+    q, k, v, segments = (_padded(a) for a in (q * q.shape[-1] ** -0.5, k, v, segments))
+    return _queries(q, k.shape[2]), _keys(k), _keys(v), segments
+
+
+def _padded(a: Array) -> Array:
+    """A sequence of several blocks a stripe, filled up to whole ones behind its last token, where no token looks."""
+    short = a.shape[1] <= STRIPES * BLOCK
+    return a if short else jnp.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK), *((0, 0),) * (a.ndim - 2)))
 
 
 def _queries(q: Float[Array, "B T H C"], heads: int) -> Float[Array, "B K G T C"]:

@@ -40,7 +40,7 @@ def gradients(function, q, k, v, segments):
 class Suite:
     """What every implementation has to do, as far as it runs on a CPU."""
 
-    shapes = (Shape(2, 24, 4, 2, 8), Shape(1, 150, 2, 2, 8))  # neither length is a multiple of a block
+    shapes = (Shape(2, 24, 4, 2, 8), Shape(1, 333, 2, 2, 8))  # one block, and several; no length is a multiple of one
 
     @staticmethod
     def run(q, k, v, segments):
@@ -58,7 +58,7 @@ class Suite:
             assert_close(got, want, tolerance)
 
     def test_no_token_attends_to_a_later_one_or_outside_its_document(self):
-        """Values far outside, NaN included, change no bit. A token of 0 weight may still be read: NaN * 0; so it is put in keys' place."""
+        """Other keys and values there change no bit."""
         q, k, v, segments = problem(Shape(1, 24, 2, 2, 8))
         run = jax.jit(self.run)
         expected = run(q, k, v, segments)
@@ -110,11 +110,11 @@ def lowered(platform, shape, dtype="bfloat16", **options) -> str:
 
 
 @pytest.mark.parametrize("shape", [TINY, OLMO2_7B, OLMO2_32B])
-def test_lowered_for_tpu_it_is_three_mosaic_kernels_and_no_product_outside_of_them(shape):
+def test_lowered_for_tpu_it_is_three_mosaic_kernels_and_no_scores_outside_of_them(shape):
     """Forward, dq and dkv. Lowering runs Mosaic's own checks of shapes and layouts."""
     text = lowered("tpu", shape)
     assert text.count("tpu_custom_call") == 3
-    assert "dot_general" not in text
+    assert f"{shape.length}x{shape.length}x" not in text
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
@@ -160,7 +160,8 @@ def test_masked_attention_in_blocks_equals_all_at_once_and_stays_finite_where_no
 
 
 def test_a_long_sequence_never_has_all_of_its_scores():
-    B, T, H, C = 2, 2048, 4, 16
+    """What it has grows with T, not with T^2: one block of queries at a time in each stripe."""
+    B, T, H, C = 2, 4096, 4, 16
     scores = B * H * T * T * 4
 
     def total(q, k, v, segments):
@@ -170,7 +171,7 @@ def test_a_long_sequence_never_has_all_of_its_scores():
     segments = jax.ShapeDtypeStruct((B, T), jnp.int32)
     for function in (total, jax.grad(total, (0, 1, 2))):
         memory = jax.jit(function).lower(*arrays, segments).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < scores / 4
+        assert memory.temp_size_in_bytes < scores / 5
 
 
 # --- on shards ---
