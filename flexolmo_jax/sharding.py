@@ -92,7 +92,7 @@ def on_each_shard(
     """
     if mesh is None or mesh.size == 1:
         return function
-    to_mesh = {"batch": BATCH[0]} if batch_only else LOGICAL_TO_MESH | {"batch": BATCH[0]}
+    to_mesh: dict[str | None, Any] = {"batch": BATCH[0]} if batch_only else LOGICAL_TO_MESH | {"batch": BATCH[0]}
 
     def sharded(*args: jax.Array) -> Any:
         whole = set()

@@ -1,5 +1,7 @@
 """Attention on TPU: JAX's own splash kernels (jax.experimental.pallas.ops.tpu.splash_attention), which skip what is above the diagonal."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -31,7 +33,7 @@ def attention(
     )  # fmt: skip
     kernel = splash.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
-    def one_record(q, k, v, segments):
+    def one_record(q: Array, k: Array, v: Array, segments: Array) -> Any:  # its type allows for residuals too, not asked for here
         return kernel(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
 
     segments = jnp.pad(segments, ((0, 0), (0, length - T)))

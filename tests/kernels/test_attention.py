@@ -171,7 +171,8 @@ def test_a_long_sequence_never_has_all_of_its_scores():
     segments = jax.ShapeDtypeStruct((B, T), jnp.int32)
     for function in (total, jax.grad(total, (0, 1, 2))):
         memory = jax.jit(function).lower(*arrays, segments).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < scores / 5
+        assert memory is not None
+        assert memory.temp_size_in_bytes < scores / 8
 
 
 # --- on shards ---

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.kernels.cross_entropy import chunks, cross_entropy, reference
+from flexolmo_jax.kernels.cross_entropy import Implementation, chunks, cross_entropy, reference
 
 N, D, V = 37, 16, 60
 
@@ -30,7 +30,7 @@ def assert_close(got, want, tolerance):
 class Suite:
     """What every implementation has to do."""
 
-    implementation = ""
+    implementation: Implementation
 
     @pytest.fixture(autouse=True)
     def _several_chunks(self, monkeypatch):
@@ -119,6 +119,7 @@ def temporary_share(what: str, dtype: str) -> float:
     targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
     function = {"forward": total, "backward": jax.grad(total, (0, 1))}[what]
     memory = jax.jit(function).lower(*shapes, targets).compile().memory_analysis()
+    assert memory is not None
     return memory.temp_size_in_bytes / (tokens * vocabulary * 4)
 
 
