@@ -89,6 +89,8 @@ class TestSplashInterpreted(Suite):
 
 
 class TestChosenByPlatform(Suite):
+    shapes = (Shape(2, 24, 4, 2, 8), Shape(1, 7, 2, 1, 8))
+
     @staticmethod
     def run(q, k, v, segments):
         return attention(q, k, v, segments=segments)

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.config import ModelConfig, OptimConfig, resolve
+from flexolmo_jax.config import MeshConfig, ModelConfig, OptimConfig, resolve
 from flexolmo_jax.data.records import loss_targets
+from flexolmo_jax.kernels.cross_entropy import chunks
 from flexolmo_jax.model import Output, RouterOutput, forward, head_of, init_params
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.train.losses import loss_sums
+from flexolmo_jax.sharding import batch_sharding, make_mesh, parameter_sharding
+from flexolmo_jax.train.losses import loss_sums, token_losses
 from flexolmo_jax.train.optimizer import make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step
 
@@ -69,6 +71,27 @@ def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_a
     even = 0.2 * np.eye(E)[turn].sum(-2)
     np.testing.assert_allclose(per_token(np.broadcast_to(even, (L, B, T, E))), 1, rtol=1e-5)
     np.testing.assert_allclose(per_token(np.broadcast_to(0.7 * np.eye(E)[0], (L, B, T, E))), E, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "expert": 2}])
+def test_losses_and_gradients_in_chunks_on_a_mesh_are_those_of_one_device(axes, monkeypatch):
+    """Parameters and batch lie as in training: hidden states over data and fsdp, the head over fsdp and tensor."""
+    vocabulary, width = 32, 12
+    hidden, head = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((B, T, width), (width, vocabulary)))
+    weights = jnp.asarray(RNG.normal(size=(2, B, T)), jnp.float32)
+
+    def total(mesh, hidden, head, tokens):
+        losses, log_z = token_losses(hidden, head, tokens, mesh)
+        return jnp.sum(losses * weights[0] + log_z * weights[1])
+
+    value_and_gradients = jax.value_and_grad(total, (1, 2))
+    expected = jax.jit(functools.partial(value_and_gradients, None))(hidden, head, TOKENS)
+    monkeypatch.setattr(chunks, "LARGEST", 4 * vocabulary)  # a device's 12 tokens take three chunks
+    mesh = make_mesh(MeshConfig(**axes))
+    rows, head_sharding = batch_sharding(mesh), parameter_sharding(mesh, ("embed", "vocab"), head.shape)
+    spread = jax.device_put(hidden, rows), jax.device_put(head, head_sharding), jax.device_put(TOKENS, rows)
+    got = jax.jit(functools.partial(value_and_gradients, mesh))(*spread)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
 
 
 @functools.lru_cache
