@@ -155,7 +155,7 @@ class PairConfig(_Config):
     licence: str = "unspecified"
     public_share: float = 0.3  # of the tokens: local contrast, the row learns what to let pass; 0 is the paper's recipe
     contrast: float = 0.3  # weight of -ln p(its own expert) at every router; idle without public text
-    router_noise: float = 1.0  # deviation of noise on each router logit: an expert must bear weights other than its pair's; 0: the paper's
+    router_noise: float = 1.0  # deviation of noise on the new expert's router logits in training: others will take weight from it
     public: str = ""  # prepared public records; default: the sample that the anchor carries
     row: Literal["embedding", "random", "anchor"] = "embedding"  # the router row starts as the domain's mean embedding
 

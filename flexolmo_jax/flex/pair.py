@@ -101,10 +101,8 @@ def _with_shares(run: RunConfig):
 
 
 def _contrast(run: RunConfig) -> tuple[tuple[int, float], ...]:
-    """The owner's sources belong to the new expert, public text to the anchor's; they count as 2 to 3 whatever their shares:
-
-    after a merge every expert takes its part of public text, but only its own of the owner's.
-    """
+    """The owner's sources belong to the new expert, public text to the anchor's. Whatever their shares, they count as 2 to 3: after a
+    merge public text is what every expert may wrongly take its part of."""
     assert run.pair is not None
     own, public = 1 - run.pair.public_share, run.pair.public_share
     if not (public and run.pair.contrast):
