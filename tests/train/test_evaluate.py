@@ -54,7 +54,8 @@ def test_padding_the_last_batch_changes_nothing(model, prepared):
     whole, padded, sevens = (evaluate(loaded, [prepared["code"]], batch_size=n) for n in (size, 16, 7))
     for result in (padded, sevens):
         assert result["tokens"] == whole["tokens"] and result["bytes"] == whole["bytes"]
-        np.testing.assert_allclose(result["bits_per_byte"]["code"], whole["bits_per_byte"]["code"], rtol=1e-6)
+        # Not 1e-6: products of other shapes sum in another order. A single padded token that counted would show at 1e-3.
+        np.testing.assert_allclose(result["bits_per_byte"]["code"], whole["bits_per_byte"]["code"], rtol=3e-6)
         np.testing.assert_allclose(list(result["routing"]["code"].values()), list(whole["routing"]["code"].values()), rtol=1e-5)
 
 
