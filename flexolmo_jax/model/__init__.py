@@ -2,7 +2,7 @@
 
 from .layers import KVCache
 from .moe import RouterOutput
-from .transformer import Output, Params, decode, empty_cache, forward, head_of, init_params, logical_axes, num_experts
+from .transformer import Output, Params, decode, empty_cache, forward, init_params, logical_axes, num_experts
 
 __all__ = [
     "KVCache",
@@ -12,7 +12,6 @@ __all__ = [
     "decode",
     "empty_cache",
     "forward",
-    "head_of",
     "init_params",
     "logical_axes",
     "num_experts",

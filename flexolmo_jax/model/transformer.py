@@ -29,12 +29,17 @@ Params = dict  # nested dict of arrays, see above
 
 
 class Output(NamedTuple):
-    """`hidden` is what the head multiplies; logits are float32, None where not asked for; `router` has a leading layer axis."""
+    """What comes before the logits, so that a loss may make them in parts; `router` has a leading layer axis."""
 
     hidden: Float[Array, "B T D"]
-    logits: Float[Array, "B T V"] | None
+    head: Float[Array, "D V"]
     router: RouterOutput
     cache: KVCache | None
+
+    @property
+    def logits(self) -> Float[Array, "B T V"]:
+        """float32; computed where they are asked for, and only there."""
+        return jnp.einsum("btd,dv->btv", self.hidden, self.head, preferred_element_type=jnp.float32)
 
 
 class Layer(nnx.Module):
@@ -82,7 +87,6 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         mesh: Mesh | None = None,
-        logits: bool = True,
         router_noise: Float[Array, "L B T E"] | None = None,
     ) -> Output:
         """`visible`: segments, or a mask over the cache, as `Attention` takes them."""
@@ -105,11 +109,7 @@ class Transformer(nnx.Module):
         x = trunk.embedding[...][tokens].astype(dtype)
         step = rematerialised(layer_step, remat)
         x, (router, cache) = jax.lax.scan(step, x, (layers, [state for _, state in groups], cache, router_noise))
-        with jax.named_scope("head"):
-            hidden = trunk.norm(x)
-            kernel = trunk.head.kernel[...].astype(x.dtype)
-            scores = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32) if logits else None
-        return Output(hidden, scores, router, cache)
+        return Output(trunk.norm(x), trunk.head.kernel[...].astype(x.dtype), router, cache)
 
 
 def rematerialised(step, policy: str):
@@ -136,13 +136,12 @@ def forward(
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     mesh: Mesh | None = None,
-    logits: bool = True,
     router_noise: Float[Array, "L B T E"] | None = None,
 ) -> Output:
     """Whole sequences. `segments` marks packed documents (0 is padding): no token attends outside its own.
 
     `active` defaults to the config's for a merged model and to all experts for a pair. `allowed` excludes experts at run time.
-    `mesh` is the one that parameters and batch are spread over, where they are. Without `logits` the head is left out.
+    `mesh` is the one that parameters and batch are spread over, where they are.
     `router_noise` is added to the routers' logits where they weight experts, not to what is reported of them.
     """
     if segments is None:
@@ -150,8 +149,7 @@ def forward(
     active, allowed = _all_experts(config, params, active, allowed)
     model, positions = bind(config, params), document_positions(segments)
     return model(
-        tokens, positions, segments, active=active, allowed=allowed, dtype=dtype, remat=remat, mesh=mesh, logits=logits,
-        router_noise=router_noise,
+        tokens, positions, segments, active=active, allowed=allowed, dtype=dtype, remat=remat, mesh=mesh, router_noise=router_noise,
     )  # fmt: skip
 
 
@@ -182,11 +180,6 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = 
 def bind(config: ModelConfig, params: Params) -> Transformer:
     """The module with these parameters in it (arrays or tracers); cheap."""
     return nnx.merge(_graph(config, "expert" in params), params)
-
-
-def head_of(params: Params, dtype: DTypeLike = jnp.float32) -> Float[Array, "D V"]:
-    """What multiplies `Output.hidden` to give logits, in the dtype of the activations."""
-    return params["trunk"]["head"]["kernel"].astype(dtype)
 
 
 def document_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -19,7 +19,7 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.records import Records, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import Params, forward, head_of
+from flexolmo_jax.model import Params, forward
 
 from .losses import predicts, token_losses
 
@@ -46,8 +46,8 @@ def make_scorer(config: ModelConfig, active: int | None = None, dtype: str = "fl
 
     @jax.jit
     def score(params: Params, tokens: jax.Array, segments: jax.Array, scored: jax.Array, allowed: jax.Array | None):
-        output = forward(config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype, mesh=mesh, logits=False)
-        losses, _ = token_losses(output.hidden, head_of(params, dtype), tokens, mesh)
+        output = forward(config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype, mesh=mesh)
+        losses, _ = token_losses(output.hidden, output.head, tokens, mesh)
         counted = predicts(scored).astype(jnp.float32)
         shares = output.router.weights / jnp.sum(output.router.weights, axis=-1, keepdims=True)
         return jnp.sum(losses * counted), jnp.einsum("lbte,bt->le", shares, counted)

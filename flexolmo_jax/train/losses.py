@@ -54,7 +54,6 @@ def predicts(targets: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
 
 def loss_sums(
     output: Output,
-    head: Float[Array, "D V"],
     tokens: Int[Array, "B T"],
     targets: Bool[Array, "B T"],
     optim: OptimConfig,
@@ -63,7 +62,7 @@ def loss_sums(
 ) -> LossSums:
     """The sums over one batch (or microbatch)."""
     mask = predicts(targets)
-    losses, log_z = token_losses(output.hidden, head, tokens, mesh)
+    losses, log_z = token_losses(output.hidden, output.head, tokens, mesh)
     cross_entropy = jnp.sum(losses * mask)
     total = cross_entropy + optim.z_loss * jnp.sum(jnp.square(log_z) * mask)
     router = output.router

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig, RunConfig
-from flexolmo_jax.model import Params, forward, head_of
+from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
 
 from .losses import Contrast, LossSums, loss_sums, predicts
@@ -33,14 +33,13 @@ def make_step(
 
     def losses(trained: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
         active = model.n_experts if run.run == "router" else None  # router tuning: every expert active, no dispatch
-        params, dtype = combine(frozen, trained), run.train.compute_dtype
         output = forward(
-            model, params, batch["tokens"], batch["segments"],
-            active=active, dtype=dtype, remat=run.train.remat, mesh=mesh, logits=False,
+            model, combine(frozen, trained), batch["tokens"], batch["segments"],
+            active=active, dtype=run.train.compute_dtype, remat=run.train.remat, mesh=mesh,
             router_noise=jnp.moveaxis(batch["router_noise"], 1, 0) if "router_noise" in batch else None,
         )  # fmt: skip
         contrast = Contrast(batch["expert"], batch["expert_weight"]) if "expert" in batch else None
-        sums = loss_sums(output, head_of(params, dtype), batch["tokens"], batch["targets"], run.optim, contrast, mesh)
+        sums = loss_sums(output, batch["tokens"], batch["targets"], run.optim, contrast, mesh)
         return sums.total, sums
 
     def gradients(trained: Params, frozen: Params, batch: Batch) -> tuple[Params, LossSums]:

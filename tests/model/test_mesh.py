@@ -9,7 +9,7 @@ import pytest
 
 from flexolmo_jax import sharding
 from flexolmo_jax.config import MeshConfig, ModelConfig, OptimConfig
-from flexolmo_jax.model import Params, forward, head_of, init_params, logical_axes
+from flexolmo_jax.model import Params, forward, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.train.losses import loss_sums
 
@@ -41,8 +41,8 @@ def parameters(config: ModelConfig) -> Params:
 
 def value_and_gradients(config: ModelConfig, params: Params, mesh=None, allowed=None):
     def loss(params, tokens, segments, targets):
-        output = forward(config, params, tokens, segments, allowed=allowed, mesh=mesh, logits=False)
-        sums = loss_sums(output, head_of(params), tokens, targets, OptimConfig(router_z_loss=0.1, load_balance=0.1), mesh=mesh)
+        output = forward(config, params, tokens, segments, allowed=allowed, mesh=mesh)
+        sums = loss_sums(output, tokens, targets, OptimConfig(router_z_loss=0.1, load_balance=0.1), mesh=mesh)
         return sums.total / B / T, output.router.weights
 
     batch = [TOKENS, SEGMENTS, TARGETS]

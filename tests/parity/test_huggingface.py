@@ -211,11 +211,11 @@ def ours(config: ModelConfig, params: Params, tokens, inputs, middles):
     layers_graph, layers = nnx.split(model.trunk.layers)
     experts_graph, experts = nnx.split(model.experts)
     B, T = tokens.shape
-    positions, mask = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+    positions, segments = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32)
 
     def run(xs):
         layer, group, x, h = nnx.merge(layers_graph, xs[0]), nnx.merge(experts_graph, xs[1]), xs[2], xs[3]
-        attended, _ = layer.attention(x, positions, mask)
+        attended, _ = layer.attention(x, positions, segments)
         mixed, router = mixture(h, (group,), config.n_active, jnp.ones(config.n_experts, bool))
         return x + layer.attention_norm(attended), router.weights, h + layer.ffn_norm(mixed)
 

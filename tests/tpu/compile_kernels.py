@@ -80,12 +80,13 @@ def compile_case(case: str, topology: str) -> dict[str, Any]:
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh):
         compiled = jax.jit(function).lower(*arguments).compile()
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
         "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 3),
-        "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
     }
 
 
@@ -101,7 +102,7 @@ def program(case: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     from flexolmo_jax.kernels.permute import combine, permute
     from flexolmo_jax.kernels.route import DispatchPlan, dispatch_plan, route_topk
 
-    def of(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    def of(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     def with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Any]:

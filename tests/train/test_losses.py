@@ -11,7 +11,7 @@ import pytest
 from flexolmo_jax.config import MeshConfig, ModelConfig, OptimConfig, resolve
 from flexolmo_jax.data.records import loss_targets
 from flexolmo_jax.kernels.cross_entropy import chunks
-from flexolmo_jax.model import Output, RouterOutput, forward, head_of, init_params
+from flexolmo_jax.model import Output, RouterOutput, forward, init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.sharding import batch_sharding, make_mesh, parameter_sharding
 from flexolmo_jax.train.losses import loss_sums, token_losses
@@ -29,7 +29,7 @@ TARGETS = jnp.asarray(loss_targets(SEGMENTS))
 
 def output_of(logits: np.ndarray, weights: np.ndarray, log_z: np.ndarray) -> Output:
     """Hidden states that are their logits: the head is the identity."""
-    return Output(jnp.asarray(logits), None, RouterOutput(jnp.asarray(weights), jnp.asarray(log_z), 2 * jnp.asarray(log_z)), None)
+    return Output(jnp.asarray(logits), jnp.eye(V), RouterOutput(jnp.asarray(weights), jnp.asarray(log_z), 2 * jnp.asarray(log_z)), None)
 
 
 def random_output() -> Output:
@@ -43,12 +43,12 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
     log_z = np.log(np.exp(logits).sum(-1))
     places = [(b, t) for b in range(B) for t in range(1, T) if SEGMENTS[b, t] and SEGMENTS[b, t] == SEGMENTS[b, t - 1]]
     nats = sum(log_z[b, t - 1] - logits[b, t - 1, TOKENS[b, t]] for b, t in places)
-    sums = loss_sums(output, jnp.eye(V), TOKENS, TARGETS, PLAIN)
+    sums = loss_sums(output, TOKENS, TARGETS, PLAIN)
     np.testing.assert_allclose([sums.cross_entropy, sums.total], nats, rtol=1e-5)
 
     squares = sum(log_z[b, t - 1] ** 2 for b, t in places)
     of_router = sum(np.square(output.router.log_z[:, b, t - 1]).mean() for b, t in places)
-    sums = loss_sums(output, jnp.eye(V), TOKENS, TARGETS, OptimConfig(z_loss=0.1, router_z_loss=0.01))
+    sums = loss_sums(output, TOKENS, TARGETS, OptimConfig(z_loss=0.1, router_z_loss=0.01))
     np.testing.assert_allclose(sums.cross_entropy, nats, rtol=1e-5)
     np.testing.assert_allclose(sums.total, nats + 0.1 * squares + 0.01 * of_router, rtol=1e-5)
     share = np.mean([np.asarray(output.router.weights)[:, b, t - 1].mean(0) for b, t in places], axis=0)
@@ -61,9 +61,7 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
 def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_all(active):
     def per_token(weights: np.ndarray) -> float:
         output = output_of(np.zeros((B, T, V), np.float32), weights.astype(np.float32), np.zeros((L, B, T), np.float32))
-        plain, balanced = (
-            loss_sums(output, jnp.eye(V), TOKENS, jnp.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x)) for x in (0, 1.0)
-        )
+        plain, balanced = (loss_sums(output, TOKENS, jnp.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x)) for x in (0, 1.0))
         return float(balanced.total - plain.total) / (B * (T - 1))
 
     # T - 1 = 5 places a record and B = 8 records: every expert is chosen equally often, with top-k weights that do not add up to 1.
@@ -128,8 +126,8 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_targets():
 
     @jax.jit
     def mean_loss(params):
-        output = forward(CONFIG, params, TOKENS, jnp.asarray(SEGMENTS), logits=False)
-        sums = loss_sums(output, head_of(params), TOKENS, TARGETS, OptimConfig(router_z_loss=0.1))
+        output = forward(CONFIG, params, TOKENS, jnp.asarray(SEGMENTS))
+        sums = loss_sums(output, TOKENS, TARGETS, OptimConfig(router_z_loss=0.1))
         return sums.total / TARGETS.sum()
 
     direction = jax.tree.map(lambda a: jnp.asarray(RNG.normal(size=a.shape), jnp.float32), initial())
