@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,8 @@ def their_step(model, tokens: np.ndarray):
 
 def our_generation(params, prompts: np.ndarray, count: int):
     allowed = np.ones(CONFIG.n_experts, bool)
-    options = dict(eos_id=-1, vocab_size=CONFIG.vocab_size, sampling=Sampling(), active=CONFIG.n_active, allowed=allowed)
-    return lambda: generate(CONFIG, params, prompts.tolist(), max_new_tokens=count, **options)
+    limits: dict[str, Any] = {"max_new_tokens": count, "eos_id": -1, "vocab_size": CONFIG.vocab_size, "active": CONFIG.n_active}
+    return lambda: generate(CONFIG, params, prompts.tolist(), sampling=Sampling(), allowed=allowed, **limits)
 
 
 def their_generation(model, prompts: np.ndarray, count: int):
@@ -142,7 +143,7 @@ def torch_model(params):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(hf_config(CONFIG, pad_token_id=0)))
         save_file(to_hf(CONFIG, params), Path(folder, "model.safetensors"), {"format": "pt"})
-        options = dict(attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.float32)
+        options: dict[str, Any] = dict(attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.float32)
         return FlexOlmoForCausalLM.from_pretrained(folder, **options)
 
 

@@ -12,6 +12,7 @@ import timing  # isort: skip  (before jax)
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def in_torch(experts: int, active: int, d_model: int, d_ffn: int):
         hidden_size=d_model, intermediate_size=d_ffn, num_experts=experts, num_experts_per_tok=active, norm_topk_prob=False
     )
     config._experts_implementation = "grouped_mm"
-    block = FlexOlmoSparseMoeBlock(config)
+    block: Any = FlexOlmoSparseMoeBlock(config)  # its parts are modules and parameters
 
     def passes(x, dy, weights):
         with torch.no_grad():
@@ -132,10 +133,10 @@ def in_torch(experts: int, active: int, d_model: int, d_ffn: int):
 
         def outputs():
             y = backward()
-            gate, up = block.experts.gate_up_proj.grad.transpose(1, 2).chunk(2, dim=2)  # pyright: ignore[reportOptionalMemberAccess]
+            gate, up = block.experts.gate_up_proj.grad.transpose(1, 2).chunk(2, dim=2)
             found = {"output": y, "gradient of x": x.grad, "gradient of gate": gate, "gradient of up": up}
-            found |= {"gradient of down": block.experts.down_proj.grad.transpose(1, 2), "gradient of row": block.gate.weight.grad}  # pyright: ignore[reportOptionalMemberAccess]
-            return {name: tensor.detach().numpy() for name, tensor in found.items()}  # pyright: ignore[reportOptionalMemberAccess]
+            found |= {"gradient of down": block.experts.down_proj.grad.transpose(1, 2), "gradient of row": block.gate.weight.grad}
+            return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
         return {"outputs": outputs, "forward": forward, "forward+backward": backward}
 
