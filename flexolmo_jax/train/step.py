@@ -61,7 +61,7 @@ def make_step(
         count = jnp.maximum(jnp.sum(predicts(batch["targets"])), 1).astype(jnp.float32)
         if run.pair is not None and run.pair.router_noise:
             key = jax.random.fold_in(jax.random.key(run.train.seed), number)
-            batch = batch | {"router_noise": run.pair.router_noise * _router_noise(key, *batch["tokens"].shape, model.n_layers)}
+            batch = batch | {"router_noise": run.pair.router_noise * _router_noise(key, batch["tokens"].shape, model.n_layers)}
         grads, sums = gradients(state.params, frozen, batch)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -79,10 +79,10 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _router_noise(key: jax.Array, B: int, T: int, L: int) -> jax.Array:
+def _router_noise(key: jax.Array, shape: tuple[int, ...], L: int) -> jax.Array:
     """N(0, 1) for the logit of a pair's new expert, 0 for the anchor's, [B, L, T, 2]. Half of the variance is a record's, half a
     token's: other owners' experts, which a pair never meets, take weight for a whole document or at single tokens.
     """
-    of_record, of_token = jax.random.split(key)
+    (B, T), (of_record, of_token) = shape, jax.random.split(key)
     noise = (jax.random.normal(of_record, (B, L, 1, 1)) + jax.random.normal(of_token, (B, L, T, 1))) / 2**0.5
     return jnp.pad(noise, ((0, 0), (0, 0), (0, 0), (1, 0)))
