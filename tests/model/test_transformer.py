@@ -279,9 +279,14 @@ def test_the_presets_have_the_published_numbers_of_parameters(preset, changes, p
     shapes = jax.eval_shape(functools.partial(init_params, config, pair=pair), jax.random.key(0))
     assert round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e9, 2) == billions
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
-    out = jax.eval_shape(functools.partial(forward, config, dtype="bfloat16"), shapes, tokens)
-    assert out.logits.shape == (1, 64, config.vocab_size)
-    assert out.router.weights.shape == (config.n_layers, 1, 64, config.n_experts + pair)
+
+    def logits_and_routing(params, tokens):
+        out = forward(config, params, tokens, dtype="bfloat16")
+        return out.logits, out.router
+
+    logits, router = jax.eval_shape(logits_and_routing, shapes, tokens)
+    assert logits.shape == (1, 64, config.vocab_size) and logits.dtype == jnp.float32
+    assert router.weights.shape == (config.n_layers, 1, 64, config.n_experts + pair)
 
 
 @pytest.mark.parametrize("pair", [False, True])
