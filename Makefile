@@ -22,7 +22,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 runtime := $(VENV)/.installed-$(version)
 testing := $(VENV)/.installed-$(version)-test
 
-.PHONY: help env demo test test-slow test-tpu-compile check clean
+.PHONY: help env demo test test-slow test-tpu-compile test-tpu check clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -39,6 +39,10 @@ test-slow: $(testing) ## the slow tests
 
 test-tpu-compile: .venv-tpu/.installed-$(version) ## compiles every kernel for real TPU slices, without one; ARGS=--help says more
 	.venv-tpu/bin/python tests/tpu/compile_kernels.py $(ARGS)
+
+test-tpu: .venv-tpu/.installed-$(version)-test ## on a machine with a TPU: the kernels' tests on it, then their times
+	JAX_PLATFORMS=tpu JAX_DEFAULT_MATMUL_PRECISION=highest .venv-tpu/bin/python -m pytest -n 0 -m tpu tests/kernels $(ARGS)
+	JAX_PLATFORMS=tpu .venv-tpu/bin/python tests/tpu/time_kernels.py
 
 check: $(testing) ## lint, format, types, import contract
 	$(VENV)/bin/ruff check .
@@ -60,9 +64,12 @@ $(runtime) $(testing): setup.py pyproject.toml
 	@touch $@ $(runtime)
 
 # libtpu stays out of the environment that the tests run in.
-.venv-tpu/.installed-$(version): setup.py pyproject.toml
-	@$(PYTHON) -m venv --clear .venv-tpu
-	@echo "installing -e '.[tpu]' into .venv-tpu (log: .venv-tpu/install.log)" >&2
-	@.venv-tpu/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '.[tpu]' >>.venv-tpu/install.log 2>&1 \
+.venv-tpu/.installed-$(version): what := .[tpu]
+.venv-tpu/.installed-$(version)-test: what := .[tpu,test]
+.venv-tpu/.installed-$(version) .venv-tpu/.installed-$(version)-test: setup.py pyproject.toml
+	@[ "$$(.venv-tpu/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(version) ] \
+	    || $(PYTHON) -m venv --clear .venv-tpu
+	@echo "installing -e '$(what)' into .venv-tpu (log: .venv-tpu/install.log)" >&2
+	@.venv-tpu/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '$(what)' >>.venv-tpu/install.log 2>&1 \
 	    || { tail -n 20 .venv-tpu/install.log >&2; exit 1; }
 	@touch $@

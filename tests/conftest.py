@@ -25,3 +25,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
 
 pytest_plugins = ("tests.tiny",)  # fixtures of trained anchors, experts and merges, which several directories of tests share
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ["JAX_PLATFORMS"] != "tpu":
+        items[:] = [item for item in items if not any(mark.kwargs.get("only") for mark in item.iter_markers("tpu"))]

@@ -88,6 +88,7 @@ class TestSplashInterpreted(Suite):
     run = staticmethod(functools.partial(pallas_tpu.attention, interpret=True))
 
 
+@pytest.mark.tpu
 class TestChosenByPlatform(Suite):
     shapes = (Shape(2, 24, 4, 2, 8), Shape(1, 7, 2, 1, 8))
 

@@ -81,10 +81,12 @@ class Suite:
         assert np.max(values[1]) > 1000
 
 
+@pytest.mark.tpu
 class TestReference(Suite):
     implementation = "reference"
 
 
+@pytest.mark.tpu
 class TestChunks(Suite):
     implementation = "chunks"
 

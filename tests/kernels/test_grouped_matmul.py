@@ -29,6 +29,7 @@ GROUPS = {
     "unused rows only at the end of a tile": (128, 0, 0, 0),
     "blocks of exactly one step": (32, 64, 32, 0),
 }
+OPERATIONS = ("stablehlo.while", "ragged_dot", "tpu_custom_call", "dot_general")  # by how many a program has one tells who made it
 # Numbers that add up to at most M: gaps between sorted points of [0, M].
 SIZES = st.lists(st.integers(0, M), min_size=E, max_size=E).map(lambda points: np.diff(np.sort(points), prepend=0))
 
@@ -140,6 +141,7 @@ class Suite:
             assert np.linalg.norm(g.astype(jnp.float32) - w) < 0.005 * np.linalg.norm(w)
 
 
+@pytest.mark.tpu
 class TestThePlatformsChoice(Suite):
     implementation = None
 
@@ -171,10 +173,22 @@ def test_an_unknown_implementation_is_refused():
 
 @pytest.mark.parametrize("lowered_for", ["cpu", "tpu", "cuda"])
 def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowered_for):
+    tpu = "ragged_dot" if jax.__version_info__ >= (0, 12) else "megablox"
+    gpu = "ragged_dot" if jax.__version_info__ >= (0, 11) else "reference"
     x, weights, *matrices = arguments()
-    function = jax.jit(jax.grad(lambda x: jnp.sum(expert_ffn(x, weights, jnp.full(E, 30, jnp.int32), *matrices))))
-    text = function.trace(x).lower(lowering_platforms=(lowered_for,)).as_text()
-    assert ("while" in text) == (lowered_for == "cpu" or "tpu_custom_call" in text)
+
+    def program(implementation):
+        def total(x):
+            return jnp.sum(expert_ffn(x, weights, jnp.full(E, 30, jnp.int32), *matrices, implementation=implementation))
+
+        return jax.jit(jax.grad(total)).trace(x).lower(lowering_platforms=(lowered_for,)).as_text()
+
+    counts = {operation: program(None).count(operation) for operation in OPERATIONS}
+    for implementation in ("blocks", "ragged_dot", "megablox", "reference"):
+        if implementation == "megablox" and lowered_for != "tpu":
+            continue  # no other platform has it
+        same = counts == {operation: program(implementation).count(operation) for operation in OPERATIONS}
+        assert same == (implementation == {"cpu": "blocks", "tpu": tpu, "cuda": gpu}[lowered_for]), implementation
 
 
 def test_block_sizes_are_ascending_and_never_larger_than_the_array():

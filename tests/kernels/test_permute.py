@@ -129,12 +129,18 @@ class PermuteSuite:
         assert not re.search(r"= (sort|scatter\S*)\[", program)
 
 
+@pytest.mark.tpu
 class TestXla(PermuteSuite):
     implementation = "xla"
 
 
 class TestPallasInterpreted(PermuteSuite):
     implementation = "pallas_interpret"
+
+
+@pytest.mark.tpu(only=True)
+class TestPallas(PermuteSuite):
+    implementation = "pallas"
 
 
 def test_the_search_for_sorts_and_scatters_can_find_them():

@@ -191,12 +191,18 @@ class RouteSuite:
         assert not sorts(lambda ids: dispatch_plan(ids, ids >= 0, 9, implementation=self.implementation), ids)
 
 
+@pytest.mark.tpu
 class TestXla(RouteSuite):
     implementation = "xla"
 
 
 class TestPallasInterpreted(RouteSuite):
     implementation = "pallas_interpret"
+
+
+@pytest.mark.tpu(only=True)
+class TestPallas(RouteSuite):
+    implementation = "pallas"
 
 
 def test_the_default_is_xla():

@@ -1,0 +1,70 @@
+"""The programs that are compiled and timed for TPUs: every Pallas kernel and the sparse MoE layer, at 7B shapes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexolmo_jax.kernels.attention import attention
+from flexolmo_jax.kernels.attention.shapes import OLMO2_7B, OLMO2_32B
+from flexolmo_jax.kernels.grouped_matmul import expert_ffn
+from flexolmo_jax.kernels.moe_ffn import sparse_experts
+from flexolmo_jax.kernels.permute import combine, permute
+from flexolmo_jax.kernels.route import DispatchPlan, dispatch_plan, route_topk
+
+CASES = (
+    "route", "dispatch_plan", "permute", "combine", "attention", "attention-gqa",
+    "expert_ffn-E7-k5", "expert_ffn-E8-k4", "moe_layer-E7-k5", "moe_layer-E8-k4",
+)  # fmt: skip
+
+
+def program(case: str, N: int = 8192, D: int = 4096, F: int = 11008) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function, forward and backward where there is a gradient, and the shapes and dtypes of its arguments."""
+
+    def of(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def with_gradients(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+        """The function's value and its gradients in the first `count` arguments."""
+
+        def total(*arguments):
+            return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(function(*arguments)) if leaf.ndim)
+
+        return jax.value_and_grad(total, argnums=tuple(range(count)))
+
+    name, *numbers = case.split("-")
+    E, k = (int(word[1:]) for word in numbers) if len(numbers) == 2 else (8, 4)
+    M = N * k
+    plan = DispatchPlan(of(E, dtype=jnp.int32), of(N, k, dtype=jnp.int32), of(M, dtype=jnp.int32))
+    experts = of(E, D, F), of(E, D, F), of(E, F, D)
+    match name:
+        case "route":
+
+            def route(logits, allowed):
+                routing = route_topk(logits, k, allowed, implementation="pallas")
+                return routing.weights, routing.log_z
+
+            return with_gradients(route, 1), (of(N, E, dtype=jnp.float32), of(E, dtype=jnp.bool))
+        case "dispatch_plan":
+            arguments = of(N, k, dtype=jnp.int32), of(N, k, dtype=jnp.bool)
+            return lambda ids, chosen: dispatch_plan(ids, chosen, E, implementation="pallas"), arguments
+        case "permute":
+            return lambda x, plan: permute(x, plan, implementation="pallas"), (of(N, D), plan)
+        case "combine":
+            return lambda rows, plan: combine(rows, plan, implementation="pallas"), (of(M, D), plan)
+        case "attention":
+            B, T, H, K, C = OLMO2_32B if numbers else OLMO2_7B
+            arguments = of(B, T, H, C), of(B, T, K, C), of(B, T, K, C), of(B, T, dtype=jnp.int32)
+            return with_gradients(lambda q, k, v, segments: attention(q, k, v, segments=segments, implementation="splash"), 3), arguments
+        case "expert_ffn":
+            arguments = of(M, D), of(M, dtype=jnp.float32), *experts, of(E, dtype=jnp.int32)
+            return with_gradients(lambda x, w, gate, up, down, sizes: expert_ffn(x, w, sizes, gate, up, down), 5), arguments
+        case "moe_layer":
+
+            def layer(x, rows, gate, up, down):
+                logits = jnp.matmul(x.astype(jnp.float32), rows.T, precision="highest")
+                return sparse_experts(x, route_topk(logits, k), gate, up, down)
+
+            return with_gradients(layer, 5), (of(N, D), of(E, D, dtype=jnp.float32), *experts)
+    raise ValueError(case)
