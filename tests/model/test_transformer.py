@@ -147,6 +147,14 @@ def test_a_masked_expert_has_no_influence(excluded, active):
 
 
 @pytest.mark.parametrize("active", [2, E])
+def test_switching_experts_compiles_nothing(active):
+    run = jax.jit(functools.partial(forward, CONFIG, active=active))
+    outputs = [run(random_params(), TOKENS, allowed=jnp.arange(E) != excluded).logits for excluded in range(1, E)]
+    assert run._cache_size() == 1
+    assert all(np.any(outputs[0] != other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("active", [2, E])
 def test_masking_an_expert_equals_dropping_it(active):
     smaller = dataclasses.replace(CONFIG, n_experts=E - 1)
     dropped = on_experts(random_params(), lambda leaf: jnp.delete(leaf, 2, axis=1))
