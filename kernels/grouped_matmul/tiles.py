@@ -14,7 +14,7 @@ Tiling = tuple[int, int, int]  # of the M, K and N dimension, in megablox's orde
 
 
 def gmm_tiling(M: int, K: int, N: int) -> Tiling:
-    """For `[M, K] x [E, K, N]`. Double-buffered tiles and the accumulator stay below 12 MiB in bfloat16, also in float32.
+    """For `[M, K] x [E, K, N]`. In bfloat16 double-buffered tiles and the accumulator stay below 12 MiB.
 
     With K in one tile, a group's weights stay in VMEM while its rows pass, so few rows a tile cost no bandwidth. A larger K is
     cut: then the weights are read once for every tile of rows, and more rows a tile save that.
