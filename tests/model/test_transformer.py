@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def test_a_masked_expert_has_no_influence(excluded, active):
 
 @pytest.mark.parametrize("active", [2, E])
 def test_switching_experts_compiles_nothing(active):
-    run = jax.jit(functools.partial(forward, CONFIG, active=active))
+    run: Any = jax.jit(functools.partial(forward, CONFIG, active=active))
     outputs = [run(random_params(), TOKENS, allowed=jnp.arange(E) != excluded).logits for excluded in range(1, E)]
     assert run._cache_size() == 1
     assert all(np.any(outputs[0] != other) for other in outputs[1:])

@@ -66,10 +66,11 @@ def filled(case: str, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
 
     match case.split("-")[0], shapes:
         case "dispatch_plan", (ids, chosen):
-            return balanced_ids(*ids.shape, 8), numbers(chosen)
+            N, k = ids.shape
+            return balanced_ids(N, k, 8), numbers(chosen)
         case "permute" | "combine", (x, plan):
             (E,), (N, k) = plan.sizes.shape, plan.rows.shape
-            return numbers(x), jax.jit(dispatch_plan, static_argnums=2)(balanced_ids(N, k, E), jnp.ones((N, k), bool), E)
+            return numbers(x), dispatch_plan(balanced_ids(N, k, E), jnp.ones((N, k), bool), E)
         case "attention", (*inputs, segments):
             T = segments.shape[1]
             return *map(numbers, inputs), jnp.broadcast_to(1 + 4 * jnp.arange(T) // T, segments.shape)
