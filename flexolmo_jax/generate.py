@@ -168,13 +168,13 @@ def programs(config: ModelConfig, active: int, vocab_size: int, greedy: bool, dt
         cache = empty_cache(config, B, P, jnp.dtype(dtype))
         # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the rest.
         cache = model(params, tokens, positions, mask, cache, 0, allowed=request.allowed).cache
-        room = ((0, 0), (0, 0), (0, new_slots), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, 0), (0, new_slots), (0, 0))
         cache = jax.tree.map(lambda a: jnp.pad(a, room), cache)
         chosen = jnp.full((B, new_slots), request.eos_id)
         return State(cache, last, jnp.zeros(B, bool), jnp.int32(0), chosen)
 
     def step(params: Params, request: Request, state: State) -> State:
-        S, N = state.cache.keys.shape[2], state.chosen.shape[1]
+        S, N = state.cache.keys.shape[3], state.chosen.shape[1]
         slot = S - N + state.step
         slots = jnp.arange(S)
         mask = (slots <= slot) & (slots >= request.first_slot[:, None, None])

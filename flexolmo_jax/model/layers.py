@@ -20,10 +20,10 @@ QUERIES, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer (or, stacked, of all): `[B, S, K, C]`; `valid` marks the slots that hold a token."""
+    """Keys and values of all layers."""
 
-    keys: Float[Array, "*L B S K C"]
-    values: Float[Array, "*L B S K C"]
+    keys: Float[Array, "L B K S C"]
+    values: Float[Array, "L B K S C"]
 
 
 class Linear(nnx.Module):
@@ -83,12 +83,13 @@ class Attention(nnx.Module):
         positions: Int[Array, "B T"],
         visible: Int[Array, "B T"] | Bool[Array, "B T S"],
         cache: KVCache | None = None,
+        layer: Int[Array, ""] | int = 0,
         slot: Int[Array, ""] | int = 0,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Without a cache `visible` is the tokens' segments: attention is causal within each.
 
-        With one this call's keys and values are written at `slot`, and `visible` masks the slots of the whole cache.
+        With one this call's keys and values are written at `slot` of this layer's part, and `visible` masks all its slots.
         """
         B, T, _ = x.shape
         K, C, theta = self.config.n_kv_heads, self.config.d_head, self.config.rope_theta
@@ -100,10 +101,11 @@ class Attention(nnx.Module):
             attend = sharding.on_each_shard(mesh, _causal, (QUERIES, KEYS, KEYS, ("batch", None)), QUERIES)
             mixed = attend(q, k, v, visible)
         else:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.keys, k.astype(cache.keys.dtype), slot, 1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.values, v.astype(cache.values.dtype), slot, 1)
-            cache = KVCache(k, v)
-            mixed = masked_attention(q, k, v, visible)
+            # The whole cache goes from layer to layer, so that a step writes its own slots and copies nothing.
+            heads_first = ((old, new.transpose(0, 2, 1, 3)[None].astype(old.dtype)) for old, new in zip(cache, (k, v), strict=True))
+            written = (jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, slot, 0)) for old, new in heads_first)
+            cache = KVCache(*written)
+            mixed = masked_attention(q, cache.keys[layer], cache.values[layer], visible)
         return self.o(mixed.reshape(B, T, -1)), cache
 
 

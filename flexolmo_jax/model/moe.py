@@ -46,6 +46,11 @@ class Experts(nnx.Module):
         self.row = nnx.Param(normal(E, D), axes=("expert", None))
         self.bias = nnx.Param(jnp.full(E, config.init_bias), axes=("expert",)) if has_bias else None
 
+    @staticmethod
+    def is_matrix(path: tuple, _) -> bool:
+        """Whether a path leads to a parameter of the FFNs: an nnx filter."""
+        return path[-1] in ("gate", "up", "down")
+
 
 def mixture(
     h: Float[Array, "B T D"],
@@ -54,12 +59,13 @@ def mixture(
     allowed: Bool[Array, "E"],
     noise: Float[Array, "B T E"] | None = None,
     mesh: Mesh | None = None,
+    layer: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T D"], RouterOutput]:
     """The mixture of all experts of all groups, in order; the first expert of the first group is the anchor's.
 
     One group with fewer active experts than it holds is dispatched sparsely; everything else runs every expert. `noise` on the
     logits changes the weights that are used, not those that are returned; it is for training with every expert active. Over a mesh
-    each device runs its own experts of a group.
+    each device runs its own experts of a group. With `layer` the groups' matrices are those of all layers, `[L, E, ...]`.
     """
     B, T, D = h.shape
     x = h.reshape(B * T, D)
@@ -74,13 +80,13 @@ def mixture(
     else:
         weights, log_z = dense_weights(routing, E), routing.log_z
     if routing is not None and len(groups) == 1:
-        y = _run(_sparse_experts, (x, routing), groups[0], mesh)
+        y = _run(_sparse_experts, (x, routing), groups[0], mesh, layer)
     else:
         used = weights if noise is None else router_probabilities(logits + noise.reshape(B * T, E), allowed)[0]
         y, first = jnp.zeros_like(x), 0
         for group in groups:
             own = used[:, first : first + group.row.shape[0]]
-            y += _run(_dense_experts, (x, own), group, mesh)
+            y += _run(_dense_experts, (x, own), group, mesh, layer)
             first += group.row.shape[0]
     router = RouterOutput(weights.reshape(B, T, E), log_z.reshape(B, T), _entropy(logits, log_z, allowed).reshape(B, T))
     return y.reshape(B, T, D), router
@@ -98,9 +104,14 @@ def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:
     return jnp.concatenate(biases).at[0].set(0)
 
 
-def _run(path, tokens: tuple, group: Experts, mesh: Mesh | None) -> Float[Array, "N D"]:
+def _run(path, tokens: tuple, group: Experts, mesh: Mesh | None, layer: Int[Array, ""] | None) -> Float[Array, "N D"]:
     """One of the paths below with the group's weights. A single expert is left to the compiler: plain products, which it spreads well."""
-    weights = (w[...].astype(tokens[0].dtype) for w in (group.gate, group.up, group.down))
+    weights = [w[...].astype(tokens[0].dtype) for w in (group.gate, group.up, group.down)]
+    if layer is not None and path is _sparse_experts:
+        # Experts nobody chose are never read: those of the other layers too.
+        return path(tokens, *(w.reshape(-1, *w.shape[2:]) for w in weights), first=-layer * group.row.shape[0])
+    if layer is not None:
+        weights = [w[layer] for w in weights]
     return sharding.over_experts(mesh if group.row.shape[0] > 1 else None, path)(tokens, *weights)
 
 

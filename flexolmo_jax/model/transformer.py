@@ -92,23 +92,27 @@ class Transformer(nnx.Module):
         """`visible`: segments, or a mask over the cache, as `Attention` takes them."""
         trunk = self.trunk
         graph, layers = nnx.split(trunk.layers)
-        groups = [nnx.split(group) for group in (self.experts, self.expert) if group is not None]
+        # The scan hands each layer a copy of its slice. Decoding is too short for that: there a layer gets the matrices of all layers
+        # and takes what its tokens choose, mostly a few experts.
+        whole = Experts.is_matrix if cache is not None else nnx.Nothing()
+        groups = [nnx.split(group, whole, ...) for group in (self.experts, self.expert) if group is not None]
 
-        def layer_step(x, xs):
-            state, states, layer_cache, noise = xs
+        def layer_step(carry, xs):
+            x, cache = carry
+            state, states, index, noise = xs
             layer = nnx.merge(graph, state)
-            experts = tuple(nnx.merge(g, s) for (g, _), s in zip(groups, states, strict=True))
+            experts = tuple(nnx.merge(graph, whole, state) for (graph, whole, _), state in zip(groups, states, strict=True))
             with jax.named_scope("attention"):
-                attended, layer_cache = layer.attention(x, positions, visible, layer_cache, slot, mesh)
+                attended, cache = layer.attention(x, positions, visible, cache, index, slot, mesh)
                 h = x + layer.attention_norm(attended)
             with jax.named_scope("mixture"):
-                mixed, router = mixture(h, experts, active, allowed, noise, mesh)
+                mixed, router = mixture(h, experts, active, allowed, noise, mesh, None if cache is None else index)
                 y = h + layer.ffn_norm(mixed)
-            return y, (router, layer_cache)
+            return (y, cache), router
 
         x = trunk.embedding[...][tokens].astype(dtype)
-        step = rematerialised(layer_step, remat)
-        x, (router, cache) = jax.lax.scan(step, x, (layers, [state for _, state in groups], cache, router_noise))
+        step, index = rematerialised(layer_step, remat), jnp.arange(self.config.n_layers)
+        (x, cache), router = jax.lax.scan(step, (x, cache), (layers, [state for *_, state in groups], index, router_noise))
         return Output(trunk.norm(x), trunk.head.kernel[...].astype(x.dtype), router, cache)
 
 
@@ -173,7 +177,7 @@ def decode(
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
-    shape = (config.n_layers, batch, slots, config.n_kv_heads, config.d_head)
+    shape = (config.n_layers, batch, config.n_kv_heads, slots, config.d_head)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

@@ -40,7 +40,10 @@ def attention(
 
 
 def masked_attention(
-    q: Float[Array, "B T H C"], k: Float[Array, "B S K C"], v: Float[Array, "B S K C"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B T H C"], k: Float[Array, "B K S C"], v: Float[Array, "B K S C"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T H C"]:
-    """Attention over a cache, wherever `mask` says. A row of it that is all False gives the mean of v: finite, unused."""
+    """Attention over a cache with heads in front, as batched products want them, wherever `mask` says.
+
+    A row of the mask that is all False gives the mean of v: finite, unused.
+    """
     return blocks.masked_attention(q, k, v, mask)

@@ -28,7 +28,7 @@ def attention(
 
 
 def masked_attention(
-    q: Float[Array, "B T H C"], k: Float[Array, "B S K C"], v: Float[Array, "B S K C"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B T H C"], k: Float[Array, "B K S C"], v: Float[Array, "B K S C"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T H C"]:
     """Wherever `mask` says: prefill's long prompts in blocks, decoding's few queries at once."""
     spans = [slice(i, i + MASKED_BLOCK) for i in range(0, q.shape[1], MASKED_BLOCK)]

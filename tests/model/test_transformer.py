@@ -148,6 +148,20 @@ def test_a_masked_expert_has_no_influence(excluded, active):
 
 
 @pytest.mark.parametrize("active", [2, E])
+def test_a_masked_expert_has_no_influence_on_decoding(active):
+    """Nor where each layer reaches into the matrices of all layers."""
+    gone, slots = 2, jnp.arange(T)
+    poisoned = on_experts(random_params(), lambda leaf: leaf.at[:, gone].set(jnp.nan))
+    allowed = jnp.ones(E, bool).at[gone].set(False)
+    mask = jnp.broadcast_to(slots <= slots[:, None], (B, T, T))
+    positions = jnp.broadcast_to(slots, (B, T))
+    step = jax.jit(functools.partial(decode, active=active, allowed=allowed), static_argnums=0)
+    expected, got = (step(CONFIG, params, TOKENS, positions, mask, empty_cache(CONFIG, B, T), 0) for params in (random_params(), poisoned))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert_close(got.logits, jitted(CONFIG, random_params(), TOKENS, active=active, allowed=allowed).logits)
+
+
+@pytest.mark.parametrize("active", [2, E])
 def test_switching_experts_compiles_nothing(active):
     run: Any = jax.jit(functools.partial(forward, CONFIG, active=active))
     outputs = [run(random_params(), TOKENS, allowed=jnp.arange(E) != excluded).logits for excluded in range(1, E)]
