@@ -7,6 +7,7 @@ separate trees, so that frozen means no gradient and no optimiser state.
 The mixture: `y = sum over the top k of p_e * FFN_e(h)`, `p = softmax(rows . h + min(bias, 0))`; expert 0 is the anchor's and has no bias.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -106,7 +107,7 @@ def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:
 
 def _run(path, tokens: tuple, group: Experts, mesh: Mesh | None, layer: Int[Array, ""] | None) -> Float[Array, "N D"]:
     """One of the paths below with the group's weights. A single expert is left to the compiler: plain products, which it spreads well."""
-    weights = [w[...].astype(tokens[0].dtype) for w in (group.gate, group.up, group.down)]
+    weights = [w[...] for w in (group.gate, group.up, group.down)]
     if layer is not None and path is _sparse_experts:
         # Experts nobody chose are never read: those of the other layers too.
         return path(tokens, *(w.reshape(-1, *w.shape[2:]) for w in weights), first=-layer * group.row.shape[0])
@@ -124,9 +125,11 @@ def _sparse_experts(
     mine = (local >= 0) & (local < gate.shape[0])
     # A slot of weight 0 gets no row: slots of other devices' experts cost nothing here.
     routing = routing._replace(weights=jnp.where(mine, routing.weights, 0), ids=jnp.where(mine, local, 0))
-    return sparse_experts(x, routing, gate, up, down)
+    return sparse_experts(x, routing, *(w.astype(x.dtype) for w in (gate, up, down)))
 
 
+# Saved for the backward pass: what comes in and the products. Slices of weights would be saved for every layer, a copy of the model.
+@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
 def _dense_experts(
     tokens: tuple[Float[Array, "N D"], Float[Array, "N E"]], gate: Array, up: Array, down: Array, first: Int[Array, ""] | int
 ) -> Float[Array, "N D"]:
@@ -141,5 +144,6 @@ def _dense_experts(
     for i in range(count):
         weight = weights[:, i, None]
         # `where`, never a product with 0: NaN in an excluded expert must not leak.
-        y += jnp.where(weight > 0, swiglu(x, gate[i], up[i], down[i]) * weight.astype(x.dtype), 0)
+        out = swiglu(x, *(w[i].astype(x.dtype) for w in (gate, up, down)))
+        y += jnp.where(weight > 0, out * weight.astype(x.dtype), 0)
     return y

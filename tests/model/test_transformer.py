@@ -130,6 +130,25 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(config):
         expected = jitted(config, params, TOKENS[b : b + 1, T - length :]).logits
         assert_close(got[b, T - length :], expected[0])
 
+@pytest.mark.parametrize("active", [1, 4], ids=["sparse", "dense"])
+@pytest.mark.parametrize("pair", [False, True], ids=["merged", "pair"])
+def test_a_gradient_keeps_no_copy_of_the_weights(pair, active):
+    """What a layer takes from its weights, such as one expert's, is taken again backward: saved, all layers' would fill the memory."""
+    config = ModelConfig(
+        vocab_size=64, d_model=64, d_ffn=2048, n_layers=8, n_heads=2, n_kv_heads=2, n_experts=1 if pair else 4, max_seq_len=32
+    )
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), pair=pair))
+    branch = "expert" if pair else "experts"
+
+    def loss(branch_params, params, tokens):
+        output = forward(config, params | {branch: branch_params}, tokens, active=2 if pair else active)
+        return jnp.sum(output.hidden**2)
+
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    memory = jax.jit(jax.grad(loss)).lower(params[branch], params, tokens).compile().memory_analysis()
+    weights = sum(a.size * 4 for a in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < 0.5 * weights
+
 
 # --- experts ---
 
