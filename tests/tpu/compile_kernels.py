@@ -19,6 +19,7 @@ from programs import CASES
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LIMIT_S = 600
+LIMIT_ARRAYS = 14  # temporaries of the experts' forward and backward pass, in arrays [N k, F] of bfloat16: they grow with rows, not with E
 # Without the second a machine without a metadata server hangs; without the third two processes abort on a lock file.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -67,7 +68,7 @@ def compile_case(case: str, topology: str) -> dict[str, Any]:
     """Seconds, GiB of arguments and temporaries, and how many Mosaic kernels the program holds."""
     import jax
     from jax.experimental import topologies
-    from programs import program
+    from programs import F, N, experts_and_active, program
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     function, arguments = program(case)
@@ -80,6 +81,9 @@ def compile_case(case: str, topology: str) -> dict[str, Any]:
         compiled = jax.jit(function).lower(*arguments).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
+    if case.startswith(("expert_ffn", "moe_layer")):
+        arrays = memory.temp_size_in_bytes / (2 * N * experts_and_active(case)[1] * F)
+        assert arrays <= LIMIT_ARRAYS, f"AssertionError: temporaries fill {arrays:.1f} arrays [N k, F]; expected at most {LIMIT_ARRAYS}"
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),

@@ -13,13 +13,20 @@ from flexolmo_jax.kernels.moe_ffn import sparse_experts
 from flexolmo_jax.kernels.permute import combine, permute
 from flexolmo_jax.kernels.route import DispatchPlan, dispatch_plan, route_topk
 
+N, D, F = 8192, 4096, 11008  # tokens, model, FFN
 CASES = (
     "route", "dispatch_plan", "permute", "combine", "attention", "attention-gqa",
     "expert_ffn-E7-k5", "expert_ffn-E8-k4", "moe_layer-E7-k5", "moe_layer-E8-k4",
 )  # fmt: skip
 
 
-def program(case: str, N: int = 8192, D: int = 4096, F: int = 11008) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def experts_and_active(case: str) -> tuple[int, int]:
+    """Those in the name, as E7-k5, or 8 and 4."""
+    numbers = case.split("-")[1:]
+    return (int(numbers[0][1:]), int(numbers[1][1:])) if len(numbers) == 2 else (8, 4)
+
+
+def program(case: str, N: int = N, D: int = D, F: int = F) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """The function, forward and backward where there is a gradient, and the shapes and dtypes of its arguments."""
 
     def of(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
@@ -34,7 +41,7 @@ def program(case: str, N: int = 8192, D: int = 4096, F: int = 11008) -> tuple[Ca
         return jax.value_and_grad(total, argnums=tuple(range(count)))
 
     name, *numbers = case.split("-")
-    E, k = (int(word[1:]) for word in numbers) if len(numbers) == 2 else (8, 4)
+    E, k = experts_and_active(case)
     M = N * k
     plan = DispatchPlan(of(E, dtype=jnp.int32), of(N, k, dtype=jnp.int32), of(M, dtype=jnp.int32))
     experts = of(E, D, F), of(E, D, F), of(E, F, D)
