@@ -42,39 +42,74 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures, with versions and machine")
     options = parser.parse_args()
-    params = init_params(CONFIG, jax.random.key(0))
-    model = torch_model(params)
-    tokens = np.random.default_rng(0).integers(1, CONFIG.vocab_size, size=(BATCH, LENGTH))
-    check_same(params, model, tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        save_torch_model(Path(folder))
+        sides = {"here": timing.Worker(in_jax), "torch": timing.Worker(in_torch, folder)}
+        (got, _), (want, _) = (worker.call("logits") for worker in sides.values())
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    if not error <= 1e-3:
+        raise SystemExit(f"logits differ by {error:.1e} of their norm; a comparison of speed would mean nothing")
 
-    pairs = {
-        "forward": (our_forward(params, tokens), their_forward(model, tokens)),
-        "training step": (our_step(params, tokens), their_step(model, tokens)),
-    }
     results = {}
     print(f"{'':<22} {timing.HEADER}")
-    for name, (here, there) in pairs.items():
-        results[name] = timing.in_turns(here, there, options.repetitions)
+    for name in ("forward", "training step"):
+        results |= timing.in_turns(sides, [name], options.repetitions)
         print(f"{name:<22} {timing.row(results[name])}", flush=True)
     for batch in (1, 8):
-        name = f"a token, batch {batch}"
-        results[name] = decoding(params, model, tokens[:batch, :PROMPT], options.repetitions)
-        print(f"{name:<22} {timing.row(results[name])}", flush=True)
+        short, long = timing.in_turns(sides, [completion(batch, SHORT), completion(batch, LONG)], options.repetitions).values()
+        # prompt and start-up cost the same in both completions and drop out
+        per_token = {side: {key: (long[side][key] - short[side][key]) / (LONG - SHORT) for key in long[side]} for side in sides}
+        results[f"a token, batch {batch}"] = per_token
+        print(f"{f'a token, batch {batch}':<22} {timing.row(per_token)}", flush=True)
     if options.out:
         options.out.write_text(json.dumps({"machine": timing.machine(), "results": results}, indent=1) + "\n")
 
 
-def decoding(params, model, prompts: np.ndarray, repetitions: int) -> dict[str, dict[str, float]]:
-    """Per token: prompt and start-up cost the same in both completions and drop out."""
-    short, long = (
-        timing.in_turns(our_generation(params, prompts, n), their_generation(model, prompts, n), repetitions) for n in (SHORT, LONG)
-    )
-    return {side: {key: (long[side][key] - short[side][key]) / (LONG - SHORT) for key in long[side]} for side in long}
+def completion(batch: int, count: int) -> str:
+    return f"{count} tokens, batch {batch}"
+
+
+def random_tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, CONFIG.vocab_size, size=(BATCH, LENGTH))
+
+
+def in_jax():
+    params, tokens = init_params(CONFIG, jax.random.key(0)), random_tokens()
+    passes = {
+        "logits": lambda: np.asarray(forward(CONFIG, params, jnp.asarray(tokens[:2])).logits),
+        "forward": our_forward(params, tokens),
+        "training step": our_step(params, tokens),
+        "matmul": timing.jax_matmul(),
+    }
+    completions = {completion(b, n): our_generation(params, tokens[:b, :PROMPT], n) for b in (1, BATCH) for n in (SHORT, LONG)}
+    return passes | completions
+
+
+def in_torch(folder: str):
+    options: dict[str, Any] = dict(attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.float32)
+    model, tokens = FlexOlmoForCausalLM.from_pretrained(folder, **options), random_tokens()
+
+    def logits() -> np.ndarray:
+        with torch.no_grad():
+            return model(input_ids=torch.from_numpy(tokens[:2]), use_cache=False).logits.numpy()
+
+    passes = {
+        "logits": logits,
+        "forward": their_forward(model, tokens),
+        "training step": their_step(model, tokens),
+        "matmul": timing.torch_matmul(),
+    }
+    completions = {completion(b, n): their_generation(model, tokens[:b, :PROMPT], n) for b in (1, BATCH) for n in (SHORT, LONG)}
+    return passes | completions
 
 
 def our_forward(params, tokens: np.ndarray):
     run = jax.jit(lambda params, tokens: forward(CONFIG, params, tokens).logits)
-    return lambda: jax.block_until_ready(run(params, tokens))
+
+    def run_forward() -> None:
+        jax.block_until_ready(run(params, tokens))
+
+    return run_forward
 
 
 def their_forward(model, tokens: np.ndarray):
@@ -124,7 +159,11 @@ def their_step(model, tokens: np.ndarray):
 def our_generation(params, prompts: np.ndarray, count: int):
     allowed = np.ones(CONFIG.n_experts, bool)
     limits: dict[str, Any] = {"max_new_tokens": count, "eos_id": -1, "vocab_size": CONFIG.vocab_size, "active": CONFIG.n_active}
-    return lambda: generate(CONFIG, params, prompts.tolist(), sampling=Sampling(), allowed=allowed, **limits)
+
+    def run() -> None:
+        generate(CONFIG, params, prompts.tolist(), sampling=Sampling(), allowed=allowed, **limits)
+
+    return run
 
 
 def their_generation(model, prompts: np.ndarray, count: int):
@@ -139,21 +178,10 @@ def their_generation(model, prompts: np.ndarray, count: int):
     return run
 
 
-def torch_model(params):
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(hf_config(CONFIG, pad_token_id=0)))
-        save_file(to_hf(CONFIG, params), Path(folder, "model.safetensors"), {"format": "pt"})
-        options: dict[str, Any] = dict(attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.float32)
-        return FlexOlmoForCausalLM.from_pretrained(folder, **options)
-
-
-def check_same(params, model, tokens: np.ndarray) -> None:
-    with torch.no_grad():
-        want = model(input_ids=torch.from_numpy(tokens[:2]), use_cache=False).logits.numpy()
-    got = np.asarray(forward(CONFIG, params, jnp.asarray(tokens[:2])).logits)
-    error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    if not error <= 1e-3:
-        raise SystemExit(f"logits differ by {error:.1e} of their norm; a comparison of speed would mean nothing")
+def save_torch_model(folder: Path) -> None:
+    """The same weights, as `from_pretrained` reads them."""
+    (folder / "config.json").write_text(json.dumps(hf_config(CONFIG, pad_token_id=0)))
+    save_file(to_hf(CONFIG, init_params(CONFIG, jax.random.key(0))), folder / "model.safetensors", {"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -49,31 +49,26 @@ def main() -> None:
 
 def measure(experts: int, active: int, options: argparse.Namespace) -> list[dict]:
     """Both passes of both libraries, in turns."""
-    here = in_jax(experts, active, options.d_model, options.d_ffn)
-    there = in_torch(experts, active, options.d_model, options.d_ffn)
-    rng = np.random.default_rng(0)
-    shape = (1, options.tokens, options.d_model)
-    x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
-    weights = random_weights(rng, experts, options.d_model, options.d_ffn)
-    ours, theirs = here(x, dy, weights), there(x, dy, weights)
-    for name, want in theirs["outputs"]().items():
-        got = ours["outputs"]()[name]
-        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    shape = (experts, active, options.tokens, options.d_model, options.d_ffn)
+    sides = {"here": timing.Worker(in_jax, *shape), "torch": timing.Worker(in_torch, *shape)}
+    (ours, _), (theirs, _) = (worker.call("outputs") for worker in sides.values())
+    for name, want in theirs.items():
+        error = np.linalg.norm(ours[name] - want) / np.linalg.norm(want)
         if not error <= 1e-4:
             raise SystemExit(f"E={experts} k={active}: {name} differs by {error:.1e} of its norm; a comparison of speed would mean nothing")
+    figures = timing.in_turns(sides, ("forward", "forward+backward"), options.repetitions)
+    for worker in sides.values():
+        worker.close()
+    case = {"experts": experts, "active": active}
+    return [case | {"pass": name, "repetitions": options.repetitions} | result for name, result in figures.items()]
 
-    results = []
-    for name in ("forward", "forward+backward"):
-        figures = timing.in_turns(ours[name], theirs[name], options.repetitions)
-        results.append({"experts": experts, "active": active, "pass": name, "repetitions": options.repetitions} | figures)
-    return results
 
-
-def in_jax(experts: int, active: int, d_model: int, d_ffn: int):
-    """A function that gives this library's passes for an input, an output gradient and weights."""
+def in_jax(experts: int, active: int, tokens: int, d_model: int, d_ffn: int):
+    """This library's passes."""
     config = ModelConfig(d_model=d_model, d_ffn=d_ffn, n_experts=experts, n_active=active)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Experts(config, experts, has_bias=False, rngs=nnx.Rngs(0))))
     allowed = jnp.ones(experts, bool)
+    x, dy, weights = jax.tree.map(jnp.asarray, random_inputs(experts, tokens, d_model, d_ffn))
 
     def layer(weights: dict, x: jax.Array) -> jax.Array:
         group = nnx.merge(graph, nnx.State({name: nnx.Param(value) for name, value in weights.items()}))
@@ -86,69 +81,71 @@ def in_jax(experts: int, active: int, d_model: int, d_ffn: int):
         y, pullback = jax.vjp(layer, weights, x)
         return y, pullback(dy)
 
-    def passes(x, dy, weights):
-        x, dy, weights = jax.tree.map(jnp.asarray, (x, dy, weights))
-
-        def outputs():
-            y, (dweights, dx) = backward(weights, x, dy)
-            return {"output": np.asarray(y), "gradient of x": np.asarray(dx)} | {
-                f"gradient of {name}": np.asarray(dweights[name]) for name in ("gate", "up", "down", "row")
-            }
-
-        return {
-            "outputs": outputs,
-            "forward": lambda: jax.block_until_ready(forward(weights, x)),
-            "forward+backward": lambda: jax.block_until_ready(backward(weights, x, dy)),
+    def outputs():
+        y, (dweights, dx) = backward(weights, x, dy)
+        return {"output": np.asarray(y), "gradient of x": np.asarray(dx)} | {
+            f"gradient of {name}": np.asarray(dweights[name]) for name in ("gate", "up", "down", "row")
         }
 
-    return passes
+    def run(function, *arguments):
+        jax.block_until_ready(function(*arguments))
+
+    return {
+        "outputs": outputs,
+        "forward": lambda: run(forward, weights, x),
+        "forward+backward": lambda: run(backward, weights, x, dy),
+        "matmul": timing.jax_matmul(),
+    }
 
 
-def in_torch(experts: int, active: int, d_model: int, d_ffn: int):
-    """As `in_jax`, for the block of transformers."""
+def in_torch(experts: int, active: int, tokens: int, d_model: int, d_ffn: int):
+    """The same of the block of transformers."""
     config = FlexOlmoConfig(
         hidden_size=d_model, intermediate_size=d_ffn, num_experts=experts, num_experts_per_tok=active, norm_topk_prob=False
     )
     config._experts_implementation = "grouped_mm"
     block: Any = FlexOlmoSparseMoeBlock(config)  # its parts are modules and parameters
+    inputs, dy, weights = random_inputs(experts, tokens, d_model, d_ffn)
+    with torch.no_grad():
+        block.gate.weight.copy_(torch.from_numpy(weights["row"]))
+        fused = np.concatenate([weights["gate"], weights["up"]], axis=2).swapaxes(1, 2)
+        block.experts.gate_up_proj.copy_(torch.from_numpy(fused.copy()))
+        block.experts.down_proj.copy_(torch.from_numpy(weights["down"].swapaxes(1, 2).copy()))
+    x, dy = torch.from_numpy(inputs).requires_grad_(), torch.from_numpy(dy)
 
-    def passes(x, dy, weights):
+    def forward() -> None:
         with torch.no_grad():
-            block.gate.weight.copy_(torch.from_numpy(weights["row"]))
-            fused = np.concatenate([weights["gate"], weights["up"]], axis=2).swapaxes(1, 2)
-            block.experts.gate_up_proj.copy_(torch.from_numpy(fused.copy()))
-            block.experts.down_proj.copy_(torch.from_numpy(weights["down"].swapaxes(1, 2).copy()))
-        x, dy = torch.from_numpy(x).requires_grad_(), torch.from_numpy(dy)
+            block(x)
 
-        def forward():
-            with torch.no_grad():
-                block(x)
+    def backward() -> torch.Tensor:
+        block.zero_grad(set_to_none=True)
+        x.grad = None
+        y = block(x)
+        y.backward(dy)
+        return y
 
-        def backward():
-            block.zero_grad(set_to_none=True)
-            x.grad = None
-            y = block(x)
-            y.backward(dy)
-            return y
+    def run_backward() -> None:
+        backward()
 
-        def outputs():
-            y = backward()
-            gate, up = block.experts.gate_up_proj.grad.transpose(1, 2).chunk(2, dim=2)
-            found = {"output": y, "gradient of x": x.grad, "gradient of gate": gate, "gradient of up": up}
-            found |= {"gradient of down": block.experts.down_proj.grad.transpose(1, 2), "gradient of row": block.gate.weight.grad}
-            return {name: tensor.detach().numpy() for name, tensor in found.items()}
+    def outputs():
+        y = backward()
+        gate, up = block.experts.gate_up_proj.grad.transpose(1, 2).chunk(2, dim=2)
+        found = {"output": y, "gradient of x": x.grad, "gradient of gate": gate, "gradient of up": up}
+        found |= {"gradient of down": block.experts.down_proj.grad.transpose(1, 2), "gradient of row": block.gate.weight.grad}
+        return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
-        return {"outputs": outputs, "forward": forward, "forward+backward": backward}
-
-    return passes
+    return {"outputs": outputs, "forward": forward, "forward+backward": run_backward, "matmul": timing.torch_matmul()}
 
 
-def random_weights(rng: np.random.Generator, experts: int, d_model: int, d_ffn: int) -> dict[str, np.ndarray]:
-    """Matrices and router rows that keep the scale of what they multiply; every expert is used."""
+def random_inputs(experts: int, tokens: int, d_model: int, d_ffn: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Activations [1, T, D], the gradient of the output, and weights: matrices and router rows that keep the scale of what they
+    multiply, with every expert in use."""
+    rng = np.random.default_rng(0)
     D, F = d_model, d_ffn
+    x, dy = (rng.standard_normal((1, tokens, D)).astype(np.float32) for _ in range(2))
     shapes = {"row": (experts, D), "gate": (experts, D, F), "up": (experts, D, F), "down": (experts, F, D)}
     fan_in = {"row": D, "gate": D, "up": D, "down": F}
-    return {name: (rng.standard_normal(shape) / fan_in[name] ** 0.5).astype(np.float32) for name, shape in shapes.items()}
+    return x, dy, {name: (rng.standard_normal(shape) / fan_in[name] ** 0.5).astype(np.float32) for name, shape in shapes.items()}
 
 
 if __name__ == "__main__":
