@@ -9,6 +9,7 @@ Each has a `flexolmo.json` that says what it is, its weights as an Orbax checkpo
 A pair's run holds its expert only and names its anchor by path and fingerprint; a router run holds rows and biases.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import write_text
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.weights import missing_shards
 
 DESCRIPTION = "flexolmo.json"
 FORMAT = 1
@@ -51,6 +53,11 @@ class Artifact:
         """Of the published anchor that this is or stands on; None for an anchor's run and a joint model."""
         return self.description.get("fingerprint")
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights of a published anchor and of a merged model."""
+        return self.description["tensors"]["trunk/embedding"]["dtype"]
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.path)
@@ -63,6 +70,8 @@ class Artifact:
         placement = placement or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
         target = self._stored(placement)
         if self.kind != "run":
+            if missing := missing_shards(self.path / "weights", self.description["tensors"]):
+                raise UserError(f"{self.path} is not whole: {missing[0]} is not there ({len(missing)} files are missing); fetch it again")
             return checkpoint.load_weights(self.path / "weights", target)
         step = self.step(which)
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
@@ -104,9 +113,12 @@ def open_artifact(path: Path) -> Artifact:
     """Raises UserError where the path holds none, or one of a newer format."""
     path = Path(path)
     try:
-        description = json.loads((path / DESCRIPTION).read_text())
+        text = (path / DESCRIPTION).read_text("utf-8")
+        description = json.loads(text)
         if description["format"] > FORMAT:
             raise UserError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; upgrade flexolmo-jax")
+        if text != _sealed(description):
+            raise ValueError("its bytes are not those that its own digest was taken of")
         config = build(ModelConfig, description["model"])
         return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
     except FileNotFoundError:
@@ -130,4 +142,11 @@ def canonical_json(value: Any) -> str:
 
 
 def write_description(directory: Path, description: dict[str, Any]) -> None:
-    write_text(directory / DESCRIPTION, json.dumps({"format": FORMAT, **description}, indent=1, sort_keys=True) + "\n")
+    """Writes `flexolmo.json`, with the digest of everything else in it."""
+    write_text(directory / DESCRIPTION, _sealed({"format": FORMAT, **description}))
+
+
+def _sealed(description: dict[str, Any]) -> str:
+    rest = {key: value for key, value in description.items() if key != "sha256"}
+    rest["sha256"] = hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+    return json.dumps(rest, indent=1, sort_keys=True) + "\n"

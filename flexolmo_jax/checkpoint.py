@@ -1,8 +1,7 @@
 """Orbax, and nothing else touches it: training checkpoints by step, and the weights of published artifacts.
 
 Training checkpoints are asynchronous; the newest few and the best are kept; restoring falls back over damaged ones with a note.
-Published weights are written as plain Zarr arrays (one directory of files an array, no OCDBT), so that equal arrays are equal
-files; any Orbax restores them.
+Published weights are Orbax checkpoints too, written by weights.py.
 """
 
 import json
@@ -121,13 +120,6 @@ class StepCheckpoints:
         (self._directory / str(step)).rename(aside)
         if self._manager is not None:
             self._manager.reload()
-
-
-def save_weights(directory: Path, params: Tree) -> None:
-    """Writes a parameter tree as a plain Orbax checkpoint of Zarr arrays."""
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(params))
 
 
 def load_weights(directory: Path, target: Tree) -> Tree:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import RunError, UserError
+from flexolmo_jax.files import WAYS
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -112,38 +113,75 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
 def _contribute(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.flex.contribute import contribute
 
-    contribution = contribute(args.anchor, args.documents, args.name, args.out, config=args.config, overrides=args.set)
+    contribution = contribute(
+        args.anchor, args.documents, args.name, args.out, config=args.config, overrides=args.set, sign_key=args.sign_key
+    )
     return {"out": str(args.out), "name": contribution.name, "training": contribution.manifest["training"]}
 
 
 def _package(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.contribution import package
+    from flexolmo_jax.flex.package import package
 
-    contribution = package(args.run, args.out, args.checkpoint)
+    contribution = package(args.run, args.out, args.checkpoint, args.sign_key)
     return {"out": str(args.out), "name": contribution.name, "training": contribution.manifest["training"]}
+
+
+def _keygen(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.signature import PUBLIC, keygen
+
+    return {"private_key": str(args.out), "public_key_file": f"{args.out}{PUBLIC}", "public_key": keygen(args.out)}
 
 
 # ---- merging ----
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.signature import Trust
     from flexolmo_jax.flex.verify import verify
 
-    return verify(args.path, args.anchor)
+    return verify(args.path, args.anchor, Trust.of(args.trust, args.signed))
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.flex.merge import merge
+    from flexolmo_jax.flex.signature import Trust
 
-    model = merge(args.anchor, args.contribution, args.out, active=args.active)
-    return {"out": str(args.out), "experts": list(model.experts), "active": model.config.n_active}
+    trust = Trust.of(args.trust, args.signed)
+    return _merged(merge(args.anchor, args.contribution, args.out, active=args.active, trust=trust, **_composing(args)))
+
+
+def _replace(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.merge import replace
+    from flexolmo_jax.flex.signature import Trust
+
+    return _merged(replace(args.model, args.contribution, args.out, trust=Trust.of(args.trust, args.signed), **_composing(args)))
+
+
+def _append(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.merge import append
+    from flexolmo_jax.flex.signature import Trust
+
+    return _merged(append(args.model, args.contribution, args.out, trust=Trust.of(args.trust, args.signed), **_composing(args)))
 
 
 def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.flex.merge import opt_out
 
-    model = opt_out(args.model, args.expert, args.out)
-    return {"out": str(args.out), "experts": list(model.experts), "active": model.config.n_active}
+    return _merged(opt_out(args.model, args.expert, args.out, **_composing(args)))
+
+
+def _gc(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.store import Store
+
+    return Store.existing(args.store).gc()
+
+
+def _composing(args: argparse.Namespace) -> dict[str, Any]:
+    return {"store_path": args.store, "ways": WAYS if args.by == "auto" else (args.by,)}
+
+
+def _merged(model: Any) -> dict[str, Any]:
+    return {"out": str(model.path), "experts": list(model.experts), "active": model.config.n_active}
 
 
 def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
@@ -282,6 +320,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--anchor", required=True, type=Path)
     p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", type=Path)
     p.add_argument("--name", required=True, help="the expert's name")
+    _add_sign_key(p)
     p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", type=Path)
     _add_set(p)
     p.add_argument("--out", required=True, type=Path)
@@ -289,7 +328,11 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("package", _package, "Make a contribution of a pair's run.", "package runs/code --out contributions/code")
     p.add_argument("run", type=Path)
     _add_checkpoint(p)
+    _add_sign_key(p)
     p.add_argument("--out", required=True, type=Path)
+
+    p = verb("keygen", _keygen, "Make a key to sign contributions with: OUT, to keep, and OUT.pub, to give away.", "keygen keys/hospital")
+    p.add_argument("out", type=Path)
 
     p = verb(
         "verify",
@@ -299,6 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("path", type=Path)
     p.add_argument("--anchor", help="it must have been made from this one", type=Path)
+    _add_trust(p)
 
     p = verb(
         "merge",
@@ -309,12 +353,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("contribution", nargs="*", type=Path)
     p.add_argument("--anchor", required=True, type=Path)
     p.add_argument("--active", type=int, metavar="K", help="experts a token uses (default: 4, or all if there are fewer)")
-    p.add_argument("--out", required=True, type=Path)
+    _add_trust(p)
+    _add_composing(p)
+
+    for name, function, help in (
+        ("replace", _replace, "Put a newer contribution in the place of the expert of the same name."),
+        ("append", _append, "Add one more expert to a model."),
+    ):
+        p = verb(name, function, help, f"{name} model c/legal --out model-2")
+        p.add_argument("model", type=Path)
+        p.add_argument("contribution", type=Path)
+        _add_trust(p)
+        _add_composing(p)
 
     p = verb("opt-out", _opt_out, "Take an expert out, exactly.", "opt-out model --expert legal --out model-without-legal")
     p.add_argument("model", type=Path)
     p.add_argument("--expert", action="append", required=True, help="its name (may be given again)")
-    p.add_argument("--out", required=True, type=Path)
+    _add_composing(p)
+
+    p = verb("gc", _gc, "Remove from a store what no model is made of.", "gc flexolmo-store")
+    p.add_argument("store", type=Path)
 
     p = verb(
         "embed-domain", _embed_domain, "The mean embedding of documents by the anchor's embedder: a router row.",
@@ -363,6 +421,23 @@ def _positive(text: str) -> int:
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a config key (may be given again)")
+
+
+def _add_sign_key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sign-key", help="the owner's private key (`flexolmo keygen` makes one)", type=Path)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--signed", action="store_true", help="refuse contributions that nobody signed")
+    parser.add_argument("--trust", metavar="DIR", help="refuse contributions not signed by one of the keys DIR/*.pub", type=Path)
+
+
+def _add_composing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--store", help="where experts are kept, each once (default: flexolmo-store beside the model)", type=Path)
+    parser.add_argument(
+        "--by", choices=["auto", *WAYS, "stream"], default="auto", help="how files get there (auto: the cheapest that works)"
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ A run's YAML has the sections of `RunConfig`. `model.preset` fills in an archite
 
 import copy
 import dataclasses
+import datetime
 import difflib
 import json
 import types
@@ -146,13 +147,28 @@ class OptimConfig(_Config):
 
 
 @dataclass(frozen=True)
+class PrivacyConfig(_Config):
+    """What an owner states of how the expert was trained: (epsilon, delta)-differential privacy."""
+
+    epsilon: float = 0.0
+    delta: float = 0.0
+
+    def check(self) -> None:
+        _expect(self.epsilon > 0, "pair.privacy.epsilon", self.epsilon, "a number above 0")
+        _expect(0 <= self.delta < 1, "pair.privacy.delta", self.delta, "a number from 0 to below 1")
+
+
+@dataclass(frozen=True)
 class PairConfig(_Config):
     """The anchor and one new expert. The new expert starts as a copy of the anchor's."""
 
     anchor: str = ""
     name: str = ""
     domain: str = ""  # free text for the manifest
+    owner: str = "unspecified"  # free text for the manifest, as the two around it
     licence: str = "unspecified"
+    expires: str = ""  # YYYY-MM-DD: the last day of the licence; nothing: it does not end
+    privacy: PrivacyConfig | None = None  # stated by the owner; nothing: trained without differential privacy
     public_share: float = 0.3  # of the tokens: local contrast, the row learns what to let pass; 0 is the paper's recipe
     contrast: float = 0.3  # weight of -ln p(its own expert) at every router; idle without public text
     router_noise: float = 1.0  # deviation of noise on the new expert's router logits in training: others will take weight from it
@@ -163,6 +179,11 @@ class PairConfig(_Config):
         _expect(bool(self.anchor), "pair.anchor", "nothing", "the path of a published anchor")
         _expect(bool(self.name), "pair.name", "nothing", "the expert's name")
         _expect(self.name != "anchor", "pair.name", self.name, "another name: the anchor's expert has it")
+        for key in ("owner", "domain", "licence"):
+            _expect(getattr(self, key).isprintable(), f"pair.{key}", getattr(self, key), "one printable line")
+        if self.privacy is not None:
+            self.privacy.check()
+        _expect(not self.expires or _is_date(self.expires), "pair.expires", self.expires, "a date such as 2027-12-31")
         _expect(0 <= self.public_share < 1, "pair.public_share", self.public_share, "a share from 0 to below 1")
         _expect(self.contrast >= 0, "pair.contrast", self.contrast, "0 or more")
         _expect(self.router_noise >= 0, "pair.router_noise", self.router_noise, "0 or more")
@@ -295,6 +316,13 @@ def dump_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     tree = {key: value for key, value in to_dict(config).items() if value is not None}
     return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _fields(cls: type) -> dict[str, dataclasses.Field]:

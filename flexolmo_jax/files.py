@@ -1,21 +1,31 @@
 """Writing files and directories that are either whole or not there."""
 
 import errno
+import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from flexolmo_jax.errors import UserError
+
+WAYS = ("link", "reflink", "copy")  # to have a file's bytes in a second place, the cheapest first
+_CLONE = 0x40049409  # Linux's FICLONE
+_NOT_HERE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
+
+
+def before_change(operation: str, path: Path) -> None:
+    """Called before every write, link, sync, rename and removal. It does nothing; tests replace it to fail or to die there."""
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """Yields a temporary directory beside `out` that becomes `out` at the end, or vanishes with any error.
 
-    Raises UserError where `out` holds something already, cannot be made, and for a full disk.
+    What a killed process leaves of it is found by `abandoned`. Raises UserError where `out` holds something already, cannot be made,
+    and for a full disk.
     """
     out = Path(out).resolve()
     check_new(out)
@@ -26,22 +36,47 @@ def new_directory(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose a place that can be written") from error
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                sync(path)
-        sync(temporary)
-        check_new(out)
-        if out.exists():
-            out.rmdir()
-        os.replace(temporary, out)
-        sync(out.parent)
+        with locked(temporary):
+            yield temporary
+            for folder, _, files in os.walk(temporary, topdown=False):
+                for name in files:
+                    sync(Path(folder, name))
+                sync(Path(folder))
+            check_new(out)
+            if out.exists():
+                out.rmdir()
+            before_change("rename", out)
+            os.replace(temporary, out)
+            sync(out.parent)
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"no space left on the disk while writing {out}; nothing was kept; free some and run it again") from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def abandoned(directory: Path, name: str = "*") -> list[Path]:
+    """What processes that are no longer there left in a directory, on the way to `name`."""
+    found = []
+    for path in directory.glob(f".{name}.*.tmp"):
+        try:
+            with locked(path, wait=False):
+                found.append(path)
+        except OSError:
+            continue  # somebody is at it, or has just finished
+    return found
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a file or directory, which ends with the process at the latest. Raises BlockingIOError where it need not wait."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -59,14 +94,60 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        before_change("write", temporary)
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
+        before_change("rename", path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file of a directory that is still under way, with the folders it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before_change("write", path)
+    path.write_bytes(content)
+
+
+def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
+    """Puts a file's bytes in a second place: the first of the ways that the file system has. Returns which."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    before_change("link", target)
+    for way in ways:
+        try:
+            {"link": _link, "reflink": _reflink, "copy": shutil.copyfile}[way](source, target)
+            return way
+        except OSError as error:
+            if way == ways[-1] or error.errno not in _NOT_HERE:
+                raise
+    raise ValueError(f"{ways!r} names no way")
+
+
+def _link(source: Path, target: Path) -> None:
+    os.link(source, target, follow_symlinks=False)
+
+
+def _reflink(source: Path, target: Path) -> None:
+    """A copy that shares the disk's blocks until one of both is changed (btrfs, XFS)."""
+    try:
+        with source.open("rb") as reading, target.open("xb") as writing:
+            fcntl.ioctl(writing, _CLONE, reading.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def remove(directory: Path) -> None:
+    """Takes a directory away: at once, as far as anybody sees."""
+    gone = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+    before_change("remove", directory)
+    os.replace(directory, gone)
+    shutil.rmtree(gone)
+
+
 def sync(path: Path) -> None:
+    before_change("sync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,7 +21,7 @@ from tests.tiny import run_config
 
 VERBS = [
     "data fetch", "data prepare", "tokenizer train", "train", "publish", "contribute", "package", "verify", "merge", "opt-out",
-    "embed-domain", "eval", "generate", "info",
+    "replace", "append", "gc", "keygen", "embed-domain", "eval", "generate", "info",
 ]  # fmt: skip
 
 Fails = Callable[..., str]
@@ -266,7 +266,7 @@ def test_a_disk_that_fills_up_during_a_merge_leaves_nothing(error, paths, tmp_pa
     def full(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("flexolmo_jax.checkpoint.save_weights", full)
+    monkeypatch.setattr("flexolmo_jax.weights.Writer.write", full)
     merge = ["merge", "--anchor", paths.anchor, *paths.contributions]
     assert "no space left" in fails(*merge, "--out", tmp_path / "out" / "model")
 

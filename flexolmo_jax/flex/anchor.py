@@ -7,7 +7,7 @@ expert belongs to exactly one fingerprint.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from flexolmo_jax import checkpoint
+from flexolmo_jax import weights
 from flexolmo_jax.artifact import Artifact, canonical_json, describe, open_artifact, write_description
-from flexolmo_jax.config import to_dict
+from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.data.documents import name_of, read_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import new_directory
+from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.progress import note
+from flexolmo_jax.weights import Layout, Reader
 
 from .embedder import domain_embedding, fit_embedder, load_embedder
 
@@ -64,8 +66,10 @@ def publish(
         params = artifact.params(checkpoint_name)
         params["experts"]["row"] = jnp.broadcast_to(jnp.asarray(row), params["experts"]["row"].shape)
         released = jax.tree.map(lambda a: a.astype(dtype), params)
-        checkpoint.save_weights(directory / "weights", released)
-        tensors = digests(released)
+        tensors = describe(released)
+        axes = flatten(logical_axes(artifact.config))
+        for path, digest in weights.save(directory / "weights", flatten(released), axes).items():
+            tensors[path]["sha256"] = digest
         parts = {
             "model": to_dict(artifact.config),
             "tensors": tensors,
@@ -80,7 +84,6 @@ def publish(
             "tokenizer": parts["tokenizer"],
             "embedder": {"name": fitted.name, "version": fitted.version, "sha256": parts["embedder"]},
             "public": [name_of(path) for path in public],
-            "dtype": dtype,
             "fingerprint": fingerprint_of(parts),
         }
         write_description(directory, description)
@@ -99,7 +102,7 @@ def open_anchor(path: Path) -> Artifact:
 
 def verify_anchor(anchor: Artifact) -> None:
     """Recomputes every digest. Raises UserError naming what differs from what was published."""
-    check_tensors(anchor, anchor.params())
+    check_tensors(anchor)
     parts = {
         "model": anchor.description["model"],
         "tensors": anchor.description["tensors"],
@@ -110,19 +113,18 @@ def verify_anchor(anchor: Artifact) -> None:
         raise UserError(f"{anchor.path} does not have its fingerprint: tokenizer, embedder or description was changed; fetch it again")
 
 
-def check_tensors(artifact: Artifact, params: dict[str, Any]) -> None:
-    """Raises UserError naming the first of the tensors read whose bytes are not those the description has digests of."""
-    for path, found in digests(params).items():
-        if found != artifact.description["tensors"][path]:
-            raise UserError(f"{artifact.path}: the bytes of {path} are not the published ones; fetch it again")
+def check_tensors(anchor: Artifact) -> None:
+    """Raises UserError naming the first tensor whose bytes are not those the description has digests of. Reads a shard at a time."""
+    reader = Reader(anchor.path / "weights")
+    for path, layout in layouts(anchor.config, anchor.description["tensors"]).items():
+        if reader.digest(path, layout.boxes()) != anchor.description["tensors"][path]["sha256"]:
+            raise UserError(f"{anchor.path}: the bytes of {path} are not the published ones; fetch it again")
 
 
-def digests(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """`describe` with the SHA-256 of each tensor's bytes (row-major, little-endian)."""
-    tensors = describe(params)
-    for path, array in flatten(params).items():
-        tensors[path]["sha256"] = tensor_digest(np.asarray(array))
-    return tensors
+def layouts(config: ModelConfig, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
+    """How tensors of an anchor, an expert or a model, of which dtype and shape are given by path, are stored."""
+    axes = flatten(logical_axes(config))
+    return {path: Layout.of(tuple(entry["shape"]), entry["dtype"], axes[path]) for path, entry in tensors.items()}
 
 
 def tensor_digest(array: np.ndarray) -> str:

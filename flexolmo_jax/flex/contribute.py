@@ -18,8 +18,10 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import check_new
 
 from .anchor import open_anchor
-from .contribution import Contribution, package
+from .contribution import Contribution
+from .package import package
 from .pair import train_pair
+from .signature import load_key
 
 EPOCHS = 2  # passes over the owner's records, where the config does not say how many steps
 
@@ -32,14 +34,18 @@ def contribute(
     *,
     config: Path | None = None,
     overrides: Sequence[str] = (),
+    sign_key: Path | None = None,
 ) -> Contribution:
     """Trains an expert on documents against an anchor and packages it.
 
-    `config` is a pair's YAML whose anchor, name and data are filled in here; without it the defaults of a pair run apply.
+    `config` is a pair's YAML whose anchor, name and data are filled in here; without it the defaults of a pair run apply. `sign_key` is
+    the owner's private key.
     Raises UserError where a document file cannot be read, `out` holds something, or the anchor is none.
     """
     anchor = open_anchor(anchor_path)
     check_new(out)
+    if sign_key:
+        load_key(sign_key)  # hours before it is used
     for path in documents:
         if not has_documents(path):
             raise UserError(f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a directory of them)")
@@ -65,7 +71,7 @@ def contribute(
         steps = max(1, round(EPOCHS * records / (run.data.batch_size * (1 - run.pair.public_share))))
         run = resolve(tree, [*overrides, f"train.steps={steps}"])
     train_pair(run, work / "run")
-    return package(work / "run", out)
+    return package(work / "run", out, sign_key=sign_key)
 
 
 def _inputs(documents: Sequence[Path]) -> list[InputFile]:

@@ -1,55 +1,55 @@
 """What an owner hands over: the expert's tensors and a manifest, in a directory with nothing else in it. Never data.
 
     expert.safetensors   layers.<l>.ffn.{gate,up,down}  layers.<l>.router.row  layers.<l>.router.bias (where trained with one)
-    manifest.json        canonical JSON: owner's name for it, anchor fingerprint, model config, digests, training summary, ...
+    manifest.json        canonical JSON: owner, name, anchor fingerprint, model config, digests, training summary, ...
+    manifest.sig         optional: an Ed25519 signature over the manifest's bytes
 
-Checking one reads the manifest first: another anchor is refused before any tensor is touched. The manifest has the digest of the
-other file and, in its last key, of itself: a byte that changed on the way is found wherever it is. Who sent it, a digest cannot say.
+docs/contribution-format.md is the specification. Checking one reads the manifest first: another anchor, an untrusted key or an expired
+licence is refused before any tensor is touched. The manifest has the digest of every tensor, of the header before them and, in its last
+key, of itself: a byte that changed on the way is found wherever it is.
 """
 
+import datetime
 import hashlib
-import json
+import os
 import re
+import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import yaml
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact
-from flexolmo_jax.config import ModelConfig, RunConfig, build, resolve, to_dict
-from flexolmo_jax.data.documents import has_documents
-from flexolmo_jax.data.prepare import prepare_cached
-from flexolmo_jax.data.records import Index, open_records, sha256_of
+from flexolmo_jax.artifact import Artifact, canonical_json
+from flexolmo_jax.config import ModelConfig, build
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import check_new, new_directory
-from flexolmo_jax.model import Params
-from flexolmo_jax.progress import note
-from flexolmo_jax.train.evaluate import make_scorer, score_records
+from flexolmo_jax.tensorfile import TensorFile, strict_json
 
-from .anchor import open_anchor, tensor_digest
+from .signature import ANY, Trust, check_signature
 
 FORMAT = 1
-TENSORS, MANIFEST = "expert.safetensors", "manifest.json"
+TENSORS, MANIFEST, SIGNATURE = "expert.safetensors", "manifest.json", "manifest.sig"
+MANIFEST_LIMIT = 1 << 26  # bytes
 MATRICES = ("gate", "up", "down")
-MANIFEST_TYPES: dict[str, type] = {
-    **dict.fromkeys(("name", "domain", "licence", "anchor", "dtype", "privacy", "tool", "sha256"), str),
-    **dict.fromkeys(("model", "tensors", "files", "training"), dict),
+OF_MERGES = ("n_experts", "n_active", "router_bias")  # keys of a model's config that a merge decides
+MANIFEST_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("name", "owner", "domain", "licence", "anchor", "dtype", "header", "tool", "sha256"), str),
+    **dict.fromkeys(("model", "tensors", "training"), dict),
+    "expires": str | None,
+    "privacy": str | dict,
     "router_bias": bool,
 }
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """A contribution whose manifest has been read; `expert()` reads and checks the rest."""
+    """A contribution whose manifest has been read; `check` decides on it, `tensors` reads and checks the rest."""
 
     path: Path
     manifest: dict[str, Any]
+    text: bytes  # of the manifest
+    signature: bytes | None
 
     @property
     def name(self) -> str:
@@ -63,44 +63,55 @@ class Contribution:
     def has_bias(self) -> bool:
         return self.manifest["router_bias"]
 
-    def expert(self) -> Params:
-        """The expert as a parameter branch: gate, up, down [L, 1, ...], row [L, 1, D], bias [L, 1] (zeros where it has none).
+    def check(self, anchor: Artifact | None = None, trust: Trust = ANY) -> dict[str, Any] | None:
+        """Whether it may be used (with this anchor, or a model that stands on it), by its manifest alone; returns who signed it.
+
+        Raises UserError for one made from another anchor, a signature that is wrong or missing by the policy, and an expired licence.
+        """
+        if anchor is not None and self.fingerprint != anchor.fingerprint:
+            raise UserError(
+                f"{self.path} was made from the anchor {self.fingerprint[:16]}; {anchor.path} is {str(anchor.fingerprint)[:16]}; "
+                "experts only fit the anchor they were trained against"
+            )
+        if anchor is not None:
+            ours, theirs = ({**model, **dict.fromkeys(OF_MERGES, 0)} for model in (self.manifest["model"], anchor.description["model"]))
+            for key, same in (("model", ours == theirs), ("dtype", self.manifest["dtype"] == anchor.dtype)):
+                if not same:
+                    raise UserError(f"{self.path} names the fingerprint of {anchor.path} but has another {key}; ask its owner for it again")
+        signer = check_signature(self.text, self.signature, trust, self.path)
+        expires, today = self.manifest["expires"], datetime.datetime.now(datetime.UTC).date().isoformat()
+        if expires is not None and expires < today:
+            raise UserError(f"the licence of {self.path} expired on {expires}; ask its owner for a new one")
+        return signer
+
+    def tensors(self, into: Callable[[str], np.ndarray | None] = lambda name: None) -> Iterator[tuple[str, np.ndarray]]:
+        """Each tensor by name, in the order of the file, checked; one at a time is in memory. `into` may give bytes to read one into.
 
         Raises UserError naming the first tensor that is missing, unknown, of another shape or dtype, not finite, or whose bytes
         are not those of the manifest.
         """
-        tensors = self._checked_tensors()
-        L = self.manifest["model"]["n_layers"]
-
-        def stack(name: str) -> np.ndarray:
-            return np.stack([tensors[f"layers.{layer}.{name}"] for layer in range(L)])[:, None]
-
-        expert = {name: stack(f"ffn.{name}") for name in MATRICES} | {"row": stack("router.row")}
-        expert["bias"] = stack("router.bias") if self.has_bias else np.zeros((L, 1), expert["row"].dtype)
-        return expert
-
-    def _checked_tensors(self) -> dict[str, np.ndarray]:
-        path = self.path / TENSORS
-        declared = self.manifest["tensors"]
-        if sha256_of(path) != self.manifest["files"][TENSORS]:
-            raise UserError(f"{path} is not the file of the manifest (its SHA-256 differs); ask its owner for the contribution again")
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise UserError(f"{path} cannot be read as safetensors ({error}); ask its owner for it again") from None
-        expected = tensor_shapes(build(ModelConfig, self.manifest["model"]), self.has_bias)
-        for kind, names in (("misses", expected.keys() - tensors.keys()), ("holds unknown", tensors.keys() - expected.keys())):
-            if names:
-                raise UserError(f"{path} {kind} tensors: {', '.join(sorted(names)[:3])}; ask its owner for a whole contribution")
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name] or str(tensor.dtype) != self.manifest["dtype"]:
-                got, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"{self.manifest['dtype']} {list(expected[name])}"
-                raise UserError(f"{path}: {name} is {got}; expected {wanted}")
-            if declared.get(name) != _entry(tensor):
-                raise UserError(f"{path}: the bytes of {name} are not those of the manifest; ask its owner for the contribution again")
-            if not np.isfinite(tensor.astype(np.float32)).all():
-                raise UserError(f"{path}: {name} has values that are not finite; the expert is broken")
-        return tensors
+        path, declared = self.path / TENSORS, self.manifest["tensors"]
+        with TensorFile(path) as file:
+            for kind, names in (
+                ("misses", declared.keys() - file.entries.keys()),
+                ("holds unknown", file.entries.keys() - declared.keys()),
+            ):
+                if names:
+                    shown = ", ".join(sorted(names)[:3])[:200]
+                    raise UserError(f"{path} {kind} tensors: {shown!r}; ask its owner for a whole contribution")
+            for name, entry in file.entries.items():
+                got, expected = (str(entry.dtype), list(entry.shape)), (declared[name]["dtype"], declared[name]["shape"])
+                if got != expected:
+                    raise UserError(f"{path}: {name} is {got[0]} {got[1]}; expected {expected[0]} {expected[1]}")
+            if file.header_sha256 != self.manifest["header"]:
+                raise UserError(f"{path} does not have the header of the manifest (its SHA-256 differs); ask its owner for it again")
+            for name in file.entries:
+                tensor, digest, finite = file.read(name, into(name))
+                if digest != declared[name]["sha256"]:
+                    raise UserError(f"{path}: the bytes of {name} are not those of the manifest; ask its owner for the contribution again")
+                if not finite:
+                    raise UserError(f"{path}: {name} has values that are not finite; the expert is broken")
+                yield name, tensor
 
 
 def tensor_shapes(config: ModelConfig, has_bias: bool) -> dict[str, tuple[int, ...]]:
@@ -110,30 +121,41 @@ def tensor_shapes(config: ModelConfig, has_bias: bool) -> dict[str, tuple[int, .
     return {f"layers.{layer}.{name}": shape for layer in range(config.n_layers) for name, shape in per_layer.items()}
 
 
-def open_contribution(path: Path, anchor: Artifact | None = None) -> Contribution:
-    """Reads a manifest. Raises UserError for anything else than a contribution, and for one made from another anchor."""
+def leaf_of(name: str) -> tuple[str, int]:
+    """Where a tensor of a contribution goes in a model: ("experts/gate", 3) for "layers.3.ffn.gate"."""
+    _, layer, _, leaf = name.split(".")
+    return f"experts/{leaf}", int(layer)
+
+
+def name_of_tensor(leaf: str, layer: int) -> str:
+    """The inverse of `leaf_of`."""
+    leaf = leaf.removeprefix("experts/")
+    return f"layers.{layer}.{'ffn' if leaf in MATRICES else 'router'}.{leaf}"
+
+
+def open_contribution(path: Path) -> Contribution:
+    """Reads the manifest and the signature. Raises UserError for anything else than a contribution with nothing else in it."""
     path = Path(path)
     try:
-        names = {p.name for p in path.iterdir()}
-        text = (path / MANIFEST).read_text("utf-8")
-        contribution = Contribution(path, _checked_manifest(text))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise UserError(f"{path} is not a contribution: it has no {MANIFEST}") from None
+        names = set(os.listdir(path))
+    except OSError as error:
+        raise UserError(f"{path} is not a contribution: {error.strerror}; expected a directory with a {MANIFEST}") from None
+    if MANIFEST not in names:
+        raise UserError(f"{path} is not a contribution: it has no {MANIFEST}")
+    if unknown := names - {TENSORS, MANIFEST, SIGNATURE}:
+        found = ", ".join(repr(name) for name in sorted(unknown)[:3])
+        raise UserError(f"{path} holds {found}; a contribution is {TENSORS}, {MANIFEST} and perhaps {SIGNATURE}, and nothing else")
+    for name in names:
+        if not stat.S_ISREG((path / name).lstat().st_mode):
+            raise UserError(f"{path / name} is not a regular file; a contribution has no links and no folders in it")
+    text = _read(path / MANIFEST)
+    try:
+        manifest = _checked_manifest(text)
     except UserError as error:
         raise UserError(f"{path / MANIFEST}: {error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}); ask its owner for it again") from None
-    if unknown := names - {TENSORS, MANIFEST}:
-        raise UserError(f"{path} holds {', '.join(sorted(unknown)[:3])}; a contribution is {TENSORS} and {MANIFEST} and nothing else")
-    if anchor is not None and contribution.fingerprint != anchor.fingerprint:
-        raise UserError(
-            f"{path} was made from the anchor {contribution.fingerprint[:16]}; {anchor.path} is {str(anchor.fingerprint)[:16]}; "
-            "experts only fit the anchor they were trained against"
-        )
-    for key in ("model", "dtype"):
-        if anchor is not None and contribution.manifest[key] != anchor.description[key]:
-            raise UserError(f"{path} names the fingerprint of {anchor.path} but has another {key}; ask its owner for it again")
-    return contribution
+        raise UserError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error!s:.100}); ask its owner for it again") from None
+    return Contribution(path, manifest, text, _read(path / SIGNATURE) if SIGNATURE in names else None)
 
 
 def check_expert_name(name: str) -> None:
@@ -142,18 +164,38 @@ def check_expert_name(name: str) -> None:
         raise UserError(f"the expert's name is {name!r}; expected up to 64 letters, digits, and _ . - inside, and not 'anchor'")
 
 
-def _checked_manifest(text: str) -> dict[str, Any]:
-    """The manifest in a text. Raises ValueError, KeyError, TypeError, RecursionError or UserError where it is none, whoever wrote it."""
-    manifest = json.loads(text)
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest's file: canonical JSON with the digest of everything else in it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return (canonical_json(rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}) + "\n").encode()
+
+
+def _read(path: Path) -> bytes:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        text = file.read(MANIFEST_LIMIT + 1)
+    if len(text) > MANIFEST_LIMIT:
+        raise UserError(f"{path} has more than {MANIFEST_LIMIT} bytes; that is none")
+    return text
+
+
+def _checked_manifest(text: bytes) -> dict[str, Any]:
+    """The manifest in a file. Raises ValueError, KeyError, TypeError, RecursionError or UserError where it is none, whoever wrote it."""
+    manifest = strict_json(text)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else manifest
         raise UserError(f"the format is {found!r:.40}; this version reads {FORMAT}")
     for key, kind in MANIFEST_TYPES.items():
-        if not isinstance(manifest[key], kind):
-            raise ValueError(f"{key} is {manifest[key]!r:.40}; expected a {kind.__name__}")
-    if text != _sealed(manifest):
+        value = manifest[key]
+        if not isinstance(value, kind) or (isinstance(value, str) and not value.isprintable()):
+            raise ValueError(f"{key} is {value!r:.40}; expected a {getattr(kind, '__name__', kind)}")
+    if unknown := manifest.keys() - MANIFEST_TYPES.keys() - {"format"}:
+        raise ValueError(f"unknown keys {sorted(unknown)[:3]}")
+    if text != sealed(manifest):
         raise ValueError("its bytes are not those that its own digest was taken of")
     check_expert_name(manifest["name"])
+    if manifest["expires"] is not None:
+        datetime.datetime.strptime(manifest["expires"], "%Y-%m-%d")
+    _check_privacy(manifest["privacy"])
     config, declared = build(ModelConfig, manifest["model"]), manifest["tensors"]
     config.check()
     if len(declared) != (5 if manifest["router_bias"] else 4) * config.n_layers:
@@ -162,91 +204,15 @@ def _checked_manifest(text: str) -> dict[str, Any]:
         got = declared[name]["dtype"], declared[name]["shape"]
         if got != (manifest["dtype"], list(shape)):
             raise ValueError(f"{name} is {got}; expected {manifest['dtype']} {list(shape)}")
-    manifest["files"][TENSORS]
+        if not re.fullmatch("[0-9a-f]{64}", declared[name]["sha256"]):
+            raise ValueError(f"{name} has no SHA-256")
     return manifest
 
 
-def _sealed(manifest: dict[str, Any]) -> str:
-    """The file's text: canonical JSON with the digest of everything else in it."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return canonical_json(rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}) + "\n"
-
-
-def package(source: Path, out: Path, which: str = "last") -> Contribution:
-    """Makes a contribution of a pair's run: cast to the anchor's dtype first, then evaluated: what is merged is what was measured."""
-    check_new(out)
-    run = open_artifact(source)
-    if not run.is_pair:
-        raise UserError(f"{source} is not a pair's run; a contribution is made of one")
-    config = resolve(yaml.safe_load((source / "config.yaml").read_text()))
-    assert config.pair is not None
-    anchor = open_anchor(run.base().path)
-    dtype = anchor.description["dtype"]
-    step = run.step(which)
-    params = run.params(str(step))
-    released = {name: np.asarray(a.astype(dtype)) for name, a in params["expert"].items()}
-    scores = _evaluate(run, anchor, params, released, config)
-    tensors = _by_layer(released)
-    with new_directory(out) as directory:
-        save_file(tensors, directory / TENSORS)
-        manifest = {
-            "format": FORMAT,
-            "name": config.pair.name,
-            "domain": config.pair.domain or config.pair.name,
-            "licence": config.pair.licence,
-            "anchor": anchor.fingerprint,
-            "model": to_dict(anchor.config),
-            "router_bias": "bias" in released,
-            "dtype": dtype,
-            "tensors": {name: _entry(tensor) for name, tensor in sorted(tensors.items())},
-            "files": {TENSORS: sha256_of(directory / TENSORS)},
-            "training": {
-                "steps": step,
-                "tokens": step * config.data.batch_size * config.data.seq_len,
-                "public_share": config.pair.public_share,
-                "bits_per_byte": scores,
-            },
-            "privacy": "none",
-            "tool": f"flexolmo-jax {_version()}",
-        }
-        (directory / MANIFEST).write_text(_sealed(manifest), "utf-8")
-    note(f"packaged {out}: {sum(t.nbytes for t in tensors.values()):,} bytes of weights, no data")
-    return open_contribution(out, anchor)
-
-
-def _evaluate(run: Artifact, anchor: Artifact, params: Params, released: dict[str, np.ndarray], config: RunConfig) -> dict[str, Any]:
-    """Held-out bits per byte of the anchor and of the pair as it is handed over, on the owner's text and on public text."""
-    assert config.pair is not None
-    heldout = {d.title: d.path for d in (config.data.eval or config.data.train)}
-    heldout |= {"public": config.pair.public or str(anchor.path / "public")}
-    pair = params | {"expert": {name: jnp.asarray(a) for name, a in released.items()}}
-    dense = {name: branch for name, branch in params.items() if name != "expert"}
-    scorers = {"anchor": (make_scorer(anchor.config), dense), "pair": (make_scorer(run.config), pair)}
-    scores: dict[str, Any] = {who: {} for who in scorers}
-    for name, path in heldout.items():
-        # Records are scored whatever their length: an owner's need not be as long as the anchor's public ones.
-        seq_len = config.data.seq_len if has_documents(Path(path)) else Index.read(Path(path)).seq_len
-        records = open_records(prepare_cached(Path(path), run.tokenizer, seq_len), "heldout")
-        if len(records):
-            for who, (scorer, weights) in scorers.items():
-                score = score_records(scorer, weights, records, run.tokenizer, limit=config.train.eval_records)
-                scores[who][name] = round(score.bits_per_byte, 6)
-    return scores
-
-
-def _by_layer(expert: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    names = {name: f"ffn.{name}" for name in MATRICES} | {"row": "router.row", "bias": "router.bias"}
-    layers = range(expert["row"].shape[0])
-    return {f"layers.{layer}.{names[name]}": np.array(array[layer, 0], order="C") for name, array in expert.items() for layer in layers}
-
-
-def _entry(tensor: np.ndarray) -> dict[str, Any]:
-    """What a manifest says of one tensor."""
-    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape), "sha256": tensor_digest(tensor)}
-
-
-def _version() -> str:
-    try:
-        return version("flexolmo-jax")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "checkout"
+def _check_privacy(statement: Any) -> None:
+    if isinstance(statement, dict):
+        numbers = [statement["epsilon"], statement["delta"]]
+        if len(statement) != 2 or not all(isinstance(n, float | int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+            raise ValueError(f"privacy is {statement!r:.80}")
+    elif statement != "none":
+        raise ValueError(f"privacy is {statement!r:.40}; expected 'none', or epsilon and delta")

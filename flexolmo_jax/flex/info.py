@@ -8,7 +8,7 @@ from flexolmo_jax.artifact import DESCRIPTION, open_artifact
 from flexolmo_jax.data.records import Index
 from flexolmo_jax.train.metrics import read_metrics
 
-from .contribution import MANIFEST, TENSORS, open_contribution
+from .contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def info(path: Path) -> dict[str, Any]:
         splits = {name: {"records": s.records, "documents": s.documents, "tokens": s.tokens} for name, s in index.splits.items()}
         return {"kind": "prepared data", "seq_len": index.seq_len, "tokenizer": index.tokenizer_digest, **splits}
     artifact = open_artifact(path)
-    keep = ("run", "base", "fingerprint", "dtype", "embedder", "public", "members")
+    keep = ("run", "base", "fingerprint", "embedder", "public", "members")
     described = {key: artifact.description[key] for key in keep if key in artifact.description}
     if "members" in described:
         described["members"] = [{k: v for k, v in member.items() if k != "tensors"} for member in described["members"]]
@@ -43,11 +43,15 @@ def _contribution(path: Path) -> dict[str, Any]:
     parameters = sum(math.prod(t["shape"]) for t in manifest["tensors"].values())
     return {
         "kind": "contribution",
-        **{key: manifest[key] for key in ("name", "domain", "licence", "anchor", "dtype", "training", "privacy", "tool")},
+        **{
+            key: manifest[key]
+            for key in ("name", "owner", "domain", "licence", "expires", "anchor", "dtype", "training", "privacy", "tool")
+        },
         "leaves_the_owner": {
             TENSORS: f"{len(manifest['tensors'])} tensors, {parameters:,} {manifest['dtype']} numbers: expert weights, router rows"
             + (" and biases" if contribution.has_bias else ""),
             MANIFEST: "names, digests, the model config and the training summary shown here",
+            **({SIGNATURE: "a public key and a signature"} if contribution.signature else {}),
             "documents": "none",
         },
     }

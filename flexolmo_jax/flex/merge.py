@@ -1,63 +1,83 @@
 """Merging: anchor + contributions -> one mixture-of-experts model, without data and without training; and taking experts out.
 
-Expert FFNs, router rows and biases are concatenated behind the anchor's along the expert axis; the trunk is the anchor's, byte for
-byte. The order of contributions decides expert indices and nothing else. Dropping an expert removes its slice: the files are
-those of the model that never had it.
+Experts stand behind the anchor's along the expert axis; the trunk is the anchor's, byte for byte. The order of contributions decides
+expert indices and nothing else. Contributions are taken into the store once, verified; a model is then composed of files (see
+store.py). Dropping an expert leaves its files out: what is left are the files of the model that never had it.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from flexolmo_jax import checkpoint
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.records import sha256_of
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import check_new, new_directory
-from flexolmo_jax.model import Params
+from flexolmo_jax.files import WAYS, check_new, new_directory
+from flexolmo_jax.progress import note
 
-from .anchor import check_tensors, digests, open_anchor
+from .anchor import layouts, open_anchor
 from .contribution import Contribution, open_contribution
+from .signature import ANY, Trust
+from .store import STORE, Source, Store, compose
 
 DEFAULT_ACTIVE = 4
 
 
-def merge(anchor_path: Path, contribution_paths: Sequence[Path], out: Path, *, active: int | None = None) -> Artifact:
-    """Writes the merged model. `active` is the stored number of experts a token uses (default: 4, or all if there are fewer).
+def merge(
+    anchor_path: Path,
+    contribution_paths: Sequence[Path],
+    out: Path,
+    *,
+    active: int | None = None,
+    store_path: Path | None = None,
+    trust: Trust = ANY,
+    ways: Sequence[str] = WAYS,
+) -> Artifact:
+    """Writes the merged model. `active` is the stored number of experts a token uses (default: 4, or all if there are fewer); `store_path`
+    is by default `flexolmo-store` beside the model; `ways` are those of `compose`.
 
-    Raises UserError, before any tensor is read, for a contribution to another anchor, a name given twice, and `active` above E;
-    and for tensors, the anchor's or a contribution's, that are not what their digests say.
+    Raises UserError, before any tensor is read, for a contribution to another anchor, one that is expired or not trusted, a name
+    given twice, and `active` above E; and for tensors, the anchor's or a contribution's, that are not what their digests say.
     """
     check_new(out)
     anchor = open_anchor(anchor_path)
-    contributions = [open_contribution(path, anchor) for path in contribution_paths]
-    description = _description(anchor.description, [_member(c) for c in contributions], active)
-    params = anchor.params()
-    check_tensors(anchor, params)  # digests of the result must not be taken of bytes that nobody published
-    if contributions:
-        params["experts"] = _concatenate(params["experts"], contributions, description["model"]["router_bias"])
-    return _save(out, description, anchor, params)
+    contributions = [_admitted(path, anchor, trust) for path in contribution_paths]
+    description = _description(anchor.description, anchor.description["tensors"], [_member(c) for c in contributions], active)
+    store = Store(store_path or out.absolute().parent / STORE)
+    with store.shared():
+        trunk = store.anchor(anchor)
+        sources = [Source(trunk, 0), *(Source(store.expert(c), 0) for c in contributions)]
+        return _compose(out, description, anchor, trunk, sources, store, ways)
 
 
-def opt_out(model_path: Path, names: Sequence[str], out: Path) -> Artifact:
+def opt_out(model_path: Path, names: Sequence[str], out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS) -> Artifact:
     """Writes the model without these experts: exactly the merge that never had them.
 
-    Raises UserError for a name the model does not have and for the anchor's, and for tensors that are not what was merged.
+    Raises UserError for a name the model does not have and for the anchor's.
     """
     check_new(out)
     model = open_model(model_path)
     model.check_experts(names)
-    members = [m for m in model.description["members"] if m["name"] not in names]
-    description = _description(model.description, members, min(model.config.n_active, 1 + len(members)))
-    params = model.params()
-    check_tensors(model, params)
-    kept = np.array([i for i, name in enumerate(model.experts) if name not in names])
-    if not description["model"]["router_bias"]:
-        params["experts"].pop("bias", None)
-    params["experts"] = {key: a[:, kept] for key, a in params["experts"].items()}
-    return _save(out, description, model, params)
+    kept = [i for i, name in enumerate(model.experts) if name not in names]
+    members = [model.description["members"][i - 1] for i in kept[1:]]
+    store = _store(model, store_path)
+    with store.shared():
+        return _changed(model, out, members, [Source(model.path / "weights", i) for i in kept], store, ways)
+
+
+def replace(
+    model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
+) -> Artifact:
+    """Writes the model with another contribution in the place of the expert of the same name. Raises UserError as `merge` does."""
+    return _with(model_path, contribution, out, store_path, trust, ways, new=False)
+
+
+def append(
+    model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
+) -> Artifact:
+    """Writes the model with one more expert, the last. Raises UserError as `merge` does."""
+    return _with(model_path, contribution, out, store_path, trust, ways, new=True)
 
 
 def open_model(path: Path) -> Artifact:
@@ -68,45 +88,104 @@ def open_model(path: Path) -> Artifact:
     return artifact
 
 
+def _with(model_path: Path, path: Path, out: Path, store_path: Path | None, trust: Trust, ways: Sequence[str], *, new: bool) -> Artifact:
+    check_new(out)
+    model = open_model(model_path)
+    contribution = _admitted(path, model, trust)
+    members = list(model.description["members"])
+    sources = [Source(model.path / "weights", i) for i in range(len(model.experts))]
+    if not new and contribution.name not in model.experts:
+        raise UserError(f"no expert {contribution.name!r} in {model.path}; it has {', '.join(model.experts)}; `flexolmo append` adds one")
+    place = len(sources) if new else model.experts.index(contribution.name)
+    members[place - 1 : place] = [_member(contribution)]
+    _check_names(members)
+    store = _store(model, store_path)
+    with store.shared():
+        sources[place : place + 1] = [Source(store.expert(contribution), 0)]
+        return _changed(model, out, members, sources, store, ways)
+
+
+def _admitted(path: Path, base: Artifact, trust: Trust) -> Contribution:
+    contribution = open_contribution(path)
+    contribution.check(base, trust)
+    return contribution
+
+
+def _store(model: Artifact, path: Path | None) -> Store:
+    return Store(path or model.path.absolute().parent / STORE)
+
+
+def _changed(
+    model: Artifact, out: Path, members: list[dict[str, Any]], sources: Sequence[Source], store: Store, ways: Sequence[str]
+) -> Artifact:
+    """The model with other members. It keeps the number of active experts that it was given; one that was not goes with the experts."""
+    given = model.config.n_active != min(len(model.experts), DEFAULT_ACTIVE)
+    active = min(model.config.n_active, len(sources)) if given else None
+    base = model.description
+    description = _description(base, base["anchor"], members, active)
+    return _compose(out, description, model, model.path / "weights", sources, store, ways)
+
+
 def _member(contribution: Contribution) -> dict[str, Any]:
     """What a model keeps of a manifest, for licences and receipts."""
-    keys = ("name", "domain", "licence", "router_bias", "tensors", "training", "privacy")
-    return {key: contribution.manifest[key] for key in keys}
+    keys = ("name", "owner", "domain", "licence", "expires", "router_bias", "tensors", "training", "privacy")
+    return {key: contribution.manifest[key] for key in keys} | {"manifest": contribution.manifest["sha256"]}
 
 
-def _description(base: dict[str, Any], members: list[dict[str, Any]], active: int | None) -> dict[str, Any]:
-    names = ["anchor", *(m["name"] for m in members)]
+def _check_names(members: Sequence[dict[str, Any]]) -> None:
+    names = [member["name"] for member in members]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two experts are called {name!r}; give each contribution a name of its own")
+
+
+def _description(base: dict[str, Any], anchor: dict[str, Any], members: list[dict[str, Any]], active: int | None) -> dict[str, Any]:
+    """Of a model of these members; `anchor` are the anchor's tensors."""
+    _check_names(members)
+    names = ["anchor", *(m["name"] for m in members)]
     if active is not None and not 1 <= active <= len(names):
         raise UserError(f"--active is {active}; expected 1 to {len(names)}, the number of experts ({', '.join(names)})")
+    has_bias = any(m["router_bias"] for m in members)
     model = base["model"] | {
         "n_experts": len(names),
         "n_active": active or min(len(names), DEFAULT_ACTIVE),
-        "router_bias": any(m["router_bias"] for m in members),
+        "router_bias": has_bias,
     }
+    tensors = {path: {"dtype": entry["dtype"], "shape": list(entry["shape"])} for path, entry in anchor.items()}
+    for path, entry in tensors.items():
+        if path.startswith("experts/"):
+            entry["shape"][1] = len(names)
+    if has_bias:
+        row = tensors["experts/row"]
+        tensors["experts/bias"] = {"dtype": row["dtype"], "shape": row["shape"][:2]}
     return {
         "kind": "model",
         "model": model,
         "experts": names,
         "members": members,
+        "anchor": anchor,
         "fingerprint": base["fingerprint"],
         "tokenizer": base["tokenizer"],
+        "tensors": tensors,
     }
 
 
-def _concatenate(anchor: Params, contributions: Sequence[Contribution], has_bias: bool) -> Params:
-    experts = [c.expert() for c in contributions]
-    dtype = anchor["row"].dtype
-    anchor = anchor | {"bias": jnp.zeros(anchor["row"].shape[:2], dtype)}  # the anchor's is not used: 0 says so
-    keys = anchor.keys() if has_bias else anchor.keys() - {"bias"}
-    return {key: jnp.concatenate([anchor[key], *(jnp.asarray(e[key], dtype) for e in experts)], axis=1) for key in sorted(keys)}
-
-
-def _save(out: Path, description: dict[str, Any], source: Artifact, params: Params) -> Artifact:
+def _compose(
+    out: Path,
+    description: dict[str, Any],
+    base: Artifact,
+    trunk: Path,
+    sources: Sequence[Source],
+    store: Store,
+    ways: Sequence[str],
+) -> Artifact:
+    store.register(out)  # first: what a killed process leaves beside it can then be found
     with new_directory(out) as directory:
-        source.tokenizer.save(directory / "tokenizer.json")
-        checkpoint.save_weights(directory / "weights", params)
-        write_description(directory, description | {"tensors": digests(params)})
+        base.tokenizer.save(directory / "tokenizer.json")
+        target = layouts(ModelConfig(**description["model"]), description["tensors"])
+        taken = compose(directory / "weights", target, trunk, sources, ways)
+        small = [directory / "tokenizer.json", *directory.glob("weights/_*"), *directory.glob("weights/*/zarr.json")]
+        files = {str(path.relative_to(directory)): sha256_of(path) for path in small}
+        write_description(directory, description | {"files": files})
+    note(f"composed {out}: {', '.join(f'{n} files by {way}' for way, n in taken.items())}")
     return open_artifact(out)

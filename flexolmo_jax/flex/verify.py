@@ -1,35 +1,43 @@
-"""`flexolmo verify`: every digest of a contribution, an anchor, a model or prepared data, recomputed."""
+"""`flexolmo verify`: every digest of a contribution, an anchor, a model or prepared data, recomputed, one shard at a time."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.artifact import DESCRIPTION, open_artifact
-from flexolmo_jax.data.records import open_records
+import numpy as np
+
+from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact
+from flexolmo_jax.data.records import open_records, sha256_of
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.weights import Reader
 
-from .anchor import check_tensors, open_anchor, verify_anchor
-from .contribution import open_contribution
+from .anchor import layouts, open_anchor, verify_anchor
+from .contribution import name_of_tensor, open_contribution
+from .signature import ANY, Trust
+
+RECEIPT = "receipt.json"
 
 
-def verify(path: Path, anchor_path: Path | None = None) -> dict[str, Any]:
+def verify(path: Path, anchor_path: Path | None = None, trust: Trust = ANY) -> dict[str, Any]:
     """What was checked. Raises UserError naming the first thing that is wrong.
 
-    With an anchor, a contribution or a model must also have been made from that very one.
+    With an anchor, a contribution or a model must also have been made from that very one. `trust` is of contributions.
     """
     anchor = open_anchor(anchor_path) if anchor_path else None
     if (path / "index.json").exists():
         open_records(path, "train").check_digests()
         return {"path": str(path), "kind": "prepared data", "verified": True}
     if not (path / DESCRIPTION).exists():
-        contribution = open_contribution(path, anchor)
-        contribution.expert()
-        tensors = len(contribution.manifest["tensors"])
+        contribution = open_contribution(path)
+        signer = contribution.check(anchor, trust)
+        tensors = sum(1 for _ in contribution.tensors())
         return {
             "path": str(path),
             "kind": "contribution",
             "verified": True,
             "tensors": tensors,
             "anchor": contribution.fingerprint,
+            "signed_by": signer,
         }
     artifact = open_artifact(path)
     if artifact.kind == "run":
@@ -40,6 +48,48 @@ def verify(path: Path, anchor_path: Path | None = None) -> dict[str, Any]:
         verify_anchor(artifact)
         open_records(path / "public", "train").check_digests()
     else:
-        check_tensors(artifact, artifact.params())
+        verify_model(artifact)
     tensors = len(artifact.description["tensors"])
     return {"path": str(path), "kind": artifact.kind, "verified": True, "tensors": tensors, "anchor": artifact.fingerprint}
+
+
+def verify_model(model: Artifact) -> None:
+    """Raises UserError naming the first file or tensor of a merged model that is not what was merged, is missing or does not belong."""
+    weights, declared = model.path / "weights", model.description["files"]
+    target = layouts(model.config, model.description["tensors"])
+    reader = Reader(weights)
+    shards = {str(reader.file(path, index).relative_to(model.path)) for path, layout in target.items() for index in layout.indices()}
+    expected = shards | declared.keys() | {DESCRIPTION}
+    found = {str(file.relative_to(model.path)) for file in model.path.rglob("*") if not file.is_dir()} - {RECEIPT}
+    for kind, names in (("misses", expected - found), ("holds unknown files:", found - expected)):
+        if names:
+            raise UserError(f"{model.path} {kind} {', '.join(sorted(names)[:3])}; merge it again")
+    for name, digest in declared.items():
+        if sha256_of(model.path / name) != digest:
+            raise UserError(f"{model.path / name} is not the file that was written (its SHA-256 differs); merge it again")
+    for what, digest, expected_digest in tensor_digests(model):
+        if digest != expected_digest:
+            raise UserError(f"{model.path}: the bytes of {what} are not those that were merged; merge it again")
+
+
+def tensor_digests(model: Artifact) -> Iterator[tuple[str, str, str]]:
+    """(what, SHA-256 of its bytes on the disk, SHA-256 that it should have) of all that a merged model holds."""
+    reader, anchor = Reader(model.path / "weights"), model.description["anchor"]
+    for path, layout in layouts(model.config, model.description["tensors"]).items():
+        if not path.startswith("experts/"):
+            yield path, reader.digest(path, layout.boxes()), anchor[path]["sha256"]
+            continue
+        L = model.config.n_layers
+        for index, name in enumerate(model.experts):
+            members = model.description["members"]
+            tensors = members[index - 1]["tensors"] if index else anchor
+            if index and name_of_tensor(path, 0) in tensors:
+                for layer in range(L):
+                    tensor = name_of_tensor(path, layer)
+                    got = reader.digest(path, layout.boxes(layer=layer, expert=index))
+                    yield f"{tensor} of {name}", got, tensors[tensor]["sha256"]
+            elif not index and path in tensors:
+                yield f"{path} of {name}", reader.digest(path, layout.boxes(expert=0)), tensors[path]["sha256"]
+            else:  # a bias that it does not have
+                zeros = sum(np.count_nonzero(reader.read(path, box).view(np.uint8)) for box in layout.boxes(expert=index))
+                yield f"{path} of {name}", "zeros" if not zeros else "not zeros", "zeros"

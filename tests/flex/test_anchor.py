@@ -1,9 +1,11 @@
 """Publishing: one fingerprint over every part, the same whenever the same is published."""
 
 import copy
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +13,20 @@ import pytest
 
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.flex.anchor import digests, embedder_digest, fingerprint_of, open_anchor, publish
+from flexolmo_jax.flex.anchor import embedder_digest, fingerprint_of, open_anchor, publish
 from flexolmo_jax.flex.embedder import domain_embedding, load_embedder
 from flexolmo_jax.flex.verify import verify
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model.tree import flatten, unflatten
 from tests.tiny import documents
+
+
+def digests(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    arrays = {path: np.asarray(a) for path, a in flatten(params).items()}
+    return {
+        path: {"dtype": str(a.dtype), "shape": list(a.shape), "sha256": hashlib.sha256(a.tobytes()).hexdigest()}
+        for path, a in arrays.items()
+    }
 
 
 def parts_of(anchor: Path) -> dict:

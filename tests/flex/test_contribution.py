@@ -1,5 +1,6 @@
 """What is handed over: nothing but weights and a manifest, measured as released; and everything else is refused in one line."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flexolmo_jax.data.documents import read_documents
-from flexolmo_jax.data.records import sha256_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.flex.contribution import MANIFEST, TENSORS, _entry, _sealed, open_contribution
+from flexolmo_jax.flex.contribution import MANIFEST, TENSORS, open_contribution, sealed
 from flexolmo_jax.flex.info import info
 from flexolmo_jax.flex.merge import merge
+from flexolmo_jax.flex.package import _entry
 from flexolmo_jax.flex.verify import verify
 from flexolmo_jax.loaded import load
 
@@ -32,9 +33,11 @@ def copy(contributions, tmp_path) -> Path:
 def rewrite(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """What an owner with a broken tool would hand over: every digest is right, what they are taken of is not."""
     save_file(tensors, path / TENSORS)
-    manifest = manifest_of(path) | {"files": {TENSORS: sha256_of(path / TENSORS)}}
+    data = (path / TENSORS).read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    manifest: dict[str, Any] = manifest_of(path) | {"header": hashlib.sha256(header).hexdigest()}
     manifest["tensors"] |= {name: _entry(t) for name, t in tensors.items() if name in manifest["tensors"]}
-    (path / MANIFEST).write_text(_sealed(manifest))
+    (path / MANIFEST).write_bytes(sealed(manifest))
 
 
 def test_what_is_merged_is_what_was_measured(anchor, contributions, prepared, tmp_path):
@@ -114,13 +117,17 @@ def test_a_manifest_that_is_none_is_an_error_of_one_line(copy, text):
 
 
 @pytest.mark.parametrize(
-    "key", ["name", "domain", "licence", "anchor", "model", "router_bias", "dtype", "tensors", "files", "training", "privacy"]
+    "key",
+    [
+        *("name", "owner", "domain", "licence", "expires", "anchor", "model", "router_bias", "dtype", "tensors", "header"),
+        *("training", "privacy", "tool"),
+    ],
 )
 def test_a_manifest_with_a_key_missing_or_of_another_type_is_an_error_of_one_line(anchor, copy, key, tmp_path):
     whole = manifest_of(copy)
     values = [7, None, [1], "x" if not isinstance(whole[key], str) else {"a": 1}, {"n_layers": 10**12} if key == "model" else [[]]]
-    for manifest in ({k: v for k, v in whole.items() if k != key}, *(whole | {key: value} for value in values)):
-        (copy / MANIFEST).write_text(_sealed(manifest))
+    for manifest in ({k: v for k, v in whole.items() if k != key}, *(whole | {key: value} for value in values if value != whole[key])):
+        (copy / MANIFEST).write_bytes(sealed(manifest))
         for read in (lambda: info(copy), lambda: verify(copy), lambda: merge(anchor, [copy], tmp_path / "model")):
             with pytest.raises(UserError) as error:
                 read()
@@ -129,7 +136,7 @@ def test_a_manifest_with_a_key_missing_or_of_another_type_is_an_error_of_one_lin
 
 @pytest.mark.parametrize("name", ["", "anchor", "../../etc/passwd", "/etc", "a/b", "..", "a\nb", "x" * 65, "\x1b[2J", "--out"])
 def test_a_name_that_could_be_a_path_or_an_option_is_refused(copy, name):
-    (copy / MANIFEST).write_text(_sealed(manifest_of(copy) | {"name": name}))
+    (copy / MANIFEST).write_bytes(sealed(manifest_of(copy) | {"name": name}))
     with pytest.raises(UserError, match="name") as error:
         open_contribution(copy)
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)

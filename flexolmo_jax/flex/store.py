@@ -1,0 +1,236 @@
+"""The store: every anchor and expert that was admitted, once, verified on the way in and never changed after.
+
+    STORE/objects/<digest>/weights/   an anchor's, or one expert's as a model's with that expert alone; laid out as in weights.py
+    STORE/models/<digest>.json        where the models are that were composed of them
+
+An object is named by what it holds. Models are composed of its files: by hard link, reflink or copy, or through memory where another
+layout is wanted. A model stands on its own: removing the store, or an object that `gc` finds no model to need, changes none.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import WAYS, abandoned, before_change, locked, new_directory, place, remove, write_text
+from flexolmo_jax.weights import Index, Layout, Reader, Writer
+
+from .anchor import check_tensors, layouts
+from .contribution import MATRICES, Contribution, leaf_of
+
+STORE = "flexolmo-store"
+LAYOUT = 1  # counted up whenever weights.Layout chooses otherwise
+Entries = Mapping[str, Mapping[str, Any]]  # dtype, shape and SHA-256 of tensors, by path
+
+
+class Source(NamedTuple):
+    """An expert in a directory of weights."""
+
+    weights: Path
+    index: int
+
+
+class Store:
+    """A directory. `shared` and `alone` hold its lock: composing needs objects to stay, `gc` needs nobody to compose."""
+
+    def __init__(self, path: Path):
+        self.path = path.absolute()
+        self._objects, self._models = self.path / "objects", self.path / "models"
+
+    @classmethod
+    def existing(cls, path: Path) -> "Store":
+        """Raises UserError where there is none."""
+        if not (path / "objects").is_dir():
+            raise UserError(f"{path} is not a store; expected the directory that `flexolmo merge` made (flexolmo-store, beside the model)")
+        return cls(path)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Makes the store where there is none; one that was made for nothing goes with the error."""
+        is_new = not self._objects.exists()
+        try:
+            for directory in (self._objects, self._models):
+                directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write the store {self.path}: {error.strerror}; give another place with --store") from error
+        try:
+            with locked(self._objects, shared=True):
+                yield
+        except BaseException:
+            with contextlib.suppress(OSError), locked(self._objects, wait=False):
+                if is_new:
+                    shutil.rmtree(self.path)
+            raise
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with locked(self._objects):
+            yield
+
+    def anchor(self, anchor: Artifact) -> Path:
+        """The weights of a published anchor, taken in if they are not here yet.
+
+        Raises UserError for bytes that are not the published ones.
+        """
+        tensors = anchor.description["tensors"]
+
+        def fill(directory: Path) -> None:
+            check_tensors(anchor)
+            compose(directory, layouts(anchor.config, tensors), anchor.path / "weights", [Source(anchor.path / "weights", 0)])
+
+        return self._object(anchor_key(tensors), fill)
+
+    def expert(self, contribution: Contribution) -> Path:
+        """The weights of a contribution, taken in if they are not here yet. Raises UserError as `Contribution.tensors` does."""
+        return self._object(expert_key(contribution.manifest["tensors"]), lambda directory: _ingest(contribution, directory))
+
+    def register(self, model: Path) -> None:
+        """Remembers where a model is about to be."""
+        model = model.resolve()
+        write_text(self._models / f"{hashlib.sha256(str(model).encode()).hexdigest()[:16]}.json", json.dumps({"path": str(model)}) + "\n")
+
+    def models(self) -> list[Artifact]:
+        """Those that are still where they were composed."""
+        found = []
+        for path in self._registered().values():
+            try:
+                found.append(open_artifact(path))
+            except UserError:
+                continue
+        return found
+
+    def holds(self, key: str) -> bool:
+        return (self._objects / key).exists()
+
+    def gc(self) -> dict[str, Any]:
+        """Removes objects that no registered model is made of, and what killed processes left, here and beside those models."""
+        with self.alone():
+            needed = {key for model in self.models() for key in keys_of(model)}
+            removed = [path for path in sorted(self._objects.iterdir()) if not path.name.startswith(".") and path.name not in needed]
+            left = {path for directory in (self._objects, self._models) for path in abandoned(directory)}
+            for entry, model in self._registered().items():
+                left |= set(abandoned(model.parent, model.name)) if model.parent.exists() else set()
+                if not model.exists():
+                    before_change("remove", entry)
+                    entry.unlink()
+            size = sum(file.stat().st_size for path in (*removed, *left) for file in path.rglob("*") if file.is_file())
+            for path in removed:
+                remove(path)
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            kept = sorted(path.name for path in self._objects.iterdir())
+        return {"store": str(self.path), "removed": [p.name for p in removed], "leftovers": len(left), "bytes": size, "kept": kept}
+
+    def _registered(self) -> dict[Path, Path]:
+        return {entry: Path(json.loads(entry.read_text())["path"]) for entry in sorted(self._models.glob("*.json"))}
+
+    def _object(self, key: str, fill: Any) -> Path:
+        target = self._objects / key
+        if not target.exists():
+            try:
+                with new_directory(target) as directory:
+                    fill(directory / "weights")
+            except (OSError, UserError):
+                if not target.exists():  # else another process has put it there meanwhile
+                    raise
+        return target / "weights"
+
+
+def anchor_key(tensors: Entries) -> str:
+    return _key("anchor", tensors)
+
+
+def expert_key(tensors: Entries) -> str:
+    return _key("expert", tensors)
+
+
+def keys_of(artifact: Artifact) -> list[str]:
+    """The objects that a merged model is made of."""
+    description = artifact.description
+    if artifact.kind != "model" or "anchor" not in description:
+        return []
+    return [anchor_key(description["anchor"]), *(expert_key(member["tensors"]) for member in description["members"])]
+
+
+def compose(
+    directory: Path, target: Mapping[str, Layout], trunk: Path, experts: Sequence[Source], ways: Sequence[str] = WAYS
+) -> dict[str, int]:
+    """Writes weights whose trunk and whose experts, in this order, lie elsewhere; returns how many files came which way.
+
+    The ways "link", "reflink" and "copy" move whole files; "stream" goes through memory, a shard at a time, and is also taken where the
+    source has another layout. A router bias that a source has not is 0. Raises UserError for data that cannot be read.
+    """
+    taken: Counter[str] = Counter()
+    readers = {weights: Reader(weights) for weights in (trunk, *(source.weights for source in experts))}
+    same: dict[tuple[Path, str], bool] = {}
+
+    def put(writer: Writer, path: str, index: Index, weights: Path, at: Index) -> None:
+        reader, layout = readers[weights], target[path]
+        if (weights, path) not in same:
+            same[weights, path] = _but_shape(reader.metadata(path)) == _but_shape(json.loads(canonical_json(layout.metadata())))
+        if same[weights, path] and "stream" not in ways:
+            taken[place(reader.file(path, at), writer.file(path, index), ways)] += 1
+        else:
+            writer.write(path, index, reader.read(path, layout.box(at)))
+            taken["stream"] += 1
+
+    with Writer(directory, target) as writer:
+        for path, layout in target.items():
+            for index in layout.indices():
+                if not path.startswith("experts/"):
+                    put(writer, path, index, trunk, index)
+                    continue
+                layer, expert, *rest = index
+                source = experts[expert]
+                if readers[source.weights].has(path):
+                    put(writer, path, index, source.weights, (layer, source.index, *rest))
+                else:
+                    writer.write(path, index, np.zeros(layout.shard, layout.dtype))
+    return dict(taken)
+
+
+def _ingest(contribution: Contribution, directory: Path) -> None:
+    manifest = contribution.manifest
+    config = ModelConfig(**manifest["model"] | {"n_experts": 2, "router_bias": contribution.has_bias})
+    L, D, F = config.n_layers, config.d_model, config.d_ffn
+    shapes = {"gate": (L, 1, D, F), "up": (L, 1, D, F), "down": (L, 1, F, D), "row": (L, 1, D)} | (
+        {"bias": (L, 1)} if contribution.has_bias else {}
+    )
+    entries = {f"experts/{name}": {"shape": shape, "dtype": manifest["dtype"]} for name, shape in shapes.items()}
+    small = {path: np.empty(e["shape"], e["dtype"]) for path, e in entries.items() if path.removeprefix("experts/") not in MATRICES}
+    largest = D * F * np.dtype(manifest["dtype"]).itemsize
+    buffers = itertools.cycle([np.empty(largest, np.uint8) for _ in range(2)])  # one is written while the next is read
+
+    def into(name: str) -> np.ndarray | None:
+        return None if leaf_of(name)[0] in small else next(buffers)
+
+    with Writer(directory, layouts(config, entries)) as writer:
+        for name, tensor in contribution.tensors(into):
+            path, layer = leaf_of(name)
+            if path in small:
+                small[path][layer, 0] = tensor
+            else:
+                writer.write_slice(path, (layer, 0), tensor)
+        for path, values in small.items():
+            writer.write(path, (0,) * values.ndim, values)
+
+
+def _key(kind: str, tensors: Entries) -> str:
+    return hashlib.sha256(canonical_json({"kind": kind, "layout": LAYOUT, "tensors": tensors}).encode()).hexdigest()
+
+
+def _but_shape(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What two arrays must share for the files of one to be files of the other."""
+    kept = ("chunk_grid", "chunk_key_encoding", "codecs", "data_type", "fill_value")
+    return {key: metadata.get(key) for key in kept}

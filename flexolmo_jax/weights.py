@@ -1,0 +1,258 @@
+"""Weights on disk: a directory that any Orbax restores, with any sharding, written by TensorStore a shard at a time.
+
+Each parameter is a Zarr 3 array. A shard, which is a file, holds one slice of the leading axes: one layer's matrix, of one expert. So
+experts are files: merging and taking out experts moves files and leaves their bytes alone. Inside a shard lie chunks of at most
+`CHUNK` bytes that split the "embed" axis, so that a device which holds a part of it reads that part; each has a CRC-32C, so that a flipped
+bit is an error and not a weight.
+
+    <parameter path, with dots>/zarr.json   <parameter>/c/<index of the shard>   _METADATA  _CHECKPOINT_METADATA (Orbax's)
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import before_change, write_bytes
+
+CHUNK = 1 << 21  # bytes at most of a chunk, where its axis can be halved so far
+SHARD = 1 << 27  # bytes at most of a shard, where its first axis can
+
+Index = tuple[int, ...]
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter is stored."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    shard: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: str, axes: tuple[str | None, ...]) -> "Layout":
+        """For a parameter with these logical axes: one shard an expert and, of matrices, a layer."""
+        inside = [axis not in ("layers", "expert") for axis in axes]
+        shard = [n if within or (axis == "layers" and sum(inside) < 2) else 1 for n, axis, within in zip(shape, axes, inside, strict=True)]
+        size = math.prod(shard) * np.dtype(dtype).itemsize
+        first = inside.index(True) if any(inside) else 0
+        while size > SHARD and shard[first] % 2 == 0:
+            shard[first], size = shard[first] // 2, size // 2
+        chunk = list(shard)
+        split = axes.index("embed") if "embed" in axes else first
+        while size > CHUNK and chunk[split] % 2 == 0:
+            chunk[split], size = chunk[split] // 2, size // 2
+        return cls(shape, dtype, tuple(shard), tuple(chunk))
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Shards along each axis."""
+        return tuple(-(-n // size) for n, size in zip(self.shape, self.shard, strict=True))
+
+    def indices(self) -> Iterator[Index]:
+        """Of all shards, in the order in which their values lie in the array."""
+        return itertools.product(*map(range, self.counts))
+
+    def box(self, index: Index) -> Box:
+        """The part of the array that a shard holds."""
+        return tuple(slice(i * n, min((i + 1) * n, end)) for i, n, end in zip(index, self.shard, self.shape, strict=True))
+
+    def boxes(self, **at: int) -> Iterator[Box]:
+        """All parts, in order; with `layer` or `expert` only what belongs to it. Those two are the first axes of what is stacked."""
+        chosen = {("layer", "expert").index(name): i for name, i in at.items()}
+        for index in self.indices():
+            box = list(self.box(index))
+            if all(box[axis].start <= i < box[axis].stop for axis, i in chosen.items()):
+                for axis, i in chosen.items():
+                    box[axis] = slice(i, i + 1)
+                yield tuple(box)
+
+    def metadata(self) -> dict[str, Any]:
+        """Of Zarr."""
+        checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        sharding = {"chunk_shape": self.chunk, "codecs": checked, "index_codecs": checked}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": self.shape,
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.shard}},
+            "chunk_key_encoding": {"name": "default"},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "fill_value": 0.0,
+        }
+
+
+class Writer:
+    """Writes the arrays of one directory. A context manager: leaving it without an error waits for all and completes the checkpoint."""
+
+    def __init__(self, directory: Path, layouts: Mapping[str, Layout]):
+        self.directory, self.layouts = directory, layouts
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self._writing: Any = None
+        self._written: list[Path] = []
+        for path, layout in layouts.items():
+            write_bytes(array_directory(directory, path) / "zarr.json", _canonical(layout.metadata()))
+        for name, content in orbax_metadata(layouts).items():
+            write_bytes(directory / name, _canonical(content))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._writing is not None and kind is None:
+            self._writing.result()
+            for file in self._written:
+                file.chmod(0o444)  # other models may come to share it
+        elif self._writing is not None:
+            self._writing.exception()  # waits; one error is enough
+
+    def write(self, path: str, index: Index, values: np.ndarray) -> None:
+        """Starts writing one shard when the one before it is done; until then `values` must stay as they are."""
+        if self._writing is not None:
+            self._writing.result()
+        if path not in self._arrays:
+            self._arrays[path] = open_array(array_directory(self.directory, path))
+        self._written.append(self.file(path, index))
+        before_change("write", self._written[-1])
+        array = self._arrays[path][self.layouts[path].box(index)]
+        self._writing = array.write(values.reshape(array.shape), can_reference_source_data_indefinitely=True)
+
+    def write_slice(self, path: str, prefix: Index, values: np.ndarray) -> None:
+        """As `write`, for what the leading axes select, which may be several shards."""
+        layout = self.layouts[path]
+        for rest in itertools.product(*map(range, layout.counts[len(prefix) :])):
+            index = (*prefix, *rest)
+            self.write(path, index, values[layout.box(index)[len(prefix) :]])
+
+    def file(self, path: str, index: Index) -> Path:
+        """Where a shard lies."""
+        return shard_file(self.directory, path, index)
+
+
+class Reader:
+    """Reads a directory that any version of this package or plain Orbax wrote as Zarr arrays."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._arrays: dict[str, ts.TensorStore] = {}
+
+    def has(self, path: str) -> bool:
+        return array_directory(self.directory, path).exists()
+
+    def file(self, path: str, index: Index) -> Path:
+        """Where a shard lies, if the array has the layout that the index is of."""
+        return shard_file(self.directory, path, index)
+
+    def digest(self, path: str, boxes: Iterable[Box]) -> str:
+        """SHA-256 of the values (row-major, little-endian) of parts that follow each other."""
+        digest = hashlib.sha256()
+        for box in boxes:
+            digest.update(np.ascontiguousarray(self.read(path, box)).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """A part of an array. Raises UserError for data that is not what was written."""
+        try:
+            if path not in self._arrays:
+                self._arrays[path] = open_array(array_directory(self.directory, path))
+            return self._arrays[path][box].read().result()
+        except (ValueError, OSError, IndexError) as error:
+            raise UserError(f"the weights {path} in {self.directory} cannot be read: {str(error).splitlines()[0]:.200}") from None
+
+    def metadata(self, path: str) -> dict[str, Any]:
+        """Zarr's, of one array."""
+        file = array_directory(self.directory, path) / "zarr.json"
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {error!s:.100}") from None
+
+
+def save(directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, str]:
+    """Writes arrays by path and returns their SHA-256s."""
+    layouts = {path: Layout.of(a.shape, str(a.dtype), axes[path]) for path, a in params.items()}
+    digests = {}
+    with Writer(directory, layouts) as writer:
+        for path, layout in layouts.items():
+            digest = hashlib.sha256()
+            for index in layout.indices():
+                values = np.ascontiguousarray(np.asarray(params[path][layout.box(index)]))
+                digest.update(values.reshape(-1).view(np.uint8).data)
+                writer.write(path, index, values)
+            digests[path] = digest.hexdigest()
+    return digests
+
+
+def missing_shards(directory: Path, paths: Iterable[str]) -> list[str]:
+    """Files that are not there: Zarr takes such a one for zeros."""
+    reader, missing = Reader(directory), []
+    for path in paths:
+        zarr = reader.metadata(path)
+        try:
+            shape, grid = zarr["shape"], zarr["chunk_grid"]["configuration"]["chunk_shape"]
+            layout = Layout(tuple(shape), zarr["data_type"], tuple(grid), tuple(grid))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{array_directory(directory, path)}/zarr.json is damaged: {error!s:.100}") from None
+        missing += [str(file) for index in layout.indices() if not (file := reader.file(path, index)).exists()]
+    return missing
+
+
+def array_directory(directory: Path, path: str) -> Path:
+    return directory / path.replace("/", ".")
+
+
+def shard_file(directory: Path, path: str, index: Index) -> Path:
+    return array_directory(directory, path).joinpath("c", *map(str, index))
+
+
+def open_array(directory: Path) -> ts.TensorStore:
+    """Without a cache, and without a sync a file: whoever completes the directory syncs all of it."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(directory.absolute())},
+        "store_data_equal_to_fill_value": True,  # a shard of zeros is a file too: a missing one is then an error
+        "recheck_cached_data": False,
+    }
+    return ts.open(spec, open=True, context=ts.Context({"file_io_sync": False})).result()
+
+
+def orbax_metadata(layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """What makes arrays a checkpoint of Orbax: its files, by name. They hold no times: equal weights are equal files."""
+    leaves = {}
+    for path, layout in sorted(layouts.items()):
+        keys = path.split("/")
+        value = {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": layout.shape}
+        leaves[str(tuple(keys))] = {"key_metadata": [{"key": key, "key_type": 2} for key in keys], "value_metadata": value}
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    return {
+        "_METADATA": {
+            "tree_metadata": leaves,
+            "use_ocdbt": False,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        },
+        "_CHECKPOINT_METADATA": {
+            "item_handlers": handler,
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": 0,
+            "commit_timestamp_nsecs": 0,
+            "custom_metadata": {},
+        },
+    }
+
+
+def _canonical(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n").encode()
