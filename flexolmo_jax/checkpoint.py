@@ -1,11 +1,15 @@
 """Orbax, and nothing else touches it: training checkpoints by step, and the weights of published artifacts.
 
-Training checkpoints are asynchronous; the newest few and the best are kept; restoring falls back over damaged ones with a note.
+Training checkpoints are asynchronous; the newest few and the best are kept. Orbax restores a flipped bit without a word, so each step
+carries digests of its files; reading a step checks them, and a run that goes on falls back over damaged ones with a note.
 Published weights are Orbax checkpoints too, written by weights.py.
 """
 
+import hashlib
 import json
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import write_text
 from flexolmo_jax.progress import note
 
+DIGESTS = "_DIGESTS"
+COMMIT = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # what Orbax writes last into a step's directory: times, no state
 Tree = dict[str, Any]
 
 
@@ -38,7 +45,11 @@ class StepCheckpoints:
         best = managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=lambda m: m["loss"], best_mode="min", cleanup_tmp_directories=True
+            preservation_policy=policy,
+            best_fn=lambda m: m["loss"],
+            best_mode="min",
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -55,6 +66,13 @@ class StepCheckpoints:
         assert self._manager is not None
         metrics = None if loss is None else {"loss": loss}
         self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
+
+    def _seal(self) -> None:
+        """Puts digests into the step that Orbax is about to finish: it calls this before it gives the directory its name."""
+        if jax.process_index() == 0:
+            for path in self._directory.iterdir():
+                if not path.name.isdigit() and not (path / DIGESTS).exists():
+                    write_text(path / DIGESTS, json.dumps(_digests(path), indent=1, sort_keys=True) + "\n")
 
     def wait(self) -> None:
         """Until the save that is under way is complete."""
@@ -76,6 +94,8 @@ class StepCheckpoints:
             return steps[0]
         if which == "best":
             metrics = {step: _metrics(self._directory / str(step)) for step in steps}
+            for step, path in metrics.items():
+                _check(self._directory / str(step), [path] if path.exists() else [])
             losses = {step: json.loads(path.read_text())["loss"] for step, path in metrics.items() if path.exists()}
             if not losses:
                 raise UserError(f"{self._directory} keeps no best checkpoint: the run never evaluated; set train.eval_every")
@@ -95,6 +115,7 @@ class StepCheckpoints:
         return self._restore(args, step)[key]
 
     def _restore(self, args: ocp.args.PyTreeRestore, step: int) -> Any:
+        _check(self._directory / str(step))
         path = self._directory.absolute() / str(step) / "default"
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -137,11 +158,42 @@ def _is_complete(step: Path) -> bool:
     """Whether everything that says what a checkpoint is can be read: Orbax lists, and trips over, anything named like a step."""
     metrics = _metrics(step)
     try:
-        for path in (step / "_CHECKPOINT_METADATA", step / "default" / "_METADATA", *([metrics] if metrics.exists() else [])):
+        for path in (
+            step / "_CHECKPOINT_METADATA",
+            step / "default" / "_METADATA",
+            step / DIGESTS,
+            *([metrics] if metrics.exists() else []),
+        ):
             json.loads(path.read_text())
     except (OSError, ValueError):
         return False
     return True
+
+
+def _digests(step: Path, files: Iterable[Path] | None = None) -> dict[str, str]:
+    """SHA-256 of a step's files by name."""
+    if files is None:
+        unsealed = {step / name for name in (DIGESTS, *COMMIT)}
+        files = sorted(path for path in step.rglob("*") if path.is_file() and path not in unsealed)
+
+    def of(path: Path) -> tuple[str, str]:
+        with path.open("rb") as file:
+            return str(path.relative_to(step)), hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(pool.map(of, files))
+
+
+def _check(step: Path, files: Iterable[Path] | None = None) -> None:
+    """Raises UserError where a step's files, or these of them, are not those that were saved."""
+    try:
+        expected = json.loads((step / DIGESTS).read_text())
+        found = _digests(step, files)
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {step} cannot be read: {_first_line(error)}") from None
+    expected = expected if files is None else {name: expected.get(name) for name in found}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        raise UserError(f"checkpoint {step} is damaged: {wrong[0]} is not what was saved")
 
 
 def _metrics(step: Path) -> Path:

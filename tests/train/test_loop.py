@@ -130,7 +130,7 @@ def test_an_empty_directory_named_like_a_step_is_no_checkpoint(config, uninterru
 def test_a_damaged_checkpoint_is_an_error_of_one_line_when_it_is_asked_for(finished):
     for path in (finished / "checkpoints" / "20").rglob("d/*"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="20 cannot be restored") as error:
+    with pytest.raises(UserError, match="20 is damaged") as error:
         open_artifact(finished).params("20")
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="expected last, best or one of"):
