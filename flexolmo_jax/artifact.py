@@ -11,7 +11,7 @@ A pair's run holds its expert only and names its anchor by path and fingerprint;
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import write_text
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.tensorfile import strict_json
 from flexolmo_jax.weights import missing_shards
 
 DESCRIPTION = "flexolmo.json"
@@ -67,18 +68,19 @@ class Artifact:
 
         `which` chooses a run's checkpoint: last, best or a step.
         """
-        placement = placement or (lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-        target = self._stored(placement)
-        if self.kind != "run":
-            if missing := missing_shards(self.path / "weights", self.description["tensors"]):
-                raise UserError(f"{self.path} is not whole: {missing[0]} is not there ({len(missing)} files are missing); fetch it again")
-            return checkpoint.load_weights(self.path / "weights", target)
-        step = self.step(which)
+        placement = placement or _on_one_device
+        if self.kind == "run":
+            own = self.trained(which, placement)
+            return unflatten(flatten(self.base().params(placement=placement)) | flatten(own)) if "base" in self.description else own
+        if missing := missing_shards(self.path / "weights", self.description["tensors"]):
+            raise UserError(f"{self.path} is not whole: {missing[0]} is not there ({len(missing)} files are missing); fetch it again")
+        return checkpoint.load_weights(self.path / "weights", self._stored(placement))
+
+    def trained(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
+        """What a run trained: of a pair the expert, of a router run rows and biases, of others everything."""
+        target = self._stored(placement or _on_one_device)
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
-            own = checkpoints.restore_part("params", target, step)
-        if "base" not in self.description:
-            return own
-        return unflatten(flatten(self.base().params(placement=placement)) | flatten(own))
+            return checkpoints.restore_part("params", target, self.step(which))
 
     def step(self, which: str = "last") -> int:
         """The step of a run's checkpoint: last, best, or the step itself. Raises UserError where there is no such one."""
@@ -109,16 +111,17 @@ class Artifact:
         return unflatten(target)
 
 
+def _on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
 def open_artifact(path: Path) -> Artifact:
     """Raises UserError where the path holds none, or one of a newer format."""
     path = Path(path)
     try:
-        text = (path / DESCRIPTION).read_text("utf-8")
-        description = json.loads(text)
+        description = read_sealed(path / DESCRIPTION)
         if description["format"] > FORMAT:
             raise UserError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; upgrade flexolmo-jax")
-        if text != _sealed(description):
-            raise ValueError("its bytes are not those that its own digest was taken of")
         config = build(ModelConfig, description["model"])
         return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
     except FileNotFoundError:
@@ -143,10 +146,20 @@ def canonical_json(value: Any) -> str:
 
 def write_description(directory: Path, description: dict[str, Any]) -> None:
     """Writes `flexolmo.json`, with the digest of everything else in it."""
-    write_text(directory / DESCRIPTION, _sealed({"format": FORMAT, **description}))
+    write_text(directory / DESCRIPTION, sealed_json({"format": FORMAT, **description}))
 
 
-def _sealed(description: dict[str, Any]) -> str:
+def sealed_json(description: Mapping[str, Any]) -> str:
+    """A JSON object, readable, with the digest of everything else in it."""
     rest = {key: value for key, value in description.items() if key != "sha256"}
     rest["sha256"] = hashlib.sha256(canonical_json(rest).encode()).hexdigest()
     return json.dumps(rest, indent=1, sort_keys=True) + "\n"
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `sealed_json` wrote. Raises OSError, ValueError, TypeError or AttributeError."""
+    text = path.read_text("utf-8")
+    description = strict_json(text)
+    if text != sealed_json(description):
+        raise ValueError("its bytes are not those that its own digest was taken of")
+    return description

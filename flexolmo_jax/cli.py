@@ -165,9 +165,18 @@ def _append(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.artifact import read_sealed
     from flexolmo_jax.flex.merge import opt_out
+    from flexolmo_jax.flex.verify import RECEIPT
 
-    return _merged(opt_out(args.model, args.expert, args.out, **_composing(args)))
+    model = opt_out(args.model, args.expert, args.out, **_composing(args))
+    return _merged(model) | {"receipt": read_sealed(model.path / RECEIPT)}
+
+
+def _verify_receipt(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.receipt import verify_receipt
+
+    return verify_receipt(args.receipt, args.model)
 
 
 def _gc(args: argparse.Namespace) -> dict[str, Any]:
@@ -366,10 +375,19 @@ def _parser() -> argparse.ArgumentParser:
         _add_trust(p)
         _add_composing(p)
 
-    p = verb("opt-out", _opt_out, "Take an expert out, exactly.", "opt-out model --expert legal --out model-without-legal")
+    p = verb("opt-out", _opt_out, "Take an expert out, exactly, with a receipt.", "opt-out model --expert legal --out model-without-legal")
     p.add_argument("model", type=Path)
     p.add_argument("--expert", action="append", required=True, help="its name (may be given again)")
     _add_composing(p)
+
+    p = verb(
+        "verify-receipt",
+        _verify_receipt,
+        "Check that a model holds nothing of what a receipt says was taken out.",
+        "verify-receipt model-2/receipt.json model-2",
+    )
+    p.add_argument("receipt", type=Path)
+    p.add_argument("model", type=Path)
 
     p = verb("gc", _gc, "Remove from a store what no model is made of.", "gc flexolmo-store")
     p.add_argument("store", type=Path)

@@ -24,7 +24,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import before_change, write_bytes
 
 CHUNK = 1 << 21  # bytes at most of a chunk, where its axis can be halved so far
-SHARD = 1 << 27  # bytes at most of a shard, where its first axis can
+SHARD = 1 << 26  # bytes at most of a shard, where its first axis can
 
 Index = tuple[int, ...]
 Box = tuple[slice, ...]
@@ -67,8 +67,15 @@ class Layout:
         """The part of the array that a shard holds."""
         return tuple(slice(i * n, min((i + 1) * n, end)) for i, n, end in zip(index, self.shard, self.shape, strict=True))
 
+    def whole(self) -> list[Box]:
+        """All of it at once: for small arrays, whose shards need not follow each other in the array."""
+        return [tuple(slice(0, n) for n in self.shape)]
+
     def boxes(self, **at: int) -> Iterator[Box]:
-        """All parts, in order; with `layer` or `expert` only what belongs to it. Those two are the first axes of what is stacked."""
+        """All parts; with `layer` or `expert` only what belongs to it. Those two are the first axes of what is stacked.
+
+        They follow each other in the array, except those of several experts' rows, which come expert by expert.
+        """
         chosen = {("layer", "expert").index(name): i for name, i in at.items()}
         for index in self.indices():
             box = list(self.box(index))

@@ -9,15 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.records import sha256_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import WAYS, check_new, new_directory
+from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.progress import note
+from flexolmo_jax.weights import Reader
 
-from .anchor import layouts, open_anchor
+from .anchor import layouts, open_anchor, tensor_digest
 from .contribution import Contribution, open_contribution
+from .receipt import make_receipt, write_receipt
 from .signature import ANY, Trust
 from .store import STORE, Source, Store, compose
 
@@ -52,18 +57,22 @@ def merge(
 
 
 def opt_out(model_path: Path, names: Sequence[str], out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS) -> Artifact:
-    """Writes the model without these experts: exactly the merge that never had them.
+    """Writes the model without these experts, exactly the merge that never had them, and in it the receipt.
 
-    Raises UserError for a name the model does not have and for the anchor's.
+    `model_path` may be a router run: the model then has its tuned rows. Raises UserError for a name the model does not have, for the
+    anchor's, and where an expert that stays has the same weights.
     """
     check_new(out)
-    model = open_model(model_path)
+    model, tuned = _tuned(model_path)
     model.check_experts(names)
     kept = [i for i, name in enumerate(model.experts) if name not in names]
     members = [model.description["members"][i - 1] for i in kept[1:]]
     store = _store(model, store_path)
     with store.shared():
-        return _changed(model, out, members, [Source(model.path / "weights", i) for i in kept], store, ways)
+        tuned_with = model.experts if tuned else model.description.get("router", {}).get("tuned_with", ())
+        receipt = make_receipt(model, members, names, tuned_with, store)
+        sources = [Source(model.path / "weights", i) for i in kept]
+        return _changed(model, out, members, sources, store, ways, tuned=tuned, kept=kept, receipt=receipt)
 
 
 def replace(
@@ -105,6 +114,15 @@ def _with(model_path: Path, path: Path, out: Path, store_path: Path | None, trus
         return _changed(model, out, members, sources, store, ways)
 
 
+def _tuned(path: Path) -> tuple[Artifact, dict[str, np.ndarray]]:
+    """A merged model and no arrays; or the model of a router run and the rows and biases that the run tuned."""
+    artifact = open_artifact(path)
+    if artifact.description.get("run") != "router":
+        return open_model(path), {}
+    model = artifact.base()
+    return open_model(model.path), {name: np.asarray(a, model.dtype) for name, a in flatten(artifact.trained()).items()}
+
+
 def _admitted(path: Path, base: Artifact, trust: Trust) -> Contribution:
     contribution = open_contribution(path)
     contribution.check(base, trust)
@@ -116,14 +134,38 @@ def _store(model: Artifact, path: Path | None) -> Store:
 
 
 def _changed(
-    model: Artifact, out: Path, members: list[dict[str, Any]], sources: Sequence[Source], store: Store, ways: Sequence[str]
+    model: Artifact,
+    out: Path,
+    members: list[dict[str, Any]],
+    sources: Sequence[Source],
+    store: Store,
+    ways: Sequence[str],
+    *,
+    tuned: dict[str, np.ndarray] | None = None,
+    kept: Sequence[int] = (),
+    receipt: dict[str, Any] | None = None,
 ) -> Artifact:
     """The model with other members. It keeps the number of active experts that it was given; one that was not goes with the experts."""
     given = model.config.n_active != min(len(model.experts), DEFAULT_ACTIVE)
     active = min(model.config.n_active, len(sources)) if given else None
     base = model.description
     description = _description(base, base["anchor"], members, active)
-    return _compose(out, description, model, model.path / "weights", sources, store, ways)
+    rows = {}
+    if tuned or "router" in base:
+        for path in ("experts/row", "experts/bias"):
+            if path in description["tensors"]:
+                rows[path] = tuned[path][:, kept] if tuned else np.stack([_row(path, source, description) for source in sources], axis=1)
+        tuned_with = list(model.experts) if tuned else base["router"]["tuned_with"]
+        description["router"] = {"tuned_with": tuned_with, "tensors": {path: tensor_digest(a) for path, a in rows.items()}}
+    return _compose(out, description, model, model.path / "weights", sources, store, ways, rows, receipt)
+
+
+def _row(path: str, source: Source, description: dict[str, Any]) -> np.ndarray:
+    """An expert's rows or biases, of all layers."""
+    reader, entry = Reader(source.weights), description["tensors"][path]
+    if not reader.has(path):
+        return np.zeros([n for axis, n in enumerate(entry["shape"]) if axis != 1], entry["dtype"])
+    return reader.read(path, (slice(None), slice(source.index, source.index + 1)))[:, 0]
 
 
 def _member(contribution: Contribution) -> dict[str, Any]:
@@ -178,14 +220,18 @@ def _compose(
     sources: Sequence[Source],
     store: Store,
     ways: Sequence[str],
+    rows: dict[str, np.ndarray] | None = None,
+    receipt: dict[str, Any] | None = None,
 ) -> Artifact:
     store.register(out)  # first: what a killed process leaves beside it can then be found
     with new_directory(out) as directory:
         base.tokenizer.save(directory / "tokenizer.json")
         target = layouts(ModelConfig(**description["model"]), description["tensors"])
-        taken = compose(directory / "weights", target, trunk, sources, ways)
+        taken = compose(directory / "weights", target, trunk, sources, ways, rows)
         small = [directory / "tokenizer.json", *directory.glob("weights/_*"), *directory.glob("weights/*/zarr.json")]
         files = {str(path.relative_to(directory)): sha256_of(path) for path in small}
         write_description(directory, description | {"files": files})
+        if receipt is not None:
+            write_receipt(directory, receipt)
     note(f"composed {out}: {', '.join(f'{n} files by {way}' for way, n in taken.items())}")
     return open_artifact(out)

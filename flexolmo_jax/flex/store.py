@@ -164,9 +164,16 @@ def keys_of(artifact: Artifact) -> list[str]:
 
 
 def compose(
-    directory: Path, target: Mapping[str, Layout], trunk: Path, experts: Sequence[Source], ways: Sequence[str] = WAYS
+    directory: Path,
+    target: Mapping[str, Layout],
+    trunk: Path,
+    experts: Sequence[Source],
+    ways: Sequence[str] = WAYS,
+    instead: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, int]:
     """Writes weights whose trunk and whose experts, in this order, lie elsewhere; returns how many files came which way.
+
+    `instead` has arrays that take the place of what lies there.
 
     The ways "link", "reflink" and "copy" move whole files; "stream" goes through memory, a shard at a time, and is also taken where the
     source has another layout. A router bias that a source has not is 0. Raises UserError for data that cannot be read.
@@ -188,6 +195,9 @@ def compose(
     with Writer(directory, target) as writer:
         for path, layout in target.items():
             for index in layout.indices():
+                if instead and path in instead:
+                    writer.write(path, index, instead[path][layout.box(index)])
+                    continue
                 if not path.startswith("experts/"):
                     put(writer, path, index, trunk, index)
                     continue

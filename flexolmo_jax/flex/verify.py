@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact
+from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sealed
 from flexolmo_jax.data.records import open_records, sha256_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.weights import Reader
@@ -67,6 +67,11 @@ def verify_model(model: Artifact) -> None:
     for name, digest in declared.items():
         if sha256_of(model.path / name) != digest:
             raise UserError(f"{model.path / name} is not the file that was written (its SHA-256 differs); merge it again")
+    if (model.path / RECEIPT).exists():
+        try:
+            read_sealed(model.path / RECEIPT)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{model.path / RECEIPT} is damaged: {error!s:.80}") from None
     for what, digest, expected_digest in tensor_digests(model):
         if digest != expected_digest:
             raise UserError(f"{model.path}: the bytes of {what} are not those that were merged; merge it again")
@@ -75,11 +80,15 @@ def verify_model(model: Artifact) -> None:
 def tensor_digests(model: Artifact) -> Iterator[tuple[str, str, str]]:
     """(what, SHA-256 of its bytes on the disk, SHA-256 that it should have) of all that a merged model holds."""
     reader, anchor = Reader(model.path / "weights"), model.description["anchor"]
+    tuned = model.description.get("router", {}).get("tensors", {})
     for path, layout in layouts(model.config, model.description["tensors"]).items():
         if not path.startswith("experts/"):
             yield path, reader.digest(path, layout.boxes()), anchor[path]["sha256"]
             continue
         L = model.config.n_layers
+        if path in tuned:
+            yield path, reader.digest(path, layout.whole()), tuned[path]
+            continue
         for index, name in enumerate(model.experts):
             members = model.description["members"]
             tensors = members[index - 1]["tensors"] if index else anchor

@@ -21,14 +21,13 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.flex.anchor import open_anchor
 from flexolmo_jax.flex.contribution import MANIFEST, TENSORS, open_contribution
 from flexolmo_jax.flex.merge import merge, opt_out
+from flexolmo_jax.flex.receipt import verify_receipt
 from flexolmo_jax.flex.verify import verify
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.model.tree import flatten, unflatten
 from tests.tiny import DOMAINS, SEQ_LEN
 
 IDS = np.random.default_rng(0).integers(0, 300, (3, SEQ_LEN))
-# Orbax writes times into these; what they describe is in the array files and in flexolmo.json.
-WITH_TIMES = {"_CHECKPOINT_METADATA", "_METADATA", "commit_success.txt"}
 # No shrinking: an example is seconds of reading and writing.
 settings.register_profile("files", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 few_examples = settings(settings.get_profile("files"), max_examples=3)
@@ -46,8 +45,7 @@ def bits(tree: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...], b
 
 
 def files(path: Path) -> dict[str, bytes]:
-    found = (p for p in sorted(path.rglob("*")) if p.is_file() and p.name not in WITH_TIMES and "array_metadatas" not in p.parts)
-    return {str(p.relative_to(path)): p.read_bytes() for p in found}
+    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
 
 
 def reordered(loaded: LoadedModel, order: Sequence[int]) -> dict[str, np.ndarray]:
@@ -78,6 +76,12 @@ def test_dropping_an_expert_equals_never_merging_it(anchor, contributions, data)
         merge(anchor, [contributions[name] for name in merged], everything)
         opt_out(everything, sorted(dropped), without)
         merge(anchor, [contributions[name] for name in merged if name not in dropped], never)
+        receipt = without / "receipt.json"
+        assert verify_receipt(receipt, without)["grade"] == "exact"
+        assert verify_receipt(receipt, never)["verified"]
+        with pytest.raises(UserError, match="still holds"):
+            verify_receipt(receipt, everything)
+        receipt.unlink()
         assert files(without) == files(never)
         assert len(files(never)) > 15
         assert canonical_json(open_artifact(without).description) == canonical_json(open_artifact(never).description)
