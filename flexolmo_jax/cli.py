@@ -139,7 +139,8 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.flex.signature import Trust
     from flexolmo_jax.flex.verify import verify
 
-    return verify(args.path, args.anchor, Trust.of(args.trust, args.signed))
+    trust = Trust.of(args.trust, args.signed)
+    return verify(args.path, args.anchor, trust, args.public, refuse=args.admission == "refuse")
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
@@ -351,6 +352,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("path", type=Path)
     p.add_argument("--anchor", help="it must have been made from this one", type=Path)
+    p.add_argument("--public", metavar="DATA", help="held-out public text: adds the admission report of a contribution", type=Path)
+    p.add_argument("--admission", choices=["warn", "refuse"], default="warn", help="what a finding of that report does (default: warn)")
     _add_trust(p)
 
     p = verb(

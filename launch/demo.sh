@@ -68,8 +68,9 @@ owner() { # train an expert on private text, hand over a contribution
     XLA_FLAGS='' flexolmo train "$CONFIGS/control.yaml" --set "train.init=$OUT/anchor" --set "data.train=[{path: $OUT/data/public}]" \
       "${PAIR_SET[@]}" --out "$OUT/runs/control"
   elif [ ! -e "$OUT/contributions/$1" ]; then
+    if [ ! -e "$OUT/keys/$1" ]; then flexolmo keygen "$OUT/keys/$1"; fi # $1.pub is what the coordinator gets
     flexolmo contribute --anchor "$OUT/anchor" --documents "$OUT/text/$1.jsonl" --name "$1" --config "$CONFIGS/pair.yaml" \
-      "${PAIR_SET[@]}" --out "$OUT/contributions/$1"
+      "${PAIR_SET[@]}" --set "pair.owner=$1" --sign-key "$OUT/keys/$1" --out "$OUT/contributions/$1"
   fi
 }
 owners() {
@@ -88,12 +89,18 @@ stage experts "$OUT/contributions/.done" owners "${OWNERS[@]}" control
 
 merge_all() {
   local name
-  for name in "${OWNERS[@]}"; do flexolmo verify "$OUT/contributions/$name" --anchor "$OUT/anchor"; done
-  flexolmo merge --anchor "$OUT/anchor" "${OWNERS[@]/#/$OUT/contributions/}" --out "$OUT/merged"
+  for name in "${OWNERS[@]}"; do
+    flexolmo verify "$OUT/contributions/$name" --anchor "$OUT/anchor" --trust "$OUT/keys" --public "$OUT/data/public" --admission refuse
+  done
+  flexolmo merge --anchor "$OUT/anchor" "${OWNERS[@]/#/$OUT/contributions/}" --trust "$OUT/keys" --out "$OUT/merged"
 }
 stage merge "$OUT/merged" merge_all
 LEAVER=${OWNERS[-1]} STAYERS=("${OWNERS[@]::${#OWNERS[@]}-1}")
-stage opt-out "$OUT/merged-$LEAVER" flexolmo opt-out "$OUT/merged" --expert "$LEAVER" --out "$OUT/merged-$LEAVER"
+leave() {
+  flexolmo opt-out "$OUT/merged" --expert "$LEAVER" --out "$OUT/merged-$LEAVER"
+  flexolmo verify-receipt "$OUT/merged-$LEAVER/receipt.json" "$OUT/merged-$LEAVER"
+}
+stage opt-out "$OUT/merged-$LEAVER" leave
 stage never-merged "$OUT/never-$LEAVER" \
   flexolmo merge --anchor "$OUT/anchor" "${STAYERS[@]/#/$OUT/contributions/}" --out "$OUT/never-$LEAVER"
 

@@ -9,20 +9,27 @@ import numpy as np
 from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sealed
 from flexolmo_jax.data.records import open_records, sha256_of
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.progress import note
 from flexolmo_jax.weights import Reader
 
+from .admission import admission
 from .anchor import layouts, open_anchor, verify_anchor
-from .contribution import name_of_tensor, open_contribution
+from .contribution import MANIFEST, name_of_tensor, open_contribution
 from .signature import ANY, Trust
 
 RECEIPT = "receipt.json"
 
 
-def verify(path: Path, anchor_path: Path | None = None, trust: Trust = ANY) -> dict[str, Any]:
+def verify(
+    path: Path, anchor_path: Path | None = None, trust: Trust = ANY, public: Path | None = None, *, refuse: bool = False
+) -> dict[str, Any]:
     """What was checked. Raises UserError naming the first thing that is wrong.
 
-    With an anchor, a contribution or a model must also have been made from that very one. `trust` is of contributions.
+    With an anchor, a contribution or a model must also have been made from that very one. `trust` is of contributions; so is
+    `public`, held-out text for the admission report, whose findings are warnings, or with `refuse` errors.
     """
+    if public and not (anchor_path and (path / MANIFEST).exists()):
+        raise UserError("the admission report is of a contribution tried with its anchor; give --anchor too")
     anchor = open_anchor(anchor_path) if anchor_path else None
     if (path / "index.json").exists():
         open_records(path, "train").check_digests()
@@ -30,7 +37,11 @@ def verify(path: Path, anchor_path: Path | None = None, trust: Trust = ANY) -> d
     if not (path / DESCRIPTION).exists():
         contribution = open_contribution(path)
         signer = contribution.check(anchor, trust)
-        tensors = sum(1 for _ in contribution.tensors())
+        report = {}
+        if public and anchor:
+            report = {"admission": admission(contribution, anchor, public)}
+            _judge(path, report["admission"]["findings"], refuse)
+        tensors = len(contribution.manifest["tensors"]) if report else sum(1 for _ in contribution.tensors())
         return {
             "path": str(path),
             "kind": "contribution",
@@ -38,6 +49,7 @@ def verify(path: Path, anchor_path: Path | None = None, trust: Trust = ANY) -> d
             "tensors": tensors,
             "anchor": contribution.fingerprint,
             "signed_by": signer,
+            **report,
         }
     artifact = open_artifact(path)
     if artifact.kind == "run":
@@ -51,6 +63,13 @@ def verify(path: Path, anchor_path: Path | None = None, trust: Trust = ANY) -> d
         verify_model(artifact)
     tensors = len(artifact.description["tensors"])
     return {"path": str(path), "kind": artifact.kind, "verified": True, "tensors": tensors, "anchor": artifact.fingerprint}
+
+
+def _judge(path: Path, findings: list[str], refuse: bool) -> None:
+    if refuse and findings:
+        raise UserError(f"{path} is not admitted: {'; '.join(findings)}")
+    for finding in findings:
+        note(f"warning: {path}: {finding}")
 
 
 def verify_model(model: Artifact) -> None:
