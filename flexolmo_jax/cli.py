@@ -347,7 +347,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(
         "verify",
         _verify,
-        "Recompute every digest of a contribution, anchor, model or prepared data.",
+        "Recompute every digest of a contribution, anchor, model, store or prepared data.",
         "verify contribution --anchor anchor",
     )
     p.add_argument("path", type=Path)

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,8 +16,13 @@ _CLONE = 0x40049409  # Linux's FICLONE
 _NOT_HERE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
 
+observer: Callable[[str, Path], None] | None = None  # told of every change to come; tests fail or die there
+
+
 def before_change(operation: str, path: Path) -> None:
-    """Called before every write, link, sync, rename and removal. It does nothing; tests replace it to fail or to die there."""
+    """Called before every write, link, sync, rename and removal of what must be whole or not there."""
+    if observer is not None:
+        observer(operation, path)
 
 
 @contextmanager

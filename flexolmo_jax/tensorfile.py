@@ -83,7 +83,7 @@ class TensorFile:
         text = os.pread(self._file, length, 8)
         try:
             entries = _parse(text, 8 + length)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{self.path} cannot be read as safetensors: {type(error).__name__} in its header: {error!s:.80}") from None
         end = 8 + length
         for name, entry in entries.items():

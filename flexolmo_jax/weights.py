@@ -1,8 +1,8 @@
 """Weights on disk: a directory that any Orbax restores, with any sharding, written by TensorStore a shard at a time.
 
 Each parameter is a Zarr 3 array. A shard, which is a file, holds one slice of the leading axes: one layer's matrix, of one expert. So
-experts are files: merging and taking out experts moves files and leaves their bytes alone. Inside a shard lie chunks of at most
-`CHUNK` bytes that split the "embed" axis, so that a device which holds a part of it reads that part; each has a CRC-32C, so that a flipped
+experts are files: merging and taking out experts moves files and leaves their bytes alone. Inside a shard lie chunks that split
+the "embed" axis, so that a device which holds a part of it reads that part; each has a CRC-32C, so that a flipped
 bit is an error and not a weight.
 
     <parameter path, with dots>/zarr.json   <parameter>/c/<index of the shard>   _METADATA  _CHECKPOINT_METADATA (Orbax's)
@@ -24,6 +24,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import before_change, write_bytes
 
 CHUNK = 1 << 21  # bytes at most of a chunk, where its axis can be halved so far
+PIECES = 16  # chunks at least of a shard, so that as many devices read only their own, where that leaves ...
+SMALL = 1 << 18  # ... so many bytes a chunk
 SHARD = 1 << 26  # bytes at most of a shard, where its first axis can
 
 Index = tuple[int, ...]
@@ -50,9 +52,20 @@ class Layout:
             shard[first], size = shard[first] // 2, size // 2
         chunk = list(shard)
         split = axes.index("embed") if "embed" in axes else first
-        while size > CHUNK and chunk[split] % 2 == 0:
+        while chunk[split] % 2 == 0 and (size > CHUNK or (shard[split] // chunk[split] < PIECES and size >= 2 * SMALL)):
             chunk[split], size = chunk[split] // 2, size // 2
         return cls(shape, dtype, tuple(shard), tuple(chunk))
+
+    @classmethod
+    def stored(cls, reader: "Reader", path: str) -> "Layout":
+        """Of an array that is there, as far as its shards go; its chunks only if it was written here."""
+        metadata = reader.metadata(path)
+        try:
+            shard, codecs = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
+            chunk = codecs[0].get("configuration", {}).get("chunk_shape", shard)
+            return cls(tuple(metadata["shape"]), metadata["data_type"], tuple(shard), tuple(chunk))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"{array_directory(reader.directory, path)}/zarr.json is damaged: {error!s:.100}") from None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -108,10 +121,8 @@ class Writer:
         self._arrays: dict[str, ts.TensorStore] = {}
         self._writing: Any = None
         self._written: list[Path] = []
-        for path, layout in layouts.items():
-            write_bytes(array_directory(directory, path) / "zarr.json", _canonical(layout.metadata()))
-        for name, content in orbax_metadata(layouts).items():
-            write_bytes(directory / name, _canonical(content))
+        for name, content in metadata_files(layouts).items():
+            write_bytes(directory / name, content)
 
     def __enter__(self) -> "Writer":
         return self
@@ -203,16 +214,15 @@ def save(directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[st
 
 def missing_shards(directory: Path, paths: Iterable[str]) -> list[str]:
     """Files that are not there: Zarr takes such a one for zeros."""
-    reader, missing = Reader(directory), []
-    for path in paths:
-        zarr = reader.metadata(path)
-        try:
-            shape, grid = zarr["shape"], zarr["chunk_grid"]["configuration"]["chunk_shape"]
-            layout = Layout(tuple(shape), zarr["data_type"], tuple(grid), tuple(grid))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{array_directory(directory, path)}/zarr.json is damaged: {error!s:.100}") from None
-        missing += [str(file) for index in layout.indices() if not (file := reader.file(path, index)).exists()]
-    return missing
+    reader = Reader(directory)
+    files = (reader.file(path, index) for path in paths for index in Layout.stored(reader, path).indices())
+    return [str(file) for file in files if not file.exists()]
+
+
+def metadata_files(layouts: Mapping[str, Layout]) -> dict[str, bytes]:
+    """Everything in a directory of weights but the shards, by name."""
+    arrays = {f"{path.replace('/', '.')}/zarr.json": layout.metadata() for path, layout in layouts.items()}
+    return {name: _canonical(content) for name, content in (arrays | orbax_metadata(layouts)).items()}
 
 
 def array_directory(directory: Path, path: str) -> Path:

@@ -153,7 +153,7 @@ def open_contribution(path: Path) -> Contribution:
         manifest = _checked_manifest(text)
     except UserError as error:
         raise UserError(f"{path / MANIFEST}: {error}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error!s:.100}); ask its owner for it again") from None
     return Contribution(path, manifest, text, _read(path / SIGNATURE) if SIGNATURE in names else None)
 

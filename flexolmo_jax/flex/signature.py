@@ -92,7 +92,7 @@ def check_signature(manifest: bytes, signature: bytes | None, trust: Trust, wher
         if (_base64(raw_public), _base64(raw_signed)) != (public, signed):
             raise ValueError("not canonical base 64")
         key = Ed25519PublicKey.from_public_bytes(raw_public)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"the signature of {where} is damaged ({type(error).__name__}: {error!s:.60}); ask its owner for it again"
         ) from None

@@ -13,21 +13,21 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact
+from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact, read_sealed, sealed_json
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import WAYS, abandoned, before_change, locked, new_directory, place, remove, write_text
-from flexolmo_jax.weights import Index, Layout, Reader, Writer
+from flexolmo_jax.weights import Box, Index, Layout, Reader, Writer, metadata_files
 
 from .anchor import check_tensors, layouts
-from .contribution import MATRICES, Contribution, leaf_of
+from .contribution import MATRICES, Contribution, leaf_of, name_of_tensor
 
 STORE = "flexolmo-store"
 LAYOUT = 1  # counted up whenever weights.Layout chooses otherwise
@@ -98,7 +98,8 @@ class Store:
     def register(self, model: Path) -> None:
         """Remembers where a model is about to be."""
         model = model.resolve()
-        write_text(self._models / f"{hashlib.sha256(str(model).encode()).hexdigest()[:16]}.json", json.dumps({"path": str(model)}) + "\n")
+        entry = self._models / f"{hashlib.sha256(str(model).encode()).hexdigest()[:16]}.json"
+        write_text(entry, sealed_json({"path": str(model)}))
 
     def models(self) -> list[Artifact]:
         """Those that are still where they were composed."""
@@ -112,6 +113,15 @@ class Store:
 
     def holds(self, key: str) -> bool:
         return (self._objects / key).exists()
+
+    def verify(self) -> int:
+        """Reads every object; returns how many. Raises UserError naming the first that is not what its name says."""
+        self._registered()
+        with self.shared():
+            objects = [path for path in sorted(self._objects.iterdir()) if not path.name.startswith(".")]
+            for path in objects:
+                _check_object(path)
+        return len(objects)
 
     def gc(self) -> dict[str, Any]:
         """Removes objects that no registered model is made of, and what killed processes left, here and beside those models."""
@@ -133,7 +143,13 @@ class Store:
         return {"store": str(self.path), "removed": [p.name for p in removed], "leftovers": len(left), "bytes": size, "kept": kept}
 
     def _registered(self) -> dict[Path, Path]:
-        return {entry: Path(json.loads(entry.read_text())["path"]) for entry in sorted(self._models.glob("*.json"))}
+        found = {}
+        for entry in sorted(self._models.glob("*.json")):
+            try:
+                found[entry] = Path(read_sealed(entry)["path"])
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise UserError(f"{entry} is damaged ({error!s:.80}); remove it: it only says where a model is") from None
+        return found
 
     def _object(self, key: str, fill: Any) -> Path:
         target = self._objects / key
@@ -189,7 +205,10 @@ def compose(
         if same[weights, path] and "stream" not in ways:
             taken[place(reader.file(path, at), writer.file(path, index), ways)] += 1
         else:
-            writer.write(path, index, reader.read(path, layout.box(at)))
+            box = list(layout.box(index))
+            if at != index:  # another expert: there may be more of them there than here
+                box[1] = slice(at[1], at[1] + 1)
+            writer.write(path, index, reader.read(path, tuple(box)))
             taken["stream"] += 1
 
     with Writer(directory, target) as writer:
@@ -208,6 +227,38 @@ def compose(
                 else:
                     writer.write(path, index, np.zeros(layout.shard, layout.dtype))
     return dict(taken)
+
+
+def _check_object(path: Path) -> None:
+    weights = path / "weights"
+    reader = Reader(weights)
+    try:
+        target = {p.name.replace(".", "/"): Layout.stored(reader, p.name.replace(".", "/")) for p in weights.iterdir() if p.is_dir()}
+        small = metadata_files(target)
+        shards = {str(reader.file(name, index).relative_to(weights)) for name, layout in target.items() for index in layout.indices()}
+        found = {str(p.relative_to(weights)) for p in weights.rglob("*") if p.is_file()}
+        if found != shards | small.keys() or any((weights / name).read_bytes() != content for name, content in small.items()):
+            raise UserError("its files are not those of an object")
+        entries = _entries(reader, target)
+        if path.name not in (anchor_key(entries), expert_key(entries)):
+            raise UserError("its bytes are not those that it is named by")
+    except (UserError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error!s:.200}; remove it, and merge again to take its contribution in anew") from None
+
+
+def _entries(reader: Reader, target: Mapping[str, Layout]) -> dict[str, dict[str, Any]]:
+    """What an anchor's description or a contribution's manifest says of the tensors of an object."""
+
+    def entry(layout: Layout, shape: Sequence[int], boxes: Iterable[Box], path: str) -> dict[str, Any]:
+        return {"dtype": layout.dtype, "shape": list(shape), "sha256": reader.digest(path, boxes)}
+
+    if any(path.startswith("trunk/") for path in target):
+        return {path: entry(layout, layout.shape, layout.boxes(), path) for path, layout in target.items()}
+    return {
+        name_of_tensor(path, layer): entry(layout, layout.shape[2:], layout.boxes(layer=layer), path)
+        for path, layout in target.items()
+        for layer in range(layout.shape[0])
+    }
 
 
 def _ingest(contribution: Contribution, directory: Path) -> None:

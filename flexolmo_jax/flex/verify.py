@@ -1,4 +1,4 @@
-"""`flexolmo verify`: every digest of a contribution, an anchor, a model or prepared data, recomputed, one shard at a time."""
+"""`flexolmo verify`: every digest of a contribution, an anchor, a model, a store or prepared data, recomputed, one shard at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ from .admission import admission
 from .anchor import layouts, open_anchor, verify_anchor
 from .contribution import MANIFEST, name_of_tensor, open_contribution
 from .signature import ANY, Trust
+from .store import Store
 
 RECEIPT = "receipt.json"
 
@@ -34,6 +35,8 @@ def verify(
     if (path / "index.json").exists():
         open_records(path, "train").check_digests()
         return {"path": str(path), "kind": "prepared data", "verified": True}
+    if (path / "objects").is_dir():
+        return {"path": str(path), "kind": "store", "verified": True, "objects": Store.existing(path).verify()}
     if not (path / DESCRIPTION).exists():
         contribution = open_contribution(path)
         signer = contribution.check(anchor, trust)
