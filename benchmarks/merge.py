@@ -86,8 +86,11 @@ def run(work: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
     shutil.rmtree(work / "cp")
     show("sha256", sha256_all(inputs) | {"bytes": size(inputs)})
     all_of_them = [inputs / f"c{n}" for n in range(EXPERTS)]
-    operation("ingest", "ingest", work / "flexolmo-store", inputs / "anchor", *all_of_them, of=inputs)
-    for experts in (1, 3, 6, EXPERTS):
+    for experts in (2, 4, EXPERTS):
+        shutil.rmtree(work / "flexolmo-store", ignore_errors=True)
+        paths = all_of_them[:experts]
+        operation(f"ingest {experts}", "ingest", work / "flexolmo-store", inputs / "anchor", *paths, of=work / "flexolmo-store")
+    for experts in (2, 4, 6, EXPERTS):
         model = work / f"model-{experts}"
         operation(f"compose {experts} by link", "merge", "link", inputs / "anchor", model, *all_of_them[:experts], of=model)
     operation("drop", "drop", work / "model-7", work / "dropped", of=work / "dropped")
@@ -100,6 +103,7 @@ def run(work: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
         model = work / f"model-{way}"
         operation(f"compose 7 by {way}", "merge", way, inputs / "anchor", model, *all_of_them, of=model)
         shutil.rmtree(model)
+    operation("verify a contribution", "verify", inputs / "c0", of=inputs / "c0")
     operation("verify the model", "verify", work / "model-7", of=work / "model-7")
 
     sparse = work / "real" / "model"
@@ -245,9 +249,12 @@ def make_sparse_model(path: Path, like: Path) -> None:
     """A model of the paper's size whose files have their length and no content."""
     tensors = {name: entry | {"sha256": "0" * 64} for name, entry in anchor_tensors(REAL).items()}
     shapes = tensor_shapes(REAL, False)
-    entries = {name: {"dtype": DTYPE, "shape": list(shape), "sha256": "0" * 64} for name, shape in shapes.items()}
+
+    def entries(number: int) -> dict[str, dict[str, Any]]:
+        return {name: {"dtype": DTYPE, "shape": list(shape), "sha256": f"{number:064x}"} for name, shape in shapes.items()}
+
     keys = {"owner": "-", "domain": "-", "licence": "-", "expires": None, "training": {}, "privacy": "none", "manifest": "0" * 64}
-    members = [keys | {"name": f"e{n}", "router_bias": False, "tensors": entries} for n in range(6)]
+    members = [keys | {"name": f"e{n}", "router_bias": False, "tensors": entries(n)} for n in range(6)]
     base = {"model": to_dict(REAL), "fingerprint": "f" * 64, "tokenizer": ""}
     description = _description(base, tensors, members, 5)
     target = layouts(dataclasses.replace(REAL, n_experts=7, router_bias=False), description["tensors"])

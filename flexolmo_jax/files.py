@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import uuid
@@ -61,10 +62,10 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def abandoned(directory: Path, name: str = "*") -> list[Path]:
-    """What processes that are no longer there left in a directory, on the way to `name`."""
+def abandoned(directory: Path, name: str | None = None) -> list[Path]:
+    """What processes that are no longer there left in a directory, on the way to `name` or anything."""
     found = []
-    for path in directory.glob(f".{name}.*.tmp"):
+    for path in directory.glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
         try:
             with locked(path, wait=False):
                 found.append(path)

@@ -79,14 +79,14 @@ def replace(
     model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
 ) -> Artifact:
     """Writes the model with another contribution in the place of the expert of the same name. Raises UserError as `merge` does."""
-    return _with(model_path, contribution, out, store_path, trust, ways, new=False)
+    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=False)
 
 
 def append(
     model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
 ) -> Artifact:
     """Writes the model with one more expert, the last. Raises UserError as `merge` does."""
-    return _with(model_path, contribution, out, store_path, trust, ways, new=True)
+    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=True)
 
 
 def open_model(path: Path) -> Artifact:
@@ -97,7 +97,9 @@ def open_model(path: Path) -> Artifact:
     return artifact
 
 
-def _with(model_path: Path, path: Path, out: Path, store_path: Path | None, trust: Trust, ways: Sequence[str], *, new: bool) -> Artifact:
+def _with_contribution(
+    model_path: Path, path: Path, out: Path, store_path: Path | None, trust: Trust, ways: Sequence[str], *, new: bool
+) -> Artifact:
     check_new(out)
     model = open_model(model_path)
     contribution = _admitted(path, model, trust)

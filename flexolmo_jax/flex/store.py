@@ -189,10 +189,9 @@ def compose(
 ) -> dict[str, int]:
     """Writes weights whose trunk and whose experts, in this order, lie elsewhere; returns how many files came which way.
 
-    `instead` has arrays that take the place of what lies there.
-
     The ways "link", "reflink" and "copy" move whole files; "stream" goes through memory, a shard at a time, and is also taken where the
-    source has another layout. A router bias that a source has not is 0. Raises UserError for data that cannot be read.
+    source has another layout. `instead` has arrays that are written in the place of what lies there. A router bias that a source has
+    not is 0. Raises UserError for data that cannot be read.
     """
     taken: Counter[str] = Counter()
     readers = {weights: Reader(weights) for weights in (trunk, *(source.weights for source in experts))}
@@ -265,9 +264,9 @@ def _ingest(contribution: Contribution, directory: Path) -> None:
     manifest = contribution.manifest
     config = ModelConfig(**manifest["model"] | {"n_experts": 2, "router_bias": contribution.has_bias})
     L, D, F = config.n_layers, config.d_model, config.d_ffn
-    shapes = {"gate": (L, 1, D, F), "up": (L, 1, D, F), "down": (L, 1, F, D), "row": (L, 1, D)} | (
-        {"bias": (L, 1)} if contribution.has_bias else {}
-    )
+    shapes: dict[str, tuple[int, ...]] = {"gate": (L, 1, D, F), "up": (L, 1, D, F), "down": (L, 1, F, D), "row": (L, 1, D)}
+    if contribution.has_bias:
+        shapes["bias"] = (L, 1)
     entries = {f"experts/{name}": {"shape": shape, "dtype": manifest["dtype"]} for name, shape in shapes.items()}
     small = {path: np.empty(e["shape"], e["dtype"]) for path, e in entries.items() if path.removeprefix("experts/") not in MATRICES}
     largest = D * F * np.dtype(manifest["dtype"]).itemsize
