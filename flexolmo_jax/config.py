@@ -20,6 +20,7 @@ import yaml
 from flexolmo_jax.errors import UserError
 
 T = TypeVar("T")
+Date = typing.NewType("Date", str)  # YYYY-MM-DD; YAML reads one without quotes as a date of its own
 
 
 class _Config:
@@ -167,7 +168,7 @@ class PairConfig(_Config):
     domain: str = ""  # free text for the manifest
     owner: str = "unspecified"  # free text for the manifest, as the two around it
     licence: str = "unspecified"
-    expires: str = ""  # YYYY-MM-DD: the last day of the licence; nothing: it does not end
+    expires: Date = Date("")  # the last day of the licence; nothing: it does not end
     privacy: PrivacyConfig | None = None  # stated by the owner; nothing: trained without differential privacy
     public_share: float = 0.3  # of the tokens: local contrast, the row learns what to let pass; 0 is the paper's recipe
     contrast: float = 0.3  # weight of -ln p(its own expert) at every router; idle without public text
@@ -341,6 +342,8 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
     if origin is Literal:
         _expect(value in arguments, at, value, f"one of {', '.join(arguments)}")
         return value
+    if hint is Date:
+        hint, value = str, value.isoformat() if isinstance(value, datetime.date) else value
     if hint is float and isinstance(value, str):  # YAML reads 1e-3, without a dot, as a string
         try:
             return float(value)

@@ -1,4 +1,4 @@
-"""`flexolmo info`: what a run, anchor, contribution, model or prepared directory is; for a contribution, exactly what leaves its owner."""
+"""`flexolmo info`: what a run, anchor, contribution, model, store or prepared directory is; of a contribution, what leaves its owner."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ from flexolmo_jax.data.records import Index
 from flexolmo_jax.train.metrics import read_metrics
 
 from .contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
+from .store import Store
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -19,6 +20,8 @@ def info(path: Path) -> dict[str, Any]:
         index = Index.read(path)
         splits = {name: {"records": s.records, "documents": s.documents, "tokens": s.tokens} for name, s in index.splits.items()}
         return {"kind": "prepared data", "seq_len": index.seq_len, "tokenizer": index.tokenizer_digest, **splits}
+    if (path / "objects").is_dir():
+        return Store.existing(path).info()
     artifact = open_artifact(path)
     keep = ("run", "base", "fingerprint", "embedder", "public", "members")
     described = {key: artifact.description[key] for key in keep if key in artifact.description}

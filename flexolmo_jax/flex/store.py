@@ -123,6 +123,13 @@ class Store:
                 _check_object(path)
         return len(objects)
 
+    def info(self) -> dict[str, Any]:
+        """What is here: objects, their bytes, and the models that are made of them."""
+        objects = [path for path in self._objects.iterdir() if not path.name.startswith(".")]
+        size = sum(file.stat().st_size for path in objects for file in path.rglob("*") if file.is_file())
+        models = {str(model.path): list(model.experts) for model in self.models()}
+        return {"kind": "store", "objects": len(objects), "bytes": size, "models": models}
+
     def gc(self) -> dict[str, Any]:
         """Removes objects that no registered model is made of, and what killed processes left, here and beside those models."""
         with self.alone():

@@ -29,6 +29,8 @@ def verify(
     With an anchor, a contribution or a model must also have been made from that very one. `trust` is of contributions; so is
     `public`, held-out text for the admission report, whose findings are warnings, or with `refuse` errors.
     """
+    if refuse and not public:
+        raise UserError("there is nothing to refuse by: the admission report needs public text; give --public")
     if public and not (anchor_path and (path / MANIFEST).exists()):
         raise UserError("the admission report is of a contribution tried with its anchor; give --anchor too")
     anchor = open_anchor(anchor_path) if anchor_path else None

@@ -100,3 +100,5 @@ def test_the_largest_singular_value_is_that_of_linear_algebra():
 def test_a_report_needs_the_anchor(contributions, prepared):
     with pytest.raises(UserError, match="give --anchor"):
         verify(contributions["code"], public=prepared["public"])
+    with pytest.raises(UserError, match="give --public"):
+        verify(contributions["code"], refuse=True)

@@ -1,5 +1,6 @@
 """What is handed over: nothing but weights and a manifest, measured as released; and everything else is refused in one line."""
 
+import datetime
 import hashlib
 import json
 import shutil
@@ -15,10 +16,12 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.flex.contribution import MANIFEST, TENSORS, open_contribution, sealed
 from flexolmo_jax.flex.info import info
-from flexolmo_jax.flex.merge import merge
-from flexolmo_jax.flex.package import _entry
+from flexolmo_jax.flex.merge import append, merge, opt_out, replace
+from flexolmo_jax.flex.package import _entry, package
+from flexolmo_jax.flex.pair import train_pair
 from flexolmo_jax.flex.verify import verify
 from flexolmo_jax.loaded import load
+from tests.tiny import pair_config
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
@@ -98,6 +101,53 @@ def test_tensors_that_do_not_fit_are_refused_whatever_their_digests_say(anchor, 
         with pytest.raises(UserError, match=message):
             read()
     assert not (tmp_path / "model").exists()
+
+
+def resealed(path: Path, **changes: Any) -> Path:
+    (path / MANIFEST).write_bytes(sealed(manifest_of(path) | changes))
+    return path
+
+
+def test_an_expired_licence_is_refused_on_the_day_after_its_last(anchor, copy, model, tmp_path):
+    today = datetime.datetime.now(datetime.UTC).date()
+    assert verify(resealed(copy, expires=str(today + datetime.timedelta(1))), anchor)["verified"]
+    resealed(copy, expires=str(today - datetime.timedelta(2)))
+    assert info(copy)["expires"] == str(today - datetime.timedelta(2))  # may still be looked at
+    without = opt_out(model, ["code"], tmp_path / "without").path
+    for read in (
+        lambda: verify(copy),
+        lambda: merge(anchor, [copy], tmp_path / "out"),
+        lambda: replace(model, copy, tmp_path / "out"),
+        lambda: append(without, copy, tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match="expired on"):
+            read()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_owner_states_is_in_the_manifest_the_model_and_info(anchor, prepared, tmp_path):
+    stated_so = ("pair.owner=ACME", "pair.licence=ours", "pair.expires=2999-12-31", "pair.privacy={epsilon: 8.0, delta: 1e-6}")
+    config = pair_config(anchor, prepared["code"], "code", "train.steps=1", *stated_so)
+    train_pair(config, tmp_path / "run")
+    contribution = package(tmp_path / "run", tmp_path / "c").path
+    stated = {"owner": "ACME", "licence": "ours", "expires": "2999-12-31", "privacy": {"epsilon": 8.0, "delta": 1e-6}}
+    (member,) = info(merge(anchor, [contribution], tmp_path / "model").path)["members"]
+    for told in (manifest_of(contribution), info(contribution), member):
+        assert {key: told[key] for key in stated} == stated
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("expires", "tomorrow"), ("expires", "2027-2-30"), ("expires", ""), ("privacy", "differential"), ("privacy", {"epsilon": 1.0}),
+        ("privacy", {"epsilon": -1, "delta": 0}), ("privacy", {"epsilon": True, "delta": 0}),
+        ("owner", "two\nlines"), ("licence", "\x1b[2J"), ("header", 3), ("more", "keys"),
+    ],
+)  # fmt: skip
+def test_statements_that_are_none_are_refused(copy, key, value):
+    with pytest.raises(UserError, match=r"manifest\.json") as error:
+        open_contribution(resealed(copy, **{key: value}))
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
 HOSTILE = {

@@ -22,6 +22,7 @@ from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.flex.anchor import open_anchor
 from flexolmo_jax.flex.contribution import TENSORS
+from flexolmo_jax.flex.info import info
 from flexolmo_jax.flex.merge import append, merge, opt_out, replace
 from flexolmo_jax.flex.receipt import TUNED, verify_receipt
 from flexolmo_jax.flex.router import train_router
@@ -157,7 +158,9 @@ def test_gc_removes_what_no_model_is_made_of_and_nothing_else(anchor, contributi
     both = merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "both").path
     one = opt_out(both, ["law"], tmp_path / "one").path
     store = Store.existing(tmp_path / STORE)
-    assert len(list((tmp_path / STORE / "objects").iterdir())) == 3
+    told = info(tmp_path / STORE)
+    assert told["objects"] == 3 and told["bytes"] > 50_000
+    assert told["models"] == {str(both): ["anchor", "code", "law"], str(one): ["anchor", "code"]}
     assert store.gc()["removed"] == []
     shutil.rmtree(both)
     collected = store.gc()
