@@ -76,10 +76,17 @@ def abandoned(directory: Path, name: str | None = None) -> list[Path]:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a file or directory, which ends with the process at the latest. Raises BlockingIOError where it need not wait."""
+    """Holds the lock of a file or directory, which ends with the process at the latest.
+
+    Without `wait`, raises OSError where another has it. File systems that have no locks are worked on without.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if not wait or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
         yield
     finally:
         os.close(descriptor)
