@@ -124,7 +124,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
-    """Puts a file's bytes in a second place: the first of the ways that the file system has. Returns which."""
+    """Puts a file's bytes in a second place: the first of the ways that the file system has. Returns which.
+
+    Raises UserError where it has none of them.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     before_change("link", target)
     for way in ways:
@@ -132,8 +135,10 @@ def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
             {"link": _link, "reflink": _reflink, "copy": shutil.copyfile}[way](source, target)
             return way
         except OSError as error:
-            if way == ways[-1] or error.errno not in _NOT_HERE:
+            if error.errno not in _NOT_HERE:
                 raise
+            if way == ways[-1]:
+                raise UserError(f"{target} cannot be made of {source} by {way}: {error.strerror}; try --by auto") from error
     raise ValueError(f"{ways!r} names no way")
 
 

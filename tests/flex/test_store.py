@@ -102,7 +102,7 @@ def test_where_links_cannot_be_made_files_are_copied(anchor, contributions, tmp_
     told = capsys.readouterr().err
     assert "files by copy" in told or "files by reflink" in told
     assert verify(model)["verified"]
-    with pytest.raises(OSError, match="cross-device"):
+    with pytest.raises(UserError, match=r"by link: .*cross-device.*--by auto"):
         merge(anchor, [contributions["code"]], tmp_path / "no", ways=("link",))
 
 
