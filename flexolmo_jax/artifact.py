@@ -26,6 +26,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import write_text
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.paths import path_of
 from flexolmo_jax.tensorfile import strict_json
 from flexolmo_jax.weights import missing_shards
 
@@ -89,7 +90,7 @@ class Artifact:
 
     def base(self) -> "Artifact":
         """The anchor of a pair's run, the model of a router run; refused if it is no longer the one trained against."""
-        base = open_artifact(Path(self.description["base"]))
+        base = open_artifact(path_of(self.description["base"]))
         # A merged model has its anchor's fingerprint: what makes it this one are its experts.
         if base.fingerprint != self.fingerprint or (base.kind == "model" and base.experts != self.experts):
             raise UserError(f"{self.path} was trained on another version of {base.path} (fingerprint {self.fingerprint}); restore that one")
@@ -115,9 +116,9 @@ def _on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def open_artifact(path: Path) -> Artifact:
+def open_artifact(path: str | Path) -> Artifact:
     """Raises UserError where the path holds none, or one of a newer format."""
-    path = Path(path)
+    path = path_of(path)
     try:
         description = read_sealed(path / DESCRIPTION)
         if description["format"] > FORMAT:

@@ -19,6 +19,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import write_text
+from flexolmo_jax.paths import absolute
 from flexolmo_jax.progress import note
 
 DIGESTS = "_DIGESTS"
@@ -149,7 +150,7 @@ def load_weights(directory: Path, target: Tree) -> Tree:
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(directory.absolute(), args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
+            return checkpointer.restore(absolute(directory), args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
     except Exception as error:  # as above
         raise UserError(f"the weights in {directory} cannot be read: {_first_line(error)}") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.files import WAYS
+from flexolmo_jax.paths import in_bucket, path_of
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -278,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         "data fetch text --domain code --domain public",
         data,
     )
-    p.add_argument("out", help="a directory; one <domain>.jsonl each", type=Path)
+    p.add_argument("out", help="a directory; one <domain>.jsonl each", type=_local)
     p.add_argument("--domain", action="append", help="only this one (may be given again)")
     p.add_argument("--max-mb", type=float, help="at most this much text a domain")
 
@@ -286,10 +287,10 @@ def _parser() -> argparse.ArgumentParser:
         "prepare", _data_prepare, "Documents to packed fixed-length records.",
         "data prepare --input docs.jsonl --tokenizer anchor --seq-len 1024 --out data/docs", data,
     )  # fmt: skip
-    p.add_argument("--input", nargs="+", required=True, help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them", type=Path)
-    p.add_argument("--tokenizer", required=True, help="a tokenizer.json, or an anchor, model or run that has one", type=Path)
+    p.add_argument("--input", nargs="+", required=True, help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them", type=_local)
+    p.add_argument("--tokenizer", required=True, help="a tokenizer.json, or an anchor, model or run that has one", type=_local)
     p.add_argument("--seq-len", type=int, required=True)
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--out", required=True, type=_local)
     p.add_argument("--heldout", type=float, default=0.05, help="share of documents held out (default 0.05)")
     p.add_argument("--workers", type=_positive, help="default: one a core")
 
@@ -297,17 +298,17 @@ def _parser() -> argparse.ArgumentParser:
         "train", _tokenizer_train, "Train a byte-level BPE on PUBLIC text (a tokenizer leaks what it is trained on).",
         "tokenizer train --input public.jsonl --vocab-size 8192 --out tokenizer.json", tokenizer,
     )  # fmt: skip
-    p.add_argument("--input", nargs="+", required=True, type=Path)
+    p.add_argument("--input", nargs="+", required=True, type=_local)
     p.add_argument("--vocab-size", type=int, required=True)
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--out", required=True, type=_local)
 
     p = verb(
         "train", _train, "Run a config: anchor, pair, router or joint. Goes on from its newest checkpoint.",
         "train configs/tiny/anchor.yaml --set train.steps=200 --out runs/anchor",
     )  # fmt: skip
-    p.add_argument("config", type=Path)
+    p.add_argument("config", type=_local)
     _add_set(p)
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--out", required=True, type=_local)
 
     p = verb(
         "publish",
@@ -315,34 +316,36 @@ def _parser() -> argparse.ArgumentParser:
         "Make the frozen public anchor of a dense run.",
         "publish runs/anchor --public public.jsonl --out anchor",
     )
-    p.add_argument("source", help="a dense run or model", type=Path)
-    p.add_argument("--public", nargs="+", required=True, help="public documents: for the embedder, row 0, and owners' contrast", type=Path)
+    p.add_argument("source", help="a dense run or model", type=_local)
+    p.add_argument(
+        "--public", nargs="+", required=True, help="public documents: for the embedder, row 0, and owners' contrast", type=_local
+    )
     p.add_argument("--embedder", default="tfidf", help="tfidf (default), minilm, or a sentence-transformers model")
     p.add_argument("--dtype", default="bfloat16", help="release dtype: bfloat16 (default) or float32")
     p.add_argument("--seq-len", type=int, help="of the public records that travel with the anchor (default: the run's)")
     _add_checkpoint(p)
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--out", required=True, type=_local)
 
     p = verb(
         "contribute", _contribute, "An owner's one command: documents to a contribution. Goes on where it stopped.",
         "contribute --anchor anchor --documents records.jsonl --name hospital --out contribution",
     )  # fmt: skip
-    p.add_argument("--anchor", required=True, type=Path)
-    p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", type=Path)
+    p.add_argument("--anchor", required=True, type=_local)
+    p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", type=_local)
     p.add_argument("--name", required=True, help="the expert's name")
     _add_sign_key(p)
-    p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", type=Path)
+    p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", type=_local)
     _add_set(p)
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--out", required=True, type=_local)
 
     p = verb("package", _package, "Make a contribution of a pair's run.", "package runs/code --out contributions/code")
-    p.add_argument("run", type=Path)
+    p.add_argument("run", type=_local)
     _add_checkpoint(p)
     _add_sign_key(p)
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--out", required=True, type=_local)
 
     p = verb("keygen", _keygen, "Make a key to sign contributions with: OUT, to keep, and OUT.pub, to give away.", "keygen keys/hospital")
-    p.add_argument("out", type=Path)
+    p.add_argument("out", type=_local)
 
     p = verb(
         "verify",
@@ -350,9 +353,9 @@ def _parser() -> argparse.ArgumentParser:
         "Recompute every digest of a contribution, anchor, model, store or prepared data.",
         "verify contribution --anchor anchor",
     )
-    p.add_argument("path", type=Path)
-    p.add_argument("--anchor", help="it must have been made from this one", type=Path)
-    p.add_argument("--public", metavar="DATA", help="held-out public text: adds the admission report of a contribution", type=Path)
+    p.add_argument("path", type=path_of)
+    p.add_argument("--anchor", help="it must have been made from this one", type=path_of)
+    p.add_argument("--public", metavar="DATA", help="held-out public text: adds the admission report of a contribution", type=_local)
     p.add_argument("--admission", choices=["warn", "refuse"], default="warn", help="what a finding of that report does (default: warn)")
     _add_trust(p)
 
@@ -362,8 +365,8 @@ def _parser() -> argparse.ArgumentParser:
         "Anchor + contributions to one model: no data, no training.",
         "merge --anchor anchor c/code c/legal --out model",
     )
-    p.add_argument("contribution", nargs="*", type=Path)
-    p.add_argument("--anchor", required=True, type=Path)
+    p.add_argument("contribution", nargs="*", type=path_of)
+    p.add_argument("--anchor", required=True, type=path_of)
     p.add_argument("--active", type=int, metavar="K", help="experts a token uses (default: 4, or all if there are fewer)")
     _add_trust(p)
     _add_composing(p)
@@ -373,13 +376,13 @@ def _parser() -> argparse.ArgumentParser:
         ("append", _append, "Add one more expert to a model."),
     ):
         p = verb(name, function, help, f"{name} model c/legal --out model-2")
-        p.add_argument("model", type=Path)
-        p.add_argument("contribution", type=Path)
+        p.add_argument("model", type=path_of)
+        p.add_argument("contribution", type=path_of)
         _add_trust(p)
         _add_composing(p)
 
     p = verb("opt-out", _opt_out, "Take an expert out, exactly, with a receipt.", "opt-out model --expert legal --out model-without-legal")
-    p.add_argument("model", type=Path)
+    p.add_argument("model", type=path_of)
     p.add_argument("--expert", action="append", required=True, help="its name (may be given again)")
     _add_composing(p)
 
@@ -389,19 +392,19 @@ def _parser() -> argparse.ArgumentParser:
         "Check that a model holds nothing of what a receipt says was taken out.",
         "verify-receipt model-2/receipt.json model-2",
     )
-    p.add_argument("receipt", type=Path)
-    p.add_argument("model", type=Path)
+    p.add_argument("receipt", type=path_of)
+    p.add_argument("model", type=path_of)
 
     p = verb("gc", _gc, "Remove from a store what no model is made of.", "gc flexolmo-store")
-    p.add_argument("store", type=Path)
+    p.add_argument("store", type=path_of)
 
     p = verb(
         "embed-domain", _embed_domain, "The mean embedding of documents by the anchor's embedder: a router row.",
         "embed-domain --anchor anchor --input docs.jsonl --out row.npy",
     )  # fmt: skip
-    p.add_argument("--anchor", required=True, type=Path)
-    p.add_argument("--input", nargs="+", required=True, type=Path)
-    p.add_argument("--out", required=True, type=Path)
+    p.add_argument("--anchor", required=True, type=_local)
+    p.add_argument("--input", nargs="+", required=True, type=_local)
+    p.add_argument("--out", required=True, type=_local)
 
     p = verb(
         "eval",
@@ -409,8 +412,8 @@ def _parser() -> argparse.ArgumentParser:
         "Bits per byte and routing shares on held-out text.",
         "eval model --data data/code data/public --without legal --json",
     )
-    p.add_argument("path", help="a run, anchor or model", type=Path)
-    p.add_argument("--data", nargs="+", required=True, help="prepared directories, or documents", type=Path)
+    p.add_argument("path", help="a run, anchor or model", type=path_of)
+    p.add_argument("--data", nargs="+", required=True, help="prepared directories, or documents", type=_local)
     _add_selection(p)
     p.add_argument("--split", default="heldout", choices=["heldout", "train"])
     p.add_argument("--limit", type=_positive, help="records of each to read")
@@ -418,7 +421,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(p)
 
     p = verb("generate", _generate, "Complete prompts.", 'generate model --prompt "The patient" --without legal')
-    p.add_argument("path", help="a run, anchor or model", type=Path)
+    p.add_argument("path", help="a run, anchor or model", type=path_of)
     p.add_argument("--prompt", action="append", required=True, help="may be given again: a batch")
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy")
@@ -429,8 +432,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(p)
 
     p = verb("info", _info, "What a path is; of a contribution, exactly what leaves its owner.", "info contribution")
-    p.add_argument("path", type=Path)
+    p.add_argument("path", type=path_of)
     return parser
+
+
+def _local(text: str) -> Path:
+    if in_bucket(text):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a path of this machine; copy it here first, or there afterwards")
+    return Path(text)
 
 
 def _positive(text: str) -> int:
@@ -445,17 +454,17 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sign_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sign-key", help="the owner's private key (`flexolmo keygen` makes one)", type=Path)
+    parser.add_argument("--sign-key", help="the owner's private key (`flexolmo keygen` makes one)", type=_local)
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--signed", action="store_true", help="refuse contributions that nobody signed")
-    parser.add_argument("--trust", metavar="DIR", help="refuse contributions not signed by one of the keys DIR/*.pub", type=Path)
+    parser.add_argument("--trust", metavar="DIR", help="refuse contributions not signed by one of the keys DIR/*.pub", type=_local)
 
 
 def _add_composing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--store", help="where experts are kept, each once (default: flexolmo-store beside the model)", type=Path)
+    parser.add_argument("--out", required=True, type=path_of)
+    parser.add_argument("--store", help="where experts are kept, each once (default: flexolmo-store beside the model)", type=path_of)
     parser.add_argument(
         "--by", choices=["auto", *WAYS, "stream"], default="auto", help="how files get there (auto: the cheapest that works)"
     )

@@ -1,18 +1,26 @@
-"""Writing files and directories that are either whole or not there."""
+"""Writing files and directories that are either whole or not there: on this machine, and in buckets, where nothing can be renamed.
+
+A directory on this machine is written beside its place, synced, and renamed. One in a bucket is written in its place, with a mark in it
+that is there before everything else and goes last: what has the mark is not there yet, for whoever asks `is_whole`.
+"""
 
 import errno
 import fcntl
 import glob
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import absolute, children, in_bucket, listing, remove_objects
 
 WAYS = ("link", "reflink", "copy")  # to have a file's bytes in a second place, the cheapest first
+UNFINISHED = ".unfinished"  # the mark
+GRACE = 3600.0  # seconds without a change after which nobody is taken to be writing something in a bucket, which has no locks
 _CLONE = 0x40049409  # Linux's FICLONE
 _NOT_HERE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
@@ -27,14 +35,18 @@ def before_change(operation: str, path: Path) -> None:
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """Yields a temporary directory beside `out` that becomes `out` at the end, or vanishes with any error.
+def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yields a temporary directory that is `out` at the end, or vanishes with any error.
 
-    What a killed process leaves of it is found by `abandoned`. Raises UserError where `out` holds something already, cannot be made,
-    and for a full disk.
+    What a killed process leaves of it is found by `abandoned`. `shared`: all who write it write the same, and may do so at once.
+    Raises UserError where `out` holds something already, cannot be made, and for a full disk.
     """
-    out = Path(out).resolve()
+    out = absolute(out)
     check_new(out)
+    if in_bucket(out):
+        with _marked(out, shared):
+            yield out
+        return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -62,8 +74,45 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def _marked(out: Path, shared: bool) -> Iterator[None]:
+    if not shared:
+        _clear(out)  # of what a killed process left
+    before_change("write", out / UNFINISHED)
+    (out / UNFINISHED).write_text("")
+    try:
+        yield
+    except BaseException:
+        if not shared:
+            remove(out)
+        raise
+    before_change("rename", out)
+    (out / UNFINISHED).unlink(missing_ok=True)
+
+
+def _clear(directory: Path) -> None:
+    """Removes all objects there, the mark last."""
+    names = listing(directory).keys()
+    remove_objects([directory / name for name in names if name != UNFINISHED])
+    if UNFINISHED in names:
+        (directory / UNFINISHED).unlink()
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a directory that `new_directory` makes is there."""
+    return directory.exists() and not (in_bucket(directory) and (directory / UNFINISHED).exists())
+
+
+def is_settled(directory: Path) -> bool:
+    """Whether nobody can be at work on what lies there, as far as a bucket lets one know."""
+    return not in_bucket(directory) or max((f.modified for f in listing(directory).values()), default=0.0) < time.time() - GRACE
+
+
 def abandoned(directory: Path, name: str | None = None) -> list[Path]:
     """What processes that are no longer there left in a directory, on the way to `name` or anything."""
+    if in_bucket(directory):
+        places = [directory / name] if name else children(directory)
+        return [path for path in places if (path / UNFINISHED).exists() and is_settled(path)]
     found = []
     for path in directory.glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
         try:
@@ -78,8 +127,11 @@ def abandoned(directory: Path, name: str | None = None) -> list[Path]:
 def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a file or directory, which ends with the process at the latest.
 
-    Without `wait`, raises OSError where another has it. File systems that have no locks are worked on without.
+    Without `wait`, raises OSError where another has it. File systems that have no locks, and buckets, are worked on without.
     """
+    if in_bucket(path):
+        yield
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
@@ -99,12 +151,16 @@ def is_disk_full(error: Exception) -> bool:
 
 def check_new(out: Path) -> None:
     """Raises UserError unless `out` does not exist or is an empty directory."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_whole(out) and (not out.is_dir() or children(out)):
         raise UserError(f"{out} exists and is not empty; give a new or empty directory")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step."""
+    if in_bucket(path):
+        before_change("write", path)
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         before_change("write", temporary)
@@ -118,7 +174,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file of a directory that is still under way, with the folders it lies in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not in_bucket(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     before_change("write", path)
     path.write_bytes(content)
 
@@ -158,6 +215,11 @@ def _reflink(source: Path, target: Path) -> None:
 
 def remove(directory: Path) -> None:
     """Takes a directory away: at once, as far as anybody sees."""
+    if in_bucket(directory):
+        before_change("remove", directory)
+        (directory / UNFINISHED).write_text("")
+        _clear(directory)
+        return
     gone = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
     before_change("remove", directory)
     os.replace(directory, gone)

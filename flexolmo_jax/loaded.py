@@ -82,7 +82,7 @@ class LoadedModel:
 
 def load(path: str | Path, which: str = "last") -> LoadedModel:
     """Loads a run (`which`: its last or best checkpoint, or a step), a published anchor or a merged model."""
-    artifact = open_artifact(Path(path))
+    artifact = open_artifact(path)
     return LoadedModel(artifact, artifact.params(which))
 
 

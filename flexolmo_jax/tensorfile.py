@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import open_regular
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
@@ -43,23 +43,20 @@ class TensorFile:
         """Raises UserError for anything that is not a whole, regular safetensors file."""
         self.path = path
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._file = open_regular(path)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; expected a regular file") from None
+            raise UserError(f"cannot read {path}: {error.strerror or error}; expected a regular file") from None
         try:
-            status = os.fstat(self._file)
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{path} is not a regular file")
-            self.entries, self.header_sha256 = self._read_header(status.st_size)
+            self.entries, self.header_sha256 = self._read_header(self._file.seek(0, os.SEEK_END))
         except BaseException:
-            os.close(self._file)
+            self._file.close()
             raise
 
     def __enter__(self) -> "TensorFile":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        self._file.close()
 
     def read(self, name: str, into: np.ndarray | None = None) -> tuple[np.ndarray, str, bool]:
         """A tensor, the SHA-256 of its bytes, and whether all its values are finite. `into`: bytes to lay it in, at least its size."""
@@ -67,20 +64,22 @@ class TensorFile:
         size = entry.end - entry.begin
         data = np.empty(size, np.uint8) if into is None else into[:size]
         digest, finite = hashlib.sha256(), FiniteCheck(entry.dtype)
+        self._file.seek(entry.begin)
         for start in range(0, size, BLOCK):
             block = data[start : start + BLOCK]
-            if os.preadv(self._file, [block.data], entry.begin + start) != len(block):
+            if self._file.readinto(block.data) != len(block):  # type: ignore[attr-defined]
                 raise UserError(f"{self.path} ended while it was read; is somebody changing it?")
             digest.update(block.data)
             finite.update(block)
         return data.view(entry.dtype).reshape(entry.shape), digest.hexdigest(), finite.holds
 
     def _read_header(self, size: int) -> tuple[dict[str, Entry], str]:
-        start = os.pread(self._file, 8, 0)
+        self._file.seek(0)
+        start = self._file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, HEADER_LIMIT):
             raise UserError(f"{self.path} cannot be read as safetensors: its header is said to be {length} bytes long, in a file of {size}")
-        text = os.pread(self._file, length, 8)
+        text = self._file.read(length)
         try:
             entries = _parse(text, 8 + length)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -6,6 +6,7 @@ the "embed" axis, so that a device which holds a part of it reads that part; eac
 bit is an error and not a weight.
 
     <parameter path, with dots>/zarr.json   <parameter>/c/<index of the shard>   _METADATA  _CHECKPOINT_METADATA (Orbax's)
+    commit_success.txt   (Orbax's too: written last, because in a bucket it takes a checkpoint without it for one that is being written)
 """
 
 import hashlib
@@ -22,10 +23,12 @@ import tensorstore as ts
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import before_change, write_bytes
+from flexolmo_jax.paths import in_bucket, kvstore, listing
 
 CHUNK = 1 << 21  # bytes at most of a chunk, where its axis can be halved so far
 PIECES = 16  # chunks at least of a shard, so that as many devices read only their own, where that leaves ...
 SMALL = 1 << 18  # ... so many bytes a chunk
+COMMIT = "commit_success.txt"
 SHARD = 1 << 26  # bytes at most of a shard, where its first axis can
 
 Index = tuple[int, ...]
@@ -121,8 +124,10 @@ class Writer:
         self._arrays: dict[str, ts.TensorStore] = {}
         self._writing: Any = None
         self._written: list[Path] = []
-        for name, content in metadata_files(layouts).items():
-            write_bytes(directory / name, content)
+        self._metadata = metadata_files(layouts)
+        for name, content in self._metadata.items():
+            if name != COMMIT:
+                write_bytes(directory / name, content)
 
     def __enter__(self) -> "Writer":
         return self
@@ -131,9 +136,12 @@ class Writer:
         if self._writing is not None and kind is None:
             self._writing.result()
             for file in self._written:
-                file.chmod(0o444)  # other models may come to share it
+                if not in_bucket(file):
+                    file.chmod(0o444)  # other models may come to share it
         elif self._writing is not None:
             self._writing.exception()  # waits; one error is enough
+        if kind is None:
+            write_bytes(self.directory / COMMIT, self._metadata[COMMIT])
 
     def write(self, path: str, index: Index, values: np.ndarray) -> None:
         """Starts writing one shard when the one before it is done; until then `values` must stay as they are."""
@@ -155,7 +163,7 @@ class Writer:
 
     def file(self, path: str, index: Index) -> Path:
         """Where a shard lies."""
-        return shard_file(self.directory, path, index)
+        return self.directory / shard_name(path, index)
 
 
 class Reader:
@@ -170,7 +178,7 @@ class Reader:
 
     def file(self, path: str, index: Index) -> Path:
         """Where a shard lies, if the array has the layout that the index is of."""
-        return shard_file(self.directory, path, index)
+        return self.directory / shard_name(path, index)
 
     def digest(self, path: str, boxes: Iterable[Box]) -> str:
         """SHA-256 of the values (row-major, little-endian) of parts that follow each other."""
@@ -214,30 +222,31 @@ def save(directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[st
 
 def missing_shards(directory: Path, paths: Iterable[str]) -> list[str]:
     """Files that are not there: Zarr takes such a one for zeros."""
-    reader = Reader(directory)
-    files = (reader.file(path, index) for path in paths for index in Layout.stored(reader, path).indices())
-    return [str(file) for file in files if not file.exists()]
+    reader, found = Reader(directory), listing(directory)
+    names = (shard_name(path, index) for path in paths for index in Layout.stored(reader, path).indices())
+    return [name for name in names if name not in found]
 
 
 def metadata_files(layouts: Mapping[str, Layout]) -> dict[str, bytes]:
     """Everything in a directory of weights but the shards, by name."""
     arrays = {f"{path.replace('/', '.')}/zarr.json": layout.metadata() for path, layout in layouts.items()}
-    return {name: _canonical(content) for name, content in (arrays | orbax_metadata(layouts)).items()}
+    return {name: _canonical(content) for name, content in (arrays | orbax_metadata(layouts)).items()} | {COMMIT: b"complete\n"}
 
 
 def array_directory(directory: Path, path: str) -> Path:
     return directory / path.replace("/", ".")
 
 
-def shard_file(directory: Path, path: str, index: Index) -> Path:
-    return array_directory(directory, path).joinpath("c", *map(str, index))
+def shard_name(path: str, index: Index) -> str:
+    """The file of a shard in a directory of weights."""
+    return "/".join((path.replace("/", "."), "c", *map(str, index)))
 
 
 def open_array(directory: Path) -> ts.TensorStore:
     """Without a cache, and without a sync a file: whoever completes the directory syncs all of it."""
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(directory.absolute())},
+        "kvstore": kvstore(directory),
         "store_data_equal_to_fill_value": True,  # a shard of zeros is a file too: a missing one is then an error
         "recheck_cached_data": False,
     }

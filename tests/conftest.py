@@ -24,7 +24,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
 
-pytest_plugins = ("tests.tiny",)  # fixtures of trained anchors, experts and merges, which several directories of tests share
+# Fixtures that several directories of tests share: trained anchors, experts and merges; an object store.
+pytest_plugins = ("tests.tiny", "tests.object_store")
 
 
 def pytest_collection_modifyitems(items):

@@ -10,6 +10,7 @@ the -log2 p of the scored tokens over their UTF-8 bytes.
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,6 +19,7 @@ import numpy as np
 
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import absolute, in_bucket, path_of
 
 FORMAT = 1
 Split = Literal["train", "heldout"]
@@ -67,7 +69,7 @@ class Index:
     @classmethod
     def read(cls, path: Path) -> "Index":
         """The index of a prepared directory. Raises UserError where there is none or it is not one of ours."""
-        file = Path(path) / INDEX_FILE
+        file = path / INDEX_FILE
         try:
             fields = json.loads(file.read_text("utf-8"))
             if fields["format"] != FORMAT:
@@ -85,16 +87,16 @@ class Index:
 
     def write(self, path: Path) -> None:
         """Writes `index.json` into a directory."""
-        (Path(path) / INDEX_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
+        (path / INDEX_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
 
 
 class Records:
-    """One split of a prepared directory, memory-mapped: `len(records)`, `records[i]`."""
+    """One split of a prepared directory, memory-mapped, or read whole out of a bucket: `len(records)`, `records[i]`."""
 
     def __init__(self, path: Path, split: Split):
         if split not in SPLITS:
             raise UserError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
-        self.path = Path(path)
+        self.path = path_of(path)
         self.split: Split = split
         self.index = Index.read(self.path)
         self._tokens = self._map("tokens", np.dtype(token_dtype(self.index.vocab_size)))
@@ -103,7 +105,7 @@ class Records:
     @property
     def name(self) -> str:
         """The directory's name."""
-        return self.path.resolve().name
+        return absolute(self.path).name
 
     @property
     def seq_len(self) -> int:
@@ -136,18 +138,21 @@ class Records:
                 np.lib.format.read_magic(opened)
                 header = np.lib.format.read_array_header_1_0(opened)
                 start = opened.tell()
+                size = opened.seek(0, os.SEEK_END)
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}; prepare the data again") from error
         except ValueError as error:
             raise UserError(f"{file} is not a NumPy file: prepare the data again") from error
         expected = start + shape[0] * shape[1] * dtype.itemsize
-        if header != (shape, False, dtype) or file.stat().st_size != expected:
+        if header != (shape, False, dtype) or size != expected:
             raise UserError(
-                f"{file} holds {header[0]} {header[2]} in {file.stat().st_size} bytes, its index says {shape} {dtype} in "
+                f"{file} holds {header[0]} {header[2]} in {size} bytes, its index says {shape} {dtype} in "
                 f"{expected}: an incomplete copy, or files of two preparations; copy or prepare it again"
             )
         if shape[0] == 0:  # nothing to map, which mmap refuses
             return np.zeros(shape, dtype)
+        if in_bucket(file):
+            return np.frombuffer(file.read_bytes(), dtype, offset=start).reshape(shape)
         return np.memmap(file, dtype, "r", start, shape)
 
 
@@ -184,7 +189,7 @@ def scored_targets(tokens: np.ndarray, segments: np.ndarray, eos_id: int) -> np.
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file, in hex. Raises UserError where it cannot be read."""
     try:
-        with Path(file).open("rb") as opened:
+        with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error

@@ -6,7 +6,6 @@ for a known number of UTF-8 bytes and no text is lost, which is what makes bits 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 
 from flexolmo_jax.data.documents import document_files, read_documents
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import write_text
 from flexolmo_jax.progress import bar, note
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -78,7 +78,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """From a tokenizer.json or a directory with one. Raises UserError where there is none or it is no byte-level BPE."""
-        file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+        file = path / TOKENIZER_FILE if path.is_dir() else path
         try:
             return cls(file.read_text("utf-8"), str(file))
         except OSError as error:
@@ -89,16 +89,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Writes the file as it was loaded: to `path`, or to tokenizer.json inside it where it is a directory."""
-        file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as opened:
-                opened.write(self._content)
-                opened.flush()
-                os.fsync(opened.fileno())
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path / TOKENIZER_FILE if path.is_dir() else path, self._content)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, special tokens neither added nor recognised."""

@@ -25,6 +25,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import new_directory
 from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.paths import children
 from flexolmo_jax.progress import note
 from flexolmo_jax.weights import Layout, Reader
 
@@ -134,7 +135,7 @@ def tensor_digest(array: np.ndarray) -> str:
 def embedder_digest(directory: Path) -> str:
     """Over the names and bytes of the embedder's files."""
     digest = hashlib.sha256()
-    for path in sorted(directory.iterdir()):
+    for path in children(directory):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 

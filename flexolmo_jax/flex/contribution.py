@@ -11,7 +11,6 @@ key, of itself: a byte that changed on the way is found wherever it is.
 
 import datetime
 import hashlib
-import os
 import re
 import stat
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ import numpy as np
 from flexolmo_jax.artifact import Artifact, canonical_json
 from flexolmo_jax.config import ModelConfig, build
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import children, in_bucket, open_regular, path_of
 from flexolmo_jax.tensorfile import TensorFile, strict_json
 
 from .signature import ANY, Trust, check_signature
@@ -135,9 +135,9 @@ def name_of_tensor(leaf: str, layer: int) -> str:
 
 def open_contribution(path: Path) -> Contribution:
     """Reads the manifest and the signature. Raises UserError for anything else than a contribution with nothing else in it."""
-    path = Path(path)
+    path = path_of(path)
     try:
-        names = set(os.listdir(path))
+        names = {child.name for child in children(path)}
     except OSError as error:
         raise UserError(f"{path} is not a contribution: {error.strerror}; expected a directory with a {MANIFEST}") from None
     if MANIFEST not in names:
@@ -146,7 +146,7 @@ def open_contribution(path: Path) -> Contribution:
         found = ", ".join(repr(name) for name in sorted(unknown)[:3])
         raise UserError(f"{path} holds {found}; a contribution is {TENSORS}, {MANIFEST} and perhaps {SIGNATURE}, and nothing else")
     for name in names:
-        if not stat.S_ISREG((path / name).lstat().st_mode):
+        if not in_bucket(path) and not stat.S_ISREG((path / name).lstat().st_mode):
             raise UserError(f"{path / name} is not a regular file; a contribution has no links and no folders in it")
     text = _read(path / MANIFEST)
     try:
@@ -171,7 +171,7 @@ def sealed(manifest: dict[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> bytes:
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+    with open_regular(path) as file:
         text = file.read(MANIFEST_LIMIT + 1)
     if len(text) > MANIFEST_LIMIT:
         raise UserError(f"{path} has more than {MANIFEST_LIMIT} bytes; that is none")

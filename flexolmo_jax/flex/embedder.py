@@ -79,7 +79,7 @@ def load_embedder(directory: Path) -> Embedder:
 
     Raises UserError when a file is missing or damaged, or when the package here is missing or not the version that was published.
     """
-    path = Path(directory) / "embedder.json"
+    path = directory / "embedder.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         name, version, dim = (saved[key] for key in ("name", "version", "dim"))

@@ -17,8 +17,9 @@ from flexolmo_jax.data.records import sha256_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import WAYS, check_new, new_directory
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.paths import absolute
 from flexolmo_jax.progress import note
-from flexolmo_jax.weights import Reader
+from flexolmo_jax.weights import Reader, metadata_files
 
 from .anchor import layouts, open_anchor, tensor_digest
 from .contribution import Contribution, open_contribution
@@ -49,7 +50,7 @@ def merge(
     anchor = open_anchor(anchor_path)
     contributions = [_admitted(path, anchor, trust) for path in contribution_paths]
     description = _description(anchor.description, anchor.description["tensors"], [_member(c) for c in contributions], active)
-    store = Store(store_path or out.absolute().parent / STORE)
+    store = Store(store_path or absolute(out).parent / STORE)
     with store.shared():
         trunk = store.anchor(anchor)
         sources = [Source(trunk, 0), *(Source(store.expert(c), 0) for c in contributions)]
@@ -132,7 +133,7 @@ def _admitted(path: Path, base: Artifact, trust: Trust) -> Contribution:
 
 
 def _store(model: Artifact, path: Path | None) -> Store:
-    return Store(path or model.path.absolute().parent / STORE)
+    return Store(path or absolute(model.path).parent / STORE)
 
 
 def _changed(
@@ -230,10 +231,10 @@ def _compose(
         base.tokenizer.save(directory / "tokenizer.json")
         target = layouts(ModelConfig(**description["model"]), description["tensors"])
         taken = compose(directory / "weights", target, trunk, sources, ways, rows)
-        small = [directory / "tokenizer.json", *directory.glob("weights/_*"), *directory.glob("weights/*/zarr.json")]
-        files = {str(path.relative_to(directory)): sha256_of(path) for path in small}
-        write_description(directory, description | {"files": files})
+        small = ["tokenizer.json", *(f"weights/{name}" for name in metadata_files(target))]
+        files = {name: sha256_of(directory / name) for name in small}
         if receipt is not None:
             write_receipt(directory, receipt)
+        write_description(directory, description | {"files": files})
     note(f"composed {out}: {', '.join(f'{n} files by {way}' for way, n in taken.items())}")
     return open_artifact(out)

@@ -5,6 +5,9 @@
 
 An object is named by what it holds. Models are composed of its files: by hard link, reflink or copy, or through memory where another
 layout is wanted. A model stands on its own: removing the store, or an object that `gc` finds no model to need, changes none.
+
+In a bucket the same files come by copies that the object store makes itself. It has no locks: there `gc` leaves alone what changed within
+the last hour, and should not run while somebody merges.
 """
 
 import contextlib
@@ -23,14 +26,15 @@ import numpy as np
 from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact, read_sealed, sealed_json
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import WAYS, abandoned, before_change, locked, new_directory, place, remove, write_text
-from flexolmo_jax.weights import Box, Index, Layout, Reader, Writer, metadata_files
+from flexolmo_jax.files import WAYS, abandoned, before_change, is_settled, is_whole, locked, new_directory, place, remove, write_text
+from flexolmo_jax.paths import absolute, children, copy_objects, in_bucket, listing, path_of
+from flexolmo_jax.weights import Box, Index, Layout, Reader, Writer, metadata_files, shard_name
 
 from .anchor import check_tensors, layouts
 from .contribution import MATRICES, Contribution, leaf_of, name_of_tensor
 
 STORE = "flexolmo-store"
-LAYOUT = 1  # counted up whenever weights.Layout chooses otherwise
+LAYOUT = 2  # counted up whenever weights.py lays out the same tensors otherwise
 Entries = Mapping[str, Mapping[str, Any]]  # dtype, shape and SHA-256 of tensors, by path
 
 
@@ -45,7 +49,7 @@ class Store:
     """A directory. `shared` and `alone` hold its lock: composing needs objects to stay, `gc` needs nobody to compose."""
 
     def __init__(self, path: Path):
-        self.path = path.absolute()
+        self.path = absolute(path)
         self._objects, self._models = self.path / "objects", self.path / "models"
 
     @classmethod
@@ -58,6 +62,9 @@ class Store:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Makes the store where there is none; one that was made for nothing goes with the error."""
+        if in_bucket(self.path):
+            yield
+            return
         is_new = not self._objects.exists()
         try:
             for directory in (self._objects, self._models):
@@ -97,7 +104,7 @@ class Store:
 
     def register(self, model: Path) -> None:
         """Remembers where a model is about to be."""
-        model = model.resolve()
+        model = absolute(model)
         entry = self._models / f"{hashlib.sha256(str(model).encode()).hexdigest()[:16]}.json"
         write_text(entry, sealed_json({"path": str(model)}))
 
@@ -112,21 +119,21 @@ class Store:
         return found
 
     def holds(self, key: str) -> bool:
-        return (self._objects / key).exists()
+        return is_whole(self._objects / key)
 
     def verify(self) -> int:
         """Reads every object; returns how many. Raises UserError naming the first that is not what its name says."""
         self._registered()
         with self.shared():
-            objects = [path for path in sorted(self._objects.iterdir()) if not path.name.startswith(".")]
+            objects = self._whole()
             for path in objects:
                 _check_object(path)
         return len(objects)
 
     def info(self) -> dict[str, Any]:
         """What is here: objects, their bytes, and the models that are made of them."""
-        objects = [path for path in self._objects.iterdir() if not path.name.startswith(".")]
-        size = sum(file.stat().st_size for path in objects for file in path.rglob("*") if file.is_file())
+        objects = self._whole()
+        size = sum(file.size for path in objects for file in listing(path).values())
         models = {str(model.path): list(model.experts) for model in self.models()}
         return {"kind": "store", "objects": len(objects), "bytes": size, "models": models}
 
@@ -134,38 +141,42 @@ class Store:
         """Removes objects that no registered model is made of, and what killed processes left, here and beside those models."""
         with self.alone():
             needed = {key for model in self.models() for key in keys_of(model)}
-            removed = [path for path in sorted(self._objects.iterdir()) if not path.name.startswith(".") and path.name not in needed]
+            removed = [path for path in self._whole() if path.name not in needed and is_settled(path)]
             left = {path for directory in (self._objects, self._models) for path in abandoned(directory)}
             for entry, model in self._registered().items():
-                left |= set(abandoned(model.parent, model.name)) if model.parent.exists() else set()
-                if not model.exists():
+                left |= set(abandoned(model.parent, model.name))
+                if not model.exists() or model in left:
                     before_change("remove", entry)
                     entry.unlink()
-            size = sum(file.stat().st_size for path in (*removed, *left) for file in path.rglob("*") if file.is_file())
-            for path in removed:
-                remove(path)
-            for path in left:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            kept = sorted(path.name for path in self._objects.iterdir())
+            size = sum(file.size for path in (*removed, *left) for file in listing(path).values())
+            for path in (*removed, *left):
+                remove(path) if path.is_dir() else path.unlink()
+            kept = [path.name for path in children(self._objects)]
         return {"store": str(self.path), "removed": [p.name for p in removed], "leftovers": len(left), "bytes": size, "kept": kept}
+
+    def _whole(self) -> list[Path]:
+        """The objects that are there, and not what somebody is writing."""
+        return [path for path in children(self._objects) if not path.name.startswith(".") and is_whole(path)]
 
     def _registered(self) -> dict[Path, Path]:
         found = {}
-        for entry in sorted(self._models.glob("*.json")):
+        for entry in children(self._models):
+            if entry.suffix != ".json":
+                continue
             try:
-                found[entry] = Path(read_sealed(entry)["path"])
+                found[entry] = path_of(read_sealed(entry)["path"])
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 raise UserError(f"{entry} is damaged ({error!s:.80}); remove it: it only says where a model is") from None
         return found
 
     def _object(self, key: str, fill: Any) -> Path:
         target = self._objects / key
-        if not target.exists():
+        if not is_whole(target):
             try:
-                with new_directory(target) as directory:
+                with new_directory(target, shared=True) as directory:
                     fill(directory / "weights")
             except (OSError, UserError):
-                if not target.exists():  # else another process has put it there meanwhile
+                if not is_whole(target):  # else another process has put it there meanwhile
                     raise
         return target / "weights"
 
@@ -197,19 +208,28 @@ def compose(
     """Writes weights whose trunk and whose experts, in this order, lie elsewhere; returns how many files came which way.
 
     The ways "link", "reflink" and "copy" move whole files; "stream" goes through memory, a shard at a time, and is also taken where the
-    source has another layout. `instead` has arrays that are written in the place of what lies there. A router bias that a source has
-    not is 0. Raises UserError for data that cannot be read.
+    source has another layout, or only one of both places is in a bucket. `instead` has arrays that are written in the place of what lies
+    there. A router bias that a source has not is 0. Raises UserError for data that cannot be read, and for a way that a bucket has not.
     """
+    if in_bucket(directory) and not {"copy", "stream"} & set(ways):
+        raise UserError(f"{directory} is in a bucket, which has no {' and no '.join(ways)}; try --by auto")
     taken: Counter[str] = Counter()
     readers = {weights: Reader(weights) for weights in (trunk, *(source.weights for source in experts))}
     same: dict[tuple[Path, str], bool] = {}
+    copies: list[tuple[Path, Path]] = []  # within buckets: many at once
 
     def put(writer: Writer, path: str, index: Index, weights: Path, at: Index) -> None:
         reader, layout = readers[weights], target[path]
         if (weights, path) not in same:
-            same[weights, path] = _but_shape(reader.metadata(path)) == _but_shape(json.loads(canonical_json(layout.metadata())))
+            ours, theirs = json.loads(canonical_json(layout.metadata())), reader.metadata(path)
+            same[weights, path] = _but_shape(theirs) == _but_shape(ours) and in_bucket(weights) == in_bucket(directory)
         if same[weights, path] and "stream" not in ways:
-            taken[place(reader.file(path, at), writer.file(path, index), ways)] += 1
+            source, file = reader.file(path, at), writer.file(path, index)
+            if in_bucket(directory):
+                copies.append((source, file))
+                taken["server-side copy"] += 1
+            else:
+                taken[place(source, file, ways)] += 1
         else:
             box = list(layout.box(index))
             if at != index:  # another expert: there may be more of them there than here
@@ -232,6 +252,7 @@ def compose(
                     put(writer, path, index, source.weights, (layer, source.index, *rest))
                 else:
                     writer.write(path, index, np.zeros(layout.shard, layout.dtype))
+        copy_objects(copies)
     return dict(taken)
 
 
@@ -239,10 +260,11 @@ def _check_object(path: Path) -> None:
     weights = path / "weights"
     reader = Reader(weights)
     try:
-        target = {p.name.replace(".", "/"): Layout.stored(reader, p.name.replace(".", "/")) for p in weights.iterdir() if p.is_dir()}
+        arrays = (name.removesuffix("/zarr.json").replace(".", "/") for name in listing(weights) if name.endswith("/zarr.json"))
+        target = {path: Layout.stored(reader, path) for path in arrays}
         small = metadata_files(target)
-        shards = {str(reader.file(name, index).relative_to(weights)) for name, layout in target.items() for index in layout.indices()}
-        found = {str(p.relative_to(weights)) for p in weights.rglob("*") if p.is_file()}
+        shards = {shard_name(path, index) for path, layout in target.items() for index in layout.indices()}
+        found = listing(weights).keys()
         if found != shards | small.keys() or any((weights / name).read_bytes() != content for name, content in small.items()):
             raise UserError("its files are not those of an object")
         entries = _entries(reader, target)

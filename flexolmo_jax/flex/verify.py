@@ -9,8 +9,9 @@ import numpy as np
 from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sealed
 from flexolmo_jax.data.records import open_records, sha256_of
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import listing
 from flexolmo_jax.progress import note
-from flexolmo_jax.weights import Reader
+from flexolmo_jax.weights import Reader, shard_name
 
 from .admission import admission
 from .anchor import layouts, open_anchor, verify_anchor
@@ -79,12 +80,11 @@ def _judge(path: Path, findings: list[str], refuse: bool) -> None:
 
 def verify_model(model: Artifact) -> None:
     """Raises UserError naming the first file or tensor of a merged model that is not what was merged, is missing or does not belong."""
-    weights, declared = model.path / "weights", model.description["files"]
+    declared = model.description["files"]
     target = layouts(model.config, model.description["tensors"])
-    reader = Reader(weights)
-    shards = {str(reader.file(path, index).relative_to(model.path)) for path, layout in target.items() for index in layout.indices()}
+    shards = {f"weights/{shard_name(path, index)}" for path, layout in target.items() for index in layout.indices()}
     expected = shards | declared.keys() | {DESCRIPTION}
-    found = {str(file.relative_to(model.path)) for file in model.path.rglob("*") if not file.is_dir()} - {RECEIPT}
+    found = listing(model.path).keys() - {RECEIPT}
     for kind, names in (("misses", expected - found), ("holds unknown files:", found - expected)):
         if names:
             raise UserError(f"{model.path} {kind} {', '.join(sorted(names)[:3])}; merge it again")
