@@ -16,7 +16,8 @@ from typing import cast
 import grain
 import numpy as np
 
-from flexolmo_jax.data.records import Record, Records
+from flexolmo_jax.data.records import Record
+from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 
 _FEW = 1 << 16
@@ -71,7 +72,7 @@ class Batches:
         return process_index * rows, rows
 
 
-def mixture(sources: Sequence[tuple[Records, float]], batch_size: int, seed: int) -> Batches:
+def mixture(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int) -> Batches:
     """Batches in which sources appear in the proportion of their weights (which need not add up to one).
 
     Raises UserError where there is no source, one has no records or no positive weight, sources disagree in sequence length or
@@ -83,7 +84,7 @@ def mixture(sources: Sequence[tuple[Records, float]], batch_size: int, seed: int
     return Batches(mixed, batch_size, sources[0][0].seq_len)
 
 
-def _shuffled_for_ever(records: Records, seed: tuple[int, int]) -> grain.MapDataset[Record]:
+def _shuffled_for_ever(records: Source, seed: tuple[int, int]) -> grain.MapDataset[Record]:
     """All records, then all again in another order, and so on. A source's place is part of its seed: a corpus named twice comes
     in two orders."""
     if len(records) < _FEW:
@@ -106,7 +107,7 @@ class _FewShuffled:
     """What Grain's shuffle and repeat do, for few records: its index shuffle then rejects most of what it draws (0.8 ms
     a record at 37 records, 0.02 ms from 20 thousand on), while a permutation of each epoch costs next to nothing."""
 
-    def __init__(self, records: Records, seed: tuple[int, int]):
+    def __init__(self, records: Source, seed: tuple[int, int]):
         self._records = records
         self._order = lru_cache(2)(lambda epoch: np.random.default_rng((*seed, epoch)).permutation(len(records)))
 
@@ -118,7 +119,7 @@ class _FewShuffled:
         return self._records[int(self._order(epoch)[place])]
 
 
-def _check(sources: Sequence[tuple[Records, float]], batch_size: int, seed: int) -> None:
+def _check(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int) -> None:
     if not sources:
         raise UserError("got no data: expected at least one source of records")
     if batch_size < 1:
@@ -133,7 +134,7 @@ def _check(sources: Sequence[tuple[Records, float]], batch_size: int, seed: int)
             raise UserError(f"{records.path} has no {records.split} records: give it more documents or another held-out share")
         if records.seq_len != first.seq_len:
             raise UserError(f"{records.path} has records of {records.seq_len} tokens, {first.path} of {first.seq_len}: prepare both alike")
-        if records.index.tokenizer_digest != first.index.tokenizer_digest:
+        if records.tokenizer_digest != first.tokenizer_digest:
             raise UserError(f"{records.path} and {first.path} were prepared with different tokenizers: prepare both with one")
     total = sum(len(records) for records, _ in sources)
     if total < batch_size:

@@ -21,8 +21,20 @@ import numpy as np
 
 from flexolmo_jax.data.documents import INDEX_FILE, document_files, has_documents, name_of, read_documents
 from flexolmo_jax.data.packing import Packer, Pieces, lay_out
-from flexolmo_jax.data.records import FORMAT, SPLITS, Index, InputFile, Split, SplitIndex, scored_targets, sha256_of, token_dtype
+from flexolmo_jax.data.records import (
+    FORMAT,
+    SPLITS,
+    Index,
+    InputFile,
+    Split,
+    SplitIndex,
+    open_records,
+    scored_targets,
+    sha256_of,
+    token_dtype,
+)
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import new_directory
 from flexolmo_jax.progress import bar, note
@@ -64,6 +76,23 @@ def prepare(
         raise UserError("got no documents to prepare: expected files or directories of documents")
     with new_directory(out) as directory:
         return _prepare(files, tokenizer, seq_len, directory, Path(out).resolve().name, heldout, workers or _cores())
+
+
+def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> Source:
+    """Records of whatever a path is: a split of prepared data, or of documents, prepared into the cache; token files as they lie.
+
+    Raises UserError as `prepare_cached` and `TokenRecords` do.
+    """
+    if has_tokens(path):
+        return TokenRecords(path, tokenizer, seq_len)
+    return open_records(prepare_cached(path, tokenizer, seq_len), split)
+
+
+def open_heldout(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split = "heldout") -> Source:
+    """Records to score: as `open_data` opens them, but of a prepared directory whatever their length and tokenizer."""
+    if (path / INDEX_FILE).exists():
+        return open_records(path, split)
+    return open_data(path, tokenizer, seq_len, split)
 
 
 def prepare_cached(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path | None = None) -> Path:

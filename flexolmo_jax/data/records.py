@@ -113,6 +113,11 @@ class Records:
         return self.index.seq_len
 
     @property
+    def tokenizer_digest(self) -> str:
+        """Of the tokenizer that the records were made with."""
+        return self.index.tokenizer_digest
+
+    @property
     def stats(self) -> SplitIndex:
         """What this split holds."""
         return self.index.splits[self.split]

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.data.documents import name_of
-from flexolmo_jax.data.prepare import prepare_cached
-from flexolmo_jax.data.records import Records, Split, open_records
+from flexolmo_jax.data.prepare import open_heldout
+from flexolmo_jax.data.records import Split
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.progress import bar
@@ -25,7 +25,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """The held-out records of prepared directories or raw documents, scored.
+    """The held-out records of prepared directories or raw documents, and all of token files, scored.
 
     Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data: {expert: share}},
     "routing_by_layer": {data: {expert: [share of each layer]}}}; `limit` reads the first records of each only.
@@ -34,7 +34,7 @@ def evaluate(
     scorer = make_scorer(model.config, k)
     result: dict[str, Any] = {"bits_per_byte": {}, "tokens": {}, "bytes": {}, "routing": {}, "routing_by_layer": {}}
     for path in data:
-        records = open_heldout(path, model, split)
+        records = open_heldout(path, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len), split)
         name = name_of(path)
         if name in result["tokens"]:
             raise UserError(f"two data sets are called {name!r}; rename one of them")
@@ -55,11 +55,3 @@ def evaluate(
         result["routing_by_layer"][name] = by_layer
         result["routing"][name] = {expert: sum(shares) / len(shares) for expert, shares in by_layer.items()}
     return result
-
-
-def open_heldout(path: Path, model: LoadedModel, split: Split = "heldout") -> Records:
-    """Records of a prepared directory, or of raw documents, which are prepared into the cache."""
-    if (path / "index.json").exists():
-        return open_records(path, split)
-    seq_len = min(RAW_SEQ_LEN, model.config.max_seq_len)
-    return open_records(prepare_cached(path, model.tokenizer, seq_len), split)

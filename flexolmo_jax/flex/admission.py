@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact
+from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.evals.bits_per_byte import open_heldout
+from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN
 from flexolmo_jax.loaded import load
 from flexolmo_jax.train.evaluate import make_scorer, score_records
 
@@ -62,7 +63,7 @@ def admission(contribution: Contribution, anchor: Artifact, public: Path, policy
 
 
 def _trial(contribution: Contribution, model: Any, expert: Mapping[str, np.ndarray], public: Path) -> dict[str, Any]:
-    records = open_heldout(public, model)
+    records = open_heldout(public, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len))
     if not len(records):
         raise UserError(f"{public} has no held-out records; give more public text")
     pair = model.params | {"expert": {name: jnp.asarray(a) for name, a in expert.items()}}

@@ -16,8 +16,9 @@ import numpy as np
 from flexolmo_jax.artifact import Artifact, Placement
 from flexolmo_jax.config import Dataset, ModelConfig, PairConfig, RunConfig
 from flexolmo_jax.data.documents import has_documents, read_documents
-from flexolmo_jax.data.records import open_records
+from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokens import has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.train.loop import Job, train
@@ -80,13 +81,13 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
 
 
 def _private_documents(run: RunConfig, tokenizer: Tokenizer):
-    """Raw documents as they are; of prepared directories, the training records as text."""
+    """Raw documents as they are; of prepared directories and token files, records as text."""
     for dataset in run.data.train:
         path = Path(dataset.path)
-        if has_documents(path):
+        if not has_tokens(path) and has_documents(path):
             yield from read_documents(path)
         else:
-            records = open_records(path, "train")
+            records = open_data(path, tokenizer, run.data.seq_len, "train")
             for i in np.random.default_rng(0).permutation(len(records))[:2000]:
                 record = records[int(i)]
                 yield tokenizer.decode(record["tokens"][record["segments"] > 0].tolist())

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.data.records import Records, scored_targets
+from flexolmo_jax.data.records import scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, forward
 
@@ -58,7 +59,7 @@ def make_scorer(config: ModelConfig, active: int | None = None, dtype: str = "fl
 def score_records(
     scorer: Scorer,
     params: Params,
-    records: Records,
+    records: Source,
     tokenizer: Tokenizer,
     *,
     allowed: np.ndarray | None = None,
@@ -90,11 +91,11 @@ def score_records(
     return Score(bits, n_tokens, n_bytes, routing / n_tokens)
 
 
-def check_tokenizer(records: Records, tokenizer: Tokenizer) -> None:
+def check_tokenizer(records: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError where the records were prepared with another tokenizer."""
-    if records.index.tokenizer_digest != tokenizer.digest:
+    if records.tokenizer_digest != tokenizer.digest:
         raise UserError(
-            f"{records.path} was prepared with tokenizer {records.index.tokenizer_digest[:12]}; the model has {tokenizer.digest[:12]}; "
+            f"{records.path} was prepared with tokenizer {records.tokenizer_digest[:12]}; the model has {tokenizer.digest[:12]}; "
             "prepare the documents with the model's tokenizer"
         )
 

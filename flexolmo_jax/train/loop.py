@@ -27,8 +27,9 @@ from flexolmo_jax import checkpoint, sharding
 from flexolmo_jax.artifact import DESCRIPTION, Placement, describe, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, RunConfig, dump_yaml, to_dict
 from flexolmo_jax.data.mixture import Batches
-from flexolmo_jax.data.records import Record, Records, loss_targets
+from flexolmo_jax.data.records import Record, loss_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.files import new_directory, write_text
 from flexolmo_jax.model import Params, logical_axes
@@ -54,7 +55,7 @@ class Job:
     experts: tuple[str, ...]  # names, the anchor's first
     tokenizer: Tokenizer
     batches: Batches
-    heldout: dict[str, Records]
+    heldout: dict[str, Source]
     contrast: tuple[tuple[int, float], ...] = ()  # for each source of the mixture: (expert its tokens belong to, weight in the loss)
     base: dict[str, Any] = field(default_factory=dict)  # pair, router: {"base": path, "fingerprint": digest}
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from flexolmo_jax.config import DataConfig, Dataset
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.mixture import Batches, mixture
-from flexolmo_jax.data.prepare import prepare_cached
-from flexolmo_jax.data.records import Records, open_records
+from flexolmo_jax.data.prepare import open_data
+from flexolmo_jax.data.records import Split
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokens import Source, has_tokens
 from flexolmo_jax.errors import UserError
 
 
@@ -17,21 +18,34 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
     if data.tokenizer:
         return Tokenizer.load(Path(data.tokenizer))
     for dataset in data.train:
-        if not has_documents(Path(dataset.path)):  # raises where there is nothing at all
-            return Tokenizer.load(Path(dataset.path))
+        path = Path(dataset.path)
+        if not has_tokens(path) and not has_documents(path):  # raises where there is nothing at all
+            return Tokenizer.load(path)
     raise UserError("data.tokenizer is empty and no data.train path is a prepared directory that carries one; set data.tokenizer")
 
 
-def open_sources(data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Sequence[Dataset] = ()) -> tuple[Batches, dict[str, Records]]:
+def evaluation_sets(data: DataConfig, extra: Sequence[Dataset] = ()) -> list[Dataset]:
+    """What a run is evaluated on: `data.eval`, or else its training sources, and `extra`; but no token files that it trains on."""
+    return [*data.eval, *(d for d in (*(() if data.eval else data.train), *extra) if not has_tokens(Path(d.path)))]
+
+
+def open_sources(data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Sequence[Dataset] = ()) -> tuple[Batches, dict[str, Source]]:
     """The training mixture, and the held-out records of `data.eval` (of the training sources, if that is empty) and `extra`.
 
-    `extra` joins the training mixture too. Raw documents are prepared into a cache. Sources without held-out records are left out.
+    `extra` joins the training mixture too. Raw documents are prepared into a cache. Sources without held-out records are left out;
+    token files, which hold nothing out, are wholly what they are named for. Raises UserError where they are named for both.
     """
-    prepared = {d.path: prepare_cached(Path(d.path), tokenizer, data.seq_len) for d in (*data.train, *data.eval, *extra)}
-    training = [(open_records(prepared[d.path], "train"), d.weight) for d in (*data.train, *extra)]
-    heldout: dict[str, Records] = {}
-    for dataset in (*(data.eval or data.train), *extra):
-        records = open_records(prepared[dataset.path], "heldout")
+
+    def opened(dataset: Dataset, split: Split) -> Source:
+        return open_data(Path(dataset.path), tokenizer, data.seq_len, split)
+
+    training = [(opened(d, "train"), d.weight) for d in (*data.train, *extra)]
+    unsplit = {d.path for d in (*data.train, *extra) if has_tokens(Path(d.path))}
+    if both := sorted(unsplit & {d.path for d in data.eval}):
+        raise UserError(f"{both[0]} is in data.train and in data.eval; token files are one or the other: give others to evaluate on")
+    heldout: dict[str, Source] = {}
+    for dataset in evaluation_sets(data, extra):
+        records = opened(dataset, "heldout")
         if dataset.title in heldout:
             raise UserError(f"two evaluation sets are called {dataset.title!r}; give one of them another name")
         if len(records):

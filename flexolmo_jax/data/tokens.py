@@ -1,0 +1,107 @@
+"""Token files as OLMo-core trains on them: flat arrays of token ids, an EOS behind each document, nothing else.
+
+They are mapped and cut where they lie: record i is the i-th run of T tokens of the files in sorted order, and what is left over at the
+end of a file is not used. A document goes on in the next record where it does not fit, as one cut by packing does. Nothing is
+deduplicated, and nothing held out: a token file is wholly what it is named for, training or evaluation.
+
+A file's name ends in `.npy` or `.bin`. It has NumPy's header or none (AllenAI's `.npy` files have none); one without is of the type that
+the vocabulary asks for, uint16 up to 65,536 tokens and uint32 above; uint16 of which every second one is 0 is uint32.
+"""
+
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from flexolmo_jax.data.documents import INDEX_FILE
+from flexolmo_jax.data.records import Record, Records, Split, token_dtype
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.errors import UserError
+
+SUFFIXES = (".npy", ".bin")
+_MAGIC = b"\x93NUMPY"
+_SAMPLE = 1 << 16  # tokens of each file that are looked at when it is opened
+
+
+def has_tokens(path: Path) -> bool:
+    """True where a path is a token file, or a directory of them that is not a prepared one."""
+    path = Path(path)
+    return bool(_files(path)) and not (path / INDEX_FILE).exists()
+
+
+class TokenRecords:
+    """Token files as records of `seq_len` tokens: `len(records)`, `records[i]`. Ids are checked when they are read.
+
+    Raises UserError where a file cannot be read, is not of uint16 or uint32, has ids that the tokenizer does not, or where all of
+    them are shorter than a record.
+    """
+
+    split: Split = "train"
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, seq_len: int):
+        self.path = Path(path)
+        self.seq_len = seq_len
+        self.tokenizer_digest = tokenizer.digest
+        self._eos_id, self._vocab_size = tokenizer.eos_id, tokenizer.vocab_size
+        self._files = [(file, _map(file, tokenizer.vocab_size)) for file in _files(self.path)]
+        self._ends = list(accumulate(len(tokens) // seq_len for _, tokens in self._files))
+        if not self._ends[-1]:
+            raise UserError(f"{path} has no file of {seq_len} tokens, the length of a record; set data.seq_len or give longer files")
+        for file, tokens in self._files:
+            self._check(file, tokens[:_SAMPLE])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        """One record as "tokens" and "segments", int32 [T]."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        place = bisect_right(self._ends, index)
+        file, tokens = self._files[place]
+        start = (index - (self._ends[place - 1] if place else 0)) * self.seq_len
+        record = tokens[start : start + self.seq_len].astype(np.int32)
+        self._check(file, record)
+        segments = np.ones(self.seq_len, np.int32)
+        segments[1:] += np.cumsum(record[:-1] == self._eos_id, dtype=np.int32)
+        return {"tokens": record, "segments": segments}
+
+    def _check(self, file: Path, tokens: np.ndarray) -> None:
+        if len(tokens) and int(tokens.max()) >= self._vocab_size:
+            raise UserError(
+                f"{file} has token {int(tokens.max())}, the tokenizer {self._vocab_size} of them; it was written with another tokenizer, "
+                "or as another type than uint16 (to 65,536 tokens) or uint32 (above); give its own, or save it with NumPy's header"
+            )
+
+
+Source = Records | TokenRecords
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and p.name.endswith(SUFFIXES))
+    return [path] if path.is_file() and path.name.endswith(SUFFIXES) else []
+
+
+def _map(file: Path, vocab_size: int) -> np.ndarray:
+    dtype, size = np.dtype(token_dtype(vocab_size)), file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            has_header = opened.read(len(_MAGIC)) == _MAGIC
+        if has_header:
+            tokens = np.load(file, mmap_mode="r")
+            if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+                raise UserError(f"{file} holds {tokens.dtype} {tokens.shape}; expected a flat array of uint16 or uint32")
+            return tokens
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}; is the file complete?") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not a whole NumPy file: {error}; copy it again") from error
+    if size % dtype.itemsize:
+        raise UserError(f"{file} has {size} bytes, which is no whole number of {dtype.name}; is the file complete?")
+    if not size:  # nothing to map, which mmap refuses
+        return np.zeros(0, dtype)
+    tokens = np.memmap(file, dtype, "r")
+    is_wide = dtype == np.uint16 and size % 4 == 0 and size >= 64 and not tokens[1:_SAMPLE:2].any()
+    return np.memmap(file, np.uint32, "r") if is_wide else tokens
