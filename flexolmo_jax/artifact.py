@@ -28,7 +28,7 @@ from flexolmo_jax.files import write_text
 from flexolmo_jax.model.tree import flatten, unflatten
 from flexolmo_jax.paths import path_of
 from flexolmo_jax.tensorfile import strict_json
-from flexolmo_jax.weights import missing_shards
+from flexolmo_jax.weights import Reader, Stored, missing_shards
 
 DESCRIPTION = "flexolmo.json"
 FORMAT = 1
@@ -73,8 +73,7 @@ class Artifact:
         if self.kind == "run":
             own = self.trained(which, placement)
             return unflatten(flatten(self.base().params(placement=placement)) | flatten(own)) if "base" in self.description else own
-        if missing := missing_shards(self.path / "weights", self.description["tensors"]):
-            raise UserError(f"{self.path} is not whole: {missing[0]} is not there ({len(missing)} files are missing); fetch it again")
+        self._check_whole()
         return checkpoint.load_weights(self.path / "weights", self._stored(placement))
 
     def trained(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
@@ -82,6 +81,17 @@ class Artifact:
         target = self._stored(placement or _on_one_device)
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
             return checkpoints.restore_part("params", target, self.step(which))
+
+    def arrays(self, which: str = "last") -> dict[str, Any]:
+        """Each parameter by path: of an anchor or a model as `Stored`, read when it is asked for; of a run in memory.
+
+        Raises UserError where files are missing.
+        """
+        if self.kind == "run":
+            return flatten(self.params(which))
+        self._check_whole()
+        reader, tensors = Reader(self.path / "weights"), self.description["tensors"]
+        return {path: Stored(reader, path, tuple(t["shape"]), jnp.dtype(t["dtype"])) for path, t in tensors.items()}
 
     def step(self, which: str = "last") -> int:
         """The step of a run's checkpoint: last, best, or the step itself. Raises UserError where there is no such one."""
@@ -103,6 +113,10 @@ class Artifact:
                 raise UserError(f"no expert {name!r} in {self.path}; it has {', '.join(self.experts)}")
             if name == "anchor":
                 raise UserError("the anchor cannot be excluded: every expert was trained beside it; exclude other experts")
+
+    def _check_whole(self) -> None:
+        if missing := missing_shards(self.path / "weights", self.description["tensors"]):
+            raise UserError(f"{self.path} is not whole: {missing[0]} is not there ({len(missing)} files are missing); fetch it again")
 
     def _stored(self, placement: Placement) -> dict[str, Any]:
         target = {}

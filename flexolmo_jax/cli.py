@@ -7,6 +7,7 @@ everything saved. Progress and notes go to stderr; stdout holds the result, as o
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -121,9 +122,14 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _package(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.package import package
+    from flexolmo_jax.flex.package import package, package_imported
 
-    contribution = package(args.run, args.out, args.checkpoint, args.sign_key)
+    if (args.expert is None) != (args.anchor is None):
+        raise UserError("an expert of an imported model is packaged with --expert NAME and --anchor ANCHOR; give both or none")
+    if args.expert:
+        contribution = package_imported(args.run, args.expert, args.anchor, args.out, args.sign_key)
+    else:
+        contribution = package(args.run, args.out, args.checkpoint, args.sign_key)
     return {"out": str(args.out), "name": contribution.name, "training": contribution.manifest["training"]}
 
 
@@ -200,6 +206,22 @@ def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
 
     row = embed_domain(args.anchor, args.input, args.out)
     return {"out": str(args.out), "dim": len(row), "norm": float((row**2).sum() ** 0.5)}
+
+
+def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.convert.importing import import_hf
+
+    model = import_hf(args.source, args.out, [name for name in args.names.split(",") if name])
+    return {"out": str(args.out), "experts": list(model.experts), "dtype": model.dtype, "active": model.config.n_active}
+
+
+def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.convert.exporting import export_hf
+
+    return export_hf(
+        args.path, args.out,
+        max_shard_size=args.max_shard_size, dtype=args.dtype, drop_bias=args.drop_bias, eval_data=args.eval_data, which=args.checkpoint,
+    )  # fmt: skip
 
 
 # ---- use ----
@@ -338,8 +360,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_set(p)
     p.add_argument("--out", required=True, type=_local)
 
-    p = verb("package", _package, "Make a contribution of a pair's run.", "package runs/code --out contributions/code")
-    p.add_argument("run", type=_local)
+    p = verb(
+        "package",
+        _package,
+        "Make a contribution of a pair's run, or of an expert of an imported model.",
+        "package runs/code --out contributions/code",
+    )
+    p.add_argument("run", help="a pair's run, or an imported model", type=_local)
+    p.add_argument("--expert", metavar="NAME", help="of the imported model", type=str)
+    p.add_argument("--anchor", help="what `flexolmo publish` made of the imported model", type=path_of)
     _add_checkpoint(p)
     _add_sign_key(p)
     p.add_argument("--out", required=True, type=_local)
@@ -431,6 +460,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_selection(p)
     _add_checkpoint(p)
 
+    p = verb(
+        "import-hf",
+        _import_hf,
+        "Make a model of a Hugging Face checkpoint of OLMo 2 or FlexOlmo.",
+        "import-hf FlexOlmo-7x7B-1T model --names math,news,code,academic,creative,reddit",
+    )
+    p.add_argument("source", metavar="HF_DIR", help="config.json, *.safetensors and tokenizer.json", type=_local)
+    p.add_argument("out", type=_local)
+    p.add_argument("--names", default="", metavar="A,B,C", help="of the experts behind the anchor (default: expert1,expert2,...)")
+
+    p = verb(
+        "export-hf", _export_hf, "Write a run, anchor or model as a Hugging Face checkpoint: Olmo2, or FlexOlmo where it has experts.",
+        "export-hf model model-hf --drop-bias --eval-data data/public",
+    )  # fmt: skip
+    p.add_argument("path", help="a run, anchor or model", type=path_of)
+    p.add_argument("out", type=_local)
+    p.add_argument("--max-shard-size", type=_bytes, default="5GB", help="of a file: 5GB (default), 500MB, ...")
+    p.add_argument("--dtype", help="bfloat16, float16 or float32 (default: as stored)")
+    p.add_argument("--drop-bias", action="store_true", help="leave out router biases, for which the format has no place")
+    p.add_argument("--eval-data", nargs="+", default=[], metavar="DATA", help="scored before and after biases are dropped", type=_local)
+    _add_checkpoint(p)
+
     p = verb("info", _info, "What a path is; of a contribution, exactly what leaves its owner.", "info contribution")
     p.add_argument("path", type=path_of)
     return parser
@@ -447,6 +498,17 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {number}, expected 1 or more")
     return number
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    try:
+        size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size as 5GB or 500MB")
+    return size
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:

@@ -65,7 +65,11 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
                 out.rmdir()
             before_change("rename", out)
             os.replace(temporary, out)
-            sync(out.parent)
+            try:
+                sync(out.parent)
+            except OSError:
+                os.replace(out, temporary)
+                raise
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"no space left on the disk while writing {out}; nothing was kept; free some and run it again") from error
@@ -106,6 +110,12 @@ def is_whole(directory: Path) -> bool:
 def is_settled(directory: Path) -> bool:
     """Whether nobody can be at work on what lies there, as far as a bucket lets one know."""
     return not in_bucket(directory) or max((f.modified for f in listing(directory).values()), default=0.0) < time.time() - GRACE
+
+
+def clear(out: Path) -> None:
+    """Removes what killed processes left on the way to `out`."""
+    for path in abandoned(out.parent, out.name):
+        remove(path)
 
 
 def abandoned(directory: Path, name: str | None = None) -> list[Path]:

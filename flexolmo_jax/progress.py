@@ -2,10 +2,12 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 console = Console(stderr=True, highlight=False)
 
@@ -17,13 +19,13 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields `advance(n=1, text="")`, where text is shown after the bar (a rate, a loss).
+    """A progress bar; yields `advance(n=1, text="")`, where text is shown after the bar (a loss). Bytes are shown with their rate.
 
     On a terminal it is drawn and redrawn. Where stderr is a file or a pipe, one line is written about every tenth of the way.
     """
     if console.is_terminal:
-        count = DownloadColumn() if in_bytes else MofNCompleteColumn()
-        columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        count = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+        columns = (TextColumn("{task.description}"), BarColumn(), *count, TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(description, total=total, text="")
 
@@ -35,13 +37,16 @@ def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Ite
 
             yield draw
         return
-    done, written = 0.0, 0
+    done, written, start = 0.0, 0, time.monotonic()
 
     def write(n: float = 1, text: str | None = None) -> None:
         nonlocal done, written
         done += n
         if total and done * 10 // total > written:
             written = int(done * 10 // total)
+            if in_bytes:
+                rate = done / max(time.monotonic() - start, 1e-3)
+                text = f"of {decimal(int(total))}, {decimal(int(rate))}/s {text or ''}"
             print(f"{description}: {min(done / total, 1):.0%} {text or ''}".rstrip(), file=sys.stderr, flush=True)
 
     yield write

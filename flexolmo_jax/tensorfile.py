@@ -1,4 +1,4 @@
-"""Reading safetensors files tensor by tensor, trusting nothing in them.
+"""Safetensors files, tensor by tensor: reading, trusting nothing in them, and writing.
 
     u64 little-endian: bytes of the header | header: JSON {name: {dtype, shape, data_offsets}} | data: the tensors, without gaps
 
@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import ml_dtypes
 import numpy as np
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import before_change
 from flexolmo_jax.paths import open_regular
 
-DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+NAMES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+DTYPES = {dtype: name for name, dtype in NAMES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 BLOCK = 1 << 22  # bytes read and digested at a time
 _INFINITY = {"bfloat16": (np.uint16, 0x7FFF, 0x7F80), "float16": (np.uint16, 0x7FFF, 0x7C00), "float32": (np.uint32, 2**31 - 1, 0x7F800000)}
@@ -39,9 +42,9 @@ class Entry:
 class TensorFile:
     """An open file; a context manager. `entries` in the order of the data; `header_sha256` of the length and the header."""
 
-    def __init__(self, path: Path):
-        """Raises UserError for anything that is not a whole, regular safetensors file."""
-        self.path = path
+    def __init__(self, path: Path, *, with_metadata: bool = False):
+        """Raises UserError for anything that is not a whole, regular safetensors file; and for one with `__metadata__`, unless allowed."""
+        self.path, self._with_metadata = path, with_metadata
         try:
             self._file = open_regular(path)
         except OSError as error:
@@ -64,14 +67,27 @@ class TensorFile:
         size = entry.end - entry.begin
         data = np.empty(size, np.uint8) if into is None else into[:size]
         digest, finite = hashlib.sha256(), FiniteCheck(entry.dtype)
-        self._file.seek(entry.begin)
-        for start in range(0, size, BLOCK):
-            block = data[start : start + BLOCK]
-            if self._file.readinto(block.data) != len(block):  # type: ignore[attr-defined]
-                raise UserError(f"{self.path} ended while it was read; is somebody changing it?")
+        for block in self._blocks(entry.begin, data):
             digest.update(block.data)
             finite.update(block)
         return data.view(entry.dtype).reshape(entry.shape), digest.hexdigest(), finite.holds
+
+    def read_part(self, name: str, start: int, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+        """So many values from the `start`-th on, and whether all of them are finite."""
+        dtype = self.entries[name].dtype
+        data, finite = np.empty(math.prod(shape) * dtype.itemsize, np.uint8), FiniteCheck(dtype)
+        for block in self._blocks(self.entries[name].begin + start * dtype.itemsize, data):
+            finite.update(block)
+        return data.view(dtype).reshape(shape), finite.holds
+
+    def _blocks(self, begin: int, data: np.ndarray) -> Iterator[np.ndarray]:
+        """The parts of `data`, filled from this place of the file on."""
+        self._file.seek(begin)
+        for start in range(0, len(data), BLOCK):
+            block = data[start : start + BLOCK]
+            if self._file.readinto(block.data) != len(block):  # type: ignore[attr-defined]
+                raise UserError(f"{self.path} ended while it was read; is somebody changing it?")
+            yield block
 
     def _read_header(self, size: int) -> tuple[dict[str, Entry], str]:
         self._file.seek(0)
@@ -81,7 +97,7 @@ class TensorFile:
             raise UserError(f"{self.path} cannot be read as safetensors: its header is said to be {length} bytes long, in a file of {size}")
         text = self._file.read(length)
         try:
-            entries = _parse(text, 8 + length)
+            entries = _parse(text, 8 + length, self._with_metadata)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{self.path} cannot be read as safetensors: {type(error).__name__} in its header: {error!s:.80}") from None
         end = 8 + length
@@ -124,14 +140,40 @@ def strict_json(text: bytes | str) -> Any:
     return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
 
 
-def _parse(text: bytes, data: int) -> dict[str, Entry]:
+def write_tensors(
+    path: Path,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Iterable[np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file of tensors that come one by one, in the order in which `entries` tells their dtypes and shapes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": DTYPES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    before_change("write", path)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (np.dtype(dtype), shape), name
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+
+def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
     """The entries of a header, by position; `data` is where the data starts."""
     header = strict_json(text)
     entries = {}
     for name, fields in header.items():
         if name == "__metadata__":
-            raise ValueError("it has __metadata__; nothing but tensors is expected")
-        dtype, shape, (begin, end) = DTYPES[fields["dtype"]], fields["shape"], fields["data_offsets"]
+            if not with_metadata:
+                raise ValueError("it has __metadata__; nothing but tensors is expected")
+            continue
+        if fields["dtype"] not in NAMES:
+            raise ValueError(f"{name!r:.80} has dtype {fields['dtype']!r:.20}; expected {', '.join(NAMES)}")
+        dtype, shape, (begin, end) = NAMES[fields["dtype"]], fields["shape"], fields["data_offsets"]
         if len(fields) != 3 or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)):
             raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
         if end - begin != math.prod(shape) * dtype.itemsize:

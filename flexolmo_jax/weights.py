@@ -9,6 +9,7 @@ bit is an error and not a weight.
     commit_success.txt   (Orbax's too: written last, because in a bucket it takes a checkpoint without it for one that is being written)
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -203,6 +204,37 @@ class Reader:
             return json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read: {error!s:.100}") from None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array on the disk where one in memory is expected: what is indexed is read, and cast. `expert`: only that one of several."""
+
+    reader: Reader
+    path: str
+    whole: tuple[int, ...]
+    dtype: np.dtype
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole if self.expert is None else (self.whole[0], 1, *self.whole[2:])
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def astype(self, dtype: Any) -> "Stored":
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """`index`: integers or slices without steps. Raises UserError as `Reader.read` does."""
+        index = list(index if isinstance(index, tuple) else (index,))
+        if self.expert is not None and len(index) > 1:
+            index[1] = slice(self.expert, self.expert + 1) if isinstance(index[1], slice) else self.expert
+        elif self.expert is not None:
+            index.append(slice(self.expert, self.expert + 1))
+        return self.reader.read(self.path, tuple(index)).astype(self.dtype, copy=False)
 
 
 def save(directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 `key_table` is the whole correspondence: one entry for each tensor of a Hugging Face checkpoint, in that checkpoint's order,
 with its place in our parameters. Ours stack layers and experts and store matrices as [in, out]; Hugging Face has one matrix a
-layer and expert, as [out, in]. `to_hf` and `from_hf` apply the table in memory; readers and writers of files stream through it.
+layer and expert, as [out, in]. `to_hf` and `from_hf` apply the table in memory, importing.py and exporting.py to files, tensor by tensor.
 
 A dense model is written as `olmo2` (which has no router: its one row has no influence) and a merged one as `flex_olmo`.
 Names checked against transformers 5.23 (`models/olmo2`, `models/flex_olmo`).
@@ -28,7 +28,6 @@ CLASSES: dict[Architecture, str] = {"olmo2": "Olmo2ForCausalLM", "flex_olmo": "F
 FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
-    "tie_word_embeddings": False,
     "norm_topk_prob": False,
     "clip_qkv": None,
     "sliding_window": None,
@@ -37,6 +36,7 @@ FIXED: dict[str, Any] = {
 }
 
 
+TILE = 256  # rows and columns
 TOGETHER = "check that config.json and the weights belong together"
 
 
@@ -116,7 +116,7 @@ def hf_config(
         "hidden_act": FIXED["hidden_act"],
         "attention_bias": FIXED["attention_bias"],
         "attention_dropout": 0.0,
-        "tie_word_embeddings": FIXED["tie_word_embeddings"],
+        "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
@@ -176,11 +176,7 @@ def to_hf(
     """
     if "expert" in params:
         raise UserError("got a pair, whose new expert is stored apart; expected an anchor or a merged model; merge it first")
-    bias = params["experts"].get("bias")
-    if bias is not None and not drop_bias:
-        lowest = float(np.min(np.asarray(bias, np.float32)[:, 1:], initial=0))
-        if lowest < 0:
-            raise UserError(f"router biases (down to {lowest:.3g}) have no place in Hugging Face's format; choose to drop them")
+    check_bias(params["experts"].get("bias", np.zeros((1, 1))), drop_bias)
     leaf = functools.lru_cache(None)(lambda path: np.asarray(_at(params, path)))  # one copy from the device a leaf
     tensors = {}
     for entry in key_table(config, architecture):
@@ -213,21 +209,38 @@ def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
     return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)))
 
 
+def check_bias(bias: np.ndarray, drop: bool) -> None:
+    """Raises UserError for router biases [L, E] that matter, unless they are to be dropped."""
+    lowest = float(np.min(np.asarray(bias, np.float32)[:, 1:], initial=0))
+    if lowest < 0 and not drop:
+        raise UserError(f"router biases (down to {lowest:.3g}) have no place in Hugging Face's format; --drop-bias leaves them out")
+
+
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """Contiguous; in blocks that stay in the cache, several times as fast as NumPy's own copy."""
+    rows, columns = matrix.shape
+    result = np.empty((columns, rows), matrix.dtype)
+    for i in range(0, rows, TILE):
+        for j in range(0, columns, TILE):
+            result[j : j + TILE, i : i + TILE] = matrix[i : i + TILE, j : j + TILE].T
+    return result
+
+
 def _check_tensors(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) -> None:
     expected = {entry.name: entry.shape for entry in table}
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     if missing:
-        raise UserError(f"missing tensors: {_some(missing)}; expected all that config.json describes; {TOGETHER}")
+        raise UserError(f"missing tensors: {some(missing)}; expected all that config.json describes; {TOGETHER}")
     if extra:
-        raise UserError(f"unexpected tensors: {_some(extra)}; expected only those that config.json describes; {TOGETHER}")
+        raise UserError(f"unexpected tensors: {some(extra)}; expected only those that config.json describes; {TOGETHER}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             got = tuple(tensors[name].shape)
             raise UserError(f"{name} has shape {got}; expected {shape} by config.json; {TOGETHER}")
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -91,6 +91,12 @@ class Tokenizer:
         """Writes the file as it was loaded: to `path`, or to tokenizer.json inside it where it is a directory."""
         write_text(path / TOKENIZER_FILE if path.is_dir() else path, self._content)
 
+    def token(self, index: int) -> str:
+        """The name of a special token. Raises KeyError where there is no token of this id."""
+        if (name := self._backend.id_to_token(index)) is None:
+            raise KeyError(index)
+        return name
+
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, special tokens neither added nor recognised."""
         return self.encode_batch([text])[0]

@@ -6,18 +6,17 @@ every tensor's name, dtype, shape and bytes (router row 0 among them), the archi
 expert belongs to exactly one fingerprint.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import yaml
 
 from flexolmo_jax import weights
-from flexolmo_jax.artifact import Artifact, canonical_json, describe, open_artifact, write_description
+from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.data.documents import name_of, read_documents
 from flexolmo_jax.data.prepare import prepare
@@ -44,17 +43,19 @@ def publish(
     seq_len: int | None = None,
     checkpoint_name: str = "last",
 ) -> Artifact:
-    """Makes an anchor of a dense run or model.
+    """Makes an anchor of a dense run or model, or of the first expert of an imported model, which keeps its router rows.
 
     `public` are documents: the embedder is fitted on them, row 0 comes from them, and they travel with the anchor as packed records
     of `seq_len` tokens (default: the run's), so that owners have public text to contrast their own with.
-    Raises UserError for a source with experts, and for an unknown dtype.
+    Models are read a shard at a time. Raises UserError for a source that has an anchor, and for an unknown dtype.
     """
     if dtype not in RELEASE_DTYPES:
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
     artifact = open_artifact(source)
-    if artifact.is_pair or artifact.config.n_experts != 1:
+    is_imported = artifact.kind == "model" and artifact.fingerprint is None
+    if artifact.is_pair or (artifact.config.n_experts != 1 and not is_imported):
         raise UserError(f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a dense run or model")
+    config = dataclasses.replace(artifact.config, n_experts=1, n_active=1)
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory / "tokenizer.json")
         length = seq_len or _trained_seq_len(source) or min(artifact.config.max_seq_len, 1024)
@@ -64,15 +65,18 @@ def publish(
         fitted.save(directory / "embedder")
         # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
         row = domain_embedding(load_embedder(directory / "embedder"), _documents(public))
-        params = artifact.params(checkpoint_name)
-        params["experts"]["row"] = jnp.broadcast_to(jnp.asarray(row), params["experts"]["row"].shape)
-        released = jax.tree.map(lambda a: a.astype(dtype), params)
-        tensors = describe(released)
-        axes = flatten(logical_axes(artifact.config))
-        for path, digest in weights.save(directory / "weights", flatten(released), axes).items():
+        arrays = artifact.arrays(checkpoint_name)
+        if artifact.config.n_experts == 1:
+            arrays["experts/row"] = np.broadcast_to(row, arrays["experts/row"].shape)
+        else:
+            arrays = {path: dataclasses.replace(a, expert=0) if path.startswith("experts/") else a for path, a in arrays.items()}
+        released = {path: a.astype(dtype) for path, a in arrays.items()}
+        tensors = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in released.items()}
+        axes = flatten(logical_axes(config))
+        for path, digest in weights.save(directory / "weights", released, axes).items():
             tensors[path]["sha256"] = digest
         parts = {
-            "model": to_dict(artifact.config),
+            "model": to_dict(config),
             "tensors": tensors,
             "tokenizer": artifact.tokenizer.digest,
             "embedder": embedder_digest(directory / "embedder"),
@@ -88,7 +92,7 @@ def publish(
             "fingerprint": fingerprint_of(parts),
         }
         write_description(directory, description)
-    parameters = sum(a.size for a in flatten(released).values())
+    parameters = sum(a.size for a in released.values())
     note(f"published {out}: fingerprint {description['fingerprint'][:16]}, {parameters:,} parameters in {dtype}")
     return open_artifact(out)
 

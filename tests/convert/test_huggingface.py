@@ -110,7 +110,6 @@ def test_a_config_of_transformers_4_is_read():
         ("model_type", "llama"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
-        ("tie_word_embeddings", True),
         ("norm_topk_prob", True),
         ("sliding_window", 128),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),

@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 from flexolmo_jax.data.documents import read_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.flex.anchor import tensor_digest
 from flexolmo_jax.flex.contribution import MANIFEST, TENSORS, open_contribution, sealed
 from flexolmo_jax.flex.info import info
 from flexolmo_jax.flex.merge import append, merge, opt_out, replace
-from flexolmo_jax.flex.package import _entry, package
+from flexolmo_jax.flex.package import package
 from flexolmo_jax.flex.pair import train_pair
 from flexolmo_jax.flex.verify import verify
 from flexolmo_jax.loaded import load
@@ -39,7 +40,8 @@ def rewrite(path: Path, tensors: dict[str, np.ndarray]) -> None:
     data = (path / TENSORS).read_bytes()
     header = data[: 8 + int.from_bytes(data[:8], "little")]
     manifest: dict[str, Any] = manifest_of(path) | {"header": hashlib.sha256(header).hexdigest()}
-    manifest["tensors"] |= {name: _entry(t) for name, t in tensors.items() if name in manifest["tensors"]}
+    entries = {name: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": tensor_digest(t)} for name, t in tensors.items()}
+    manifest["tensors"] |= {name: entry for name, entry in entries.items() if name in manifest["tensors"]}
     (path / MANIFEST).write_bytes(sealed(manifest))
 
 

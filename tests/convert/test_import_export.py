@@ -1,0 +1,358 @@
+"""Hugging Face checkpoints on disk, both ways: bit for bit, tensor by tensor, and every kind of bad input."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flexolmo_jax import cli, files
+from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.convert.exporting import export_hf
+from flexolmo_jax.convert.huggingface import hf_config, to_hf, transposed
+from flexolmo_jax.convert.importing import import_hf
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.flex.anchor import publish, verify_anchor
+from flexolmo_jax.flex.contribution import open_contribution
+from flexolmo_jax.flex.merge import append, merge, opt_out
+from flexolmo_jax.flex.package import package, package_imported
+from flexolmo_jax.flex.pair import train_pair
+from flexolmo_jax.flex.verify import verify
+from flexolmo_jax.loaded import load
+from flexolmo_jax.model import forward, init_params
+from tests.tiny import pair_config
+
+DENSE = ModelConfig(
+    vocab_size=384, d_model=24, n_layers=2, n_heads=3, n_kv_heads=1, d_ffn=20, max_seq_len=64, rope_theta=1e4, norm_eps=1e-5
+)
+MOE = dataclasses.replace(DENSE, n_experts=3, n_active=2, router_bias=False)
+NAMES = ("chemistry", "poetry")
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_tokenizer) -> Make:
+    """Writes a checkpoint as Hugging Face has it: `checkpoint(config, dtype, change=...)`, where `change` edits tensors and config."""
+
+    def make(config=MOE, dtype=ml_dtypes.bfloat16, name="hf", change=None) -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), init_params(config, jax.random.key(1)))
+        tensors, fields = to_hf(config, params), hf_config(config, dtype=np.dtype(dtype).name)
+        if change:
+            change(tensors, fields)
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(fields))
+        tiny_tokenizer.save(directory)
+        return directory
+
+    return make
+
+
+def tensors_of(directory: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and ours[name].tobytes() == tensor.tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["olmo2", "flex_olmo"])
+def test_import_then_export_is_bitwise(checkpoint, config, dtype, tmp_path):
+    source = checkpoint(config, dtype)
+    model = import_hf(source, tmp_path / "model", NAMES[: config.n_experts - 1])
+    assert verify(model.path)["verified"] and model.experts == ("anchor", *NAMES)[: config.n_experts]
+    export_hf(model.path, tmp_path / "back", max_shard_size=7_000)
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
+    theirs, ours = (json.loads((directory / "config.json").read_text()) for directory in (source, tmp_path / "back"))
+    assert {key: ours[key] for key in theirs if "token_id" not in key} == {key: theirs[key] for key in theirs if "token_id" not in key}
+    assert (tmp_path / "back/tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+    again = import_hf(tmp_path / "back", tmp_path / "again", NAMES[: config.n_experts - 1])
+    assert {**again.description, "sha256": ""} == {**model.description, "sha256": ""}
+
+
+def test_what_is_imported_computes_what_the_checkpoint_does(checkpoint, tmp_path):
+    model = load(import_hf(checkpoint(MOE, np.float32), tmp_path / "model").path)
+    ids = np.random.default_rng(0).integers(300, size=(2, 17))
+    params = init_params(MOE, jax.random.key(1))
+    np.testing.assert_allclose(model.logits(ids), forward(MOE, params, jnp.asarray(ids)).logits, atol=1e-6)
+    assert model.experts == ("anchor", "expert1", "expert2")
+
+
+def test_fused_experts_tied_heads_and_indexless_shards_are_read(checkpoint, tmp_path):
+    def fuse(tensors, fields):
+        for l in range(MOE.n_layers):
+            at = f"model.layers.{l}.mlp.experts"
+            gate, up, down = ([tensors.pop(f"{at}.{e}.{kind}_proj.weight") for e in range(3)] for kind in ("gate", "up", "down"))
+            tensors[f"{at}.gate_up_proj"], tensors[f"{at}.down_proj"] = np.concatenate([gate, up], axis=1), np.stack(down)
+
+    plain, fused = import_hf(checkpoint(), tmp_path / "plain"), import_hf(checkpoint(name="hf2", change=fuse), tmp_path / "fused")
+    assert fused.description == plain.description
+
+    def tie(tensors, fields):
+        del tensors["lm_head.weight"]
+        fields["tie_word_embeddings"] = True
+
+    tied = load(import_hf(checkpoint(DENSE, name="hf3", change=tie), tmp_path / "tied").path)
+    np.testing.assert_array_equal(tied.params["trunk"]["head"]["kernel"], tied.params["trunk"]["embedding"].T)
+
+    export_hf(plain.path, tmp_path / "shards", max_shard_size=20_000)
+    (tmp_path / "shards/model.safetensors.index.json").unlink()
+    assert import_hf(tmp_path / "shards", tmp_path / "unindexed").description == plain.description
+    next((tmp_path / "shards").glob("model-00002-*")).unlink()
+    with pytest.raises(UserError, match="misses model-00002-of"):
+        import_hf(tmp_path / "shards", tmp_path / "none")
+
+
+def test_an_import_is_taken_apart_and_merged_with_a_new_expert(checkpoint, corpora, prepared, tmp_path):
+    old = import_hf(checkpoint(), tmp_path / "old", NAMES)
+    anchor = publish(old.path, [corpora["public"]], tmp_path / "anchor", seq_len=32)
+    verify_anchor(anchor)
+    parts = [package_imported(old.path, name, anchor.path, tmp_path / name).path for name in NAMES]
+    assert open_contribution(parts[0]).manifest["training"] == {"imported": "FlexOlmoForCausalLM"}
+    again = merge(anchor.path, parts, tmp_path / "again", active=2)
+    assert again.description["tensors"] == old.description["tensors"]
+    export_hf(again.path, tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
+
+    train_pair(pair_config(anchor.path, prepared["law"], "law", "train.steps=8"), tmp_path / "pair")
+    grown = load(append(again.path, package(tmp_path / "pair", tmp_path / "law").path, tmp_path / "grown").path)
+    ids = np.random.default_rng(0).integers(300, size=(2, 33))
+    before = load(old.path).logits(ids)
+    after = grown.logits(ids, without=["law"])
+    assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()
+    assert np.abs(grown.logits(ids) - before).max() > 1e-3
+    left = opt_out(old.path, ["poetry"], tmp_path / "left")
+    assert left.experts == ("anchor", "chemistry") and verify(left.path)["verified"]
+
+
+def test_an_anchor_in_another_dtype_takes_experts_cast_to_it_and_another_anchor_none(checkpoint, corpora, anchor, tmp_path):
+    old = import_hf(checkpoint(MOE, np.float16), tmp_path / "old", NAMES)
+    released = publish(old.path, [corpora["public"]], tmp_path / "anchor", dtype="float32")
+    part = package_imported(old.path, "poetry", released.path, tmp_path / "poetry")
+    merged = load(merge(released.path, [part.path], tmp_path / "merged").path)
+    np.testing.assert_array_equal(
+        merged.params["experts"]["up"][:, 1], np.asarray(load(old.path).params["experts"]["up"][:, 2], np.float32)
+    )
+    with pytest.raises(UserError, match="is not the anchor of"):
+        package_imported(import_hf(checkpoint(MOE, np.float32, "hf2"), tmp_path / "other").path, "expert1", anchor, tmp_path / "none")
+    with pytest.raises(UserError, match="is not an imported model"):
+        package_imported(merged.artifact.path, "poetry", released.path, tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", ["anchor", "run", "pair", "merged"])
+def test_everything_we_make_exports_and_comes_back_bitwise(kind, anchor, anchor_run, pair_runs, model, tmp_path):
+    source = {"anchor": anchor, "run": anchor_run, "pair": pair_runs["code"], "merged": model}[kind]
+    if kind in ("pair", "merged"):
+        with pytest.raises(UserError, match="--drop-bias leaves them out"):
+            export_hf(source, tmp_path / "hf")
+    export_hf(source, tmp_path / "hf", drop_bias=True)
+    back, loaded = load(import_hf(tmp_path / "hf", tmp_path / "back").path), load(source)
+    params = loaded.params
+    if kind == "pair":  # its new expert is cast to the anchor's dtype, as it is when it is packaged
+        assert back.config.n_experts == back.config.n_active == 2
+        old, new = params["experts"], params["expert"]
+        params = params | {"experts": {name: jnp.concatenate([a, new[name].astype(a.dtype)], 1) for name, a in old.items()}}
+    for branch, name in (("experts", "gate"), ("experts", "down"), ("trunk", "embedding")):
+        np.testing.assert_array_equal(back.params[branch][name], params[branch][name])
+    np.testing.assert_array_equal(back.params["trunk"]["head"]["kernel"], params["trunk"]["head"]["kernel"])
+    if kind == "merged":
+        np.testing.assert_array_equal(back.params["experts"]["row"], params["experts"]["row"])
+        assert "| code |" in (tmp_path / "hf/README.md").read_text() and back.config.n_active == 2
+
+
+def test_dropping_biases_is_scored_before_and_after(model, prepared, tmp_path, capsys):
+    data = str(prepared["public"])
+    command = ["export-hf", str(model), str(tmp_path / "hf"), "--drop-bias", "--eval-data", data, "--max-shard-size", "10KB", "--json"]
+    assert cli.main(command) == 0
+    scores = json.loads(capsys.readouterr().out)["bits_per_byte"]
+    assert scores.keys() == {"with the router's biases", "without them"}
+    assert cli.main(["import-hf", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+    back = evaluate(load(tmp_path / "back"), [prepared["public"]])["bits_per_byte"]["public"]
+    assert abs(back - scores["without them"]["public"]) < 1e-6
+
+
+def bad(name: str):
+    """An edit of a good checkpoint, and what is said of it."""
+
+    def drop(directory):
+        edit(directory, lambda tensors: tensors.pop("model.norm.weight"))
+
+    def add(directory):
+        edit(directory, lambda tensors: tensors.update({"model.layers.7.bias": tensors["model.norm.weight"]}))
+
+    def reshape(directory):
+        edit(directory, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:-1]}))
+
+    def mix(directory):
+        edit(directory, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].astype(np.float32)}))
+
+    def integers(directory):
+        edit(directory, lambda tensors: tensors.update({"model.norm.weight": np.ones(24, np.int64)}))
+
+    def truncate(directory):
+        file = directory / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-10])
+
+    def pickle(directory):
+        (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+    def shard(directory):
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+
+    def escape(directory):
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+
+    def edit(directory, change):
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    def setting(key, value):
+        def change(directory):
+            fields = json.loads((directory / "config.json").read_text())
+            (directory / "config.json").write_text(json.dumps(fields | {key: value}))
+
+        return change
+
+    return {
+        "missing key": (drop, "misses tensors: model.norm.weight"),
+        "extra key": (add, "has unexpected tensors: model.layers.7.bias"),
+        "shape": (reshape, r"model.norm.weight has shape \(23,\); expected \(24,\) by config.json"),
+        "two dtypes": (mix, "expected all tensors in one dtype"),
+        "dtype": (integers, "has dtype 'I64'; expected BF16, F16, F32"),
+        "truncated": (truncate, "cannot be read as safetensors: it has"),
+        "pickle": (pickle, "pytorch_model.bin, a pickle"),
+        "missing shard": (shard, "misses model-2.safetensors"),
+        "escape": (escape, "no weight_map from tensors to files beside it"),
+        "no weights": (lambda directory: (directory / "model.safetensors").unlink(), r"no \*.safetensors"),
+        "no config": (lambda directory: (directory / "config.json").unlink(), "cannot read .*config.json"),
+        "no JSON": (lambda directory: (directory / "config.json").write_text("{"), "is not JSON"),
+        "no tokenizer": (lambda directory: (directory / "tokenizer.json").unlink(), "tokenizer.json"),
+        "rope scaling": (setting("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters is"),
+        "attention bias": (setting("attention_bias", True), "attention_bias is True"),
+        "activation": (setting("hidden_act", "gelu"), "hidden_act is 'gelu'"),
+        "top k": (setting("norm_topk_prob", True), "norm_topk_prob is True"),
+        "architecture": (setting("model_type", "llama"), "model_type is 'llama'"),
+        "vocabulary": (setting("vocab_size", 128), "tokenizer of 3.. tokens and vocab_size 128"),
+    }[name]
+
+
+BAD = (
+    "missing key", "extra key", "shape", "two dtypes", "dtype", "truncated", "pickle", "missing shard", "escape", "no weights", "no config",
+    "no JSON", "no tokenizer", "rope scaling", "attention bias", "activation", "top k", "architecture", "vocabulary",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_leaves_nothing(name, checkpoint, tmp_path):
+    source = checkpoint()
+    change, message = bad(name)
+    change(source)
+    with pytest.raises(UserError, match=message):
+        import_hf(source, tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_values_that_are_not_finite_are_noted_by_name(checkpoint, tmp_path, capsys):
+    def spoil(tensors, fields):
+        tensors["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] = np.nan
+
+    import_hf(checkpoint(change=spoil), tmp_path / "model")
+    warning = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warning) == 1 and "model.layers.1.mlp.experts.2.up_proj.weight" in warning[0] and "not finite" in warning[0]
+
+
+@pytest.mark.parametrize("names", [("one",), ("same", "same"), ("anchor", "b"), ("../a", "b")])
+def test_names_must_be_as_many_as_experts_and_fit_to_be_paths(names, checkpoint, tmp_path):
+    with pytest.raises(UserError, match="expected"):
+        import_hf(checkpoint(), tmp_path / "model", names)
+
+
+def test_a_full_disk_leaves_nothing_of_an_import_or_an_export(checkpoint, tmp_path, monkeypatch):
+    source = checkpoint()
+    good = import_hf(source, tmp_path / "good").path
+    for operation in (lambda: import_hf(source, tmp_path / "x"), lambda: export_hf(good, tmp_path / "x", max_shard_size=9_000)):
+        for place in range(1, 1000, 7):
+            left = place
+
+            def observe(operation: str, path: Path) -> None:
+                nonlocal left
+                left -= 1
+                if not left:
+                    raise OSError(28, "No space left on device", str(path))
+
+            monkeypatch.setattr(files, "observer", observe)
+            try:
+                operation()
+            except UserError as error:
+                assert "no space left" in str(error)
+                assert {path.name for path in tmp_path.iterdir()} == {"hf", "good"}
+            else:
+                break
+        assert place > 8
+        monkeypatch.setattr(files, "observer", None)
+        shutil.rmtree(tmp_path / "x")
+
+
+@pytest.mark.parametrize("verb", ["import_hf", "export_hf"])
+def test_a_killed_import_or_export_leaves_nothing_that_loads_and_a_rerun_finishes(verb, checkpoint, tmp_path):
+    """Killed before its every eleventh change to the disk, each time in another process."""
+    source = checkpoint()
+    whole = {"import_hf": source, "export_hf": import_hf(source, tmp_path / "good").path}[verb]
+    out = tmp_path / "x"
+    program = (
+        "import sys; from pathlib import Path; from tests.faults.kill_everywhere import killed_before\n"
+        "from flexolmo_jax.convert.importing import import_hf; from flexolmo_jax.convert.exporting import export_hf\n"
+        f"act, source, out = {verb}, Path(sys.argv[1]), Path(sys.argv[2])\n"
+        "place = 1\n"
+        "while killed_before(place, lambda: act(source, out)):\n"
+        "    assert not out.exists(), f'{out} is there after a kill before change {place}'\n"
+        "    place += 11\n"
+        "print(place)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(whole), str(out)], capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert int(result.stdout.split()[-1]) > 12
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "good", "x"}
+    if verb == "export_hf":
+        assert_same(tensors_of(out), tensors_of(source))
+    else:
+        assert verify(out)["verified"]
+
+
+def test_exporting_refuses_what_it_cannot_write(model, tmp_path, capsys):
+    with pytest.raises(UserError, match="--dtype is 'int8'"):
+        export_hf(model, tmp_path / "hf", dtype="int8")
+    with pytest.raises(UserError, match="give --drop-bias too"):
+        export_hf(model, tmp_path / "hf", eval_data=[tmp_path])
+    with pytest.raises(SystemExit):
+        cli.main(["export-hf", str(model), str(tmp_path / "hf"), "--max-shard-size", "many"])
+    assert "expected a size as 5GB" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert open_artifact(model).config.n_active == 2
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (513, 256), (255, 1000)])
+def test_transposing_in_blocks_is_transposing(shape):
+    matrix = np.random.default_rng(0).normal(size=shape).astype(np.float16)
+    assert np.array_equal(transposed(matrix), matrix.T) and transposed(matrix).flags.c_contiguous
