@@ -15,8 +15,9 @@ import yaml
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import ModelConfig, RunConfig, load_config
 from flexolmo_jax.flex.router import TRAINED as ROUTER_TRAINED
-from flexolmo_jax.model import Params, init_params
+from flexolmo_jax.model import Params, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten, partition
+from flexolmo_jax.sharding import parameter_sharding
 from flexolmo_jax.train.metrics import read_metrics
 from flexolmo_jax.train.optimizer import make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step
@@ -101,6 +102,29 @@ def test_a_step_of_the_whole_size_has_the_shapes_it_should(path):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
     assert metrics["router_share"].shape == (model.n_experts + (run.run == "pair"),)
+
+
+ON_PURPOSE = ("experts/row", "expert/row")  # every device routes its tokens by all of them; 4 MiB at the largest size
+
+
+@pytest.mark.parametrize(
+    ("path", "devices"), [(path, n) for path in CONFIGS for n in ((64, 256) if path in LARGE else (8,))],
+    ids=lambda value: name(value) if isinstance(value, Path) else str(value),
+)  # fmt: skip
+def test_no_large_parameter_is_whole_on_every_device_by_accident(path, devices):
+    """Trained or frozen: above 1 MiB in float32 each is split over some axis of its config's mesh."""
+    run, model = architecture(path)
+    sizes = dataclasses.asdict(run.mesh)
+    rest = devices // math.prod(n for n in sizes.values() if n != -1)
+    mesh = jax.sharding.AbstractMesh(tuple(rest if n == -1 else n for n in sizes.values()), tuple(sizes))
+    pair = run.run == "pair"
+    axes = flatten(logical_axes(model, pair=pair))
+    whole = [
+        path
+        for path, a in flatten(shapes(model, pair)).items()
+        if 4 * math.prod(a.shape) > 2**20 and parameter_sharding(mesh, axes[path], a.shape).shard_shape(a.shape) == a.shape
+    ]
+    assert mesh.size == devices and not set(whole) - set(ON_PURPOSE)
 
 
 @pytest.mark.parametrize(

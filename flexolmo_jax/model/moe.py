@@ -102,7 +102,9 @@ def _entropy(logits: Float[Array, "N E"], log_z: Float[Array, "N"], allowed: Boo
 def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:
     """min(b, 0) of every expert; 0 where there is none and for the anchor, whatever is stored there."""
     biases = [jnp.zeros(g.row.shape[0]) if g.bias is None else jnp.minimum(g.bias[...].astype(jnp.float32), 0) for g in groups]
-    return jnp.concatenate(biases).at[0].set(0)
+    bias = jnp.concatenate(biases)
+    # Not `.at[0].set(0)`: its gradient is wrong on jax 0.10 where several of the experts lie on each device.
+    return jnp.where(jnp.arange(len(bias)) == 0, 0, bias)
 
 
 def _run(path, tokens: tuple, group: Experts, mesh: Mesh | None, layer: Int[Array, ""] | None) -> Float[Array, "N D"]:

@@ -23,6 +23,8 @@ MESHES = {
     "data 4 x expert 2": MeshConfig(data=4, fsdp=1, expert=2),
     "data 2 x expert 4": MeshConfig(data=2, fsdp=1, expert=4),
     "fsdp 2 x tensor 2 x expert 2": MeshConfig(fsdp=2, tensor=2, expert=2),
+    "fsdp 4 x tensor 2": MeshConfig(fsdp=4, tensor=2),
+    "data 2 x fsdp 2 x expert 2": MeshConfig(data=2, fsdp=2, expert=2),
 }
 
 
@@ -33,9 +35,10 @@ def model(experts: int, active: int) -> ModelConfig:
 
 
 @functools.cache
-def parameters(config: ModelConfig) -> Params:
-    params = init_params(config, jax.random.key(1))
-    params["experts"]["bias"] = -0.3 * jax.random.uniform(jax.random.key(2), params["experts"]["bias"].shape)
+def parameters(config: ModelConfig, pair: bool = False) -> Params:
+    params = init_params(config, jax.random.key(1), pair=pair)
+    for branch in (params[name] for name in ("experts", "expert") if "bias" in params.get(name, {})):
+        branch["bias"] = -0.3 * jax.random.uniform(jax.random.key(2), branch["bias"].shape)
     return params
 
 
@@ -47,7 +50,7 @@ def value_and_gradients(config: ModelConfig, params: Params, mesh=None, allowed=
 
     batch = [TOKENS, SEGMENTS, TARGETS]
     if mesh is not None:
-        axes = flatten(logical_axes(config))
+        axes = flatten(logical_axes(config, pair="expert" in params))
         params = jax.tree_util.tree_map_with_path(
             lambda path, a: jax.device_put(a, sharding.parameter_sharding(mesh, axes["/".join(k.key for k in path)], a.shape)), params
         )
@@ -57,8 +60,8 @@ def value_and_gradients(config: ModelConfig, params: Params, mesh=None, allowed=
 
 
 @functools.cache
-def on_one_device(config: ModelConfig):
-    return value_and_gradients(config, parameters(config))
+def on_one_device(config: ModelConfig, pair: bool = False):
+    return value_and_gradients(config, parameters(config, pair))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,18 @@ def test_a_mixture_has_the_same_gradients_on_every_mesh(mesh, experts, active):
     np.testing.assert_array_equal(weights > 0, expected_weights > 0)
     for path, gradient in expected_gradients.items():
         assert np.linalg.norm(gradients[path] - gradient) <= 1e-4 * np.linalg.norm(gradient), path
+
+
+@pytest.mark.parametrize("mesh", ["fsdp 8", "fsdp 4 x tensor 2", "data 2 x fsdp 2 x expert 2"])
+@pytest.mark.parametrize(("experts", "active", "pair"), [(1, 1, False), (1, 1, True), (4, 2, False)], ids=["anchor", "pair", "merged"])
+def test_value_and_gradients_are_those_of_one_device(mesh, experts, active, pair):
+    config = model(experts, active)
+    value, _, gradients = value_and_gradients(config, parameters(config, pair), sharding.make_mesh(MESHES[mesh]))
+    expected, _, expected_gradients = on_one_device(config, pair)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for path, gradient in expected_gradients.items():
+        assert np.linalg.norm(gradients[path] - gradient) <= 1e-5 * np.linalg.norm(gradient), path
 
 
 def test_experts_lie_where_they_run():
