@@ -115,30 +115,35 @@ def on_each_shard(
 
 
 def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function(tokens, gate, up, down, first)` summed over experts: each device runs its own, of which `first` is the first.
+    """`function((tokens, layer), gate, up, down, first)` summed over experts: each device runs its own, of which `first` is the first.
 
-    `tokens` is a tree of arrays [N, ...] spread over the batch's axes, `gate` and `up` are [E, D, F], `down` is [E, F, D]; the result is
-    [N, D]. The devices that share out the experts gather each other's tokens and scatter the sums of their results back: 2 N D
-    numbers for the N tokens of such a group, wherever they are routed. Nothing is dropped, and no buffer waits for a worst case.
-    Experts that do not divide are filled up behind the last with empty ones, which no token can choose; so are an expert's units.
+    `tokens` is a tree of arrays [N, ...] spread over the batch's axes, `layer` the same integer, or None, on all devices; `gate` and `up`
+    are [..., E, D, F], `down` is [..., E, F, D]; the result is [N, D]. The devices that share out the experts gather each other's tokens
+    and scatter the sums of their results back: 2 N D numbers for the N tokens of such a group, wherever they are routed. Nothing is
+    dropped. Experts that do not divide are filled up behind the last with empty ones, which no token can choose; so are an expert's units.
     Without a mesh, or on one device, `function` runs as it is.
     """
     if mesh is None or mesh.size == 1:
         return lambda *args: function(*args, 0)
 
-    def on_device(tokens: Any, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    def on_device(inputs: Any, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        tokens, layer = inputs
         tokens = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), tokens)
-        out = function(tokens, gate, up, down, jax.lax.axis_index("expert") * gate.shape[0])
+        out = function((tokens, layer), gate, up, down, jax.lax.axis_index("expert") * gate.shape[-3])
         return jax.lax.psum_scatter(jax.lax.psum(out, "tensor"), "expert", tiled=True)
 
-    into, out_of = PartitionSpec("expert", None, "tensor"), PartitionSpec("expert", "tensor", None)
-    # Varying axes are not checked: loops over a traced number of blocks would have to declare those of what they carry.
-    sharded = jax.shard_map(on_device, mesh=mesh, in_specs=(BATCH, into, into, out_of), out_specs=BATCH, check_vma=False)
+    def spread(inputs: Any, *weights: jax.Array) -> jax.Array:
+        matrices = (("expert", None, "tensor"), ("expert", None, "tensor"), ("expert", "tensor", None))
+        specs = [PartitionSpec(*(None,) * (w.ndim - 3), *axes) for w, axes in zip(weights, matrices, strict=True)]
+        filled = (
+            jnp.pad(w, [(0, -size % mesh.shape[axis] if axis else 0) for size, axis in zip(w.shape, spec, strict=True)])
+            for w, spec in zip(weights, specs, strict=True)
+        )
+        # Varying axes are not checked: loops over a traced number of blocks would have to declare those of what they carry.
+        in_specs = ((BATCH, PartitionSpec()), *specs)
+        return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False)(inputs, *filled)
 
-    def filled(weights: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jnp.pad(weights, [(0, -size % mesh.shape[axis] if axis else 0) for size, axis in zip(weights.shape, spec, strict=True)])
-
-    return lambda tokens, gate, up, down: sharded(tokens, filled(gate, into), filled(up, into), filled(down, out_of))
+    return spread
 
 
 def _as_tuple(axes: Any) -> tuple[str, ...]:

@@ -108,44 +108,58 @@ def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:
 
 
 def _run(path, tokens: tuple, group: Experts, mesh: Mesh | None, layer: Int[Array, ""] | None) -> Float[Array, "N D"]:
-    """One of the paths below with the group's weights. A single expert is left to the compiler: plain products, which it spreads well."""
-    weights = [w[...] for w in (group.gate, group.up, group.down)]
-    if layer is not None and path is _sparse_experts:
-        # Experts nobody chose are never read: those of the other layers too.
-        return path(tokens, *(w.reshape(-1, *w.shape[2:]) for w in weights), first=-layer * group.row.shape[0])
-    if layer is not None:
-        weights = [w[layer] for w in weights]
-    return sharding.over_experts(mesh if group.row.shape[0] > 1 else None, path)(tokens, *weights)
+    """One of the paths below with the group's weights, spread over the mesh where there are several experts.
+
+    A single expert is left to the compiler: plain products, which it spreads well.
+    """
+    dtype, weights = tokens[0].dtype, [w[...] for w in (group.gate, group.up, group.down)]
+    if path is _dense_experts and layer is not None:
+        weights, layer = [w[layer] for w in weights], None
+    spread = sharding.over_experts(mesh if group.row.shape[0] > 1 else None, path)
+
+    def run(tokens: tuple, *weights: Array) -> Array:
+        return spread((tokens, layer), *(w.astype(dtype) for w in weights))  # before they are gathered, not after
+
+    if path is _dense_experts:
+        # Saved for the backward pass: what comes in and the products. Slices of weights would be saved for every layer, a copy of the
+        # model.
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
+    return run(tokens, *weights)
 
 
 def _sparse_experts(
-    tokens: tuple[Float[Array, "N D"], Routing], gate: Array, up: Array, down: Array, first: Int[Array, ""] | int
+    tokens: tuple[tuple[Float[Array, "N D"], Routing], Int[Array, ""] | None], gate: Array, up: Array, down: Array, first: Array | int
 ) -> Float[Array, "N D"]:
-    """What experts `first`, `first` + 1, ... add to the tokens that chose them."""
-    x, routing = tokens
+    """What experts `first`, `first` + 1, ... add to the tokens that chose them.
+
+    With a layer, the weights are those of all layers: experts nobody chose are never read, those of the other layers among them.
+    """
+    (x, routing), layer = tokens
+    count = gate.shape[-3]
     local = routing.ids - first
-    mine = (local >= 0) & (local < gate.shape[0])
+    mine = (local >= 0) & (local < count)
+    if layer is not None:
+        gate, up, down = (w.reshape(-1, *w.shape[-2:]) for w in (gate, up, down))
+        local += layer * count
     # A slot of weight 0 gets no row: slots of other devices' experts cost nothing here.
     routing = routing._replace(weights=jnp.where(mine, routing.weights, 0), ids=jnp.where(mine, local, 0))
-    return sparse_experts(x, routing, *(w.astype(x.dtype) for w in (gate, up, down)))
+    return sparse_experts(x, routing, gate, up, down)
 
 
-# Saved for the backward pass: what comes in and the products. Slices of weights would be saved for every layer, a copy of the model.
-@functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False)
 def _dense_experts(
-    tokens: tuple[Float[Array, "N D"], Float[Array, "N E"]], gate: Array, up: Array, down: Array, first: Int[Array, ""] | int
+    tokens: tuple[tuple[Float[Array, "N D"], Float[Array, "N E"]], None], gate: Array, up: Array, down: Array, first: Array | int
 ) -> Float[Array, "N D"]:
     """What experts `first`, `first` + 1, ... add to every token.
 
     A loop over experts, not one batched product: canonical matmuls reach the hardware's peak, `td,edf->etf` does not.
     """
-    x, weights = tokens
+    (x, weights), _ = tokens
     count = gate.shape[0]
     weights = jax.lax.dynamic_slice_in_dim(jnp.pad(weights, ((0, 0), (0, count))), first, count, axis=1)
     y = jnp.zeros_like(x)
     for i in range(count):
         weight = weights[:, i, None]
         # `where`, never a product with 0: NaN in an excluded expert must not leak.
-        out = swiglu(x, *(w[i].astype(x.dtype) for w in (gate, up, down)))
+        out = swiglu(x, gate[i], up[i], down[i])
         y += jnp.where(weight > 0, out * weight.astype(x.dtype), 0)
     return y

@@ -38,7 +38,7 @@ from flexolmo_jax.progress import bar, note
 
 from .evaluate import make_scorer, score_records
 from .metrics import MetricsWriter
-from .optimizer import make_optimizer
+from .optimizer import abstract_state, make_optimizer
 from .step import TrainState, make_step
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 42}  # 42: preempted and saved, start again
@@ -161,14 +161,7 @@ def _placement(job: Job, mesh: Mesh) -> Placement:
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh) -> Any:
-    """Moments lie where their parameters do."""
-    shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, parameter: parameter.sharding,
-        jax.eval_shape(optimizer.init, trained),
-        trained,
-        transform_non_params=lambda _: sharding.replicated(mesh),
-    )
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(optimizer, trained, sharding.replicated(mesh)))
     return jax.jit(optimizer.init, out_shardings=shardings)(trained)
 
 
