@@ -7,7 +7,6 @@ separate trees, so that frozen means no gradient and no optimiser state.
 The mixture: `y = sum over the top k of p_e * FFN_e(h)`, `p = softmax(rows . h + min(bias, 0))`; expert 0 is the anchor's and has no bias.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
