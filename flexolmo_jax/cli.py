@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(result["text"])
     else:
         _print(result)
-    return 0
+    return 1 if result.get("fits") is False else 0
 
 
 # ---- data and tokenizer ----
@@ -250,6 +250,28 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     completions = model.generate(args.prompt, args.max_new_tokens, **options)
     pairs = [{"prompt": p, "completion": c} for p, c in zip(args.prompt, completions, strict=True)]
     return {"completions": pairs, "text": "\n\n".join(p["prompt"] + p["completion"] for p in pairs)}
+
+
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    import os
+
+    from flexolmo_jax.tpus import COMPILER_ENVIRONMENT, slice_of
+
+    where = slice_of(args.topology)
+    os.environ.update(COMPILER_ENVIRONMENT)  # before JAX is imported
+    from flexolmo_jax.plan.report import plan_decoding, plan_training, show
+
+    if args.decode is None:
+        from flexolmo_jax.config import load_config
+
+        report = plan_training(load_config(args.path, args.set), where, args.slices)
+    else:
+        from flexolmo_jax.plan.steps import decoded
+
+        model, mesh = decoded(args.path, args.set)
+        rows, context = args.decode
+        report = plan_decoding(model, where, rows, context, mesh)
+    return report if args.json else report | {"text": show(report)}
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
@@ -482,6 +504,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--eval-data", nargs="+", default=[], metavar="DATA", help="scored before and after biases are dropped", type=_local)
     _add_checkpoint(p)
 
+    p = verb(
+        "plan",
+        _plan,
+        "Compile a step for a TPU slice, without one: memory, work, collectives, time at least. Exits 1 where it does not fit.",
+        "plan configs/7b/pair.yaml --topology v5p:4x4x4",
+    )
+    p.add_argument("path", help="a run's YAML; with --decode also a model", type=_local)
+    p.add_argument("--topology", required=True, metavar="TYPE:SHAPE", help="v5e, v5p, v6e or tpu7x, and chips along each axis: v5p:4x4x4")
+    p.add_argument("--slices", type=_positive, default=1, help="joined by the data centre's network; mesh.data spans them")
+    p.add_argument("--decode", type=_rows_by_context, metavar="ROWSxCONTEXT", help="a decoding step instead, as 16x4096")
+    _add_set(p)
+
     p = verb("info", _info, "What a path is; of a contribution, exactly what leaves its owner.", "info contribution")
     p.add_argument("path", type=path_of)
     return parser
@@ -498,6 +532,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {number}, expected 1 or more")
     return number
+
+
+def _rows_by_context(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected rows x tokens of context, as 16x4096")
+    return int(match[1]), int(match[2])
 
 
 def _bytes(text: str) -> int:

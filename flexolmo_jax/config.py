@@ -8,9 +8,10 @@ import dataclasses
 import datetime
 import difflib
 import json
+import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -214,6 +215,24 @@ class MeshConfig(_Config):
         _expect(all(n == -1 or n > 0 for n in sizes), "mesh", sizes, "positive numbers, or -1 for what is left")
         _expect(sizes.count(-1) <= 1, "mesh", sizes, "-1 on one axis at most")
 
+    def sizes(self, devices: int, slices: int = 1) -> dict[str, int]:
+        """Devices along each axis, of so many that there are, all in all; -1 resolved.
+
+        Raises UserError for a mesh that is larger, one with -1 that does not divide them, and one whose data axis does not span the slices.
+        """
+        sizes = dataclasses.asdict(self)
+        named = math.prod(n for n in sizes.values() if n != -1)
+        shown = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
+        if -1 in sizes.values():
+            if devices % named:
+                raise UserError(f"mesh {shown} does not divide {devices} devices; make the product of its axes a divisor")
+            sizes = {axis: devices // named if n == -1 else n for axis, n in sizes.items()}
+        elif named > devices:
+            raise UserError(f"mesh {shown} needs {named} devices; got {devices}; make the axes smaller")
+        if sizes["data"] % slices:
+            raise UserError(f"mesh.data is {sizes['data']}; expected a multiple of {slices}, the number of slices, over which it runs")
+        return sizes
+
 
 @dataclass(frozen=True)
 class RunConfig(_Config):
@@ -252,6 +271,16 @@ class RunConfig(_Config):
         _expect(self.data.seq_len <= limit, "data.seq_len", self.data.seq_len, f"at most model.max_seq_len ({limit})")
 
 
+def check_microbatch(run: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Raises UserError where a microbatch does not divide over the mesh axes that a batch is spread over."""
+    microbatch, ways = run.data.batch_size // run.train.accumulate, sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    if microbatch % ways:
+        raise UserError(
+            f"a microbatch of {microbatch} records (data.batch_size / train.accumulate) does not divide over {ways} devices "
+            "(mesh.data x fsdp x expert); change one of them"
+        )
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's YAML, applies `section.key=value` overrides and checks the result."""
     try:
@@ -267,21 +296,7 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """A checked RunConfig from a nested dict (which is left as it was) and overrides."""
     if not isinstance(tree, dict):
         raise UserError(f"the config is {tree!r}; expected sections: {', '.join(_fields(RunConfig))}")
-    tree = copy.deepcopy(tree)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"--set got {override!r}; expected section.key=value")
-        *branches, leaf = key.split(".")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-            if not isinstance(node, dict):
-                raise UserError(f"--set got {override!r}, but {branch!r} is not a section")
-        try:
-            node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set got {override!r}, whose value is not valid YAML; quote it") from None
+    tree = override(tree, overrides)
     model = tree.get("model")
     if isinstance(model, dict) and "preset" in model:
         preset = model.pop("preset")
@@ -291,6 +306,26 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     config = build(RunConfig, tree)
     config.check()
     return config
+
+
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a nested dict with `section.key=value` set, whose values are YAML."""
+    tree = copy.deepcopy(tree)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set got {text!r}; expected section.key=value")
+        *branches, leaf = key.split(".")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set got {text!r}, but {branch!r} is not a section")
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set got {text!r}, whose value is not valid YAML; quote it") from None
+    return tree
 
 
 def build(cls: type[T], tree: Any, at: str = "") -> T:

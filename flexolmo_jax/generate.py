@@ -18,12 +18,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import KVCache, Params, decode, empty_cache
+from flexolmo_jax.model import CACHE, KVCache, Params, decode, empty_cache
 
 SMALLEST_BUCKET = 16
 COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax
@@ -58,6 +60,7 @@ def generate(
     active: int,
     allowed: np.ndarray,
     dtype: str = "float32",
+    mesh: Mesh | None = None,
     on_token: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[list[int]]:
     """The completions of a batch of prompts, each cut before its EOS; a row's tokens do not depend on the other rows.
@@ -67,6 +70,7 @@ def generate(
         vocab_size: the tokenizer's; ids from there up to the model's vocabulary are padding and never chosen.
         active, allowed: experts per token, and bool [E] which experts may be used.
         dtype: of activations and cache.
+        mesh: that the parameters are spread over; the cache is too.
         on_token: called after every step with its index and the chosen ids [B]; rows that have ended give `eos_id`.
 
     Raises:
@@ -89,7 +93,7 @@ def generate(
         top_p=jnp.float32(sampling.top_p),
         seed=jnp.uint32(sampling.seed),
     )
-    prefill, run = programs(config, active, vocab_size, sampling.temperature < COLDEST, dtype)
+    prefill, run = programs(config, active, vocab_size, sampling.temperature < COLDEST, dtype, mesh)
     last = np.array([prompt[-1] for prompt in prompts], np.int32)
     state = prefill(params, tokens, last, request, _bucket(max_new_tokens, config.max_seq_len))
     if on_token is None:
@@ -155,9 +159,11 @@ class State(NamedTuple):
 
 
 @functools.lru_cache
-def programs(config: ModelConfig, active: int, vocab_size: int, greedy: bool, dtype: str) -> tuple[Callable, Callable]:
+def programs(
+    config: ModelConfig, active: int, vocab_size: int, greedy: bool, dtype: str, mesh: Mesh | None = None
+) -> tuple[Callable, Callable]:
     """The jitted (prefill, run) that all calls with these values share; each compiles once per batch size and buckets."""
-    model = functools.partial(decode, config, active=active, dtype=dtype)
+    model = functools.partial(decode, config, active=active, dtype=dtype, mesh=mesh)
 
     @functools.partial(jax.jit, static_argnums=4)
     def prefill(params: Params, tokens: Array, last: Array, request: Request, new_slots: int) -> State:
@@ -169,7 +175,7 @@ def programs(config: ModelConfig, active: int, vocab_size: int, greedy: bool, dt
         # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the rest.
         cache = model(params, tokens, positions, mask, cache, 0, allowed=request.allowed).cache
         room = ((0, 0), (0, 0), (0, 0), (0, new_slots), (0, 0))
-        cache = jax.tree.map(lambda a: jnp.pad(a, room), cache)
+        cache = sharding.constrain(mesh, jax.tree.map(lambda a: jnp.pad(a, room), cache), CACHE)
         chosen = jnp.full((B, new_slots), request.eos_id)
         return State(cache, last, jnp.zeros(B, bool), jnp.int32(0), chosen)
 

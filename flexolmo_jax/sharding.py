@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flexolmo_jax.config import MeshConfig
@@ -20,7 +21,8 @@ BATCH = PartitionSpec(("data", "fsdp", "expert"))
 
 Axes = tuple[str | None, ...]  # logical names of an array's axes
 
-LOGICAL_TO_MESH: dict[str | None, str | None] = {
+LOGICAL_TO_MESH: dict[str | None, Any] = {
+    "batch": BATCH[0],
     "embed": "fsdp",
     "ffn": "tensor",
     "heads": "tensor",
@@ -35,29 +37,26 @@ LOGICAL_TO_MESH: dict[str | None, str | None] = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the config's shape over all devices (`jax.Device`s), or over the first of them if the config asks for fewer.
 
-    Raises UserError for a mesh that is larger than the devices, or one with -1 that does not divide them.
+    Raises UserError for a mesh that does not fit the devices: see `MeshConfig.sizes`.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    named = math.prod(n for n in sizes if n != -1)
-    if -1 in sizes:
-        if len(devices) % named:
-            raise UserError(f"mesh {_show(sizes)} does not divide {len(devices)} devices; make the product of its axes a divisor")
-        sizes[sizes.index(-1)] = len(devices) // named
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = list(config.sizes(len(devices), slices).values())
     needed = math.prod(sizes)
-    if needed > len(devices):
-        raise UserError(f"mesh {_show(sizes)} needs {needed} devices; got {len(devices)}; make the axes smaller")
+    if needed < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise UserError(f"mesh {config} has {needed} devices; expected all {len(devices)} of several processes; set one axis to -1")
     # Auto: the compiler places the collectives; parameters and batch carry their shardings.
-    return Mesh(np.asarray(devices[:needed]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(devices[:needed], sizes, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_batch(mesh: Mesh, microbatch: int) -> None:
-    """Raises UserError where a microbatch does not divide over the mesh's batch axes."""
-    ways = math.prod(mesh.shape[axis] for axis in BATCH[0])
-    if microbatch % ways:
-        raise UserError(
-            f"a microbatch of {microbatch} records does not divide over {ways} (mesh.data x fsdp x expert); change data.batch_size"
-        )
+def _arranged(devices: Sequence[Any], sizes: list[int], slices: int) -> np.ndarray:
+    """Devices [data, fsdp, tensor, expert]: neighbours in a TPU's torus side by side, and slices apart on the data axis."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    if slices > 1:
+        within = (sizes[0] // slices, *sizes[1:])
+        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -69,8 +68,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def constrain(mesh: Mesh | None, tree: Any, axes: Axes) -> Any:
+    """The arrays of a tree, laid out by their logical axes ("batch" among them) inside a jitted function."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, parameter_sharding(mesh, axes, a.shape)), tree)
+
+
 def parameter_sharding(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of one parameter; an axis that its mesh axis does not divide stays whole.
+    """The sharding of one parameter (or of what else has logical axes); an axis that its mesh axis does not divide stays whole.
 
     Experts whose number the expert axis does not divide are spread over it along "embed" instead.
     """
@@ -79,6 +85,11 @@ def parameter_sharding(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], 
         names[axes.index("embed")] = ("fsdp", "expert")
     ways = [math.prod(mesh.shape[name] for name in _as_tuple(entry)) for entry in names]
     return NamedSharding(mesh, PartitionSpec(*(n if size % w == 0 else None for n, w, size in zip(names, ways, shape, strict=True))))
+
+
+def ways_gathered(placement: NamedSharding) -> int:
+    """Over how many devices a parameter is spread all of which need the whole of it: those along `fsdp`."""
+    return math.prod(placement.mesh.shape[axis] for entry in placement.spec if "fsdp" in _as_tuple(entry) for axis in _as_tuple(entry))
 
 
 def on_each_shard(
@@ -92,7 +103,7 @@ def on_each_shard(
     """
     if mesh is None or mesh.size == 1:
         return function
-    to_mesh: dict[str | None, Any] = {"batch": BATCH[0]} if batch_only else LOGICAL_TO_MESH | {"batch": BATCH[0]}
+    to_mesh: dict[str | None, Any] = {"batch": BATCH[0]} if batch_only else LOGICAL_TO_MESH
 
     def sharded(*args: jax.Array) -> Any:
         whole = set()
@@ -153,7 +164,3 @@ def _as_tuple(axes: Any) -> tuple[str, ...]:
 
 def _is_axes(tree: Any) -> bool:
     return isinstance(tree, tuple) and all(name is None or isinstance(name, str) for name in tree)
-
-
-def _show(sizes: list[int]) -> str:
-    return " x ".join(f"{axis} {n}" for axis, n in zip(AXES, sizes, strict=True))

@@ -13,11 +13,12 @@ from flexolmo_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation of TPU; every figure is of one chip."""
+    """One generation of TPU; every figure but one is of one chip."""
 
     name: str
     tflops: float  # bfloat16, 10^12 a second
     hbm_gib: float
+    usable_gib: float  # of it, by a device's program: what the compiler (libtpu 0.0.50) refuses to exceed
     hbm_gbs: float  # 10^9 bytes a second
     ici_gbs: float  # between chips, both directions of all links together
     dcn_gbits: float  # between slices, 10^9 bits a second
@@ -39,11 +40,20 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197, 16, 819, 400, 25, 2, 16, 1, 4, "v5litepod", 1, ("1x1", "2x2", "2x4"), 256),
-        Chip("v5p", 459, 95, 2765, 1200, 50, 3, 4, 1, 4, "v5p", 2, ("2x2x1",), 6144),
-        Chip("v6e", 918, 32, 1638, 800, 100, 2, 16, 1, 4, "v6e", 1, ("1x1", "2x2", "2x4"), 256),
-        Chip("tpu7x", 2307, 192, 7380, 1200, 100, 3, 4, 2, 4, "tpu7x", 2, ("2x2x1",), 9216),
+        Chip("v5e", 197, 16, 15.75, 819, 400, 25, 2, 16, 1, 4, "v5litepod", 1, ("1x1", "2x2", "2x4"), 256),
+        Chip("v5p", 459, 95, 95.73, 2765, 1200, 50, 3, 4, 1, 4, "v5p", 2, ("2x2x1",), 6144),
+        Chip("v6e", 918, 32, 31.24, 1638, 800, 100, 2, 16, 1, 4, "v6e", 1, ("1x1", "2x2", "2x4"), 256),
+        Chip("tpu7x", 2307, 192, 94.74, 7380, 1200, 100, 3, 4, 2, 4, "tpu7x", 2, ("2x2x1",), 9216),
     )
+}
+# What libtpu has to find before JAX is imported, to compile for TPUs where there is none. Without the second it waits for a metadata
+# server that is not there; without the third two processes abort on a lock file.
+COMPILER_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
 }
 # The names of marketing, of other interfaces and of earlier pages.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "v7x": "tpu7x", "v7": "tpu7x", "tpu7": "tpu7x", "ironwood": "tpu7x"}

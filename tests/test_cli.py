@@ -21,7 +21,7 @@ from tests.tiny import run_config
 
 VERBS = [
     "data fetch", "data prepare", "tokenizer train", "train", "publish", "contribute", "package", "verify", "merge", "opt-out",
-    "replace", "append", "verify-receipt", "gc", "keygen", "embed-domain", "eval", "generate", "import-hf", "export-hf", "info",
+    "replace", "append", "verify-receipt", "gc", "keygen", "embed-domain", "eval", "generate", "import-hf", "export-hf", "plan", "info",
 ]  # fmt: skip
 
 Fails = Callable[..., str]

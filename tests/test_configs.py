@@ -14,7 +14,8 @@ import yaml
 
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import ModelConfig, RunConfig, load_config
-from flexolmo_jax.flex.router import TRAINED as ROUTER_TRAINED
+from flexolmo_jax.flex.pair import is_trained as is_trained_in_a_pair
+from flexolmo_jax.flex.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.model import Params, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten, partition
 from flexolmo_jax.sharding import parameter_sharding
@@ -38,8 +39,8 @@ each_large_config = pytest.mark.parametrize("path", LARGE, ids=name)
 TRAINED = {
     "anchor": lambda _: True,
     "joint": lambda _: True,
-    "pair": lambda p: p.startswith("expert/"),
-    "router": ROUTER_TRAINED.__contains__,
+    "pair": is_trained_in_a_pair,
+    "router": is_trained_in_a_router_run,
 }
 
 

@@ -40,7 +40,7 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
         raise UserError(
             f"data.tokenizer {run.data.tokenizer} is not the tokenizer of {anchor.path}; leave it out: a pair uses its anchor's"
         )
-    model = dataclasses.replace(anchor.config, router_bias=run.model.router_bias, init_bias=run.model.init_bias)
+    model = model_of_pair(run, anchor.config)
     run = dataclasses.replace(run, model=model)
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=_public(run, anchor))
     row = initial_row(pair, run, anchor)
@@ -52,11 +52,21 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
         return params
 
     job = Job(
-        run, model, initial, lambda path: path.startswith("expert/"), ("anchor", pair.name), tokenizer, batches, heldout,
+        run, model, initial, is_trained, ("anchor", pair.name), tokenizer, batches, heldout,
         contrast=_contrast(run),
         base={"base": str(anchor.path.resolve()), "fingerprint": anchor.fingerprint},
     )  # fmt: skip
     return train(job, out)
+
+
+def model_of_pair(run: RunConfig, anchor: ModelConfig) -> ModelConfig:
+    """The anchor's architecture, with the new expert's own keys."""
+    return dataclasses.replace(anchor, router_bias=run.model.router_bias, init_bias=run.model.init_bias)
+
+
+def is_trained(path: str) -> bool:
+    """Of a pair's parameters."""
+    return path.startswith("expert/")
 
 
 def new_expert(anchor_experts: Params, row: jax.Array | np.ndarray, model: ModelConfig) -> Params:

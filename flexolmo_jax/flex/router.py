@@ -12,7 +12,10 @@ from flexolmo_jax.train.sources import open_sources
 
 from .merge import open_model
 
-TRAINED = ("experts/row", "experts/bias")
+
+def is_trained(path: str) -> bool:
+    """Of a merged model's parameters."""
+    return path in ("experts/row", "experts/bias")
 
 
 def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
@@ -26,10 +29,10 @@ def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
 
     def initial(placement):
         params = flatten(model.params(placement=placement))
-        return unflatten({path: a.astype("float32") if path in TRAINED else a for path, a in params.items()})
+        return unflatten({path: a.astype("float32") if is_trained(path) else a for path, a in params.items()})
 
     job = Job(
-        run, model.config, initial, lambda path: path in TRAINED, model.experts, model.tokenizer, batches, heldout,
+        run, model.config, initial, is_trained, model.experts, model.tokenizer, batches, heldout,
         base={"base": str(model.path.resolve()), "fingerprint": model.fingerprint},
     )  # fmt: skip
     return train(job, out)

@@ -1,10 +1,11 @@
 """The model: `init_params` makes a tree of arrays, `forward` and `decode` run it. Knows nothing of training or data."""
 
-from .layers import KVCache
+from .layers import CACHE, KVCache
 from .moe import RouterOutput
 from .transformer import Output, Params, decode, empty_cache, forward, init_params, logical_axes, num_experts
 
 __all__ = [
+    "CACHE",
     "KVCache",
     "Output",
     "Params",

@@ -19,6 +19,9 @@ from flexolmo_jax.kernels.attention import attention, masked_attention
 QUERIES, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)  # logical axes of activations
 
 
+CACHE = ("layers", "batch", "kv_heads", None, None)
+
+
 class KVCache(NamedTuple):
     """Keys and values of all layers."""
 

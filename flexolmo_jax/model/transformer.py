@@ -169,11 +169,12 @@ def decode(
     active: int | None = None,
     allowed: Bool[Array, "E"] | None = None,
     dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> Output:
     """One step over a KV cache of S slots: `tokens` are written at `slot` and attend wherever `mask` says (prefill and decode alike)."""
     active, allowed = _all_experts(config, params, active, allowed)
     model = bind(config, params)
-    return model(tokens, positions, mask, active=active, allowed=allowed, cache=cache, slot=slot, dtype=dtype)
+    return model(tokens, positions, mask, active=active, allowed=allowed, cache=cache, slot=slot, dtype=dtype, mesh=mesh)
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from flexolmo_jax import checkpoint, sharding
 from flexolmo_jax.artifact import DESCRIPTION, Placement, describe, open_artifact, write_description
-from flexolmo_jax.config import ModelConfig, RunConfig, dump_yaml, to_dict
+from flexolmo_jax.config import ModelConfig, RunConfig, check_microbatch, dump_yaml, to_dict
 from flexolmo_jax.data.mixture import Batches
 from flexolmo_jax.data.records import Record, loss_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
     """
     run = job.config
     mesh = sharding.make_mesh(run.mesh)
-    sharding.check_batch(mesh, run.data.batch_size // run.train.accumulate)
+    check_microbatch(run, mesh.shape)
     _claim(job, out)
     params = job.initial(_placement(job, mesh))
     trained, frozen = partition(params, job.is_trained)

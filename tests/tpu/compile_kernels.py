@@ -17,17 +17,11 @@ from typing import Any
 
 from programs import CASES
 
+from flexolmo_jax.tpus import COMPILER_ENVIRONMENT
+
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LIMIT_S = 600
 LIMIT_ARRAYS = 14  # temporaries of the experts' forward and backward pass, in arrays [N k, F] of bfloat16: they grow with rows, not with E
-# Without the second a machine without a metadata server hangs; without the third two processes abort on a lock file.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 def main() -> int:
@@ -56,7 +50,7 @@ def main() -> int:
 def in_a_process(case: str, topology: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--case", case, "--topology", topology]
     try:
-        done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(command, env=os.environ | COMPILER_ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         return {"error": f"not compiled after {LIMIT_S} s"}
     if done.returncode:

@@ -1,0 +1,187 @@
+"""Plans the paper's runs on TPU slices: for every run and type of TPU the smallest slice that fits, as libtpu compiles it. Nothing is run.
+
+    python benchmarks/pods.py --out launch/plans            # in the environment with libtpu (see `flexolmo plan`); half an hour on 2 cores
+    python benchmarks/pods.py --out launch/plans --table    # what is there, as the tables of docs/pods.md
+
+A microbatch is one record of 4096 tokens a device along data, fsdp and expert. Slices whose memory could not hold what lies there from
+step to step are not tried. Every plan is kept, also of the largest slice that was refused. Those that are there are not made again.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flexolmo_jax.config import RunConfig, load_config
+from flexolmo_jax.model.tree import flatten, partition
+from flexolmo_jax.plan.steps import IS_TRAINED, architecture
+from flexolmo_jax.tpus import CHIPS, slice_of, slices_of
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+RUNS = {  # name in files -> (title, config, rows and context of a decoding step)
+    "anchor": ("7B anchor", "anchor", None),
+    "pair": ("2x7B pair", "pair", None),
+    "router": ("7x7B router tuning", "router", None),
+    "joint": ("7x7B top-5 joint training", "joint", None),
+    "decode": ("7x7B top-5 decoding, 16 x 4096", "joint", "16x4096"),
+}
+# Beside the smallest slices: two layouts of joint training on one slice, and the pair with everything trainable on what fits both, at one
+# microbatch.
+LAYOUTS = {"joint-fsdp": (), "joint-fsdp-expert": ("mesh.expert=8",)}
+LAYOUTS_ON = "v5p:4x4x4"
+LIMIT_S = 900
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a directory for the plans")
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=RUNS)
+    parser.add_argument("--types", nargs="*", default=list(CHIPS), choices=CHIPS)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    options = parser.parse_args()
+    if options.table:
+        print(tables(options.out))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.runs:
+        for kind in options.types:
+            smallest(name, kind, options.out)
+    for name, overrides in LAYOUTS.items():
+        plan(name, "joint", LAYOUTS_ON, one_record(load("joint"), LAYOUTS_ON, *overrides), None, options.out)
+    trainable(options.out)
+    print(tables(options.out))
+
+
+def load(config: str) -> RunConfig:
+    return load_config(ROOT / "configs" / "7b" / f"{config}.yaml")
+
+
+def smallest(name: str, kind: str, out: Path) -> None:
+    """Plans a run on ever larger slices until it fits."""
+    _, config, decode = RUNS[name]
+    run = load(config)
+    for slice_ in slices_of(kind):
+        if resident(run, decode) > slice_.devices * slice_.chip.usable_gib * GIB:
+            continue
+        overrides = () if decode else one_record(run, slice_.name)
+        if plan(name, config, slice_.name, overrides, decode, out)["fits"]:
+            return
+
+
+def one_record(run: RunConfig, topology: str, *overrides: str) -> tuple[str, ...]:
+    """As many microbatches a step as leave each device one record."""
+    return (*overrides, f"train.accumulate={run.data.batch_size // slice_of(topology).devices}")
+
+
+def resident(run: RunConfig, decode: str | None) -> int:
+    """Bytes that lie on all devices together: of what is trained parameters, gradients and both moments in float32; the rest bfloat16."""
+    from flexolmo_jax.model import init_params
+
+    model = architecture(run)
+    shapes = jax.eval_shape(lambda key: init_params(model, key, pair=run.pair is not None), jax.random.key(0))
+    is_trained = (lambda _: False) if decode else IS_TRAINED.get(run.run, lambda _: True)
+    trained, frozen = (sum(math.prod(a.shape) for a in flatten(tree).values()) for tree in partition(shapes, is_trained))
+    cache = 0
+    if decode:
+        rows, context = map(int, decode.split("x"))
+        cache = 2 * 2 * rows * context * model.n_layers * model.n_kv_heads * model.d_head
+    return 16 * trained + 2 * frozen + cache
+
+
+def plan(name: str, config: str, topology: str, overrides: tuple[str, ...], decode: str | None, out: Path) -> dict[str, Any]:
+    """The plan of one run on one slice, from a process of its own, kept as a file."""
+    path = out / f"{name}-{topology.replace(':', '-')}.json"
+    if not path.exists():
+        sets = [word for override in overrides for word in ("--set", override)]
+        arguments = [f"configs/7b/{config}.yaml", "--topology", topology, *sets, *(["--decode", decode] if decode else [])]
+        print(f"flexolmo plan {' '.join(arguments)}", file=sys.stderr, end=" ", flush=True)
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "flexolmo_jax.cli", "plan", *arguments, "--json"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+        if done.returncode not in (0, 1) or not done.stdout:
+            raise RuntimeError(done.stderr[-2000:])
+        report = json.loads(done.stdout)
+        keep(path, report | {"command": ["plan", *arguments], "wall_seconds": round(time.perf_counter() - start)})
+    report = json.loads(path.read_text())
+    print(f"{'fits' if report['fits'] else 'does not fit'}: {report['peak_bytes'] / GIB:.1f} GiB", file=sys.stderr)
+    return report
+
+
+def keep(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def trainable(out: Path) -> None:
+    """The pair's step at one microbatch, and the same with everything trainable, on the smallest v5p slice that fits both."""
+    import os
+
+    from flexolmo_jax.config import resolve, to_dict
+    from flexolmo_jax.tpus import COMPILER_ENVIRONMENT
+
+    os.environ.update(COMPILER_ENVIRONMENT)
+    from flexolmo_jax.plan.report import plan_training
+
+    for slice_ in slices_of("v5p"):
+        paths = {name: out / f"{name}-{slice_.name.replace(':', '-')}.json" for name in ("pair-once", "pair-once-trainable")}
+        if not all(path.exists() for path in paths.values()):
+            run = resolve(to_dict(load("pair")), [f"data.batch_size={slice_.devices}", "train.accumulate=1"])
+            keep(paths["pair-once-trainable"], plan_training(run, slice_, is_trained=lambda _: True))
+            keep(paths["pair-once"], plan_training(run, slice_))
+        if all(json.loads(path.read_text())["fits"] for path in paths.values()):
+            return
+
+
+def tables(out: Path) -> str:
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
+    lines = [
+        "| run | slice | chips | peak, of what a device has | temporaries | a step | tokens/s | bound | moved, of the least |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (title, *_) in RUNS.items():
+        for kind in CHIPS:
+            of = sorted((r for stem, r in found.items() if stem.startswith(f"{name}-{kind}-")), key=lambda r: r["chips"])
+            for report in (r for r in of if r["fits"]):
+                lines.append(row(title, report))
+    for name in LAYOUTS:
+        for stem, report in found.items():
+            if stem == f"{name}-{LAYOUTS_ON.replace(':', '-')}" and report["fits"]:
+                mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1)
+                lines.append(row(f"7x7B top-5 joint training, {mesh}", report))
+    refused = [
+        f"| {stem.split('-')[0]} | {r['topology']} | {r['peak_bytes'] / GIB:.1f} of {r['hbm_bytes'] / GIB:.1f} GiB |"
+        for stem, r in sorted(found.items())
+        if not r["fits"]
+    ]
+    lines += ["", "| refused | slice | needed |", "|---|---|---|", *refused]
+    for stem, report in found.items():
+        if stem.startswith("pair-once-v5p") and report["fits"]:
+            everything = found[stem.replace("pair-once", "pair-once-trainable")]
+            if everything["fits"]:
+                share = report["peak_bytes"] / everything["peak_bytes"]
+                lines += [
+                    "",
+                    f"The pair's peak on {report['topology']}, one microbatch a step: {report['peak_bytes'] / GIB:.1f} GiB; "
+                    f"with everything trainable {everything['peak_bytes'] / GIB:.1f} GiB ({share:.0%}).",
+                ]
+    return "\n".join(lines)
+
+
+def row(title: str, report: dict[str, Any]) -> str:
+    seconds, (low, high) = report["seconds"], report["tokens_per_second"]
+    share = f"{report['collective_bytes'] / report['fsdp_minimum_bytes']:.2f}" if report.get("fsdp_minimum_bytes") else ""
+    return (
+        f"| {title} | {report['topology']} | {report['chips']} | {report['peak_bytes'] / GIB:.1f} of {report['hbm_bytes'] / GIB:.1f} GiB "
+        f"| {report['temporary_bytes'] / GIB:.1f} GiB | {seconds['overlapped']:.3g} to {seconds['in_turn']:.3g} s "
+        f"| {low:,.0f} to {high:,.0f} | {seconds['bound']} | {share} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""What decides the compiled training step, as far as a config says it."""
+
+from typing import Any
+
+from flexolmo_jax.config import RunConfig, to_dict
+
+
+def program_of(run: RunConfig) -> dict[str, Any]:
+    """The part of a config that its program depends on: where two configs agree here, one plan holds for both."""
+    pair = run.pair and {"contrast": run.pair.contrast > 0 < run.pair.public_share, "router_noise": run.pair.router_noise > 0}
+    return {
+        "run": run.run,
+        "model": to_dict(run.model),
+        "data": {"batch_size": run.data.batch_size, "seq_len": run.data.seq_len},
+        "train": {key: getattr(run.train, key) for key in ("accumulate", "compute_dtype", "remat")},
+        "pair": pair,
+        "mesh": to_dict(run.mesh),
+    }

@@ -1,0 +1,205 @@
+"""`flexolmo plan`: compiles a step for a TPU slice on a machine without one, and tells what it takes.
+
+The compiler is libtpu's own. It places every collective and every buffer, and refuses what does not fit; nothing is run.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from flexolmo_jax import sharding
+from flexolmo_jax.config import MeshConfig, ModelConfig, RunConfig, check_microbatch, to_dict
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.tpus import Slice, slices_of
+from flexolmo_jax.train.flops import forward_flops, step_flops
+
+from .collectives import collectives
+from .program import program_of
+from .roofline import ASSUMPTIONS, by_kind_and_axis, roofline
+from .steps import DECODING_MESH, Step, architecture, decoding_step, fsdp_minimum, training_step
+
+GIB = 2**30
+
+
+def plan_training(run: RunConfig, slice_: Slice, slices: int = 1, is_trained: Callable[[str], bool] | None = None) -> dict[str, Any]:
+    """The report of a run's training step. Raises UserError for a mesh or a batch that does not fit the slice's devices.
+
+    `is_trained`: by path, where it is not the run's own.
+    """
+    model = architecture(run)
+    mesh = _mesh(run.mesh, slice_, slices, run)
+    run = dataclasses.replace(run, model=model)
+    flops = step_flops(run, model)
+    tokens = run.data.batch_size * run.data.seq_len
+    step = training_step(run, model, mesh, is_trained)
+    report = _compile(step, slice_, mesh, flops.hardware, tokens)
+    if report["fits"]:
+        more = {"fsdp_minimum_bytes": run.train.accumulate * fsdp_minimum(step, run.train.compute_dtype)}
+    else:
+        more = {"change": _training_advice(run, slice_, slices, mesh, report)}
+    return _head(slice_, slices, mesh) | {"program": program_of(run), "model_flops": flops.model} | report | more
+
+
+def plan_decoding(model: ModelConfig, slice_: Slice, batch: int, context: int, mesh: MeshConfig = DECODING_MESH) -> dict[str, Any]:
+    """The report of one decoding step: a token for each of `batch` rows, over a cache of `context` slots, in bfloat16."""
+    where = _mesh(mesh, slice_, 1)
+    flops = batch * sum(forward_flops(model, model.n_active, context))
+    report = _compile(decoding_step(model, where, batch, context), slice_, where, flops, batch)
+    advice = {} if report["fits"] else {"change": _larger(slice_, report, "fewer rows or a shorter context (--decode ROWSxCONTEXT), or ")}
+    what = {"model": to_dict(model), "mesh": to_dict(mesh), "decode": {"batch": batch, "context": context}}
+    return _head(slice_, 1, where) | {"program": what, "model_flops": flops} | report | advice
+
+
+def compile_step(step: Step, mesh: Mesh) -> Any:
+    """The compiled program. Raises jax.errors.JaxRuntimeError, RESOURCE_EXHAUSTED, where it does not fit."""
+    # Kernels ask which TPU they are traced for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return step.function.lower(*step.arguments).compile()
+
+
+def size_of(tree: Any) -> int:
+    """Bytes on each device."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def _mesh(config: MeshConfig, slice_: Slice, slices: int, run: RunConfig | None = None) -> Mesh:
+    """The mesh over all devices of the slices, checked before there is any need of a compiler for them."""
+    devices = slice_.devices * slices
+    sizes = config.sizes(devices, slices)
+    if math.prod(sizes.values()) != devices:
+        shown = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
+        raise UserError(f"mesh {shown} does not fill the {devices} devices of {slices} x {slice_.name}; set one axis to -1")
+    if run is not None:
+        check_microbatch(run, sizes)
+    return sharding.make_mesh(config, _devices(slice_, slices))
+
+
+def _devices(slice_: Slice, slices: int) -> list[Any]:
+    """Devices that can be compiled for. Raises UserError where there is no compiler for them."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "flexolmo plan needs libtpu, the TPU's compiler, in an environment of its own: "
+            "python3 -m venv .venv-tpu && .venv-tpu/bin/pip install 'flexolmo-jax[tpu]' && .venv-tpu/bin/flexolmo plan ..."
+        )
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if slice_.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices)
+
+
+def _head(slice_: Slice, slices: int, mesh: Mesh) -> dict[str, Any]:
+    return {
+        "topology": slice_.name,
+        "slices": slices,
+        "chips": slice_.chips * slices,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "jax": jax.__version__,
+    }
+
+
+def _compile(step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int) -> dict[str, Any]:
+    limit = int(slice_.chip.usable_gib * GIB)
+    sizes = {f"{name}_bytes": size_of(tree) for name, tree in step.kinds.items()}
+    start = time.perf_counter()
+    try:
+        compiled = compile_step(step, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"fits": False, "hbm_bytes": limit, "peak_bytes": _needed(str(error), sum(sizes.values())), **sizes, "flops": flops}
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    moved = collectives(compiled.as_text(), dict(mesh.shape))
+    written = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    times = roofline(slice_, mesh, flops, written, moved)
+    return {
+        "fits": peak <= limit,
+        "hbm_bytes": limit,
+        "peak_bytes": peak,
+        **sizes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "result_bytes": results,
+        "compile_seconds": round(time.perf_counter() - start, 1),
+        "flops": flops,
+        "collectives": by_kind_and_axis(moved),
+        "collective_bytes": math.ceil(sum(one.total for one in moved)),
+        "seconds": times,
+        "tokens_per_second": [tokens / times["in_turn"], tokens / times["overlapped"]],
+        "assumptions": ASSUMPTIONS,
+    }
+
+
+def _needed(message: str, arguments: int) -> int:
+    """Bytes a device would need, by the compiler's refusal."""
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    found = re.search(r"(?:Used|memory required[^(]*\() *([0-9.]+)([KMGT]?)", message)
+    used = int(float(found[1]) * units[found[2]]) if found else 0
+    return used if "arguments" in message else used + arguments
+
+
+def _training_advice(run: RunConfig, slice_: Slice, slices: int, mesh: Mesh, report: dict[str, Any]) -> str:
+    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH[0])
+    records = run.data.batch_size // run.train.accumulate // ways
+    if records > 1:
+        return f"--set train.accumulate={run.data.batch_size // ways} (a device holds {records} records at once; then it holds 1)"
+    if run.train.remat != "full":
+        return "--set train.remat=full"
+    return _larger(slice_, report, "" if slices > 1 else "more slices or ")
+
+
+def _larger(slice_: Slice, report: dict[str, Any], other: str) -> str:
+    need = report["peak_bytes"] * slice_.chips
+    larger = [s for s in slices_of(slice_.chip.name) if s.chips > slice_.chips and need / s.chips < slice_.chip.usable_gib * GIB]
+    return f"{other}a larger slice, such as {larger[0].name}" if larger else f"{other}another type of TPU with more memory"
+
+
+def show(report: dict[str, Any]) -> str:
+    """For people."""
+
+    def gib(number: float) -> str:
+        return f"{number / GIB:.2f} GiB"
+
+    mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1) or "one device"
+    slices = f"{report['slices']} x " if report["slices"] > 1 else ""
+    used, limit = report["peak_bytes"], report["hbm_bytes"]
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    lines = [
+        f"{slices}{report['topology']}: {report['chips']} chips, {report['devices']} devices, {mesh}",
+        f"{verdict}: {gib(used)} of {gib(limit)} a device ({used / limit:.0%})",
+    ]
+    if "change" in report:
+        lines.append(f"to change: {report['change']}")
+    lines.append("memory, a device:")
+    names = {
+        "parameters_bytes": "trained parameters", "frozen_bytes": "frozen parameters", "optimizer_bytes": "optimiser state",
+        "cache_bytes": "KV cache", "batch_bytes": "batch", "temporary_bytes": "temporaries", "result_bytes": "results",
+    }  # fmt: skip
+    lines += [f"  {name:<20}{gib(report[key]):>12}" for key, name in names.items() if report.get(key, 0) >= 2**20]
+    lines.append(f"work: {report['flops']:.3g} FLOPs a step, {report['model_flops']:.3g} of them the model's")
+    if "collectives" in report:
+        lines.append(f"collectives, received by a device in a step: {gib(report['collective_bytes'])}")
+        if "fsdp_minimum_bytes" in report:
+            lines[-1] += f"; weights and gradients alone take {gib(report['fsdp_minimum_bytes'])}"
+        forms = {"": "", "ring": " (in rings)", "all-reduce": " (written as an all-reduce)"}
+        for row in report["collectives"]:
+            if row["bytes"] >= 2**20:
+                lines.append(f"  {row['kind'] + forms[row['form']]:<40}{row['axes']:<16}{gib(row['bytes']):>12}")
+        times, (low, high) = report["seconds"], report["tokens_per_second"]
+        lines.append(
+            f"a step takes at least {times['overlapped']:.3g} s ({times['bound']}), about {times['in_turn']:.3g} s where nothing overlaps: "
+            f"{low:,.0f} to {high:,.0f} tokens/s"
+        )
+        lines.append(f"  products {times['compute']:.3g} s, HBM {times['memory']:.3g} s, links {times['network']:.3g} s")
+        lines.append(f"  assumed: {report['assumptions']}")
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""How long a step takes at least, by what the chips can do.
+
+Three times: of the products at the peak of the matrix units, of reading and writing what lies in HBM from step to step once, and of the
+collectives over the links that their devices share. A step takes at least the longest of the three (all overlapped), and about their
+sum where nothing is. No kernel reaches its peak, and activations and gathered weights pass through HBM too: real steps are slower.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from flexolmo_jax.tpus import Slice
+
+from .collectives import Collective
+
+ASSUMPTIONS = (
+    "matrix products at the chip's bfloat16 peak; in HBM arguments and results once; links at their full rate, in both directions of a "
+    "ring (one, where a dimension of the slice does not wrap); figures per chip of Google's TPU pages, November 2026"
+)
+
+
+def roofline(slice_: Slice, mesh: Mesh, flops: float, in_hbm: int, moved: Sequence[Collective]) -> dict[str, Any]:
+    """Seconds of a step: {"compute", "memory", "network", "overlapped", "in_turn", "bound"}.
+
+    `flops`: over all devices; `in_hbm`: bytes per device that are read or written.
+    """
+    chip = slice_.chip
+    compute = flops / mesh.size / (1e12 * chip.tflops / chip.devices)
+    memory = in_hbm / (1e9 * chip.hbm_gbs / chip.devices)
+    network = sum(one.total / bandwidth(slice_, mesh, one.axes) for one in moved)
+    times = {"compute": compute, "memory": memory, "network": network}
+    return times | {"overlapped": max(times.values()), "in_turn": sum(times.values()), "bound": max(times, key=lambda name: times[name])}
+
+
+def bandwidth(slice_: Slice, mesh: Mesh, axes: Sequence[str]) -> float:
+    """Bytes a second that a device can receive in a collective over these mesh axes.
+
+    The members of its group differ in some dimensions of the torus; the links along those are theirs. Across slices it is the
+    network of the data centre.
+    """
+    group = _group(mesh, axes)
+    chip = slice_.chip
+    if len({getattr(device, "slice_index", 0) for device in group}) > 1:
+        return 1e9 / 8 * chip.dcn_gbits / chip.devices
+    places = np.array([device.coords[: chip.dimensions] for device in group])
+    links = 0
+    for extent, size in zip((len(set(column)) for column in places.T), slice_.shape, strict=True):
+        if extent > 1:
+            links += 2 if extent == size and size >= chip.wraps_at else 1
+    # The devices of one chip share its links; without any the group is one chip, whose devices are joined at least as well.
+    return 1e9 * chip.link_gbs * (links or 2 * chip.dimensions) / chip.devices
+
+
+def _group(mesh: Mesh, axes: Sequence[str]) -> list[Any]:
+    """The devices that the first one runs a collective over these axes with."""
+    at = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
+    return list(np.asarray(mesh.devices[at]).reshape(-1))
+
+
+def by_kind_and_axis(moved: Sequence[Collective]) -> list[dict[str, Any]]:
+    """Bytes that a device receives in a step, summed by kind, form and axes, the most first."""
+    sums: dict[tuple[str, str, str], list[float]] = {}
+    for one in moved:
+        row = sums.setdefault((one.kind, one.form, " x ".join(one.axes)), [0, 0])
+        row[0] += one.total
+        row[1] += one.runs
+    rows = [
+        {"kind": kind, "form": form, "axes": axes, "bytes": math.ceil(bytes_), "runs": runs}
+        for (kind, form, axes), (bytes_, runs) in sums.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])

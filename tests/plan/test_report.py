@@ -1,0 +1,108 @@
+"""What `flexolmo plan` takes and tells, as far as it goes without the TPU's compiler; tests/tpu has the rest."""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+
+import jax
+import pytest
+
+from flexolmo_jax.cli import main
+from flexolmo_jax.config import load_config
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import init_params
+from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.plan.program import program_of
+from flexolmo_jax.plan.steps import architecture, decoded, decoding_step, training_step
+from flexolmo_jax.sharding import make_mesh
+from flexolmo_jax.train.flops import forward_flops, step_flops
+from tests.test_configs import CONFIGS, LARGE, ROOT, name
+
+PAIR = ROOT / "configs" / "7b" / "pair.yaml"
+
+
+@pytest.mark.parametrize("path", LARGE, ids=name)
+def test_flops_are_two_for_every_weight_a_token_meets_and_every_place_it_attends_to(path):
+    run = load_config(path)
+    model = architecture(run)
+    shapes = flatten(jax.eval_shape(functools.partial(init_params, model, pair=run.pair is not None), jax.random.key(0)))
+    sizes = {
+        key: math.prod(a.shape) for key, a in shapes.items() if key == "trunk/head/kernel" or (len(a.shape) > 2 and not key.endswith("row"))
+    }
+    active = {"pair": 2, "router": model.n_experts}.get(run.run, model.n_active)
+    experts = sum(n for key, n in sizes.items() if key.startswith("expert")) / (2 if run.pair else model.n_experts) * active
+    trunk = sum(n for key, n in sizes.items() if key.startswith("trunk"))
+    T = run.data.seq_len
+    scores = model.n_layers * 2 * 2 * (T / 2) * model.d_model
+    assert sum(forward_flops(model, active, T / 2)) == pytest.approx(2 * (trunk + experts) + scores)
+    flops = step_flops(run, model)
+    weights = {"pair": experts / 2, "router": 0}.get(run.run, trunk + experts)
+    tokens = run.data.batch_size * T
+    assert flops.model == pytest.approx(tokens * (2 * (2 * (trunk + experts) + weights) + 3 * scores))
+    assert 1.1 * flops.model < flops.hardware < 1.6 * flops.model  # a forward pass of the layers again
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_every_config_can_be_planned_without_anything_beside_it(path):
+    """An anchor and a merged model that are not there yet are taken to be what the config's `model` says."""
+    overrides = ["model.vocab_size=512"] if path.parent.name == "tiny" else []
+    overrides += ["model.n_experts=3"] if path == ROOT / "configs" / "tiny" / "router.yaml" else []
+    run = load_config(path, [*overrides, "train.accumulate=2", "mesh.fsdp=2"])
+    mesh = make_mesh(run.mesh)
+    step = training_step(run, architecture(run), mesh)
+    state, metrics = jax.eval_shape(step.function, *step.arguments)
+    assert jax.tree.structure(state) == jax.tree.structure(step.arguments[0]) and metrics["loss"].shape == ()
+
+
+def test_a_decoding_step_keeps_its_cache_where_it_lies():
+    model, mesh = decoded(ROOT / "configs" / "7b" / "joint.yaml", ["mesh.tensor=8"])
+    model = dataclasses.replace(model, d_model=256, d_ffn=64, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=512)
+    where = make_mesh(mesh)
+    step = decoding_step(model, where, 4, 64)
+    compiled = step.function.lower(*step.arguments).compile()
+    assert compiled.output_shardings.cache.keys.shard_shape((2, 4, 8, 64, 32)) == (2, 4, 1, 64, 32)
+
+
+def test_a_program_is_the_same_where_only_what_the_compiler_never_sees_differs():
+    run = load_config(PAIR)
+    same = load_config(PAIR, ["optim.lr=1e-3", "train.steps=5", "pair.name=other", "data.train=[{path: elsewhere}]"])
+    assert program_of(run) == program_of(same)
+    for change in ("train.remat=none", "data.batch_size=512", "mesh.tensor=2", "model.d_ffn=64", "pair.contrast=0", "train.accumulate=8"):
+        assert program_of(load_config(PAIR, [change])) != program_of(run), change
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--topology", "v5x:4x4x4"], "did you mean v5"),
+        (["--topology", "v5p:4x4x5"], "the nearest is v5p:4x4x4"),
+        (["--topology", "v5p:4x4x4", "--set", "mesh.fsdp=32"], "does not fill the 64 devices of 1 x v5p:4x4x4"),
+        (["--topology", "v5p:4x4x4", "--set", "mesh.tensor=3"], "does not divide 64 devices"),
+        (["--topology", "v5p:4x4x4", "--set", "mesh.fsdp=128"], "needs 128 devices; got 64"),
+        (["--topology", "v5p:4x4x4", "--slices", "2"], "mesh.data is 1; expected a multiple of 2"),
+        (["--topology", "v5p:4x4x4", "--set", "data.batch_size=96", "--set", "train.accumulate=1"], "does not divide over 64"),
+        (["--topology", "v5p:4x4x4", "--set", "model.n_layers=0"], "model.n_layers is 0"),
+        (["--topology", "v5p:4x4x4", "--decode", "16"], "expected rows x tokens of context"),
+        (["--topology", "v5p:4x4x4", "--slices", "0"], "expected 1 or more"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_before_anything_is_compiled(arguments, told, capsys):
+    try:
+        status = main(["plan", str(PAIR), *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and told in error and "Traceback" not in error
+
+
+def test_an_architecture_that_nothing_says_is_asked_for():
+    run = load_config(ROOT / "configs" / "tiny" / "pair.yaml")
+    with pytest.raises(UserError, match=r"model\.vocab_size is not said"):
+        architecture(run)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_a_plan_without_the_compiler_says_how_to_get_it(capsys):
+    assert main(["plan", str(PAIR), "--topology", "v5p:4x4x4"]) == 2
+    assert ".venv-tpu/bin/pip install 'flexolmo-jax[tpu]'" in capsys.readouterr().err
