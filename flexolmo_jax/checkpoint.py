@@ -3,11 +3,13 @@
 Training checkpoints are asynchronous; the newest few and the best are kept. Orbax restores a flipped bit without a word, so each step
 carries digests of its files; reading a step checks them, and a run that goes on falls back over damaged ones with a note.
 Published weights are Orbax checkpoints too, written by weights.py.
+
+On a disk a step gets its name when all of it is there. In a bucket, where nothing can be renamed, it is complete when Orbax has written
+`commit_success.txt`; the digests are those that the object store keeps of every object, so that no byte is read again to seal or check.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,12 +20,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import write_text
-from flexolmo_jax.paths import absolute
+from flexolmo_jax.files import is_whole, make_folder, move, remove, write_text
+from flexolmo_jax.paths import absolute, children, in_bucket, listing, open_to_read
 from flexolmo_jax.progress import note
 
 DIGESTS = "_DIGESTS"
-COMMIT = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # what Orbax writes last into a step's directory: times, no state
+COMMIT = "commit_success.txt"  # Orbax's, in a bucket
+UNSEALED = {DIGESTS, COMMIT, "_CHECKPOINT_METADATA"}  # the last two Orbax writes last into a step's directory: times, no state
+ALGORITHMS = {64: "sha256", 32: "md5"}  # of digests, by their length in hex: sealed on a disk, sealed in a bucket
+METRICS = "metrics/metrics"  # where Orbax writes the metrics of a checkpoint that was saved with some
 Tree = dict[str, Any]
 
 
@@ -38,9 +43,11 @@ class StepCheckpoints:
         self._manager: ocp.CheckpointManager | None = None
         if keep is None:
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in list(directory.iterdir()):
-            if path.name.isdigit() and not _is_complete(path):
+        make_folder(directory)
+        for path in children(directory):
+            if path.name.isdigit() and not _is_committed(path):
+                remove(path)  # what a killed save, or a killed removal, left; on a disk it has another name, and goes by Orbax
+            elif path.name.isdigit() and not _is_complete(path):
                 note(f"warning: checkpoint {path} is incomplete; it is set aside")
                 self._set_aside(int(path.name))
         best = managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
@@ -52,7 +59,7 @@ class StepCheckpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
 
     def __enter__(self) -> "StepCheckpoints":
         return self
@@ -69,11 +76,13 @@ class StepCheckpoints:
         self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
 
     def _seal(self) -> None:
-        """Puts digests into the step that Orbax is about to finish: it calls this before it gives the directory its name."""
+        """Puts digests into the step that Orbax is about to finish: it calls this before it gives the directory its name, or its mark."""
         if jax.process_index() == 0:
-            for path in self._directory.iterdir():
-                if not path.name.isdigit() and not (path / DIGESTS).exists():
-                    write_text(path / DIGESTS, json.dumps(_digests(path), indent=1, sort_keys=True) + "\n")
+            for path in children(self._directory):
+                is_finished = path.name.isdigit() and _is_committed(path)
+                if not is_finished and not (path / DIGESTS).exists():
+                    digests = _digests(path, "md5" if in_bucket(path) else "sha256")
+                    write_text(path / DIGESTS, json.dumps(digests, indent=1, sort_keys=True) + "\n")
 
     def wait(self) -> None:
         """Until the save that is under way is complete."""
@@ -82,9 +91,7 @@ class StepCheckpoints:
 
     def steps(self) -> list[int]:
         """The complete ones, newest first."""
-        if not self._directory.is_dir():
-            return []
-        return sorted((int(p.name) for p in self._directory.iterdir() if p.name.isdigit() and _is_complete(p)), reverse=True)
+        return sorted((int(p.name) for p in children(self._directory) if p.name.isdigit() and _is_complete(p)), reverse=True)
 
     def choose(self, which: str) -> int:
         """The step that "last", "best" or a number names."""
@@ -94,10 +101,11 @@ class StepCheckpoints:
         if which == "last":
             return steps[0]
         if which == "best":
-            metrics = {step: _metrics(self._directory / str(step)) for step in steps}
-            for step, path in metrics.items():
-                _check(self._directory / str(step), [path] if path.exists() else [])
-            losses = {step: json.loads(path.read_text())["loss"] for step, path in metrics.items() if path.exists()}
+            metrics = {step: self._directory / str(step) / METRICS for step in steps}
+            metrics = {step: path for step, path in metrics.items() if path.exists()}
+            for step in metrics:
+                _check(self._directory / str(step), [METRICS])
+            losses = {step: json.loads(path.read_text())["loss"] for step, path in metrics.items()}
             if not losses:
                 raise UserError(f"{self._directory} keeps no best checkpoint: the run never evaluated; set train.eval_every")
             return min(losses, key=lambda step: losses[step])
@@ -117,7 +125,7 @@ class StepCheckpoints:
 
     def _restore(self, args: ocp.args.PyTreeRestore, step: int) -> Any:
         _check(self._directory / str(step))
-        path = self._directory.absolute() / str(step) / "default"
+        path = absolute(self._directory) / str(step) / "default"
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(path, args=args)
@@ -136,10 +144,7 @@ class StepCheckpoints:
 
     def _set_aside(self, step: int) -> None:
         """Not deleted: what looks damaged may be a disk that failed to answer."""
-        aside = self._directory.with_name("damaged") / str(step)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(exist_ok=True)
-        (self._directory / str(step)).rename(aside)
+        move(self._directory / str(step), self._directory.with_name("damaged") / str(step))
         if self._manager is not None:
             self._manager.reload()
 
@@ -157,7 +162,9 @@ def load_weights(directory: Path, target: Tree) -> Tree:
 
 def _is_complete(step: Path) -> bool:
     """Whether everything that says what a checkpoint is can be read: Orbax lists, and trips over, anything named like a step."""
-    metrics = _metrics(step)
+    metrics = step / METRICS
+    if not _is_committed(step):
+        return False
     try:
         for path in (
             step / "_CHECKPOINT_METADATA",
@@ -171,35 +178,35 @@ def _is_complete(step: Path) -> bool:
     return True
 
 
-def _digests(step: Path, files: Iterable[Path] | None = None) -> dict[str, str]:
-    """SHA-256 of a step's files by name."""
-    if files is None:
-        unsealed = {step / name for name in (DIGESTS, *COMMIT)}
-        files = sorted(path for path in step.rglob("*") if path.is_file() and path not in unsealed)
+def _is_committed(step: Path) -> bool:
+    """Whether a save into a directory with a step's name has finished, and nobody has begun to remove it. On a disk the name says so."""
+    return not in_bucket(step) or (is_whole(step) and (step / COMMIT).exists())
 
-    def of(path: Path) -> tuple[str, str]:
-        with path.open("rb") as file:
-            return str(path.relative_to(step)), hashlib.file_digest(file, "sha256").hexdigest()
+
+def _digests(step: Path, algorithm: str, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Of a step's files, or these of them, by name: as the object store tells them, where it does."""
+    found = listing(step)
+
+    def of(name: str) -> tuple[str, str]:
+        if algorithm == "md5" and found[name].md5:
+            return name, found[name].md5
+        with open_to_read(step / name) as file:
+            return name, hashlib.file_digest(file, algorithm).hexdigest()  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(4) as pool:
-        return dict(pool.map(of, files))
+        return dict(pool.map(of, sorted(found.keys() - UNSEALED) if names is None else names))
 
 
-def _check(step: Path, files: Iterable[Path] | None = None) -> None:
+def _check(step: Path, names: Iterable[str] | None = None) -> None:
     """Raises UserError where a step's files, or these of them, are not those that were saved."""
     try:
         expected = json.loads((step / DIGESTS).read_text())
-        found = _digests(step, files)
-    except (OSError, ValueError) as error:
+        found = _digests(step, ALGORITHMS[len(next(iter(expected.values())))], names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"checkpoint {step} cannot be read: {_first_line(error)}") from None
-    expected = expected if files is None else {name: expected.get(name) for name in found}
+    expected = expected if names is None else {name: expected.get(name) for name in found}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
         raise UserError(f"checkpoint {step} is damaged: {wrong[0]} is not what was saved")
-
-
-def _metrics(step: Path) -> Path:
-    """Where Orbax writes the metrics of a checkpoint that was saved with some."""
-    return step / "metrics" / "metrics"
 
 
 def abstract(tree: Tree, sharding: jax.sharding.Sharding | None = None) -> Tree:

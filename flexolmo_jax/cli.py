@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.files import WAYS
-from flexolmo_jax.paths import in_bucket, path_of
+from flexolmo_jax.files import WAYS, is_disk_full
+from flexolmo_jax.paths import in_bucket, is_refusal, path_of, reason
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit status."""
-    args = _parser().parse_args(argv)
+    try:
+        args = _parser().parse_args(argv)
+    except UserError as error:  # a path that can be none
+        print(f"flexolmo: {error}", file=sys.stderr)
+        return 2
     if not args.debug:
         logging.disable(logging.WARNING)  # what JAX, Orbax and others tell themselves is no news to a user
     try:
@@ -35,14 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a file that may not be read: not a bug, but not foreseen by the verb either
         if args.debug:
             raise
-        print(f"flexolmo: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        print(f"flexolmo: {reason(error)}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
         return 2
     except Exception as error:
-        from flexolmo_jax.files import is_disk_full
-
-        if args.debug or not is_disk_full(error):
+        if args.debug or not (is_disk_full(error) or is_refusal(error)):
             raise
-        print("flexolmo: no space left on the disk; free some and run it again: a run goes on from its last checkpoint", file=sys.stderr)
+        told = f"a bucket, or the way to it, failed: {reason(error)}; check its name and your credentials and run it again"
+        if is_disk_full(error):
+            told = "no space left on the disk; free some and run it again: a run goes on from its last checkpoint"
+        print(f"flexolmo: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flexolmo: interrupted", file=sys.stderr)
@@ -331,10 +336,10 @@ def _parser() -> argparse.ArgumentParser:
         "prepare", _data_prepare, "Documents to packed fixed-length records.",
         "data prepare --input docs.jsonl --tokenizer anchor --seq-len 1024 --out data/docs", data,
     )  # fmt: skip
-    p.add_argument("--input", nargs="+", required=True, help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them", type=_local)
-    p.add_argument("--tokenizer", required=True, help="a tokenizer.json, or an anchor, model or run that has one", type=_local)
+    p.add_argument("--input", nargs="+", required=True, help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them", type=path_of)
+    p.add_argument("--tokenizer", required=True, help="a tokenizer.json, or an anchor, model or run that has one", type=path_of)
     p.add_argument("--seq-len", type=int, required=True)
-    p.add_argument("--out", required=True, type=_local)
+    p.add_argument("--out", required=True, type=path_of)
     p.add_argument("--heldout", type=float, default=0.05, help="share of documents held out (default 0.05)")
     p.add_argument("--workers", type=_positive, help="default: one a core")
 
@@ -342,17 +347,17 @@ def _parser() -> argparse.ArgumentParser:
         "train", _tokenizer_train, "Train a byte-level BPE on PUBLIC text (a tokenizer leaks what it is trained on).",
         "tokenizer train --input public.jsonl --vocab-size 8192 --out tokenizer.json", tokenizer,
     )  # fmt: skip
-    p.add_argument("--input", nargs="+", required=True, type=_local)
+    p.add_argument("--input", nargs="+", required=True, type=path_of)
     p.add_argument("--vocab-size", type=int, required=True)
-    p.add_argument("--out", required=True, type=_local)
+    p.add_argument("--out", required=True, type=path_of)
 
     p = verb(
         "train", _train, "Run a config: anchor, pair, router or joint. Goes on from its newest checkpoint.",
         "train configs/tiny/anchor.yaml --set train.steps=200 --out runs/anchor",
     )  # fmt: skip
-    p.add_argument("config", type=_local)
+    p.add_argument("config", type=path_of)
     _add_set(p)
-    p.add_argument("--out", required=True, type=_local)
+    p.add_argument("--out", required=True, type=path_of)
 
     p = verb(
         "publish",
@@ -360,27 +365,27 @@ def _parser() -> argparse.ArgumentParser:
         "Make the frozen public anchor of a dense run.",
         "publish runs/anchor --public public.jsonl --out anchor",
     )
-    p.add_argument("source", help="a dense run or model", type=_local)
+    p.add_argument("source", help="a dense run or model", type=path_of)
     p.add_argument(
-        "--public", nargs="+", required=True, help="public documents: for the embedder, row 0, and owners' contrast", type=_local
+        "--public", nargs="+", required=True, help="public documents: for the embedder, row 0, and owners' contrast", type=path_of
     )
     p.add_argument("--embedder", default="tfidf", help="tfidf (default), minilm, or a sentence-transformers model")
     p.add_argument("--dtype", default="bfloat16", help="release dtype: bfloat16 (default) or float32")
     p.add_argument("--seq-len", type=int, help="of the public records that travel with the anchor (default: the run's)")
     _add_checkpoint(p)
-    p.add_argument("--out", required=True, type=_local)
+    p.add_argument("--out", required=True, type=path_of)
 
     p = verb(
         "contribute", _contribute, "An owner's one command: documents to a contribution. Goes on where it stopped.",
         "contribute --anchor anchor --documents records.jsonl --name hospital --out contribution",
     )  # fmt: skip
-    p.add_argument("--anchor", required=True, type=_local)
-    p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", type=_local)
+    p.add_argument("--anchor", required=True, type=path_of)
+    p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", type=path_of)
     p.add_argument("--name", required=True, help="the expert's name")
     _add_sign_key(p)
-    p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", type=_local)
+    p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", type=path_of)
     _add_set(p)
-    p.add_argument("--out", required=True, type=_local)
+    p.add_argument("--out", required=True, type=path_of)
 
     p = verb(
         "package",
@@ -388,15 +393,15 @@ def _parser() -> argparse.ArgumentParser:
         "Make a contribution of a pair's run, or of an expert of an imported model.",
         "package runs/code --out contributions/code",
     )
-    p.add_argument("run", help="a pair's run, or an imported model", type=_local)
+    p.add_argument("run", help="a pair's run, or an imported model", type=path_of)
     p.add_argument("--expert", metavar="NAME", help="of the imported model", type=str)
     p.add_argument("--anchor", help="what `flexolmo publish` made of the imported model", type=path_of)
     _add_checkpoint(p)
     _add_sign_key(p)
-    p.add_argument("--out", required=True, type=_local)
+    p.add_argument("--out", required=True, type=path_of)
 
     p = verb("keygen", _keygen, "Make a key to sign contributions with: OUT, to keep, and OUT.pub, to give away.", "keygen keys/hospital")
-    p.add_argument("out", type=_local)
+    p.add_argument("out", type=_secret)
 
     p = verb(
         "verify",
@@ -406,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("path", type=path_of)
     p.add_argument("--anchor", help="it must have been made from this one", type=path_of)
-    p.add_argument("--public", metavar="DATA", help="held-out public text: adds the admission report of a contribution", type=_local)
+    p.add_argument("--public", metavar="DATA", help="held-out public text: adds the admission report of a contribution", type=path_of)
     p.add_argument("--admission", choices=["warn", "refuse"], default="warn", help="what a finding of that report does (default: warn)")
     _add_trust(p)
 
@@ -453,9 +458,9 @@ def _parser() -> argparse.ArgumentParser:
         "embed-domain", _embed_domain, "The mean embedding of documents by the anchor's embedder: a router row.",
         "embed-domain --anchor anchor --input docs.jsonl --out row.npy",
     )  # fmt: skip
-    p.add_argument("--anchor", required=True, type=_local)
-    p.add_argument("--input", nargs="+", required=True, type=_local)
-    p.add_argument("--out", required=True, type=_local)
+    p.add_argument("--anchor", required=True, type=path_of)
+    p.add_argument("--input", nargs="+", required=True, type=path_of)
+    p.add_argument("--out", required=True, type=path_of)
 
     p = verb(
         "eval",
@@ -464,7 +469,7 @@ def _parser() -> argparse.ArgumentParser:
         "eval model --data data/code data/public --without legal --json",
     )
     p.add_argument("path", help="a run, anchor or model", type=path_of)
-    p.add_argument("--data", nargs="+", required=True, help="prepared directories, or documents", type=_local)
+    p.add_argument("--data", nargs="+", required=True, help="prepared directories, or documents", type=path_of)
     _add_selection(p)
     p.add_argument("--split", default="heldout", choices=["heldout", "train"])
     p.add_argument("--limit", type=_positive, help="records of each to read")
@@ -488,8 +493,8 @@ def _parser() -> argparse.ArgumentParser:
         "Make a model of a Hugging Face checkpoint of OLMo 2 or FlexOlmo.",
         "import-hf FlexOlmo-7x7B-1T model --names math,news,code,academic,creative,reddit",
     )
-    p.add_argument("source", metavar="HF_DIR", help="config.json, *.safetensors and tokenizer.json", type=_local)
-    p.add_argument("out", type=_local)
+    p.add_argument("source", metavar="HF_DIR", help="config.json, *.safetensors and tokenizer.json", type=path_of)
+    p.add_argument("out", type=path_of)
     p.add_argument("--names", default="", metavar="A,B,C", help="of the experts behind the anchor (default: expert1,expert2,...)")
 
     p = verb(
@@ -497,11 +502,11 @@ def _parser() -> argparse.ArgumentParser:
         "export-hf model model-hf --drop-bias --eval-data data/public",
     )  # fmt: skip
     p.add_argument("path", help="a run, anchor or model", type=path_of)
-    p.add_argument("out", type=_local)
+    p.add_argument("out", type=path_of)
     p.add_argument("--max-shard-size", type=_bytes, default="5GB", help="of a file: 5GB (default), 500MB, ...")
     p.add_argument("--dtype", help="bfloat16, float16 or float32 (default: as stored)")
     p.add_argument("--drop-bias", action="store_true", help="leave out router biases, for which the format has no place")
-    p.add_argument("--eval-data", nargs="+", default=[], metavar="DATA", help="scored before and after biases are dropped", type=_local)
+    p.add_argument("--eval-data", nargs="+", default=[], metavar="DATA", help="scored before and after biases are dropped", type=path_of)
     _add_checkpoint(p)
 
     p = verb(
@@ -510,7 +515,7 @@ def _parser() -> argparse.ArgumentParser:
         "Compile a step for a TPU slice, without one: memory, work, collectives, time at least. Exits 1 where it does not fit.",
         "plan configs/7b/pair.yaml --topology v5p:4x4x4",
     )
-    p.add_argument("path", help="a run's YAML; with --decode also a model", type=_local)
+    p.add_argument("path", help="a run's YAML; with --decode also a model", type=path_of)
     p.add_argument("--topology", required=True, metavar="TYPE:SHAPE", help="v5e, v5p, v6e or tpu7x, and chips along each axis: v5p:4x4x4")
     p.add_argument("--slices", type=_positive, default=1, help="joined by the data centre's network; mesh.data spans them")
     p.add_argument("--decode", type=_rows_by_context, metavar="ROWSxCONTEXT", help="a decoding step instead, as 16x4096")
@@ -523,8 +528,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _local(text: str) -> Path:
     if in_bucket(text):
-        raise argparse.ArgumentTypeError(f"got {text}, expected a path of this machine; copy it here first, or there afterwards")
-    return Path(text)
+        raise UserError(f"got {text}, expected a path of this machine; copy it there afterwards")
+    return path_of(text)
+
+
+def _secret(text: str) -> Path:
+    if in_bucket(text):
+        raise UserError(f"got {text}, expected a path of this machine: private keys do not belong in buckets")
+    return path_of(text)
 
 
 def _positive(text: str) -> int:
@@ -557,12 +568,12 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sign_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sign-key", help="the owner's private key (`flexolmo keygen` makes one)", type=_local)
+    parser.add_argument("--sign-key", help="the owner's private key (`flexolmo keygen` makes one)", type=_secret)
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--signed", action="store_true", help="refuse contributions that nobody signed")
-    parser.add_argument("--trust", metavar="DIR", help="refuse contributions not signed by one of the keys DIR/*.pub", type=_local)
+    parser.add_argument("--trust", metavar="DIR", help="refuse contributions not signed by one of the keys DIR/*.pub", type=path_of)
 
 
 def _add_composing(parser: argparse.ArgumentParser) -> None:

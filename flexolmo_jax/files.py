@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.paths import absolute, children, in_bucket, listing, remove_objects
+from flexolmo_jax.paths import absolute, children, copy_objects, in_bucket, join_objects, listing, reason, remove_objects
 
 WAYS = ("link", "reflink", "copy")  # to have a file's bytes in a second place, the cheapest first
 UNFINISHED = ".unfinished"  # the mark
@@ -82,8 +82,7 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
 def _marked(out: Path, shared: bool) -> Iterator[None]:
     if not shared:
         _clear(out)  # of what a killed process left
-    before_change("write", out / UNFINISHED)
-    (out / UNFINISHED).write_text("")
+    _put(out / UNFINISHED, b"")
     try:
         yield
     except BaseException:
@@ -168,8 +167,7 @@ def check_new(out: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step."""
     if in_bucket(path):
-        before_change("write", path)
-        path.write_text(text, encoding="utf-8")
+        _put(path, text.encode())
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -184,10 +182,41 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file of a directory that is still under way, with the folders it lies in."""
-    if not in_bucket(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     before_change("write", path)
     path.write_bytes(content)
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Writes an object. Raises UserError where that is refused: such are the first of all that is written into a bucket."""
+    before_change("write", path)
+    try:
+        path.write_bytes(content)
+    except FileNotFoundError:
+        raise UserError(f"cannot write {path}: there is no such bucket; give the name of one that is there") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}; choose a place that can be written") from error
+
+
+def append_bytes(path: Path, content: bytes) -> None:
+    """Adds to the end of a file, which may be new. An object cannot grow: its store joins it and what is added to one in its place."""
+    before_change("write", path)
+    if not in_bucket(path):
+        with path.open("ab") as file:
+            file.write(content)
+    elif path.exists():
+        added = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        added.write_bytes(content)
+        join_objects([path, added], path)
+        added.unlink()
+    else:
+        path.write_bytes(content)
+
+
+def make_folder(path: Path) -> None:
+    """Where files are about to be written. A bucket has no folders, and one that is not there is not made by the way."""
+    if not in_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
@@ -195,7 +224,7 @@ def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
 
     Raises UserError where it has none of them.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     before_change("link", target)
     for way in ways:
         try:
@@ -234,6 +263,19 @@ def remove(directory: Path) -> None:
     before_change("remove", directory)
     os.replace(directory, gone)
     shutil.rmtree(gone)
+
+
+def move(directory: Path, target: Path) -> None:
+    """Puts a directory in the place of what may lie at `target`. In a bucket it is at both places for a while."""
+    if target.exists():
+        remove(target)
+    make_folder(target.parent)
+    if in_bucket(directory):
+        copy_objects([(directory / name, target / name) for name in listing(directory)])
+        remove(directory)
+        return
+    before_change("rename", target)
+    os.replace(directory, target)
 
 
 def sync(path: Path) -> None:

@@ -5,10 +5,15 @@ both kinds of path need and pathlib has no word for. What an object store has no
 files.py makes up for.
 """
 
+import base64
 import datetime
+import errno
 import functools
 import importlib.util
+import io
+import logging
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +22,9 @@ from typing import Any, BinaryIO, NamedTuple
 from flexolmo_jax.errors import UserError
 
 BUCKETS = "gs://"
-READ_AHEAD = 1 << 25  # bytes, of an object that is read from its start to its end
+BLOCK = 1 << 25  # bytes of an object that one request reads or writes, where it is read or written from its start to its end
+_NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 class File(NamedTuple):
@@ -25,12 +32,18 @@ class File(NamedTuple):
 
     size: int  # bytes
     modified: float  # seconds since 1970
+    md5: str = ""  # in hex, where it is an object whose store has computed it
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:
-    """A path as a user gives it. Raises UserError for one in a bucket where gcsfs is not installed."""
-    if not in_bucket(path):
+    """A path as a user gives it. Raises UserError for one in a bucket where gcsfs is not installed, and for a misspelt one."""
+    text = os.fspath(path)
+    if not in_bucket(text):
+        if _SCHEME.match(text):
+            raise UserError(f"got the path {text}; expected one of this machine, or of a bucket: gs://bucket/name")
         return Path(path)
+    if not _NAME.fullmatch(text):
+        raise UserError(f"got the path {text}; expected gs://bucket/name, the bucket's name in small letters, digits, and - _ . inside")
     from etils import epath
 
     file_system()
@@ -50,8 +63,11 @@ def listing(directory: Path) -> dict[str, File]:
     """Every file below a directory by its path from there, links too; nothing where there is no directory."""
     if in_bucket(directory):
         start = len(str(directory)) - len(BUCKETS) + 1
-        found = file_system().find(str(directory), detail=True)
-        return {name[start:]: File(info["size"], _seconds(info["mtime"])) for name, info in found.items()}
+        try:
+            found = file_system().find(str(directory), detail=True)
+        except FileNotFoundError:  # the bucket
+            return {}
+        return {name[start:]: File(info["size"], _seconds(info["mtime"]), _hex(info.get("md5Hash", ""))) for name, info in found.items()}
     files = {}
     for folder, folders, names in os.walk(directory):
         for name in (*names, *(name for name in folders if os.path.islink(os.path.join(folder, name)))):
@@ -72,10 +88,43 @@ def children(directory: Path) -> list[Path]:
     return [directory / os.path.basename(name) for name in sorted(found)]
 
 
+def files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files at any depth whose names end so, but hidden ones, in the order of their paths: the same here and in a bucket."""
+    names = sorted((name for name in listing(directory) if name.endswith(suffixes)), key=lambda name: name.split("/"))
+    paths = (directory / name for name in names if not name.rpartition("/")[2].startswith("."))
+    return [path for path in paths if in_bucket(path) or path.is_file()]
+
+
+def size_of(file: Path) -> int:
+    """Bytes. Raises OSError where there is no such file."""
+    return file_system().info(str(file))["size"] if in_bucket(file) else file.stat().st_size
+
+
+def open_to_read(file: Path) -> BinaryIO:
+    """For reading it from its start to its end, or long stretches of it."""
+    if not in_bucket(file):
+        return file.open("rb")
+    return io.BufferedReader(file_system().open(str(file), "rb", block_size=BLOCK))
+
+
+def open_to_write(file: Path) -> BinaryIO:
+    """For writing it from its start to its end, a block of it in memory: an object is there when it is closed."""
+    return file_system().open(str(file), "wb", block_size=BLOCK) if in_bucket(file) else file.open("wb")
+
+
+def read_range(file: Path, start: int, end: int) -> bytes:
+    """These bytes of it, or those of them that it has."""
+    if in_bucket(file):
+        return file_system().cat_file(str(file), start, end)
+    with file.open("rb") as opened:
+        opened.seek(start)
+        return opened.read(end - start)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """A file of a stranger, for reading. Raises OSError for anything but a regular file, a link among them."""
     if in_bucket(path):
-        return file_system().open(str(path), "rb", block_size=READ_AHEAD)
+        return open_to_read(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -97,6 +146,11 @@ def copy_objects(pairs: Sequence[tuple[Path, Path]]) -> None:
         file_system().copy([str(source) for source, _ in pairs], [str(target) for _, target in pairs])
 
 
+def join_objects(parts: Sequence[Path], target: Path) -> None:
+    """Has an object store make one object of several of the same bucket, of which `target` may be one: no byte comes here."""
+    file_system().merge(str(target), [str(part) for part in parts])
+
+
 def remove_objects(paths: Sequence[Path]) -> None:
     if paths:
         file_system().rm([str(path) for path in paths])
@@ -111,7 +165,26 @@ def file_system() -> Any:
     import fsspec.config
 
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)  # for epath's as well
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs, with a traceback, what it also raises
     return fsspec.filesystem("gcs")
+
+
+def reason(error: BaseException) -> str:
+    """What the system, or an object store, whose errors have no strerror, says of an error: one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    said = " ".join(str(error).split())
+    return f"{os.strerror(errno.ENOENT)} ({said})" if isinstance(error, FileNotFoundError) else said[:300]
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an object store, or the way to it, failed, where that is no OSError: with gcsfs and its libraries, and with TensorStore."""
+    library = type(error).__module__.split(".")[0]
+    return library in ("gcsfs", "google", "aiohttp") or any(word in str(error) for word in ("PERMISSION_DENIED", "UNAUTHENTICATED"))
+
+
+def _hex(digest: str) -> str:
+    return base64.b64decode(digest).hex()
 
 
 def _seconds(when: datetime.datetime | str) -> float:

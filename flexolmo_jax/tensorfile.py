@@ -20,7 +20,7 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import before_change
-from flexolmo_jax.paths import open_regular
+from flexolmo_jax.paths import open_regular, open_to_write, reason
 
 NAMES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 DTYPES = {dtype: name for name, dtype in NAMES.items()}
@@ -48,7 +48,7 @@ class TensorFile:
         try:
             self._file = open_regular(path)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}; expected a regular file") from None
+            raise UserError(f"cannot read {path}: {reason(error)}; expected a regular file") from None
         try:
             self.entries, self.header_sha256 = self._read_header(self._file.seek(0, os.SEEK_END))
         except BaseException:
@@ -155,7 +155,7 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data is aligned
     before_change("write", path)
-    with path.open("wb") as file:
+    with open_to_write(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
             assert (tensor.dtype, tensor.shape) == (np.dtype(dtype), shape), name

@@ -26,6 +26,7 @@ from flexolmo_jax.flex.anchor import layouts
 from flexolmo_jax.flex.contribution import check_expert_name, name_of_tensor
 from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.paths import children, reason
 from flexolmo_jax.progress import bar, note
 from flexolmo_jax.tensorfile import TensorFile
 from flexolmo_jax.weights import Layout, Writer, metadata_files
@@ -209,7 +210,7 @@ def _names(names: Sequence[str], experts: int) -> tuple[str, ...]:
 
 def _tensor_files(directory: Path) -> list[Path]:
     """Raises UserError where there are none, or not all of them."""
-    present = sorted(path.name for path in directory.iterdir())
+    present = [path.name for path in children(directory)]
     found = [name for name in present if name.endswith(".safetensors")]
     expected = found
     if INDEX in present:
@@ -235,7 +236,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; expected the directory of a Hugging Face checkpoint") from None
+        raise UserError(f"cannot read {path}: {reason(error)}; expected the directory of a Hugging Face checkpoint") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error!s:.80}; download it again") from None
     if not isinstance(fields, dict):

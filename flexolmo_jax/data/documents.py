@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import absolute, files_below, open_to_read, path_of, reason, size_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 INDEX_FILE = "index.json"  # what makes a directory a prepared one: see data/records.py
@@ -39,9 +40,9 @@ def read_documents(path: Path, advance: Callable[[int], Any] | None = None) -> I
 
 def document_files(path: Path) -> list[Path]:
     """The files that a path stands for: itself, or all document files inside it, sorted; UserError as in `read_documents`."""
-    path = Path(path)
+    path = path_of(path)
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and p.name.endswith(SUFFIXES))
+        inside = files_below(path, SUFFIXES)
         if not inside:
             raise UserError(f"{path} holds no documents: expected {', '.join(SUFFIXES)} files inside it")
         return inside
@@ -54,32 +55,31 @@ def document_files(path: Path) -> list[Path]:
 
 def has_documents(path: Path) -> bool:
     """True where a path holds raw documents, False where it is a prepared directory. Raises UserError where it is neither."""
-    if (Path(path) / INDEX_FILE).is_file():
+    if (path_of(path) / INDEX_FILE).is_file():
         return False
     return bool(document_files(path))
 
 
 def name_of(path: Path) -> str:
     """The name of a corpus: the directory's, or the file's without its document suffixes."""
-    name = Path(path).resolve().name
+    name = absolute(path_of(path)).name
     suffix = max((s for s in SUFFIXES if name.endswith(s)), key=len, default="")
     return name.removesuffix(suffix) or name
 
 
 def _read_file(path: Path, advance: Callable[[int], Any]) -> Iterator[str]:
     try:
-        if path.name.endswith(".parquet"):
-            yield from _read_parquet(path, advance)
-        else:
-            with path.open("rb") as raw:
-                if path.name.endswith(".txt"):
-                    data = raw.read()
-                    advance(len(data))
-                    yield _decode(data, path, 1)
-                else:
-                    yield from _read_lines(path, raw, advance)
+        with open_to_read(path) as raw:
+            if path.name.endswith(".parquet"):
+                yield from _read_parquet(path, raw, advance)
+            elif path.name.endswith(".txt"):
+                data = raw.read()
+                advance(len(data))
+                yield _decode(data, path, 1)
+            else:
+                yield from _read_lines(path, raw, advance)
     except (OSError, EOFError, zlib.error) as error:  # gzip reports damage as any of the three
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; is the file complete?") from error
+        raise UserError(f"cannot read {path}: {reason(error)}; is the file complete?") from error
 
 
 def _read_lines(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Iterator[str]:
@@ -152,16 +152,16 @@ def _zstd_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def _read_parquet(path: Path, advance: Callable[[int], Any]) -> Iterator[str]:
+def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Iterator[str]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"reading {path} needs the package pyarrow: pip install pyarrow") from error
-    size = path.stat().st_size
+    size = size_of(path)
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with pyarrow.parquet.ParquetFile(raw) as table:
             if "text" not in table.schema_arrow.names:
                 raise UserError(f'{path} has the columns {", ".join(table.schema_arrow.names)}; expected one named "text"')
             for batch in table.iter_batches(batch_size=1024, columns=["text"]):

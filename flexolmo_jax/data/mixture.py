@@ -8,7 +8,7 @@ number of processes sees the same global batches, and a resumed run needs nothin
 import math
 import sys
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import cast
@@ -16,9 +16,11 @@ from typing import cast
 import grain
 import numpy as np
 
+from flexolmo_jax.data.arrays import read_records
 from flexolmo_jax.data.records import Record
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import in_bucket
 
 _FEW = 1 << 16
 
@@ -26,10 +28,10 @@ _FEW = 1 << 16
 class Batches:
     """The endless sequence of batches of a mixture; see `mixture`."""
 
-    def __init__(self, records: grain.MapDataset[Record], batch_size: int, seq_len: int):
+    def __init__(self, records: grain.MapDataset[Record], batch_size: int, seq_len: int, at_once: bool = False):
         self.batch_size = batch_size
         self.seq_len = seq_len
-        self._records = records
+        self._records, self._at_once = records, at_once
 
     def at(self, step: int, process_index: int = 0, process_count: int = 1) -> Record:
         """The share of one process; over all processes it is the batch of the step.
@@ -40,7 +42,8 @@ class Batches:
         """
         first, rows = self._share(process_index, process_count)
         start = step * self.batch_size + first
-        records = cast(list[Record], [self._records[i] for i in range(start, start + rows)])  # none is None: nothing is filtered
+        get = cast(Callable[[int], Record], self._records.__getitem__)  # none is None: nothing is filtered
+        records = list(read_records(get, range(start, start + rows), at_once=self._at_once))
         return {key: np.stack([record[key] for record in records]) for key in ("tokens", "segments", "source")}
 
     def iterate(self, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2) -> Generator[Record]:
@@ -81,7 +84,7 @@ def mixture(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int)
     _check(sources, batch_size, seed)
     shuffled = [_shuffled_for_ever(records, (seed, i)).map(_Labelled(i)) for i, (records, _) in enumerate(sources)]
     mixed = grain.MapDataset.mix(shuffled, weights=[weight for _, weight in sources]) if len(shuffled) > 1 else shuffled[0]
-    return Batches(mixed, batch_size, sources[0][0].seq_len)
+    return Batches(mixed, batch_size, sources[0][0].seq_len, at_once=any(in_bucket(records.path) for records, _ in sources))
 
 
 def _shuffled_for_ever(records: Source, seed: tuple[int, int]) -> grain.MapDataset[Record]:

@@ -7,10 +7,9 @@ text, never the corpus. The files depend on the documents, their order and the a
 """
 
 import contextlib
-import fcntl
 import hashlib
+import io
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +35,8 @@ from flexolmo_jax.data.records import (
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import new_directory
+from flexolmo_jax.files import UNFINISHED, clear, is_whole, locked, make_folder, new_directory, write_bytes
+from flexolmo_jax.paths import absolute, in_bucket, join_objects, listing, open_to_write, path_of, reason, remove_objects, size_of
 from flexolmo_jax.progress import bar, note
 
 HELDOUT = 0.05
@@ -75,7 +75,7 @@ def prepare(
     if not files:
         raise UserError("got no documents to prepare: expected files or directories of documents")
     with new_directory(out) as directory:
-        return _prepare(files, tokenizer, seq_len, directory, Path(out).resolve().name, heldout, workers or _cores())
+        return _prepare(files, tokenizer, seq_len, directory, absolute(out).name, heldout, workers or _cores())
 
 
 def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> Source:
@@ -99,12 +99,13 @@ def prepare_cached(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path |
     """The prepared directory for `path`: itself where it is one, else what `prepare` makes of it, kept in a cache.
 
     The cache is `cache`, or `$FLEXOLMO_CACHE`, or ~/.cache/flexolmo-jax; a preparation is found again by the content of the
-    documents, the tokenizer and the length. Of several processes that ask at once, one prepares and the others wait.
+    documents, the tokenizer and the length. Of several processes that ask at once, one prepares and the others wait. A cache may be in a
+    bucket, which has no locks: there only one process may ask for what is not yet prepared.
 
     Raises:
         UserError: a directory prepared with another tokenizer or length; what `prepare` raises.
     """
-    path = Path(path)
+    path = path_of(path)
     if not has_documents(path):
         index = Index.read(path)
         if index.tokenizer_digest != tokenizer.digest:
@@ -119,16 +120,14 @@ def prepare_cached(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path |
     entry = (cache or _default_cache()) / "prepared" / key.hexdigest()[:32]
     prepared = entry / name_of(path)
     try:
-        entry.mkdir(parents=True, exist_ok=True)
-        with (entry / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process that holds it ends
-            if not (prepared / INDEX_FILE).is_file():
-                for left_over in entry.glob(".*.tmp"):
-                    shutil.rmtree(left_over, ignore_errors=True)
+        make_folder(entry)
+        with locked(entry):
+            if not is_whole(prepared):
+                clear(prepared)
                 note(f"preparing {path} in {prepared}")
                 prepare([path], tokenizer, seq_len, prepared)
     except OSError as error:
-        message = f"cannot use the cache {entry}: {error.strerror}; set {CACHE_VARIABLE} to a directory that can be written"
+        message = f"cannot use the cache {entry}: {reason(error)}; set {CACHE_VARIABLE} to a directory that can be written"
         raise UserError(message) from error
     return prepared
 
@@ -139,7 +138,7 @@ def is_heldout(digest: bytes, share: float) -> bool:
 
 
 def _prepare(files: list[Path], tokenizer: Tokenizer, seq_len: int, directory: Path, name: str, heldout: float, workers: int) -> Index:
-    sizes = [file.stat().st_size for file in files]
+    sizes = [size_of(file) for file in files]
     seen = _Seen(heldout)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(bar(f"prepare {name}", sum(sizes), in_bytes=True))
@@ -164,7 +163,7 @@ def _prepare(files: list[Path], tokenizer: Tokenizer, seq_len: int, directory: P
         inputs=[InputFile(file.name, size, sha256_of(file)) for file, size in zip(files, sizes, strict=True)],
         duplicates_removed=seen.duplicates,
         empty_removed=seen.empty,
-        files={file.name: sha256_of(file) for file in sorted(directory.iterdir())},
+        files={name: sha256_of(directory / name) for name in sorted(listing(directory).keys() - {UNFINISHED})},
     )
     index.write(directory)
     return index
@@ -240,8 +239,8 @@ class _SplitWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tokens.file.close()
-        self._segments.file.close()
+        self._tokens.close()
+        self._segments.close()
 
     def add(self, document: np.ndarray) -> None:
         self._documents += 1
@@ -281,30 +280,45 @@ class _SplitWriter:
 
 
 class _ArrayFile:
-    """A .npy of shape [R, T] that grows row by row; NumPy leaves room in the header for the R that is known only at the end."""
+    """A .npy of shape [R, T] that grows row by row; NumPy leaves room in the header for the R that is known only at the end.
+
+    What an object begins with cannot be written last: in a bucket header and rows are two objects, which its store joins.
+    """
 
     def __init__(self, path: Path, dtype: type[np.unsignedinteger], width: int):
-        self.file = path.open("wb")
         self._dtype, self._width, self._rows = np.dtype(dtype), width, 0
-        self._start = self._write_header()
+        self._path, self._in_bucket = path, in_bucket(path)
+        self._parts = [path.with_name(f".{path.name}.{part}.tmp") for part in ("header", "rows")]
+        self._file = open_to_write(self._parts[1] if self._in_bucket else path)
+        if not self._in_bucket:
+            self._file.write(self._header())
 
     def append(self, rows: np.ndarray) -> None:
-        self.file.write(rows.astype(self._dtype, copy=False).tobytes())
+        self._file.write(rows.astype(self._dtype, copy=False).tobytes())
         self._rows += len(rows)
 
     def finish(self) -> int:
         """Completes the file and returns its rows."""
-        self.file.seek(0)
-        if self._write_header() != self._start:
-            raise AssertionError("the header of a .npy changed its size")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        if self._in_bucket:
+            self._file.close()
+            write_bytes(self._parts[0], self._header())
+            join_objects(self._parts, self._path)
+            remove_objects(self._parts)
+            return self._rows
+        self._file.seek(0)
+        self._file.write(self._header())
+        self._file.flush()
+        os.fsync(self._file.fileno())
         return self._rows
 
-    def _write_header(self) -> int:
+    def close(self) -> None:
+        self._file.close()
+
+    def _header(self) -> bytes:
         header: dict[str, Any] = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._rows, self._width)}
-        np.lib.format.write_array_header_1_0(self.file, header)
-        return self.file.tell()
+        content = io.BytesIO()
+        np.lib.format.write_array_header_1_0(content, header)
+        return content.getvalue()
 
 
 def _cores() -> int:
@@ -312,4 +326,4 @@ def _cores() -> int:
 
 
 def _default_cache() -> Path:
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "flexolmo-jax")
+    return path_of(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "flexolmo-jax")

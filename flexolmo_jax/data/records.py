@@ -10,16 +10,17 @@ the -log2 p of the scored tokens over their UTF-8 bytes.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.paths import absolute, in_bucket, path_of
+from flexolmo_jax.files import write_bytes
+from flexolmo_jax.paths import absolute, open_to_read, path_of, reason, size_of
 
 FORMAT = 1
 Split = Literal["train", "heldout"]
@@ -81,17 +82,17 @@ class Index:
             message = f"{path} is not a prepared directory (no {INDEX_FILE} in it): make one with `flexolmo data prepare`"
             raise UserError(message) from error
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}") from error
+            raise UserError(f"cannot read {file}: {reason(error)}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{file} is damaged or not an index of prepared data: prepare the data again") from error
 
     def write(self, path: Path) -> None:
         """Writes `index.json` into a directory."""
-        (path / INDEX_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
+        write_bytes(path / INDEX_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
 
 
 class Records:
-    """One split of a prepared directory, memory-mapped, or read whole out of a bucket: `len(records)`, `records[i]`."""
+    """One split of a prepared directory, memory-mapped, or read out of a bucket record by record: `len(records)`, `records[i]`."""
 
     def __init__(self, path: Path, split: Split):
         if split not in SPLITS:
@@ -135,30 +136,24 @@ class Records:
             if sha256_of(self.path / name) != digest:
                 raise UserError(f"{self.path / name} is not the file that was prepared (its SHA-256 differs): prepare it again")
 
-    def _map(self, kind: str, dtype: np.dtype) -> np.ndarray:
+    def _map(self, kind: str, dtype: np.dtype) -> np.ndarray | BucketArray:
         file = self.path / f"{self.split}.{kind}.npy"
         shape = (self.stats.records, self.seq_len)
         try:
-            with file.open("rb") as opened:
-                np.lib.format.read_magic(opened)
-                header = np.lib.format.read_array_header_1_0(opened)
-                start = opened.tell()
-                size = opened.seek(0, os.SEEK_END)
+            header, size = read_header(file), size_of(file)
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}; prepare the data again") from error
+            raise UserError(f"cannot read {file}: {reason(error)}; prepare the data again") from error
         except ValueError as error:
             raise UserError(f"{file} is not a NumPy file: prepare the data again") from error
-        expected = start + shape[0] * shape[1] * dtype.itemsize
-        if header != (shape, False, dtype) or size != expected:
+        if header is None:
+            raise UserError(f"{file} is not a NumPy file: prepare the data again")
+        expected = header.start + shape[0] * shape[1] * dtype.itemsize
+        if header[:3] != (shape, False, dtype) or size != expected:
             raise UserError(
-                f"{file} holds {header[0]} {header[2]} in {size} bytes, its index says {shape} {dtype} in "
+                f"{file} holds {header.shape} {header.dtype} in {size} bytes, its index says {shape} {dtype} in "
                 f"{expected}: an incomplete copy, or files of two preparations; copy or prepare it again"
             )
-        if shape[0] == 0:  # nothing to map, which mmap refuses
-            return np.zeros(shape, dtype)
-        if in_bucket(file):
-            return np.frombuffer(file.read_bytes(), dtype, offset=start).reshape(shape)
-        return np.memmap(file, dtype, "r", start, shape)
+        return map_array(file, dtype, header.start, shape)
 
 
 def open_records(path: Path, split: Split) -> Records:
@@ -194,7 +189,7 @@ def scored_targets(tokens: np.ndarray, segments: np.ndarray, eos_id: int) -> np.
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file, in hex. Raises UserError where it cannot be read."""
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        with open_to_read(file) as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+        raise UserError(f"cannot read {file}: {reason(error)}") from error

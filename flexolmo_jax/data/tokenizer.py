@@ -16,7 +16,8 @@ from tokenizers import Tokenizer as Backend
 
 from flexolmo_jax.data.documents import document_files, read_documents
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import write_text
+from flexolmo_jax.files import make_folder, write_text
+from flexolmo_jax.paths import children, reason, size_of
 from flexolmo_jax.progress import bar, note
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -82,7 +83,7 @@ class Tokenizer:
         try:
             return cls(file.read_text("utf-8"), str(file))
         except OSError as error:
-            message = f"cannot read {file}: {error.strerror}; expected a tokenizer.json or a directory that holds one"
+            message = f"cannot read {file}: {reason(error)}; expected a tokenizer.json or a directory that holds one"
             raise UserError(message) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not a tokenizer.json: it is not UTF-8 text") from error
@@ -126,8 +127,7 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int, out: Path, sample_by
     """
     if vocab_size < len(BYTES) + 2:
         raise UserError(f"got a vocabulary of {vocab_size} tokens, expected {len(BYTES) + 2} or more (256 bytes, {EOS}, {PAD})")
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file() or children(out):
         raise UserError(f"{out} exists: expected a new file or a new or empty directory")
     inputs = [file for path in files for file in document_files(path)]
     backend = Backend(models.BPE())
@@ -143,16 +143,15 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int, out: Path, sample_by
     tokenizer = Tokenizer(backend.to_str())
     if tokenizer.vocab_size < vocab_size:
         note(f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little of it for more")
-    if out.suffix != ".json":
-        out.mkdir(parents=True, exist_ok=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out)
+    file = out if out.suffix == ".json" else out / TOKENIZER_FILE
+    make_folder(file.parent)
+    tokenizer.save(file)
     return tokenizer
 
 
 def _sample(files: Sequence[Path], sample_bytes: int) -> Iterator[str]:
     """The first part of every file, in proportion to its size on disk. Raises UserError where that is no text at all."""
-    sizes = [file.stat().st_size for file in files]
+    sizes = [size_of(file) for file in files]
     any_text = False
     with bar("tokenizer", min(sample_bytes, sum(sizes)), in_bytes=True) as advance:
         for file, size in zip(files, sizes, strict=True):

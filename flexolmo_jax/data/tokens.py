@@ -1,8 +1,8 @@
 """Token files as OLMo-core trains on them: flat arrays of token ids, an EOS behind each document, nothing else.
 
-They are mapped and cut where they lie: record i is the i-th run of T tokens of the files in sorted order, and what is left over at the
-end of a file is not used. A document goes on in the next record where it does not fit, as one cut by packing does. Nothing is
-deduplicated, and nothing held out: a token file is wholly what it is named for, training or evaluation.
+They are mapped, in a bucket read by ranges, and cut where they lie: record i is the i-th run of T tokens of the files in sorted order,
+and what is left over at the end of a file is not used. A document goes on in the next record where it does not fit, as one cut by
+packing does. Nothing is deduplicated, and nothing held out: a token file is wholly what it is named for, training or evaluation.
 
 A file's name ends in `.npy` or `.bin`. It has NumPy's header or none (AllenAI's `.npy` files have none); one without is of the type that
 the vocabulary asks for, uint16 up to 65,536 tokens and uint32 above; uint16 of which every second one is 0 is uint32.
@@ -14,19 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
+from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.records import Record, Records, Split, token_dtype
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import files_below, path_of, reason, size_of
 
 SUFFIXES = (".npy", ".bin")
-_MAGIC = b"\x93NUMPY"
 _SAMPLE = 1 << 16  # tokens of each file that are looked at when it is opened
 
 
 def has_tokens(path: Path) -> bool:
     """True where a path is a token file, or a directory of them that is not a prepared one."""
-    path = Path(path)
+    path = path_of(path)
     return bool(_files(path)) and not (path / INDEX_FILE).exists()
 
 
@@ -40,7 +41,7 @@ class TokenRecords:
     split: Split = "train"
 
     def __init__(self, path: Path, tokenizer: Tokenizer, seq_len: int):
-        self.path = Path(path)
+        self.path = path_of(path)
         self.seq_len = seq_len
         self.tokenizer_digest = tokenizer.digest
         self._eos_id, self._vocab_size = tokenizer.eos_id, tokenizer.vocab_size
@@ -80,28 +81,26 @@ Source = Records | TokenRecords
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and p.name.endswith(SUFFIXES))
-    return [path] if path.is_file() and path.name.endswith(SUFFIXES) else []
+        return files_below(path, SUFFIXES)
+    return [path] if path.name.endswith(SUFFIXES) and path.is_file() else []
 
 
-def _map(file: Path, vocab_size: int) -> np.ndarray:
-    dtype, size = np.dtype(token_dtype(vocab_size)), file.stat().st_size
+def _map(file: Path, vocab_size: int) -> np.ndarray | BucketArray:
+    dtype = np.dtype(token_dtype(vocab_size))
     try:
-        with file.open("rb") as opened:
-            has_header = opened.read(len(_MAGIC)) == _MAGIC
-        if has_header:
-            tokens = np.load(file, mmap_mode="r")
-            if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
-                raise UserError(f"{file} holds {tokens.dtype} {tokens.shape}; expected a flat array of uint16 or uint32")
-            return tokens
+        header, size = read_header(file), size_of(file)
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}; is the file complete?") from error
+        raise UserError(f"cannot read {file}: {reason(error)}; is the file complete?") from error
     except ValueError as error:
         raise UserError(f"{file} is not a whole NumPy file: {error}; copy it again") from error
+    if header is not None:
+        if len(header.shape) != 1 or header.dtype not in (np.uint16, np.uint32):
+            raise UserError(f"{file} holds {header.dtype} {header.shape}; expected a flat array of uint16 or uint32")
+        if size != header.start + header.shape[0] * header.dtype.itemsize:
+            raise UserError(f"{file} is not a whole NumPy file: it has {size} bytes for {header.shape[0]} {header.dtype}; copy it again")
+        return map_array(file, header.dtype, header.start, header.shape)
     if size % dtype.itemsize:
         raise UserError(f"{file} has {size} bytes, which is no whole number of {dtype.name}; is the file complete?")
-    if not size:  # nothing to map, which mmap refuses
-        return np.zeros(0, dtype)
-    tokens = np.memmap(file, dtype, "r")
-    is_wide = dtype == np.uint16 and size % 4 == 0 and size >= 64 and not tokens[1:_SAMPLE:2].any()
-    return np.memmap(file, np.uint32, "r") if is_wide else tokens
+    tokens = map_array(file, dtype, 0, (size // dtype.itemsize,))
+    is_wide = dtype == np.uint16 and size % 4 == 0 and size >= 64 and not tokens[:_SAMPLE][1::2].any()
+    return map_array(file, np.dtype(np.uint32), 0, (size // 4,)) if is_wide else tokens

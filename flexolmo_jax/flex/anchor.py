@@ -8,6 +8,7 @@ expert belongs to exactly one fingerprint.
 
 import dataclasses
 import hashlib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.data.documents import name_of, read_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import new_directory
+from flexolmo_jax.files import new_directory, write_bytes
 from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.paths import children
@@ -60,7 +61,6 @@ def publish(
         artifact.tokenizer.save(directory / "tokenizer.json")
         length = seq_len or _trained_seq_len(source) or min(artifact.config.max_seq_len, 1024)
         prepare(public, artifact.tokenizer, length, directory / "public")
-        (directory / "embedder").mkdir()
         fitted = fit_embedder(embedder, _documents(public), artifact.config.d_model)
         fitted.save(directory / "embedder")
         # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
@@ -154,8 +154,9 @@ def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path) -> np.
     if out.exists():
         raise UserError(f"{out} exists; give a new file")
     row = domain_embedding(load_embedder(anchor.path / "embedder"), _documents(documents))
-    with out.open("xb") as file:
-        np.save(file, row)
+    content = io.BytesIO()
+    np.save(content, row)
+    write_bytes(out, content.getvalue())
     return row
 
 

@@ -1,6 +1,6 @@
 """An owner's one command: documents -> prepared records -> pair training -> evaluation -> contribution. Resumes where it stopped.
 
-The work (private records, checkpoints) stays in `<out>.work` on the owner's disk; only `out` is handed over.
+The work (private records, checkpoints) stays in `<out>.work`, on the owner's disk or in the owner's bucket; only `out` is handed over.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ from flexolmo_jax.data.documents import document_files, has_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import Index, InputFile, open_records, sha256_of
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import check_new
+from flexolmo_jax.files import check_new, is_whole
+from flexolmo_jax.paths import in_bucket, size_of
 
 from .anchor import open_anchor
 from .contribution import Contribution
@@ -57,12 +58,13 @@ def contribute(
     tree["data"] = data | {"train": [{"path": str(work / "data"), "name": name}], "eval": []}
     run = resolve(tree, overrides)  # every mistake in the config shows before any document is read
     assert run.pair is not None
-    if not (work / "data").exists():
+    if not is_whole(work / "data"):
         try:
             prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data")
         except UserError:
-            with contextlib.suppress(OSError):  # an earlier run's directory stays
-                work.rmdir()
+            if not in_bucket(work):
+                with contextlib.suppress(OSError):  # an earlier run's directory stays
+                    work.rmdir()
             raise
     elif Index.read(work / "data").inputs != _inputs(documents):
         raise UserError(f"{work} was made of other documents; delete it to start anew, or give a new --out")
@@ -76,7 +78,7 @@ def contribute(
 
 def _inputs(documents: Sequence[Path]) -> list[InputFile]:
     files = [file for path in documents for file in document_files(path)]
-    return [InputFile(file.name, file.stat().st_size, sha256_of(file)) for file in files]
+    return [InputFile(file.name, size_of(file), sha256_of(file)) for file in files]
 
 
 def _tree(config: Path | None) -> dict[str, Any]:

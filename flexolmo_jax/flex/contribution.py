@@ -23,7 +23,7 @@ import numpy as np
 from flexolmo_jax.artifact import Artifact, canonical_json
 from flexolmo_jax.config import ModelConfig, build
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.paths import children, in_bucket, open_regular, path_of
+from flexolmo_jax.paths import children, in_bucket, open_regular, path_of, reason
 from flexolmo_jax.tensorfile import TensorFile, strict_json
 
 from .signature import ANY, Trust, check_signature
@@ -139,7 +139,7 @@ def open_contribution(path: Path) -> Contribution:
     try:
         names = {child.name for child in children(path)}
     except OSError as error:
-        raise UserError(f"{path} is not a contribution: {error.strerror}; expected a directory with a {MANIFEST}") from None
+        raise UserError(f"{path} is not a contribution: {reason(error)}; expected a directory with a {MANIFEST}") from None
     if MANIFEST not in names:
         raise UserError(f"{path} is not a contribution: it has no {MANIFEST}")
     if unknown := names - {TENSORS, MANIFEST, SIGNATURE}:

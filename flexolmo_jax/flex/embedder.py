@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import zipfile
 import zlib
@@ -32,6 +31,7 @@ import numpy as np
 
 from flexolmo_jax import progress
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.files import write_bytes
 
 FORMAT = 1  # of embedder.json and embedder.npz
 PROJECTION_SEED = 2507_07024  # the paper's arXiv number; part of the format, the same for everybody
@@ -160,7 +160,7 @@ class TfidfEmbedder:
     def save(self, directory: Path) -> None:
         buffer = io.BytesIO()
         np.savez(buffer, idf=self.idf.astype("<f4"), signs=self.signs)  # without times: the same bytes each time
-        _write(Path(directory) / "embedder.npz", buffer.getvalue())
+        write_bytes(directory / "embedder.npz", buffer.getvalue())
         _write_json(directory, {**_description(self), "words": self.words})
 
     def _row(self, word: str) -> int:
@@ -300,18 +300,4 @@ def _description(embedder: Embedder) -> dict[str, Any]:
 
 
 def _write_json(directory: Path, value: dict[str, Any]) -> None:
-    _write(Path(directory) / "embedder.json", (json.dumps(value, indent=1) + "\n").encode("ascii"))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(directory / "embedder.json", (json.dumps(value, indent=1) + "\n").encode("ascii"))

@@ -17,8 +17,9 @@ from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import Dataset, RunConfig, resolve, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import check_new, new_directory
+from flexolmo_jax.files import check_new, new_directory, write_bytes
 from flexolmo_jax.model import Params
+from flexolmo_jax.paths import path_of
 from flexolmo_jax.progress import note
 from flexolmo_jax.tensorfile import TensorFile, write_tensors
 from flexolmo_jax.train.evaluate import make_scorer, score_records
@@ -129,9 +130,9 @@ def _hand_over(
             "tool": f"flexolmo-jax {_version()}",
         }
         text = sealed(manifest)
-        (directory / MANIFEST).write_bytes(text)
+        write_bytes(directory / MANIFEST, text)
         if key:
-            (directory / SIGNATURE).write_bytes(sign(text, key))
+            write_bytes(directory / SIGNATURE, sign(text, key))
     size = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(anchor.dtype).itemsize
     note(f"packaged {out}: {size:,} bytes of weights, no data")
     return open_contribution(out)
@@ -159,7 +160,7 @@ def _evaluate(run: Artifact, anchor: Artifact, params: Params, released: dict[st
     scores: dict[str, Any] = {who: {} for who in scorers}
     for name, path in heldout.items():
         # Records are scored whatever their length: an owner's need not be as long as the anchor's public ones.
-        records = open_heldout(Path(path), run.tokenizer, config.data.seq_len)
+        records = open_heldout(path_of(path), run.tokenizer, config.data.seq_len)
         if len(records):
             for who, (scorer, weights) in scorers.items():
                 score = score_records(scorer, weights, records, run.tokenizer, limit=config.train.eval_records)

@@ -15,12 +15,14 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, Placement
 from flexolmo_jax.config import Dataset, ModelConfig, PairConfig, RunConfig
+from flexolmo_jax.data.arrays import read_records
 from flexolmo_jax.data.documents import has_documents, read_documents
 from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
+from flexolmo_jax.paths import absolute, in_bucket, path_of
 from flexolmo_jax.train.loop import Job, train
 from flexolmo_jax.train.sources import open_sources
 
@@ -34,9 +36,9 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     pair = run.pair
     assert pair is not None  # checked by RunConfig
     check_expert_name(pair.name)
-    anchor = open_anchor(Path(pair.anchor))
+    anchor = open_anchor(path_of(pair.anchor))
     tokenizer = anchor.tokenizer
-    if run.data.tokenizer and Tokenizer.load(Path(run.data.tokenizer)).digest != tokenizer.digest:
+    if run.data.tokenizer and Tokenizer.load(path_of(run.data.tokenizer)).digest != tokenizer.digest:
         raise UserError(
             f"data.tokenizer {run.data.tokenizer} is not the tokenizer of {anchor.path}; leave it out: a pair uses its anchor's"
         )
@@ -54,7 +56,7 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     job = Job(
         run, model, initial, is_trained, ("anchor", pair.name), tokenizer, batches, heldout,
         contrast=_contrast(run),
-        base={"base": str(anchor.path.resolve()), "fingerprint": anchor.fingerprint},
+        base={"base": str(absolute(anchor.path)), "fingerprint": anchor.fingerprint},
     )  # fmt: skip
     return train(job, out)
 
@@ -93,13 +95,13 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
 def _private_documents(run: RunConfig, tokenizer: Tokenizer):
     """Raw documents as they are; of prepared directories and token files, records as text."""
     for dataset in run.data.train:
-        path = Path(dataset.path)
+        path = path_of(dataset.path)
         if not has_tokens(path) and has_documents(path):
             yield from read_documents(path)
         else:
             records = open_data(path, tokenizer, run.data.seq_len, "train")
-            for i in np.random.default_rng(0).permutation(len(records))[:2000]:
-                record = records[int(i)]
+            chosen = np.random.default_rng(0).permutation(len(records))[:2000].tolist()
+            for record in read_records(records.__getitem__, chosen, at_once=in_bucket(path)):
                 yield tokenizer.decode(record["tokens"][record["segments"] > 0].tolist())
 
 

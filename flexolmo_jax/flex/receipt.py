@@ -11,6 +11,7 @@ from typing import Any
 from flexolmo_jax.artifact import Artifact, open_artifact, read_sealed, sealed_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import write_text
+from flexolmo_jax.paths import reason
 
 from .store import Store, expert_key
 from .verify import RECEIPT, tensor_digests, verify_model
@@ -68,7 +69,7 @@ def verify_receipt(path: Path, model_path: Path) -> dict[str, Any]:
         removed = {digest for expert in receipt["removed"] for digest in expert["digests"]}
         remaining, anchor, grade = receipt["remaining"], receipt["anchor"], receipt["grade"]
     except OSError as error:
-        raise UserError(f"cannot read the receipt {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the receipt {path}: {reason(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"the receipt {path} is damaged ({type(error).__name__}: {error!s:.80})") from None
     model = open_artifact(model_path)

@@ -7,6 +7,7 @@ from typing import Any
 from flexolmo_jax.config import RunConfig
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.paths import absolute, path_of
 from flexolmo_jax.train.loop import Job, train
 from flexolmo_jax.train.sources import open_sources
 
@@ -21,7 +22,7 @@ def is_trained(path: str) -> bool:
 def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
     """Runs a router config; see `train.loop.train`. Raises UserError for a model without experts."""
     assert run.router is not None  # checked by RunConfig
-    model = open_model(Path(run.router.model))
+    model = open_model(path_of(run.router.model))
     if model.config.n_experts == 1:
         raise UserError(f"{model.path} has no experts; there is nothing to route")
     run = dataclasses.replace(run, model=model.config)
@@ -33,6 +34,6 @@ def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
 
     job = Job(
         run, model.config, initial, is_trained, model.experts, model.tokenizer, batches, heldout,
-        base={"base": str(model.path.resolve()), "fingerprint": model.fingerprint},
+        base={"base": str(absolute(model.path)), "fingerprint": model.fingerprint},
     )  # fmt: skip
     return train(job, out)

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from flexolmo_jax.artifact import canonical_json
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import children
 from flexolmo_jax.tensorfile import strict_json
 
 ALGORITHM = "ed25519"
@@ -34,7 +35,7 @@ class Trust:
         """The policy of a directory of public keys, `*.pub`. Raises UserError where it has none, or something that is no key."""
         if directory is None:
             return cls(signed)
-        paths = sorted(directory.glob(f"*{PUBLIC}")) if directory.is_dir() else []
+        paths = [path for path in children(directory) if path.name.endswith(PUBLIC)]
         if not paths:
             raise UserError(f"{directory} holds no public keys; expected files *{PUBLIC} (`flexolmo keygen` writes them)")
         return cls(True, {_encoded(_load_public(path)): path.stem for path in paths})

@@ -20,6 +20,7 @@ from flexolmo_jax.flex.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.generate import Request, State, programs
 from flexolmo_jax.model import CACHE, Params, empty_cache, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten, partition, unflatten
+from flexolmo_jax.paths import path_of
 from flexolmo_jax.train.optimizer import abstract_state, make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step
 
@@ -42,7 +43,7 @@ def architecture(run: RunConfig) -> ModelConfig:
     Raises UserError where neither is.
     """
     source = run.pair.anchor if run.pair else run.router.model if run.router else run.train.init
-    if source and Path(source).exists():
+    if source and path_of(source).exists():
         model = open_artifact(source).config
         return model_of_pair(run, model) if run.pair else model
     if run.model.vocab_size == 0:

@@ -16,11 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.arrays import read_records
 from flexolmo_jax.data.records import scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, forward
+from flexolmo_jax.paths import in_bucket
 
 from .losses import predicts, token_losses
 
@@ -76,7 +78,8 @@ def score_records(
     count = min(len(records), limit or len(records))
     bits, n_tokens, n_bytes, routing = 0.0, 0, 0, np.zeros(())
     for start in range(0, count, batch_size):
-        rows = [records[i] for i in range(start, min(start + batch_size, count))]
+        places = range(start, min(start + batch_size, count))
+        rows = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
         # The last batch is filled up with padding, so that one compiled program serves all.
         tokens, segments = (_stack([row[key] for row in rows], batch_size) for key in ("tokens", "segments"))
         scored = scored_targets(tokens, segments, tokenizer.eos_id)

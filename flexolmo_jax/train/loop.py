@@ -31,7 +31,7 @@ from flexolmo_jax.data.records import Record, loss_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.files import new_directory, write_text
+from flexolmo_jax.files import is_whole, new_directory, write_text
 from flexolmo_jax.model import Params, logical_axes
 from flexolmo_jax.model.tree import combine, flatten, partition
 from flexolmo_jax.progress import bar, note
@@ -129,6 +129,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
                 if scored:
                     scores = evaluate(state.params, frozen)
                     metrics.write(number, {"bits_per_byte": scores})
+                metrics.flush()
                 checkpoints.save(number, state._asdict(), loss=sum(scores.values()) / len(scores) if scored and scores else None)
                 clock = time.perf_counter()
             if stop and not last:
@@ -187,7 +188,7 @@ def _evaluator(job: Job, mesh: Mesh) -> Callable[[Params, Params], dict[str, flo
 def _claim(job: Job, out: Path) -> None:
     """Makes the run's directory, or checks that it holds this very run. Raises UserError otherwise."""
     path = out / "config.yaml"
-    if not path.exists():
+    if not (is_whole(out) and path.exists()):
         with new_directory(out) as directory:  # a kill in between must not leave a directory that no run may claim
             job.tokenizer.save(directory / "tokenizer.json")
             write_text(directory / "config.yaml", dump_yaml(job.config))

@@ -1,45 +1,90 @@
-"""A run's metrics: one JSON object a line in metrics.jsonl, and the same numbers as TensorBoard events."""
+"""A run's metrics: one JSON object a line in metrics.jsonl, and the same numbers as TensorBoard events.
+
+On a disk a row is there at once. In a bucket rows are added now and then, and before every checkpoint.
+"""
 
 import json
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 
-from flexolmo_jax.files import write_text
+from flexolmo_jax.files import append_bytes, write_text
+from flexolmo_jax.paths import in_bucket, path_of
+
+SECONDS = 30.0  # between two additions to an object
 
 
 class MetricsWriter:
     """A context manager. Rows after `step`, left by a run that was killed past its last checkpoint, are cut off first."""
 
     def __init__(self, directory: Path, step: int):
-        path = directory / "metrics.jsonl"
-        kept = [line for line in read_lines(path) if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        self._path = directory / "metrics.jsonl"
+        kept = [line for line in read_lines(self._path) if json.loads(line)["step"] <= step]
+        write_text(self._path, "".join(line + "\n" for line in kept))
+        self._rows: list[str] = []
+        self._wait, self._flushed = SECONDS if in_bucket(directory) else 0.0, time.monotonic()
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=30)
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        self.flush()
         self._events.close()
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """`values`: numbers, or nested dicts of numbers."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._rows.append(json.dumps({"step": step, **values}) + "\n")
+        if time.monotonic() - self._flushed >= self._wait:
+            self.flush()
         for name, value in _scalars(values):
             self._events.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """To be called before a checkpoint is saved: a run that goes on from there has no other place to take these rows from."""
+        if self._rows:
+            append_bytes(self._path, "".join(self._rows).encode())
+        self._rows, self._flushed = [], time.monotonic()
+
+
+class _BucketEvents:
+    """What tensorboardX writes events to, for paths in buckets; its own holds all of a run's and uploads all of them each time."""
+
+    def __init__(self, path: str):
+        self._path, self._content = path_of(path), b""
+
+    def write(self, content: bytes) -> None:
+        self._content += content
+
+    def flush(self) -> None:
+        if self._content:
+            append_bytes(self._path, self._content)
+        self._content = b""
+
+    close = flush
+
+
+class _BucketEventsFactory:
+    def open(self, path: str) -> _BucketEvents:
+        return _BucketEvents(path)
+
+    def directory_check(self, path: str) -> None:
+        """There are none to make."""
+
+
+register_writer_factory("gs", _BucketEventsFactory())
+
 
 def read_lines(path: Path) -> list[str]:
-    """Whole lines only: the last may have been cut by a kill."""
+    """Whole lines only: the last may have been cut by a kill. Each once: an object store that was asked again may have added it twice."""
     if not path.exists():
         return []
     *lines, _ = path.read_text().split("\n")
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

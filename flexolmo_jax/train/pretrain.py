@@ -38,7 +38,7 @@ def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
-    source = open_artifact(Path(run.train.init))
+    source = open_artifact(run.train.init)
     if source.is_pair or (source.config.n_experts > 1) != (run.run == "joint"):
         raise UserError(
             f"train.init {source.path} is a {source.kind} of {len(source.experts)} experts; run: {run.run} cannot start from it"

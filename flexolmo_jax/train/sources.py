@@ -1,7 +1,6 @@
 """From a config's `data` section to batches and held-out records."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from flexolmo_jax.config import DataConfig, Dataset
 from flexolmo_jax.data.documents import has_documents
@@ -11,14 +10,15 @@ from flexolmo_jax.data.records import Split
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, has_tokens
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.paths import path_of
 
 
 def choose_tokenizer(data: DataConfig) -> Tokenizer:
     """The config's tokenizer, or the one that its first prepared directory carries."""
     if data.tokenizer:
-        return Tokenizer.load(Path(data.tokenizer))
+        return Tokenizer.load(path_of(data.tokenizer))
     for dataset in data.train:
-        path = Path(dataset.path)
+        path = path_of(dataset.path)
         if not has_tokens(path) and not has_documents(path):  # raises where there is nothing at all
             return Tokenizer.load(path)
     raise UserError("data.tokenizer is empty and no data.train path is a prepared directory that carries one; set data.tokenizer")
@@ -26,7 +26,7 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
 
 def evaluation_sets(data: DataConfig, extra: Sequence[Dataset] = ()) -> list[Dataset]:
     """What a run is evaluated on: `data.eval`, or else its training sources, and `extra`; but no token files that it trains on."""
-    return [*data.eval, *(d for d in (*(() if data.eval else data.train), *extra) if not has_tokens(Path(d.path)))]
+    return [*data.eval, *(d for d in (*(() if data.eval else data.train), *extra) if not has_tokens(path_of(d.path)))]
 
 
 def open_sources(data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Sequence[Dataset] = ()) -> tuple[Batches, dict[str, Source]]:
@@ -37,10 +37,10 @@ def open_sources(data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Seque
     """
 
     def opened(dataset: Dataset, split: Split) -> Source:
-        return open_data(Path(dataset.path), tokenizer, data.seq_len, split)
+        return open_data(path_of(dataset.path), tokenizer, data.seq_len, split)
 
     training = [(opened(d, "train"), d.weight) for d in (*data.train, *extra)]
-    unsplit = {d.path for d in (*data.train, *extra) if has_tokens(Path(d.path))}
+    unsplit = {d.path for d in (*data.train, *extra) if has_tokens(path_of(d.path))}
     if both := sorted(unsplit & {d.path for d in data.eval}):
         raise UserError(f"{both[0]} is in data.train and in data.eval; token files are one or the other: give others to evaluate on")
     heldout: dict[str, Source] = {}
