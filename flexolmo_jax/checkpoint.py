@@ -8,6 +8,7 @@ On a disk a step gets its name when all of it is there. In a bucket, where nothi
 `commit_success.txt`; the digests are those that the object store keeps of every object, so that no byte is read again to seal or check.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import is_whole, make_folder, move, remove, write_text
 from flexolmo_jax.paths import absolute, children, in_bucket, listing, open_to_read
+from flexolmo_jax.processes import by_the_first, is_first, joined
 from flexolmo_jax.progress import note
 
 DIGESTS = "_DIGESTS"
@@ -43,13 +45,7 @@ class StepCheckpoints:
         self._manager: ocp.CheckpointManager | None = None
         if keep is None:
             return
-        make_folder(directory)
-        for path in children(directory):
-            if path.name.isdigit() and not _is_committed(path):
-                remove(path)  # what a killed save, or a killed removal, left; on a disk it has another name, and goes by Orbax
-            elif path.name.isdigit() and not _is_complete(path):
-                note(f"warning: checkpoint {path} is incomplete; it is set aside")
-                self._set_aside(int(path.name))
+        by_the_first(self._tidy)
         best = managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
@@ -60,6 +56,15 @@ class StepCheckpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._manager = ocp.CheckpointManager(absolute(directory), options=options)
+
+    def _tidy(self) -> None:
+        make_folder(self._directory)
+        for path in children(self._directory):
+            if path.name.isdigit() and not _is_committed(path):
+                remove(path)  # what a killed save, or a killed removal, left; on a disk it has another name, and goes by Orbax
+            elif path.name.isdigit() and not _is_complete(path):
+                note(f"warning: checkpoint {path} is incomplete; it is set aside")
+                self._set_aside(int(path.name))
 
     def __enter__(self) -> "StepCheckpoints":
         return self
@@ -77,7 +82,7 @@ class StepCheckpoints:
 
     def _seal(self) -> None:
         """Puts digests into the step that Orbax is about to finish: it calls this before it gives the directory its name, or its mark."""
-        if jax.process_index() == 0:
+        if is_first():
             for path in children(self._directory):
                 is_finished = path.name.isdigit() and _is_committed(path)
                 if not is_finished and not (path / DIGESTS).exists():
@@ -124,29 +129,31 @@ class StepCheckpoints:
         return self._restore(args, step)[key]
 
     def _restore(self, args: ocp.args.PyTreeRestore, step: int) -> Any:
-        _check(self._directory / str(step))
+        by_the_first(functools.partial(_check, self._directory / str(step)))
         path = absolute(self._directory) / str(step) / "default"
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(path, args=args)
         except Exception as error:  # Orbax raises bare Exception for data that it cannot read
+            if joined():  # the files are right: what failed is this process, or the way to another
+                raise
             raise UserError(f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}") from error
 
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
         """The newest checkpoint that restores, None where there is none. Damaged newer ones are noted and set aside, in `damaged/`."""
-        for step in self.steps():
+        for step in by_the_first(self.steps):
             try:
                 return step, self.restore(target, step)
             except UserError as error:
                 note(f"warning: {error}; going back to the one before it")
-                self._set_aside(step)
+                by_the_first(functools.partial(self._set_aside, step))
+                if self._manager is not None:
+                    self._manager.reload()
         return None
 
     def _set_aside(self, step: int) -> None:
         """Not deleted: what looks damaged may be a disk that failed to answer."""
         move(self._directory / str(step), self._directory.with_name("damaged") / str(step))
-        if self._manager is not None:
-            self._manager.reload()
 
 
 def load_weights(directory: Path, target: Tree) -> Tree:

@@ -1,7 +1,9 @@
 """The command `flexolmo <verb>`. Everything heavy is imported by the verb that needs it.
 
 Exit status: 0 done; 2 a user's mistake, told in one line; 1 a run that cannot go on; 130 and 42 stopped by Ctrl-C or SIGTERM with
-everything saved. Progress and notes go to stderr; stdout holds the result, as one JSON object with --json.
+everything saved; 75 another process of the run is lost, or nothing moved for too long. After 42 and 75 (and 134 and 137, by which the
+runtime and the system kill) the same command goes on. Progress and notes go to stderr; stdout holds the result, as one JSON object
+with --json.
 """
 
 import argparse
@@ -16,12 +18,17 @@ from typing import Any
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.files import WAYS, is_disk_full
 from flexolmo_jax.paths import in_bucket, is_refusal, path_of, reason
+from flexolmo_jax.processes import ending, is_first, join
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit status."""
+    """Runs one verb and returns its exit status; one of several processes ends here instead."""
+    return ending(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args = _parser().parse_args(argv)
     except UserError as error:  # a path that can be none
@@ -54,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         logging.disable(logging.NOTSET)
-    if args.json:
+    if not is_first():
+        pass
+    elif args.json:
         print(json.dumps(result))
     elif "text" in result:
         print(result["text"])
@@ -97,7 +106,8 @@ def _tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.config import load_config
 
-    run = load_config(args.config, args.set)
+    run = load_config(args.config, [*args.set, *([f"train.profile='{args.profile}'"] if args.profile else [])])
+    join(args.coordinator, args.processes, args.process, look=args.distributed == "auto")
     if run.run == "pair":
         from flexolmo_jax.flex.pair import train_pair as start
     elif run.run == "router":
@@ -358,6 +368,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("config", type=path_of)
     _add_set(p)
     p.add_argument("--out", required=True, type=path_of)
+    p.add_argument("--profile", metavar="START:STOP", help="write a profile of these steps into OUT/profile, for xprof")
+    several = p.add_argument_group("several processes of one run", "found by themselves on TPU pods, on GKE and under Slurm's srun")
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where the first process listens")
+    several.add_argument("--processes", type=_positive, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which this is, from 0 on")
+    several.add_argument("--distributed", choices=("auto", "none"), default="auto", help="none: this process alone, whatever is around it")
 
     p = verb(
         "publish",

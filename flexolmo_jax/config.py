@@ -9,6 +9,7 @@ import datetime
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -115,12 +116,21 @@ class TrainConfig(_Config):
     log_every: int = 1
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters stay float32
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    watchdog: float = 600.0  # seconds after which a step that has not ended ends the run, with the stacks of its threads; 0: an hour
+    profile: str = ""  # START:STOP: steps of which a profile is written, for xprof
 
     def check(self) -> None:
         for name in ("steps", "accumulate", "keep", "log_every", "eval_records"):
             _expect(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a positive number")
-        for name in ("eval_every", "save_every", "seed"):
+        for name in ("eval_every", "save_every", "seed", "watchdog"):
             _expect(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        _expect(not self.profile or self.profiled is not None, "train.profile", self.profile, "START:STOP, two steps, as 10:13")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step of `profile`; None where it names none."""
+        match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", self.profile)
+        return (int(match[1]), int(match[2])) if match and int(match[1]) <= int(match[2]) else None
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,12 @@ def note(message: str) -> None:
 def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
     """A progress bar; yields `advance(n=1, text="")`, where text is shown after the bar (a loss). Bytes are shown with their rate.
 
-    On a terminal it is drawn and redrawn. Where stderr is a file or a pipe, one line is written about every tenth of the way.
+    On a terminal it is drawn and redrawn. Where stderr is a file or a pipe, one line is written about every tenth of the way. A quiet
+    console shows nothing.
     """
+    if console.quiet:
+        yield lambda n=1, text="": None
+        return
     if console.is_terminal:
         count = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
         columns = (TextColumn("{task.description}"), BarColumn(), *count, TimeRemainingColumn(), TextColumn("{task.fields[text]}"))

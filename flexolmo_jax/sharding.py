@@ -68,6 +68,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def local_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which rows of a batch the devices of this process hold, in order."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (index,) in slices for row in range(rows)[index]})  # type: ignore[misc]  # one index a dimension
+
+
+def put_batch(mesh: Mesh, rows: Sequence[int], count: int, array: np.ndarray) -> jax.Array:
+    """A batch of `count` rows over the mesh, of which this process has these, in order, in `array`."""
+    place = {row: i for i, row in enumerate(rows)}
+
+    def shard(index: Any) -> Any:
+        wanted = range(count)[index[0]]
+        return array[place[wanted[0]] : place[wanted[0]] + len(wanted)]
+
+    return jax.make_array_from_callback((count, *array.shape[1:]), batch_sharding(mesh), shard)
+
+
 def constrain(mesh: Mesh | None, tree: Any, axes: Axes) -> Any:
     """The arrays of a tree, laid out by their logical axes ("batch" among them) inside a jitted function."""
     if mesh is None:

@@ -30,6 +30,7 @@ class Chip:
     cores: int  # that this name counts for a chip
     single_host: tuple[str, ...]  # slices of one host
     largest: int  # chips
+    kinds: tuple[str, ...]  # what JAX calls its devices
 
     @property
     def link_gbs(self) -> float:
@@ -40,10 +41,10 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197, 16, 15.75, 819, 400, 25, 2, 16, 1, 4, "v5litepod", 1, ("1x1", "2x2", "2x4"), 256),
-        Chip("v5p", 459, 95, 95.73, 2765, 1200, 50, 3, 4, 1, 4, "v5p", 2, ("2x2x1",), 6144),
-        Chip("v6e", 918, 32, 31.24, 1638, 800, 100, 2, 16, 1, 4, "v6e", 1, ("1x1", "2x2", "2x4"), 256),
-        Chip("tpu7x", 2307, 192, 94.74, 7380, 1200, 100, 3, 4, 2, 4, "tpu7x", 2, ("2x2x1",), 9216),
+        Chip("v5e", 197, 16, 15.75, 819, 400, 25, 2, 16, 1, 4, "v5litepod", 1, ("1x1", "2x2", "2x4"), 256, ("TPU v5e", "TPU v5 lite")),
+        Chip("v5p", 459, 95, 95.73, 2765, 1200, 50, 3, 4, 1, 4, "v5p", 2, ("2x2x1",), 6144, ("TPU v5p", "TPU v5")),
+        Chip("v6e", 918, 32, 31.24, 1638, 800, 100, 2, 16, 1, 4, "v6e", 1, ("1x1", "2x2", "2x4"), 256, ("TPU v6e", "TPU v6 lite")),
+        Chip("tpu7x", 2307, 192, 94.74, 7380, 1200, 100, 3, 4, 2, 4, "tpu7x", 2, ("2x2x1",), 9216, ("TPU7x",)),
     )
 }
 # What libtpu has to find before JAX is imported, to compile for TPUs where there is none. Without the second it waits for a metadata

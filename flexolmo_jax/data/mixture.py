@@ -1,10 +1,11 @@
 """Batches from weighted sources of records, as a pure function of (seed, step): the state of the data is one integer.
 
 Each source is shuffled anew every epoch and repeated for ever; Grain interleaves the sources in the proportion of their weights
-into one endless sequence, and batch s is its elements [s B, (s + 1) B). A process takes its share of them by position, so any
-number of processes sees the same global batches, and a resumed run needs nothing but its step.
+into one endless sequence, and batch s is its elements [s B, (s + 1) B). A process takes those of them that its devices need, by
+position, so any number of processes sees the same global batches, and a resumed run needs nothing but its step.
 """
 
+import itertools
 import math
 import sys
 from collections import deque
@@ -33,46 +34,29 @@ class Batches:
         self.seq_len = seq_len
         self._records, self._at_once = records, at_once
 
-    def at(self, step: int, process_index: int = 0, process_count: int = 1) -> Record:
-        """The share of one process; over all processes it is the batch of the step.
+    def at(self, step: int, rows: Sequence[int] | None = None) -> Record:
+        """The batch of a step, or only these rows of it, which are what one of several processes needs.
 
-        "tokens" and "segments": int32 [B/P, T]; "source": int32 [B/P], the place in the mixture of the source of each record.
-
-        Raises UserError where the batch does not divide among the processes.
+        "tokens" and "segments": int32 [rows, T]; "source": int32 [rows], the place in the mixture of the source of each record.
         """
-        first, rows = self._share(process_index, process_count)
-        start = step * self.batch_size + first
+        rows = range(self.batch_size) if rows is None else rows
         get = cast(Callable[[int], Record], self._records.__getitem__)  # none is None: nothing is filtered
-        records = list(read_records(get, range(start, start + rows), at_once=self._at_once))
+        records = list(read_records(get, [step * self.batch_size + row for row in rows], at_once=self._at_once))
         return {key: np.stack([record[key] for record in records]) for key in ("tokens", "segments", "source")}
 
-    def iterate(self, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2) -> Generator[Record]:
+    def iterate(self, start_step: int = 0, rows: Sequence[int] | None = None, prefetch: int = 2) -> Generator[Record]:
         """Yields `at(start_step)`, `at(start_step + 1)`, ... for ever, read ahead by `prefetch` batches in one background thread.
 
         An error in that thread is raised here. The thread ends when the iterator is closed (`.close()`) or garbage.
         """
-        self._share(process_index, process_count)
-        return self._prefetched(start_step, process_index, process_count, prefetch)
-
-    def _prefetched(self, step: int, process_index: int, process_count: int, prefetch: int) -> Generator[Record]:
         reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         try:
-            ahead = deque(reader.submit(self.at, step + i, process_index, process_count) for i in range(prefetch))
-            step += prefetch
-            while True:
-                ahead.append(reader.submit(self.at, step, process_index, process_count))
-                step += 1
+            ahead = deque(reader.submit(self.at, start_step + i, rows) for i in range(prefetch))
+            for step in itertools.count(start_step + prefetch):
+                ahead.append(reader.submit(self.at, step, rows))
                 yield ahead.popleft().result()
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
-
-    def _share(self, process_index: int, process_count: int) -> tuple[int, int]:
-        if self.batch_size % process_count:
-            raise UserError(f"a batch of {self.batch_size} does not divide among {process_count} processes: make it a multiple")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}")
-        rows = self.batch_size // process_count
-        return process_index * rows, rows
 
 
 def mixture(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int) -> Batches:

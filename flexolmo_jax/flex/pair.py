@@ -6,6 +6,7 @@ should let pass, learns to fire always, and drowns the other experts after the m
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flexolmo_jax.data.tokens import has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.paths import absolute, in_bucket, path_of
+from flexolmo_jax.processes import by_the_first
 from flexolmo_jax.train.loop import Job, train
 from flexolmo_jax.train.sources import open_sources
 
@@ -45,13 +47,14 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     model = model_of_pair(run, anchor.config)
     run = dataclasses.replace(run, model=model)
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=_public(run, anchor))
-    row = initial_row(pair, run, anchor)
+    row = _row_for_all(pair, run, anchor)
 
     def initial(placement: Placement) -> Params:
         params = anchor.params(placement=placement)
-        expert = new_expert(params["experts"], params["experts"]["row"][:, 0] if row is None else row, model)
-        params["expert"] = {name: jax.device_put(a, placement(f"expert/{name}", a.shape)) for name, a in expert.items()}
-        return params
+        make = functools.partial(new_expert, model=model)
+        shapes = jax.eval_shape(make, params["experts"], row)
+        placed = {name: placement(f"expert/{name}", a.shape) for name, a in shapes.items()}
+        return params | {"expert": jax.jit(make, out_shardings=placed)(params["experts"], row)}
 
     job = Job(
         run, model, initial, is_trained, ("anchor", pair.name), tokenizer, batches, heldout,
@@ -71,15 +74,27 @@ def is_trained(path: str) -> bool:
     return path.startswith("expert/")
 
 
-def new_expert(anchor_experts: Params, row: jax.Array | np.ndarray, model: ModelConfig) -> Params:
-    """A float32 copy of the anchor's FFN with the given router row [D] in all layers, or rows [L, D]."""
+def new_expert(anchor_experts: Params, row: np.ndarray | None, model: ModelConfig) -> Params:
+    """A float32 copy of the anchor's FFN with the given router row [D] in all layers, or the anchor's own."""
     L, _, D = anchor_experts["row"].shape
+    row = anchor_experts["row"][:, 0] if row is None else row
     # float32 masters: the release dtype is for handing over, not for steps of 1e-4.
     expert = {name: jnp.array(anchor_experts[name], jnp.float32, copy=True) for name in ("gate", "up", "down")}
     expert["row"] = jnp.broadcast_to(jnp.asarray(row, jnp.float32), (L, D))[:, None]
     if model.router_bias:
         expert["bias"] = jnp.full((L, 1), model.init_bias, jnp.float32)
     return expert
+
+
+def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
+    """The same on every process, of which one reads the documents. Float32 numbers come through JSON as they are."""
+
+    def of_the_first() -> list[float] | None:
+        row = initial_row(pair, run, anchor)
+        return None if row is None else np.asarray(row, np.float32).tolist()
+
+    row = by_the_first(of_the_first)
+    return None if row is None else np.asarray(row, np.float32)
 
 
 def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:

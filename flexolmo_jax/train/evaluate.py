@@ -23,6 +23,7 @@ from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.paths import in_bucket
+from flexolmo_jax.sharding import replicated
 
 from .losses import predicts, token_losses
 
@@ -53,7 +54,8 @@ def make_scorer(config: ModelConfig, active: int | None = None, dtype: str = "fl
         losses, _ = token_losses(output.hidden, output.head, tokens, mesh)
         counted = predicts(scored).astype(jnp.float32)
         shares = output.router.weights / jnp.sum(output.router.weights, axis=-1, keepdims=True)
-        return jnp.sum(losses * counted), jnp.einsum("lbte,bt->le", shares, counted)
+        sums = jnp.sum(losses * counted), jnp.einsum("lbte,bt->le", shares, counted)
+        return sums if mesh is None else jax.lax.with_sharding_constraint(sums, replicated(mesh))  # every process reads them
 
     return score
 

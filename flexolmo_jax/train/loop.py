@@ -7,12 +7,10 @@ function of the step), dispatch, then read the metrics of the step before; evalu
 import functools
 import json
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,14 +32,17 @@ from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.files import is_whole, new_directory, write_text
 from flexolmo_jax.model import Params, logical_axes
 from flexolmo_jax.model.tree import combine, flatten, partition
+from flexolmo_jax.processes import by_the_first, is_first, stop_requests
 from flexolmo_jax.progress import bar, note
 
+from .accounting import Accounting, peak_flops
 from .evaluate import make_scorer, score_records
+from .flops import step_flops
 from .metrics import MetricsWriter
 from .optimizer import abstract_state, make_optimizer
+from .profile import Profile
 from .step import TrainState, make_step
-
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 42}  # 42: preempted and saved, start again
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -67,80 +68,135 @@ def train(job: Job, out: Path) -> dict[str, Any]:
     run, RunError where the loss is not finite; SystemExit after a signal, with everything saved.
     """
     run = job.config
-    mesh = sharding.make_mesh(run.mesh)
-    check_microbatch(run, mesh.shape)
-    _claim(job, out)
-    params = job.initial(_placement(job, mesh))
-    trained, frozen = partition(params, job.is_trained)
-    optimizer = make_optimizer(run.optim, run.train.steps)
-    state = TrainState(trained, _init_optimizer(optimizer, trained, mesh))
-    _describe(job, out, trained)
-    step = make_step(job.model, run, optimizer, mesh)
-    evaluate = _evaluator(job, mesh)
-    tokens_per_step = run.data.batch_size * run.data.seq_len
-    scores: dict[str, float] = {}
-
+    accounting = Accounting()
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(checkpoint.StepCheckpoints(out / "checkpoints", keep=run.train.keep))
-        restored = checkpoints.restore_latest(checkpoint.abstract(state._asdict()))
-        start = 0
+        watchdog = stack.enter_context(Watchdog())
+        with accounting.spent("init"):
+            mesh = sharding.make_mesh(run.mesh)
+            check_microbatch(run, mesh.shape)
+            _claim(job, out)
+            params = job.initial(_placement(job, mesh))
+            trained, frozen = partition(params, job.is_trained)
+            optimizer = make_optimizer(run.optim, run.train.steps)
+            state = TrainState(trained, _init_optimizer(optimizer, trained, mesh))
+            by_the_first(lambda: _describe(job, out, trained))
+            step = make_step(job.model, run, optimizer, mesh)
+            evaluate = _evaluator(job, mesh)
+            checkpoints = stack.enter_context(checkpoint.StepCheckpoints(out / "checkpoints", keep=run.train.keep))
+        with accounting.spent("restore"):
+            restored = checkpoints.restore_latest(checkpoint.abstract(state._asdict()))
+        start, scores = 0, {}
         if restored is not None:
             start, saved = restored
             state = TrainState(**saved)
             note(f"{out} goes on from step {start}")
-        metrics = stack.enter_context(MetricsWriter(out, start))
-        signals = stack.enter_context(_caught_signals())
-        advance = stack.enter_context(bar(f"train {out.name}", run.train.steps))
-        advance(start)
-        batches = job.batches.iterate(start)
+        metrics = stack.enter_context(MetricsWriter(out, start)) if is_first() else None
+        log = _Log(job, out, mesh, accounting, metrics, stack.enter_context(bar(f"train {out.name}", run.train.steps)), checkpoints)
+        log.advance(start)
+        stop_status = stack.enter_context(stop_requests())
+        profile = stack.enter_context(Profile(run.train.profiled, out))
+        rows = sharding.local_rows(mesh, run.data.batch_size)
+        batches = job.batches.iterate(start, rows)
         stack.callback(batches.close)
-        clock = time.perf_counter()
-
-        def read(number: int, values: dict[str, jax.Array]) -> None:
-            nonlocal clock
-            row = {name: value.tolist() for name, value in jax.device_get(values).items()}
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
-                checkpoints.wait()
-                good = next(iter(checkpoints.steps()), None)
-                kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
-                raise RunError(
-                    f"loss {row['loss']}, gradient norm {row['gradient_norm']} at step {number} of {out}; {kept}; "
-                    "start a new --out with a lower optim.lr, or look at the data of this step"
-                )
-            now = time.perf_counter()
-            rate, clock = tokens_per_step / (now - clock), now
-            advance(1, text=f"loss {row['loss']:.3f}  {rate:,.0f} tokens/s")
-            if number % run.train.log_every == 0:
-                row["router_share"] = dict(zip(job.experts, row["router_share"], strict=True))
-                metrics.write(number, row | {"tokens": number * tokens_per_step, "tokens_per_second": rate})
 
         pending = None  # the metrics of step n are read after step n + 1 is dispatched
         for number in range(start + 1, run.train.steps + 1):
-            batch = jax.device_put(_with_targets(job, next(batches)), sharding.batch_sharding(mesh))
-            state, values = step(state, frozen, batch, number)
-            if pending is not None:
-                read(*pending)
+            watchdog.expect(f"step {number}", run.train.watchdog if number > start + 1 else 0)  # the first is compiled
+            with accounting.spent("data"):
+                batch = {
+                    name: sharding.put_batch(mesh, rows, run.data.batch_size, a) for name, a in _with_targets(job, next(batches)).items()
+                }
+            if number == start + 1:
+                with accounting.spent("compile"):
+                    compile_for_all(step, state, frozen, batch, number)
+            profile.before(number)
+            with accounting.spent("step"), jax.profiler.StepTraceAnnotation("train", step_num=number):
+                state, values = step(state, frozen, batch, number)
+                if pending is not None:
+                    log.read(*pending)
             pending = number, values
-            last, stop = number == run.train.steps, bool(signals)
+            last, stop = number == run.train.steps, stop_status(number)
             scored = last or _due(number, run.train.eval_every)
-            if scored or stop or _due(number, run.train.save_every):
-                read(*pending)  # nothing that is not finite is ever saved
+            saved = scored or stop is not None or _due(number, run.train.save_every)
+            if saved or profile.ends(number):
+                with accounting.spent("step"):
+                    log.read(*pending)  # nothing that is not finite is ever saved
                 pending = None
+            profile.after(number)
+            if saved:
+                watchdog.expect(f"evaluating and saving after step {number}", 0)
                 if scored:
-                    scores = evaluate(state.params, frozen)
-                    metrics.write(number, {"bits_per_byte": scores})
-                metrics.flush()
-                checkpoints.save(number, state._asdict(), loss=sum(scores.values()) / len(scores) if scored and scores else None)
-                clock = time.perf_counter()
-            if stop and not last:
-                checkpoints.wait()
+                    with accounting.spent("eval"):
+                        scores = evaluate(state.params, frozen)
+                log.write(number, ({"bits_per_byte": scores} if scored else {}) | {"seconds": accounting.seconds()}, flush=True)
+                with accounting.spent("save"):
+                    checkpoints.save(number, state._asdict(), loss=sum(scores.values()) / len(scores) if scored and scores else None)
+                log.clock = time.perf_counter()
+            if stop is not None and not last:
+                with accounting.spent("save"):
+                    checkpoints.wait()
+                by_the_first(lambda: None)  # until it is complete for all
                 note(f"stopped by a signal at step {number}, saved in {out}; the same command goes on from there")
-                sys.exit(EXIT_CODES[signals[0]])
+                sys.exit(stop)
         if start == run.train.steps:
             scores = evaluate(state.params, frozen)
-    result = {"step": run.train.steps, "tokens": run.train.steps * tokens_per_step, "bits_per_byte": scores}
-    write_text(out / "summary.json", json.dumps(result) + "\n")
+    result = {"step": run.train.steps, "tokens": run.train.steps * run.data.batch_size * run.data.seq_len, "bits_per_byte": scores}
+    summary = result | {"seconds": accounting.seconds()}
+    by_the_first(lambda: write_text(out / "summary.json", json.dumps(summary) + "\n"))
     return result
+
+
+class _Log:
+    """Reads the metrics of steps, checks them, shows them and writes them down."""
+
+    def __init__(
+        self,
+        job: Job,
+        out: Path,
+        mesh: Mesh,
+        accounting: Accounting,
+        metrics: MetricsWriter | None,
+        advance: Callable[..., None],
+        checkpoints: checkpoint.StepCheckpoints,
+    ):
+        self._out = out
+        self._job, self._accounting, self._metrics, self._checkpoints = job, accounting, metrics, checkpoints
+        self.advance = advance
+        self.clock = time.perf_counter()
+        self._tokens = job.config.data.batch_size * job.config.data.seq_len
+        peak = peak_flops(mesh.devices.flat[0])
+        self._peak = peak and step_flops(job.config, job.model).model / (peak * mesh.size)  # seconds of a step at best
+
+    def read(self, number: int, values: dict[str, jax.Array]) -> None:
+        """Waits for a step. Raises RunError where its loss is not finite."""
+        row = {name: value.tolist() for name, value in jax.device_get(values).items()}
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
+            self._checkpoints.wait()
+            good = next(iter(self._checkpoints.steps()), None)
+            kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
+            raise RunError(
+                f"loss {row['loss']}, gradient norm {row['gradient_norm']} at step {number} of {self._out}; {kept}; "
+                "start a new --out with a lower optim.lr, or look at the data of this step"
+            )
+        now = time.perf_counter()
+        took, self.clock = now - self.clock, now
+        self.advance(1, text=f"loss {row['loss']:.3f}  {self._tokens / took:,.0f} tokens/s")
+        if number % self._job.config.train.log_every == 0:
+            row["router_share"] = dict(zip(self._job.experts, row["router_share"], strict=True))
+            row |= {"tokens": number * self._tokens, "tokens_per_second": self._tokens / took, "goodput": self._accounting.goodput()}
+            self.write(number, row | ({"mfu": self._peak / took} if self._peak else {}))
+
+    def write(self, number: int, row: dict[str, Any], flush: bool = False) -> None:
+        if self._metrics is not None:
+            self._metrics.write(number, row)
+            if flush:
+                self._metrics.flush()
+
+
+def compile_for_all(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for these arguments, and waits until all processes have: their first exchange does not wait long."""
+    function.lower(*arguments).compile()
+    by_the_first(lambda: None)
 
 
 def _due(number: int, every: int) -> bool:
@@ -169,17 +225,26 @@ def _init_optimizer(optimizer: optax.GradientTransformation, trained: Params, me
 def _evaluator(job: Job, mesh: Mesh) -> Callable[[Params, Params], dict[str, float]]:
     """Bits per byte of each held-out set."""
     active = job.model.n_experts if job.config.run == "router" else None
-    scorer = make_scorer(job.model, active, job.config.train.compute_dtype, mesh)
-    put = functools.partial(jax.device_put, device=sharding.batch_sharding(mesh))
+    score = make_scorer(job.model, active, job.config.train.compute_dtype, mesh)
+    compiled = False
+
+    def scorer(*arguments: Any) -> Any:
+        nonlocal compiled
+        if not compiled:
+            compile_for_all(score, *arguments)
+        compiled = True
+        return score(*arguments)
+
     batch_size = job.config.data.batch_size // job.config.train.accumulate
+    put = functools.partial(sharding.put_batch, mesh, range(batch_size), batch_size)
 
     def evaluate(trained: Params, frozen: Params) -> dict[str, float]:
         params, scores = combine(trained, frozen), {}
         for name, records in job.heldout.items():
-            score = score_records(
+            of_set = score_records(
                 scorer, params, records, job.tokenizer, batch_size=batch_size, limit=job.config.train.eval_records, put=put
             )
-            scores[name] = score.bits_per_byte
+            scores[name] = of_set.bits_per_byte
         return scores
 
     return evaluate
@@ -187,6 +252,12 @@ def _evaluator(job: Job, mesh: Mesh) -> Callable[[Params, Params], dict[str, flo
 
 def _claim(job: Job, out: Path) -> None:
     """Makes the run's directory, or checks that it holds this very run. Raises UserError otherwise."""
+    by_the_first(lambda: _make_or_check(job, out))
+    if not (out / "config.yaml").exists():
+        raise UserError(f"{out} is not the same place for all processes of this run; give a directory that all of them see, or a bucket")
+
+
+def _make_or_check(job: Job, out: Path) -> None:
     path = out / "config.yaml"
     if not (is_whole(out) and path.exists()):
         with new_directory(out) as directory:  # a kill in between must not leave a directory that no run may claim
@@ -207,7 +278,7 @@ def _claim(job: Job, out: Path) -> None:
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """What makes two configs the same run: everything but the mesh and how often to look at it."""
     flat = flatten({key: value for key, value in config.items() if value is not None and key != "mesh"})
-    free = {"eval_every", "eval_records", "save_every", "keep", "log_every", "remat"}
+    free = {"eval_every", "eval_records", "save_every", "keep", "log_every", "remat", "watchdog", "profile"}
     return {key.replace("/", "."): value for key, value in flat.items() if key.split("/")[-1] not in free}
 
 
@@ -221,24 +292,3 @@ def _describe(job: Job, out: Path, trained: Params) -> None:
         **job.base,
     }
     write_description(out, description)
-
-
-@contextmanager
-def _caught_signals() -> Iterator[list[signal.Signals]]:
-    """Collects Ctrl-C and SIGTERM instead of dying of them; a second Ctrl-C kills as usual. Threads cannot catch signals."""
-    caught: list[signal.Signals] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-
-    def catch(number: int, _frame: object) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number))
-
-    before = {number: signal.signal(number, catch) for number in EXIT_CODES}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,6 +11,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.paths import path_of
+from flexolmo_jax.processes import by_the_first
 
 
 def choose_tokenizer(data: DataConfig) -> Tokenizer:
@@ -39,12 +40,20 @@ def open_sources(data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Seque
     def opened(dataset: Dataset, split: Split) -> Source:
         return open_data(path_of(dataset.path), tokenizer, data.seq_len, split)
 
+    heldout_sets = evaluation_sets(data, extra)
+
+    def prepare() -> None:
+        """Raw documents, into the cache: one process of several, lest all of them do it at once."""
+        for dataset in (*data.train, *extra, *heldout_sets):
+            opened(dataset, "train")
+
+    by_the_first(prepare)
     training = [(opened(d, "train"), d.weight) for d in (*data.train, *extra)]
     unsplit = {d.path for d in (*data.train, *extra) if has_tokens(path_of(d.path))}
     if both := sorted(unsplit & {d.path for d in data.eval}):
         raise UserError(f"{both[0]} is in data.train and in data.eval; token files are one or the other: give others to evaluate on")
     heldout: dict[str, Source] = {}
-    for dataset in evaluation_sets(data, extra):
+    for dataset in heldout_sets:
         records = opened(dataset, "heldout")
         if dataset.title in heldout:
             raise UserError(f"two evaluation sets are called {dataset.title!r}; give one of them another name")

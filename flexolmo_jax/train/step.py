@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
+from flexolmo_jax.sharding import replicated
 
 from .losses import Contrast, LossSums, loss_sums, predicts
 from .optimizer import learning_rate
@@ -73,6 +74,8 @@ def make_step(
             "router_share": sums.router_share / count,
             "router_entropy": sums.router_entropy / count,
         }
+        if mesh is not None:  # every process reads them
+            metrics = jax.lax.with_sharding_constraint(metrics, replicated(mesh))
         params: Any = optax.apply_updates(state.params, updates)  # optax types its result as any kind of tree
         return TrainState(params, optimizer_state), metrics
 

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def saved(run: Path, step: int) -> dict[str, Any]:
-    """Everything in a checkpoint: parameters, moments and counters."""
-    with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
-        warnings.simplefilter("ignore")  # Orbax prefers to be told shardings
-        tree = checkpointer.restore((run / "checkpoints" / str(step) / "default").absolute())
+    """Everything in a checkpoint, of whatever devices: parameters, moments and counters."""
+    directory = (run / "checkpoints" / str(step) / "default").absolute()
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(directory).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        tree = checkpointer.restore(directory, restore_args=as_numpy)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 

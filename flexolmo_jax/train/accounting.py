@@ -1,0 +1,48 @@
+"""Where the time of a run goes, and how much of what its chips can do it uses.
+
+goodput    seconds spent in steps / seconds since the run was started
+MFU        FLOPs that the model's mathematics needs (flops.py) / (seconds of a step x what its devices could do at most, in bfloat16)
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flexolmo_jax.tpus import CHIPS
+
+PHASES = ("init", "restore", "compile", "data", "step", "eval", "save")  # what is none of these is the loop's own
+GPUS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}  # 10^12 bfloat16 FLOPs a second, dense; of NVIDIA's data sheets
+
+
+class Accounting:
+    """Seconds by phase since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {phase: 0.0 for phase in PHASES}
+
+    @contextmanager
+    def spent(self, phase: str) -> Iterator[None]:
+        """Counts what is done inside towards a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """By phase; "other" is the rest of "total"."""
+        total = time.perf_counter() - self._start
+        return self._seconds | {"other": total - sum(self._seconds.values()), "total": total}
+
+    def goodput(self) -> float:
+        return self._seconds["step"] / (time.perf_counter() - self._start)
+
+
+def peak_flops(device: Any) -> float | None:
+    """Bfloat16 FLOPs a second that a device can do at most; None where that is not known, as for CPUs."""
+    kind = device.device_kind
+    if device.platform == "tpu":
+        return next((1e12 * chip.tflops / chip.devices for chip in CHIPS.values() if kind in chip.kinds), None)
+    return next((1e12 * tflops for name, tflops in GPUS.items() if name in kind), None)
