@@ -1,0 +1,215 @@
+#!/usr/bin/env python3
+"""A job: what one owner runs where, as a strict YAML says it; checked before anything is created.
+
+    launch/job.py launch/jobs/biomed.yaml                       # preflight; prints the shell variables that the launchers go by
+    launch/job.py --devices 16 configs/7b/pair.yaml [--set ...]  # preflight of a run on so many GPUs
+
+Preflight says in one line what is wrong with a job: a TPU type that does not exist, a mesh that is not the slice's, a batch that does not
+divide, a config of which no stored plan says that it fits. It needs neither JAX nor a cloud.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's package, installed or not: its configs are what the image is built with
+
+from flexolmo_jax.config import RunConfig, build, load_config  # noqa: E402
+from flexolmo_jax.errors import UserError  # noqa: E402
+from flexolmo_jax.plan.program import program_of  # noqa: E402
+from flexolmo_jax.tpus import Slice, slice_of  # noqa: E402
+
+GIB = 2**30
+# What a TPU VM boots (docs.cloud.google.com/tpu/docs/runtimes, November 2026); TPU7x is to be had through GKE only.
+RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+# What Google accepts, as far as a mistake here would only come out once something has been created.
+EXPECTED = {
+    "owner": (rf"{NAME}", "a short name such as biomed"),
+    "project": (r"[a-z][-a-z0-9]{4,28}[a-z0-9]", "a project's id such as biomed-4711"),
+    "zone": (r"[a-z]+-[a-z]+[0-9]+-[a-z]", "a zone such as us-east5-a"),
+    "bucket": (r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]", "a bucket's name, without gs://"),
+    "service_account": (r"[a-z][-a-z0-9]{4,28}[a-z0-9]@[-.a-z0-9]+\.gserviceaccount\.com", "NAME@PROJECT.iam.gserviceaccount.com"),
+    "network": (rf"{NAME}", "the name of a network of the project"),
+    "subnetwork": (rf"({NAME})?", "the name of a subnetwork, or nothing"),
+    "cluster": (rf"({NAME})?", "the name of a GKE cluster, or nothing"),
+    "reservation": (rf"({NAME})?", "the name of a reservation, or nothing"),
+    "image": (r"[a-z0-9][-a-z0-9.:]*/[-a-z0-9._/]+(:[-\w.]+|@sha256:[0-9a-f]{64})", "a container image REGISTRY/NAME:TAG or @sha256:..."),
+    "run": (rf"(?=.{{1,40}}$){NAME}", "a name of at most 40 lower-case letters, digits and hyphens"),  # XPK's limit
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One owner's job; launch/jobs/biomed.yaml says what each key is."""
+
+    owner: str = ""
+    project: str = ""
+    zone: str = ""
+    bucket: str = ""
+    service_account: str = ""
+    network: str = ""
+    subnetwork: str = ""
+    tpu: str = ""
+    slices: int = 1
+    capacity: Literal["spot", "on-demand", "reserved"] = "spot"
+    reservation: str = ""
+    cluster: str = ""
+    image: str = ""
+    config: str = ""
+    set: tuple[str, ...] = ()
+    run: str = ""
+    restarts: int = 20
+    plans: str = "launch/plans"
+
+    def check(self) -> None:
+        for key, (pattern, expected) in EXPECTED.items():
+            if not re.fullmatch(pattern, getattr(self, key)):
+                raise UserError(f"{key} is {getattr(self, key)!r}; expected {expected}")
+        account_project = self.service_account.partition("@")[2].removesuffix(".iam.gserviceaccount.com")
+        if self.service_account.endswith(".iam.gserviceaccount.com") and account_project != self.project:
+            raise UserError(f"service_account is of project {account_project!r}; expected one of the job's own, {self.project!r}")
+        for key, least in (("slices", 1), ("restarts", 0)):
+            if getattr(self, key) < least:
+                raise UserError(f"{key} is {getattr(self, key)}; expected at least {least}")
+        if self.config.startswith("/") or ".." in Path(self.config).parts or not self.config.startswith("configs/"):
+            raise UserError(f"config is {self.config!r}; expected a file below configs/, which is what the image carries")
+        slice_of(self.tpu)
+
+    @property
+    def slice(self) -> Slice:
+        return slice_of(self.tpu)
+
+    @property
+    def where(self) -> str:
+        return f"{self.slices} x {self.slice.name}" if self.slices > 1 else self.slice.name
+
+    @property
+    def out(self) -> str:
+        return f"gs://{self.bucket}/{self.run}"
+
+    @property
+    def command(self) -> list[str]:
+        """What every worker runs, and runs again: a run goes on from its last checkpoint by itself."""
+        return ["flexolmo", "train", self.config, *_flags(self.set), "--out", self.out]
+
+
+def load_job(path: Path) -> Job:
+    """A checked Job. Raises UserError, with the file's name."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+        job = build(Job, tree or {})
+        job.check()
+    except FileNotFoundError:
+        raise UserError(f"no job at {path}; expected a YAML file such as launch/jobs/biomed.yaml") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a job's YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return job
+
+
+def preflight(job: Job) -> None:
+    """Raises UserError for what would come out only once the slice is there and costs."""
+    run = load_config(ROOT / job.config, job.set)
+    check_devices(run, job.slice.devices * job.slices, job.where)
+    data = run.mesh.data
+    if data % job.slices and data != -1:
+        raise UserError(f"mesh.data is {data}; expected a multiple of {job.slices}, the number of slices, over which it runs")
+    plan = stored_plan(job, run)
+    if not plan["fits"]:
+        raise UserError(
+            f"{job.config} does not fit {job.where}: a device needs {plan['peak_bytes'] / GIB:.1f} GiB and has "
+            f"{plan['hbm_bytes'] / GIB:.1f} GiB; change it: {plan['change']}"
+        )
+
+
+def check_devices(run: RunConfig, devices: int, where: str) -> None:
+    """Raises UserError unless the mesh is of all the devices and its microbatch divides over them."""
+    mesh = dataclasses.asdict(run.mesh)
+    shown = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
+    named = math.prod(n for n in mesh.values() if n != -1)
+    if -1 in mesh.values() and devices % named:
+        raise UserError(f"mesh {shown} does not divide the {devices} devices of {where}; make the product of its axes a divisor")
+    if -1 not in mesh.values() and named != devices:
+        raise UserError(f"mesh {shown} has {named} devices; expected the {devices} of {where}; set one axis to -1, or change the slice")
+    mesh = {axis: devices // named if n == -1 else n for axis, n in mesh.items()}
+    ways = mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    microbatch = run.data.batch_size // run.train.accumulate
+    if microbatch % ways:
+        raise UserError(
+            f"a microbatch of {microbatch} records (data.batch_size {run.data.batch_size} / train.accumulate {run.train.accumulate}) does "
+            f"not divide over the {ways} devices of data x fsdp x expert; change one of the two"
+        )
+
+
+def stored_plan(job: Job, run: RunConfig) -> dict[str, Any]:
+    """The report of `flexolmo plan` for this program on these slices. Raises UserError where there is none."""
+    wanted = (job.slice.name, job.slices, program_of(run))
+    for path in sorted((ROOT / job.plans).glob("*.json")):
+        try:
+            plan = json.loads(path.read_text())
+            found = plan["topology"], plan["slices"], plan["program"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is no plan; expected what flexolmo plan --json prints") from None
+        if found == wanted:
+            return plan
+    slices = ["--slices", str(job.slices)] if job.slices > 1 else []
+    command = shlex.join(["flexolmo", "plan", job.config, *_flags(job.set), "--topology", job.slice.name, *slices, "--json"])
+    name = job.config.removeprefix("configs/").removesuffix(".yaml").replace("/", "-")
+    target = shlex.quote(f"{job.plans}/{name}-{job.slice.name.replace(':', '-')}{f'-{job.slices}' if slices else ''}.json")
+    raise UserError(f"no plan in {job.plans} says whether {job.config} fits {job.where}; make one: {command} > {target}")
+
+
+def variables(job: Job) -> str:
+    """What the launchers go by, for `eval`: JOB_RUN and so on."""
+    known = {key: str(value) for key, value in dataclasses.asdict(job).items() if key != "set"}
+    derived = {
+        "accelerator": job.slice.accelerator,
+        "runtime": RUNTIMES.get(job.slice.chip.name, ""),
+        "hosts": str(job.slice.hosts),
+        "region": job.zone.rpartition("-")[0],
+        "out": job.out,
+        "command": shlex.join(job.command),
+    }
+    return "\n".join(f"JOB_{key.upper()}={shlex.quote(value)}" for key, value in (known | derived).items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="a job's YAML; with --devices a run's")
+    parser.add_argument("--devices", type=int, help="GPUs, all processes together")
+    parser.add_argument("--set", action="append", default=[], metavar="K=V", help="with --devices: overrides of the run's config")
+    args = parser.parse_args(argv)
+    try:
+        if args.devices is not None:
+            check_devices(load_config(args.path, args.set), args.devices, "this job")
+        else:
+            job = load_job(args.path)
+            preflight(job)
+            print(variables(job))
+    except UserError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _flags(overrides: Sequence[str]) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

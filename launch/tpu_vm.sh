@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# One job on a TPU slice of its own, through gcloud's queued resources.
+#
+#   launch/tpu_vm.sh launch/jobs/biomed.yaml [--dry-run]
+#
+# Checks the job, asks for the slice, waits for it, starts the container on all workers, follows their logs, and deletes the slice when
+# the run is done, has failed, or this is interrupted. Where a worker ends with 42, 75, 134 or 137, or the slice is taken away, the same
+# run starts again. Should this machine go down meanwhile the workers go on, and the same command finds them again.
+#
+# Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 gcloud refused something; 75 too many restarts; otherwise
+# what a worker ended with.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=steps.sh
+source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
+
+read_job "$@"
+[[ $JOB_SLICES == 1 ]] || die 2 "slices is $JOB_SLICES; expected 1 on TPU VMs; launch/gke_xpk.sh runs several"
+[[ -n $JOB_RUNTIME ]] || die 2 "tpu is $JOB_TPU, which is to be had through GKE only; use launch/gke_xpk.sh"
+need gcloud
+
+# ---- The commands ----
+
+QUEUED=(gcloud compute tpus queued-resources)
+AT=("--project=$JOB_PROJECT" "--zone=$JOB_ZONE" --quiet)
+CREATE=("${QUEUED[@]}" create "$JOB_RUN" "--node-id=$JOB_RUN" "${AT[@]}" "--accelerator-type=$JOB_ACCELERATOR"
+  "--runtime-version=$JOB_RUNTIME" "--network=$JOB_NETWORK" "--service-account=$JOB_SERVICE_ACCOUNT"
+  --scopes=https://www.googleapis.com/auth/cloud-platform "--labels=owner=$JOB_OWNER")
+if [[ -n $JOB_SUBNETWORK ]]; then CREATE+=("--subnetwork=$JOB_SUBNETWORK"); fi
+case $JOB_CAPACITY in
+  spot) CREATE+=(--spot) ;;
+  reserved) CREATE+=(--reserved) ;;
+esac
+STATE=("${QUEUED[@]}" describe "$JOB_RUN" "${AT[@]}" "--format=value(state.state)")
+DELETE=("${QUEUED[@]}" delete "$JOB_RUN" "${AT[@]}" --force)
+WORKERS=(gcloud compute tpus tpu-vm ssh "$JOB_RUN" "${AT[@]}" --worker=all)
+
+# A container that is there already goes on: this machine may have been away. PID 1 of it is flexolmo, which saves when it is told to stop.
+RUN="sudo docker run --detach --name $JOB_RUN --privileged --network host --stop-timeout 300 $JOB_IMAGE $JOB_COMMAND"
+LOG_IN="sudo gcloud auth configure-docker ${JOB_IMAGE%%/*} --quiet"
+START=("${WORKERS[@]}" "--command=sudo docker container inspect $JOB_RUN >/dev/null 2>&1 || { $LOG_IN && $RUN; }")
+FOLLOW=("${WORKERS[@]}" "--command=sudo docker logs --follow --tail 1000 $JOB_RUN 2>&1 | sed -u \"s/^/\$(hostname -s): /\"")
+CODES=("${WORKERS[@]}" "--command=sudo docker wait $JOB_RUN")
+STOP=("${WORKERS[@]}" "--command=sudo docker stop $JOB_RUN")
+REMOVE=("${WORKERS[@]}" "--command=sudo docker rm --force $JOB_RUN")
+
+# ---- The steps ----
+
+CREATED='' # or yes, once there may be something to delete
+
+clean_up() { # clean_up STATUS
+  [[ -n $CREATED ]] || return 0
+  if (($1 > 128)); then # interrupted
+    say "stopping the workers, which save first"
+    try "${STOP[@]}" || true
+  fi
+  say "deleting $JOB_RUN"
+  try "${DELETE[@]}" || say "could not delete it, and it costs until it is gone: $(show "${DELETE[@]}") ($complaint)"
+}
+
+# A slice that is ACTIVE: the one that is there, or a new one. Where that fails, 1, and why.
+ready() {
+  local before=none
+  while :; do
+    if ! try "${STATE[@]}"; then
+      [[ $complaint == *NOT_FOUND* ]] || { why="cannot see $JOB_RUN: $complaint" && return 1; }
+      answer=''
+    fi
+    [[ $answer == "$before" ]] || say "$JOB_RUN: ${answer:-asking for $JOB_TPU ($JOB_ACCELERATOR, $JOB_CAPACITY) in $JOB_ZONE}"
+    before=$answer
+    case $answer in
+      ACTIVE)
+        CREATED=yes
+        return
+        ;;
+      FAILED | SUSPENDED) # taken away, or never given; it can only be deleted
+        CREATED=yes
+        why="the slice is $answer"
+        try "${DELETE[@]}" || why+=", and cannot be deleted: $complaint"
+        return 1
+        ;;
+      '')
+        local first=$CREATED
+        CREATED=yes # even if this is interrupted before gcloud answers
+        if ! try "${CREATE[@]}"; then
+          why="cannot create the queued resource $JOB_RUN: ${complaint:-no reason given}"
+          [[ -n $first ]] || { CREATED='' && die 1 "$why"; }
+          return 1
+        fi
+        ;;
+    esac
+    patiently sleep "$POLL"
+  done
+}
+
+# The run, from its last checkpoint to its end. Where it has to start again, 1, and why.
+attempt() {
+  local code codes status=0
+  ready || return 1
+  try "${START[@]}" || status=$?
+  case $status in
+    0) ;;
+    125 | 126 | 127) die 1 "cannot start the container on every worker: $complaint" ;; # docker's own refusals
+    *) why="cannot reach every worker: $complaint" && return 1 ;;
+  esac
+  patiently "${FOLLOW[@]}" || true # whether it is over is for the next command to say
+  try "${CODES[@]}" || { why="lost the workers: $complaint" && return 1; }
+  mapfile -t codes < <(grep -xE '[0-9]+' <<<"$answer")
+  ((${#codes[@]} == JOB_HOSTS)) || { why="${#codes[@]} of $JOB_HOSTS workers answered" && return 1; }
+  for code in "${codes[@]}"; do
+    case $code in
+      0 | 42 | 75 | 134 | 137) ;;
+      *) die "$code" "a worker ended with $code, which starting again does not help; its last lines are above" ;;
+    esac
+  done
+  for code in "${codes[@]}"; do
+    [[ $code == 0 ]] && continue
+    why="a worker ended with $code"
+    try "${REMOVE[@]}" || true # so that the next attempt starts a new container
+    return 1
+  done
+}
+
+check_bucket
+if [[ -n $DRY_RUN ]]; then
+  show "${STATE[@]}"
+  show "${CREATE[@]}"
+  show "${START[@]}"
+  show "${FOLLOW[@]}"
+  show "${CODES[@]}"
+  show "${DELETE[@]}"
+  exit
+fi
+until attempt; do again "$why"; done
+say "done: $JOB_OUT"
