@@ -26,8 +26,8 @@ CREDENTIALS=(gcloud container clusters get-credentials "${CLUSTER[@]}")
 ACCOUNT=iam.gke.io/gcp-service-account
 IDENTITY=(kubectl get serviceaccount default "--output=jsonpath={.metadata.annotations.${ACCOUNT//./\\.}}")
 WORKLOAD=("--workload=$JOB_RUN" "--cluster=$JOB_CLUSTER" "--project=$JOB_PROJECT" "--zone=$JOB_ZONE")
-# exec: XPK runs the command in a subshell and sends SIGTERM to that, which has to be flexolmo itself for the run to be saved. By default
-# XPK restarts nothing and gives a pod 30 seconds to save.
+# exec: XPK runs the command in a subshell and sends SIGTERM to that, which has to be flexolmo itself for the run to be saved. By itself
+# XPK would restart nothing, and give a pod 30 seconds to save.
 CREATE=(xpk workload create "${WORKLOAD[@]}" "--tpu-type=$JOB_ACCELERATOR" "--num-slices=$JOB_SLICES" "--docker-image=$JOB_IMAGE"
   "--command=exec $JOB_COMMAND" "--restart-on-exit-codes=42,75,134,137" "--max-restarts=$JOB_RESTARTS"
   --termination-grace-period-seconds=300)

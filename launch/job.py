@@ -20,7 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+try:
+    import yaml
+except ImportError:
+    print(f"launch: {sys.executable} has no PyYAML; pip install -e . first, or name a Python that has it: PYTHON=", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's package, installed or not: its configs are what the image is built with

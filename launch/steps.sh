@@ -36,7 +36,6 @@ read_job() {
     esac
   done
   [[ -n $file ]] || die 2 "got no job; expected $0 launch/jobs/biomed.yaml [--dry-run]"
-  "${PYTHON:-python3}" -c 'import yaml' 2>/dev/null || die 2 "${PYTHON:-python3} has no PyYAML; pip install -e . first, or set PYTHON"
   variables=$("${PYTHON:-python3}" "$HERE/job.py" "$file") || exit
   eval "$variables"
   JOB_FILE=$file

@@ -1,0 +1,71 @@
+#!/usr/bin/env bats
+# launch/slurm.sbatch with an srun and a scontrol that only write down what they are asked.
+# shellcheck disable=SC2154,SC2030,SC2031 # bats sets status, output and stderr, in a subshell for each test
+
+setup() {
+  load helpers
+  common_setup
+  export SLURM_JOB_ID=7 SLURM_NTASKS=16
+  unset SLURM_RESTART_COUNT
+  RUN=(launch/slurm.sbatch configs/7b/pair.yaml runs/biomed --set 'pair.owner=Biomed Institute' --set train.accumulate=8)
+}
+
+@test "every process is started by srun, in the same run" {
+  launch "${RUN[@]}"
+  [[ $status == 0 && $(<"$FAKE/calls") == "srun --export=ALL --ntasks=16 flexolmo train configs/7b/pair.yaml --set pair.owner=Biomed Institute"* ]]
+  [[ $(called '* --out runs/biomed') == 1 ]]
+}
+
+@test "a container is run where one is named" {
+  CONTAINER=registry/flexolmo:1 launch "${RUN[@]}"
+  [[ $(called "srun * --container-image=registry/flexolmo:1 --container-mounts=$PWD:$PWD --container-workdir=$PWD flexolmo train*") == 1 ]]
+}
+
+@test "42, 75, 134 and 137 requeue the job" {
+  for code in 42 75 134 137; do
+    forget
+    answer 'srun*' "$code"
+    launch "${RUN[@]}"
+    ends_with 0 "a process ended with $code; restart 1, with the same run runs/biomed"
+    [[ $(tail -n 1 "$FAKE/calls") == 'scontrol requeue 7' ]]
+  done
+}
+
+@test "1 and 2 end it" {
+  for code in 1 2; do
+    forget
+    answer 'srun*' "$code"
+    launch "${RUN[@]}"
+    [[ $status == "$code" && $(called 'scontrol*') == 0 ]]
+  done
+}
+
+@test "restarts are bounded, and a requeue that fails ends it with the run's own code" {
+  answer 'srun*' 75
+  SLURM_RESTART_COUNT=3 MAX_RESTARTS=3 launch "${RUN[@]}"
+  [[ $status == 75 && $(called 'scontrol*') == 0 ]]
+  answer 'scontrol*' 1 'Requested operation is disabled'
+  launch "${RUN[@]}"
+  [[ $status == 75 && $(called 'scontrol*') == 1 ]]
+}
+
+@test "a dry run calls nothing and prints what a job calls" {
+  launch launch/slurm.sbatch --dry-run "${RUN[@]:1}"
+  [[ $status == 0 && ! -s $FAKE/calls ]]
+  bash <<<"$output"
+  mv "$FAKE/calls" "$FAKE/typed"
+  answer 'srun*' 42
+  launch "${RUN[@]}"
+  diff "$FAKE/calls" "$FAKE/typed"
+}
+
+@test "a batch that does not divide, a missing argument and a missing environment are one line each, before srun" {
+  SLURM_NTASKS=48 launch "${RUN[@]}"
+  refused 2 'a microbatch of 128 records (data.batch_size 1024 / train.accumulate 8) does not divide over the 48 devices'
+  launch launch/slurm.sbatch configs/7b/pair.yaml
+  refused 2 'got configs/7b/pair.yaml; expected [--dry-run] CONFIG OUT'
+  unset SLURM_NTASKS
+  launch "${RUN[@]}"
+  refused 2 'SLURM_NTASKS is not set; expected sbatch to start this; for a dry run, set it to the number of GPUs'
+  [[ ! -s $FAKE/calls ]]
+}

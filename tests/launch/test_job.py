@@ -1,0 +1,210 @@
+"""Jobs: what is accepted, what is refused and how, and that preflight agrees with what training would say."""
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+
+import jax
+import pytest
+import yaml
+
+from flexolmo_jax import sharding
+from flexolmo_jax.config import load_config
+from flexolmo_jax.errors import UserError
+from launch.job import ROOT, Job, check_devices, load_job, main, preflight, variables
+
+from .plan_for import plan_for
+
+EXAMPLES = sorted((ROOT / "launch/jobs").glob("*.yaml"))
+
+
+def changed(tmp_path, /, **keys):
+    """The path of biomed's job with other keys; None takes one out."""
+    tree = yaml.safe_load((ROOT / "launch/jobs/biomed.yaml").read_text()) | {"plans": str(tmp_path / "plans")} | keys
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
+    return path
+
+
+def planned(tmp_path, /, fits=True, **keys):
+    """The same as a Job that has a plan."""
+    job = load_job(changed(tmp_path, **keys))
+    (tmp_path / "plans").mkdir(exist_ok=True)
+    (tmp_path / "plans/any.json").write_text(json.dumps(plan_for(job, fits)))
+    return job
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_is_a_job_whose_config_runs_on_its_slice(path):
+    job = load_job(path)
+    check_devices(load_config(ROOT / job.config, job.set), job.slice.devices, job.where)
+
+
+def test_the_first_example_names_every_key():
+    assert yaml.safe_load((ROOT / "launch/jobs/biomed.yaml").read_text()).keys() == Job.__dataclass_fields__.keys()
+
+
+def test_a_job_tells_the_launchers_what_to_run(tmp_path):
+    job = planned(tmp_path)
+    preflight(job)
+    read = subprocess.run(
+        ["bash", "-c", f'{variables(job)}; printf "%s\\n" "$JOB_OUT" "$JOB_ACCELERATOR" "$JOB_REGION" "$JOB_HOSTS"; eval "set -- $JOB_COMMAND"; '
+         'printf "%s\\0" "$@"'], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told, command = read.stdout.rsplit("\n", 1)
+    assert told.split("\n") == ["gs://biomed-4711-flexolmo/biomed-1", "v5p-128", "us-east5", "16"]
+    assert command.split("\0")[:-1] == job.command
+    assert job.command[:3] == ["flexolmo", "train", "configs/7b/pair.yaml"] and job.command[-2:] == ["--out", job.out]
+
+
+@pytest.mark.parametrize("value", ["a'; touch owned; '", "$(touch owned)", "`touch owned`", "a\nb", "ünï"])
+def test_nothing_in_a_job_is_run_by_the_shell(tmp_path, value):
+    job = load_job(changed(tmp_path, set=[f"pair.owner={value}"]))
+    done = subprocess.run(
+        ["bash", "-c", f'eval {shlex.quote(variables(job))}; eval "set -- $JOB_COMMAND"; printf %s "$4"'],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == f"pair.owner={value}" and not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"owner": None}, "owner is ''; expected a short name"),
+        ({"project": "Biomed"}, "project is 'Biomed'; expected a project's id"),
+        ({"zone": "us-east5"}, "zone is 'us-east5'; expected a zone such as"),
+        ({"bucket": "gs://biomed"}, "bucket is 'gs://biomed'; expected a bucket's name, without gs://"),
+        ({"service_account": "flexolmo"}, "service_account is 'flexolmo'; expected NAME@PROJECT"),
+        ({"service_account": "flexolmo@code-2718.iam.gserviceaccount.com"}, "service_account is of project 'code-2718'; expected one of"),
+        ({"network": None}, "network is ''; expected the name of a network"),
+        ({"image": "flexolmo"}, "image is 'flexolmo'; expected a container image"),
+        ({"run": "Biomed 1"}, "run is 'Biomed 1'; expected a name"),
+        ({"run": "b" * 41}, "expected a name of at most 40"),
+        ({"config": "/etc/pair.yaml"}, "expected a file below configs/"),
+        ({"config": "configs/../pair.yaml"}, "expected a file below configs/"),
+        ({"capacity": "cheap"}, "capacity is 'cheap'; expected one of spot, on-demand, reserved"),
+        ({"slices": 0}, "slices is 0; expected at least 1"),
+        ({"restarts": -1}, "restarts is -1; expected at least 0"),
+        ({"tpu": "v5p-128"}, "unknown TPU type 'v5p-128'"),
+        ({"tpu": "trillium:16x16"}, "did you mean v6e?"),
+        ({"tpu": "v6e:16x17"}, "the nearest is v6e:16x16"),
+        ({"buckett": "x"}, "unknown config key 'buckett'; did you mean 'bucket'?"),
+        ({"set": "pair.name=a"}, "set is 'pair.name=a'; expected a list"),
+    ],
+)
+def test_a_mistake_in_a_job_is_told_in_one_line_with_its_file(tmp_path, keys, message):
+    path = changed(tmp_path, **keys)
+    with pytest.raises(UserError) as error:
+        load_job(path)
+    assert message in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_file_that_is_no_job_is_refused(tmp_path):
+    for text, message in (("", "owner is ''"), ("- a", "expected a section"), ("a: [", "not valid YAML")):
+        (tmp_path / "job.yaml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_job(tmp_path / "job.yaml")
+    with pytest.raises(UserError, match="expected a job's YAML file"):
+        load_job(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["mesh.fsdp=32"], "has 32 devices; expected the 64 of v5p:4x4x4"),
+        (["mesh.tensor=3"], "does not divide the 64 devices of v5p:4x4x4"),
+        (["data.batch_size=96"], "a microbatch of 24 records .* does not divide over the 64 devices"),
+        (["train.accumulate=3"], "train.accumulate is 3; expected a divisor"),
+        (["mesh.fspd=1"], "unknown config key 'mesh.fspd'; did you mean 'fsdp'"),
+    ],
+)
+def test_a_run_that_does_not_suit_its_slice_is_refused(tmp_path, overrides, message):
+    path = changed(tmp_path, set=["pair.name=biomed", *overrides])
+    with pytest.raises(UserError, match=message):
+        preflight(load_job(path))
+
+
+def test_the_data_axis_runs_over_the_slices(tmp_path):
+    with pytest.raises(UserError, match=r"mesh.data is 1; expected a multiple of 2, the number of slices"):
+        preflight(planned(tmp_path, slices=2))
+    for mesh in (["mesh.data=2"], ["mesh.data=-1", "mesh.fsdp=64"]):
+        preflight(planned(tmp_path, slices=2, set=mesh))
+
+
+def test_a_plan_counts_only_for_its_own_program_and_slices(tmp_path):
+    planned(tmp_path)
+    preflight(load_job(changed(tmp_path, set=["optim.lr=1e-3", "pair.name=other"])))  # what changes no program
+    for keys in ({"tpu": "v5p:2x4x4"}, {"set": ["train.remat=dots"]}, {"set": ["mesh.tensor=2"]}, {"slices": 2, "set": ["mesh.data=2"]}):
+        with pytest.raises(UserError, match="no plan in"):
+            preflight(load_job(changed(tmp_path, **keys)))
+
+
+def test_the_command_that_makes_a_plan_is_one_that_flexolmo_takes(tmp_path):
+    with pytest.raises(UserError) as error:
+        preflight(load_job(changed(tmp_path, slices=2, set=["mesh.data=2", "pair.owner=Biomed Institute"])))
+    command, target = shlex.split(str(error.value).partition("make one: ")[2]), str(tmp_path / "plans/7b-pair-v5p-4x4x4-2.json")
+    assert command[-2:] == [">", target]
+    from flexolmo_jax.cli import _parser
+
+    args = _parser().parse_args(command[1:-2])
+    assert (args.topology, args.slices, args.json, args.set) == ("v5p:4x4x4", 2, True, ["mesh.data=2", "pair.owner=Biomed Institute"])
+
+
+def test_a_config_that_does_not_fit_is_refused_with_what_to_change(tmp_path):
+    with pytest.raises(UserError, match=r"needs 112.0 GiB and has 95.0 GiB; change it: --set train.remat=full"):
+        preflight(planned(tmp_path, fits=False))
+
+
+def test_a_file_among_the_plans_that_is_none_is_refused(tmp_path):
+    job = planned(tmp_path)
+    for text in ("{", "[]", "{}", "3"):
+        (tmp_path / "plans/a.json").write_text(text)
+        with pytest.raises(UserError, match="is no plan; expected what flexolmo plan --json prints"):
+            preflight(job)
+
+
+def test_preflight_says_yes_where_training_does():
+    devices = jax.devices()
+    agreed = set()
+    for data, fsdp, tensor, expert, batch in (
+        (1, -1, 1, 1, 8), (2, -1, 2, 1, 8), (1, 8, 1, 1, 8), (2, 2, 2, 1, 4), (1, 2, 2, 2, 4), (1, 2, 2, 2, 2), (3, -1, 1, 1, 8),
+        (1, 16, 1, 1, 16), (1, -1, 1, 1, 4), (-1, 1, 1, 8, 8), (1, 1, 8, 1, 1), (1, 1, 16, 1, 1),
+    ):  # fmt: skip
+        mesh = [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", f"mesh.expert={expert}"]
+        config = load_config(ROOT / "configs/tiny/anchor.yaml", [*mesh, f"data.batch_size={batch}", "train.accumulate=1"])
+        answers = [
+            said_yes(lambda: check_devices(config, len(devices), "here")),
+            said_yes(lambda: sharding.check_batch(sharding.make_mesh(config.mesh, devices), batch)),
+        ]
+        assert answers[0] == answers[1], (mesh, batch)
+        agreed.add(answers[0])
+    assert agreed == {True, False}
+
+
+def said_yes(check):
+    try:
+        check()
+    except UserError:
+        return False
+    return True
+
+
+def test_axes_that_use_too_few_devices_are_refused():
+    config = load_config(ROOT / "configs/tiny/anchor.yaml", ["mesh.fsdp=2"])
+    with pytest.raises(UserError, match=f"has 2 devices; expected the {math.prod((2, 4))} of here"):
+        check_devices(config, 8, "here")
+
+
+def test_preflight_on_gpus_needs_no_job(capsys):
+    assert main(["--devices", "16", str(ROOT / "configs/7b/pair.yaml"), "--set", "mesh.tensor=2"]) == 0
+    assert main(["--devices", "48", str(ROOT / "configs/7b/pair.yaml")]) == 2
+    assert "does not divide over the 48 devices" in capsys.readouterr().err
+
+
+def test_it_imports_no_jax(tmp_path):
+    planned(tmp_path)
+    code = f"import sys; from launch.job import main; main([{str(tmp_path / 'job.yaml')!r}]); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False"
