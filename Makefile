@@ -22,7 +22,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 runtime := $(VENV)/.installed-$(version)
 testing := $(VENV)/.installed-$(version)-test
 
-.PHONY: help env demo test test-slow test-tpu-compile test-tpu check clean
+.PHONY: help env demo test test-slow test-launch test-tpu-compile test-tpu check clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -36,6 +36,9 @@ test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
 
 test-slow: $(testing) ## the slow tests
 	$(PYTEST) -m slow $(ARGS)
+
+test-launch: .venv-launch/.installed-$(version) ## the launchers' commands against the real XPK and SkyPilot; ARGS=--update
+	PATH="$(CURDIR)/.venv-launch/bin:$$PATH" .venv-launch/bin/python tests/launch/real_tools.py $(ARGS)
 
 test-tpu-compile: .venv-tpu/.installed-$(version) ## compiles every kernel for real TPU slices, without one; ARGS=--help says more
 	.venv-tpu/bin/python tests/tpu/compile_kernels.py $(ARGS)
@@ -63,13 +66,14 @@ $(runtime) $(testing): setup.py pyproject.toml
 	    || { tail -n 20 $(VENV)/install.log >&2; exit 1; }
 	@touch $@ $(runtime)
 
-# libtpu stays out of the environment that the tests run in.
+# libtpu and the launchers' tools stay out of the environment that the tests run in.
 .venv-tpu/.installed-$(version): what := .[tpu]
 .venv-tpu/.installed-$(version)-test: what := .[tpu,test]
-.venv-tpu/.installed-$(version) .venv-tpu/.installed-$(version)-test: setup.py pyproject.toml
-	@[ "$$(.venv-tpu/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(version) ] \
-	    || $(PYTHON) -m venv --clear .venv-tpu
-	@echo "installing -e '$(what)' into .venv-tpu (log: .venv-tpu/install.log)" >&2
-	@.venv-tpu/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '$(what)' >>.venv-tpu/install.log 2>&1 \
-	    || { tail -n 20 .venv-tpu/install.log >&2; exit 1; }
+.venv-launch/.installed-$(version): what := .[launch]
+.venv-tpu/.installed-$(version) .venv-tpu/.installed-$(version)-test .venv-launch/.installed-$(version): setup.py pyproject.toml
+	@[ "$$($(@D)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(version) ] \
+	    || $(PYTHON) -m venv --clear $(@D)
+	@echo "installing -e '$(what)' into $(@D) (log: $(@D)/install.log)" >&2
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --progress-bar off -e '$(what)' >>$(@D)/install.log 2>&1 \
+	    || { tail -n 20 $(@D)/install.log >&2; exit 1; }
 	@touch $@

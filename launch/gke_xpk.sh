@@ -28,7 +28,7 @@ IDENTITY=(kubectl get serviceaccount default "--output=jsonpath={.metadata.annot
 WORKLOAD=("--workload=$JOB_RUN" "--cluster=$JOB_CLUSTER" "--project=$JOB_PROJECT" "--zone=$JOB_ZONE")
 # exec: XPK runs the command in a subshell and sends SIGTERM to that, which has to be flexolmo itself for the run to be saved. By itself
 # XPK would restart nothing, and give a pod 30 seconds to save.
-CREATE=(xpk workload create "${WORKLOAD[@]}" "--tpu-type=$JOB_ACCELERATOR" "--num-slices=$JOB_SLICES" "--docker-image=$JOB_IMAGE"
+CREATE=(xpk workload create "${WORKLOAD[@]}" "--tpu-type=$JOB_CHIP-$JOB_TORUS" "--num-slices=$JOB_SLICES" "--docker-image=$JOB_IMAGE"
   "--command=exec $JOB_COMMAND" "--restart-on-exit-codes=42,75,134,137" "--max-restarts=$JOB_RESTARTS"
   --termination-grace-period-seconds=300)
 case $JOB_CAPACITY in
@@ -78,7 +78,7 @@ elif [[ $complaint != *NotFound* ]]; then
   die 1 "cannot see workload $JOB_RUN: $complaint"
 else
   CREATED=yes # even if this is interrupted before XPK answers
-  try "${CREATE[@]}" || { CREATED='' && die 1 "cannot create workload $JOB_RUN: ${complaint:-$answer}"; }
+  try "${CREATE[@]}" || { CREATED='' && die 1 "cannot create workload $JOB_RUN: $complaint"; }
 fi
 CREATED=yes
 while :; do

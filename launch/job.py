@@ -183,6 +183,8 @@ def variables(job: Job) -> str:
     known = {key: str(value) for key, value in dataclasses.asdict(job).items() if key != "set"}
     derived = {
         "accelerator": job.slice.accelerator,
+        "chip": job.slice.chip.accelerator,
+        "torus": job.slice.grid,
         "runtime": RUNTIMES.get(job.slice.chip.name, ""),
         "hosts": str(job.slice.hosts),
         "region": job.zone.rpartition("-")[0],

@@ -55,15 +55,18 @@ try() { # try COMMAND...: leaves its output in $answer and its complaint, as one
   # shellcheck disable=SC2034 # for whoever called
   answer=$("$@" 2>"$COMPLAINTS") || status=$?
   complaint=$(tr -s '[:space:]' ' ' <"$COMPLAINTS")
+  [[ -n ${complaint// /} ]] || complaint=$(tr -s '[:space:]' ' ' <<<"$answer") # XPK complains on stdout
   complaint=${complaint##*ERROR: }
+  complaint=${complaint##* error: } # usage, of whatever length, comes before it
   complaint=${complaint% }
+  complaint=${complaint:-no reason given}
   return "$status"
 }
 
 call() { # call WHAT COMMAND...: a failure ends the launch, with WHAT and the complaint; a dry run shows the command
   local what=$1
   shift
-  if [[ -n $DRY_RUN ]]; then show "$@"; else try "$@" || die 1 "$what: ${complaint:-no reason given}"; fi
+  if [[ -n $DRY_RUN ]]; then show "$@"; else try "$@" || die 1 "$what: $complaint"; fi
 }
 
 patiently() { # patiently COMMAND...: one that takes long, so that a signal is not kept waiting for it

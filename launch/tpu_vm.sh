@@ -82,7 +82,7 @@ ready() {
         local first=$CREATED
         CREATED=yes # even if this is interrupted before gcloud answers
         if ! try "${CREATE[@]}"; then
-          why="cannot create the queued resource $JOB_RUN: ${complaint:-no reason given}"
+          why="cannot create the queued resource $JOB_RUN: $complaint"
           [[ -n $first ]] || { CREATED='' && die 1 "$why"; }
           return 1
         fi

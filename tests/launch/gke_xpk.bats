@@ -37,7 +37,7 @@ run_ends_with() { # run_ends_with STATE: after two looks at which it is still ru
   job biomed 'restarts: 7'
   launch launch/gke_xpk.sh "$JOB"
   create=$(grep 'xpk workload create' "$FAKE/calls")
-  for flag in --restart-on-exit-codes=42,75,134,137 --max-restarts=7 --termination-grace-period-seconds=300 --tpu-type=v5p-128 --spot \
+  for flag in --restart-on-exit-codes=42,75,134,137 --max-restarts=7 --termination-grace-period-seconds=300 --tpu-type=v5p-4x4x4 --spot \
     --num-slices=1 --cluster=biomed-gke --project=biomed-4711 --zone=us-east5-a; do
     [[ " $create " == *" $flag "* ]] || { echo "no $flag in $create" && false; }
   done
@@ -101,9 +101,9 @@ EOF
 @test "a workload that XPK refuses is one line, and nothing is deleted" {
   cluster_is_the_owners
   answer 'kubectl get jobset*' 1 NotFound
-  answer 'xpk workload create*' 1 'XPK: cluster has no v5p-128'
+  answer 'xpk workload create*' 1 'usage: xpk\\n  of many lines\\nxpk workload create: error: argument --tpu-type: invalid choice'
   launch launch/gke_xpk.sh "$JOB"
-  refused 1 'cannot create workload biomed-1: XPK: cluster has no v5p-128'
+  refused 1 'cannot create workload biomed-1: argument --tpu-type: invalid choice'
   [[ $(called 'xpk workload delete*') == 0 ]]
 }
 

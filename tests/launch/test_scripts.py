@@ -1,14 +1,18 @@
 """The launchers themselves: bats with fakes in place of every command they call, shellcheck, and hadolint on the image."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from launch.job import ROOT
+from launch.job import ROOT, load_job
+
+from .real_tools import GOLDEN, ORIGIN, beginning, dry_run
 
 HERE = Path(__file__).parent
 SCRIPTS = [*ROOT.glob("launch/*.sh"), ROOT / "launch/slurm.sbatch", *HERE.glob("*.bats"), HERE / "helpers.bash", HERE / "fake"]
@@ -20,7 +24,8 @@ def run(tool: str, *arguments: str | Path) -> None:
     path = shutil.which(tool, path=f"{beside}{os.pathsep}{os.environ['PATH']}")
     if path is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"there is no {tool}; pip install -e '.[test]' has it")
-    done = subprocess.run([path, *map(str, arguments)], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run([path, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -43,3 +48,24 @@ def test_the_image_is_built_of_nothing_but_what_it_copies():
     let_in = {line[1:] for line in (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
     assert let_in == copied
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_golden_manifest_is_of_what_gke_xpk_runs():
+    create = beginning(dry_run("gke_xpk.sh"), "xpk workload create")
+    golden = GOLDEN.read_text()
+    assert golden.startswith(f"{ORIGIN}{create}\n"), "make test-launch ARGS=--update writes it anew"
+    jobset = yaml.safe_load(golden)["spec"]
+    (slice_,) = jobset["replicatedJobs"]
+    pods = slice_["template"]["spec"]
+    (rule,) = pods["podFailurePolicy"]["rules"]
+    pod = pods["template"]["spec"]
+    (container,) = pod["containers"]
+    job = load_job(ROOT / "launch/jobs/biomed.yaml")
+    assert (jobset["failurePolicy"]["maxRestarts"], slice_["replicas"], pods["parallelism"]) == (job.restarts, job.slices, job.slice.hosts)
+    # A pod that ends with a code outside this list fails the run.
+    assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
+    assert {42, 75, 134, 137} <= set(rule["onExitCodes"]["values"]) and not {1, 2} & set(rule["onExitCodes"]["values"])
+    assert pod["terminationGracePeriodSeconds"] == 300
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == job.slice.grid
+    assert (container["name"], container["image"]) == ("jax-tpu", job.image)
+    assert f"(exec {shlex.join(job.command)}) & PID=$!" in container["command"][-1]
