@@ -7,7 +7,8 @@
 # run is done, has failed, or this is interrupted. The cluster itself starts the run again where a pod ends with 42, 75, 134 or 137 or
 # loses its node. Should this machine go down meanwhile the workload goes on, and the same command finds it again.
 #
-# Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 the run failed, or a command did.
+# Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 the run failed, or a command did; 75 the cluster was out of
+# reach for too long.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=steps.sh
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
@@ -22,9 +23,9 @@ need gcloud kubectl xpk
 CLUSTER=("$JOB_CLUSTER" "--project=$JOB_PROJECT" "--location=$JOB_REGION")
 NETWORK=(gcloud container clusters describe "${CLUSTER[@]}" "--format=value(network)")
 CREDENTIALS=(gcloud container clusters get-credentials "${CLUSTER[@]}")
-# Pods act as the Kubernetes account they run under, or rather as the account of Google's that this one stands for.
-ACCOUNT=iam.gke.io/gcp-service-account
-IDENTITY=(kubectl get serviceaccount default "--output=jsonpath={.metadata.annotations.${ACCOUNT//./\\.}}")
+# XPK's pods are on the host's network, where they act as whom the node acts as, whatever their Kubernetes account stands for.
+IDENTITY=(gcloud container node-pools list "--cluster=$JOB_CLUSTER" "--project=$JOB_PROJECT" "--location=$JOB_REGION"
+  "--filter=config.machineType~^(ct|tpu)" "--format=value(config.serviceAccount)")
 WORKLOAD=("--workload=$JOB_RUN" "--cluster=$JOB_CLUSTER" "--project=$JOB_PROJECT" "--zone=$JOB_ZONE")
 # exec: XPK runs the command in a subshell and sends SIGTERM to that, which has to be flexolmo itself for the run to be saved. By itself
 # XPK would restart nothing, and give a pod 30 seconds to save.
@@ -58,10 +59,10 @@ clean_up() {
 check_bucket
 call "cannot see cluster $JOB_CLUSTER" "${NETWORK[@]}"
 [[ -n $DRY_RUN || $answer == "$JOB_NETWORK" ]] || die 2 "cluster $JOB_CLUSTER is in network '$answer'; expected the job's, $JOB_NETWORK"
+call "cannot see whom the TPU nodes of $JOB_CLUSTER act as" "${IDENTITY[@]}"
+[[ -n $DRY_RUN || $(sort -u <<<"$answer") == "$JOB_SERVICE_ACCOUNT" ]] ||
+  die 2 "TPU nodes of $JOB_CLUSTER act as '${answer//$'\n'/, }'; expected the job's service account, $JOB_SERVICE_ACCOUNT, on all of them"
 call "cannot get credentials for cluster $JOB_CLUSTER" "${CREDENTIALS[@]}"
-call "cannot see whom pods on $JOB_CLUSTER act as" "${IDENTITY[@]}"
-[[ -n $DRY_RUN || $answer == "$JOB_SERVICE_ACCOUNT" ]] ||
-  die 2 "pods on $JOB_CLUSTER act as '$answer'; expected $(show kubectl annotate serviceaccount default "$ACCOUNT=$JOB_SERVICE_ACCOUNT")"
 
 if [[ -n $DRY_RUN ]]; then
   show "${STATE[@]}"

@@ -11,7 +11,7 @@ setup() {
 
 cluster_is_the_owners() {
   answer 'gcloud container clusters describe*' 0 biomed-net
-  answer 'kubectl get serviceaccount*' 0 flexolmo@biomed-4711.iam.gserviceaccount.com
+  answer 'gcloud container node-pools list*' 0 'flexolmo@biomed-4711.iam.gserviceaccount.com\nflexolmo@biomed-4711.iam.gserviceaccount.com'
 }
 
 run_ends_with() { # run_ends_with STATE: after two looks at which it is still running
@@ -79,7 +79,7 @@ gcloud storage ls*|cannot list gs://biomed-4711-flexolmo
 gcloud storage cp*|cannot write to gs://biomed-4711-flexolmo
 gcloud container clusters describe*|cannot see cluster biomed-gke
 gcloud container clusters get-credentials*|cannot get credentials for cluster biomed-gke
-kubectl get serviceaccount*|cannot see whom pods on biomed-gke act as
+gcloud container node-pools list*|cannot see whom the TPU nodes of biomed-gke act as
 kubectl get jobset*|cannot see workload biomed-1
 EOF
 }
@@ -91,11 +91,16 @@ EOF
   [[ $(called 'xpk*') == 0 ]]
 }
 
-@test "pods that act as somebody else are refused, with what changes it" {
-  answer 'gcloud container clusters describe*' 0 biomed-net
-  launch launch/gke_xpk.sh "$JOB"
-  refused 2 "act as ''; expected kubectl annotate serviceaccount default iam.gke.io/gcp-service-account=flexolmo@biomed-4711.iam"
-  [[ $(called 'xpk*') == 0 ]]
+@test "nodes that act as somebody else, even one of them, and a cluster without TPUs are refused" {
+  local accounts
+  for accounts in default 'flexolmo@biomed-4711.iam.gserviceaccount.com\ndefault' ''; do
+    forget
+    answer 'gcloud container clusters describe*' 0 biomed-net
+    answer 'gcloud container node-pools list*' 0 "$accounts"
+    launch launch/gke_xpk.sh "$JOB"
+    refused 2 "TPU nodes of biomed-gke act as '${accounts/\\n/, }'; expected the job's service account, flexolmo@biomed-4711.iam.gser"
+    [[ $(called 'xpk*') == 0 ]]
+  done
 }
 
 @test "a workload that XPK refuses is one line, and nothing is deleted" {
