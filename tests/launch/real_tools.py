@@ -7,6 +7,7 @@ torus. SkyPilot checks the task against its schema, alone and with what skypilot
 import argparse
 import copy
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -84,6 +85,7 @@ def check_xpk(update: bool) -> None:
 
 
 def check_skypilot() -> None:
+    logging.disable(logging.WARNING)  # on which runtime it picks for a TPU
     import sky
     from sky.client.cli.command import cli
 
