@@ -108,7 +108,7 @@ attempt() {
   ((${#codes[@]} == JOB_HOSTS)) || { why="${#codes[@]} of $JOB_HOSTS workers answered" && return 1; }
   for code in "${codes[@]}"; do
     case $code in
-      0 | 42 | 75 | 134 | 137) ;;
+      0 | 42 | 75 | 134 | 137 | 255) ;; # 255 is Docker's, for a container whose host went down and came back
       *) die "$code" "a worker ended with $code, which starting again does not help; its last lines are above" ;;
     esac
   done

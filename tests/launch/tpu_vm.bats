@@ -144,6 +144,7 @@ for_code() { # for_code CODE: the same run starts again, in a new container on t
 @test "75, a peer failed, starts the run again" { for_code 75; }
 @test "134, aborted, starts the run again" { for_code 134; }
 @test "137, killed, starts the run again" { for_code 137; }
+@test "255, a host that went down and came back, starts the run again" { for_code 255; }
 
 @test "1 and 2 do not start the run again, whatever the others ended with" {
   slice_is_given
