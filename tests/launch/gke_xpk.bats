@@ -145,11 +145,7 @@ EOF
   cluster_is_the_owners
   answer 'kubectl get jobset*' 0
   answer 'kubectl logs*' hang
-  launch/gke_xpk.sh "$JOB" 2>"$FAKE/stderr" &
-  local launcher=$! code=0
-  until [[ $(called 'kubectl logs*') == 1 ]]; do /bin/sleep 0.1; done
-  kill -TERM "$launcher"
-  wait "$launcher" || code=$?
+  signal_during TERM 'kubectl logs*' launch/gke_xpk.sh
   [[ $code == 143 && $(tail -n 1 "$FAKE/calls") == 'xpk workload delete'* ]]
 }
 

@@ -1,5 +1,5 @@
 # What the tests of the launchers share: fakes on PATH, jobs to launch, and what they claim of the calls that were made.
-# shellcheck shell=bash disable=SC2154 # bats sets status, output and stderr
+# shellcheck shell=bash disable=SC2154,SC2034 # bats sets status, output and stderr; tests read code
 
 bats_require_minimum_version 1.5.0
 ROOT=$(cd "$BATS_TEST_DIRNAME/../.." && pwd)
@@ -62,6 +62,18 @@ called() { # called PATTERN: how often
 }
 
 launch() { run --separate-stderr "$@"; }
+
+signal_during() { # signal_during SIGNAL PATTERN LAUNCHER: sends it once PATTERN is called; the launcher's status is then in $code
+  env --default-signal=INT "$3" "$JOB" 2>"$FAKE/stderr" &
+  local launcher=$!
+  code=0
+  until [[ $(called "$2") == 1 ]]; do
+    kill -0 "$launcher" || return
+    /bin/sleep 0.1
+  done
+  kill "-$1" "$launcher"
+  wait "$launcher" || code=$?
+}
 
 ends_with() { # ends_with STATUS WORDS: the status, and the last line of stderr has the words
   [[ $status == "$1" ]] || { printf 'status %s, expected %s\n%s\n%s\n' "$status" "$1" "$output" "$stderr" && return 1; }

@@ -58,11 +58,7 @@ setup() {
 @test "SIGTERM cancels the job" {
   answer 'gcloud config get project' 0 biomed-4711
   answer 'sky jobs launch*' hang
-  launch/skypilot.sh "$JOB" 2>"$FAKE/stderr" &
-  local launcher=$! code=0
-  until [[ $(called 'sky jobs launch*') == 1 ]]; do /bin/sleep 0.1; done
-  kill -TERM "$launcher"
-  wait "$launcher" || code=$?
+  signal_during TERM 'sky jobs launch*' launch/skypilot.sh
   [[ $code == 143 && $(tail -n 1 "$FAKE/calls") == 'sky jobs cancel --yes --name=biomed-1' ]]
 }
 

@@ -195,11 +195,7 @@ for_code() { # for_code CODE: the same run starts again, in a new container on t
 interrupted_by() { # interrupted_by SIGNAL STATUS
   answer 'gcloud*describe*' 0 ACTIVE
   answer 'gcloud*docker logs*' hang
-  env --default-signal=INT launch/tpu_vm.sh "$JOB" 2>"$FAKE/stderr" &
-  local launcher=$! code=0
-  until [[ $(called '*docker logs*') == 1 ]]; do /bin/sleep 0.1; done
-  kill "-$1" "$launcher"
-  wait "$launcher" || code=$?
+  signal_during "$1" '*docker logs*' launch/tpu_vm.sh
   [[ $code == "$2" && $(tail -n 2 "$FAKE/calls") == *'docker stop'*$'\n'*'queued-resources delete'* ]]
 }
 @test "Ctrl-C stops the workers, which save, and deletes the slice" { interrupted_by INT 130; }
