@@ -8,7 +8,7 @@
 # loses its node. Should this machine go down meanwhile the workload goes on, and the same command finds it again.
 #
 # Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 the run failed, or a command did; 75 the cluster was out of
-# reach for too long.
+# reach for too long, and the workload goes on.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=steps.sh
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
@@ -48,8 +48,9 @@ CREATED=''
 KUBECONFIG=$(mktemp) # of this launch alone: beside it another owner's may run, on another cluster
 export KUBECONFIG
 
-clean_up() {
-  if [[ -n $CREATED ]]; then
+clean_up() { # clean_up STATUS
+  # 75: the cluster is out of reach. The run needs no launcher, and the same command finds it again.
+  if [[ -n $CREATED ]] && (($1 != 75)); then
     say "deleting $JOB_RUN; pods that run save first"
     try "${DELETE[@]}" || say "could not delete it, and it costs until it is gone: $(show "${DELETE[@]}") ($complaint)"
   fi

@@ -141,6 +141,16 @@ EOF
   [[ $stderr == *'biomed-1 is there already'*'Unable to connect to the server; restart 1 of 20'* && $(called 'xpk workload create*') == 0 ]]
 }
 
+@test "a cluster that is out of reach for too long ends the launch and not the run" {
+  job biomed 'restarts: 2'
+  cluster_is_the_owners
+  answer 'kubectl get jobset*' 0
+  answer 'kubectl get jobset*' 1 'Unable to connect to the server'
+  launch launch/gke_xpk.sh "$JOB"
+  ends_with 75 'cannot see workload biomed-1: Unable to connect to the server; gave up after 2 restarts; start it again'
+  [[ $(called 'xpk workload delete*') == 0 ]]
+}
+
 @test "SIGTERM deletes the workload" {
   cluster_is_the_owners
   answer 'kubectl get jobset*' 0
