@@ -286,8 +286,8 @@ def check_microbatch(run: RunConfig, sizes: Mapping[str, int]) -> None:
     microbatch, ways = run.data.batch_size // run.train.accumulate, sizes["data"] * sizes["fsdp"] * sizes["expert"]
     if microbatch % ways:
         raise UserError(
-            f"a microbatch of {microbatch} records (data.batch_size / train.accumulate) does not divide over {ways} devices "
-            "(mesh.data x fsdp x expert); change one of them"
+            f"a microbatch of {microbatch} records (data.batch_size {run.data.batch_size} / train.accumulate {run.train.accumulate}) "
+            f"does not divide over the {ways} devices of mesh.data x fsdp x expert; change one of them"
         )
 
 

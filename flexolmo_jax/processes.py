@@ -5,6 +5,7 @@ missed within `HEARTBEAT` seconds by JAX's coordination service, which ends the 
 it has not failed before that (75). A step that hangs although all processes live is ended by the watchdog of the training loop.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -99,7 +100,8 @@ def detect(environment: Mapping[str, str]) -> Place | None:
     if len((environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")) > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return Place(None, None, None)  # GKE
     # A TPU VM: its metadata server knows its pod. What is compiled for a TPU that is not there asks nobody.
-    if any(Path("/dev").glob("accel[0-9]*")) and not environment.get("TPU_SKIP_MDS_QUERY"):
+    has_tpu = importlib.util.find_spec("libtpu") and any(any(Path("/dev").glob(name)) for name in ("accel[0-9]*", "vfio/[0-9]*"))
+    if has_tpu and not environment.get("TPU_SKIP_MDS_QUERY"):
         return Place(None, None, None)
     return None
 

@@ -29,7 +29,7 @@ except ImportError:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's package, installed or not: its configs are what the image is built with
 
-from flexolmo_jax.config import RunConfig, build, load_config  # noqa: E402
+from flexolmo_jax.config import RunConfig, build, check_microbatch, load_config  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
 from flexolmo_jax.plan.program import program_of  # noqa: E402
 from flexolmo_jax.tpus import Slice, slice_of  # noqa: E402
@@ -129,10 +129,7 @@ def load_job(path: Path) -> Job:
 def preflight(job: Job) -> None:
     """Raises UserError for what would come out only once the slice is there and costs."""
     run = load_config(ROOT / job.config, job.set)
-    check_devices(run, job.slice.devices * job.slices, job.where)
-    data = run.mesh.data
-    if data % job.slices and data != -1:
-        raise UserError(f"mesh.data is {data}; expected a multiple of {job.slices}, the number of slices, over which it runs")
+    check_devices(run, job.slice.devices * job.slices, job.where, job.slices)
     plan = stored_plan(job, run)
     if not plan["fits"]:
         raise UserError(
@@ -141,23 +138,13 @@ def preflight(job: Job) -> None:
         )
 
 
-def check_devices(run: RunConfig, devices: int, where: str) -> None:
+def check_devices(run: RunConfig, devices: int, where: str, slices: int = 1) -> None:
     """Raises UserError unless the mesh is of all the devices and its microbatch divides over them."""
-    mesh = dataclasses.asdict(run.mesh)
-    shown = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
-    named = math.prod(n for n in mesh.values() if n != -1)
-    if -1 in mesh.values() and devices % named:
-        raise UserError(f"mesh {shown} does not divide the {devices} devices of {where}; make the product of its axes a divisor")
-    if -1 not in mesh.values() and named != devices:
-        raise UserError(f"mesh {shown} has {named} devices; expected the {devices} of {where}; set one axis to -1, or change the slice")
-    mesh = {axis: devices // named if n == -1 else n for axis, n in mesh.items()}
-    ways = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-    microbatch = run.data.batch_size // run.train.accumulate
-    if microbatch % ways:
-        raise UserError(
-            f"a microbatch of {microbatch} records (data.batch_size {run.data.batch_size} / train.accumulate {run.train.accumulate}) does "
-            f"not divide over the {ways} devices of data x fsdp x expert; change one of the two"
-        )
+    sizes = run.mesh.sizes(devices, slices)
+    if math.prod(sizes.values()) != devices:
+        shown = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
+        raise UserError(f"mesh {shown} does not fill the {devices} devices of {where}; set one axis to -1, or change the slice")
+    check_microbatch(run, sizes)
 
 
 def stored_plan(job: Job, run: RunConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ teardown() { [[ ! -s $FAKE/calls ]]; }
 @test "a mesh that is not the slice's" {
   set_also mesh.fsdp=32
   launch launch/tpu_vm.sh "$JOB"
-  refused 2 'mesh data 1 x fsdp 32 x tensor 1 x expert 1 has 32 devices; expected the 64 of v5p:4x4x4'
+  refused 2 'mesh data 1 x fsdp 32 x tensor 1 x expert 1 does not fill the 64 devices of v5p:4x4x4'
 }
 
 @test "a batch that does not divide" {

@@ -81,7 +81,7 @@ def test_a_program_is_the_same_where_only_what_the_compiler_never_sees_differs()
         (["--topology", "v5p:4x4x4", "--set", "mesh.tensor=3"], "does not divide 64 devices"),
         (["--topology", "v5p:4x4x4", "--set", "mesh.fsdp=128"], "needs 128 devices; got 64"),
         (["--topology", "v5p:4x4x4", "--slices", "2"], "mesh.data is 1; expected a multiple of 2"),
-        (["--topology", "v5p:4x4x4", "--set", "data.batch_size=96", "--set", "train.accumulate=1"], "does not divide over 64"),
+        (["--topology", "v5p:4x4x4", "--set", "data.batch_size=96", "--set", "train.accumulate=1"], "does not divide over the 64 devices"),
         (["--topology", "v5p:4x4x4", "--set", "model.n_layers=0"], "model.n_layers is 0"),
         (["--topology", "v5p:4x4x4", "--decode", "16"], "expected rows x tokens of context"),
         (["--topology", "v5p:4x4x4", "--slices", "0"], "expected 1 or more"),
