@@ -4,19 +4,20 @@ Real processes, joined by jax.distributed with gloo, share out eight CPU devices
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from flexolmo_jax.config import dump_yaml
 from flexolmo_jax.train.metrics import read_metrics
-from tests.tiny import run_config
+from tests.tiny import pair_config, run_config
 from tests.train.test_loop import assert_same_bits, saved
 
 STEPS = 30
@@ -27,20 +28,25 @@ WITHIN = 15  # seconds
 class Processes:
     """The processes of one run, each with its share of eight devices. A context manager that leaves none behind."""
 
-    def __init__(self, count: int, config: Path, out: Path, *overrides: str):
+    def __init__(
+        self, count: int, config: Path, out: Path, *overrides: str, out_of: dict[int, Path] | None = None, first: str = "", of: int = -1
+    ):
+        """`out_of`: other directories for some of them. `first`: Python that process `of` runs before all else."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(8 // count), "XLA_FLAGS": flags}
-        command = [sys.executable, "-m", "flexolmo_jax.cli", "train", str(config), "--out", str(out), "--coordinator", address]
         sets = [word for override in overrides for word in ("--set", override)]
         self.out = out
         self.logs = [out.with_name(f"{out.name}.{i}.log") for i in range(count)]
         self.all = []
         for i, path in enumerate(self.logs):
             with path.open("w") as log:
-                arguments = [*command, "--processes", str(count), "--process", str(i), *sets]
+                program = f"{first if i == of else ''}\nimport sys\nfrom flexolmo_jax.cli import main\nsys.exit(main())"
+                own = str((out_of or {}).get(i, out))
+                joining = ["--coordinator", address, "--processes", str(count), "--process", str(i)]
+                arguments = [sys.executable, "-c", program, "train", str(config), "--out", own, *joining, *sets]
                 self.all.append(subprocess.Popen(arguments, stdout=log, stderr=log, env=environment))
 
     def __enter__(self) -> "Processes":
@@ -96,10 +102,6 @@ def assert_ended_alike(run: Path, whole: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in expected]
 
 
-def kill(number: int, which: int) -> Callable[[Processes], None]:
-    return lambda processes: processes.all[which].send_signal(number)
-
-
 def test_four_processes_equal_one_bit_for_bit(config, whole, tmp_path):
     run = finish(4, config, tmp_path / "run")
     assert_ended_alike(run, whole)
@@ -120,7 +122,11 @@ def test_sigterm_to_any_process_saves_the_same_step_of_all_and_fewer_processes_g
 
 @pytest.mark.parametrize(
     ("number", "which", "resumed_on"),
-    [(signal.SIGKILL, 1, 1), (signal.SIGKILL, 0, 4), (signal.SIGSTOP, 3, 2)],
+    [
+        (signal.SIGKILL, 1, 1),
+        pytest.param(signal.SIGKILL, 0, 4, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 3, 2, marks=pytest.mark.slow),
+    ],
     ids=["worker killed", "coordinator killed", "worker stopped"],
 )
 def test_the_others_end_when_one_is_gone_and_any_number_goes_on(config, whole, tmp_path, number, which, resumed_on):
@@ -130,3 +136,62 @@ def test_the_others_end_when_one_is_gone_and_any_number_goes_on(config, whole, t
         others = [i for i in range(4) if i != which]
         assert set(processes.statuses(others, within=WITHIN)) <= ENDINGS, processes.told()
     assert_ended_alike(finish(resumed_on, config, tmp_path / "run"), whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_lives_but_does_not_move_ends_all(config, tmp_path):
+    """Its heart beats; what waits for it in vain is the others' step, until their watchdogs bite."""
+    hang = (
+        "import time\n"
+        "from flexolmo_jax.data import mixture\n"
+        "at = mixture.Batches.at\n"
+        "def stuck(self, step, rows=None):\n"
+        "    if step >= 14: time.sleep(600)\n"
+        "    return at(self, step, rows)\n"
+        "mixture.Batches.at = stuck\n"
+    )
+    with Processes(2, config, tmp_path / "run", "train.watchdog=8", first=hang, of=1) as processes:
+        assert set(processes.statuses()) <= ENDINGS, processes.told()
+    assert any("took more than 8 s" in path.read_text() and "Thread" in path.read_text() for path in processes.logs)
+
+
+@pytest.mark.slow
+def test_twenty_runs_killed_at_random_end_like_the_one_that_was_not(config, whole, tmp_path):
+    """Any process, at any moment from its start on, by any of the signals; then on 4, 2 or 1 processes."""
+    rng = random.Random(0)
+    for number in range(20):
+        out = tmp_path / f"run{number}"
+        which, delay = rng.randrange(4), rng.uniform(4, 30)
+        with Processes(4, config, out) as processes:
+            time.sleep(delay)
+            sent = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+            processes.all[which].send_signal(sent)
+            others = [i for i in range(4) if i != which]
+            print(f"{number}: {sent.name} to {which} after {delay:.1f} s")
+            # Before they have joined, nobody misses anybody: they wait for each other as long as for one that starts late.
+            statuses = processes.statuses(others, within=WITHIN) if (out / "checkpoints").exists() else []
+            assert set(statuses) <= {0, 42, -signal.SIGTERM, *ENDINGS}, processes.told()
+        assert_ended_alike(finish(rng.choice([4, 2, 1]), config, out), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pair", "router"])
+def test_pairs_and_router_runs_of_four_processes_equal_those_of_one(anchor, model, prepared, corpora, tmp_path, kind):
+    """With what they read beside their records: raw documents, which one of them prepares and embeds; frozen weights, of which each reads
+    its share."""
+    overrides = ("train.steps=6", "mesh.fsdp=4", "mesh.tensor=2", "train.save_every=3")
+    if kind == "pair":
+        run = pair_config(anchor, corpora["code"], "code", *overrides)
+    else:
+        run = run_config("router", prepared["public"], *overrides, router={"model": str(model)})
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    one, four = (finish(count, tmp_path / "run.yaml", tmp_path / f"of{count}") for count in (1, 4))
+    assert_same_bits(saved(four, 6), saved(one, 6))
+
+
+@pytest.mark.slow
+def test_a_directory_that_not_all_processes_see_is_refused(config, tmp_path):
+    """As on hosts without a disk in common; here each is given another path."""
+    with Processes(2, config, tmp_path / "run", out_of={1: tmp_path / "elsewhere"}) as processes:
+        assert set(processes.statuses()) <= {2, *ENDINGS}, processes.told()
+    assert "is not the same place for all processes" in processes.logs[1].read_text()
