@@ -43,17 +43,17 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         print(f"flexolmo: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except OSError as error:  # a file that may not be read: not a bug, but not foreseen by the verb either
-        if args.debug:
-            raise
-        print(f"flexolmo: {reason(error)}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-        return 2
     except Exception as error:
-        if args.debug or not (is_disk_full(error) or is_refusal(error)):
-            raise
-        told = f"a bucket, or the way to it, failed: {reason(error)}; check its name and your credentials and run it again"
         if is_disk_full(error):
             told = "no space left on the disk; free some and run it again: a run goes on from its last checkpoint"
+        elif is_refusal(error):
+            told = f"the object store refused: {reason(error)}; check the bucket's name and your credentials, and run it again"
+        elif isinstance(error, OSError):  # a file that may not be read: not a bug, but not foreseen by the verb either
+            told = f"{reason(error)}: {error.filename or ''}".rstrip(": ")
+        else:
+            raise
+        if args.debug:
+            raise
         print(f"flexolmo: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -131,8 +131,9 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.flex.contribute import contribute
 
     contribution = contribute(
-        args.anchor, args.documents, args.name, args.out, config=args.config, overrides=args.set, sign_key=args.sign_key
-    )
+        args.anchor, args.documents, args.name, args.out,
+        config=args.config, overrides=args.set, sign_key=args.sign_key, work=args.work,
+    )  # fmt: skip
     return {"out": str(args.out), "name": contribution.name, "training": contribution.manifest["training"]}
 
 
@@ -400,6 +401,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--name", required=True, help="the expert's name")
     _add_sign_key(p)
     p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", type=path_of)
+    p.add_argument("--work", help="where private records and checkpoints go, which stay with you (default: OUT.work)", type=path_of)
     _add_set(p)
     p.add_argument("--out", required=True, type=path_of)
 

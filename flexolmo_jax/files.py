@@ -214,7 +214,7 @@ def append_bytes(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Where files are about to be written. A bucket has no folders, and one that is not there is not made by the way."""
+    """Where files are about to be written, with all it lies in. A bucket has no folders."""
     if not in_bucket(path):
         path.mkdir(parents=True, exist_ok=True)
 

@@ -24,6 +24,7 @@ from flexolmo_jax.errors import UserError
 BUCKETS = "gs://"
 BLOCK = 1 << 25  # bytes of an object that one request reads or writes, where it is read or written from its start to its end
 _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
+_REFUSALS = ("Forbidden: ", "PERMISSION_DENIED", "UNAUTHENTICATED")  # what gcsfs and TensorStore begin with
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
@@ -52,6 +53,10 @@ def path_of(path: str | os.PathLike[str]) -> Path:
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(BUCKETS)
+
+
+def bucket_of(path: Path) -> str:
+    return str(path).removeprefix(BUCKETS).partition("/")[0]
 
 
 def absolute(path: Path) -> Path:
@@ -115,7 +120,12 @@ def open_to_write(file: Path) -> BinaryIO:
 def read_range(file: Path, start: int, end: int) -> bytes:
     """These bytes of it, or those of them that it has."""
     if in_bucket(file):
-        return file_system().cat_file(str(file), start, end)
+        try:
+            return file_system().cat_file(str(file), start, end)
+        except Exception as error:  # gcsfs has its own
+            if getattr(error, "code", None) != 416:
+                raise
+            return b""  # it ends before
     with file.open("rb") as opened:
         opened.seek(start)
         return opened.read(end - start)
@@ -135,8 +145,8 @@ def open_regular(path: Path) -> BinaryIO:
 def kvstore(directory: Path) -> dict[str, Any]:
     """TensorStore's name of a directory."""
     if in_bucket(directory):
-        bucket, _, name = str(directory).removeprefix(BUCKETS).partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": f"{name}/"}
+        bucket = bucket_of(directory)
+        return {"driver": "gcs", "bucket": bucket, "path": str(directory).removeprefix(f"{BUCKETS}{bucket}/") + "/"}
     return {"driver": "file", "path": str(directory.absolute())}
 
 
@@ -178,9 +188,9 @@ def reason(error: BaseException) -> str:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an object store, or the way to it, failed, where that is no OSError: with gcsfs and its libraries, and with TensorStore."""
+    """Whether it is an object store that tells this error, or the way to one: through gcsfs and its libraries, or TensorStore."""
     library = type(error).__module__.split(".")[0]
-    return library in ("gcsfs", "google", "aiohttp") or any(word in str(error) for word in ("PERMISSION_DENIED", "UNAUTHENTICATED"))
+    return library in ("gcsfs", "google", "aiohttp") or any(word in str(error) for word in _REFUSALS)
 
 
 def _hex(digest: str) -> str:

@@ -5,11 +5,14 @@ import os
 import platform
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from pathlib import Path
 
@@ -51,6 +54,38 @@ def bucket(object_store: str) -> Path:
     from flexolmo_jax.paths import path_of
 
     return path_of(f"gs://{BUCKET}/{uuid.uuid4().hex[:8]}")
+
+
+@contextmanager
+def forbidding(store: str, *, reading: bool) -> Iterator[dict[str, str]]:
+    """The environment in which the store's buckets may not be written to, or not even be read."""
+
+    class Server(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, content = 403, b'{"error": {"code": 403, "message": "the account may not do this"}}'
+            if self.command == "GET" and not reading:
+                try:
+                    with urllib.request.urlopen(store + self.path, timeout=10) as there:
+                        status, content = there.status, there.read()
+                except urllib.error.HTTPError as error:
+                    with error:
+                        status, content = error.code, error.read()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            with suppress(ConnectionError):  # nobody waits for what forbids
+                self.end_headers()
+                self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        yield os.environ | {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+        server.shutdown()
 
 
 def upload(local: Path, place: Path) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.paths import in_bucket, read_range, size_of
 
-AT_ONCE = 32  # records that are asked of a bucket at the same time
+AT_ONCE = 64  # records that are asked of a bucket at the same time
 MAGIC = b"\x93NUMPY"
 _HEADER = 1 << 16  # bytes at most of a header, which NumPy makes 128
 

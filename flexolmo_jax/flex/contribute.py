@@ -1,6 +1,6 @@
 """An owner's one command: documents -> prepared records -> pair training -> evaluation -> contribution. Resumes where it stopped.
 
-The work (private records, checkpoints) stays in `<out>.work`, on the owner's disk or in the owner's bucket; only `out` is handed over.
+The work (private records, checkpoints) stays in `<out>.work`, or another place of the owner's; only `out` is handed over.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import Index, InputFile, open_records, sha256_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import check_new, is_whole
-from flexolmo_jax.paths import in_bucket, size_of
+from flexolmo_jax.paths import bucket_of, in_bucket, size_of
 
 from .anchor import open_anchor
 from .contribution import Contribution
@@ -36,24 +36,31 @@ def contribute(
     config: Path | None = None,
     overrides: Sequence[str] = (),
     sign_key: Path | None = None,
+    work: Path | None = None,
 ) -> Contribution:
     """Trains an expert on documents against an anchor and packages it.
 
     `config` is a pair's YAML whose anchor, name and data are filled in here; without it the defaults of a pair run apply. `sign_key` is
-    the owner's private key.
-    Raises UserError where a document file cannot be read, `out` holds something, or the anchor is none.
+    the owner's private key; `work` is where private records and checkpoints go (default: `<out>.work`).
+    Raises UserError where a document file cannot be read, `out` holds something, the anchor is none, or `<out>.work` is in a bucket from
+    which the documents do not come: others may read there.
     """
     anchor = open_anchor(anchor_path)
     check_new(out)
     if sign_key:
         load_key(sign_key)  # hours before it is used
+    if work is None:
+        work = out.with_name(out.name + ".work")
+        if in_bucket(work) and any(not in_bucket(path) or bucket_of(path) != bucket_of(work) for path in documents):
+            raise UserError(
+                f"your records would be written to {work}, in a bucket that the documents are not from; give --work, a place of your own"
+            )
     for path in documents:
         if not has_documents(path):
             raise UserError(f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a directory of them)")
     tree = _tree(config)
     pair = {"anchor": str(anchor_path), "name": name}
     tree |= {"run": "pair", "pair": (tree.get("pair") or {}) | pair}
-    work = out.with_name(out.name + ".work")
     data = {"seq_len": Index.read(anchor.path / "public").seq_len} | (tree.get("data") or {})
     tree["data"] = data | {"train": [{"path": str(work / "data"), "name": name}], "eval": []}
     run = resolve(tree, overrides)  # every mistake in the config shows before any document is read

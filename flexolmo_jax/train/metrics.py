@@ -13,7 +13,8 @@ from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 
 from flexolmo_jax.files import append_bytes, write_text
-from flexolmo_jax.paths import in_bucket, path_of
+from flexolmo_jax.paths import in_bucket, path_of, reason
+from flexolmo_jax.progress import note
 
 SECONDS = 30.0  # between two additions to an object
 
@@ -61,9 +62,13 @@ class _BucketEvents:
         self._content += content
 
     def flush(self) -> None:
-        if self._content:
-            append_bytes(self._path, self._content)
-        self._content = b""
+        """What cannot be written is kept for the next time: an error would end tensorboardX's thread, and the run wait for it for ever."""
+        try:
+            if self._content:
+                append_bytes(self._path, self._content)
+            self._content = b""
+        except Exception as error:
+            note(f"warning: {self._path} cannot be written: {reason(error)}; the run goes on")
 
     close = flush
 
