@@ -247,7 +247,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.evals.bits_per_byte import evaluate
     from flexolmo_jax.loaded import load
 
-    model = load(args.path, args.checkpoint)
+    model = load(args.path, args.checkpoint, args.mesh)
     return evaluate(
         model, args.data, without=args.without, active=args.active, split=args.split, limit=args.limit, batch_size=args.batch_size
     )
@@ -257,7 +257,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.generate import TextStream
     from flexolmo_jax.loaded import load
 
-    model = load(args.path, args.checkpoint)
+    model = load(args.path, args.checkpoint, args.mesh)
     options = dict(
         without=args.without, active=args.active, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
     )
@@ -493,6 +493,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=_positive, help="records of each to read")
     p.add_argument("--batch-size", type=_positive, default=16)
     _add_checkpoint(p)
+    _add_mesh(p)
 
     p = verb("generate", _generate, "Complete prompts.", 'generate model --prompt "The patient" --without legal')
     p.add_argument("path", help="a run, anchor or model", type=path_of)
@@ -504,6 +505,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     _add_selection(p)
     _add_checkpoint(p)
+    _add_mesh(p)
 
     p = verb(
         "import-hf",
@@ -570,6 +572,15 @@ def _rows_by_context(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _mesh(text: str) -> Any:
+    from flexolmo_jax.config import MeshConfig, build, override
+
+    ones = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+    mesh = build(MeshConfig, override({"mesh": ones}, [f"mesh.{pair}" for pair in text.split(",")])["mesh"], "--mesh")
+    mesh.check()
+    return mesh
+
+
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
     try:
@@ -583,6 +594,12 @@ def _bytes(text: str) -> int:
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a config key (may be given again)")
+
+
+def _add_mesh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,...", help="spread the weights over devices, as tensor=8; default: one device", type=_mesh
+    )
 
 
 def _add_sign_key(parser: argparse.ArgumentParser) -> None:

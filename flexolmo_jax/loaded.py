@@ -8,13 +8,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flexolmo_jax.artifact import Artifact, open_artifact
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Sampling, generate
-from flexolmo_jax.model import Params, forward
+from flexolmo_jax.model import Params, forward, logical_axes
+from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.sharding import batch_ways, make_mesh, parameter_sharding
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class LoadedModel:
 
     artifact: Artifact
     params: Params
+    mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
 
     @property
     def config(self) -> ModelConfig:
@@ -46,7 +50,8 @@ class LoadedModel:
         ids = np.asarray(ids, np.int32)
         if ids.ndim != 2:
             raise UserError(f"ids have shape {ids.shape}; expected [batch, time]")
-        return np.asarray(_forward(self.config, k)(self.params, ids, allowed))
+        self.check_rows(len(ids))
+        return np.asarray(_forward(self.config, k, self.mesh)(self.params, ids, allowed))
 
     def generate(
         self,
@@ -63,14 +68,22 @@ class LoadedModel:
     ) -> list[str] | list[list[int]]:
         """Completions only, of the kind the prompts are (strings or lists of ids). Greedy unless a temperature is given."""
         k, allowed = self.selection(without, active)
+        self.check_rows(len(prompts))
         of_text = all(isinstance(prompt, str) for prompt in prompts)
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         completions = generate(
             self.config, self.params, ids, max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eos_id,
             vocab_size=self.tokenizer.vocab_size, sampling=Sampling(temperature, top_k, top_p, seed),
-            active=k, allowed=allowed, on_token=on_token,
+            active=k, allowed=allowed, mesh=self.mesh, on_token=on_token,
         )  # fmt: skip
         return [self.tokenizer.decode(completion) for completion in completions] if of_text else completions
+
+    def check_rows(self, rows: int) -> None:
+        """Raises UserError where so many rows do not divide over the mesh."""
+        if self.mesh is not None and rows % (ways := batch_ways(self.mesh)):
+            raise UserError(
+                f"{rows} rows do not divide over {ways} devices of the mesh's data x fsdp x expert; give a multiple, or use tensor alone"
+            )
 
     def selection(self, without: Sequence[str] = (), active: int | None = None) -> tuple[int, np.ndarray]:
         """(experts a token uses, bool [E] of the experts it may choose from).
@@ -80,10 +93,18 @@ class LoadedModel:
         return select_experts(self.artifact, without, active)
 
 
-def load(path: str | Path, which: str = "last") -> LoadedModel:
-    """Loads a run (`which`: its last or best checkpoint, or a step), a published anchor or a merged model."""
+def load(path: str | Path, which: str = "last", mesh: MeshConfig | None = None) -> LoadedModel:
+    """Loads a run (`which`: its last or best checkpoint, or a step), a published anchor or a merged model.
+
+    `mesh`: the devices to spread its weights over, for a model that one does not hold. The tensor axis alone suits generation best:
+    every device reads its own part of every weight, and nothing is gathered. Raises UserError for a mesh that the devices do not fill.
+    """
     artifact = open_artifact(path)
-    return LoadedModel(artifact, artifact.params(which))
+    if mesh is None:
+        return LoadedModel(artifact, artifact.params(which))
+    where = make_mesh(mesh)
+    axes = flatten(logical_axes(artifact.config, pair=artifact.is_pair))
+    return LoadedModel(artifact, artifact.params(which, lambda path, shape: parameter_sharding(where, axes[path], shape)), where)
 
 
 def select_experts(artifact: Artifact, without: Sequence[str], active: int | None) -> tuple[int, np.ndarray]:
@@ -99,5 +120,8 @@ def select_experts(artifact: Artifact, without: Sequence[str], active: int | Non
 
 
 @functools.lru_cache
-def _forward(config: ModelConfig, active: int) -> Callable[..., jax.Array]:
-    return jax.jit(lambda params, ids, allowed: forward(config, params, jnp.asarray(ids), active=active, allowed=allowed).logits)
+def _forward(config: ModelConfig, active: int, mesh: Mesh | None) -> Callable[..., jax.Array]:
+    def logits(params: Params, ids: jax.Array, allowed: jax.Array) -> jax.Array:
+        return forward(config, params, jnp.asarray(ids), active=active, allowed=allowed, mesh=mesh).logits
+
+    return jax.jit(logits)

@@ -68,6 +68,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return math.prod(mesh.shape[axis] for axis in BATCH[0])
+
+
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a batch the devices of this process hold, in order."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -11,10 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.cli import main
+from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Sampling, TextStream, generate, programs, sample
+from flexolmo_jax.loaded import load
 from flexolmo_jax.model import Params, forward, init_params
 
 E, N = 4, 12
@@ -309,3 +312,40 @@ def test_whole_characters_are_not_held_back(tokenizer):
             given_so_far += stream.push(token)
         assert given_so_far.endswith(char)
     assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("mesh", ["tensor=4", "tensor=2,expert=2", "fsdp=2,tensor=2,expert=2"])
+def test_a_model_spread_over_devices_writes_and_scores_the_same(model, prepared, capsys, mesh):
+    """The vocabulary's, heads', FFN's and experts' shares of each device, and the cache's."""
+    whole = load(model)
+    spread = load(
+        model,
+        mesh=MeshConfig(
+            **{"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | {k: int(n) for k, n in (p.split("=") for p in mesh.split(","))}
+        ),
+    )
+    assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread.params))
+    prompts = ["the tenant shall", "def parse() returns", "the patient", "a farmer feeds"]
+    ids = np.random.default_rng(0).integers(3, 300, (4, 16))
+    expected = whole.logits(ids, without=["law"])
+    np.testing.assert_allclose(spread.logits(ids, without=["law"]), expected, atol=1e-5 * np.abs(expected).max())
+    assert spread.generate(prompts, 12) == whole.generate(prompts, 12)
+    scores = []
+    for flags in ([], ["--mesh", mesh]):
+        assert main(["eval", str(model), "--data", str(prepared["law"]), "--json", "--batch-size", "8", *flags]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["bits_per_byte"]["law"])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--mesh", "tensor=16"], "needs 16 devices; got 8"),
+        (["--mesh", "tensors=2"], "tensor"),
+        (["--mesh", "tensor=0"], "expected positive numbers"),
+        (["--mesh", "fsdp=2", "--prompt", "b", "--prompt", "c"], "3 rows do not divide over 2 devices"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_told_in_one_line(model, capsys, flags, told):
+    assert main(["generate", str(model), "--prompt", "a", *flags]) == 2
+    assert told in capsys.readouterr().err

@@ -1,8 +1,11 @@
 """`flexolmo eval`: bits per byte and routing shares of a run, anchor or model on held-out text."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
 
 from flexolmo_jax.data.documents import name_of
 from flexolmo_jax.data.prepare import open_heldout
@@ -10,6 +13,7 @@ from flexolmo_jax.data.records import Split
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.progress import bar
+from flexolmo_jax.sharding import put_batch
 from flexolmo_jax.train.evaluate import make_scorer, score_records
 
 RAW_SEQ_LEN = 1024  # records that raw documents are packed into, where no prepared directory says otherwise
@@ -31,7 +35,9 @@ def evaluate(
     "routing_by_layer": {data: {expert: [share of each layer]}}}; `limit` reads the first records of each only.
     """
     k, allowed = model.selection(without, active)
-    scorer = make_scorer(model.config, k)
+    model.check_rows(batch_size)
+    scorer = make_scorer(model.config, k, mesh=model.mesh)
+    put = jnp.asarray if model.mesh is None else functools.partial(put_batch, model.mesh, range(batch_size), batch_size)
     result: dict[str, Any] = {"bits_per_byte": {}, "tokens": {}, "bytes": {}, "routing": {}, "routing_by_layer": {}}
     for path in data:
         records = open_heldout(path, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len), split)
@@ -47,6 +53,7 @@ def evaluate(
                 allowed=allowed,
                 limit=limit,
                 batch_size=batch_size,
+                put=put,
                 advance=advance,
             )
         result["bits_per_byte"][name] = score.bits_per_byte

@@ -149,7 +149,7 @@ def _needed(message: str, arguments: int) -> int:
 
 
 def _training_advice(run: RunConfig, slice_: Slice, slices: int, mesh: Mesh, report: dict[str, Any]) -> str:
-    ways = math.prod(mesh.shape[axis] for axis in sharding.BATCH[0])
+    ways = sharding.batch_ways(mesh)
     records = run.data.batch_size // run.train.accumulate // ways
     if records > 1:
         return f"--set train.accumulate={run.data.batch_size // ways} (a device holds {records} records at once; then it holds 1)"

@@ -1,5 +1,6 @@
 """The loop: it learns, stops and goes on bit for bit, falls back over damage, and refuses what is not its own."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.flex.pair import train_pair
 from flexolmo_jax.flex.router import train_router
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.train import loop
 from flexolmo_jax.train.metrics import MetricsWriter, read_metrics
 from flexolmo_jax.train.pretrain import pretrain
 from tests.tiny import documents, pair_config, run_config, write_jsonl
@@ -189,6 +191,19 @@ def test_another_config_may_not_go_on_with_a_run(prepared, uninterrupted, change
 def test_how_often_to_look_and_the_mesh_may_change(prepared, finished):
     looks = ("train.eval_every=1", "train.save_every=3", "train.keep=5", "train.log_every=2", "mesh.fsdp=2", "train.eval_records=4")
     assert pretrain(run_config("anchor", prepared["public"], *looks), finished)["step"] == 20
+
+
+def test_a_run_goes_on_on_another_mesh(prepared, uninterrupted, tmp_path):
+    """Eight steps on each of three; parameters, moments and counters are laid out anew from what was saved."""
+    for steps, mesh in (("8", ("mesh.fsdp=8",)), ("16", ("mesh.fsdp=4", "mesh.tensor=2")), ("20", ("mesh.data=2", "mesh.fsdp=4"))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "stop_requests", lambda: contextlib.nullcontext(lambda number: 42 if number == int(steps) else None))
+            with contextlib.suppress(SystemExit):
+                pretrain(run_config("anchor", prepared["public"], *EVERY, *mesh), tmp_path / "run")
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == list(range(1, 21))
+    on_one, on_three = saved(uninterrupted, 20), saved(tmp_path / "run", 20)
+    for name, array in on_one.items():
+        np.testing.assert_allclose(on_three[name], array, rtol=1e-4, atol=1e-4 * np.abs(array).max(), err_msg=name)
 
 
 def test_a_pair_may_not_go_on_with_another_anchor_at_the_same_path(anchor, anchor32, prepared, pair_runs, tmp_path):
