@@ -40,8 +40,9 @@ test-slow: $(testing) ## the slow tests
 test-launch: .venv-launch/.installed-$(version) ## the launchers' commands against the real XPK and SkyPilot; ARGS=--update
 	PATH="$(CURDIR)/.venv-launch/bin:$$PATH" .venv-launch/bin/python tests/launch/real_tools.py $(ARGS)
 
-test-tpu-compile: .venv-tpu/.installed-$(version) ## compiles every kernel for real TPU slices, without one; ARGS=--help says more
+test-tpu-compile: .venv-tpu/.installed-$(version) ## compiles every kernel, and steps, for real TPU slices, without one; ARGS= for kernels
 	.venv-tpu/bin/python tests/tpu/compile_kernels.py $(ARGS)
+	.venv-tpu/bin/python tests/tpu/plan_steps.py
 
 test-tpu: .venv-tpu/.installed-$(version)-test ## on a machine with a TPU: the kernels' tests on it, then their times
 	JAX_PLATFORMS=tpu JAX_DEFAULT_MATMUL_PRECISION=highest .venv-tpu/bin/python -m pytest -n 0 -m tpu tests/kernels $(ARGS)

@@ -36,6 +36,7 @@ RUNS = {  # name in files -> (title, config, rows and context of a decoding step
 # microbatch.
 LAYOUTS = {"joint-fsdp": (), "joint-fsdp-expert": ("mesh.expert=8",)}
 LAYOUTS_ON = "v5p:4x4x4"
+JOBS = (("pair", "v5p:4x4x4"), ("pair", "v6e:16x16"), ("anchor", "v5p:4x8x8"))  # of launch/jobs, whose preflight asks for these
 LIMIT_S = 900
 
 
@@ -50,6 +51,8 @@ def main() -> None:
         print(tables(options.out))
         return
     options.out.mkdir(parents=True, exist_ok=True)
+    for config, topology in JOBS:
+        plan(f"job-{config}", config, topology, (), None, options.out)
     for name in options.runs:
         for kind in options.types:
             smallest(name, kind, options.out)

@@ -6,7 +6,10 @@ from flexolmo_jax.config import RunConfig, to_dict
 
 
 def program_of(run: RunConfig) -> dict[str, Any]:
-    """The part of a config that its program depends on: where two configs agree here, one plan holds for both."""
+    """The part of a config that its program depends on: where two configs agree here, one plan holds for both.
+
+    That is as far as a config says it: a pair's and a router run's architecture is that of their anchor or model.
+    """
     pair = run.pair and {"contrast": run.pair.contrast > 0 < run.pair.public_share, "router_noise": run.pair.router_noise > 0}
     return {
         "run": run.run,

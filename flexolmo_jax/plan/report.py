@@ -33,7 +33,7 @@ def plan_training(run: RunConfig, slice_: Slice, slices: int = 1, is_trained: Ca
 
     `is_trained`: by path, where it is not the run's own.
     """
-    model = architecture(run)
+    model, program = architecture(run), program_of(run)
     mesh = _mesh(run.mesh, slice_, slices, run)
     run = dataclasses.replace(run, model=model)
     flops = step_flops(run, model)
@@ -44,7 +44,7 @@ def plan_training(run: RunConfig, slice_: Slice, slices: int = 1, is_trained: Ca
         more = {"fsdp_minimum_bytes": run.train.accumulate * fsdp_minimum(step, run.train.compute_dtype)}
     else:
         more = {"change": _training_advice(run, slice_, slices, mesh, report)}
-    return _head(slice_, slices, mesh) | {"program": program_of(run), "model_flops": flops.model} | report | more
+    return _head(slice_, slices, mesh) | {"program": program, "model_flops": flops.model} | report | more
 
 
 def plan_decoding(model: ModelConfig, slice_: Slice, batch: int, context: int, mesh: MeshConfig = DECODING_MESH) -> dict[str, Any]:

@@ -195,9 +195,9 @@ def test_how_often_to_look_and_the_mesh_may_change(prepared, finished):
 
 def test_a_run_goes_on_on_another_mesh(prepared, uninterrupted, tmp_path):
     """Eight steps on each of three; parameters, moments and counters are laid out anew from what was saved."""
-    for steps, mesh in (("8", ("mesh.fsdp=8",)), ("16", ("mesh.fsdp=4", "mesh.tensor=2")), ("20", ("mesh.data=2", "mesh.fsdp=4"))):
+    for last, mesh in ((8, ("mesh.fsdp=8",)), (16, ("mesh.fsdp=4", "mesh.tensor=2")), (20, ("mesh.data=2", "mesh.fsdp=4"))):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "stop_requests", lambda: contextlib.nullcontext(lambda number: 42 if number == int(steps) else None))
+            patch.setattr(loop, "stop_requests", lambda last=last: contextlib.nullcontext(lambda number: 42 if number == last else None))
             with contextlib.suppress(SystemExit):
                 pretrain(run_config("anchor", prepared["public"], *EVERY, *mesh), tmp_path / "run")
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == list(range(1, 21))
