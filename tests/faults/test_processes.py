@@ -13,10 +13,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.checkpoint import StepCheckpoints
 from flexolmo_jax.config import dump_yaml
+from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.train.metrics import read_metrics
+from tests.object_store import upload
 from tests.tiny import pair_config, run_config
 from tests.train.test_loop import assert_same_bits, saved
 
@@ -196,3 +201,27 @@ def test_a_directory_that_not_all_processes_see_is_refused(config, tmp_path):
     with Processes(2, config, tmp_path / "run", out_of={1: tmp_path / "elsewhere"}) as processes:
         assert set(processes.statuses()) <= {2, *ENDINGS}, processes.told()
     assert "is not the same place for all processes" in processes.logs[1].read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_bucket_and_go_on_there(bucket, prepared, tmp_path):
+    """Data, checkpoints and metrics; one is killed. What comes of it are the bits of one process on a disk."""
+    run = run_config("anchor", prepared["public"], "train.steps=12", "mesh.fsdp=8", "train.save_every=4")
+    (tmp_path / "disk.yaml").write_text(dump_yaml(run))
+    upload(prepared["public"], bucket / "public")
+    (tmp_path / "bucket.yaml").write_text(dump_yaml(run).replace(str(prepared["public"]), str(bucket / "public")))
+    outs = {0: bucket / "run", 1: bucket / "run"}
+    with Processes(2, tmp_path / "bucket.yaml", tmp_path / "killed", out_of=outs) as processes:
+        while not StepCheckpoints(bucket / "run" / "checkpoints").steps():
+            assert all(process.poll() is None for process in processes.all), processes.told()
+            time.sleep(0.1)
+        processes.all[1].kill()
+        assert set(processes.statuses([0], within=WITHIN)) <= ENDINGS, processes.told()
+    with Processes(2, tmp_path / "bucket.yaml", tmp_path / "resumed", out_of=outs) as processes:
+        assert processes.statuses() == [0, 0], processes.told()
+    expected, found = (
+        flatten(open_artifact(path).params()) for path in (finish(1, tmp_path / "disk.yaml", tmp_path / "disk"), bucket / "run")
+    )
+    for name, array in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(array), err_msg=name)
+    assert [row["step"] for row in read_metrics(bucket / "run") if "loss" in row] == list(range(1, 13))
