@@ -67,15 +67,17 @@ def load(config: str) -> RunConfig:
 
 
 def smallest(name: str, kind: str, out: Path) -> None:
-    """Plans a run on ever larger slices until it fits."""
+    """Plans a run on ever larger slices until it fits; where none holds it with fsdp alone, the largest with experts spread too."""
     _, config, decode = RUNS[name]
     run = load(config)
-    for slice_ in slices_of(kind):
-        if resident(run, decode) > slice_.devices * slice_.chip.usable_gib * GIB:
-            continue
+    large_enough = [s for s in slices_of(kind) if resident(run, decode) <= s.devices * s.chip.usable_gib * GIB]
+    for slice_ in large_enough:
         overrides = () if decode else one_record(run, slice_.name)
         if plan(name, config, slice_.name, overrides, decode, out)["fits"]:
             return
+    if name == "joint":
+        topology = large_enough[-1].name
+        plan(f"{name}-expert", config, topology, one_record(run, topology, "mesh.expert=8"), decode, out)
 
 
 def one_record(run: RunConfig, topology: str, *overrides: str) -> tuple[str, ...]:
@@ -144,19 +146,15 @@ def trainable(out: Path) -> None:
 def tables(out: Path) -> str:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
     lines = [
-        "| run | slice | chips | peak, of what a device has | temporaries | a step | tokens/s | bound | moved, of the least |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| run | slice | chips | mesh | peak, of what a device has | temporaries | a step | tokens/s | bound | moved, of the least |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (title, *_) in RUNS.items():
         for kind in CHIPS:
-            of = sorted((r for stem, r in found.items() if stem.startswith(f"{name}-{kind}-")), key=lambda r: r["chips"])
-            for report in (r for r in of if r["fits"]):
-                lines.append(row(title, report))
-    for name in LAYOUTS:
-        for stem, report in found.items():
-            if stem == f"{name}-{LAYOUTS_ON.replace(':', '-')}" and report["fits"]:
-                mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1)
-                lines.append(row(f"7x7B top-5 joint training, {mesh}", report))
+            for stem, report in found.items():
+                if report["fits"] and stem.startswith((f"{name}-{kind}-", f"{name}-expert-{kind}-")):
+                    lines.append(row(title, report))
+    lines += [row(RUNS["joint"][0], found[stem]) for stem in found if stem.startswith(tuple(LAYOUTS)) and found[stem]["fits"]]
     refused = [
         f"| {stem.split('-')[0]} | {r['topology']} | {r['peak_bytes'] / GIB:.1f} of {r['hbm_bytes'] / GIB:.1f} GiB |"
         for stem, r in sorted(found.items())
@@ -178,12 +176,19 @@ def tables(out: Path) -> str:
 
 def row(title: str, report: dict[str, Any]) -> str:
     seconds, (low, high) = report["seconds"], report["tokens_per_second"]
-    share = f"{report['collective_bytes'] / report['fsdp_minimum_bytes']:.2f}" if report.get("fsdp_minimum_bytes") else ""
-    return (
-        f"| {title} | {report['topology']} | {report['chips']} | {report['peak_bytes'] / GIB:.1f} of {report['hbm_bytes'] / GIB:.1f} GiB "
-        f"| {report['temporary_bytes'] / GIB:.1f} GiB | {seconds['overlapped']:.3g} to {seconds['in_turn']:.3g} s "
-        f"| {low:,.0f} to {high:,.0f} | {seconds['bound']} | {share} |"
-    )
+    cells = [
+        title,
+        report["topology"],
+        str(report["chips"]),
+        " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1),
+        f"{report['peak_bytes'] / GIB:.1f} of {report['hbm_bytes'] / GIB:.1f} GiB",
+        f"{report['temporary_bytes'] / GIB:.1f} GiB",
+        f"{seconds['overlapped']:.3g} to {seconds['in_turn']:.3g} s",
+        f"{low:,.0f} to {high:,.0f}",
+        seconds["bound"],
+        f"{report['collective_bytes'] / report['fsdp_minimum_bytes']:.2f}" if report.get("fsdp_minimum_bytes") else "",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def open_regular(path: Path) -> BinaryIO:
 def kvstore(directory: Path) -> dict[str, Any]:
     """TensorStore's name of a directory."""
     if in_bucket(directory):
-        bucket = bucket_of(directory)
-        return {"driver": "gcs", "bucket": bucket, "path": str(directory).removeprefix(f"{BUCKETS}{bucket}/") + "/"}
+        bucket, _, name = str(directory).removeprefix(BUCKETS).partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{name}/" if name else ""}
     return {"driver": "file", "path": str(directory.absolute())}
 
 

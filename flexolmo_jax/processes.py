@@ -47,7 +47,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         coordinator, processes, process: host:port that the first process listens on, how many there are, and which this is; all or none.
         look: without them, whether to look for what a TPU pod, GKE, Slurm or JAX_COORDINATOR_ADDRESS says.
 
-    Raises UserError where these do not fit together or the others cannot be reached.
+    Raises UserError where these do not fit together; SystemExit with 75 where the others cannot be reached.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     if missing := [name for name, value in given.items() if value is None]:
@@ -68,8 +68,11 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=GOODBYE, **options,
         )  # fmt: skip
     except (RuntimeError, ValueError, OSError) as error:
-        where = place.coordinator or "the environment"
-        raise UserError(f"cannot join the other processes ({where}): {' '.join(str(error).split())[:200]}") from error
+        told = f"cannot join the other processes ({place.coordinator or 'as the environment says'}): {' '.join(str(error).split())[:200]}"
+        if not isinstance(error, RuntimeError):
+            raise UserError(told) from error
+        print(f"flexolmo: {told}", file=sys.stderr)
+        raise SystemExit(PEER_LOST) from error  # one that starts too late is no mistake
     global _joined
     _joined = True
     progress.console.quiet = jax.process_index() != 0

@@ -75,6 +75,13 @@ def test_one_process_is_the_first_and_asks_nobody():
         by_the_first(lambda: (_ for _ in ()).throw(UserError("mine")))
 
 
+def test_others_that_cannot_be_reached_are_lost_not_a_mistake():
+    """Nobody listens there; the launchers start again after 75 and after the runtime's own abort."""
+    program = "from flexolmo_jax import processes\nprocesses.PATIENCE = 2\nprocesses.join('127.0.0.1:9', 2, 1)\n"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert ended.returncode in (75, -6), ended.stderr
+
+
 def test_the_watchdog_ends_what_hangs_and_shows_where():
     program = (
         "import time\n"

@@ -66,14 +66,15 @@ class _Computation:
     parameters: dict[int, str] = field(default_factory=dict)
 
 
-def collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
+def collectives(hlo: str, mesh: Mapping[str, int], *, one_pass: bool = False) -> list[Collective]:
     """All collectives of a partitioned program, a start and its done as one. `mesh`: axis sizes in the order of its devices.
 
-    Raises ValueError for a loop around a collective whose length the text does not tell.
+    `one_pass`: of the program's own loop, whose length its arguments decide, count one pass. Raises ValueError for any other loop around a
+    collective whose length the text does not tell.
     """
     computations, entry = _parse(hlo)
     found: dict[tuple[str, int], Collective] = {}
-    for instruction, computation, runs in _walk(computations, entry, 1):
+    for instruction, computation, runs in _walk(computations, entry, 1, one_pass):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -177,15 +178,17 @@ def _received(kind: str, operand: int, size: int) -> float:
     return operand * (size - 1) / size
 
 
-def _walk(computations: dict[str, _Computation], name: str, runs: int) -> Iterator[tuple[_Instruction, _Computation, int]]:
-    """Every instruction that runs, where it stands, and how often it runs."""
+def _walk(
+    computations: dict[str, _Computation], name: str, runs: int, one_pass: bool = False
+) -> Iterator[tuple[_Instruction, _Computation, int]]:
+    """Every instruction that runs, where it stands, and how often it runs. `one_pass`: of the loops that stand here."""
     computation = computations[name]
     for instruction in computation.instructions.values():
         yield instruction, computation, runs
         if instruction.opcode == "while":
             body = instruction.attribute("body") or ""
             if _has_collectives(computations, body):
-                count = _trip_count(computations, computation, instruction)
+                count = 1 if one_pass else _trip_count(computations, computation, instruction)
                 yield from _walk(computations, body, runs * count)
             continue
         for key in ("calls", "to_apply", "true_computation", "false_computation", "branch_computations", "called_computations"):

@@ -120,7 +120,7 @@ def _compile(step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int) -
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    moved = collectives(compiled.as_text(), dict(mesh.shape))
+    moved = collectives(compiled.as_text(), dict(mesh.shape), one_pass="cache" in step.kinds)
     written = memory.argument_size_in_bytes + memory.output_size_in_bytes
     times = roofline(slice_, mesh, flops, written, moved)
     return {

@@ -107,38 +107,43 @@ def assert_ended_alike(run: Path, whole: Path) -> None:
     assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in expected]
 
 
-def test_four_processes_equal_one_bit_for_bit(config, whole, tmp_path):
-    run = finish(4, config, tmp_path / "run")
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_equal_one_bit_for_bit(config, whole, tmp_path, count):
+    run = finish(count, config, tmp_path / "run")
     assert_ended_alike(run, whole)
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, STEPS + 1))  # one of them writes
 
 
-@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_sigterm_to_any_process_saves_the_same_step_of_all_and_fewer_processes_go_on(config, whole, tmp_path, which):
-    with Processes(4, config, tmp_path / "run") as processes:
+@pytest.mark.parametrize(
+    ("count", "which", "resumed_on"),
+    [(2, 1, 1), pytest.param(4, 0, 2, marks=pytest.mark.slow), pytest.param(4, 2, 4, marks=pytest.mark.slow)],
+)
+def test_sigterm_to_any_process_saves_the_same_step_of_all_and_any_number_goes_on(config, whole, tmp_path, count, which, resumed_on):
+    with Processes(count, config, tmp_path / "run") as processes:
         processes.wait_for_step(12)
         processes.all[which].terminate()
-        assert processes.statuses(within=60) == [42] * 4, processes.told()
+        assert processes.statuses(within=60) == [42] * count, processes.told()
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert 12 < steps[-1] < STEPS and steps[-1] % 10, "not a regular save"
     assert f"stopped by a signal at step {steps[-1]}" in processes.logs[0].read_text()
-    assert_ended_alike(finish(2, config, tmp_path / "run"), whole)
+    assert_ended_alike(finish(resumed_on, config, tmp_path / "run"), whole)
 
 
 @pytest.mark.parametrize(
-    ("number", "which", "resumed_on"),
+    ("count", "number", "which", "resumed_on"),
     [
-        (signal.SIGKILL, 1, 1),
-        pytest.param(signal.SIGKILL, 0, 4, marks=pytest.mark.slow),
-        pytest.param(signal.SIGSTOP, 3, 2, marks=pytest.mark.slow),
+        (2, signal.SIGKILL, 1, 1),
+        pytest.param(4, signal.SIGKILL, 1, 1, marks=pytest.mark.slow),
+        pytest.param(4, signal.SIGKILL, 0, 4, marks=pytest.mark.slow),
+        pytest.param(4, signal.SIGSTOP, 3, 2, marks=pytest.mark.slow),
     ],
-    ids=["worker killed", "coordinator killed", "worker stopped"],
+    ids=["one of two killed", "worker killed", "coordinator killed", "worker stopped"],
 )
-def test_the_others_end_when_one_is_gone_and_any_number_goes_on(config, whole, tmp_path, number, which, resumed_on):
-    with Processes(4, config, tmp_path / "run") as processes:
+def test_the_others_end_when_one_is_gone_and_any_number_goes_on(config, whole, tmp_path, count, number, which, resumed_on):
+    with Processes(count, config, tmp_path / "run") as processes:
         processes.wait_for_step(12)
         processes.all[which].send_signal(number)
-        others = [i for i in range(4) if i != which]
+        others = [i for i in range(count) if i != which]
         assert set(processes.statuses(others, within=WITHIN)) <= ENDINGS, processes.told()
     assert_ended_alike(finish(resumed_on, config, tmp_path / "run"), whole)
 

@@ -26,7 +26,7 @@ def mesh() -> Mesh:
     return Mesh(np.asarray(jax.devices()).reshape(4, 2), ("rows", "columns"))
 
 
-def counted(body, repeat: int = 1) -> list[Collective]:
+def counted(body, repeat: int = 1, one_pass: bool = False) -> list[Collective]:
     """The collectives of `body`, run by every device on its rows, `repeat` times in a loop."""
 
     @functools.partial(jax.shard_map, mesh=mesh(), in_specs=ROWS, out_specs=ROWS, check_vma=False)
@@ -34,7 +34,7 @@ def counted(body, repeat: int = 1) -> list[Collective]:
         return jax.lax.fori_loop(0, repeat, lambda _, x: body(x), x) if repeat > 1 else body(x)
 
     arguments = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh(), ROWS))
-    return collectives(jax.jit(run).lower(arguments).compile().as_text() or "", dict(mesh().shape))
+    return collectives(jax.jit(run).lower(arguments).compile().as_text() or "", dict(mesh().shape), one_pass=one_pass)
 
 
 def twice(x):
@@ -73,6 +73,8 @@ def test_a_loop_of_unknown_length_is_refused():
 
     with pytest.raises(ValueError, match="does not tell how often"):
         counted(body)
+    (one,) = counted(body, one_pass=True)  # which is how a step of decoding is counted
+    assert (one.kind, one.runs) == ("all-reduce", 1)
 
 
 # As libtpu writes them (shortened): a ring of moves beside a product, and a gather over a whole torus as an all-reduce.
