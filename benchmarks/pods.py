@@ -51,11 +51,11 @@ def main() -> None:
         print(tables(options.out))
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    for config, topology in JOBS:
-        plan(f"job-{config}", config, topology, (), None, options.out)
     for name in options.runs:
         for kind in options.types:
             smallest(name, kind, options.out)
+    for config, topology in JOBS:
+        plan(f"job-{config}", config, topology, (), None, options.out)
     for name, overrides in LAYOUTS.items():
         plan(name, "joint", LAYOUTS_ON, one_record(load("joint"), LAYOUTS_ON, *overrides), None, options.out)
     trainable(options.out)

@@ -14,6 +14,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.plan.program import program_of
+from flexolmo_jax.plan.report import _needed
 from flexolmo_jax.plan.steps import architecture, decoded, decoding_step, training_step
 from flexolmo_jax.sharding import make_mesh
 from flexolmo_jax.train.flops import forward_flops, step_flops
@@ -94,6 +95,19 @@ def test_mistakes_are_told_in_one_line_before_anything_is_compiled(arguments, to
         status = stop.code
     error = capsys.readouterr().err
     assert status == 2 and told in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        # As libtpu 0.0.50 says it, and as earlier ones did.
+        ("Ran out of memory on HBM, the total memory required for HLO temporaries (45.83G) exceeds available HBM (31.24G).", 45.83),
+        ("Ran out of memory in memory space hbm. Used 35.80G of 31.24G hbm. Exceeded hbm capacity by 4.56G.", 35.8),
+        ("Used 512.00M of 256.00M hbm.", 0.5),
+    ],
+)
+def test_a_refusal_tells_what_would_be_needed(message, gib):
+    assert _needed(message) == pytest.approx(gib * 2**30)
 
 
 def test_an_architecture_that_nothing_says_is_asked_for():

@@ -39,7 +39,7 @@ def a_pair_reduces_gradients_of_its_expert_alone(topology: str) -> str:
     assert 0.95 * gradients < reduced < 1.05 * ring * gradients, (reduced, gradients)
     held = sum(report[key] for key in ("parameters_bytes", "frozen_bytes", "optimizer_bytes", "batch_bytes"))
     total = held + report["temporary_bytes"] + report["result_bytes"]
-    assert total <= report["peak_bytes"] < 1.1 * total + 2**26, (total, report["peak_bytes"])
+    assert abs(total - report["peak_bytes"]) < 0.02 * total and report["temporary_bytes"] > 0, (total, report["peak_bytes"])
     return f"{report['peak_bytes'] / GIB:.1f} GiB, moved {moved / least:.2f} of the least"
 
 
