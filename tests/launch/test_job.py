@@ -41,6 +41,11 @@ def test_every_example_is_a_job_whose_config_runs_on_its_slice(path):
     check_devices(load_config(ROOT / job.config, job.set), job.slice.devices, job.where)
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_has_a_plan_that_says_it_fits(path):
+    preflight(load_job(path))
+
+
 def test_the_first_example_names_every_key():
     assert yaml.safe_load((ROOT / "launch/jobs/biomed.yaml").read_text()).keys() == Job.__dataclass_fields__.keys()
 
