@@ -5,6 +5,7 @@ Figures per chip are those of Google's pages as read in November 2026: docs.clou
 
 import difflib
 import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -55,6 +56,13 @@ COMPILER_ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
+}
+# How a training step is compiled for TPUs. Rings that overlap a gather with the product it feeds move n + 1 shards where n - 1 are needed;
+# and libtpu gathers weights anew in the backward pass long before memory is full, unless it may use all of it.
+STEP_OPTIONS = {
+    "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
+    "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
+    "xla_jf_rematerialization_percent_shared_memory_limit": "100",
 }
 # The names of marketing, of other interfaces and of earlier pages.
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "v7x": "tpu7x", "v7": "tpu7x", "tpu7": "tpu7x", "ironwood": "tpu7x"}
@@ -120,6 +128,12 @@ def slice_of(name: str) -> Slice:
         near = order if order in shapes else min(shapes, key=lambda other: abs(math.log(math.prod(_numbers(other)) / math.prod(shape))))
         raise UserError(f"there is no slice {name}; the nearest is {kind}:{near}; there are {', '.join(shapes)}")
     return Slice(chip, shape)
+
+
+def step_options(platform: str) -> dict[str, str]:
+    """Options of the compiler for a training step on devices of this platform; what LIBTPU_INIT_ARGS names is left as it says."""
+    said = os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {name: value for name, value in STEP_OPTIONS.items() if platform == "tpu" and name not in said}
 
 
 def slices_of(kind: str) -> list[Slice]:

@@ -3,7 +3,7 @@
 import pytest
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.tpus import CHIPS, slice_of, slices_of
+from flexolmo_jax.tpus import CHIPS, STEP_OPTIONS, slice_of, slices_of, step_options
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,12 @@ def test_the_slices_of_a_type_grow():
 def test_links_add_up_to_what_the_pages_give():
     assert CHIPS["v5p"].link_gbs == 100  # three dimensions, two neighbours in each, both ways: 1200
     assert CHIPS["v5e"].link_gbs == 50
+
+
+def test_a_step_s_options_are_for_tpus_and_give_way_to_the_user_s_own(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    assert step_options("cpu") == step_options("gpu") == {}
+    assert step_options("tpu") == STEP_OPTIONS
+    first, *others = STEP_OPTIONS
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{first}=true --xla_tpu_other=1")
+    assert step_options("tpu") == {name: STEP_OPTIONS[name] for name in others}

@@ -12,6 +12,7 @@ from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
 from flexolmo_jax.sharding import replicated
+from flexolmo_jax.tpus import step_options
 
 from .losses import Contrast, LossSums, loss_sums, predicts
 from .optimizer import learning_rate
@@ -79,7 +80,8 @@ def make_step(
         params: Any = optax.apply_updates(state.params, updates)  # optax types its result as any kind of tree
         return TrainState(params, optimizer_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    return jax.jit(step, donate_argnums=0, compiler_options=step_options(platform))
 
 
 def _router_noise(key: jax.Array, shape: tuple[int, ...], L: int) -> jax.Array:

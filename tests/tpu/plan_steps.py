@@ -11,8 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
-# Redundant moves of the rings in which libtpu overlaps gathers with products: n + 1 where n - 1 would do.
-SLACK = 1.2
+SLACK = 1.2  # more than what FSDP cannot do without
 
 
 def plan(*arguments: str) -> tuple[int, dict[str, Any]]:
@@ -32,11 +31,10 @@ def a_pair_reduces_gradients_of_its_expert_alone(topology: str) -> str:
     assert status == 0 and report["fits"], report["peak_bytes"]
     moved, least = report["collective_bytes"], report["fsdp_minimum_bytes"]
     devices = report["devices"]
-    ring = max(SLACK, 1.05 * (devices + 1) / (devices - 1))
-    assert least < moved < ring * least, (moved, least)
+    assert 0.98 * least < moved < SLACK * least, (moved, least)
     gradients = 2 * report["parameters_bytes"] / 4 * 2 * (devices - 1)  # two microbatches, in bfloat16
     reduced = of_kind(report, "reduce-scatter", "all-reduce")
-    assert 0.95 * gradients < reduced < 1.05 * ring * gradients, (reduced, gradients)
+    assert 0.95 * gradients < reduced < 1.05 * gradients, (reduced, gradients)
     held = sum(report[key] for key in ("parameters_bytes", "frozen_bytes", "optimizer_bytes", "batch_bytes"))
     total = held + report["temporary_bytes"] + report["result_bytes"]
     assert abs(total - report["peak_bytes"]) < 0.02 * total and report["temporary_bytes"] > 0, (total, report["peak_bytes"])
