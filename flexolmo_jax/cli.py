@@ -96,7 +96,7 @@ def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
 def _tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.data.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(args.input, args.vocab_size, args.out)
+    tokenizer = train_tokenizer(args.input, args.vocab_size, args.out, heldout=args.heldout)
     return {"out": str(args.out), "vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest}
 
 
@@ -122,7 +122,7 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
 
     anchor = publish(
         args.source, args.public, args.out,
-        embedder=args.embedder, dtype=args.dtype, seq_len=args.seq_len, checkpoint_name=args.checkpoint,
+        embedder=args.embedder, dtype=args.dtype, seq_len=args.seq_len, heldout=args.heldout, checkpoint_name=args.checkpoint,
     )  # fmt: skip
     return {"out": str(args.out), "fingerprint": anchor.fingerprint, "embedder": anchor.description["embedder"]}
 
@@ -351,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", required=True, help="a tokenizer.json, or an anchor, model or run that has one", type=path_of)
     p.add_argument("--seq-len", type=int, required=True)
     p.add_argument("--out", required=True, type=path_of)
-    p.add_argument("--heldout", type=float, default=0.05, help="share of documents held out (default 0.05)")
+    _add_heldout(p)
     p.add_argument("--workers", type=_positive, help="default: one a core")
 
     p = verb(
@@ -360,6 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--input", nargs="+", required=True, type=path_of)
     p.add_argument("--vocab-size", type=int, required=True)
+    _add_heldout(p)
     p.add_argument("--out", required=True, type=path_of)
 
     p = verb(
@@ -389,6 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--embedder", default="tfidf", help="tfidf (default), minilm, or a sentence-transformers model")
     p.add_argument("--dtype", default="bfloat16", help="release dtype: bfloat16 (default) or float32")
     p.add_argument("--seq-len", type=int, help="of the public records that travel with the anchor (default: the run's)")
+    _add_heldout(p)
     _add_checkpoint(p)
     p.add_argument("--out", required=True, type=path_of)
 
@@ -565,6 +567,13 @@ def _positive(text: str) -> int:
     return number
 
 
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a share from 0 to below 1")
+    return share
+
+
 def _rows_by_context(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
     if match is None:
@@ -590,6 +599,10 @@ def _bytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a size as 5GB or 500MB")
     return size
+
+
+def _add_heldout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--heldout", type=_share, default=0.05, help="share of documents that is for evaluation only (default 0.05)")
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:

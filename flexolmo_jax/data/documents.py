@@ -6,6 +6,7 @@ skipped silently: what cannot be read is a `UserError` that names the file and t
 """
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.paths import absolute, files_below, open_to_read, path_of, reason, size_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
+HELDOUT = 0.05  # share of documents kept for evaluation
 INDEX_FILE = "index.json"  # what makes a directory a prepared one: see data/records.py
 
 _LINE_FORM = 'expected one JSON object a line with a "text" string'
@@ -36,6 +38,24 @@ def read_documents(path: Path, advance: Callable[[int], Any] | None = None) -> I
     """
     files = document_files(path)
     return (text for file in files for text in _read_file(file, advance or (lambda _: None)))
+
+
+def read_training_documents(path: Path, heldout: float = HELDOUT) -> Iterator[str]:
+    """As `read_documents`, without those that are held out for evaluation: what may be learnt from, by whatever it is that learns."""
+    return (text for text in read_documents(path) if not is_heldout(digest_of(text), heldout))
+
+
+def digest_of(text: str) -> bytes:
+    """SHA-256 of a document: what makes two documents the same."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def is_heldout(digest: bytes, share: float = HELDOUT) -> bool:
+    """Whether a document is held out: the first 8 bytes of its digest, as a fraction of their range, are below the share.
+
+    The digest alone decides, so that a document is on the same side in every corpus and for everyone.
+    """
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def document_files(path: Path) -> list[Path]:

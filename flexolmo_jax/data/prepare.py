@@ -18,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.data.documents import INDEX_FILE, document_files, has_documents, name_of, read_documents
+from flexolmo_jax.data.documents import (
+    HELDOUT,
+    INDEX_FILE,
+    digest_of,
+    document_files,
+    has_documents,
+    is_heldout,
+    name_of,
+    read_documents,
+)
 from flexolmo_jax.data.packing import Packer, Pieces, lay_out
 from flexolmo_jax.data.records import (
     FORMAT,
@@ -39,7 +48,6 @@ from flexolmo_jax.files import UNFINISHED, clear, is_whole, locked, make_folder,
 from flexolmo_jax.paths import absolute, in_bucket, join_objects, listing, open_to_write, path_of, reason, remove_objects, size_of
 from flexolmo_jax.progress import bar, note
 
-HELDOUT = 0.05
 CACHE_VARIABLE = "FLEXOLMO_CACHE"
 _CHUNK_CHARACTERS = 1 << 18
 _BUFFERED_RECORDS = 64
@@ -132,11 +140,6 @@ def prepare_cached(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path |
     return prepared
 
 
-def is_heldout(digest: bytes, share: float) -> bool:
-    """Whether a document with this SHA-256 is held out: its first 8 bytes, as a fraction of their range, are below the share."""
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
 def _prepare(files: list[Path], tokenizer: Tokenizer, seq_len: int, directory: Path, name: str, heldout: float, workers: int) -> Index:
     sizes = [size_of(file) for file in files]
     seen = _Seen(heldout)
@@ -180,7 +183,7 @@ class _Seen:
 
     def sort(self, texts: Iterable[str]) -> Iterator[tuple[Split, str]]:
         for text in texts:
-            digest = hashlib.sha256(text.encode()).digest()
+            digest = digest_of(text)
             if not text:
                 self.empty += 1
             elif digest in self._digests:

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from flexolmo_jax.data.documents import document_files, read_documents
+from flexolmo_jax.data.documents import HELDOUT, document_files, read_training_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import make_folder, write_text
 from flexolmo_jax.paths import children, reason, size_of
@@ -111,7 +111,9 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def train_tokenizer(files: Sequence[Path], vocab_size: int, out: Path, sample_bytes: int = 1 << 28) -> Tokenizer:
+def train_tokenizer(
+    files: Sequence[Path], vocab_size: int, out: Path, *, heldout: float = HELDOUT, sample_bytes: int = 1 << 28
+) -> Tokenizer:
     """Trains a byte-level BPE on documents and writes it; the same files give the same tokenizer.
 
     A tokenizer tells what it was trained on: use public text only.
@@ -119,6 +121,7 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int, out: Path, sample_by
     Args:
         files: document files or directories of them.
         vocab_size: with the two special tokens and the 256 bytes. Too little text gives a smaller one, and a note says so.
+        heldout: the share of documents that are not learnt from, because models are evaluated on them (as in `prepare`).
         out: a new file that ends in .json, or a new or empty directory, which gets a tokenizer.json.
         sample_bytes: how much text to learn from: the first part of every file, in proportion to its size.
 
@@ -139,7 +142,7 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int, out: Path, sample_by
     )
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=sorted(BYTES), show_progress=False)
-    backend.train_from_iterator(_sample(inputs, sample_bytes), trainer)
+    backend.train_from_iterator(_sample(inputs, heldout, sample_bytes), trainer)
     tokenizer = Tokenizer(backend.to_str())
     if tokenizer.vocab_size < vocab_size:
         note(f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little of it for more")
@@ -149,14 +152,14 @@ def train_tokenizer(files: Sequence[Path], vocab_size: int, out: Path, sample_by
     return tokenizer
 
 
-def _sample(files: Sequence[Path], sample_bytes: int) -> Iterator[str]:
+def _sample(files: Sequence[Path], heldout: float, sample_bytes: int) -> Iterator[str]:
     """The first part of every file, in proportion to its size on disk. Raises UserError where that is no text at all."""
     sizes = [size_of(file) for file in files]
     any_text = False
     with bar("tokenizer", min(sample_bytes, sum(sizes)), in_bytes=True) as advance:
         for file, size in zip(files, sizes, strict=True):
             left = max(1, sample_bytes * size // max(1, sum(sizes)))
-            for text in read_documents(file):
+            for text in read_training_documents(file, heldout):
                 text = text[:left]  # a character is a byte or more: cuts only what is too much anyway
                 any_text = any_text or bool(text)
                 yield text
@@ -166,7 +169,9 @@ def _sample(files: Sequence[Path], sample_bytes: int) -> Iterator[str]:
                 if left <= 0:
                     break
     if not any_text:
-        raise UserError(f"no text in {', '.join(str(file) for file in files) or 'no files'}: expected documents to learn from")
+        raise UserError(
+            f"no text in {', '.join(str(file) for file in files) or 'no files'}: expected documents to learn from that are not held out"
+        )
 
 
 def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], source: str) -> None:

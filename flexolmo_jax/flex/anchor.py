@@ -19,7 +19,7 @@ import yaml
 from flexolmo_jax import weights
 from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
-from flexolmo_jax.data.documents import name_of, read_documents
+from flexolmo_jax.data.documents import HELDOUT, name_of, read_training_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.files import new_directory, write_bytes
@@ -42,12 +42,14 @@ def publish(
     embedder: str = "tfidf",
     dtype: str = "bfloat16",
     seq_len: int | None = None,
+    heldout: float = HELDOUT,
     checkpoint_name: str = "last",
 ) -> Artifact:
     """Makes an anchor of a dense run or model, or of the first expert of an imported model, which keeps its router rows.
 
     `public` are documents: the embedder is fitted on them, row 0 comes from them, and they travel with the anchor as packed records
-    of `seq_len` tokens (default: the run's), so that owners have public text to contrast their own with.
+    of `seq_len` tokens (default: the run's), so that owners have public text to contrast their own with. A share of them, `heldout`, is
+    for evaluation only.
     Models are read a shard at a time. Raises UserError for a source that has an anchor, and for an unknown dtype.
     """
     if dtype not in RELEASE_DTYPES:
@@ -60,11 +62,11 @@ def publish(
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory / "tokenizer.json")
         length = seq_len or _trained_seq_len(source) or min(artifact.config.max_seq_len, 1024)
-        prepare(public, artifact.tokenizer, length, directory / "public")
-        fitted = fit_embedder(embedder, _documents(public), artifact.config.d_model)
+        prepare(public, artifact.tokenizer, length, directory / "public", heldout=heldout)
+        fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
         fitted.save(directory / "embedder")
         # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
-        row = domain_embedding(load_embedder(directory / "embedder"), _documents(public))
+        row = domain_embedding(load_embedder(directory / "embedder"), _documents(public, heldout))
         arrays = artifact.arrays(checkpoint_name)
         if artifact.config.n_experts == 1:
             arrays["experts/row"] = np.broadcast_to(row, arrays["experts/row"].shape)
@@ -160,9 +162,9 @@ def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path) -> np.
     return row
 
 
-def _documents(paths: Sequence[Path]) -> Iterator[str]:
+def _documents(paths: Sequence[Path], heldout: float = HELDOUT) -> Iterator[str]:
     for path in paths:
-        yield from read_documents(path)
+        yield from read_training_documents(path, heldout)
 
 
 def _trained_seq_len(path: Path) -> int | None:

@@ -17,7 +17,7 @@ import numpy as np
 from flexolmo_jax.artifact import Artifact, Placement
 from flexolmo_jax.config import Dataset, ModelConfig, PairConfig, RunConfig
 from flexolmo_jax.data.arrays import read_records
-from flexolmo_jax.data.documents import has_documents, read_documents
+from flexolmo_jax.data.documents import has_documents, read_training_documents
 from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import has_tokens
@@ -112,7 +112,7 @@ def _private_documents(run: RunConfig, tokenizer: Tokenizer):
     for dataset in run.data.train:
         path = path_of(dataset.path)
         if not has_tokens(path) and has_documents(path):
-            yield from read_documents(path)
+            yield from read_training_documents(path)
         else:
             records = open_data(path, tokenizer, run.data.seq_len, "train")
             chosen = np.random.default_rng(0).permutation(len(records))[:2000].tolist()

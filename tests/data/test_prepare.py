@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexolmo_jax.data import prepare as module
-from flexolmo_jax.data.prepare import is_heldout, prepare, prepare_cached
+from flexolmo_jax.data.documents import is_heldout
+from flexolmo_jax.data.prepare import prepare, prepare_cached
 from flexolmo_jax.data.records import Index, loss_targets, open_records, positions, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexolmo_jax.data.documents import digest_of, is_heldout
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
 
@@ -174,3 +175,10 @@ def test_training_refuses_a_tiny_vocabulary_no_text_and_an_output_that_exists(tm
     with pytest.raises(UserError, match="exists"):
         train_tokenizer([corpus], 300, corpus)
     assert not (tmp_path / "t").exists()
+
+
+def test_what_is_held_out_for_evaluation_is_not_learnt_from(tmp_path, made_up_documents, write_jsonl):
+    held_out = next(text for i in range(1000) if is_heldout(digest_of(text := f"{i} " + "qxyzzyq " * 200)))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [*made_up_documents(50, seed=3), held_out])
+    assert len(train_tokenizer([corpus], 400, tmp_path / "t").encode(" qxyzzyq")) == 8
+    assert len(train_tokenizer([corpus], 400, tmp_path / "all", heldout=0).encode(" qxyzzyq")) == 1

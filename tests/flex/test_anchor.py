@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.data.documents import digest_of, is_heldout
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.flex.anchor import embedder_digest, fingerprint_of, open_anchor, publish
+from flexolmo_jax.flex.anchor import embed_domain, embedder_digest, fingerprint_of, open_anchor, publish
 from flexolmo_jax.flex.embedder import domain_embedding, load_embedder
 from flexolmo_jax.flex.verify import verify
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model.tree import flatten, unflatten
-from tests.tiny import documents
+from tests.tiny import documents, write_jsonl
 
 
 def digests(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -66,7 +67,8 @@ def test_an_anchor_is_its_run_cast_once_with_the_mean_public_embedding_in_row_0(
     for path, array in released.items():
         assert array.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(array), np.asarray(trained[path].astype(jnp.bfloat16)), err_msg=path)
-    mean = domain_embedding(load_embedder(anchor / "embedder"), documents("public", 160))
+    learnt_from = [text for text in documents("public", 160) if not is_heldout(digest_of(text))]
+    mean = domain_embedding(load_embedder(anchor / "embedder"), learnt_from)
     np.testing.assert_array_equal(np.asarray(row[:, 0]), np.broadcast_to(mean.astype(row.dtype), (2, 32)))
     assert np.isfinite(load(anchor).logits(np.zeros((1, 4), np.int32))).all()
 
@@ -95,3 +97,13 @@ def test_a_model_with_experts_and_an_unknown_dtype_are_refused(model, anchor_run
     with pytest.raises(UserError, match="expected a published anchor"):
         open_anchor(model)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_held_out_for_evaluation_leaves_no_trace_in_an_anchor_and_no_row(anchor, anchor_run, corpora, tmp_path):
+    held_out = next(text for i in range(1000) if is_heldout(digest_of(text := f"{i} " + "qxyzzyq " * 200)))
+    corpus = write_jsonl(tmp_path / "more.jsonl", [*documents("public", 160), held_out])
+    published = publish(anchor_run, [corpus], tmp_path / "anchor")
+    assert published.fingerprint == open_anchor(anchor).fingerprint
+    assert publish(anchor_run, [corpus], tmp_path / "all", heldout=0).fingerprint != published.fingerprint
+    rows = [embed_domain(anchor, [path], tmp_path / f"{path.stem}.npy") for path in (corpora["public"], corpus)]
+    np.testing.assert_array_equal(*rows)
