@@ -188,12 +188,36 @@ def _append(args: argparse.Namespace) -> dict[str, Any]:
     return _merged(append(args.model, args.contribution, args.out, trust=Trust.of(args.trust, args.signed), **_composing(args)))
 
 
+def _proxy(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.proxy import select_proxies
+
+    proxies = select_proxies(
+        args.anchor, args.private, args.public, args.out, share=args.share, diversity=args.diversity, heldout=args.heldout
+    )
+    return {"out": str(args.out), **proxies._asdict(), "share": proxies.share}
+
+
+def _tune(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.flex.router import tune
+
+    proxies = {}
+    for text in args.proxy:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--proxy is {text!r}; expected NAME=FILE: an expert's name and its proxies")
+        if name in proxies:
+            raise UserError(f"there are two --proxy of {name!r}; put all of an expert's proxies into one directory and give that")
+        proxies[name] = path_of(path)
+    model = tune(args.model, proxies, args.public, args.out, config=args.config, overrides=args.set, work=args.work, **_composing(args))
+    return _merged(model) | {"tuned_with": model.description["router"]["tuned_with"]}
+
+
 def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.artifact import read_sealed
     from flexolmo_jax.flex.merge import opt_out
     from flexolmo_jax.flex.verify import RECEIPT
 
-    model = opt_out(args.model, args.expert, args.out, **_composing(args))
+    model = opt_out(args.model, args.expert, args.out, untuned=args.untuned, **_composing(args))
     return _merged(model) | {"receipt": read_sealed(model.path / RECEIPT)}
 
 
@@ -460,6 +484,37 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("opt-out", _opt_out, "Take an expert out, exactly, with a receipt.", "opt-out model --expert legal --out model-without-legal")
     p.add_argument("model", type=path_of)
     p.add_argument("--expert", action="append", required=True, help="its name (may be given again)")
+    p.add_argument("--untuned", action="store_true", help="with the router rows that were contributed, where the router was tuned since")
+    _add_composing(p)
+
+    p = verb(
+        "proxy",
+        _proxy,
+        "Choose public documents that resemble private ones, for tuning the router: only public documents are written.",
+        "proxy --anchor anchor --private mine.jsonl --public public.jsonl --out proxies.jsonl",
+    )
+    p.add_argument("--anchor", required=True, help="its embedder tells the documents apart", type=path_of)
+    p.add_argument("--private", nargs="+", required=True, help="the owner's documents; they never leave", type=path_of)
+    p.add_argument("--public", nargs="+", required=True, help="to choose from", type=path_of)
+    p.add_argument("--share", type=float, default=0.01, help="of the public documents to keep (default 0.01)")
+    p.add_argument(
+        "--diversity", type=_positive, default=1, metavar="N", help="choose diverse ones out of N times as many (default 1: the likest)"
+    )
+    _add_heldout(p)
+    p.add_argument("--out", required=True, help="a new .jsonl", type=path_of)
+
+    p = verb(
+        "tune",
+        _tune,
+        "Tune a merged model's router on proxies and public text, from the rows that were contributed.",
+        "tune model --proxy code=code.jsonl --proxy law=law.jsonl --public public.jsonl --out model-tuned",
+    )
+    p.add_argument("model", type=path_of)
+    p.add_argument("--proxy", action="append", required=True, metavar="NAME=FILE", help="an expert's proxies (may be given again)")
+    p.add_argument("--public", nargs="+", required=True, help="public documents, or a prepared directory", type=path_of)
+    p.add_argument("--config", help="a router run's YAML; model and data are filled in", type=path_of)
+    _add_set(p)
+    p.add_argument("--work", help="where the run goes (default: OUT.work)", type=path_of)
     _add_composing(p)
 
     p = verb(

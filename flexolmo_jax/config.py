@@ -293,13 +293,17 @@ def check_microbatch(run: RunConfig, sizes: Mapping[str, int]) -> None:
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's YAML, applies `section.key=value` overrides and checks the result."""
+    return resolve(read_yaml(path), overrides)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, {} for nothing. Raises UserError where it is not there or is none."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
         raise UserError(f"no config at {path}; expected a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return resolve(tree or {}, overrides)
 
 
 def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -336,6 +340,11 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UserError(f"--set got {text!r}, whose value is not valid YAML; quote it") from None
     return tree
+
+
+def says(tree: dict[str, Any], overrides: Sequence[str], section: str, key: str) -> bool:
+    """Whether a config, or an override of it, gives a key a value of its own."""
+    return key in (tree.get(section) or {}) or any(override.startswith(f"{section}.{key}=") for override in overrides)
 
 
 def build(cls: type[T], tree: Any, at: str = "") -> T:

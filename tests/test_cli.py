@@ -21,7 +21,8 @@ from tests.tiny import run_config
 
 VERBS = [
     "data fetch", "data prepare", "tokenizer train", "train", "publish", "contribute", "package", "verify", "merge", "opt-out",
-    "replace", "append", "verify-receipt", "gc", "keygen", "embed-domain", "eval", "generate", "import-hf", "export-hf", "plan", "info",
+    "replace", "append", "verify-receipt", "gc", "keygen", "embed-domain", "proxy", "tune", "eval", "generate",
+    "import-hf", "export-hf", "plan", "info",
 ]  # fmt: skip
 
 Fails = Callable[..., str]
@@ -243,6 +244,7 @@ def test_an_output_that_holds_something_is_left_alone(paths, tmp_path, fails):
         ["package", paths.pair],
         ["merge", "--anchor", paths.anchor, *paths.contributions],
         ["opt-out", paths.model, "--expert", "code"],
+        ["tune", paths.model, "--proxy", f"code={paths.public}", "--public", paths.public],
         ["embed-domain", "--anchor", paths.anchor, "--input", paths.code],
     ):
         assert f"{out} exists" in fails(*command, "--out", out)
@@ -307,3 +309,17 @@ def test_one_prompt_is_printed_as_it_is_completed(paths, capfd):
     capfd.readouterr()
     assert main(["generate", str(paths.model), "--prompt", "the cell", "--max-new-tokens", "3"]) == 0
     assert capfd.readouterr().out.startswith("the cell")
+
+
+def test_mistakes_in_choosing_proxies_and_tuning_are_told(paths, tmp_path, fails):
+    proxy = ["proxy", "--anchor", paths.anchor, "--public", paths.public]
+    assert "nowhere.jsonl does not exist" in fails(*proxy, "--private", "nowhere.jsonl", "--out", tmp_path / "out" / "p.jsonl")
+    assert "expected a share between 0 and 1" in fails(
+        *proxy, "--private", paths.code, "--share", "2", "--out", tmp_path / "out" / "p.jsonl"
+    )
+    tune = ["tune", paths.model, "--public", paths.public, "--out", tmp_path / "out" / "it"]
+    assert "expected NAME=FILE" in fails(*tune, "--proxy", paths.public)
+    assert "two --proxy of 'code'" in fails(*tune, "--proxy", f"code={paths.public}", "--proxy", f"code={paths.code}")
+    assert "no expert 'theirs'" in fails(*tune, "--proxy", f"theirs={paths.public}")
+    assert "nowhere.jsonl does not exist" in fails(*tune, "--proxy", "code=nowhere.jsonl")
+    assert "did you mean 'lr'?" in fails(*tune, "--proxy", f"code={paths.public}", "--set", "optim.rl=1")

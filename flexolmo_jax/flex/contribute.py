@@ -6,11 +6,8 @@ The work (private records, checkpoints) stays in `<out>.work`, or another place 
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from flexolmo_jax.config import resolve
+from flexolmo_jax.config import read_yaml, resolve, says
 from flexolmo_jax.data.documents import document_files, has_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import Index, InputFile, open_records, sha256_of
@@ -58,7 +55,7 @@ def contribute(
     for path in documents:
         if not has_documents(path):
             raise UserError(f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a directory of them)")
-    tree = _tree(config)
+    tree = read_yaml(config) if config else {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
     pair = {"anchor": str(anchor_path), "name": name}
     tree |= {"run": "pair", "pair": (tree.get("pair") or {}) | pair}
     data = {"seq_len": Index.read(anchor.path / "public").seq_len} | (tree.get("data") or {})
@@ -75,7 +72,7 @@ def contribute(
             raise
     elif Index.read(work / "data").inputs != _inputs(documents):
         raise UserError(f"{work} was made of other documents; delete it to start anew, or give a new --out")
-    if not _says_steps(tree, overrides):
+    if not says(tree, overrides, "train", "steps"):
         records = len(open_records(work / "data", "train"))
         steps = max(1, round(EPOCHS * records / (run.data.batch_size * (1 - run.pair.public_share))))
         run = resolve(tree, [*overrides, f"train.steps={steps}"])
@@ -86,18 +83,3 @@ def contribute(
 def _inputs(documents: Sequence[Path]) -> list[InputFile]:
     files = [file for path in documents for file in document_files(path)]
     return [InputFile(file.name, size_of(file), sha256_of(file)) for file in files]
-
-
-def _tree(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
-    try:
-        return yaml.safe_load(config.read_text()) or {}
-    except FileNotFoundError:
-        raise UserError(f"no config at {config}; expected a YAML file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _says_steps(tree: dict[str, Any], overrides: Sequence[str]) -> bool:
-    return "steps" in (tree.get("train") or {}) or any(o.startswith("train.steps=") for o in overrides)

@@ -39,6 +39,7 @@ VOCABULARY = 16_384
 BUCKETS = 4096
 FIT_DOCUMENTS = 20_000  # vocabulary and idf hardly move after this many
 MAX_CHARACTERS = 8000  # of a document; a text's subject shows early, and this bounds the time for books
+WIDE = 1024  # dimensions of TF-IDF vectors that texts are told apart by
 CHUNK = 256  # documents embedded between two steps of the progress bar
 
 # Runs of letters, runs of digits, and every other visible character on its own: no visible text is without tokens.
@@ -98,6 +99,14 @@ def load_embedder(directory: Path) -> Embedder:
         remedy = "fetch the anchor again" if name == "tfidf" else "install the published version"
         raise UserError(f"the embedder {name!r} here is {embedder.version}, the anchor was published with {version}; {remedy}")
     return embedder
+
+
+def widened(embedder: Embedder) -> Embedder:
+    """The same embedder at a width of its own, whatever the anchor's d_model: what texts are told apart by."""
+    if isinstance(embedder, TfidfEmbedder):
+        return dataclasses.replace(embedder, dim=WIDE, signs=_random_signs(len(embedder.idf), WIDE))
+    assert isinstance(embedder, EncoderEmbedder)
+    return dataclasses.replace(embedder, dim=embedder.width)
 
 
 def domain_embedding(embedder: Embedder, texts: Iterable[str], max_documents: int = 1000) -> np.ndarray:

@@ -5,9 +5,10 @@ expert indices and nothing else. Contributions are taken into the store once, ve
 store.py). Dropping an expert leaves its files out: what is left are the files of the model that never had it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from .anchor import layouts, open_anchor, tensor_digest
 from .contribution import Contribution, open_contribution
 from .receipt import make_receipt, write_receipt
 from .signature import ANY, Trust
-from .store import STORE, Source, Store, compose
+from .store import STORE, Source, Store, anchor_key, compose, expert_key
 
 DEFAULT_ACTIVE = 4
 
@@ -57,23 +58,57 @@ def merge(
         return _compose(out, description, anchor, trunk, sources, store, ways)
 
 
-def opt_out(model_path: Path, names: Sequence[str], out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS) -> Artifact:
+def opt_out(
+    model_path: Path,
+    names: Sequence[str],
+    out: Path,
+    *,
+    untuned: bool = False,
+    store_path: Path | None = None,
+    ways: Sequence[str] = WAYS,
+) -> Artifact:
     """Writes the model without these experts, exactly the merge that never had them, and in it the receipt.
 
-    `model_path` may be a router run: the model then has its tuned rows. Raises UserError for a name the model does not have, for the
-    anchor's, and where an expert that stays has the same weights.
+    `model_path` may be a router run: the model then has its tuned rows. These bear a trace of the experts that were there when they were
+    tuned; `untuned` takes the rows that were contributed instead, from the store. Raises UserError for a name the model does not have,
+    for the anchor's, and where an expert that stays has the same weights.
     """
     check_new(out)
-    model, tuned = _tuned(model_path)
+    model, tuning = _tuned(model_path)
     model.check_experts(names)
     kept = [i for i, name in enumerate(model.experts) if name not in names]
     members = [model.description["members"][i - 1] for i in kept[1:]]
     store = _store(model, store_path)
     with store.shared():
-        tuned_with = model.experts if tuned else model.description.get("router", {}).get("tuned_with", ())
-        receipt = make_receipt(model, members, names, tuned_with, store)
-        sources = [Source(model.path / "weights", i) for i in kept]
-        return _changed(model, out, members, sources, store, ways, tuned=tuned, kept=kept, receipt=receipt)
+        if untuned:
+            tuning, sources = Tuning(), _contributed(model, members, store)
+        else:
+            sources = [Source(model.path / "weights", i) for i in kept]
+        receipt = make_receipt(model, members, names, tuning.traces, store)
+        return _changed(model, out, members, sources, store, ways, tuning=tuning, kept=kept, receipt=receipt)
+
+
+def apply_tuning(run: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS) -> Artifact:
+    """Writes the model of a router run, with the rows that it tuned. Raises UserError for another run."""
+    check_new(out)
+    model, tuning = _tuned(run)
+    if not tuning.rows:
+        raise UserError(f"{run} is not a router run; expected the directory of a `run: router`")
+    kept = range(len(model.experts))
+    sources = [Source(model.path / "weights", i) for i in kept]
+    store = _store(model, store_path)
+    with store.shared():
+        return _changed(model, out, model.description["members"], sources, store, ways, tuning=tuning, kept=kept)
+
+
+def undo_tuning(model_path: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS) -> Artifact:
+    """Writes the model with the rows that were contributed, from the store: what `merge` gave. Raises UserError where it lacks one."""
+    check_new(out)
+    model = open_model(model_path)
+    members = model.description["members"]
+    store = _store(model, store_path)
+    with store.shared():
+        return _changed(model, out, members, _contributed(model, members, store), store, ways, tuning=Tuning())
 
 
 def replace(
@@ -102,7 +137,7 @@ def _with_contribution(
     model_path: Path, path: Path, out: Path, store_path: Path | None, trust: Trust, ways: Sequence[str], *, new: bool
 ) -> Artifact:
     check_new(out)
-    model = open_model(model_path)
+    model, tuning = _tuned(open_model(model_path).path)
     contribution = _admitted(path, model, trust)
     members = list(model.description["members"])
     sources = [Source(model.path / "weights", i) for i in range(len(model.experts))]
@@ -114,16 +149,33 @@ def _with_contribution(
     store = _store(model, store_path)
     with store.shared():
         sources[place : place + 1] = [Source(store.expert(contribution), 0)]
-        return _changed(model, out, members, sources, store, ways)
+        return _changed(model, out, members, sources, store, ways, tuning=tuning)
 
 
-def _tuned(path: Path) -> tuple[Artifact, dict[str, np.ndarray]]:
-    """A merged model and no arrays; or the model of a router run and the rows and biases that the run tuned."""
+class Tuning(NamedTuple):
+    """What a router was tuned to, and what of: the experts that were there and the data, by name. Those who leave leave a trace in it."""
+
+    traces: tuple[str, ...] = ()
+    rows: Mapping[str, np.ndarray] = MappingProxyType({})  # rows and biases of a router run; of a model, they are in its weights
+
+
+def _tuned(path: Path) -> tuple[Artifact, Tuning]:
+    """A merged model, or the model of a router run; and how it was tuned."""
     artifact = open_artifact(path)
-    if artifact.description.get("run") != "router":
-        return open_model(path), {}
-    model = artifact.base()
-    return open_model(model.path), {name: np.asarray(a, model.dtype) for name, a in flatten(artifact.trained()).items()}
+    model = artifact.base() if artifact.description.get("run") == "router" else artifact
+    model = open_model(model.path)
+    traces = dict.fromkeys(model.description.get("router", {}).get("tuned_with", ()))
+    if artifact.path == model.path:
+        return model, Tuning(tuple(traces))
+    traces |= dict.fromkeys([*model.experts, *artifact.description.get("data", ())])
+    return model, Tuning(tuple(traces), {name: np.asarray(a, model.dtype) for name, a in flatten(artifact.trained()).items()})
+
+
+def _contributed(model: Artifact, members: Sequence[dict[str, Any]], store: Store) -> list[Source]:
+    """The anchor and these members as they were taken in."""
+    anchor = store.held(anchor_key(model.description["anchor"]), "the model's anchor")
+    experts = [store.held(expert_key(member["tensors"]), f"the contribution of {member['name']!r}") for member in members]
+    return [Source(weights, 0) for weights in (anchor, *experts)]
 
 
 def _admitted(path: Path, base: Artifact, trust: Trust) -> Contribution:
@@ -144,7 +196,7 @@ def _changed(
     store: Store,
     ways: Sequence[str],
     *,
-    tuned: dict[str, np.ndarray] | None = None,
+    tuning: Tuning,
     kept: Sequence[int] = (),
     receipt: dict[str, Any] | None = None,
 ) -> Artifact:
@@ -154,12 +206,14 @@ def _changed(
     base = model.description
     description = _description(base, base["anchor"], members, active)
     rows = {}
-    if tuned or "router" in base:
+    if tuning.traces:
         for path in ("experts/row", "experts/bias"):
-            if path in description["tensors"]:
-                rows[path] = tuned[path][:, kept] if tuned else np.stack([_row(path, source, description) for source in sources], axis=1)
-        tuned_with = list(model.experts) if tuned else base["router"]["tuned_with"]
-        description["router"] = {"tuned_with": tuned_with, "tensors": {path: tensor_digest(a) for path, a in rows.items()}}
+            if path in description["tensors"] and tuning.rows:
+                rows[path] = tuning.rows[path][:, kept]
+            elif path in description["tensors"]:
+                rows[path] = np.stack([_row(path, source, description) for source in sources], axis=1)
+        tensors = {path: tensor_digest(a) for path, a in rows.items()}
+        description["router"] = {"tuned_with": list(tuning.traces), "tensors": tensors}
     return _compose(out, description, model, model.path / "weights", sources, store, ways, rows, receipt)
 
 

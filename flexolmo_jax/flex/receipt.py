@@ -4,7 +4,7 @@ The receipt names tensors by their SHA-256: FFN matrices and router rows. (A bia
 """
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .verify import RECEIPT, tensor_digests, verify_model
 
 FORMAT = 1
 EXACT = "exact"
-TUNED = "router tuned with this expert present: retune from the contributed rows without its proxies"
+TUNED = "router tuned with this expert present: retune from the contributed rows without its proxies (flexolmo tune)"
 
 
 def digests_of(member: Mapping[str, Any]) -> set[str]:
@@ -50,10 +50,15 @@ def make_receipt(
         "anchor": before.fingerprint,
         "removed": [{key: m[key] for key in keys} | {"digests": sorted(digests_of(m))} for m in leaving],
         "remaining": [{key: m[key] for key in ("name", "manifest")} for m in members],
-        "grade": TUNED if set(names) & set(tuned_with) else EXACT,
+        "grade": grade(names, tuned_with),
         "models_that_still_hold_it": sorted(holders),
         "store_that_still_holds_it": str(store.path) if any(store.holds(expert_key(m["tensors"])) for m in leaving) else None,
     }
+
+
+def grade(names: Iterable[str], tuned_with: Iterable[str]) -> str:
+    """Of an opt-out: whether experts of these names have left a trace in how the router was tuned."""
+    return TUNED if set(names) & set(tuned_with) else EXACT
 
 
 def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> None:
@@ -61,13 +66,16 @@ def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> None:
 
 
 def verify_receipt(path: Path, model_path: Path) -> dict[str, Any]:
-    """Reads all of a model's bytes. Raises UserError where it holds one of the removed tensors, or is not the merge without them."""
+    """Reads all of a model's bytes. The grade is that of this model: a router that was retuned without those who left has no trace of them.
+
+    Raises UserError where it holds one of the removed tensors, or is not the merge without them.
+    """
     try:
         receipt = read_sealed(path)
         if receipt["format"] != FORMAT:
             raise UserError(f"{path} has format {receipt['format']}; this version reads {FORMAT}; upgrade flexolmo-jax")
         removed = {digest for expert in receipt["removed"] for digest in expert["digests"]}
-        remaining, anchor, grade = receipt["remaining"], receipt["anchor"], receipt["grade"]
+        remaining, anchor = receipt["remaining"], receipt["anchor"]
     except OSError as error:
         raise UserError(f"cannot read the receipt {path}: {reason(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -89,4 +97,5 @@ def verify_receipt(path: Path, model_path: Path) -> dict[str, Any]:
         raise UserError(f"{model_path} is made of other contributions ({got}) than the receipt says remain ({expected})")
     verify_model(model)
     names = [expert["name"] for expert in receipt["removed"]]
-    return {"path": str(model_path), "verified": True, "removed": names, "digests": len(removed), "grade": grade}
+    now = grade(names, model.description.get("router", {}).get("tuned_with", ()))
+    return {"path": str(model_path), "verified": True, "removed": names, "digests": len(removed), "grade": now}

@@ -98,6 +98,14 @@ class Store:
 
         return self._object(anchor_key(tensors), fill)
 
+    def held(self, key: str, what: str) -> Path:
+        """The weights of an object that was taken in earlier. Raises UserError where it is not here (any more)."""
+        if not self.holds(key):
+            raise UserError(
+                f"the store {self.path} does not hold {what}; give the one that the model was merged with (--store), or merge again"
+            )
+        return self._objects / key / "weights"
+
     def expert(self, contribution: Contribution) -> Path:
         """The weights of a contribution, taken in if they are not here yet. Raises UserError as `Contribution.tensors` does."""
         return self._object(expert_key(contribution.manifest["tensors"]), lambda directory: _ingest(contribution, directory))

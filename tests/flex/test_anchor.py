@@ -106,4 +106,4 @@ def test_what_is_held_out_for_evaluation_leaves_no_trace_in_an_anchor_and_no_row
     assert published.fingerprint == open_anchor(anchor).fingerprint
     assert publish(anchor_run, [corpus], tmp_path / "all", heldout=0).fingerprint != published.fingerprint
     rows = [embed_domain(anchor, [path], tmp_path / f"{path.stem}.npy") for path in (corpora["public"], corpus)]
-    np.testing.assert_array_equal(*rows)
+    np.testing.assert_array_equal(rows[0], rows[1])
