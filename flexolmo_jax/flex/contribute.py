@@ -6,6 +6,7 @@ The work (private records, checkpoints) stays in `<out>.work`, or another place 
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from flexolmo_jax.config import read_yaml, resolve, says
 from flexolmo_jax.data.documents import document_files, has_documents
@@ -55,7 +56,7 @@ def contribute(
     for path in documents:
         if not has_documents(path):
             raise UserError(f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a directory of them)")
-    tree = read_yaml(config) if config else {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
+    tree: dict[str, Any] = read_yaml(config) if config else {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
     pair = {"anchor": str(anchor_path), "name": name}
     tree |= {"run": "pair", "pair": (tree.get("pair") or {}) | pair}
     data = {"seq_len": Index.read(anchor.path / "public").seq_len} | (tree.get("data") or {})
