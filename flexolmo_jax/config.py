@@ -185,7 +185,14 @@ class PairConfig(_Config):
     contrast: float = 0.3  # weight of -ln p(its own expert) at every router; idle without public text
     router_noise: float = 1.0  # deviation of noise on the new expert's router logits in training: others will take weight from it
     public: str = ""  # prepared public records; default: the sample that the anchor carries
-    row: Literal["embedding", "random", "anchor"] = "embedding"  # the router row starts as the domain's mean embedding
+    # The router row starts as the domain's mean embedding, at random, as the anchor's own, or as the anchor's mean hidden states.
+    row: Literal["embedding", "random", "anchor", "hidden"] = "embedding"
+    beside_anchor: bool = True  # false: the expert is trained alone, as in the paper's ablation of coordination
+
+    @property
+    def is_contrasted(self) -> bool:
+        """Whether the routers are trained to tell the owner's text from public text."""
+        return self.beside_anchor and self.contrast > 0 < self.public_share
 
     def check(self) -> None:
         _expect(bool(self.anchor), "pair.anchor", "nothing", "the path of a published anchor")

@@ -22,7 +22,7 @@ from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import has_tokens
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import Params
+from flexolmo_jax.model import Params, forward
 from flexolmo_jax.paths import absolute, in_bucket, path_of
 from flexolmo_jax.processes import by_the_first
 from flexolmo_jax.train.loop import Job, train
@@ -31,6 +31,8 @@ from flexolmo_jax.train.sources import open_sources
 from .anchor import open_anchor
 from .contribution import check_expert_name
 from .embedder import domain_embedding, load_embedder
+
+HIDDEN_RECORDS = 64  # of each source, where rows start from hidden states
 
 
 def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def is_trained(path: str) -> bool:
 
 
 def new_expert(anchor_experts: Params, row: np.ndarray | None, model: ModelConfig) -> Params:
-    """A float32 copy of the anchor's FFN with the given router row [D] in all layers, or the anchor's own."""
+    """A float32 copy of the anchor's FFN with the given router row, [D] for all layers or [L, D], or the anchor's own."""
     L, _, D = anchor_experts["row"].shape
     row = anchor_experts["row"][:, 0] if row is None else row
     # float32 masters: the release dtype is for handing over, not for steps of 1e-4.
@@ -98,13 +100,35 @@ def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarr
 
 
 def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
-    """The router row that a pair starts from, [D]; None for the anchor's own."""
+    """The router row that a pair starts from, [D], or one for each layer, [L, D]; None for the anchor's own."""
     if pair.row == "anchor":
         return None
+    if pair.row == "hidden":
+        return _mean_hidden_states(run, anchor)
     if pair.row == "embedding":
         return domain_embedding(load_embedder(anchor.path / "embedder"), _private_documents(run, anchor.tokenizer))
     width = anchor.config.d_model
     return np.random.default_rng(run.train.seed).normal(0, anchor.config.init_std, width).astype(np.float32)
+
+
+def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
+    """What the anchor's routers read of the owner's text, on average, [L, D], at the length of the anchor's own rows."""
+    params = anchor.params()
+    rows = params["experts"]["row"].astype(jnp.float32)
+
+    def read(rows: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        # With one expert a router's logsumexp is row . hidden state, so that its gradient is the hidden state.
+        output = forward(anchor.config, params | {"experts": params["experts"] | {"row": rows}}, tokens, segments)
+        return jnp.sum(output.router.log_z * (segments > 0))
+
+    hidden = jnp.zeros_like(rows)
+    for dataset in run.data.train:
+        records = open_data(path_of(dataset.path), anchor.tokenizer, run.data.seq_len, "train")
+        chosen = np.random.default_rng(0).permutation(len(records))[:HIDDEN_RECORDS].tolist()
+        batch = [records[i] for i in chosen]
+        hidden += jax.grad(read)(rows, *(jnp.stack([record[key] for record in batch]) for key in ("tokens", "segments")))
+    lengths = [jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (rows, hidden)]
+    return np.asarray((hidden * lengths[0] / lengths[1])[:, 0])
 
 
 def _private_documents(run: RunConfig, tokenizer: Tokenizer):
@@ -133,7 +157,7 @@ def _contrast(run: RunConfig) -> tuple[tuple[int, float], ...]:
     merge public text is what every expert may wrongly take its part of."""
     assert run.pair is not None
     own, public = 1 - run.pair.public_share, run.pair.public_share
-    if not (public and run.pair.contrast):
+    if not run.pair.is_contrasted:
         return ()
     return (*((1, run.pair.contrast * 0.4 / own) for _ in run.data.train), (0, run.pair.contrast * 0.6 / public))
 

@@ -10,7 +10,7 @@ def program_of(run: RunConfig) -> dict[str, Any]:
 
     That is as far as a config says it: a pair's and a router run's architecture is that of their anchor or model.
     """
-    pair = run.pair and {"contrast": run.pair.contrast > 0 < run.pair.public_share, "router_noise": run.pair.router_noise > 0}
+    pair = run.pair and {"contrast": run.pair.is_contrasted, "router_noise": run.pair.router_noise > 0}
     return {
         "run": run.run,
         "model": to_dict(run.model),

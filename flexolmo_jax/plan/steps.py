@@ -82,7 +82,7 @@ def training_step(run: RunConfig, model: ModelConfig, mesh: Mesh, is_trained: Ca
     state = TrainState(trained, abstract_state(optimizer, trained, sharding.replicated(mesh)))
     B, T = run.data.batch_size, run.data.seq_len
     records = {"tokens": ((B, T), "int32"), "segments": ((B, T), "int32"), "targets": ((B, T), "bool")}
-    if run.pair and run.pair.contrast and run.pair.public_share:
+    if run.pair and run.pair.is_contrasted:
         records |= {"expert": ((B,), "int32"), "expert_weight": ((B,), "float32")}
     placed = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, (shape, dtype) in records.items()}

@@ -35,9 +35,10 @@ def make_step(
 
     def losses(trained: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
         active = model.n_experts if run.run == "router" else None  # router tuning: every expert active, no dispatch
+        allowed = jnp.array([False, True]) if run.pair is not None and not run.pair.beside_anchor else None
         output = forward(
             model, combine(frozen, trained), batch["tokens"], batch["segments"],
-            active=active, dtype=run.train.compute_dtype, remat=run.train.remat, mesh=mesh,
+            active=active, allowed=allowed, dtype=run.train.compute_dtype, remat=run.train.remat, mesh=mesh,
             router_noise=jnp.moveaxis(batch["router_noise"], 1, 0) if "router_noise" in batch else None,
         )  # fmt: skip
         contrast = Contrast(batch["expert"], batch["expert_weight"]) if "expert" in batch else None
