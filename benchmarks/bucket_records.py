@@ -42,7 +42,7 @@ def main() -> None:
     if not text.exists():
         options.disk.mkdir(parents=True, exist_ok=True)
         write_text(text)
-    tokenizer = train_tokenizer([text], 320, options.disk / f"tokenizer-{time.time_ns()}.json", 1 << 20)
+    tokenizer = train_tokenizer([text], 320, options.disk / f"tokenizer-{time.time_ns()}.json", sample_bytes=1 << 20)
     for name, place in (("disk", options.disk / "records"), ("bucket", options.bucket / "records")):
         if not (place / "index.json").exists():
             start = time.perf_counter()
