@@ -61,4 +61,4 @@ def _mean(arrays: list[np.ndarray]) -> np.ndarray:
     """Of equal ones exactly that one."""
     if all(np.array_equal(arrays[0], a) for a in arrays[1:]):
         return arrays[0]
-    return np.mean(arrays, axis=0, dtype=np.float64).astype(np.float32)
+    return np.asarray(np.mean(arrays, axis=0, dtype=np.float64), np.float32)

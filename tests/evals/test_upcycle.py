@@ -62,7 +62,7 @@ def test_joint_steps_of_equal_flops_are_the_pairs_within_two_percent(times, anch
 
 def test_a_mixed_document_is_half_of_each_and_one_document(prepared, tiny_tokenizer):
     sources = [open_records(prepared[domain], "train") for domain in ("code", "law")]
-    mixed = mixed_documents(*sources, tiny_tokenizer, count=5)
+    mixed = mixed_documents(sources[0], sources[1], tiny_tokenizer, count=5)
     assert len(mixed) == 5
     for i, record in enumerate(mixed):
         assert record["tokens"].shape == record["segments"].shape == (SEQ_LEN,) and (record["segments"] == 1).all()
@@ -71,4 +71,4 @@ def test_a_mixed_document_is_half_of_each_and_one_document(prepared, tiny_tokeni
         assert any(word in halves[0] for word in ("returns", "raises", "yields", "asserts", "code")) or i
         text = sources[0][i]
         assert halves[0].startswith(tiny_tokenizer.decode(text["tokens"][text["segments"] == 1][:5].tolist())) or i
-    assert mixed_documents(*sources, tiny_tokenizer, count=10**6)
+    assert mixed_documents(sources[0], sources[1], tiny_tokenizer, count=10**6)
