@@ -1,6 +1,7 @@
 """The admission report finds hostile and broken experts, whose digests and signatures are right, and lets good ones in."""
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def test_good_experts_are_admitted(anchor, contributions, prepared):
         bits = report["public_bits_per_byte"]
         assert bits["with_the_expert"] != bits["anchor"] > 0
         for measures in report["weights"].values():
-            assert 0.9 < measures["Frobenius"]["least"] <= measures["Frobenius"]["most"] < 1.1 and measures["cosine"]["least"] > 0.9
+            assert 0.9 < measures["Frobenius"]["least"] <= measures["Frobenius"]["most"] < 1.2 and measures["cosine"]["least"] > 0.9
 
 
 @pytest.mark.parametrize(
@@ -74,16 +75,16 @@ def test_hostile_experts_are_found(anchor, contributions, prepared, tmp_path, ca
 
 
 def test_an_expert_that_takes_public_text_for_itself_is_found(anchor, contributions, prepared, tmp_path):
-    """Its rows are the anchor's own, longer: one of the two signs wins wherever the anchor is asked."""
+    """Its rows are the anchor's own, longer: in each layer one of the two signs wins wherever the anchor is asked."""
     row = np.asarray(load(anchor).params["experts"]["row"])[:, 0]
 
-    def capture(tensors: Tensors, sign: int) -> Tensors:
-        rows = {f"layers.{layer}.router.row": (sign * 20 * row[layer]).astype(row.dtype) for layer in range(len(row))}
+    def capture(tensors: Tensors, signs: tuple[int, ...]) -> Tensors:
+        rows = {f"layers.{layer}.router.row": (signs[layer] * 20 * row[layer]).astype(row.dtype) for layer in range(len(row))}
         return tensors | rows | {n: np.zeros_like(a) for n, a in tensors.items() if n.endswith("bias")}
 
     reports = []
-    for sign in (1, -1):
-        hostile = forged(contributions["code"], tmp_path / f"hostile{sign}", lambda tensors, sign=sign: capture(tensors, sign))
+    for signs in itertools.product((1, -1), repeat=len(row)):
+        hostile = forged(contributions["code"], tmp_path / f"hostile{signs}", lambda tensors, signs=signs: capture(tensors, signs))
         reports.append(verify(hostile, anchor, public=prepared["public"])["admission"])
     worst = max(reports, key=lambda report: report["public_share"])
     assert worst["public_share"] > 0.75 and any("of the routing weight on public text" in found for found in worst["findings"])
