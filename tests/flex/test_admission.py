@@ -1,7 +1,6 @@
 """The admission report finds hostile and broken experts, whose digests and signatures are right, and lets good ones in."""
 
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,10 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.flex.contribution import MANIFEST, TENSORS, sealed
+from flexolmo_jax.flex.pair import initial_row
 from flexolmo_jax.flex.verify import verify
-from flexolmo_jax.loaded import load
+from tests.tiny import pair_config
 
 Tensors = dict[str, np.ndarray]
 
@@ -75,19 +76,20 @@ def test_hostile_experts_are_found(anchor, contributions, prepared, tmp_path, ca
 
 
 def test_an_expert_that_takes_public_text_for_itself_is_found(anchor, contributions, prepared, tmp_path):
-    """Its rows are the anchor's own, longer: in each layer one of the two signs wins wherever the anchor is asked."""
-    row = np.asarray(load(anchor).params["experts"]["row"])[:, 0]
+    """Its rows are what routers read of public text on average, longer."""
+    run = pair_config(anchor, prepared["public"], "hostile", "pair.row=hidden")
+    assert run.pair is not None
+    rows = np.asarray(initial_row(run.pair, run, open_artifact(anchor)))
 
-    def capture(tensors: Tensors, signs: tuple[int, ...]) -> Tensors:
-        rows = {f"layers.{layer}.router.row": (signs[layer] * 20 * row[layer]).astype(row.dtype) for layer in range(len(row))}
-        return tensors | rows | {n: np.zeros_like(a) for n, a in tensors.items() if n.endswith("bias")}
+    def capture(tensors: Tensors) -> Tensors:
+        captured = {
+            f"layers.{layer}.router.row": (20 * row).astype(np.asarray(tensors["layers.0.router.row"]).dtype)
+            for layer, row in enumerate(rows)
+        }
+        return tensors | captured | {n: np.zeros_like(a) for n, a in tensors.items() if n.endswith("bias")}
 
-    reports = []
-    for signs in itertools.product((1, -1), repeat=len(row)):
-        hostile = forged(contributions["code"], tmp_path / f"hostile{signs}", lambda tensors, signs=signs: capture(tensors, signs))
-        reports.append(verify(hostile, anchor, public=prepared["public"])["admission"])
-    worst = max(reports, key=lambda report: report["public_share"])
-    assert worst["public_share"] > 0.75 and any("of the routing weight on public text" in found for found in worst["findings"])
+    report = verify(forged(contributions["code"], tmp_path / "hostile", capture), anchor, public=prepared["public"])["admission"]
+    assert report["public_share"] > 0.75 and any("of the routing weight on public text" in found for found in report["findings"])
 
 
 def test_the_largest_singular_value_is_that_of_linear_algebra():
