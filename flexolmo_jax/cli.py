@@ -277,6 +277,15 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _reproduce(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.reproduce.results import text
+    from flexolmo_jax.reproduce.spec import load_spec
+    from flexolmo_jax.reproduce.study import reproduce
+
+    results = reproduce(args.spec, args.out)
+    return results if args.json else results | {"text": text(load_spec(args.spec), results)}
+
+
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.generate import TextStream
     from flexolmo_jax.loaded import load
@@ -551,6 +560,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=_positive, default=16)
     _add_checkpoint(p)
     _add_mesh(p)
+
+    p = verb(
+        "reproduce",
+        _reproduce,
+        "Run a study of the paper's table: every baseline and ablation. Goes on where it was.",
+        "reproduce configs/reproduce/cpu.yaml --out study",
+    )
+    p.add_argument("spec", help="a study's YAML", type=_local)
+    p.add_argument("--out", required=True, type=_local)
 
     p = verb("generate", _generate, "Complete prompts.", 'generate model --prompt "The patient" --without legal')
     p.add_argument("path", help="a run, anchor or model", type=path_of)

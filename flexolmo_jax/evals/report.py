@@ -161,25 +161,46 @@ def curves_section(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         last = f"{smooth(losses)[-1]:.3f} after {_tokens(tokens[-1])}" if len(losses) else "no finite loss"
         if lost := len(points) - len(losses):
             last += f", {lost} of {len(points)} losses not finite"
-        line = f'<svg class="key" viewBox="0 0 26 10"><line x1="1" y1="5" x2="25" y2="5" {_series(index)}/></svg>'
-        items.append(f"<li>{line}<span>{escape(name)} <small>{last}</small></span></li>")
+        items.append(f"<li>{_key(index)}<span>{escape(name)} <small>{last}</small></span></li>")
     return (
-        f'<figure>\n<div class="wide">{loss_chart(curves, 900, 380)}</div>\n<div class="narrow">{loss_chart(curves, 380, 320)}</div>\n'
+        f'<figure>\n<div class="wide">{line_chart(curves, 900, 380)}</div>\n<div class="narrow">{line_chart(curves, 380, 320)}</div>\n'
         f'<ul class="legend">\n{"".join(items)}\n</ul>\n'
         '<figcaption class="note">Loss of each run against the tokens that this run has seen; strong lines are smoothed, faint ones '
         "are as logged. The highest few percent, at the start, may lie above the chart.</figcaption>\n</figure>"
     )
 
 
-def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]], width: int, height: int) -> str:
-    """Loss curves as an SVG of the given size: axes, ticks, a faint raw and a strong smoothed line per curve."""
+def line_charts_section(curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> str:
+    """Few measured points a curve, as they are, in one chart (drawn twice, for wide and for narrow screens) with a legend."""
+    if not curves:
+        return ""
+    keys = (f"<li>{_key(index)}<span>{escape(name)}</span></li>" for index, name in enumerate(curves))
+    charts = (
+        f'<div class="{kind}">{line_chart(curves, width, height, x_label, y_label, is_logged=False)}</div>'
+        for kind, width, height in (("wide", 900, 300), ("narrow", 380, 280))
+    )
+    return f'<figure>\n{"".join(charts)}\n<ul class="legend">\n{"".join(keys)}\n</ul>\n</figure>'
+
+
+def line_chart(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    width: int,
+    height: int,
+    x_label: str = "tokens",
+    y_label: str = "nats per token",
+    *,
+    is_logged: bool = True,
+) -> str:
+    """Curves as an SVG of the given size, with axes and ticks. `is_logged`: of losses by tokens, many and noisy: a faint line as they are
+    and a strong smoothed one; otherwise each point counts.
+    """
     left, right, top, bottom = 52, 16, 10, 44
     inner_width, inner_height = width - left - right, height - top - bottom
     drawn = [_finite(points) for points in curves.values()]
     measured = [(tokens, losses) for tokens, losses in drawn if len(losses)]
     x_high = max((float(tokens.max()) for tokens, _ in measured), default=1.0) or 1.0
     # The first steps of a run from scratch would take most of the height: the axis ends at the curves' 97th percentile.
-    y_high = max((float(np.quantile(losses, 0.97)) for _, losses in measured), default=1.0)
+    y_high = max((float(np.quantile(losses, 0.97 if is_logged else 1.0)) for _, losses in measured), default=1.0)
     y_low = min((float(losses.min()) for _, losses in measured), default=0.0)
     margin = 0.06 * (y_high - y_low) or 0.5
     y_low, y_high = y_low - margin, y_high + margin
@@ -201,14 +222,14 @@ def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]], width: int, he
         parts.append(f'<line class="axis" x1="{at}" x2="{at}" y1="{height - bottom}" y2="{height - bottom + 5}"/>')
         parts.append(f'<text class="{anchor}" x="{at}" y="{height - bottom + 18}">{_tokens(tick)}</text>')
     parts.append(f'<path class="axis" d="M{left} {top}V{height - bottom}H{width - right}"/>')
-    parts.append(f'<text class="middle label" x="{left + inner_width / 2:.1f}" y="{height - 6}">tokens</text>')
+    parts.append(f'<text class="middle label" x="{left + inner_width / 2:.1f}" y="{height - 6}">{escape(x_label)}</text>')
     middle = f"{top + inner_height / 2:.1f}"
-    parts.append(f'<text class="middle label" x="13" y="{middle}" transform="rotate(-90 13 {middle})">nats per token</text>')
+    parts.append(f'<text class="middle label" x="13" y="{middle}" transform="rotate(-90 13 {middle})">{escape(y_label)}</text>')
     lines = []
-    for raw in (True, False):  # all faint lines lie under all strong ones
+    for raw in (True, False) if is_logged else (False,):  # all faint lines lie under all strong ones
         for index, (tokens, losses) in enumerate(drawn):
             step = max(1, math.ceil(len(losses) / MOST_POINTS))
-            shown = (losses if raw else smooth(losses))[::-1][::step][::-1]  # the last point is always one of them
+            shown = (smooth(losses) if is_logged and not raw else losses)[::-1][::step][::-1]  # the last point is always one of them
             points = [(x(t), y(loss)) for t, loss in zip(tokens[::-1][::step][::-1], shown, strict=True)]
             if points:  # a lone point becomes a dot, a line to itself with round ends
                 d = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in (points if len(points) > 1 else points * 2))
@@ -216,7 +237,7 @@ def loss_chart(curves: Mapping[str, Sequence[tuple[int, float]]], width: int, he
     # A nested SVG clips what it holds to its own box.
     parts.append(f'<svg x="{left}" y="{top}" width="{inner_width}" height="{inner_height}">{"".join(lines)}</svg>')
     names = escape(", ".join(curves))
-    return f'<svg class="chart" role="img" aria-label="Loss curves of {names}" viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
+    return f'<svg class="chart" role="img" aria-label="{escape(y_label)} of {names}" viewBox="0 0 {width} {height}">{"".join(parts)}</svg>'
 
 
 def routing_section(routing: Mapping[str, np.ndarray], experts: Sequence[str]) -> str:
@@ -393,7 +414,7 @@ def _table_cell(column: str, cell: _Cell, strongest: float) -> str:
     return f'<td class="{" ".join(names)}"{shade} data-column="{escape(column)}"><span>{cell.text}</span> <small>{percent}</small></td>'
 
 
-def _finite(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+def _finite(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and losses of the points that can be drawn."""
     array = np.asarray(points, np.float64).reshape(-1, 2)
     array = array[np.isfinite(array).all(1)]
@@ -405,6 +426,11 @@ def _series(index: int, raw: bool = False) -> str:
     dashes = "" if raw else DASHES[index // COLOURS % len(DASHES)]
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     return f'class="curve c{index % COLOURS}{" raw" if raw else ""}"{dashed}'
+
+
+def _key(index: int) -> str:
+    """Curve `index` in a legend."""
+    return f'<svg class="key" viewBox="0 0 26 10"><line x1="1" y1="5" x2="25" y2="5" {_series(index)}/></svg>'
 
 
 def _tokens(count: float) -> str:

@@ -14,7 +14,7 @@ from flexolmo_jax.evals.report import (
     curves_section,
     escape,
     format_table,
-    loss_chart,
+    line_chart,
     markdown_table,
     nice_ticks,
     page,
@@ -231,12 +231,12 @@ def test_losses_that_are_not_finite_are_counted_and_not_drawn():
     curves = {"broken": [(1, 4.0), (2, float("nan")), (3, 3.0), (4, float("inf"))], "lost": [(1, float("nan"))], "empty": []}
     text = curves_section(curves)
     assert "2 of 4 losses not finite" in text and "no finite loss, 1 of 1 losses not finite" in text
-    assert not re.search(r'[" ML]-?(nan|inf)', loss_chart(curves, 400, 300))
+    assert not re.search(r'[" ML]-?(nan|inf)', line_chart(curves, 400, 300))
 
 
 @pytest.mark.parametrize("points", [[(0, 2.0)], [(5, 2.0), (10, 2.0)], [(0, 0.0), (10**12, 9.0)]])
 def test_curves_with_hardly_any_range_are_drawn_inside_the_chart(points):
-    (svg,) = drawings(loss_chart({"run": points}, 400, 300))
+    (svg,) = drawings(line_chart({"run": points}, 400, 300))
     paths = [node.get("d", "") for node in svg.iter("path") if "curve" in node.get("class", "")]
     assert len(paths) == 2
     numbers = [float(number) for number in re.findall(r"[-0-9.]+", " ".join(paths))]
@@ -245,7 +245,7 @@ def test_curves_with_hardly_any_range_are_drawn_inside_the_chart(points):
 
 def test_a_long_curve_is_thinned_and_keeps_its_last_point():
     steps = [(step, 2.0 + (step == 100_000)) for step in range(1, 100_001)]
-    text = loss_chart({"run": steps}, 900, 380)
+    text = line_chart({"run": steps}, 900, 380)
     assert len(text) < 30_000
     raw = re.search(r'<path d="([^"]*)" class="curve c0 raw"', text)
     assert raw is not None

@@ -1,0 +1,138 @@
+"""The rows of a study's table: every model and ensemble on every domain's held-out text, and on mixed documents."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexolmo_jax.data.documents import read_training_documents
+from flexolmo_jax.data.records import Record, open_records
+from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.evals.mixed import mixed_documents
+from flexolmo_jax.evals.predictors import BranchTrainMerge, OfModel, Predictor, PromptRouting, Remembered, Soup, WeightedSoup, bits_per_byte
+from flexolmo_jax.files import write_text
+from flexolmo_jax.flex.anchor import open_anchor
+from flexolmo_jax.flex.embedder import domain_embedding, load_embedder
+from flexolmo_jax.loaded import LoadedModel, load
+from flexolmo_jax.progress import note
+
+from .trial import Trial
+
+MIXED = "mixed"  # the column of documents of two private domains
+
+
+class Row(NamedTuple):
+    name: str
+    predictor: Callable[[], Predictor]
+
+
+def write(trial: Trial, group: str) -> None:
+    """Scores a group of rows into `scores/<group>.json`: {row: {column: bits per byte}}. Rows that were scored before a kill are kept."""
+    columns, tokenizer = heldout(trial), open_anchor(trial.path / "anchor").tokenizer
+    folder = trial.path / "scores" / group
+    rows = {}
+    for row in ROWS[group](trial):
+        file = folder / f"{row.name.replace('/', '_')}.json"
+        if not file.exists():
+            note(f"scoring {row.name}")
+            predictor = row.predictor()
+            figures = {name: bits_per_byte(predictor, records, tokenizer, trial.spec.score_batch) for name, records in columns.items()}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(figures))
+        rows[row.name] = json.loads(file.read_text())
+    if group == "merged":
+        write_text(trial.path / "scores" / "routing.json", json.dumps(routing(trial)))
+    write_text(trial.path / "scores" / f"{group}.json", json.dumps(rows, indent=1) + "\n")
+
+
+def heldout(trial: Trial) -> dict[str, list[Record]]:
+    """What is scored, by column."""
+    sources = {name: open_records(trial.data(name), "heldout") for name in ("public", *trial.spec.domains)}
+    columns = {name: [source[i] for i in range(min(len(source), trial.spec.heldout_records))] for name, source in sources.items()}
+    tokenizer = open_anchor(trial.path / "anchor").tokenizer
+    mixed = [
+        record
+        for first, second in trial.pairs_of_domains()
+        for record in mixed_documents(sources[first], sources[second], tokenizer, trial.spec.mixed_documents)
+    ]
+    return columns | {MIXED: mixed}
+
+
+def routing(trial: Trial) -> dict[str, Any]:
+    """{model: {data: {expert: [share of each layer]}}}, with every expert active."""
+    paths = [trial.data(name) for name in ("public", *trial.spec.domains)]
+    found = {}
+    for name in ("merged", "tuned"):
+        model = load(trial.path / name)
+        result = evaluate(model, paths, active=len(model.experts), limit=trial.spec.heldout_records, batch_size=trial.spec.score_batch)
+        found[name] = result["routing_by_layer"]
+    return found
+
+
+def _models(trial: Trial) -> Iterator[Row]:
+    yield Row("anchor", lambda: OfModel(load(trial.path / "anchor")))
+    yield Row("anchor+public", lambda: OfModel(load(trial.path / "control")))
+    for domain in trial.spec.domains:
+        yield Row(f"pair:{domain}", lambda domain=domain: OfModel(load(trial.path / "pairs" / f"{domain}.run")))
+        yield Row(f"dense:{domain}", lambda domain=domain: OfModel(load(trial.path / f"dense-{domain}")))
+
+
+def _ensembles(trial: Trial) -> Iterator[Row]:
+    dense = [load(trial.path / name) for name in ("anchor", *(f"dense-{domain}" for domain in trial.spec.domains))]
+    each = [Remembered(OfModel(model)) for model in dense]
+    yield Row("soup", lambda: Soup(dense))
+    yield Row("weighted soup", lambda: WeightedSoup(dense))
+    yield Row("BTM", lambda: BranchTrainMerge(each))
+    yield Row("BTM:top1", lambda: BranchTrainMerge(each, top=1))
+    yield Row("BTM:top2", lambda: BranchTrainMerge(each, top=2))
+    yield Row("prompt routing", lambda: PromptRouting(each, nearest_domain(trial, dense[0])))
+
+
+def _merged(trial: Trial) -> Iterator[Row]:
+    merged, tuned = load(trial.path / "merged"), load(trial.path / "tuned")
+    E = len(merged.experts)
+    yield Row("merged", lambda: OfModel(merged, active=E))
+    yield Row("merged+tuned", lambda: OfModel(tuned, active=E))
+    for k in range(1, E):
+        yield Row(f"merged:k={k}", lambda k=k: OfModel(merged, active=k))
+        yield Row(f"merged+tuned:k={k}", lambda k=k: OfModel(tuned, active=k))
+    for domain in trial.spec.domains:
+        yield Row(f"merged-{domain}", lambda domain=domain: OfModel(merged, without=[domain], active=E - 1))
+    for n in range(1, E - 1):  # with all of them it is `merged`, with none the anchor
+        without = trial.spec.domains[n:]
+        yield Row(f"merged:experts={n}", lambda n=n, without=without: OfModel(merged, without=without, active=n + 1))
+
+
+def _joint(trial: Trial) -> Iterator[Row]:
+    for name, title in (("joint-1x", "joint 1x"), ("joint-2x", "joint 2x"), ("btx", "BTX")):
+        yield Row(title, lambda name=name: OfModel(load(trial.path / name)))
+
+
+def _ablations(trial: Trial) -> Iterator[Row]:
+    for variant in trial.spec.ablations:
+        yield Row(variant, lambda variant=variant: OfModel(load(trial.path / f"merged-{variant}"), active=len(trial.spec.domains) + 1))
+
+
+ROWS: dict[str, Callable[[Trial], Iterator[Row]]] = {
+    "models": _models,
+    "ensembles": _ensembles,
+    "merged": _merged,
+    "joint": _joint,
+    "ablations": _ablations,
+}
+
+
+def nearest_domain(trial: Trial, anchor: LoadedModel) -> Callable[[Any], int]:
+    """A prompt's domain by the nearest mean embedding: all that a server has to know of the owners' text."""
+    embedder = load_embedder(trial.path / "anchor" / "embedder")
+    means = []
+    for names in (trial.spec.public, *((domain,) for domain in trial.spec.domains)):
+        texts = (text for name in names for text in read_training_documents(trial.root / "text" / f"{name}.jsonl"))
+        mean = domain_embedding(embedder, texts)
+        means.append(mean / np.linalg.norm(mean))
+
+    def classify(ids: Any) -> int:
+        return int(np.argmax(np.stack(means) @ embedder.embed([anchor.tokenizer.decode(ids)])[0]))
+
+    return classify

@@ -1,0 +1,60 @@
+"""What a study is: its domains, sizes and seeds, and the runs that it is made of. One YAML; see configs/reproduce/."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.config import RunConfig, build, read_yaml, resolve
+from flexolmo_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A study. Sections named for runs are those of a run's YAML, without what the study fills in: paths, names, seeds."""
+
+    title: str = ""
+    domains: tuple[str, ...] = ()  # private ones, each of which trains an expert
+    public: tuple[str, ...] = ("public",)
+    max_mb: float = 12.0  # of text of each
+    vocab_size: int = 4096
+    seq_len: int = 256
+    seeds: int = 3  # of the headline rows; ablations have the first only
+    workers: int = 1  # cells at a time, each a process
+    heldout_records: int = 64  # of each domain that are scored
+    mixed_documents: int = 4  # of each ordered pair of private domains
+    score_batch: int = 16  # records at a time
+    proxy_share: float = 0.02  # of the public documents
+    proxy_diversity: int = 4
+    release_dtype: str = "float32"
+    model: dict = dataclasses.field(default_factory=dict)
+    anchor: dict = dataclasses.field(default_factory=dict)
+    pair: dict = dataclasses.field(default_factory=dict)
+    dense: dict = dataclasses.field(default_factory=dict)  # individual models, and the control on public text
+    joint: dict = dataclasses.field(default_factory=dict)
+    btx: dict = dataclasses.field(default_factory=dict)
+    router: dict = dataclasses.field(default_factory=dict)
+    ablations: dict = dataclasses.field(default_factory=dict)  # name -> overrides of the pairs, as {"pair.contrast": 0}
+
+    def check(self) -> None:
+        if len(self.domains) < 2 or len(set(self.domains) | set(self.public)) < len(self.domains) + len(self.public) or not self.public:
+            raise UserError(f"domains are {', '.join(self.domains) or 'none'} and public {', '.join(self.public) or 'none'}; expected two "
+                            "private ones or more and a public one, all different")  # fmt: skip
+        for name in ("seeds", "workers", "heldout_records", "mixed_documents", "score_batch", "proxy_diversity"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
+
+    def run(self, kind: str, section: Mapping[str, Any], train: Sequence[Mapping[str, Any]], seed: int, **overrides: Any) -> RunConfig:
+        """A run of the study on these sources, from a section; `overrides` are keys as `pair.contrast`."""
+        tree = {"run": kind, **section}
+        tree["data"] = {**section.get("data", {}), "train": list(train), "seq_len": self.seq_len}
+        tree["train"] = {**section.get("train", {}), "seed": seed}
+        return resolve(tree, [f"{key}={json.dumps(value)}" for key, value in overrides.items()])
+
+
+def load_spec(path: Path) -> Spec:
+    """Raises UserError for a file that is no study."""
+    spec = build(Spec, read_yaml(path))
+    spec.check()
+    return spec

@@ -1,0 +1,201 @@
+"""A whole study in miniature: every cell, table and report; and the same table after kills."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
+from flexolmo_jax.errors import RunError, UserError
+from flexolmo_jax.reproduce.cells import Cell, cells
+from flexolmo_jax.reproduce.overlap import overlaps
+from flexolmo_jax.reproduce.results import AVERAGE, PRIVATE, orderings, write_results
+from flexolmo_jax.reproduce.spec import load_spec
+from flexolmo_jax.reproduce.study import reproduce, run_cells
+from tests.tiny import MODEL, documents, write_jsonl
+
+DOMAINS = ("code", "law")
+RUN = {
+    "data": {"batch_size": 8},
+    "train": {"steps": 4, "log_every": 2, "eval_records": 4},
+    "optim": {"lr": 3e-3, "warmup": 1},
+    "mesh": {"fsdp": 1},
+}
+SPEC = {
+    "title": "A study in miniature",
+    "domains": list(DOMAINS),
+    "max_mb": 1,
+    "vocab_size": 320,
+    "seq_len": 32,
+    "seeds": 1,
+    "workers": 2,
+    "heldout_records": 4,
+    "mixed_documents": 2,
+    "proxy_share": 0.2,
+    "proxy_diversity": 2,
+    "model": MODEL,
+    **{name: RUN for name in ("anchor", "pair", "dense", "joint", "btx", "router")},
+    "ablations": {"without bias": {"model.router_bias": False}, "without coordination": {"pair.beside_anchor": False}},
+}
+
+
+def a_study(root: Path, **changes) -> Path:
+    """A directory that holds a study whose text is there already: made up, for no network is asked for any."""
+    (root / "text").mkdir(parents=True)
+    for name in ("public", *DOMAINS):
+        write_jsonl(root / "text" / f"{name}.jsonl", documents(name, 160))
+    (root / "text.json").write_text("{}")
+    (root / "spec.yaml").write_text(yaml.safe_dump(SPEC | changes))
+    return root
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    root = a_study(tmp_path_factory.mktemp("study") / "study")
+    spec = load_spec(root / "spec.yaml")
+    for name, cell in cells(spec, root).items():
+        if not cell.is_done:
+            cell.do()
+            assert cell.is_done, name
+    (root / "seconds.jsonl").write_text('{"cell": "all", "seconds": 1.0}\n')
+    write_results(spec, root)
+    return root
+
+
+def results_of(root: Path) -> dict:
+    return json.loads((root / "results.json").read_text())
+
+
+def test_every_row_has_a_figure_in_every_column(study):
+    rows = results_of(study)["rows"]
+    assert {
+        "anchor", "anchor+public", "pair:code", "dense:law", "soup", "weighted soup", "BTM", "BTM:top1", "BTM:top2", "prompt routing",
+        "BTX", "joint 1x", "joint 2x", "merged", "merged+tuned", "merged:k=1", "merged:k=2", "merged+tuned:k=1", "merged-code",
+        "merged-law", "merged:experts=1", "without bias", "without coordination",
+    } <= rows.keys()  # fmt: skip
+    for name, columns in rows.items():
+        assert columns.keys() == {"public", *DOMAINS, "mixed", PRIVATE, AVERAGE}, name
+        for figure in columns.values():
+            assert 1 < figure["mean"] < 10 and figure["spread"] is None and figure["seeds"] == 1, name
+        assert columns[PRIVATE]["mean"] == pytest.approx((columns["code"]["mean"] + columns["law"]["mean"]) / 2)
+
+
+def test_masked_rows_are_those_of_smaller_merges_and_joint_runs_take_the_flops_of_all_pairs(study):
+    results = results_of(study)
+    rows = results["rows"]
+    assert rows["merged:experts=1"]["code"] == rows["merged-law"]["code"]
+    for times in (1, 2):
+        assert abs(results["flops"][f"flops-{times}x"]["joint_of_pairs"] / times - 1) < 0.2  # of few steps; whole studies: below
+    spec = load_spec(Path(__file__).parents[2] / "configs" / "reproduce" / "cpu.yaml")
+    assert spec.domains and spec.seeds == 3
+
+
+def test_nothing_that_is_held_out_is_learnt_from(study):
+    held_out = {digest_of(text) for path in (study / "text").iterdir() for text in read_documents(path) if is_heldout(digest_of(text))}
+    chosen = {digest_of(text) for domain in DOMAINS for text in read_documents(study / "seed0" / f"proxies-{domain}.jsonl")}
+    public = {digest_of(text) for text in read_documents(study / "text" / "public.jsonl")}
+    assert held_out and chosen and not held_out & chosen and chosen <= public
+    overlap = results_of(study)["heldout"]
+    assert overlap["code"]["documents"] > 0 and 0 <= overlap["code"]["share_in_training_text"] <= 1
+
+
+def test_the_reports_stand_alone_and_say_what_holds(study):
+    results, html = results_of(study), (study / "report.html").read_text()
+    assert not re.search(r"(src|href)=|url\(", html) and "Opting out" in html and html.count("<svg") > 10
+    markdown = (study / "results.md").read_text()
+    for name, ordering in results["orderings"].items():
+        assert f"| {name} | {'yes' if ordering['holds'] else 'no'} |" in markdown
+    assert results["hardware"] and re.fullmatch(r"\d{4}-\d\d-\d\d", results["date"])
+
+
+def test_orderings_are_those_of_the_figures():
+    spec = load_spec(Path(__file__).parents[2] / "configs" / "reproduce" / "cpu.yaml")
+    columns = ("public", *spec.domains, PRIVATE, AVERAGE, "mixed")
+
+    def row(figure: float) -> dict[str, float]:
+        return dict.fromkeys(columns, figure)
+
+    names = ["anchor", "anchor+public", "soup", "weighted soup", "BTM:top2", "prompt routing", "BTX", "joint 1x", "joint 2x"]
+    names += [f"merged:k={k}" for k in range(1, 5)] + [f"merged-{domain}" for domain in spec.domains]
+    means = {name: row(2.0) for name in names} | {"merged": row(1.8), "merged+tuned": row(1.5)}
+    means["merged:k=1"] = row(2.5)
+    means["merged-math"]["math"] = 4.0
+    found = {one.name: one for one in orderings(spec, means, means | {"without bias": row(1.7)})}
+    assert found["merged beats the anchor on private domains"].margin == pytest.approx(0.1)
+    assert found["merged and tuned beats the anchor by 20 % on private domains"].holds
+    assert not found["the joint model of twice the FLOPs wins"].holds
+    assert not found["the routers' bias helps"].holds and found["the routers' bias helps"].margin == pytest.approx(1 - 1.8 / 1.7)
+    assert found["public contrast helps"].margin is None and not found["public contrast helps"].holds
+    assert found["one active expert is worst"].holds
+    of_math = next(one for name, one in found.items() if name.startswith("opting math out"))
+    assert of_math.holds and of_math.margin == pytest.approx(4.0 / 1.8 - 2.0 / 1.8)
+
+
+def test_a_held_out_document_that_is_trained_on_ends_the_study(tmp_path):
+    held_out = next(text for i in range(1000) if is_heldout(digest_of(text := f"{i} " + "word " * 20)))
+    text = {"public": write_jsonl(tmp_path / "public.jsonl", ["some text " * 10]), "code": write_jsonl(tmp_path / "code.jsonl", [held_out])}
+    found = overlaps([text["public"]], text, ["code"])["code"]
+    assert found == {"documents": 1, "runs": 9, "share_in_training_text": 0.0}
+    write_jsonl(tmp_path / "public.jsonl", [f"{held_out} and more"])
+    assert overlaps([text["public"]], text, ["code"])["code"]["share_in_training_text"] == 1.0
+
+
+def test_studies_that_are_none_are_refused(tmp_path):
+    for changes, message in (
+        ({"domains": ["code"]}, "expected two private ones or more"),
+        ({"domains": ["code", "code"]}, "all different"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"sedes": 1}, "did you mean 'seeds'"),
+        ({"domains": "code"}, "expected a list"),
+    ):
+        path = tmp_path / "spec.yaml"
+        path.write_text(yaml.safe_dump(SPEC | changes))
+        with pytest.raises(UserError, match=message):
+            load_spec(path)
+    (tmp_path / "years").mkdir()
+    (tmp_path / "years" / "thesis.txt").touch()
+    path.write_text(yaml.safe_dump(SPEC))
+    with pytest.raises(UserError, match=r"holds thesis\.txt, but no study"):
+        reproduce(path, tmp_path / "years")
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(SPEC | {"seq_len": 64}))
+    with pytest.raises(UserError, match="holds another study"):
+        reproduce(tmp_path / "other.yaml", a_study(tmp_path / "study"))
+
+
+def test_a_cell_that_fails_ends_the_study_with_its_last_line(tmp_path):
+    root = a_study(tmp_path / "study")
+    (root / "text" / "public.jsonl").write_text("no json\n")
+    with pytest.raises(RunError, match=r"tokenizer ended with status 1: .*line 1: not JSON.*logs/tokenizer\.log"):
+        reproduce(root / "spec.yaml", root)
+    with pytest.raises(RunError, match="waits for what no cell makes: b"):
+        run_cells({"a": Cell(root / "a", ("b",), print), "b": Cell(root / "b", ("a",), print)}, root, 1)
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(tmp_path):
+    whole = a_study(tmp_path / "whole", ablations={})
+    reproduce(whole / "spec.yaml", whole)
+    killed, kills = a_study(tmp_path / "killed", ablations={}), random.Random(0)
+    command = [sys.executable, "-m", "flexolmo_jax.cli", "reproduce", str(killed / "spec.yaml"), "--out", str(killed)]
+    for attempt in range(100):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            _, errors = process.communicate(timeout=kills.uniform(8, 40) if attempt < 6 else 900)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(1)  # its cells end when they see it
+            continue
+        assert process.returncode == 0, errors.decode()[-2000:]
+        break
+    assert attempt >= 3
+    assert results_of(killed)["rows"] == results_of(whole)["rows"]
+    assert results_of(killed)["orderings"] == results_of(whole)["orderings"]
