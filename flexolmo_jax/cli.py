@@ -269,12 +269,20 @@ def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
 
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.evals.bits_per_byte import evaluate
+    from flexolmo_jax.evals.predictors import OfModel
+    from flexolmo_jax.evals.tasks import evaluate_tasks, load_tasks
     from flexolmo_jax.loaded import load
 
+    if not (args.data or args.tasks):
+        raise UserError("there is nothing to evaluate on; give --data, --tasks or both")
+    tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
     model = load(args.path, args.checkpoint, args.mesh)
-    return evaluate(
-        model, args.data, without=args.without, active=args.active, split=args.split, limit=args.limit, batch_size=args.batch_size
-    )
+    selection = {"without": args.without, "active": args.active}
+    result = evaluate(model, args.data, split=args.split, limit=args.limit, batch_size=args.batch_size, **selection) if args.data else {}
+    if tasks:
+        predictor = OfModel(model, **selection)
+        result["tasks"] = evaluate_tasks(predictor, model.tokenizer, model.config.max_seq_len, tasks, args.batch_size)
+    return result
 
 
 def _reproduce(args: argparse.Namespace) -> dict[str, Any]:
@@ -549,14 +557,15 @@ def _parser() -> argparse.ArgumentParser:
     p = verb(
         "eval",
         _eval,
-        "Bits per byte and routing shares on held-out text.",
-        "eval model --data data/code data/public --without legal --json",
+        "Bits per byte and routing shares on held-out text; multiple choice and gold answers.",
+        "eval model --data data/code data/public --tasks arc_easy,sciq,gsm8k_bpb --without legal --json",
     )
     p.add_argument("path", help="a run, anchor or model", type=path_of)
-    p.add_argument("--data", nargs="+", required=True, help="prepared directories, or documents", type=path_of)
+    p.add_argument("--data", nargs="+", default=[], help="prepared directories, or documents", type=path_of)
+    p.add_argument("--tasks", metavar="A,B,...", help="of AllenAI's in-loop evaluation: arc_easy, sciq, gsm8k_bpb, humaneval_bpb, ...")
     _add_selection(p)
     p.add_argument("--split", default="heldout", choices=["heldout", "train"])
-    p.add_argument("--limit", type=_positive, help="records of each to read")
+    p.add_argument("--limit", type=_positive, help="records of each to read, documents of each task")
     p.add_argument("--batch-size", type=_positive, default=16)
     _add_checkpoint(p)
     _add_mesh(p)

