@@ -285,6 +285,21 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _extract(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.data.documents import read_training_documents
+    from flexolmo_jax.evals.extraction import extract, sample_documents
+    from flexolmo_jax.loaded import load
+
+    model = load(args.path, args.checkpoint, args.mesh)
+    texts = (text for path in args.documents for text in read_training_documents(path, args.heldout))
+    documents = sample_documents(texts, model.tokenizer, args.limit, args.prefix, args.tokens)
+    found = extract(
+        model, documents,
+        prefix=args.prefix, samples=args.samples, without=args.without, active=args.active, batch_size=args.batch_size, seed=args.seed,
+    )  # fmt: skip
+    return {**found._asdict(), "rate": found.rate, "prefix": args.prefix, "tokens": args.tokens, "samples": args.samples}
+
+
 def _reproduce(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.reproduce.results import text
     from flexolmo_jax.reproduce.spec import load_spec
@@ -567,6 +582,25 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--split", default="heldout", choices=["heldout", "train"])
     p.add_argument("--limit", type=_positive, help="records of each to read, documents of each task")
     p.add_argument("--batch-size", type=_positive, default=16)
+    _add_checkpoint(p)
+    _add_mesh(p)
+
+    p = verb(
+        "extract",
+        _extract,
+        "Try to extract documents that a model was trained on: their beginnings are given, and sampled on from.",
+        "extract model --documents mine.jsonl --limit 200",
+    )
+    p.add_argument("path", help="a run, anchor or model", type=path_of)
+    p.add_argument("--documents", nargs="+", required=True, help="what it was trained on; held-out ones are passed over", type=path_of)
+    p.add_argument("--limit", type=_positive, default=100, help="documents to try (default 100), those with the smallest digests")
+    p.add_argument("--prefix", type=_positive, default=32, help="tokens that are given (default 32)")
+    p.add_argument("--tokens", type=_positive, default=256, help="that are sampled (default 256)")
+    p.add_argument("--samples", type=_positive, default=10, help="of each document (default 10)")
+    p.add_argument("--batch-size", type=_positive, default=32)
+    p.add_argument("--seed", type=int, default=0)
+    _add_heldout(p)
+    _add_selection(p)
     _add_checkpoint(p)
     _add_mesh(p)
 
