@@ -104,4 +104,4 @@ def wilson(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % interval of a rate (Wilson, 1927)."""
     p, z2 = successes / trials, Z * Z / trials
     middle, half = (p + z2 / 2) / (1 + z2), Z * math.sqrt(p * (1 - p) / trials + z2 / trials / 4) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if successes else 0.0, middle + half if successes < trials else 1.0

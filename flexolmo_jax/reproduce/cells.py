@@ -101,6 +101,10 @@ def cells_of(trial: Trial) -> dict[str, Cell]:
         "merged": ["merged", "tuned"],
         "joint": ["joint-1x", "joint-2x", "btx"],
     }
+    if trial.seed == 0:
+        run("overfit", ["anchor", "text"], trial.train_overfit)
+        needs = ["overfit", "merged", f"dense-{spec.domains[0]}", f"pairs-{spec.domains[0]}"]
+        cell("scores-extraction", path / "scores" / "extraction.json", needs, lambda: scores.write_extraction(trial))
     if trial.seed == 0 and spec.ablations:
         scored["ablations"] = [f"merged-{variant}" for variant in spec.ablations]
     for group, needs in scored.items():

@@ -49,13 +49,18 @@ def write_results(spec: Spec, root: Path) -> dict[str, Any]:
     by_seed = [_read(root / f"seed{seed}" / "scores") for seed in range(spec.seeds)]
     rows = {name: [scores[name] for scores in by_seed if name in scores] for name in by_seed[0]}
     means = {name: {column: statistics.fmean(of[column] for of in each) for column in each[0]} for name, each in rows.items()}
-    checks = orderings(spec, means, by_seed[0])
+    attack = json.loads((root / "seed0" / "scores" / "extraction.json").read_text())
+    checks = [
+        *orderings(spec, means, by_seed[0]),
+        Ordering("the attack extracts half of what the overfitted control learnt", attack["overfit"]["rate"], 0.5),
+    ]
     results = {
         "title": spec.title,
         "rows": {name: {column: _figure([of[column] for of in each]) for column in each[0]} for name, each in rows.items()},
         "orderings": {one.name: {"holds": one.holds, "margin": one.margin, "at_least": one.least} for one in checks},
         "flops": {file.stem: json.loads(file.read_text()) for file in sorted((root / "seed0").glob("flops-*.json"))},
         "proxies": {file.stem: json.loads(file.read_text()) for file in sorted((root / "seed0").glob("proxies-*.json"))},
+        "extraction": attack,
         "heldout": json.loads((root / "overlap.json").read_text()),
         "seconds": sum(json.loads(line)["seconds"] for line in (root / "seconds.jsonl").read_text().splitlines()),
         "hardware": hardware(),
@@ -136,6 +141,10 @@ def markdown(spec: Spec, results: Mapping[str, Any], means: Mapping[str, Figures
         "|---|---|---:|",
     ]
     lines += [f"| {one.name} | {'yes' if one.holds else 'no'} | {_percent(one)} |" for one in checks]
+    lines += ["", "| extraction | documents | extracted | rate, 95 % interval | mean similarity |", "|---|---:|---:|---|---:|"]
+    for name, one in results["extraction"].items():
+        rate = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
+        lines.append(f"| {name} | {one['documents']} | {one['extracted']} | {rate} | {one['mean_similarity']:.2f} |")
     spread = {name: columns[AVERAGE]["spread"] for name, columns in results["rows"].items() if columns[AVERAGE]["spread"] is not None}
     if spread:
         lines += [
@@ -167,6 +176,13 @@ def html(
         "Bits per byte": table_section(_table(means, _columns(spec))),
         "Active experts": line_charts_section(by_active, "experts that a token uses", "bits per byte"),
         "Experts merged": line_charts_section(by_experts, f"experts beside the anchor: {', '.join(spec.domains)}", "bits per byte"),
+        "Extraction: best similarity of ten samples to the document": table_section(
+            Table(
+                ["similarity", "rate"],
+                {name: {"similarity": one["mean_similarity"], "rate": one["rate"]} for name, one in results["extraction"].items()},
+                unit=f"of {results['extraction']['anchor']['documents']} documents of {spec.domains[0]}",
+            )
+        ),
         "Opting out": table_section(_table(matrix, columns, "merged")),
         "Routing": routing_section(maps, experts),
     }

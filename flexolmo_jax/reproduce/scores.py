@@ -9,15 +9,15 @@ import numpy as np
 from flexolmo_jax.data.documents import read_training_documents
 from flexolmo_jax.data.records import Record, open_records
 from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.evals.extraction import extract
 from flexolmo_jax.evals.mixed import mixed_documents
 from flexolmo_jax.evals.predictors import BranchTrainMerge, OfModel, Predictor, PromptRouting, Remembered, Soup, WeightedSoup, bits_per_byte
-from flexolmo_jax.files import write_text
 from flexolmo_jax.flex.anchor import open_anchor
 from flexolmo_jax.flex.embedder import domain_embedding, load_embedder
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.progress import note
 
-from .trial import Trial
+from .trial import Trial, write_json
 
 MIXED = "mixed"  # the column of documents of two private domains
 
@@ -38,12 +38,32 @@ def write(trial: Trial, group: str) -> None:
             note(f"scoring {row.name}")
             predictor = row.predictor()
             figures = {name: bits_per_byte(predictor, records, tokenizer, trial.spec.score_batch) for name, records in columns.items()}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(figures))
+            write_json(file, figures)
         rows[row.name] = json.loads(file.read_text())
     if group == "merged":
-        write_text(trial.path / "scores" / "routing.json", json.dumps(routing(trial)))
-    write_text(trial.path / "scores" / f"{group}.json", json.dumps(rows, indent=1) + "\n")
+        write_json(trial.path / "scores" / "routing.json", routing(trial))
+    write_json(trial.path / "scores" / f"{group}.json", rows)
+
+
+def write_extraction(trial: Trial) -> None:
+    """The extraction attack on documents of the first private domain, by model, into `scores/extraction.json`."""
+    documents, domain = trial.attacked_documents(), trial.spec.domains[0]
+    merged = load(trial.path / "merged")
+    E = len(merged.experts)
+    models: dict[str, tuple[LoadedModel, dict[str, Any]]] = {
+        "anchor": (load(trial.path / "anchor"), {}),
+        f"dense:{domain}": (load(trial.path / f"dense-{domain}"), {}),
+        f"pair:{domain}": (load(trial.path / "pairs" / f"{domain}.run"), {}),
+        "merged": (merged, {"active": E}),
+        f"merged-{domain}": (merged, {"active": E - 1, "without": [domain]}),
+        "overfit": (load(trial.path / "overfit"), {}),
+    }
+    found = {}
+    for name, (model, selection) in models.items():
+        note(f"extracting from {name}")
+        one = extract(model, documents, prefix=trial.spec.extraction_prefix, **selection)
+        found[name] = one._asdict() | {"rate": one.rate}
+    write_json(trial.path / "scores" / "extraction.json", found)
 
 
 def heldout(trial: Trial) -> dict[str, list[Record]]:

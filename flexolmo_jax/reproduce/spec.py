@@ -35,13 +35,17 @@ class Spec:
     joint: dict = dataclasses.field(default_factory=dict)
     btx: dict = dataclasses.field(default_factory=dict)
     router: dict = dataclasses.field(default_factory=dict)
+    overfit: dict = dataclasses.field(default_factory=dict)  # the extraction attack's control: the anchor on the attacked documents alone
+    extraction_documents: int = 32  # of the first private domain
+    extraction_prefix: int = 32  # tokens that are given of each
+    extraction_tokens: int = 96  # that are sampled
     ablations: dict = dataclasses.field(default_factory=dict)  # name -> overrides of the pairs, as {"pair.contrast": 0}
 
     def check(self) -> None:
         if len(self.domains) < 2 or len(set(self.domains) | set(self.public)) < len(self.domains) + len(self.public) or not self.public:
             raise UserError(f"domains are {', '.join(self.domains) or 'none'} and public {', '.join(self.public) or 'none'}; expected two "
                             "private ones or more and a public one, all different")  # fmt: skip
-        for name in ("seeds", "workers", "heldout_records", "mixed_documents", "score_batch", "proxy_diversity"):
+        for name in ("seeds", "workers", "heldout_records", "mixed_documents", "score_batch", "proxy_diversity", "extraction_documents"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.config import RunConfig
+from flexolmo_jax.data.documents import read_training_documents
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.evals.extraction import sample_documents
 from flexolmo_jax.evals.upcycle import steps_of_flops
-from flexolmo_jax.files import write_text
+from flexolmo_jax.files import make_folder, write_text
 from flexolmo_jax.flex.anchor import publish
 from flexolmo_jax.flex.package import package
 from flexolmo_jax.flex.pair import train_pair
@@ -108,9 +111,27 @@ class Trial:
         init = {"train.init": str(self.path / "btx-start")}
         return self.spec.run("joint", self.spec.btx, self.records("public"), self.seed, **init)
 
+    def attacked_documents(self) -> list[list[int]]:
+        """Token ids of what the extraction attack tries to extract: documents of the first private domain that its owner trained on."""
+        domain, spec = self.spec.domains[0], self.spec
+        texts = read_training_documents(self.root / "text" / f"{domain}.jsonl")
+        tokenizer = open_artifact(self.path / "anchor").tokenizer
+        return sample_documents(texts, tokenizer, spec.extraction_documents, spec.extraction_prefix, spec.extraction_tokens)
+
+    def train_overfit(self, out: Path) -> None:
+        """The anchor, trained on nothing but these documents, over and over: what a successful attack looks like."""
+        tokenizer = open_artifact(self.path / "anchor").tokenizer
+        text, data = self.path / "attacked.jsonl", self.path / "attacked-data"
+        if not data.exists():
+            write_text(text, "".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in self.attacked_documents()))
+            prepare([text], tokenizer, self.spec.seq_len, data, heldout=0)
+        start = {"train.init": str(self.path / "anchor")}
+        pretrain(self.spec.run("anchor", self.spec.overfit, [{"path": str(data)}], self.seed, **start), out)
+
     def pairs_of_domains(self) -> list[tuple[str, str]]:
         return list(itertools.permutations(self.spec.domains, 2))
 
 
 def write_json(path: Path, value: Any) -> None:
+    make_folder(path.parent)
     write_text(path, json.dumps(value, indent=1) + "\n")

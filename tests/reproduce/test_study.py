@@ -41,8 +41,12 @@ SPEC = {
     "mixed_documents": 2,
     "proxy_share": 0.2,
     "proxy_diversity": 2,
+    "extraction_documents": 3,
+    "extraction_prefix": 4,
+    "extraction_tokens": 8,
     "model": MODEL,
     **{name: RUN for name in ("anchor", "pair", "dense", "joint", "btx", "router")},
+    "overfit": RUN | {"data": {"batch_size": 1}},
     "ablations": {"without bias": {"model.router_bias": False}, "without coordination": {"pair.beside_anchor": False}},
 }
 
@@ -105,6 +109,15 @@ def test_nothing_that_is_held_out_is_learnt_from(study):
     assert held_out and chosen and not held_out & chosen and chosen <= public
     overlap = results_of(study)["heldout"]
     assert overlap["code"]["documents"] > 0 and 0 <= overlap["code"]["share_in_training_text"] <= 1
+
+
+def test_the_attack_is_on_documents_that_were_trained_on_and_nothing_else_is_learnt_by_heart(study):
+    attack = results_of(study)["extraction"]
+    assert attack.keys() == {"anchor", "dense:code", "pair:code", "merged", "merged-code", "overfit"}
+    assert all(one["documents"] == 3 and one["low"] <= one["rate"] <= one["high"] for one in attack.values())
+    trained_on = [text for text in read_documents(study / "text" / "code.jsonl") if not is_heldout(digest_of(text))]
+    for text in read_documents(study / "seed0" / "attacked.jsonl"):
+        assert any(document.startswith(text) for document in trained_on)
 
 
 def test_the_reports_stand_alone_and_say_what_holds(study):
@@ -173,7 +186,7 @@ def test_studies_that_are_none_are_refused(tmp_path):
 def test_a_cell_that_fails_ends_the_study_with_its_last_line(tmp_path):
     root = a_study(tmp_path / "study")
     (root / "text" / "public.jsonl").write_text("no json\n")
-    with pytest.raises(RunError, match=r"tokenizer ended with status 1: .*line 1: not JSON.*logs/tokenizer\.log"):
+    with pytest.raises(RunError, match=r"(tokenizer|overlap) ended with status 1: .*line 1: not JSON.*logs/\1\.log"):
         reproduce(root / "spec.yaml", root)
     with pytest.raises(RunError, match="waits for what no cell makes: b"):
         run_cells({"a": Cell(root / "a", ("b",), print), "b": Cell(root / "b", ("a",), print)}, root, 1)
