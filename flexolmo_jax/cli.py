@@ -275,11 +275,21 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 
     if not (args.data or args.tasks):
         raise UserError("there is nothing to evaluate on; give --data, --tasks or both")
+    if args.harness and not args.tasks:
+        raise UserError("--harness is for tasks; give --tasks too")
     tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
     model = load(args.path, args.checkpoint, args.mesh)
     selection = {"without": args.without, "active": args.active}
     result = evaluate(model, args.data, split=args.split, limit=args.limit, batch_size=args.batch_size, **selection) if args.data else {}
-    if tasks:
+    if args.harness:
+        import tempfile
+
+        from flexolmo_jax.evals.harness import evaluate_through_harness, harness_model
+
+        with tempfile.TemporaryDirectory() as folder:
+            through = harness_model(model, batch_size=args.batch_size, **selection)
+            result["tasks"] = evaluate_through_harness(through, tasks, Path(folder))
+    elif tasks:
         predictor = OfModel(model, **selection)
         result["tasks"] = evaluate_tasks(predictor, model.tokenizer, model.config.max_seq_len, tasks, args.batch_size)
     return result
@@ -578,6 +588,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("path", help="a run, anchor or model", type=path_of)
     p.add_argument("--data", nargs="+", default=[], help="prepared directories, or documents", type=path_of)
     p.add_argument("--tasks", metavar="A,B,...", help="of AllenAI's in-loop evaluation: arc_easy, sciq, gsm8k_bpb, humaneval_bpb, ...")
+    p.add_argument("--harness", action="store_true", help="run the tasks through lm-eval (pip install 'flexolmo-jax[eval]')")
     _add_selection(p)
     p.add_argument("--split", default="heldout", choices=["heldout", "train"])
     p.add_argument("--limit", type=_positive, help="records of each to read, documents of each task")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_the_best_choice_is_by_sum_or_by_character():
         summarise("acc", of(-2.0, -3.0, label=0)[1:])
 
 
-def test_eval_takes_tasks_beside_data_or_alone(package, model, prepared, capsys):
+def test_eval_takes_tasks_beside_data_or_alone(package, model, prepared, capsys, monkeypatch):
     assert main(["eval", str(model), "--tasks", "arc_easy,gsm8k_bpb", "--without", "law", "--json"]) == 0
     tasks = json.loads(capsys.readouterr().out)["tasks"]
     assert tasks["arc_easy"].keys() == {"metric", "acc", "soft", "bits_per_byte", "documents"} and tasks["arc_easy"]["documents"] == 5
@@ -135,3 +136,6 @@ def test_eval_takes_tasks_beside_data_or_alone(package, model, prepared, capsys)
     result = json.loads(capsys.readouterr().out)
     assert result["tasks"]["sciq"]["documents"] == 2 and "law" in result["bits_per_byte"]
     assert main(["eval", str(model)]) == 2 and "nothing to evaluate on" in capsys.readouterr().err
+    assert main(["eval", str(model), "--data", str(prepared["law"]), "--harness"]) == 2 and "give --tasks too" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # not installed
+    assert main(["eval", str(model), "--tasks", "sciq", "--harness"]) == 2 and "pip install" in capsys.readouterr().err
