@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.artifact import open_artifact
-from flexolmo_jax.config import RunConfig
+from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data.documents import read_training_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.evals.extraction import sample_documents
@@ -87,6 +87,12 @@ class Trial:
     def joint(self, times: int) -> RunConfig:
         """All data pooled, as the pairs saw them together; as many FLOPs as all pairs together took, `times` over."""
         start, anchor = (open_artifact(self.path / name).config for name in ("joint-start", "anchor"))
+        run, report = self.joint_of(times, anchor, start)
+        write_json(self.path / f"flops-{times}x.json", report)
+        return run
+
+    def joint_of(self, times: int, anchor: ModelConfig, mixture: ModelConfig) -> tuple[RunConfig, dict[str, float]]:
+        """The run, and what it and the pairs take."""
         pairs = [self.pair(domain, {}) for domain in self.spec.domains]
         spent = times * sum(pair.train.steps * step_flops(pair, anchor).model for pair in pairs)
         assert pairs[0].pair is not None
@@ -94,18 +100,10 @@ class Trial:
         weights = dict.fromkeys(self.spec.domains, (1 - share) / len(pairs)) | ({"public": share} if share else {})
         init = {"train.init": str(self.path / "joint-start")}
         run = self.spec.run("joint", self.spec.joint, self.records(*weights, weights=weights), self.seed, **init)
-        run = dataclasses.replace(run, model=start)
+        run = dataclasses.replace(run, model=mixture)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=steps_of_flops(spent, run)))
-        of_run = run.train.steps * step_flops(run, start).model
-        report = {
-            "pairs": spent / times,
-            "times": times,
-            "joint": of_run,
-            "steps": run.train.steps,
-            "joint_of_pairs": of_run * times / spent,
-        }
-        write_json(self.path / f"flops-{times}x.json", report)
-        return run
+        of_run = run.train.steps * step_flops(run, mixture).model
+        return run, {"pairs": spent / times, "times": times, "joint": of_run, "joint_of_pairs": of_run * times / spent}
 
     def btx(self) -> RunConfig:
         init = {"train.init": str(self.path / "btx-start")}

@@ -1,5 +1,6 @@
 """A whole study in miniature: every cell, table and report; and the same table after kills."""
 
+import dataclasses
 import json
 import os
 import random
@@ -20,8 +21,10 @@ from flexolmo_jax.reproduce.overlap import overlaps
 from flexolmo_jax.reproduce.results import AVERAGE, PRIVATE, orderings, write_results
 from flexolmo_jax.reproduce.spec import load_spec
 from flexolmo_jax.reproduce.study import reproduce, run_cells
+from flexolmo_jax.reproduce.trial import Trial
 from tests.tiny import MODEL, documents, write_jsonl
 
+ROOT = Path(__file__).parents[2]
 DOMAINS = ("code", "law")
 RUN = {
     "data": {"batch_size": 8},
@@ -98,8 +101,23 @@ def test_masked_rows_are_those_of_smaller_merges_and_joint_runs_take_the_flops_o
     assert rows["merged:experts=1"]["code"] == rows["merged-law"]["code"]
     for times in (1, 2):
         assert abs(results["flops"][f"flops-{times}x"]["joint_of_pairs"] / times - 1) < 0.2  # of few steps; whole studies: below
-    spec = load_spec(Path(__file__).parents[2] / "configs" / "reproduce" / "cpu.yaml")
-    assert spec.domains and spec.seeds == 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "reproduce").glob("*.yaml")), ids=lambda path: path.stem)
+def test_studies_that_ship_are_whole_and_their_joint_runs_take_the_flops_of_all_pairs_within_two_percent(path, tmp_path):
+    spec = load_spec(path)
+    trial = Trial(spec, tmp_path, 0)
+    sources = [{"path": "data"}]
+    assert cells(spec, tmp_path) and trial.continued("public") and trial.btx() and spec.run("anchor", spec.overfit, sources, 0)
+    spec.run("router", spec.router, sources, 0, **{"router.model": "merged"})
+    anchor = spec.run("anchor", {"model": spec.model, **spec.anchor}, sources, 0).model
+    anchor = dataclasses.replace(anchor, vocab_size=spec.vocab_size)
+    for overrides in ({}, *spec.ablations.values()):
+        assert all(trial.pair(domain, overrides).pair for domain in spec.domains)
+    mixture = dataclasses.replace(anchor, n_experts=len(spec.domains) + 1, n_active=trial.active)
+    for times in (1, 2):
+        _, report = trial.joint_of(times, anchor, mixture)
+        assert abs(report["joint_of_pairs"] / times - 1) < 0.02
 
 
 def test_nothing_that_is_held_out_is_learnt_from(study):
@@ -130,7 +148,7 @@ def test_the_reports_stand_alone_and_say_what_holds(study):
 
 
 def test_orderings_are_those_of_the_figures():
-    spec = load_spec(Path(__file__).parents[2] / "configs" / "reproduce" / "cpu.yaml")
+    spec = load_spec(ROOT / "configs" / "reproduce" / "cpu.yaml")
     columns = ("public", *spec.domains, PRIVATE, AVERAGE, "mixed")
 
     def row(figure: float) -> dict[str, float]:
