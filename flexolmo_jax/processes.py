@@ -26,6 +26,7 @@ INTERRUPTED, PREEMPTED, PEER_LOST = 130, 42, 75  # exit statuses; 42 and 75: the
 HEARTBEAT = 10  # seconds without a sign of life after which a process is taken for dead
 GOODBYE = 8  # seconds that one which ends waits for the others to end too
 PATIENCE = 600  # seconds to wait for all others at the start
+THREADS = 16  # of each process on CPUs, whatever its host has
 _FOR_EVER = 7 * 24 * 3600 * 1000  # ms; whoever is waited for is alive, or all end
 
 _joined = False
@@ -60,6 +61,9 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         return
     import jax
 
+    # XLA's CPU products are cut up, and summed, by its number of threads: the same one however devices are shared out gives the same bits.
+    total = (place.processes or 1) * int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1)
+    os.environ.setdefault("PJRT_NPROC", str(max(THREADS, total)))
     options = {} if place.coordinator is None else {"cluster_detection_method": "deactivate", "local_device_ids": None}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:

@@ -19,6 +19,7 @@ import pytest
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.checkpoint import StepCheckpoints
 from flexolmo_jax.config import dump_yaml
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.train.metrics import read_metrics
 from tests.object_store import upload
@@ -105,6 +106,17 @@ def assert_ended_alike(run: Path, whole: Path) -> None:
     assert_same_bits(saved(run, STEPS), saved(whole, STEPS))
     rows, expected = ([row for row in read_metrics(path) if "loss" in row] for path in (run, whole))
     assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in expected]
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one_where_products_are_large_enough_for_many_threads(corpora, tiny_tokenizer, tmp_path):
+    """XLA cuts large products up by its number of threads; the demo's are, those of other tests are not."""
+    prepare([corpora["public"]], tiny_tokenizer, 256, tmp_path / "data", workers=1)
+    large = ["model.d_model=128", "model.n_layers=4", "model.d_ffn=512", "model.max_seq_len=256", "model.vocab_size=4096", "mesh.fsdp=8"]
+    run = run_config("anchor", tmp_path / "data", "data.seq_len=256", f"train.steps={STEPS}", *large)
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    one, four = (finish(count, tmp_path / "run.yaml", tmp_path / f"run{count}") for count in (1, 4))
+    assert_ended_alike(four, one)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
