@@ -4,7 +4,7 @@ Every collective is counted as often as the loops around it run. The compiler ov
 that they feed: as rings of `collective-permute` in a loop of their own, counted here as the gather or reduction that they are, move by
 move; or as one gather whose parts are spread over another loop, a chain of one channel. A gather over a whole torus is written
 as an all-reduce of arrays that are 0 but for each device's own part, a reduce-scatter as an all-reduce of which each device cuts out its
-part. They count as what they are too, and say so.
+part. They count as what they are too, and say so. Between slices the runtime does the exchange: the program only sends to it and receives.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COPIES = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "transpose", "optimization-barrier")
 _RING = re.compile(r"windowed_dot_general_body_(ag|rs)")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x[^"]*",_xla_megascale_transfer_type="(\w+)"')
 _RINGS = {"ag": "all-gather", "rs": "reduce-scatter"}
 
 
@@ -75,24 +76,28 @@ def collectives(hlo: str, mesh: Mapping[str, int], *, one_pass: bool = False) ->
     computations, entry = _parse(hlo)
     found: dict[tuple[str, int], Collective] = {}
     for instruction, computation, runs in _walk(computations, entry, 1, one_pass):
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        kind = _kind(instruction)
+        if kind is None:
             continue
-        groups = _groups(instruction, math.prod(mesh.values()))
-        if len(groups[0]) == 1:
+        if between := _BETWEEN_SLICES.search(instruction.rest):
+            size, axes = _count(between[1]), (next(iter(mesh)),)  # slices lie along the first axis
+        else:
+            groups = _groups(instruction, math.prod(mesh.values()))
+            size, axes = len(groups[0]), _axes(groups, mesh)
+        if size == 1:
             continue
         chained = "chain_id=" in instruction.rest and instruction.attribute("channel_id")
         name = chained or f"{computation.name}/{instruction.name}"
         op = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.rest)
-        operands = instruction.operands[:1] if kind == "collective-permute" else instruction.operands
+        operands = instruction.operands[:1] if kind == "collective-permute" or between else instruction.operands
         for i, operand in enumerate(operands):
             meaning, form = _meaning(computations, computation, instruction, kind, i)
             type_ = computation.instructions[operand].type
             one = Collective(
                 kind=meaning,
-                axes=_axes(groups, mesh),
-                size=len(groups[0]),
-                bytes=_received(kind, _bytes(type_), len(groups[0])) / (2 if form == "all-reduce" else 1),
+                axes=axes,
+                size=size,
+                bytes=_received(kind, _bytes(type_), size) / (2 if form == "all-reduce" else 1),
                 runs=runs,
                 form=form,
                 source=op[1].replace("\\'", "'") if op else "",
@@ -113,6 +118,20 @@ def collectives(hlo: str, mesh: Mapping[str, int], *, one_pass: bool = False) ->
     ]
 
 
+def _kind(instruction: _Instruction) -> str | None:
+    """One of KINDS, where an instruction starts a collective."""
+    if between := instruction.opcode == "send" and _BETWEEN_SLICES.search(instruction.rest):
+        kind = between[2].lower().replace("_", "-")
+        return kind if kind in KINDS else "collective-permute"
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
+def _count(text: str) -> int:
+    """Of numbers and ranges: 0,2:4 are four."""
+    return sum(int(last or first) - int(first) + 1 for first, _, last in (part.partition(":") for part in text.split(",")))
+
+
 def _meaning(
     computations: dict[str, _Computation], computation: _Computation, instruction: _Instruction, kind: str, operand: int
 ) -> tuple[str, str]:
@@ -120,7 +139,7 @@ def _meaning(
     if kind == "collective-permute":
         ring = _RING.search(computation.name)
         return (_RINGS[ring[1]], "ring") if ring else (kind, "")
-    if kind != "all-reduce":
+    if kind != "all-reduce" or instruction.opcode == "send":
         return kind, ""
     made_by = _origin(computations, computation, instruction.operands[operand])
     if made_by == "dynamic-update-slice":
@@ -203,7 +222,7 @@ def _has_collectives(computations: dict[str, _Computation], name: str, seen: set
         return False
     seen.add(name)
     for instruction in computations[name].instructions.values():
-        if instruction.opcode.removesuffix("-start") in KINDS:
+        if _kind(instruction):
             return True
         if any(_has_collectives(computations, called, seen) for called in _NAME.findall(instruction.rest)):
             return True

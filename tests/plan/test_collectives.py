@@ -177,3 +177,26 @@ def test_what_fsdp_needs_at_least_is_two_gathers_and_one_scatter():
     rows = 2 * 2 * L * 2 * D + 2 * L * D
     norms = 2 * 2 * (L * 4 + 1) * D
     assert expected * 7 // 8 <= fsdp_minimum(step, "bfloat16") <= (expected + rows + norms) * 7 // 8
+
+
+# As libtpu 0.0.50 writes an exchange between two slices: to its runtime, which reduces.
+BETWEEN_SLICES = """HloModule step
+
+ENTRY %main (p: bf16[256,128]) -> bf16[256,128] {
+  %p = bf16[256,128]{1,0} parameter(0)
+  %t = token[] after-all()
+  %send.1 = (bf16[256,128]{1,0}, u32[], token[]) send(%p, %t), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.40_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE",is_spmd_generated="true"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=4, is_host_transfer=true
+  %recv.1 = (bf16[256,128]{1,0}, u32[], token[]) recv(%t), channel_id=5, is_host_transfer=true
+  %recv-done.1 = (bf16[256,128]{1,0}, token[]) recv-done(%recv.1), channel_id=5, is_host_transfer=true
+  ROOT %r = bf16[256,128]{1,0} get-tuple-element(%recv-done.1), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_is_sent_between_slices_runs_over_the_first_axis():
+    (one,) = collectives(BETWEEN_SLICES, {"data": 2, "fsdp": 8})
+    assert (one.kind, one.axes, one.size, one.runs, one.form) == ("all-reduce", ("data",), 2, 1, "")
+    assert one.bytes == 256 * 128 * 2  # 2 (n - 1) / n of it
+    (of_four,) = collectives(BETWEEN_SLICES.replace("{1,2}x", "{0:2,5}x").replace("ALL_REDUCE", "ALL_GATHER"), {"data": 4, "fsdp": 8})
+    assert (of_four.kind, of_four.size, of_four.bytes) == ("all-gather", 4, 3 * 256 * 128 * 2)

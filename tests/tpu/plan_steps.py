@@ -31,7 +31,8 @@ def a_pair_reduces_gradients_of_its_expert_alone(topology: str) -> str:
     assert status == 0 and report["fits"], report["peak_bytes"]
     moved, least = report["collective_bytes"], report["fsdp_minimum_bytes"]
     devices = report["devices"]
-    assert 0.98 * least < moved < SLACK * least, (moved, least)
+    # Less than the least is little: what lies outside of the layers is gathered once for all microbatches.
+    assert 0.95 * least < moved < SLACK * least, (moved, least)
     gradients = 2 * report["parameters_bytes"] / 4 * 2 * (devices - 1)  # two microbatches, in bfloat16
     reduced = of_kind(report, "reduce-scatter", "all-reduce")
     assert 0.95 * gradients < reduced < 1.05 * gradients, (reduced, gradients)
