@@ -6,7 +6,8 @@ A domain is cleaned, cut to its budget and written as OUT/<domain>.jsonl, one `{
 
     documents of a source -> valid NFC text -> no duplicate or near-duplicate -> ordered by SHA-256 -> an even share of the budget
 
-Ordering by digest is a shuffle that every machine agrees on, so a prefix is a fair sample. Private domains (one per owner in the
+Ordering by digest is a shuffle that every machine agrees on, so a prefix is a fair sample; by another digest than the one that decides
+which documents are held out, or a small budget would hold nothing else. Private domains (one per owner in the
 demo) and the public ones share no text; `public` needs PyPI alone and is a little of everything.
 """
 
@@ -40,7 +41,7 @@ from xml.etree import ElementTree
 from flexolmo_jax import files, progress
 from flexolmo_jax.errors import UserError
 
-READERS_VERSION = 1  # raised when a reader or the cleaning changes what a domain holds: files of another version are made again
+READERS_VERSION = 2  # raised when a reader or the cleaning changes what a domain holds: files of another version are made again
 INDEX_NAME = ".fetch.json"
 CLIENT_TIMEOUT_S = 600
 MINIMUM_CHARACTERS = 120
@@ -154,7 +155,7 @@ def _write_domain(
             continue
         if not cleaned:
             missing[source.name] = "its package holds no document"
-        texts += ((hashlib.sha256(text.encode()).hexdigest(), source.name, text) for text in cleaned)
+        texts += ((_order(text), source.name, text) for text in cleaned)
     by_source: dict[str, list[tuple[str, str, str]]] = {source.name: [] for source in DOMAINS[name]}
     for item in _without_repeats(sorted(texts)):
         by_source[item[1]].append(item)
@@ -282,6 +283,10 @@ def _check(package: Package, path: Path) -> None:
             progress.note(f"apt {package.name}: {served} has sha256 {digest}, another build than expected: taken and recorded")
     elif digest != package.sha256:
         raise Missing(f"wrong digest: got sha256 {digest}, expected {package.sha256}; not used")
+
+
+def _order(text: str) -> str:
+    return hashlib.sha256(b"order\n" + text.encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

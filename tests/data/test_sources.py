@@ -82,7 +82,9 @@ def test_each_domain_is_a_file_of_documents_that_name_their_source(registry, tmp
 
 def test_documents_come_in_the_order_of_their_digests(registry, tmp_path):
     fetch(tmp_path / "out", ["mixed"])
-    digests = [hashlib.sha256(document["text"].encode()).hexdigest() for document in _documents(tmp_path / "out" / "mixed.jsonl")]
+    digests = [
+        hashlib.sha256(b"order\n" + document["text"].encode()).hexdigest() for document in _documents(tmp_path / "out" / "mixed.jsonl")
+    ]
     assert digests == sorted(digests)
 
 
