@@ -22,7 +22,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 runtime := $(VENV)/.installed-$(version)
 testing := $(VENV)/.installed-$(version)-test
 
-.PHONY: help env demo test test-slow test-launch test-tpu-compile test-tpu check clean
+.PHONY: help env demo notebooks test test-slow test-launch test-tpu-compile test-tpu check clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -30,6 +30,9 @@ env: $(runtime) ## makes the environment (.venv) with flexolmo installed
 
 demo: $(runtime) ## the whole story on real text on a CPU
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/demo.sh
+
+notebooks: $(testing) ## .ipynb files of notebooks/*.py, for Colab
+	$(VENV)/bin/jupytext --to ipynb notebooks/*.py
 
 test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
 	$(PYTEST) -m "not slow" $(ARGS)

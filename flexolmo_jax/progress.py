@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-console = Console(stderr=True, highlight=False)
+# Where FORCE_COLOR is set, as Jupyter does for commands, rich takes a pipe for a terminal.
+console = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
 
 
 def note(message: str) -> None:
