@@ -80,35 +80,44 @@ def select_proxies(
             f"there are {len(own)} private and {len(seen)} public documents to learn from ({len(both)} are both, held-out ones are not "
             f"counted); expected at least {FEWEST} of each"
         )
-    contrast = set(sorted(seen)[:count])
-    negatives = {digest_of(text): text for text in _distinct(public, heldout, contrast)}
-    labelled = [*((digest, own[digest], 1.0) for digest in list(own)[:count]), *((d, negatives[d], 0.0) for d in sorted(negatives))]
-    vectors = _embed(embedder, [text for _, text, _ in labelled], "embedding what is learnt from")
-    labels, halves = np.array([label for *_, label in labelled], np.float32), np.array([_half(digest) for digest, *_ in labelled])
-    classifiers = [fit(vectors[halves == half], labels[halves == half]) for half in (0, 1)]
-    logits = np.where(
-        halves, vectors @ classifiers[0].weights + classifiers[0].bias, vectors @ classifiers[1].weights + classifiers[1].bias
-    )
-    accuracy = float(np.mean((logits > 0) == (labels > 0)))
+    learnt_from = {digest: own[digest] for digest in list(own)[:count]}
+    learnt_from |= {digest_of(text): text for text in _distinct(public, heldout, set(sorted(seen)[:count]))}
+    digests = sorted(learnt_from)
+    vectors = _embed(embedder, [learnt_from[digest] for digest in digests], "embedding what is learnt from")
+    labels = np.array([digest in own for digest in digests], np.float32)
+    classifiers = Classifiers.fit(digests, vectors, labels)
+    accuracy = float(np.mean((classifiers.logits(digests, vectors) > 0) == (labels > 0)))
 
-    digests, scores = [], []
+    scored: list[tuple[float, bytes]] = []
     with bar("scoring public documents", len(seen)) as advance:
         for chunk in _chunks(_distinct(public, heldout, seen)):
-            of_chunk = [digest_of(text) for text in chunk]
-            embedded = embedder.embed(chunk)
-            for half in (0, 1):
-                chosen = np.array([_half(digest) == half for digest in of_chunk])
-                model = classifiers[1 - half]
-                scores.append((embedded[chosen] @ model.weights + model.bias).astype(np.float64))
-                digests += [digest for digest, is_chosen in zip(of_chunk, chosen, strict=True) if is_chosen]
+            digests = [digest_of(text) for text in chunk]
+            scored += zip(classifiers.logits(digests, embedder.embed(chunk)).tolist(), digests, strict=True)
             advance(len(chunk))
-    order = sorted(zip(-np.concatenate(scores), digests, strict=True))
-    count = max(1, round(share * len(order)))
-    candidates = {digest: -score for score, digest in order[: count * diversity]}
+    scored.sort(key=lambda one: (-one[0], one[1]))
+    count = max(1, round(share * len(scored)))
+    candidates = {digest: score for score, digest in scored[: count * diversity]}
     texts = {digest_of(text): text for text in _distinct(public, heldout, set(candidates))}
     kept = sorted(candidates) if diversity == 1 else _diverse(embedder, texts, candidates, count)
     write_bytes(out, "".join(json.dumps({"text": texts[digest]}, ensure_ascii=False) + "\n" for digest in sorted(kept)).encode())
-    return Proxies(len(kept), len(order), accuracy, int(labels.sum()))
+    return Proxies(len(kept), len(scored), accuracy, int(labels.sum()))
+
+
+class Classifiers(NamedTuple):
+    """Two, each of which was trained on one half of all documents and judges the other."""
+
+    each: tuple["Classifier", "Classifier"]
+
+    @classmethod
+    def fit(cls, digests: Sequence[bytes], vectors: np.ndarray, labels: np.ndarray) -> "Classifiers":
+        halves = np.array([_half(digest) for digest in digests])
+        first, second = (fit(vectors[halves == half], labels[halves == half]) for half in (0, 1))
+        return cls((first, second))
+
+    def logits(self, digests: Sequence[bytes], vectors: np.ndarray) -> np.ndarray:
+        """[n], above 0 for what seems private."""
+        first, second = (vectors @ one.weights + one.bias for one in self.each)
+        return np.where([_half(digest) for digest in digests], first, second)
 
 
 class Classifier(NamedTuple):
