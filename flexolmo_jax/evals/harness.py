@@ -23,7 +23,7 @@ from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.progress import bar
 
-from .tasks import BUCKET, Task
+from .tasks import Task, batches
 
 NEW_TOKENS = 256  # where a task does not say how many
 
@@ -54,16 +54,9 @@ def harness_model(model: LoadedModel, *, without: Sequence[str] = (), active: in
 
     def score(queries: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """Of ids the last so many: their log-probability, and whether each is the likeliest."""
-        order = sorted(range(len(queries)), key=lambda i: len(queries[i][0]))
         result: list[tuple[float, bool]] = [(0.0, True)] * len(queries)
         with bar("lm-eval", len(queries)) as advance:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                width = -(-len(queries[chosen[-1]][0]) // BUCKET) * BUCKET
-                tokens, segments = np.zeros((batch_size, width), np.int32), np.zeros((batch_size, width), np.int32)
-                for row, i in enumerate(chosen):
-                    ids = queries[i][0]
-                    tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+            for chosen, tokens, segments in batches([ids for ids, _ in queries], batch_size):
                 log_p, likeliest = (np.asarray(a) for a in run(model.params, tokens, segments, allowed))
                 for row, i in enumerate(chosen):
                     ids, count = queries[i]

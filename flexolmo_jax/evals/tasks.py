@@ -107,20 +107,26 @@ def score(predictor: Predictor, tokenizer: Tokenizer, context: int, task: Task, 
         continuation = tokenizer.encode(request.continuation)
         # The last token is predicted from the one before it: the model reads as many tokens as its context has.
         queries.append((request, (tokenizer.encode(request.context) + continuation)[-(context + 1) :], len(continuation)))
-    queries.sort(key=lambda query: len(query[1]))
     with bar(task.name, len(queries)) as advance:
-        for start in range(0, len(queries), batch_size):
-            batch = queries[start : start + batch_size]
-            width = -(-len(batch[-1][1]) // BUCKET) * BUCKET
-            tokens, segments = np.zeros((batch_size, width), np.int32), np.zeros((batch_size, width), np.int32)
-            for row, (_, ids, _) in enumerate(batch):
-                tokens[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+        for chosen, tokens, segments in batches([ids for _, ids, _ in queries], batch_size):
             losses = predictor.losses(tokens, segments)
-            for row, (request, ids, length) in enumerate(batch):
+            for row, (request, ids, length) in enumerate(queries[i] for i in chosen):
                 first = max(1, len(ids) - length)  # nothing stands before a document's first token
                 total = -float(losses[row, first : len(ids)].sum(dtype=np.float64))
                 yield Scored(request.document, request.choice, request.label, total, request.continuation)
-            advance(len(batch))
+            advance(len(chosen))
+
+
+def batches(queries: Sequence[Sequence[int]], size: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Which queries, and their tokens and segments, int32 [size, T]: the shortest first, each a row of its own, padded."""
+    order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        width = -(-len(queries[chosen[-1]]) // BUCKET) * BUCKET
+        tokens, segments = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
+        for row, i in enumerate(chosen):
+            tokens[row, : len(queries[i])], segments[row, : len(queries[i])] = queries[i], 1
+        yield chosen, tokens, segments
 
 
 def summarise(metric: str, scored: Sequence[Scored]) -> dict[str, Any]:

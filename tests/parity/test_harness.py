@@ -52,8 +52,11 @@ def test_a_rolling_likelihood_has_every_token_once_and_generation_stops_where_it
     (whole,) = lm.generate_until([types.SimpleNamespace(args=("the river", {"max_gen_toks": 12}))])
     (cut,) = lm.generate_until([types.SimpleNamespace(args=("the river", {"max_gen_toks": 12, "until": [whole[3]]}))])
     assert cut == whole.split(whole[3])[0]
-    likely = loaded.generate(["the river"], 3)[0]
-    assert lm.loglikelihood([types.SimpleNamespace(args=("the river", str(likely)))])[0][1] in (True, False)
+    best = int(loaded.generate([loaded.tokenizer.encode("the river")], 1)[0][0])
+    other = next(i for i in range(256, 300) if i != best and loaded.tokenizer.encode(loaded.tokenizer.decode([i])) == [i])
+    assert loaded.tokenizer.encode(loaded.tokenizer.decode([best])) == [best]
+    likeliest = [lm.loglikelihood([types.SimpleNamespace(args=("the river", loaded.tokenizer.decode([i])))])[0][1] for i in (best, other)]
+    assert likeliest == [True, False]
 
 
 def test_what_the_harness_cannot_say_is_refused(task, tmp_path, model):
