@@ -86,7 +86,10 @@ def cells_of(trial: Trial) -> dict[str, Cell]:
     for domain in spec.domains:
         run(f"dense-{domain}", ["anchor", f"data-{domain}"], lambda out, d=domain: pretrain(trial.continued(d), out))
         cell(f"proxies-{domain}", path / f"proxies-{domain}.json", ["anchor", "text"], lambda d=domain: trial.choose_proxies(d))
-    cell("tuned", path / "tuned", ["merged", *(f"proxies-{domain}" for domain in spec.domains)], trial.tune_router)
+    all_proxies = [f"proxies-{domain}" for domain in spec.domains]
+    tuned = {"merged": "tuned"} | {f"merged-{variant}": f"tuned-{variant}" for variant in spec.tuned_ablations if trial.seed == 0}
+    for merged, out in tuned.items():
+        cell(out, path / out, [merged, *all_proxies], lambda m=merged, o=out: trial.tune_router(m, o))
     same = {name: path / "anchor" for name in ("anchor", *spec.domains)}
     cell("joint-start", path / "joint-start", ["anchor"], lambda: assemble(same, path / "joint-start", active=trial.active))
     for times in (1, 2):
@@ -106,7 +109,7 @@ def cells_of(trial: Trial) -> dict[str, Cell]:
         needs = ["overfit", "merged", f"dense-{spec.domains[0]}", f"pairs-{spec.domains[0]}"]
         cell("scores-extraction", path / "scores" / "extraction.json", needs, lambda: scores.write_extraction(trial))
     if trial.seed == 0 and spec.ablations:
-        scored["ablations"] = [f"merged-{variant}" for variant in spec.ablations]
+        scored["ablations"] = [f"merged-{variant}" for variant in spec.ablations] + [f"tuned-{variant}" for variant in spec.tuned_ablations]
     for group, needs in scored.items():
         cell(f"scores-{group}", path / "scores" / f"{group}.json", [*needs, *each_data], lambda g=group: scores.write(trial, g))
     return found

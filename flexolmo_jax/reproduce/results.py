@@ -54,15 +54,26 @@ def write_results(spec: Spec, root: Path) -> dict[str, Any]:
         *orderings(spec, means, by_seed[0]),
         Ordering("the attack extracts half of what the overfitted control learnt", attack["overfit"]["rate"], 0.5),
     ]
+    found = [one for scores in by_seed for one in orderings(spec, scores, scores) if one.margin is not None]
+    seeds = {check.name: [one.holds for one in found if one.name == check.name] or [check.holds] for check in checks}
     results = {
         "title": spec.title,
         "rows": {name: {column: _figure([of[column] for of in each]) for column in each[0]} for name, each in rows.items()},
-        "orderings": {one.name: {"holds": one.holds, "margin": one.margin, "at_least": one.least} for one in checks},
+        "orderings": {
+            one.name: {
+                "holds": one.holds,
+                "margin": one.margin,
+                "at_least": one.least,
+                "seeds": len(seeds[one.name]),
+                "seeds_where_it_holds": sum(seeds[one.name]),
+            }
+            for one in checks
+        },
         "flops": {file.stem: json.loads(file.read_text()) for file in sorted((root / "seed0").glob("flops-*.json"))},
         "proxies": {file.stem: json.loads(file.read_text()) for file in sorted((root / "seed0").glob("proxies-*.json"))},
         "extraction": attack,
         "heldout": json.loads((root / "overlap.json").read_text()),
-        "seconds": sum(json.loads(line)["seconds"] for line in (root / "seconds.jsonl").read_text().splitlines()),
+        "cell_seconds": sum(json.loads(line)["seconds"] for line in (root / "seconds.jsonl").read_text().splitlines()),
         "hardware": hardware(),
         "date": datetime.date.today().isoformat(),
     }
@@ -91,6 +102,7 @@ def orderings(spec: Spec, means: Mapping[str, Figures], first: Mapping[str, Figu
         lower("merged beats the anchor on private domains", "merged", "anchor", PRIVATE),
         *(lower(name, "merged", row, AVERAGE, first) for name, row in ablation.items() if row in spec.ablations),
         lower("tuning the router helps", "merged+tuned", "merged", AVERAGE),
+        *(lower(f"tuning the router helps {row}", f"{row}+tuned", row, AVERAGE, first) for row in spec.tuned_ablations),
         lower("merged beats the uniform soup", "merged", "soup", AVERAGE),
         lower("merged beats the weighted soup", "merged", "weighted soup", AVERAGE),
         lower("merged beats BTM on single domains", "merged", "BTM:top2", PRIVATE),
@@ -137,10 +149,10 @@ def markdown(spec: Spec, results: Mapping[str, Any], means: Mapping[str, Figures
         _intro(spec, results),
         "",
         markdown_table(_table(means, _columns(spec))),
-        "| ordering | holds | margin |",
-        "|---|---|---:|",
+        "| ordering | holds | margin | in seeds |",
+        "|---|---|---:|---|",
     ]
-    lines += [f"| {one.name} | {'yes' if one.holds else 'no'} | {_percent(one)} |" for one in checks]
+    lines += [f"| {one.name} | {'yes' if one.holds else 'no'} | {_percent(one)} | {_seeds(one, results)} |" for one in checks]
     lines += ["", "| extraction | documents | extracted | rate, 95 % interval | mean similarity |", "|---|---:|---:|---|---:|"]
     for name, one in results["extraction"].items():
         rate = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
@@ -151,7 +163,7 @@ def markdown(spec: Spec, results: Mapping[str, Any], means: Mapping[str, Figures
             "",
             f"Standard deviation over {spec.seeds} seeds of the average: " + ", ".join(f"{k} {v:.3f}" for k, v in spread.items()) + ".",
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _made(spec, results)]) + "\n"
 
 
 def html(
@@ -172,7 +184,9 @@ def html(
         for data, of_data in by_data.items()
     }
     sections = {
-        "What the paper says, and what was measured": checks_section([Check(one.name, one.holds, _percent(one)) for one in checks]),
+        "What the paper says, and what was measured": checks_section(
+            [Check(one.name, one.holds, f"{_percent(one)} · {_seeds(one, results)} seeds") for one in checks]
+        ),
         "Bits per byte": table_section(_table(means, _columns(spec))),
         "Active experts": line_charts_section(by_active, "experts that a token uses", "bits per byte"),
         "Experts merged": line_charts_section(by_experts, f"experts beside the anchor: {', '.join(spec.domains)}", "bits per byte"),
@@ -186,8 +200,7 @@ def html(
         "Opting out": table_section(_table(matrix, columns, "merged")),
         "Routing": routing_section(maps, experts),
     }
-    footer = f"{results['date']} · {results['hardware']} · {results['seconds'] / 60:.0f} minutes of cells · {spec.seeds} seeds"
-    return page(spec.title, _intro(spec, results), sections, footer)
+    return page(spec.title, _intro(spec, results), sections, _made(spec, results))
 
 
 def text(spec: Spec, results: Mapping[str, Any]) -> str:
@@ -226,12 +239,24 @@ def _intro(spec: Spec, results: Mapping[str, Any]) -> str:
     accuracy = ", ".join(f"{name.removeprefix('proxies-')} {of['accuracy']:.1%}" for name, of in results["proxies"].items())
     flops = ", ".join(f"{of['times']}x {of['joint_of_pairs']:.3f}" for of in results["flops"].values())
     overlap = ", ".join(f"{name} {of['share_in_training_text']:.1%}" for name, of in results["heldout"].items())
+    seeds = "one seed" if spec.seeds == 1 else f"means over {spec.seeds} seeds, of ablations one"
     return (
-        f"Bits per byte on held-out text, lower is better; {spec.seeds} seeds (ablations: one). {PRIVATE}: mean of the private domains; "
-        f"{AVERAGE}: of these and public text; {MIXED}: documents of two private domains.\n\n"
+        f"Bits per byte on held-out text, lower is better; {seeds}. {PRIVATE}: mean of the private domains; {AVERAGE}: of these "
+        f"and public text; {MIXED}: documents of two private domains.\n\n"
         f"FLOPs of the joint runs over the pairs' together: {flops}. Classifiers of proxies, accuracy: {accuracy}. No held-out document is "
         f"trained on; of their runs of 13 words these stand in training text: {overlap}."
     )
+
+
+def _made(spec: Spec, results: Mapping[str, Any]) -> str:
+    minutes = f"{results['cell_seconds'] / 60:.0f} minutes of cells, {spec.workers} at a time"
+    return f"{results['date']} · {results['hardware']} · {minutes}"
+
+
+def _seeds(ordering: Ordering, results: Mapping[str, Any]) -> str:
+    """How many of the seeds show it by themselves."""
+    one = results["orderings"][ordering.name]
+    return f"{one['seeds_where_it_holds']} of {one['seeds']}"
 
 
 def _percent(ordering: Ordering) -> str:

@@ -130,8 +130,11 @@ def _joint(trial: Trial) -> Iterator[Row]:
 
 
 def _ablations(trial: Trial) -> Iterator[Row]:
+    E = len(trial.spec.domains) + 1
     for variant in trial.spec.ablations:
-        yield Row(variant, lambda variant=variant: OfModel(load(trial.path / f"merged-{variant}"), active=len(trial.spec.domains) + 1))
+        yield Row(variant, lambda variant=variant: OfModel(load(trial.path / f"merged-{variant}"), active=E))
+    for variant in trial.spec.tuned_ablations:
+        yield Row(f"{variant}+tuned", lambda variant=variant: OfModel(load(trial.path / f"tuned-{variant}"), active=E))
 
 
 ROWS: dict[str, Callable[[Trial], Iterator[Row]]] = {

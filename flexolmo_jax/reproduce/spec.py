@@ -40,6 +40,7 @@ class Spec:
     extraction_prefix: int = 32  # tokens that are given of each
     extraction_tokens: int = 96  # that are sampled
     ablations: dict = dataclasses.field(default_factory=dict)  # name -> overrides of the pairs, as {"pair.contrast": 0}
+    tuned_ablations: tuple[str, ...] = ()  # those whose router is tuned too
 
     def check(self) -> None:
         if len(self.domains) < 2 or len(set(self.domains) | set(self.public)) < len(self.domains) + len(self.public) or not self.public:
@@ -48,6 +49,10 @@ class Spec:
         for name in ("seeds", "workers", "heldout_records", "mixed_documents", "score_batch", "proxy_diversity", "extraction_documents"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        if unknown := set(self.tuned_ablations) - set(self.ablations):
+            raise UserError(
+                f"tuned_ablations has {', '.join(sorted(unknown))}; expected some of {', '.join(self.ablations) or 'no ablations'}"
+            )
 
     def run(self, kind: str, section: Mapping[str, Any], train: Sequence[Mapping[str, Any]], seed: int, **overrides: Any) -> RunConfig:
         """A run of the study on these sources, from a section; `overrides` are keys as `pair.contrast`."""

@@ -83,7 +83,8 @@ def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int) -> None:
 
 
 def _start(name: str, root: Path, workers: int) -> subprocess.Popen:
-    environment = os.environ | {
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ  # which saves a tenth of a step on a CPU
+    environment |= {
         "JAX_COMPILATION_CACHE_DIR": str((root / ".compiled").absolute()),  # one compiled program serves many cells
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -76,13 +76,12 @@ class Trial:
         )
         write_json(self.path / f"proxies-{domain}.json", chosen._asdict() | {"share": chosen.share})
 
-    def tune_router(self) -> None:
+    def tune_router(self, merged: str = "merged", tuned: str = "tuned") -> None:
         proxies = {domain: self.path / f"proxies-{domain}.jsonl" for domain in self.spec.domains}
-        config = self.path / "tuned.yaml"
+        config = self.path / f"{tuned}.yaml"
         write_text(config, json.dumps({**self.spec.router, "data": {**self.spec.router.get("data", {}), "seq_len": self.spec.seq_len}}))
-        tune(
-            self.path / "merged", proxies, [self.data("public")], self.path / "tuned", config=config, overrides=[f"train.seed={self.seed}"]
-        )
+        seed = [f"train.seed={self.seed}"]
+        tune(self.path / merged, proxies, [self.data("public")], self.path / tuned, config=config, overrides=seed)
 
     def joint(self, times: int) -> RunConfig:
         """All data pooled, as the pairs saw them together; as many FLOPs as all pairs together took, `times` over."""

@@ -51,6 +51,7 @@ SPEC = {
     **{name: RUN for name in ("anchor", "pair", "dense", "joint", "btx", "router")},
     "overfit": RUN | {"data": {"batch_size": 1}},
     "ablations": {"without bias": {"model.router_bias": False}, "without coordination": {"pair.beside_anchor": False}},
+    "tuned_ablations": ["without coordination"],
 }
 
 
@@ -86,7 +87,7 @@ def test_every_row_has_a_figure_in_every_column(study):
     assert {
         "anchor", "anchor+public", "pair:code", "dense:law", "soup", "weighted soup", "BTM", "BTM:top1", "BTM:top2", "prompt routing",
         "BTX", "joint 1x", "joint 2x", "merged", "merged+tuned", "merged:k=1", "merged:k=2", "merged+tuned:k=1", "merged-code",
-        "merged-law", "merged:experts=1", "without bias", "without coordination",
+        "merged-law", "merged:experts=1", "without bias", "without coordination", "without coordination+tuned",
     } <= rows.keys()  # fmt: skip
     for name, columns in rows.items():
         assert columns.keys() == {"public", *DOMAINS, "mixed", PRIVATE, AVERAGE}, name
@@ -144,6 +145,7 @@ def test_the_reports_stand_alone_and_say_what_holds(study):
     markdown = (study / "results.md").read_text()
     for name, ordering in results["orderings"].items():
         assert f"| {name} | {'yes' if ordering['holds'] else 'no'} |" in markdown
+        assert (ordering["seeds"], ordering["seeds_where_it_holds"]) == (1, ordering["holds"]), name
     assert results["hardware"] and re.fullmatch(r"\d{4}-\d\d-\d\d", results["date"])
 
 
@@ -184,6 +186,7 @@ def test_studies_that_are_none_are_refused(tmp_path):
         ({"domains": ["code"]}, "expected two private ones or more"),
         ({"domains": ["code", "code"]}, "all different"),
         ({"seeds": 0}, "seeds is 0"),
+        ({"ablations": {}}, "tuned_ablations has without coordination; expected some of no ablations"),
         ({"sedes": 1}, "did you mean 'seeds'"),
         ({"domains": "code"}, "expected a list"),
     ):
@@ -212,9 +215,9 @@ def test_a_cell_that_fails_ends_the_study_with_its_last_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(tmp_path):
-    whole = a_study(tmp_path / "whole", ablations={})
+    whole = a_study(tmp_path / "whole", ablations={}, tuned_ablations=[])
     reproduce(whole / "spec.yaml", whole)
-    killed, kills = a_study(tmp_path / "killed", ablations={}), random.Random(0)
+    killed, kills = a_study(tmp_path / "killed", ablations={}, tuned_ablations=[]), random.Random(0)
     command = [sys.executable, "-m", "flexolmo_jax.cli", "reproduce", str(killed / "spec.yaml"), "--out", str(killed)]
     for attempt in range(100):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
