@@ -8,6 +8,7 @@ import numpy as np
 
 from flexolmo_jax.data.documents import read_training_documents
 from flexolmo_jax.data.records import Record, open_records
+from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.evals.extraction import extract
 from flexolmo_jax.evals.mixed import mixed_documents
@@ -67,9 +68,9 @@ def write_extraction(trial: Trial) -> None:
 
 
 def heldout(trial: Trial) -> dict[str, list[Record]]:
-    """What is scored, by column."""
+    """What is scored, by column: evenly spaced records, for they lie in the order of their sources."""
     sources = {name: open_records(trial.data(name), "heldout") for name in ("public", *trial.spec.domains)}
-    columns = {name: [source[i] for i in range(min(len(source), trial.spec.heldout_records))] for name, source in sources.items()}
+    columns = {name: _evenly(source, trial.spec.heldout_records) for name, source in sources.items()}
     tokenizer = open_anchor(trial.path / "anchor").tokenizer
     mixed = [
         record
@@ -77,6 +78,12 @@ def heldout(trial: Trial) -> dict[str, list[Record]]:
         for record in mixed_documents(sources[first], sources[second], tokenizer, trial.spec.mixed_documents)
     ]
     return columns | {MIXED: mixed}
+
+
+def _evenly(source: Source, count: int) -> list[Record]:
+    """At most so many records."""
+    n = min(len(source), count)
+    return [source[i * len(source) // n] for i in range(n)]
 
 
 def routing(trial: Trial) -> dict[str, Any]:

@@ -15,10 +15,12 @@ import pytest
 import yaml
 
 from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
+from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.reproduce.cells import Cell, cells
 from flexolmo_jax.reproduce.overlap import overlaps
 from flexolmo_jax.reproduce.results import AVERAGE, PRIVATE, orderings, write_results
+from flexolmo_jax.reproduce.scores import heldout
 from flexolmo_jax.reproduce.spec import load_spec
 from flexolmo_jax.reproduce.study import reproduce, run_cells
 from flexolmo_jax.reproduce.trial import Trial
@@ -102,6 +104,14 @@ def test_masked_rows_are_those_of_smaller_merges_and_joint_runs_take_the_flops_o
     assert rows["merged:experts=1"]["code"] == rows["merged-law"]["code"]
     for times in (1, 2):
         assert abs(results["flops"][f"flops-{times}x"]["joint_of_pairs"] / times - 1) < 0.2  # of few steps; whole studies: below
+
+
+def test_records_that_are_scored_come_from_all_of_a_source(study):
+    trial = Trial(load_spec(study / "spec.yaml"), study, 0)
+    source = open_records(trial.data("public"), "heldout")
+    scored = heldout(trial)["public"]
+    places = [next(i for i in range(len(source)) if (source[i]["tokens"] == record["tokens"]).all()) for record in scored]
+    assert len(source) >= 8 and places == [i * len(source) // 4 for i in range(4)]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "reproduce").glob("*.yaml")), ids=lambda path: path.stem)
