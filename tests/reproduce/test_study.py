@@ -230,14 +230,14 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(tmp_pat
     killed, kills = a_study(tmp_path / "killed", ablations={}, tuned_ablations=[]), random.Random(0)
     command = [sys.executable, "-m", "flexolmo_jax.cli", "reproduce", str(killed / "spec.yaml"), "--out", str(killed)]
     for attempt in range(100):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            _, errors = process.communicate(timeout=kills.uniform(8, 40) if attempt < 6 else 900)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            time.sleep(1)  # its cells end when they see it
-            continue
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            try:
+                _, errors = process.communicate(timeout=kills.uniform(8, 40) if attempt < 6 else 900)
+            except subprocess.TimeoutExpired:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                time.sleep(1)  # its cells end when they see it
+                continue
         assert process.returncode == 0, errors.decode()[-2000:]
         break
     assert attempt >= 3
