@@ -21,7 +21,7 @@ from flexolmo_jax.data.mixture import mixture
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.data.tokenizer import train_tokenizer
-from flexolmo_jax.paths import path_of
+from flexolmo_jax.storage.paths import path_of
 
 SEQ_LEN = 4096
 BATCH = 256

@@ -27,7 +27,7 @@ from flexolmo_jax.convert.exporting import INDEX, export_hf, shards
 from flexolmo_jax.convert.huggingface import hf_config, key_table
 from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.data.tokenizer import train_tokenizer
-from flexolmo_jax.tensorfile import write_tensors
+from flexolmo_jax.storage.tensorfile import write_tensors
 
 MODEL = ModelConfig(
     vocab_size=50304, d_model=2048, n_layers=8, n_heads=16, n_kv_heads=16, d_ffn=5504, n_experts=6, n_active=4, router_bias=False

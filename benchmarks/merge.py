@@ -26,13 +26,13 @@ import numpy as np
 
 from flexolmo_jax.artifact import describe, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
+from flexolmo_jax.coordinator.merge import _description, append, merge, opt_out, replace
+from flexolmo_jax.coordinator.store import Store
 from flexolmo_jax.data.tokenizer import train_tokenizer
-from flexolmo_jax.flex.anchor import layouts, tensor_digest
-from flexolmo_jax.flex.contribution import FORMAT, MANIFEST, TENSORS, open_contribution, sealed, tensor_shapes
-from flexolmo_jax.flex.merge import _description, append, merge, opt_out, replace
-from flexolmo_jax.flex.store import Store
-from flexolmo_jax.tensorfile import TensorFile
-from flexolmo_jax.weights import Writer
+from flexolmo_jax.exchange.anchor import layouts, tensor_digest
+from flexolmo_jax.exchange.contribution import FORMAT, MANIFEST, TENSORS, open_contribution, sealed, tensor_shapes
+from flexolmo_jax.storage.tensorfile import TensorFile
+from flexolmo_jax.storage.weights import Writer
 
 EXPERTS = 7
 MODEL = ModelConfig(vocab_size=50304, d_model=2048, n_layers=16, n_heads=16, n_kv_heads=16, d_ffn=5504)
@@ -117,7 +117,7 @@ def measure(operation: list[str]) -> None:
     name, *words = operation
     if name == "ingest":
         store, anchor, *contributions = map(Path, words)
-        from flexolmo_jax.flex.anchor import open_anchor
+        from flexolmo_jax.exchange.anchor import open_anchor
 
         def act() -> None:
             kept = Store(store)
@@ -133,7 +133,7 @@ def measure(operation: list[str]) -> None:
             merge(anchor, contributions, out, ways=(way,))
 
     elif name == "verify":
-        from flexolmo_jax.flex.verify import verify
+        from flexolmo_jax.coordinator.verify import verify
 
         def act() -> None:
             verify(Path(words[0]))

@@ -21,7 +21,7 @@ import jax
 from flexolmo_jax.config import RunConfig, load_config
 from flexolmo_jax.model.tree import flatten, partition
 from flexolmo_jax.plan.steps import IS_TRAINED, architecture
-from flexolmo_jax.tpus import CHIPS, slice_of, slices_of
+from flexolmo_jax.runtime.tpus import CHIPS, slice_of, slices_of
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -128,7 +128,7 @@ def trainable(out: Path) -> None:
     import os
 
     from flexolmo_jax.config import resolve, to_dict
-    from flexolmo_jax.tpus import COMPILER_ENVIRONMENT
+    from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT
 
     os.environ.update(COMPILER_ENVIRONMENT)
     from flexolmo_jax.plan.report import plan_training

@@ -20,15 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax import checkpoint
 from flexolmo_jax.config import ModelConfig, build
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import write_text
 from flexolmo_jax.model.tree import flatten, unflatten
-from flexolmo_jax.paths import path_of
-from flexolmo_jax.tensorfile import strict_json
-from flexolmo_jax.weights import Reader, Stored, missing_shards
+from flexolmo_jax.storage import checkpoint
+from flexolmo_jax.storage.files import write_text
+from flexolmo_jax.storage.paths import path_of
+from flexolmo_jax.storage.untrusted import parse_json
+from flexolmo_jax.storage.weights import Reader, Stored, missing_shards
 
 DESCRIPTION = "flexolmo.json"
 FORMAT = 1
@@ -174,7 +174,7 @@ def sealed_json(description: Mapping[str, Any]) -> str:
 def read_sealed(path: Path) -> dict[str, Any]:
     """What `sealed_json` wrote. Raises OSError, ValueError, TypeError or AttributeError."""
     text = path.read_text("utf-8")
-    description = strict_json(text)
+    description = parse_json(text)
     if text != sealed_json(description):
         raise ValueError("its bytes are not those that its own digest was taken of")
     return description

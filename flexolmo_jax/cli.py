@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.files import WAYS, is_disk_full
-from flexolmo_jax.paths import in_bucket, is_refusal, path_of, reason
-from flexolmo_jax.processes import ending, is_first, join
+from flexolmo_jax.runtime.processes import ending, is_first, join
+from flexolmo_jax.storage.files import WAYS, is_disk_full
+from flexolmo_jax.storage.paths import in_bucket, is_refusal, path_of, reason
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -109,16 +109,16 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     run = load_config(args.config, [*args.set, *([f"train.profile='{args.profile}'"] if args.profile else [])])
     join(args.coordinator, args.processes, args.process, look=args.distributed == "auto")
     if run.run == "pair":
-        from flexolmo_jax.flex.pair import train_pair as start
+        from flexolmo_jax.owner.pair import train_pair as start
     elif run.run == "router":
-        from flexolmo_jax.flex.router import train_router as start
+        from flexolmo_jax.coordinator.router import train_router as start
     else:
         from flexolmo_jax.train.pretrain import pretrain as start
     return {"out": str(args.out), **start(run, args.out)}
 
 
 def _publish(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.anchor import publish
+    from flexolmo_jax.exchange.anchor import publish
 
     anchor = publish(
         args.source, args.public, args.out,
@@ -128,7 +128,7 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _contribute(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.contribute import contribute
+    from flexolmo_jax.owner.contribute import contribute
 
     contribution = contribute(
         args.anchor, args.documents, args.name, args.out,
@@ -138,7 +138,7 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _package(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.package import package, package_imported
+    from flexolmo_jax.owner.package import package, package_imported
 
     if (args.expert is None) != (args.anchor is None):
         raise UserError("an expert of an imported model is packaged with --expert NAME and --anchor ANCHOR; give both or none")
@@ -150,7 +150,7 @@ def _package(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _keygen(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.signature import PUBLIC, keygen
+    from flexolmo_jax.exchange.signature import PUBLIC, keygen
 
     return {"private_key": str(args.out), "public_key_file": f"{args.out}{PUBLIC}", "public_key": keygen(args.out)}
 
@@ -159,37 +159,37 @@ def _keygen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.signature import Trust
-    from flexolmo_jax.flex.verify import verify
+    from flexolmo_jax.coordinator.verify import verify
+    from flexolmo_jax.exchange.signature import Trust
 
     trust = Trust.of(args.trust, args.signed)
     return verify(args.path, args.anchor, trust, args.public, refuse=args.admission == "refuse")
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.merge import merge
-    from flexolmo_jax.flex.signature import Trust
+    from flexolmo_jax.coordinator.merge import merge
+    from flexolmo_jax.exchange.signature import Trust
 
     trust = Trust.of(args.trust, args.signed)
     return _merged(merge(args.anchor, args.contribution, args.out, active=args.active, trust=trust, **_composing(args)))
 
 
 def _replace(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.merge import replace
-    from flexolmo_jax.flex.signature import Trust
+    from flexolmo_jax.coordinator.merge import replace
+    from flexolmo_jax.exchange.signature import Trust
 
     return _merged(replace(args.model, args.contribution, args.out, trust=Trust.of(args.trust, args.signed), **_composing(args)))
 
 
 def _append(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.merge import append
-    from flexolmo_jax.flex.signature import Trust
+    from flexolmo_jax.coordinator.merge import append
+    from flexolmo_jax.exchange.signature import Trust
 
     return _merged(append(args.model, args.contribution, args.out, trust=Trust.of(args.trust, args.signed), **_composing(args)))
 
 
 def _proxy(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.proxy import select_proxies
+    from flexolmo_jax.owner.proxy import select_proxies
 
     proxies = select_proxies(
         args.anchor, args.private, args.public, args.out, share=args.share, diversity=args.diversity, heldout=args.heldout
@@ -198,7 +198,7 @@ def _proxy(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tune(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.router import tune
+    from flexolmo_jax.coordinator.router import tune
 
     proxies = {}
     for text in args.proxy:
@@ -214,21 +214,21 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
 
 def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.artifact import read_sealed
-    from flexolmo_jax.flex.merge import opt_out
-    from flexolmo_jax.flex.verify import RECEIPT
+    from flexolmo_jax.coordinator.merge import opt_out
+    from flexolmo_jax.coordinator.verify import RECEIPT
 
     model = opt_out(args.model, args.expert, args.out, untuned=args.untuned, **_composing(args))
     return _merged(model) | {"receipt": read_sealed(model.path / RECEIPT)}
 
 
 def _verify_receipt(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.receipt import verify_receipt
+    from flexolmo_jax.coordinator.receipt import verify_receipt
 
     return verify_receipt(args.receipt, args.model)
 
 
 def _gc(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.store import Store
+    from flexolmo_jax.coordinator.store import Store
 
     return Store.existing(args.store).gc()
 
@@ -242,7 +242,7 @@ def _merged(model: Any) -> dict[str, Any]:
 
 
 def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.anchor import embed_domain
+    from flexolmo_jax.exchange.anchor import embed_domain
 
     row = embed_domain(args.anchor, args.input, args.out)
     return {"out": str(args.out), "dim": len(row), "norm": float((row**2).sum() ** 0.5)}
@@ -337,7 +337,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     import os
 
-    from flexolmo_jax.tpus import COMPILER_ENVIRONMENT, slice_of
+    from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT, slice_of
 
     where = slice_of(args.topology)
     os.environ.update(COMPILER_ENVIRONMENT)  # before JAX is imported
@@ -357,7 +357,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.flex.info import info
+    from flexolmo_jax.coordinator.info import info
 
     return info(args.path)
 

@@ -21,11 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import CACHE, KVCache, Params, decode, empty_cache
+from flexolmo_jax.runtime import sharding
 
 SMALLEST_BUCKET = 16
 COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax

@@ -17,7 +17,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Sampling, generate
 from flexolmo_jax.model import Params, forward, logical_axes
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.sharding import batch_ways, make_mesh, parameter_sharding
+from flexolmo_jax.runtime.sharding import batch_ways, make_mesh, parameter_sharding
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ import numpy as np
 import flexolmo_jax
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.evals.report import Check, Sample, Table, format_table, write_report
-from flexolmo_jax.files import write_text
-from flexolmo_jax.progress import note
+from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.train.metrics import read_metrics
 
 RECORDS = 48  # held-out records of each domain

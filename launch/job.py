@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's package, installed or not: its 
 from flexolmo_jax.config import RunConfig, build, check_microbatch, load_config  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
 from flexolmo_jax.plan.program import program_of  # noqa: E402
-from flexolmo_jax.tpus import Slice, slice_of  # noqa: E402
+from flexolmo_jax.runtime.tpus import Slice, slice_of  # noqa: E402
 
 GIB = 2**30
 # What a TPU VM boots (docs.cloud.google.com/tpu/docs/runtimes, November 2026); TPU7x is to be had through GKE only.

@@ -51,7 +51,7 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def bucket(object_store: str) -> Path:
     """A place of its own in the bucket."""
-    from flexolmo_jax.paths import path_of
+    from flexolmo_jax.storage.paths import path_of
 
     return path_of(f"gs://{BUCKET}/{uuid.uuid4().hex[:8]}")
 

@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_during_a_merge_leaves_nothing(error, paths, tmp_pa
     def full(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("flexolmo_jax.weights.Writer.write", full)
+    monkeypatch.setattr("flexolmo_jax.storage.weights.Writer.write", full)
     merge = ["merge", "--anchor", paths.anchor, *paths.contributions]
     assert "no space left" in fails(*merge, "--out", tmp_path / "out" / "model")
 
@@ -277,7 +277,7 @@ def test_a_bug_is_not_told_as_a_mistake(paths, monkeypatch):
     def bug(*_: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("flexolmo_jax.flex.info.info", bug)
+    monkeypatch.setattr("flexolmo_jax.coordinator.info.info", bug)
     with pytest.raises(ZeroDivisionError):
         main(["info", str(paths.anchor)])
 

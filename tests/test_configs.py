@@ -14,11 +14,11 @@ import yaml
 
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import ModelConfig, RunConfig, load_config
-from flexolmo_jax.flex.pair import is_trained as is_trained_in_a_pair
-from flexolmo_jax.flex.router import is_trained as is_trained_in_a_router_run
+from flexolmo_jax.coordinator.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.model import Params, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten, partition
-from flexolmo_jax.sharding import parameter_sharding
+from flexolmo_jax.owner.pair import is_trained as is_trained_in_a_pair
+from flexolmo_jax.runtime.sharding import parameter_sharding
 from flexolmo_jax.train.metrics import read_metrics
 from flexolmo_jax.train.optimizer import make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step

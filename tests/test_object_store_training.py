@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexolmo_jax import checkpoint, cli, paths
+from flexolmo_jax import cli
 from flexolmo_jax.artifact import open_artifact
-from flexolmo_jax.checkpoint import DIGESTS, StepCheckpoints
 from flexolmo_jax.config import dump_yaml
+from flexolmo_jax.coordinator.router import train_router
 from flexolmo_jax.data import arrays
 from flexolmo_jax.data.mixture import mixture
 from flexolmo_jax.data.prepare import open_data, prepare
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.flex.pair import train_pair
-from flexolmo_jax.flex.router import train_router
-from flexolmo_jax.flex.signature import Trust, keygen
+from flexolmo_jax.exchange.signature import Trust, keygen
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.paths import children, listing, path_of
+from flexolmo_jax.owner.pair import train_pair
+from flexolmo_jax.storage import checkpoint, paths
+from flexolmo_jax.storage.checkpoint import DIGESTS, StepCheckpoints
+from flexolmo_jax.storage.paths import children, listing, path_of
 from flexolmo_jax.train import metrics
 from flexolmo_jax.train.metrics import MetricsWriter, read_metrics
 from flexolmo_jax.train.pretrain import pretrain

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.config import RunConfig, resolve
+from flexolmo_jax.coordinator.merge import merge
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
-from flexolmo_jax.flex.anchor import publish
-from flexolmo_jax.flex.merge import merge
-from flexolmo_jax.flex.package import package
-from flexolmo_jax.flex.pair import train_pair
+from flexolmo_jax.exchange.anchor import publish
+from flexolmo_jax.owner.package import package
+from flexolmo_jax.owner.pair import train_pair
 from flexolmo_jax.train.pretrain import pretrain
 
 SEQ_LEN = 32

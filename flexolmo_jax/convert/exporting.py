@@ -16,10 +16,10 @@ from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.files import check_new, clear, new_directory, write_bytes
 from flexolmo_jax.loaded import LoadedModel, load
-from flexolmo_jax.progress import bar, note
-from flexolmo_jax.tensorfile import write_tensors
+from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.storage.files import check_new, clear, new_directory, write_bytes
+from flexolmo_jax.storage.tensorfile import write_tensors
 
 from .huggingface import Entry, architecture_of, check_bias, hf_config, key_table, transposed
 

@@ -21,15 +21,15 @@ from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.data.records import sha256_of
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import check_new, clear, new_directory
-from flexolmo_jax.flex.anchor import layouts
-from flexolmo_jax.flex.contribution import check_expert_name, name_of_tensor
+from flexolmo_jax.exchange.anchor import layouts
+from flexolmo_jax.exchange.contribution import check_expert_name, name_of_tensor
 from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.paths import children, reason
-from flexolmo_jax.progress import bar, note
-from flexolmo_jax.tensorfile import TensorFile
-from flexolmo_jax.weights import Layout, Writer, metadata_files
+from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.storage.files import check_new, clear, new_directory
+from flexolmo_jax.storage.paths import children, reason
+from flexolmo_jax.storage.tensorfile import TensorFile
+from flexolmo_jax.storage.weights import Layout, Writer, metadata_files
 
 from .huggingface import CLASSES, TOGETHER, Entry, key_table, model_config, some, transposed
 

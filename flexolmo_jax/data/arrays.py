@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.paths import in_bucket, read_range, size_of
+from flexolmo_jax.storage.paths import in_bucket, read_range, size_of
 
 AT_ONCE = 64  # records that are asked of a bucket at the same time
 MAGIC = b"\x93NUMPY"

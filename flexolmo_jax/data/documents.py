@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.paths import absolute, files_below, open_to_read, path_of, reason, size_of
+from flexolmo_jax.storage.paths import absolute, files_below, open_to_read, path_of, reason, size_of
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 HELDOUT = 0.05  # share of documents kept for evaluation

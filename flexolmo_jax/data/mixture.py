@@ -21,7 +21,7 @@ from flexolmo_jax.data.arrays import read_records
 from flexolmo_jax.data.records import Record
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.paths import in_bucket
+from flexolmo_jax.storage.paths import in_bucket
 
 _FEW = 1 << 16
 

@@ -44,9 +44,9 @@ from flexolmo_jax.data.records import (
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import UNFINISHED, clear, is_whole, locked, make_folder, new_directory, write_bytes
-from flexolmo_jax.paths import absolute, in_bucket, join_objects, listing, open_to_write, path_of, reason, remove_objects, size_of
-from flexolmo_jax.progress import bar, note
+from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.storage.files import UNFINISHED, clear, is_whole, locked, make_folder, new_directory, write_bytes
+from flexolmo_jax.storage.paths import absolute, in_bucket, join_objects, listing, open_to_write, path_of, reason, remove_objects, size_of
 
 CACHE_VARIABLE = "FLEXOLMO_CACHE"
 _CHUNK_CHARACTERS = 1 << 18

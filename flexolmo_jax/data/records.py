@@ -19,8 +19,8 @@ import numpy as np
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import write_bytes
-from flexolmo_jax.paths import absolute, open_to_read, path_of, reason, size_of
+from flexolmo_jax.storage.files import write_bytes
+from flexolmo_jax.storage.paths import absolute, open_to_read, path_of, reason, size_of
 
 FORMAT = 1
 Split = Literal["train", "heldout"]

@@ -38,8 +38,9 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from flexolmo_jax import files, progress
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.runtime import progress
+from flexolmo_jax.storage import files
 
 READERS_VERSION = 2  # raised when a reader or the cleaning changes what a domain holds: files of another version are made again
 INDEX_NAME = ".fetch.json"
@@ -269,7 +270,7 @@ def download(package: Package) -> Path:
         _check(package, found[0])
         target = folder / found[0].name
         folder.mkdir(exist_ok=True)
-        os.replace(found[0], target)
+        files.move_file(found[0], target)
     return target
 
 

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer as Backend
 
 from flexolmo_jax.data.documents import HELDOUT, document_files, read_training_documents
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import make_folder, write_text
-from flexolmo_jax.paths import children, reason, size_of
-from flexolmo_jax.progress import bar, note
+from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.paths import children, reason, size_of
 
 TOKENIZER_FILE = "tokenizer.json"
 EOS, PAD = "<|endoftext|>", "<|pad|>"

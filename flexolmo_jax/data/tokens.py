@@ -19,7 +19,7 @@ from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.records import Record, Records, Split, token_dtype
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.paths import files_below, path_of, reason, size_of
+from flexolmo_jax.storage.paths import files_below, path_of, reason, size_of
 
 SUFFIXES = (".npy", ".bin")
 _SAMPLE = 1 << 16  # tokens of each file that are looked at when it is opened

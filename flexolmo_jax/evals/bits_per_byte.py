@@ -12,8 +12,8 @@ from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import Split
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
-from flexolmo_jax.progress import bar
-from flexolmo_jax.sharding import put_batch
+from flexolmo_jax.runtime.progress import bar
+from flexolmo_jax.runtime.sharding import put_batch
 from flexolmo_jax.train.evaluate import make_scorer, score_records
 
 RAW_SEQ_LEN = 1024  # records that raw documents are packed into, where no prepared directory says otherwise

@@ -14,7 +14,7 @@ from flexolmo_jax.data.documents import digest_of
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
-from flexolmo_jax.progress import bar
+from flexolmo_jax.runtime.progress import bar
 
 PREFIX, TOKENS, SAMPLES, ALIKE = 32, 256, 10, 0.9
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}

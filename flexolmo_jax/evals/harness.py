@@ -18,10 +18,10 @@ import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import write_text
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Params, forward
-from flexolmo_jax.progress import bar
+from flexolmo_jax.runtime.progress import bar
+from flexolmo_jax.storage.files import write_text
 
 from .tasks import Task, batches
 

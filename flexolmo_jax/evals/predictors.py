@@ -21,7 +21,7 @@ from flexolmo_jax.data.records import Record, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Params, forward
-from flexolmo_jax.sharding import put_batch
+from flexolmo_jax.runtime.sharding import put_batch
 from flexolmo_jax.train.losses import token_losses
 
 PROMPT = 32  # tokens of a document by which prompt routing and weighted soups choose; the paper's prompts are shorter than its texts

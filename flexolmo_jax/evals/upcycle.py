@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from flexolmo_jax import weights
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
 from flexolmo_jax.config import RunConfig, to_dict
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.files import check_new, new_directory
 from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.storage import weights
+from flexolmo_jax.storage.files import check_new, new_directory
 from flexolmo_jax.train.flops import step_flops
 
 

@@ -12,9 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.attention import attention, masked_attention
+from flexolmo_jax.runtime import sharding
 
 QUERIES, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)  # logical axes of activations
 

@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.expert_ffn import swiglu
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
 from flexolmo_jax.kernels.route import Routing, dense_weights, route_topk, router_probabilities
+from flexolmo_jax.runtime import sharding
 
 
 class RouterOutput(NamedTuple):

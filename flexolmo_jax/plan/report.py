@@ -14,10 +14,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import MeshConfig, ModelConfig, RunConfig, check_microbatch, to_dict
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.tpus import Slice, slices_of
+from flexolmo_jax.runtime import sharding
+from flexolmo_jax.runtime.tpus import Slice, slices_of
 from flexolmo_jax.train.flops import forward_flops, step_flops
 
 from .collectives import collectives

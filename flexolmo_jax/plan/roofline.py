@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax.tpus import Slice
+from flexolmo_jax.runtime.tpus import Slice
 
 from .collectives import Collective
 

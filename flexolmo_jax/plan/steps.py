@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flexolmo_jax import sharding
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.config import MeshConfig, ModelConfig, RunConfig, build, check_microbatch, load_config, override, to_dict
+from flexolmo_jax.coordinator.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.flex.pair import is_trained as is_trained_in_a_pair
-from flexolmo_jax.flex.pair import model_of_pair
-from flexolmo_jax.flex.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.generate import Request, State, programs
 from flexolmo_jax.model import CACHE, Params, empty_cache, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten, partition, unflatten
-from flexolmo_jax.paths import path_of
+from flexolmo_jax.owner.pair import is_trained as is_trained_in_a_pair
+from flexolmo_jax.owner.pair import model_of_pair
+from flexolmo_jax.runtime import sharding
+from flexolmo_jax.storage.paths import path_of
 from flexolmo_jax.train.optimizer import abstract_state, make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step
 

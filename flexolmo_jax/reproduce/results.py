@@ -23,7 +23,7 @@ from flexolmo_jax.evals.report import (
     routing_section,
     table_section,
 )
-from flexolmo_jax.files import write_text
+from flexolmo_jax.storage.files import write_text
 
 from .scores import MIXED
 from .spec import Spec

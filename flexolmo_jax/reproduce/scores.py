@@ -13,10 +13,10 @@ from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.evals.extraction import extract
 from flexolmo_jax.evals.mixed import mixed_documents
 from flexolmo_jax.evals.predictors import BranchTrainMerge, OfModel, Predictor, PromptRouting, Remembered, Soup, WeightedSoup, bits_per_byte
-from flexolmo_jax.flex.anchor import open_anchor
-from flexolmo_jax.flex.embedder import domain_embedding, load_embedder
+from flexolmo_jax.exchange.anchor import open_anchor
+from flexolmo_jax.exchange.embedder import domain_embedding, load_embedder
 from flexolmo_jax.loaded import LoadedModel, load
-from flexolmo_jax.progress import note
+from flexolmo_jax.runtime.progress import note
 
 from .trial import Trial, write_json
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.files import append_bytes, locked, make_folder, write_text
-from flexolmo_jax.progress import bar, note
+from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.storage.files import append_bytes, locked, make_folder, write_text
 
 from .cells import Cell, cells
 from .results import write_results

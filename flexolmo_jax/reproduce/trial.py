@@ -9,16 +9,16 @@ from typing import Any
 
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.config import ModelConfig, RunConfig
+from flexolmo_jax.coordinator.router import tune
 from flexolmo_jax.data.documents import read_training_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.evals.extraction import sample_documents
 from flexolmo_jax.evals.upcycle import steps_of_flops
-from flexolmo_jax.files import make_folder, write_text
-from flexolmo_jax.flex.anchor import publish
-from flexolmo_jax.flex.package import package
-from flexolmo_jax.flex.pair import train_pair
-from flexolmo_jax.flex.proxy import select_proxies
-from flexolmo_jax.flex.router import tune
+from flexolmo_jax.exchange.anchor import publish
+from flexolmo_jax.owner.package import package
+from flexolmo_jax.owner.pair import train_pair
+from flexolmo_jax.owner.proxy import select_proxies
+from flexolmo_jax.storage.files import make_folder, remove_file, write_text
 from flexolmo_jax.train.flops import step_flops
 from flexolmo_jax.train.pretrain import pretrain
 
@@ -70,7 +70,7 @@ class Trial:
     def choose_proxies(self, domain: str) -> None:
         public, private = [self.root / "text" / f"{name}.jsonl" for name in self.spec.public], self.root / "text" / f"{domain}.jsonl"
         out = self.path / f"proxies-{domain}.jsonl"
-        out.unlink(missing_ok=True)  # of a start that was killed before it could tell how well it chose
+        remove_file(out)  # of a start that was killed before it could tell how well it chose
         chosen = select_proxies(
             self.path / "anchor", [private], public, out, share=self.spec.proxy_share, diversity=self.spec.proxy_diversity
         )

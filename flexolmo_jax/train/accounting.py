@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flexolmo_jax.tpus import CHIPS
+from flexolmo_jax.runtime.tpus import CHIPS
 
 PHASES = ("init", "restore", "compile", "data", "step", "eval", "save")  # what is none of these is the loop's own
 GPUS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}  # 10^12 bfloat16 FLOPs a second, dense; of NVIDIA's data sheets

@@ -22,8 +22,8 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, forward
-from flexolmo_jax.paths import in_bucket
-from flexolmo_jax.sharding import replicated
+from flexolmo_jax.runtime.sharding import replicated
+from flexolmo_jax.storage.paths import in_bucket
 
 from .losses import predicts, token_losses
 

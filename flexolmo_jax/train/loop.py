@@ -21,7 +21,6 @@ import optax
 import yaml
 from jax.sharding import Mesh
 
-from flexolmo_jax import checkpoint, sharding
 from flexolmo_jax.artifact import DESCRIPTION, Placement, describe, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, RunConfig, check_microbatch, dump_yaml, to_dict
 from flexolmo_jax.data.mixture import Batches
@@ -29,11 +28,13 @@ from flexolmo_jax.data.records import Record, loss_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.files import is_whole, new_directory, write_text
 from flexolmo_jax.model import Params, logical_axes
 from flexolmo_jax.model.tree import combine, flatten, partition
-from flexolmo_jax.processes import by_the_first, is_first, stop_requests
-from flexolmo_jax.progress import bar, note
+from flexolmo_jax.runtime import sharding
+from flexolmo_jax.runtime.processes import by_the_first, is_first, stop_requests
+from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.storage import checkpoint
+from flexolmo_jax.storage.files import is_whole, new_directory, write_text
 
 from .accounting import Accounting, peak_flops
 from .evaluate import make_scorer, score_records

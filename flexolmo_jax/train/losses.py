@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import OptimConfig
 from flexolmo_jax.kernels.cross_entropy import cross_entropy
 from flexolmo_jax.model import Output
+from flexolmo_jax.runtime import sharding
 
 
 class Contrast(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 
-from flexolmo_jax.files import append_bytes, write_text
-from flexolmo_jax.paths import in_bucket, path_of, reason
-from flexolmo_jax.progress import note
+from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage.files import append_bytes, write_text
+from flexolmo_jax.storage.paths import in_bucket, path_of, reason
 
 SECONDS = 30.0  # between two additions to an object
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jax
 
-from flexolmo_jax.files import write_bytes
-from flexolmo_jax.paths import in_bucket
-from flexolmo_jax.progress import note
+from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage.files import write_bytes
+from flexolmo_jax.storage.paths import in_bucket
 
 PLACE = "profile"  # in a run's directory: plugins/profile/<when>/<host>.xplane.pb
 

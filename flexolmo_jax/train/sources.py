@@ -10,8 +10,8 @@ from flexolmo_jax.data.records import Split
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, has_tokens
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.paths import path_of
-from flexolmo_jax.processes import by_the_first
+from flexolmo_jax.runtime.processes import by_the_first
+from flexolmo_jax.storage.paths import path_of
 
 
 def choose_tokenizer(data: DataConfig) -> Tokenizer:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
-from flexolmo_jax.sharding import replicated
-from flexolmo_jax.tpus import step_options
+from flexolmo_jax.runtime.sharding import replicated
+from flexolmo_jax.runtime.tpus import step_options
 
 from .losses import Contrast, LossSums, loss_sums, predicts
 from .optimizer import learning_rate

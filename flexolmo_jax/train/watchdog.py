@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from flexolmo_jax.processes import PEER_LOST
+from flexolmo_jax.runtime.processes import PEER_LOST
 
 LONGEST = 3600.0  # seconds: to compile, to evaluate, to save
 

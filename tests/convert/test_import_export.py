@@ -16,22 +16,23 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flexolmo_jax import cli, files
+from flexolmo_jax import cli
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.convert.exporting import export_hf
 from flexolmo_jax.convert.huggingface import hf_config, to_hf, transposed
 from flexolmo_jax.convert.importing import import_hf
+from flexolmo_jax.coordinator.merge import append, merge, opt_out
+from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.flex.anchor import publish, verify_anchor
-from flexolmo_jax.flex.contribution import open_contribution
-from flexolmo_jax.flex.merge import append, merge, opt_out
-from flexolmo_jax.flex.package import package, package_imported
-from flexolmo_jax.flex.pair import train_pair
-from flexolmo_jax.flex.verify import verify
+from flexolmo_jax.exchange.anchor import publish, verify_anchor
+from flexolmo_jax.exchange.contribution import open_contribution
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model import forward, init_params
+from flexolmo_jax.owner.package import package, package_imported
+from flexolmo_jax.owner.pair import train_pair
+from flexolmo_jax.storage import files
 from tests.tiny import pair_config
 
 DENSE = ModelConfig(

@@ -14,10 +14,10 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from flexolmo_jax import files
-from flexolmo_jax.flex.merge import merge, opt_out
-from flexolmo_jax.flex.store import STORE, Store
-from flexolmo_jax.flex.verify import verify
+from flexolmo_jax.coordinator.merge import merge, opt_out
+from flexolmo_jax.coordinator.store import STORE, Store
+from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.storage import files
 
 
 def in_child(act: Callable[[], None]) -> int:

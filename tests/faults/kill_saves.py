@@ -98,8 +98,8 @@ def saves(place: str) -> None:
     """What a run does: it goes on from its newest checkpoint, keeps that and the best, which is the second, and removes the others."""
     import jax
 
-    from flexolmo_jax.checkpoint import StepCheckpoints, abstract
-    from flexolmo_jax.paths import path_of
+    from flexolmo_jax.storage.checkpoint import StepCheckpoints, abstract
+    from flexolmo_jax.storage.paths import path_of
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with StepCheckpoints(path_of(place), keep=1) as checkpoints:
@@ -115,8 +115,8 @@ def saves(place: str) -> None:
 
 def look(place: str) -> None:
     """At what must be there when all is done."""
-    from flexolmo_jax.checkpoint import StepCheckpoints
-    from flexolmo_jax.paths import children, listing, path_of
+    from flexolmo_jax.storage.checkpoint import StepCheckpoints
+    from flexolmo_jax.storage.paths import children, listing, path_of
 
     directory = path_of(place)
     names = listing(directory).keys()
@@ -130,7 +130,7 @@ def main() -> None:
     place, every = sys.argv[1], int(sys.argv[2])
     proxy = f"http://127.0.0.1:{start_proxy(os.environ['STORAGE_EMULATOR_HOST'])}"
     os.environ |= {"STORAGE_EMULATOR_HOST": proxy, "TENSORSTORE_GCS_HTTP_URL": proxy}
-    import flexolmo_jax.checkpoint  # noqa: F401  # once for all; a bucket is first asked in a child: the client survives no fork
+    import flexolmo_jax.storage.checkpoint  # noqa: F401  # once for all; a bucket is first asked in a child: the client survives no fork
 
     tried, at = 0, 1
     while True:

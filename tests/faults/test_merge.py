@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexolmo_jax import files
 from flexolmo_jax.artifact import Artifact, open_artifact
+from flexolmo_jax.coordinator.merge import append, merge, opt_out
+from flexolmo_jax.coordinator.store import STORE, Store
+from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.flex.merge import append, merge, opt_out
-from flexolmo_jax.flex.store import STORE, Store
-from flexolmo_jax.flex.verify import verify
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.storage import files
 from tests.faults.kill_everywhere import contents
 
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
@@ -97,7 +97,7 @@ def test_two_merges_at_once_into_one_store_both_succeed(anchor, contributions, t
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from flexolmo_jax.flex.merge import merge\n"
+        "from flexolmo_jax.coordinator.merge import merge\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "anchor, out, *paths = map(Path, sys.argv[1:])\n"
         "merge(anchor, paths, out, store_path=out.parent / 'store')\n"

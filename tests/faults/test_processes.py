@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.artifact import open_artifact
-from flexolmo_jax.checkpoint import StepCheckpoints
 from flexolmo_jax.config import dump_yaml
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.storage.checkpoint import StepCheckpoints
 from flexolmo_jax.train.metrics import read_metrics
 from tests.object_store import upload
 from tests.tiny import pair_config, run_config

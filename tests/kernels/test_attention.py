@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from flexolmo_jax.config import MeshConfig
 from flexolmo_jax.kernels.attention import api, attention, blocks, masked_attention, pallas_tpu, reference
 from flexolmo_jax.kernels.attention.shapes import OLMO2_7B, OLMO2_32B, TINY, Shape
-from flexolmo_jax.sharding import make_mesh, on_each_shard
+from flexolmo_jax.runtime.sharding import make_mesh, on_each_shard
 
 
 def problem(shape: Shape, dtype="float32", seed=0):

@@ -20,7 +20,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from flexolmo_jax.tpus import CHIPS, Slice, slices_of
+from flexolmo_jax.runtime.tpus import CHIPS, Slice, slices_of
 from launch.job import ROOT, load_job
 from tests.launch.plan_for import plan_for
 

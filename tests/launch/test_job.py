@@ -9,9 +9,9 @@ import jax
 import pytest
 import yaml
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import check_microbatch, load_config
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.runtime import sharding
 from launch.job import ROOT, Job, check_devices, load_job, main, preflight, variables
 
 from .plan_for import plan_for

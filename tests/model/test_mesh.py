@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax import sharding
 from flexolmo_jax.config import MeshConfig, ModelConfig, OptimConfig
 from flexolmo_jax.model import Params, forward, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.runtime import sharding
 from flexolmo_jax.train.losses import loss_sums
 
 B, T, V = 8, 24, 64

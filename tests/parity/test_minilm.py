@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.flex import minilm
+from flexolmo_jax.exchange import minilm
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

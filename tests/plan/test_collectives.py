@@ -14,7 +14,7 @@ from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.plan.collectives import Collective, collectives
 from flexolmo_jax.plan.report import compile_step, size_of
 from flexolmo_jax.plan.steps import fsdp_minimum, training_step
-from flexolmo_jax.sharding import make_mesh
+from flexolmo_jax.runtime.sharding import make_mesh
 
 X = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 BYTES = 8 * 16 * 4

@@ -16,7 +16,7 @@ from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.plan.program import program_of
 from flexolmo_jax.plan.report import _needed
 from flexolmo_jax.plan.steps import architecture, decoded, decoding_step, training_step
-from flexolmo_jax.sharding import make_mesh
+from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.train.flops import forward_flops, step_flops
 from tests.test_configs import CONFIGS, LARGE, ROOT, name
 

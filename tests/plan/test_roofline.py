@@ -8,7 +8,7 @@ import pytest
 
 from flexolmo_jax.plan.collectives import Collective
 from flexolmo_jax.plan.roofline import bandwidth, by_kind_and_axis, roofline
-from flexolmo_jax.tpus import slice_of
+from flexolmo_jax.runtime.tpus import slice_of
 
 
 def mesh(topology: str, shape: tuple[int, ...], slices: int = 1) -> Any:

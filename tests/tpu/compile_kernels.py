@@ -17,7 +17,7 @@ from typing import Any
 
 from programs import CASES
 
-from flexolmo_jax.tpus import COMPILER_ENVIRONMENT
+from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LIMIT_S = 600

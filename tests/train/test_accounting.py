@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from flexolmo_jax.tpus import CHIPS
+from flexolmo_jax.runtime.tpus import CHIPS
 from flexolmo_jax.train import loop
 from flexolmo_jax.train.accounting import PHASES, Accounting, peak_flops
 from flexolmo_jax.train.flops import step_flops

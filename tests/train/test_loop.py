@@ -16,14 +16,14 @@ import orbax.checkpoint as ocp
 import pytest
 
 from flexolmo_jax.artifact import open_artifact
-from flexolmo_jax.checkpoint import StepCheckpoints
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import RunConfig, dump_yaml
+from flexolmo_jax.coordinator.router import train_router
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.flex.pair import train_pair
-from flexolmo_jax.flex.router import train_router
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.owner.pair import train_pair
+from flexolmo_jax.storage.checkpoint import StepCheckpoints
 from flexolmo_jax.train import loop
 from flexolmo_jax.train.metrics import MetricsWriter, read_metrics
 from flexolmo_jax.train.pretrain import pretrain

@@ -13,7 +13,7 @@ from flexolmo_jax.data.records import loss_targets
 from flexolmo_jax.kernels.cross_entropy import chunks
 from flexolmo_jax.model import Output, RouterOutput, forward, init_params
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.sharding import batch_sharding, make_mesh, parameter_sharding
+from flexolmo_jax.runtime.sharding import batch_sharding, make_mesh, parameter_sharding
 from flexolmo_jax.train.losses import loss_sums, token_losses
 from flexolmo_jax.train.optimizer import make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step

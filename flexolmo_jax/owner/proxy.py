@@ -1,0 +1,226 @@
+"""Proxies: public documents that resemble an owner's private ones, chosen by the owner, for tuning the router after a merge.
+
+A classifier, private against public, is trained on an embedder's vectors of both (FlexOlmo, arXiv 2507.07024, section 3.3), scores the
+public documents, and the most private-like are kept. It is trained twice, on one half of the documents each, and every document is
+scored by the classifier that has not seen it. What leaves are public documents, ordered by their digests; which of them, by design,
+tells something about the private ones, as a domain's name does. A document that is both private and public is neither learnt from nor
+kept: to choose it would tell that the owner has it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flexolmo_jax.data.documents import HELDOUT, digest_of, read_training_documents
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.anchor import open_anchor
+from flexolmo_jax.exchange.embedder import CHUNK, Embedder, load_embedder, widened
+from flexolmo_jax.runtime.progress import bar
+from flexolmo_jax.storage.files import write_bytes
+
+SHARE = 0.01  # of the public documents
+FEWEST, MOST = 10, 250_000  # documents of each kind that the classifier is trained on (the paper: 500k, balanced)
+GROUP = 4096  # candidates among which diverse ones are chosen at once
+RIDGE = 1e-3  # of a document's own likelihood: that much of it is like no other, so that more can be chosen than vectors are wide
+
+
+class Proxies(NamedTuple):
+    """What was chosen, and how well the classifier tells private from public documents that it was not trained on."""
+
+    documents: int
+    of: int  # public documents that were scored
+    accuracy: float  # over as many of each kind
+    private: int  # documents the classifier was trained on, as many public ones
+
+    @property
+    def share(self) -> float:
+        return self.documents / self.of
+
+
+def select_proxies(
+    anchor_path: Path,
+    private: Sequence[Path],
+    public: Sequence[Path],
+    out: Path,
+    *,
+    share: float = SHARE,
+    diversity: int = 1,
+    heldout: float = HELDOUT,
+) -> Proxies:
+    """Writes a share of the public documents, those most like the private ones, as a .jsonl.
+
+    `diversity`: above 1, chosen from so many times as many of the most private-like, greedily by a determinantal point process, which
+    weighs likeness to the private documents against likeness to what is chosen already. Documents that are held out for evaluation
+    are neither learnt from nor chosen. The text of the private documents and of the candidates is in memory, that of the others is not.
+    Raises UserError for an output that exists or is no .jsonl, and where there are too few documents of either kind.
+    """
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out is {out}; expected a new file that ends in .jsonl")
+    if out.exists():
+        raise UserError(f"{out} exists; give a new file")
+    if not 0 < share < 1 or diversity < 1:
+        raise UserError(f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and 1 or more")
+    embedder = widened(load_embedder(open_anchor(anchor_path).path / "embedder"))
+    own = {digest_of(text): text for text in _documents(private, heldout)}
+    both, seen = set[bytes](), set[bytes]()
+    for text in _documents(public, heldout):
+        digest = digest_of(text)
+        (both if digest in own else seen).add(digest)
+    own = {digest: own[digest] for digest in sorted(own.keys() - both)}
+    count = min(len(own), len(seen), MOST)
+    if count < FEWEST:
+        raise UserError(
+            f"there are {len(own)} private and {len(seen)} public documents to learn from ({len(both)} are both, held-out ones are not "
+            f"counted); expected at least {FEWEST} of each"
+        )
+    learnt_from = {digest: own[digest] for digest in list(own)[:count]}
+    learnt_from |= {digest_of(text): text for text in _distinct(public, heldout, set(sorted(seen)[:count]))}
+    digests = sorted(learnt_from)
+    vectors = _embed(embedder, [learnt_from[digest] for digest in digests], "embedding what is learnt from")
+    labels = np.array([digest in own for digest in digests], np.float32)
+    classifiers = Classifiers.fit(digests, vectors, labels)
+    accuracy = float(np.mean((classifiers.logits(digests, vectors) > 0) == (labels > 0)))
+
+    scored: list[tuple[float, bytes]] = []
+    with bar("scoring public documents", len(seen)) as advance:
+        for chunk in _chunks(_distinct(public, heldout, seen)):
+            digests = [digest_of(text) for text in chunk]
+            scored += zip(classifiers.logits(digests, embedder.embed(chunk)).tolist(), digests, strict=True)
+            advance(len(chunk))
+    scored.sort(key=lambda one: (-one[0], one[1]))
+    count = max(1, round(share * len(scored)))
+    candidates = {digest: score for score, digest in scored[: count * diversity]}
+    texts = {digest_of(text): text for text in _distinct(public, heldout, set(candidates))}
+    kept = sorted(candidates) if diversity == 1 else _diverse(embedder, texts, candidates, count)
+    write_bytes(out, "".join(json.dumps({"text": texts[digest]}, ensure_ascii=False) + "\n" for digest in sorted(kept)).encode())
+    return Proxies(len(kept), len(scored), accuracy, int(labels.sum()))
+
+
+class Classifiers(NamedTuple):
+    """Two, each of which was trained on one half of all documents and judges the other."""
+
+    each: tuple["Classifier", "Classifier"]
+
+    @classmethod
+    def fit(cls, digests: Sequence[bytes], vectors: np.ndarray, labels: np.ndarray) -> "Classifiers":
+        halves = np.array([_half(digest) for digest in digests])
+        first, second = (fit(vectors[halves == half], labels[halves == half]) for half in (0, 1))
+        return cls((first, second))
+
+    def logits(self, digests: Sequence[bytes], vectors: np.ndarray) -> np.ndarray:
+        """[n], above 0 for what seems private."""
+        first, second = (vectors @ one.weights + one.bias for one in self.each)
+        return np.where([_half(digest) for digest in digests], first, second)
+
+
+class Classifier(NamedTuple):
+    """The logit of a vector x is x @ weights + bias."""
+
+    weights: np.ndarray  # [F]
+    bias: float
+
+
+def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier:
+    """Logistic regression of labels 0 and 1 on vectors [n, F] (weights have a Gaussian prior of deviation 1), by L-BFGS."""
+    n = len(labels)
+    scale = np.float32(np.sqrt(vectors.shape[1]))  # unit vectors: entries of about 1
+
+    def loss(model):
+        logits = vectors @ (scale * model[0]) + model[1]
+        return jnp.mean(jnp.logaddexp(0, logits) - labels * logits) + jnp.sum((scale * model[0]) ** 2) / (2 * n)
+
+    solver = optax.lbfgs()
+
+    @jax.jit
+    def solve():
+        model = (jnp.zeros(vectors.shape[1]), jnp.zeros(()))
+        value_and_gradient = optax.value_and_grad_from_state(loss)
+
+        def step(_, carry):
+            model, state = carry
+            value, gradient = value_and_gradient(model, state=state)
+            updates, state = solver.update(gradient, state, model, value=value, grad=gradient, value_fn=loss)
+            return optax.apply_updates(model, updates), state
+
+        return jax.lax.fori_loop(0, steps, step, (model, solver.init(model)))[0]
+
+    weights, bias = solve()
+    return Classifier(np.asarray(scale * weights), float(bias))
+
+
+def diverse(vectors: np.ndarray, quality: np.ndarray, count: int) -> list[int]:
+    """The likeliest set of so many items under a determinantal point process, greedily (Chen et al., arXiv 1709.05135), in order.
+
+    Its kernel is quality_i * quality_j * cosine of vectors i and j: a set is the likelier the better its items and the less alike.
+    """
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    left = quality.astype(np.float64) ** 2 * (1 + RIDGE)
+    basis = np.zeros((count, len(unit)))
+    chosen: list[int] = []
+    for step in range(min(count, len(unit))):
+        best = int(np.argmax(left))
+        chosen.append(best)
+        alike = quality * quality[best] * (unit @ unit[best]) - basis[:step].T @ basis[:step, best]
+        basis[step] = alike / np.sqrt(left[best])
+        left = np.maximum(left - basis[step] ** 2, 1e-30)
+        left[chosen] = -np.inf
+    return chosen
+
+
+def _diverse(embedder: Embedder, texts: dict[bytes, str], scores: dict[bytes, float], count: int) -> list[bytes]:
+    """In groups of some thousands, each of which gives the same share."""
+    order = sorted(texts)
+    groups = np.array_split(np.arange(len(order)), -(-len(order) // GROUP))
+    ends = np.round(np.cumsum([0, *(len(group) for group in groups)]) * count / len(order)).astype(int)
+    kept = []
+    for group, start, end in zip(groups, ends[:-1], ends[1:], strict=True):
+        digests = [order[i] for i in group]
+        quality = np.array([1 / (1 + np.exp(-scores[digest])) for digest in digests])
+        vectors = _embed(embedder, [texts[digest] for digest in digests], "embedding candidates")
+        kept += [digests[i] for i in diverse(vectors, quality, int(end - start))]
+    return kept
+
+
+def _embed(embedder: Embedder, texts: Sequence[str], title: str) -> np.ndarray:
+    rows = []
+    with bar(title, len(texts)) as advance:
+        for chunk in _chunks(texts):
+            rows.append(embedder.embed(chunk))
+            advance(len(chunk))
+    return np.concatenate(rows)
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for text in texts:
+        chunk.append(text)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _documents(paths: Sequence[Path], heldout: float) -> Iterator[str]:
+    return (text for path in paths for text in read_training_documents(path, heldout) if text.strip())
+
+
+def _distinct(paths: Sequence[Path], heldout: float, wanted: set[bytes]) -> Iterator[str]:
+    """Each wanted document once."""
+    left = set(wanted)
+    for text in _documents(paths, heldout):
+        digest = digest_of(text)
+        if digest in left:
+            left.remove(digest)
+            yield text
+
+
+def _half(digest: bytes) -> int:
+    """0 or 1; not from the bytes that decide what is held out."""
+    return digest[-1] & 1

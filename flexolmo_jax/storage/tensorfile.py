@@ -1,0 +1,169 @@
+"""Safetensors files, tensor by tensor: reading, trusting nothing in them, and writing.
+
+    u64 little-endian: bytes of the header | header: JSON {name: {dtype, shape, data_offsets}} | data: the tensors, without gaps
+
+A header is read whole; a tensor is read in blocks that are digested while they are in the cache. Nothing is allocated that the
+file's size does not cover. https://huggingface.co/docs/safetensors
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.files import before_change
+from flexolmo_jax.storage.paths import open_regular, open_to_write, reason
+from flexolmo_jax.storage.untrusted import parse_json
+
+NAMES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+DTYPES = {dtype: name for name, dtype in NAMES.items()}
+HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+BLOCK = 1 << 22  # bytes read and digested at a time
+_INFINITY = {"bfloat16": (np.uint16, 0x7FFF, 0x7F80), "float16": (np.uint16, 0x7FFF, 0x7C00), "float32": (np.uint32, 2**31 - 1, 0x7F800000)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in the file."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """An open file; a context manager. `entries` in the order of the data; `header_sha256` of the length and the header."""
+
+    def __init__(self, path: Path, *, with_metadata: bool = False):
+        """Raises UserError for anything that is not a whole, regular safetensors file; and for one with `__metadata__`, unless allowed."""
+        self.path, self._with_metadata = path, with_metadata
+        try:
+            self._file = open_regular(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {reason(error)}; expected a regular file") from None
+        try:
+            self.entries, self.header_sha256 = self._read_header(self._file.seek(0, os.SEEK_END))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, name: str, into: np.ndarray | None = None) -> tuple[np.ndarray, str, bool]:
+        """A tensor, the SHA-256 of its bytes, and whether all its values are finite. `into`: bytes to lay it in, at least its size."""
+        entry = self.entries[name]
+        size = entry.end - entry.begin
+        data = np.empty(size, np.uint8) if into is None else into[:size]
+        digest, finite = hashlib.sha256(), FiniteCheck(entry.dtype)
+        for block in self._blocks(entry.begin, data):
+            digest.update(block.data)
+            finite.update(block)
+        return data.view(entry.dtype).reshape(entry.shape), digest.hexdigest(), finite.holds
+
+    def read_part(self, name: str, start: int, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
+        """So many values from the `start`-th on, and whether all of them are finite."""
+        dtype = self.entries[name].dtype
+        data, finite = np.empty(math.prod(shape) * dtype.itemsize, np.uint8), FiniteCheck(dtype)
+        for block in self._blocks(self.entries[name].begin + start * dtype.itemsize, data):
+            finite.update(block)
+        return data.view(dtype).reshape(shape), finite.holds
+
+    def _blocks(self, begin: int, data: np.ndarray) -> Iterator[np.ndarray]:
+        """The parts of `data`, filled from this place of the file on."""
+        self._file.seek(begin)
+        for start in range(0, len(data), BLOCK):
+            block = data[start : start + BLOCK]
+            if self._file.readinto(block.data) != len(block):  # type: ignore[attr-defined]
+                raise UserError(f"{self.path} ended while it was read; is somebody changing it?")
+            yield block
+
+    def _read_header(self, size: int) -> tuple[dict[str, Entry], str]:
+        self._file.seek(0)
+        start = self._file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, HEADER_LIMIT):
+            raise UserError(f"{self.path} cannot be read as safetensors: its header is said to be {length} bytes long, in a file of {size}")
+        text = self._file.read(length)
+        try:
+            entries = _parse(text, 8 + length, self._with_metadata)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise UserError(f"{self.path} cannot be read as safetensors: {type(error).__name__} in its header: {error!s:.80}") from None
+        end = 8 + length
+        for name, entry in entries.items():
+            if entry.begin != end:
+                raise UserError(f"{self.path} cannot be read as safetensors: {name!r:.80} starts at byte {entry.begin}; expected {end}")
+            end = entry.end
+        if end != size:
+            raise UserError(f"{self.path} cannot be read as safetensors: it has {size} bytes, its header tells of {end}")
+        return entries, hashlib.sha256(start + text).hexdigest()
+
+
+class FiniteCheck:
+    """Whether bytes of whole numbers, block after block, are finite ones: by their exponent bits, several times as fast as isfinite."""
+
+    def __init__(self, dtype: np.dtype):
+        self.holds = True
+        self._kind, self._mask, self._infinity = _INFINITY[dtype.name]
+        self._scratch = np.empty(0, self._kind)
+
+    def update(self, block: np.ndarray) -> None:
+        numbers = block.view(self._kind)
+        if self._scratch.size < numbers.size:
+            self._scratch = np.empty(numbers.size, self._kind)
+        magnitudes = np.bitwise_and(numbers, self._kind(self._mask), out=self._scratch[: numbers.size])
+        self.holds = self.holds and (not magnitudes.size or int(magnitudes.max()) < self._infinity)
+
+
+def write_tensors(
+    path: Path,
+    entries: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Iterable[np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a file of tensors that come one by one, in the order in which `entries` tells their dtypes and shapes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": DTYPES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data is aligned
+    before_change("write", path)
+    with open_to_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
+            assert (tensor.dtype, tensor.shape) == (np.dtype(dtype), shape), name
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+
+def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
+    """The entries of a header, by position; `data` is where the data starts."""
+    header = parse_json(text)
+    entries = {}
+    for name, fields in header.items():
+        if name == "__metadata__":
+            if not with_metadata:
+                raise ValueError("it has __metadata__; nothing but tensors is expected")
+            continue
+        if fields["dtype"] not in NAMES:
+            raise ValueError(f"{name!r:.80} has dtype {fields['dtype']!r:.20}; expected {', '.join(NAMES)}")
+        dtype, shape, (begin, end) = NAMES[fields["dtype"]], fields["shape"], fields["data_offsets"]
+        if len(fields) != 3 or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)):
+            raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name!r:.80} has {end - begin} bytes for {dtype} {shape}")
+        entries[name] = Entry(dtype, tuple(shape), data + begin, data + end)
+    return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))

@@ -1,0 +1,87 @@
+"""Files of strangers: read within bounds, parsed strictly, checked against one schema each.
+
+    text = read_bytes(path, limit)          # a regular file, no link, of so many bytes at most
+    value = parse_json(text)                # every key once, finite numbers, few levels, Unicode that can be written again
+    conform(Schema, value)                  # a dataclass says which keys there are, of which types, within which bounds
+
+Nothing is allocated before the size of it is known, and whatever is wrong raises `UserError`, OSError or ValueError.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.paths import open_regular, size_of
+
+JSON_LIMIT = 1 << 24  # bytes of a description; one of 64 experts, 100 layers and all digests has 6 MB
+DEPTH = 32  # levels of nesting
+
+
+def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
+    """All of a small file. Raises OSError for what is no regular file, UserError for one of more than `limit` bytes."""
+    with open_regular(path) as file:
+        text = file.read(limit + 1)
+    if len(text) > limit:
+        raise UserError(f"{path} has {size_of(path)} bytes; expected at most {limit}")
+    return text
+
+
+def parse_json(text: bytes | str) -> Any:
+    """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting, numbers that are not finite."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")  # json.loads would guess UTF-16 and UTF-32 too
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number[:20]} is beyond the largest number")
+        return value
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+    except RecursionError:
+        raise ValueError(f"it has more than {DEPTH} levels") from None
+    level = [value]
+    for _ in range(DEPTH):
+        groups = [outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, dict | list)]
+        level = [inner for group in groups for inner in group]
+        if not level:
+            break
+    else:
+        raise ValueError(f"it has more than {DEPTH} levels")
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no Unicode; UnicodeEncodeError is a ValueError
+    return value
+
+
+def conform(schema: type, value: Any) -> None:
+    """Raises ValueError, in one line, unless a value of JSON's types is what a dataclass says: its keys and no others, types, bounds.
+
+    Bounds are written as pydantic's: `Annotated[int, Field(ge=1)]`. Types are taken strictly: "1" and true are no integers.
+    """
+    import pydantic
+
+    try:
+        _adapter(schema).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        got = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r:.40}"
+        raise ValueError(f"{where[:120]}: {first['msg'][:120]}{got}") from None
+
+
+@functools.cache
+def _adapter(schema: type) -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(schema)

@@ -1,0 +1,316 @@
+"""Weights on disk: a directory that any Orbax restores, with any sharding, written by TensorStore a shard at a time.
+
+Each parameter is a Zarr 3 array. A shard, which is a file, holds one slice of the leading axes: one layer's matrix, of one expert. So
+experts are files: merging and taking out experts moves files and leaves their bytes alone. Inside a shard lie chunks that split
+the "embed" axis, so that a device which holds a part of it reads that part; each has a CRC-32C, so that a flipped
+bit is an error and not a weight.
+
+    <parameter path, with dots>/zarr.json   <parameter>/c/<index of the shard>   _METADATA  _CHECKPOINT_METADATA (Orbax's)
+    commit_success.txt   (Orbax's too: written last, because in a bucket it takes a checkpoint without it for one that is being written)
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.files import before_change, write_bytes
+from flexolmo_jax.storage.paths import in_bucket, kvstore, listing
+
+CHUNK = 1 << 21  # bytes at most of a chunk, where its axis can be halved so far
+PIECES = 16  # chunks at least of a shard, so that as many devices read only their own, where that leaves ...
+SMALL = 1 << 18  # ... so many bytes a chunk
+COMMIT = "commit_success.txt"
+SHARD = 1 << 26  # bytes at most of a shard, where its first axis can
+
+Index = tuple[int, ...]
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter is stored."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    shard: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: str, axes: tuple[str | None, ...]) -> "Layout":
+        """For a parameter with these logical axes: one shard an expert and, of matrices, a layer."""
+        inside = [axis not in ("layers", "expert") for axis in axes]
+        shard = [n if within or (axis == "layers" and sum(inside) < 2) else 1 for n, axis, within in zip(shape, axes, inside, strict=True)]
+        size = math.prod(shard) * np.dtype(dtype).itemsize
+        first = inside.index(True) if any(inside) else 0
+        while size > SHARD and shard[first] % 2 == 0:
+            shard[first], size = shard[first] // 2, size // 2
+        chunk = list(shard)
+        split = axes.index("embed") if "embed" in axes else first
+        while chunk[split] % 2 == 0 and (size > CHUNK or (shard[split] // chunk[split] < PIECES and size >= 2 * SMALL)):
+            chunk[split], size = chunk[split] // 2, size // 2
+        return cls(shape, dtype, tuple(shard), tuple(chunk))
+
+    @classmethod
+    def stored(cls, reader: "Reader", path: str) -> "Layout":
+        """Of an array that is there, as far as its shards go; its chunks only if it was written here."""
+        metadata = reader.metadata(path)
+        try:
+            shard, codecs = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
+            chunk = codecs[0].get("configuration", {}).get("chunk_shape", shard)
+            return cls(tuple(metadata["shape"]), metadata["data_type"], tuple(shard), tuple(chunk))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"{array_directory(reader.directory, path)}/zarr.json is damaged: {error!s:.100}") from None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Shards along each axis."""
+        return tuple(-(-n // size) for n, size in zip(self.shape, self.shard, strict=True))
+
+    def indices(self) -> Iterator[Index]:
+        """Of all shards, in the order in which their values lie in the array."""
+        return itertools.product(*map(range, self.counts))
+
+    def box(self, index: Index) -> Box:
+        """The part of the array that a shard holds."""
+        return tuple(slice(i * n, min((i + 1) * n, end)) for i, n, end in zip(index, self.shard, self.shape, strict=True))
+
+    def whole(self) -> list[Box]:
+        """All of it at once: for small arrays, whose shards need not follow each other in the array."""
+        return [tuple(slice(0, n) for n in self.shape)]
+
+    def boxes(self, **at: int) -> Iterator[Box]:
+        """All parts; with `layer` or `expert` only what belongs to it. Those two are the first axes of what is stacked.
+
+        They follow each other in the array, except those of several experts' rows, which come expert by expert.
+        """
+        chosen = {("layer", "expert").index(name): i for name, i in at.items()}
+        for index in self.indices():
+            box = list(self.box(index))
+            if all(box[axis].start <= i < box[axis].stop for axis, i in chosen.items()):
+                for axis, i in chosen.items():
+                    box[axis] = slice(i, i + 1)
+                yield tuple(box)
+
+    def metadata(self) -> dict[str, Any]:
+        """Of Zarr."""
+        checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        sharding = {"chunk_shape": self.chunk, "codecs": checked, "index_codecs": checked}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": self.shape,
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.shard}},
+            "chunk_key_encoding": {"name": "default"},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "fill_value": 0.0,
+        }
+
+
+class Writer:
+    """Writes the arrays of one directory. A context manager: leaving it without an error waits for all and completes the checkpoint."""
+
+    def __init__(self, directory: Path, layouts: Mapping[str, Layout]):
+        self.directory, self.layouts = directory, layouts
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self._writing: Any = None
+        self._written: list[Path] = []
+        self._metadata = metadata_files(layouts)
+        for name, content in self._metadata.items():
+            if name != COMMIT:
+                write_bytes(directory / name, content)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._writing is not None and kind is None:
+            self._writing.result()
+            for file in self._written:
+                if not in_bucket(file):
+                    file.chmod(0o444)  # other models may come to share it
+        elif self._writing is not None:
+            self._writing.exception()  # waits; one error is enough
+        if kind is None:
+            write_bytes(self.directory / COMMIT, self._metadata[COMMIT])
+
+    def write(self, path: str, index: Index, values: np.ndarray) -> None:
+        """Starts writing one shard when the one before it is done; until then `values` must stay as they are."""
+        if self._writing is not None:
+            self._writing.result()
+        if path not in self._arrays:
+            self._arrays[path] = open_array(array_directory(self.directory, path))
+        self._written.append(self.file(path, index))
+        before_change("write", self._written[-1])
+        array = self._arrays[path][self.layouts[path].box(index)]
+        self._writing = array.write(values.reshape(array.shape), can_reference_source_data_indefinitely=True)
+
+    def write_slice(self, path: str, prefix: Index, values: np.ndarray) -> None:
+        """As `write`, for what the leading axes select, which may be several shards."""
+        layout = self.layouts[path]
+        for rest in itertools.product(*map(range, layout.counts[len(prefix) :])):
+            index = (*prefix, *rest)
+            self.write(path, index, values[layout.box(index)[len(prefix) :]])
+
+    def file(self, path: str, index: Index) -> Path:
+        """Where a shard lies."""
+        return self.directory / shard_name(path, index)
+
+
+class Reader:
+    """Reads a directory that any version of this package or plain Orbax wrote as Zarr arrays."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._arrays: dict[str, ts.TensorStore] = {}
+
+    def has(self, path: str) -> bool:
+        return array_directory(self.directory, path).exists()
+
+    def file(self, path: str, index: Index) -> Path:
+        """Where a shard lies, if the array has the layout that the index is of."""
+        return self.directory / shard_name(path, index)
+
+    def digest(self, path: str, boxes: Iterable[Box]) -> str:
+        """SHA-256 of the values (row-major, little-endian) of parts that follow each other."""
+        digest = hashlib.sha256()
+        for box in boxes:
+            digest.update(np.ascontiguousarray(self.read(path, box)).reshape(-1).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def read(self, path: str, box: Box) -> np.ndarray:
+        """A part of an array. Raises UserError for data that is not what was written."""
+        try:
+            if path not in self._arrays:
+                self._arrays[path] = open_array(array_directory(self.directory, path))
+            return self._arrays[path][box].read().result()
+        except (ValueError, OSError, IndexError) as error:
+            raise UserError(f"the weights {path} in {self.directory} cannot be read: {str(error).splitlines()[0]:.200}") from None
+
+    def metadata(self, path: str) -> dict[str, Any]:
+        """Zarr's, of one array."""
+        file = array_directory(self.directory, path) / "zarr.json"
+        try:
+            return json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {error!s:.100}") from None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array on the disk where one in memory is expected: what is indexed is read, and cast. `expert`: only that one of several."""
+
+    reader: Reader
+    path: str
+    whole: tuple[int, ...]
+    dtype: np.dtype
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.whole if self.expert is None else (self.whole[0], 1, *self.whole[2:])
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def astype(self, dtype: Any) -> "Stored":
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """`index`: integers or slices without steps. Raises UserError as `Reader.read` does."""
+        index = list(index if isinstance(index, tuple) else (index,))
+        if self.expert is not None and len(index) > 1:
+            index[1] = slice(self.expert, self.expert + 1) if isinstance(index[1], slice) else self.expert
+        elif self.expert is not None:
+            index.append(slice(self.expert, self.expert + 1))
+        return self.reader.read(self.path, tuple(index)).astype(self.dtype, copy=False)
+
+
+def save(directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, str]:
+    """Writes arrays by path and returns their SHA-256s."""
+    layouts = {path: Layout.of(a.shape, str(a.dtype), axes[path]) for path, a in params.items()}
+    digests = {}
+    with Writer(directory, layouts) as writer:
+        for path, layout in layouts.items():
+            digest = hashlib.sha256()
+            for index in layout.indices():
+                values = np.ascontiguousarray(np.asarray(params[path][layout.box(index)]))
+                digest.update(values.reshape(-1).view(np.uint8).data)
+                writer.write(path, index, values)
+            digests[path] = digest.hexdigest()
+    return digests
+
+
+def missing_shards(directory: Path, paths: Iterable[str]) -> list[str]:
+    """Files that are not there: Zarr takes such a one for zeros."""
+    reader, found = Reader(directory), listing(directory)
+    names = (shard_name(path, index) for path in paths for index in Layout.stored(reader, path).indices())
+    return [name for name in names if name not in found]
+
+
+def metadata_files(layouts: Mapping[str, Layout]) -> dict[str, bytes]:
+    """Everything in a directory of weights but the shards, by name."""
+    arrays = {f"{path.replace('/', '.')}/zarr.json": layout.metadata() for path, layout in layouts.items()}
+    return {name: _canonical(content) for name, content in (arrays | orbax_metadata(layouts)).items()} | {COMMIT: b"complete\n"}
+
+
+def array_directory(directory: Path, path: str) -> Path:
+    return directory / path.replace("/", ".")
+
+
+def shard_name(path: str, index: Index) -> str:
+    """The file of a shard in a directory of weights."""
+    return "/".join((path.replace("/", "."), "c", *map(str, index)))
+
+
+def open_array(directory: Path) -> ts.TensorStore:
+    """Without a cache, and without a sync a file: whoever completes the directory syncs all of it."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": kvstore(directory),
+        "store_data_equal_to_fill_value": True,  # a shard of zeros is a file too: a missing one is then an error
+        "recheck_cached_data": False,
+    }
+    return ts.open(spec, open=True, context=ts.Context({"file_io_sync": False})).result()
+
+
+def orbax_metadata(layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """What makes arrays a checkpoint of Orbax: its files, by name. They hold no times: equal weights are equal files."""
+    leaves = {}
+    for path, layout in sorted(layouts.items()):
+        keys = path.split("/")
+        value = {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": layout.shape}
+        leaves[str(tuple(keys))] = {"key_metadata": [{"key": key, "key_type": 2} for key in keys], "value_metadata": value}
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    return {
+        "_METADATA": {
+            "tree_metadata": leaves,
+            "use_ocdbt": False,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        },
+        "_CHECKPOINT_METADATA": {
+            "item_handlers": handler,
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": 0,
+            "commit_timestamp_nsecs": 0,
+            "custom_metadata": {},
+        },
+    }
+
+
+def _canonical(value: Any) -> bytes:
+    return (json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n").encode()

@@ -1,0 +1,107 @@
+"""The admission report finds hostile and broken experts, whose digests and signatures are right, and lets good ones in."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, sealed
+from flexolmo_jax.owner.pair import initial_row
+from tests.tiny import pair_config
+
+Tensors = dict[str, np.ndarray]
+
+
+def forged(contribution: Path, out: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A contribution with other weights and digests that fit them."""
+    shutil.copytree(contribution, out)
+    tensors = change(load_file(out / TENSORS))
+    save_file(tensors, out / TENSORS)
+    data = (out / TENSORS).read_bytes()
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["header"] = hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+    for name, tensor in tensors.items():
+        manifest["tensors"][name]["sha256"] = hashlib.sha256(tensor.tobytes()).hexdigest()
+    (out / MANIFEST).write_bytes(sealed(manifest))
+    return out
+
+
+def long_rows(tensors: Tensors) -> Tensors:
+    """Router rows that decide everything they meet, and no bias to hold them."""
+    return {
+        n: (a * 300).astype(a.dtype) if n.endswith("row") else np.zeros_like(a) if n.endswith("bias") else a for n, a in tensors.items()
+    }
+
+
+def noise(tensors: Tensors) -> Tensors:
+    """Weights that were never trained, as large as the trained ones."""
+    rng = np.random.default_rng(0)
+    return {n: (rng.standard_normal(a.shape) * a.astype(np.float32).std()).astype(a.dtype) if "ffn" in n else a for n, a in tensors.items()}
+
+
+def too_large(tensors: Tensors) -> Tensors:
+    return {n: (a * 8).astype(a.dtype) if "ffn" in n else a for n, a in tensors.items()}
+
+
+def test_good_experts_are_admitted(anchor, contributions, prepared):
+    for path in contributions.values():
+        report = verify(path, anchor, public=prepared["public"], refuse=True)["admission"]
+        assert report["findings"] == []
+        assert 0 < report["public_share"] < 1 and report["public_tokens"] > 100
+        bits = report["public_bits_per_byte"]
+        assert bits["with_the_expert"] != bits["anchor"] > 0
+        for measures in report["weights"].values():
+            assert 0.9 < measures["Frobenius"]["least"] <= measures["Frobenius"]["most"] < 1.2 and measures["cosine"]["least"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"), [(long_rows, "router row"), (noise, "little in common"), (too_large, "Frobenius norm of gate is 8")]
+)
+def test_hostile_experts_are_found(anchor, contributions, prepared, tmp_path, capsys, change, finding):
+    hostile = forged(contributions["code"], tmp_path / "hostile", change)
+    report = verify(hostile, anchor, public=prepared["public"])["admission"]
+    assert any(finding in found for found in report["findings"])
+    assert "warning" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is not admitted") as error:
+        verify(hostile, anchor, public=prepared["public"], refuse=True)
+    assert finding in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_expert_that_takes_public_text_for_itself_is_found(anchor, contributions, prepared, tmp_path):
+    """Its rows are what routers read of public text on average, longer."""
+    run = pair_config(anchor, prepared["public"], "hostile", "pair.row=hidden")
+    assert run.pair is not None
+    rows = np.asarray(initial_row(run.pair, run, open_artifact(anchor)))
+
+    def capture(tensors: Tensors) -> Tensors:
+        captured = {
+            f"layers.{layer}.router.row": (20 * row).astype(np.asarray(tensors["layers.0.router.row"]).dtype)
+            for layer, row in enumerate(rows)
+        }
+        return tensors | captured | {n: np.zeros_like(a) for n, a in tensors.items() if n.endswith("bias")}
+
+    report = verify(forged(contributions["code"], tmp_path / "hostile", capture), anchor, public=prepared["public"])["admission"]
+    assert report["public_share"] > 0.75 and any("of the routing weight on public text" in found for found in report["findings"])
+
+
+def test_the_largest_singular_value_is_that_of_linear_algebra():
+    from flexolmo_jax.exchange.admission import _largest_singular_value
+
+    for shape in ((32, 64), (64, 32)):
+        matrix = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        assert _largest_singular_value(matrix) == pytest.approx(np.linalg.svd(matrix)[1][0], rel=0.05)
+
+
+def test_a_report_needs_the_anchor(contributions, prepared):
+    with pytest.raises(UserError, match="give --anchor"):
+        verify(contributions["code"], public=prepared["public"])
+    with pytest.raises(UserError, match="give --public"):
+        verify(contributions["code"], refuse=True)

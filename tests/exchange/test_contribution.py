@@ -1,0 +1,194 @@
+"""What is handed over: nothing but weights and a manifest, measured as released; and everything else is refused in one line."""
+
+import datetime
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flexolmo_jax.coordinator.info import info
+from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
+from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.data.documents import read_documents
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.exchange.anchor import tensor_digest
+from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
+from flexolmo_jax.loaded import load
+from flexolmo_jax.owner.package import package
+from flexolmo_jax.owner.pair import train_pair
+from tests.tiny import pair_config
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / MANIFEST).read_text())
+
+
+@pytest.fixture
+def copy(contributions, tmp_path) -> Path:
+    return Path(shutil.copytree(contributions["code"], tmp_path / "copy"))
+
+
+def rewrite(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """What an owner with a broken tool would hand over: every digest is right, what they are taken of is not."""
+    save_file(tensors, path / TENSORS)
+    data = (path / TENSORS).read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    manifest: dict[str, Any] = manifest_of(path) | {"header": hashlib.sha256(header).hexdigest()}
+    entries = {name: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": tensor_digest(t)} for name, t in tensors.items()}
+    manifest["tensors"] |= {name: entry for name, entry in entries.items() if name in manifest["tensors"]}
+    (path / MANIFEST).write_bytes(sealed(manifest))
+
+
+def test_what_is_merged_is_what_was_measured(anchor, contributions, prepared, tmp_path):
+    """The manifest's figures are of the weights as released: the merge of that one expert gives them again."""
+    measured = manifest_of(contributions["code"])["training"]["bits_per_byte"]
+    merged = load(merge(anchor, [contributions["code"]], tmp_path / "model").path)
+    for name, path in (("code", prepared["code"]), ("public", anchor / "public")):
+        pair = evaluate(merged, [path], limit=64)["bits_per_byte"][name]
+        alone = evaluate(load(anchor), [path], limit=64)["bits_per_byte"][name]
+        assert pair == pytest.approx(measured["pair"][name], rel=2e-6)
+        assert alone == pytest.approx(measured["anchor"][name], rel=2e-6)
+    assert measured["pair"]["code"] < measured["anchor"]["code"]
+    assert {str(t.dtype) for t in load_file(contributions["code"] / TENSORS).values()} == {"bfloat16"}
+
+
+def test_info_says_exactly_what_leaves(contributions):
+    told = info(contributions["code"])
+    assert set(told["leaves_the_owner"]) == {p.name for p in contributions["code"].iterdir()} | {"documents"}
+    numbers = sum(t.size for t in load_file(contributions["code"] / TENSORS).values())
+    assert f"{numbers:,} bfloat16 numbers" in told["leaves_the_owner"][TENSORS]
+    assert told["leaves_the_owner"]["documents"] == "none" and told["training"]["steps"] == 8
+
+
+def test_no_private_text_is_in_a_contribution(contributions, corpora, prepared):
+    data = b"".join(path.read_bytes() for path in contributions["care"].iterdir())
+    for text in read_documents(corpora["care"]):
+        for start in range(0, len(text) - 12, 5):
+            assert text[start : start + 12].encode() not in data
+    assert str(prepared["care"]).encode() not in data  # nor where it lies
+
+
+def test_an_expert_of_the_same_name_is_refused(anchor, contributions, tmp_path):
+    with pytest.raises(UserError, match="two experts are called 'code'"):
+        merge(anchor, [contributions["code"], contributions["law"], contributions["code"]], tmp_path / "model")
+
+
+def test_a_file_that_does_not_belong_is_refused(copy):
+    (copy / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        open_contribution(copy)
+
+
+BAD_TENSORS = {
+    "misses": lambda up: {},
+    "unknown": lambda up: {"layers.1.ffn.up": up, "layers.2.ffn.up": up},
+    "float16": lambda up: {"layers.1.ffn.up": up.astype(np.float16)},
+    r"\[64\]": lambda up: {"layers.1.ffn.up": up[0]},
+    "has values that are not finite": lambda up: {"layers.1.ffn.up": np.where(np.arange(64) == 3, np.nan, up).astype(up.dtype)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_TENSORS)
+def test_tensors_that_do_not_fit_are_refused_whatever_their_digests_say(anchor, copy, tmp_path, message):
+    whole = load_file(copy / TENSORS)
+    up = whole.pop("layers.1.ffn.up")
+    rewrite(copy, whole | BAD_TENSORS[message](up))
+    for read in (lambda: verify(copy, anchor), lambda: merge(anchor, [copy], tmp_path / "model")):
+        with pytest.raises(UserError, match=message):
+            read()
+    assert not (tmp_path / "model").exists()
+
+
+def resealed(path: Path, **changes: Any) -> Path:
+    (path / MANIFEST).write_bytes(sealed(manifest_of(path) | changes))
+    return path
+
+
+def test_an_expired_licence_is_refused_on_the_day_after_its_last(anchor, copy, model, tmp_path):
+    today = datetime.datetime.now(datetime.UTC).date()
+    assert verify(resealed(copy, expires=str(today + datetime.timedelta(1))), anchor)["verified"]
+    resealed(copy, expires=str(today - datetime.timedelta(2)))
+    assert info(copy)["expires"] == str(today - datetime.timedelta(2))  # may still be looked at
+    without = opt_out(model, ["code"], tmp_path / "without").path
+    for read in (
+        lambda: verify(copy),
+        lambda: merge(anchor, [copy], tmp_path / "out"),
+        lambda: replace(model, copy, tmp_path / "out"),
+        lambda: append(without, copy, tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match="expired on"):
+            read()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_owner_states_is_in_the_manifest_the_model_and_info(anchor, prepared, tmp_path):
+    stated_so = ("pair.owner=ACME", "pair.licence=ours", "pair.expires=2999-12-31", "pair.privacy={epsilon: 8.0, delta: 1e-6}")
+    config = pair_config(anchor, prepared["code"], "code", "train.steps=1", *stated_so)
+    train_pair(config, tmp_path / "run")
+    contribution = package(tmp_path / "run", tmp_path / "c").path
+    stated = {"owner": "ACME", "licence": "ours", "expires": "2999-12-31", "privacy": {"epsilon": 8.0, "delta": 1e-6}}
+    (member,) = info(merge(anchor, [contribution], tmp_path / "model").path)["members"]
+    for told in (manifest_of(contribution), info(contribution), member):
+        assert {key: told[key] for key in stated} == stated
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("expires", "tomorrow"), ("expires", "2027-2-30"), ("expires", ""), ("privacy", "differential"), ("privacy", {"epsilon": 1.0}),
+        ("privacy", {"epsilon": -1, "delta": 0}), ("privacy", {"epsilon": True, "delta": 0}),
+        ("owner", "two\nlines"), ("licence", "\x1b[2J"), ("header", 3), ("more", "keys"),
+    ],
+)  # fmt: skip
+def test_statements_that_are_none_are_refused(copy, key, value):
+    with pytest.raises(UserError, match=r"manifest\.json") as error:
+        open_contribution(resealed(copy, **{key: value}))
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+HOSTILE = {
+    "nothing": "", "no JSON": "{]", "a list": "[]", "a number": "1", "null": "null", "deep": "[" * 100_000,
+    "NUL": "\0", "a big number": "9" * 5000,
+    "an empty object": "{}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_manifest_that_is_none_is_an_error_of_one_line(copy, text):
+    (copy / MANIFEST).write_text(text)
+    for read in (open_contribution, verify, info):
+        with pytest.raises(UserError) as error:
+            read(copy)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("name", "owner", "domain", "licence", "expires", "anchor", "model", "router_bias", "dtype", "tensors", "header"),
+        *("training", "privacy", "tool"),
+    ],
+)
+def test_a_manifest_with_a_key_missing_or_of_another_type_is_an_error_of_one_line(anchor, copy, key, tmp_path):
+    whole = manifest_of(copy)
+    values = [7, None, [1], "x" if not isinstance(whole[key], str) else {"a": 1}, {"n_layers": 10**12} if key == "model" else [[]]]
+    for manifest in ({k: v for k, v in whole.items() if k != key}, *(whole | {key: value} for value in values if value != whole[key])):
+        (copy / MANIFEST).write_bytes(sealed(manifest))
+        for read in (lambda: info(copy), lambda: verify(copy), lambda: merge(anchor, [copy], tmp_path / "model")):
+            with pytest.raises(UserError) as error:
+                read()
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "anchor", "../../etc/passwd", "/etc", "a/b", "..", "a\nb", "x" * 65, "\x1b[2J", "--out"])
+def test_a_name_that_could_be_a_path_or_an_option_is_refused(copy, name):
+    (copy / MANIFEST).write_bytes(sealed(manifest_of(copy) | {"name": name}))
+    with pytest.raises(UserError, match="name") as error:
+        open_contribution(copy)
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)

@@ -1,0 +1,111 @@
+"""What is taken for several processes, and mistakes with them; tests/faults has the processes themselves."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flexolmo_jax.cli import main
+from flexolmo_jax.config import dump_yaml
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.runtime.processes import Place, by_the_first, detect, is_first
+from tests.tiny import run_config
+
+FOUND = Place(None, None, None)  # JAX reads the rest out of the environment
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-4]"}
+JAX = {"JAX_COORDINATOR_ADDRESS": "localhost:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "1"}, None),
+        (SLURM, FOUND),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, FOUND),
+        ({"TPU_WORKER_HOSTNAMES": "host-0", "MEGASCALE_COORDINATOR_ADDRESS": "slice-0"}, FOUND),
+        (JAX, Place("localhost:1234", 4, 3)),
+    ],
+)
+def test_the_environment_tells_whether_there_are_others(environment, place):
+    assert detect(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        (
+            {name: value for name, value in SLURM.items() if name != "SLURM_STEP_NODELIST"},
+            "SLURM_STEP_NODELIST is not set; start it with srun",
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_NUM_PROCESSES is not set"),
+        (JAX | {"JAX_PROCESS_ID": "4"}, "process 4 of 4; expected one of 0 to 3"),
+        (JAX | {"JAX_PROCESS_ID": "first"}, "expected two integers"),
+        (JAX | {"JAX_COORDINATOR_ADDRESS": "localhost"}, "expected HOST:PORT"),
+    ],
+)
+def test_an_environment_that_says_half_of_it_is_refused(environment, told):
+    with pytest.raises(UserError, match=told):
+        detect(environment)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--coordinator", "localhost:1234"], "--processes and --process not given"),
+        (["--process", "1"], "--coordinator and --processes not given"),
+        (["--coordinator", "localhost", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
+        (["--coordinator", "localhost:1234", "--processes", "2", "--process", "2"], "process 2 of 2; expected one of 0 to 1"),
+        (["--coordinator", "no.such.host.invalid:1234", "--processes", "2", "--process", "1"], "'no.such.host.invalid' is not known here"),
+        (["--profile", "5"], "train.profile is '5'; expected START:STOP"),
+        (["--profile", "9:5"], "train.profile is '9:5'; expected START:STOP"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_and_nothing_is_made(prepared, tmp_path, capsys, flags, told):
+    (tmp_path / "run.yaml").write_text(dump_yaml(run_config("anchor", prepared["public"])))
+    assert main(["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert told in error and len(error.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_one_process_is_the_first_and_asks_nobody():
+    assert is_first() and by_the_first(lambda: {"a": [1.5]}) == {"a": [1.5]}
+    with pytest.raises(UserError, match="mine"):
+        by_the_first(lambda: (_ for _ in ()).throw(UserError("mine")))
+
+
+def test_others_that_cannot_be_reached_are_lost_not_a_mistake():
+    """Nobody listens there; the launchers start again after 75 and after the runtime's own abort."""
+    program = "from flexolmo_jax.runtime import processes\nprocesses.PATIENCE = 2\nprocesses.join('127.0.0.1:9', 2, 1)\n"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert ended.returncode in (75, -6), ended.stderr
+
+
+def test_the_watchdog_ends_what_hangs_and_shows_where():
+    program = (
+        "import time\n"
+        "from flexolmo_jax.train.watchdog import Watchdog\n"
+        "def hangs():\n"
+        "    time.sleep(60)\n"
+        "with Watchdog() as watchdog:\n"
+        "    watchdog.expect('step 1', 30)\n"
+        "    watchdog.expect('step 2', 0.3)\n"
+        "    hangs()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 75
+    assert "step 2 took more than 0.3 s; this process ends here" in ended.stderr and "in hangs" in ended.stderr
+
+
+def test_the_watchdog_leaves_alone_what_is_in_time():
+    program = (
+        "import time\n"
+        "from flexolmo_jax.train.watchdog import Watchdog\n"
+        "with Watchdog() as watchdog:\n"
+        "    for step in range(4):\n"
+        "        watchdog.expect(f'step {step}', 0.5)\n"
+        "        time.sleep(0.3)\n"
+        "print('done')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50).stdout == "done\n"

@@ -1,0 +1,95 @@
+"""Files and directories that are whole or not there, and the locks that tell live writers from dead ones."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage import files
+from flexolmo_jax.storage.files import abandoned, locked, new_directory, place, remove
+
+
+def test_a_new_directory_is_there_at_the_end_or_not_at_all(tmp_path):
+    with new_directory(tmp_path / "out") as directory:
+        (directory / "a").write_text("a")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "a"
+    with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "other") as directory:
+        (directory / "a").write_text("a")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="is not empty"), new_directory(tmp_path / "out"):
+        pass
+
+
+def test_only_what_dead_processes_left_is_abandoned(tmp_path):
+    program = (
+        "import sys, os, signal\n"
+        "from pathlib import Path\n"
+        "from flexolmo_jax.storage.files import new_directory\n"
+        "with new_directory(Path(sys.argv[1])) as directory:\n"
+        "    (directory / 'a').write_text('a')\n"
+        "    print('ready', flush=True); sys.stdin.readline()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "out[1]")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
+    )
+    assert process.stdout and process.stdout.readline() == b"ready\n"
+    assert abandoned(tmp_path) == []
+    process.communicate(b"\n")
+    (left,) = abandoned(tmp_path)
+    assert abandoned(tmp_path, "out[1]") == [left] and abandoned(tmp_path, "out1") == []
+    assert (left / "a").read_text() == "a"
+
+
+def test_a_file_system_without_locks_is_written_to_and_nothing_on_it_counts_as_abandoned(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with new_directory(tmp_path / "out"):
+        assert abandoned(tmp_path) == []
+    assert (tmp_path / "out").is_dir()
+    with pytest.raises(OSError), locked(tmp_path, wait=False):
+        pass
+
+
+def test_the_first_way_that_works_is_taken(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    assert place(tmp_path / "a", tmp_path / "sub" / "b") == "link"
+    assert (tmp_path / "sub" / "b").stat().st_ino == (tmp_path / "a").stat().st_ino
+    cloned = []
+
+    def clone(descriptor, request, source):  # ext4 has none; what the call does is the kernel's business
+        cloned.append(request)
+        os.write(descriptor.fileno(), os.pread(source, 100, 0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "ioctl", clone)
+        assert place(tmp_path / "a", tmp_path / "c", ("reflink", "copy")) == "reflink"
+    assert cloned == [0x40049409] and (tmp_path / "c").read_text() == "a"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "ioctl", full)
+        with pytest.raises(OSError, match="No space"):  # no reason to try another way
+            place(tmp_path / "a", tmp_path / "d", ("reflink", "copy"))
+    assert not (tmp_path / "d").exists()
+    assert place(tmp_path / "a", tmp_path / "d", ("copy",)) == "copy"
+
+
+def test_a_directory_that_is_removed_goes_in_one_step(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("x")
+    seen: list[tuple[str, Path]] = []
+    monkeypatch.setattr(files, "observer", lambda operation, path: seen.append((operation, path)))
+    remove(tmp_path / "a")
+    assert seen == [("remove", tmp_path / "a")] and list(tmp_path.iterdir()) == []

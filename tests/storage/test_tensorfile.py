@@ -1,0 +1,186 @@
+"""Safetensors read from strangers: what the library writes is read back; anything else is one UserError, whatever its bytes are."""
+
+import hashlib
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
+from flexolmo_jax.storage.tensorfile import FiniteCheck, TensorFile
+from flexolmo_jax.storage.untrusted import parse_json
+
+TENSOR = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+def write(path: Path, header: Any, data: bytes = bytes(24)) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_what_the_library_writes_is_read_back(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    shapes = {"b": (3, 5), "a": (1500, 1700), "scalar": (), "none": (0, 4)}
+    tensors = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "t")
+    data = (tmp_path / "t").read_bytes()
+    with TensorFile(tmp_path / "t") as file:
+        assert file.entries.keys() == tensors.keys()
+        assert file.header_sha256 == hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+        for name, expected in tensors.items():
+            for into in (None, np.empty(1 << 24, np.uint8)):
+                got, digest, finite = file.read(name, into)
+                assert (got.dtype, got.shape, got.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+                assert digest == hashlib.sha256(expected.tobytes()).hexdigest() and finite
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+def test_the_finite_check_agrees_with_numpy(dtype, value):
+    numbers = np.array([0.0, -1.5, float(ml_dtypes.finfo(dtype).max), float(ml_dtypes.finfo(dtype).min)], dtype)
+    for array in (numbers, np.append(numbers, np.array([value], dtype))):
+        check = FiniteCheck(array.dtype)
+        check.update(array.view(np.uint8))
+        assert check.holds == np.isfinite(array.astype(np.float64)).all()
+
+
+BAD = {
+    "a gap": {"a": TENSOR, "b": TENSOR | {"data_offsets": [25, 49]}},
+    "an overlap": {"a": TENSOR, "b": TENSOR | {"data_offsets": [12, 36]}},
+    "a hole at the start": {"a": TENSOR | {"data_offsets": [4, 28]}},
+    "more than the file has": {"a": TENSOR | {"shape": [2, 300], "data_offsets": [0, 2400]}},
+    "too few bytes for its shape": {"a": TENSOR | {"shape": [2, 4]}},
+    "a negative size": {"a": TENSOR | {"shape": [-2, -3]}},
+    "sizes whose product is beyond 64 bits": {"a": TENSOR | {"shape": [2**32, 2**32, 2**32]}},
+    "a size that is true": {"a": TENSOR | {"shape": [True, 6]}},
+    "an unknown dtype": {"a": TENSOR | {"dtype": "I64"}},
+    "metadata": {"__metadata__": {"notes": "private"}, "a": TENSOR},
+    "a key too many": {"a": TENSOR | {"more": 1}},
+    "no offsets": {"a": {"dtype": "F32", "shape": [2, 3]}},
+    "a list": [TENSOR],
+    "a number": 3,
+    "a key twice": b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]},"a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}',
+    "depth": b"[" * 100_000,
+    "no UTF-8": b"\xff\xfe{}",
+    "data that nobody owns": {},
+}
+
+
+@pytest.mark.parametrize("header", BAD.values(), ids=BAD.keys())
+def test_a_header_that_is_wrong_is_an_error_of_one_line(tmp_path, header):
+    with pytest.raises(UserError, match="cannot be read as safetensors") as error:
+        TensorFile(write(tmp_path / "t", header))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 8, (2**63).to_bytes(8, "little") + b"{}", (3).to_bytes(8, "little") + b"{}"])
+def test_a_length_beyond_the_file_allocates_nothing(tmp_path, content):
+    (tmp_path / "t").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        TensorFile(tmp_path / "t")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+def test_links_pipes_and_folders_are_not_followed(tmp_path):
+    write(tmp_path / "secret", {"a": TENSOR})
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("link", "pipe", "folder", "nothing"):
+        with pytest.raises(UserError, match="regular file"):
+            TensorFile(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, TENSORS, SIGNATURE])
+def test_a_contribution_with_a_link_or_a_folder_in_it_is_refused(contributions, tmp_path, name):
+    import shutil
+
+    for make in (lambda path: path.symlink_to("/etc/passwd"), lambda path: path.mkdir(), os.mkfifo):
+        copy = Path(shutil.copytree(contributions["code"], tmp_path / "copy"))
+        (copy / name).unlink(missing_ok=True)
+        make(copy / name)
+        with pytest.raises(UserError, match="is not a regular file"):
+            open_contribution(copy)
+        shutil.rmtree(copy)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "BF16", "F16", "I64"]) | json_values,
+        "shape": st.lists(st.integers(-2, 2**70), max_size=10) | json_values,
+        "data_offsets": st.lists(st.integers(-2, 2**70), max_size=3) | json_values,
+    },
+)
+fuzz = settings(deadline=None, max_examples=300, derandomize=True)
+
+
+@fuzz
+@given(header=st.dictionaries(st.text(max_size=5), entries, max_size=3) | json_values | st.binary(max_size=60), data=st.binary(max_size=40))
+@example(header={}, data=b"")
+def test_any_header_is_read_or_refused(tmp_path_factory, header, data):
+    path = write(tmp_path_factory.getbasetemp() / "fuzzed", header, data)
+    try:
+        with TensorFile(path) as file:
+            assert sum(file.read(name)[0].nbytes for name in file.entries) == len(data)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@fuzz
+@given(data=st.data())
+def test_any_manifest_is_read_or_refused(contributions, tmp_path_factory, data):
+    """A real one with any part replaced by anything, its own digest made right."""
+    from flexolmo_jax.exchange.contribution import sealed
+
+    directory = tmp_path_factory.getbasetemp() / "fuzzed-contribution"
+    directory.mkdir(exist_ok=True)
+    if not (directory / TENSORS).exists():
+        os.link(contributions["code"] / TENSORS, directory / TENSORS)
+    manifest = json.loads((contributions["code"] / MANIFEST).read_text())
+    for _ in range(data.draw(st.integers(1, 3))):
+        node: Any = manifest
+        while True:
+            key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            if isinstance(node[key], dict | list) and node[key] and data.draw(st.booleans()):
+                node = node[key]
+                continue
+            node[key] = data.draw(json_values)
+            break
+    try:
+        text = sealed(manifest)
+    except ValueError:
+        return  # numbers that are not JSON
+    (directory / MANIFEST).write_bytes(text)
+    try:
+        for _ in open_contribution(directory).tensors():
+            pass
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@fuzz
+@given(text=st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_parse_json_is_json_or_an_error(text):
+    try:
+        value = parse_json(text)
+    except (ValueError, RecursionError):
+        return
+    assert json.loads(text) == value or value != value

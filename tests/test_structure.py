@@ -1,0 +1,44 @@
+"""Which room may do what, where an import contract cannot tell: by the calls that stand in the source."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "flexolmo_jax"
+# Calls that take something away or give it another name, on modules of the standard library and on paths.
+CHANGES = {"rmtree", "unlink", "rename", "renames", "replace", "remove", "removedirs", "rmdir", "move"}
+CHANGES |= {"link", "symlink", "hardlink_to", "symlink_to"}
+OF_MODULES = {"os", "shutil"}
+ON_PATHS = CHANGES - {"replace", "remove", "move"}  # these three are methods of strings, lists and others too
+
+
+def modules(*without: str) -> list[Path]:
+    paths = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.parts)
+    return [path for path in paths if path.relative_to(PACKAGE).parts[0] not in without]
+
+
+def calls(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, "os.replace" or ".unlink") of every call of a changing function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, owner = node.func.attr, node.func.value
+        if name in CHANGES and isinstance(owner, ast.Name) and owner.id in OF_MODULES:
+            yield node.lineno, f"{owner.id}.{name}"
+        elif name in ON_PATHS:
+            yield node.lineno, f".{name}"
+
+
+@pytest.mark.parametrize("path", modules("storage"), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_nothing_outside_storage_removes_renames_or_links(path: Path):
+    assert list(calls(path)) == []
+
+
+def test_the_check_sees_each_kind_of_call(tmp_path: Path):
+    source = tmp_path / "module.py"
+    lines = ("os.replace(a, b)", "shutil.rmtree(a)", "(a / b).unlink()", "a.rename(b)", "os.link(a, b)", "'a'.replace('b', 'c')")
+    source.write_text("\n".join(lines))
+    assert [name for _, name in calls(source)] == ["os.replace", "shutil.rmtree", ".unlink", ".rename", "os.link"]
+    assert {name for _, name in calls(PACKAGE / "storage" / "files.py")} >= {"os.replace", "shutil.rmtree", ".unlink", "os.link"}
