@@ -29,8 +29,8 @@ from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.coordinator.merge import _description, append, merge, opt_out, replace
 from flexolmo_jax.coordinator.store import Store
 from flexolmo_jax.data.tokenizer import train_tokenizer
-from flexolmo_jax.exchange.anchor import layouts, tensor_digest
 from flexolmo_jax.exchange.contribution import FORMAT, MANIFEST, TENSORS, open_contribution, sealed, tensor_shapes
+from flexolmo_jax.integrity import layouts, tensor_digest
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.weights import Writer
 

@@ -9,9 +9,7 @@ Each has a `flexolmo.json` that says what it is, its weights as an Orbax checkpo
 A pair's run holds its expert only and names its anchor by path and fingerprint; a router run holds rows and biases.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +18,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flexolmo_jax.config import ModelConfig, build
+from flexolmo_jax import integrity
+from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.description import DESCRIPTION, read_description, read_sealed, sealed_json, write_description
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten, unflatten
-from flexolmo_jax.storage import checkpoint
-from flexolmo_jax.storage.files import write_text
+from flexolmo_jax.runtime.processes import by_the_first
+from flexolmo_jax.storage import checkpoint, loading, verified
 from flexolmo_jax.storage.paths import path_of
-from flexolmo_jax.storage.untrusted import parse_json
-from flexolmo_jax.storage.weights import Reader, Stored, missing_shards
+from flexolmo_jax.storage.weights import Reader, Stored
 
-DESCRIPTION = "flexolmo.json"
-FORMAT = 1
+__all__ = ["DESCRIPTION", "Artifact", "Placement", "describe", "open_artifact", "read_sealed", "sealed_json", "write_description"]
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # where a tensor of this path and shape goes
 
@@ -58,7 +56,12 @@ class Artifact:
     @property
     def dtype(self) -> str:
         """Of the weights of a published anchor and of a merged model."""
-        return self.description["tensors"]["trunk/embedding"]["dtype"]
+        return next(iter(self.description["tensors"].values()))["dtype"]
+
+    @property
+    def members(self) -> tuple[dict[str, Any], ...]:
+        """What a model keeps of the contributions that it was merged from, in the order of its experts."""
+        return tuple(self.description.get("members", ()))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -73,8 +76,8 @@ class Artifact:
         if self.kind == "run":
             own = self.trained(which, placement)
             return unflatten(flatten(self.base().params(placement=placement)) | flatten(own)) if "base" in self.description else own
-        self._check_whole()
-        return checkpoint.load_weights(self.path / "weights", self._stored(placement))
+        self.ensure()
+        return loading.load(Reader(self.path / "weights"), self._stored(placement))
 
     def trained(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
         """What a run trained: of a pair the expert, of a router run rows and biases, of others everything."""
@@ -85,11 +88,11 @@ class Artifact:
     def arrays(self, which: str = "last") -> dict[str, Any]:
         """Each parameter by path: of an anchor or a model as `Stored`, read when it is asked for; of a run in memory.
 
-        Raises UserError where files are missing.
+        Raises UserError as `ensure` does.
         """
         if self.kind == "run":
             return flatten(self.params(which))
-        self._check_whole()
+        self.ensure()
         reader, tensors = Reader(self.path / "weights"), self.description["tensors"]
         return {path: Stored(reader, path, tuple(t["shape"]), jnp.dtype(t["dtype"])) for path, t in tensors.items()}
 
@@ -106,6 +109,26 @@ class Artifact:
             raise UserError(f"{self.path} was trained on another version of {base.path} (fingerprint {self.fingerprint}); restore that one")
         return base
 
+    def ensure(self) -> None:
+        """Makes sure that an anchor's or a model's bytes are those of its description and its fingerprint.
+
+        They are read once, and again when a file was changed; of several processes the first does it for all. Raises UserError.
+        """
+
+        def check() -> None:
+            integrity.check(self.path, self.description, self.config)
+
+        if self.kind != "run":
+            by_the_first(lambda: verified.once(self.path, self._claim, check))
+
+    def remember(self) -> None:
+        """Says that this process has just written all of it, of verified bytes."""
+        verified.remember(self.path, self._claim)
+
+    @property
+    def _claim(self) -> str:
+        return f"{self.kind} {self.description['sha256']}"
+
     def check_experts(self, names: Sequence[str]) -> None:
         """Raises UserError unless each of these experts is there and none of them is the anchor's."""
         for name in names:
@@ -113,10 +136,6 @@ class Artifact:
                 raise UserError(f"no expert {name!r} in {self.path}; it has {', '.join(self.experts)}")
             if name == "anchor":
                 raise UserError("the anchor cannot be excluded: every expert was trained beside it; exclude other experts")
-
-    def _check_whole(self) -> None:
-        if missing := missing_shards(self.path / "weights", self.description["tensors"]):
-            raise UserError(f"{self.path} is not whole: {missing[0]} is not there ({len(missing)} files are missing); fetch it again")
 
     def _stored(self, placement: Placement) -> dict[str, Any]:
         target = {}
@@ -131,50 +150,12 @@ def _on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 
 
 def open_artifact(path: str | Path) -> Artifact:
-    """Raises UserError where the path holds none, or one of a newer format."""
+    """Raises UserError where the path holds none, one that contradicts itself, or one of a newer format."""
     path = path_of(path)
-    try:
-        description = read_sealed(path / DESCRIPTION)
-        if description["format"] > FORMAT:
-            raise UserError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; upgrade flexolmo-jax")
-        config = build(ModelConfig, description["model"])
-        return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not a run, anchor or model: it has no {DESCRIPTION}") from None
-    except NotADirectoryError:
-        raise UserError(f"{path} is a file; expected the directory of a run, anchor or model") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path / DESCRIPTION} is damaged ({type(error).__name__}: {error}); restore it or make the artifact anew"
-        ) from None
+    description, config = read_description(path)
+    return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
 
 
 def describe(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The `tensors` entry of a description: shape and dtype of each, by path."""
     return {path: {"dtype": str(a.dtype), "shape": list(a.shape)} for path, a in flatten(params).items()}
-
-
-def canonical_json(value: Any) -> str:
-    """The one spelling of a JSON value that digests are taken of."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def write_description(directory: Path, description: dict[str, Any]) -> None:
-    """Writes `flexolmo.json`, with the digest of everything else in it."""
-    write_text(directory / DESCRIPTION, sealed_json({"format": FORMAT, **description}))
-
-
-def sealed_json(description: Mapping[str, Any]) -> str:
-    """A JSON object, readable, with the digest of everything else in it."""
-    rest = {key: value for key, value in description.items() if key != "sha256"}
-    rest["sha256"] = hashlib.sha256(canonical_json(rest).encode()).hexdigest()
-    return json.dumps(rest, indent=1, sort_keys=True) + "\n"
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What `sealed_json` wrote. Raises OSError, ValueError, TypeError or AttributeError."""
-    text = path.read_text("utf-8")
-    description = parse_json(text)
-    if text != sealed_json(description):
-        raise ValueError("its bytes are not those that its own digest was taken of")
-    return description

@@ -215,16 +215,17 @@ def _tune(args: argparse.Namespace) -> dict[str, Any]:
 def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.artifact import read_sealed
     from flexolmo_jax.coordinator.merge import opt_out
-    from flexolmo_jax.coordinator.verify import RECEIPT
+    from flexolmo_jax.integrity import RECEIPT
 
-    model = opt_out(args.model, args.expert, args.out, untuned=args.untuned, **_composing(args))
+    model = opt_out(args.model, args.expert, args.out, untuned=args.untuned, sign_key=args.sign_key, **_composing(args))
     return _merged(model) | {"receipt": read_sealed(model.path / RECEIPT)}
 
 
 def _verify_receipt(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.coordinator.receipt import verify_receipt
+    from flexolmo_jax.coordinator.verify import verify_receipt
+    from flexolmo_jax.exchange.signature import Trust
 
-    return verify_receipt(args.receipt, args.model)
+    return verify_receipt(args.receipt, args.model, Trust.of(args.trust, args.signed))
 
 
 def _gc(args: argparse.Namespace) -> dict[str, Any]:
@@ -527,6 +528,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("model", type=path_of)
     p.add_argument("--expert", action="append", required=True, help="its name (may be given again)")
     p.add_argument("--untuned", action="store_true", help="with the router rows that were contributed, where the router was tuned since")
+    p.add_argument("--sign-key", help="the coordinator's private key: signs the receipt", type=_secret)
     _add_composing(p)
 
     p = verb(
@@ -567,6 +569,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("receipt", type=path_of)
     p.add_argument("model", type=path_of)
+    _add_trust(p)
 
     p = verb("gc", _gc, "Remove from a store what no model is made of.", "gc flexolmo-store")
     p.add_argument("store", type=path_of)

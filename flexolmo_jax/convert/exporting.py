@@ -16,6 +16,7 @@ from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.integrity import manifest_of
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.files import check_new, clear, new_directory, write_bytes
@@ -130,7 +131,7 @@ def shards(table: Sequence[Entry], itemsize: int, limit: int) -> dict[str, list[
 
 def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> str:
     """The model card: who made which expert, on what terms, and on which anchor."""
-    members = {member["name"]: member for member in artifact.description.get("members", ())}
+    members = {member["name"]: manifest_of(member) or member for member in artifact.description.get("members", ())}
     lines = [
         "---",
         "library_name: transformers",

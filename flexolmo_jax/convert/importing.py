@@ -18,18 +18,17 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
-from flexolmo_jax.data.records import sha256_of
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.anchor import layouts
-from flexolmo_jax.exchange.contribution import check_expert_name, name_of_tensor
+from flexolmo_jax.exchange.contribution import check_expert_name
+from flexolmo_jax.integrity import layouts, name_of_tensor
 from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.files import check_new, clear, new_directory
 from flexolmo_jax.storage.paths import children, reason
 from flexolmo_jax.storage.tensorfile import TensorFile
-from flexolmo_jax.storage.weights import Layout, Writer, metadata_files
+from flexolmo_jax.storage.weights import Layout, Writer
 
 from .huggingface import CLASSES, TOGETHER, Entry, key_table, model_config, some, transposed
 
@@ -62,18 +61,16 @@ def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
         with new_directory(out) as directory:
             tokenizer.save(directory / "tokenizer.json")
             anchor, members = _write(directory / "weights", config, target, tensors, experts)
-            small = ["tokenizer.json", *(f"weights/{name}" for name in metadata_files(target))]
             description = {
                 "kind": "model",
                 "model": to_dict(config),
                 "experts": list(experts),
                 "members": members,
-                "anchor": anchor,
+                "anchor": {"tensors": anchor},
                 "fingerprint": None,  # until it is published
                 "imported": CLASSES[fields["model_type"]],
                 "tokenizer": tokenizer.digest,
                 "tensors": stored,
-                "files": {name: sha256_of(directory / name) for name in small},
             }
             write_description(directory, description)
     note(f"imported {out}: {sum(a.size for a in shapes.values()):,} parameters in {checkpoint.dtype}, experts {', '.join(experts)}")

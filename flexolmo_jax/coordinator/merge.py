@@ -1,34 +1,31 @@
 """Merging: anchor + contributions -> one mixture-of-experts model, without data and without training; and taking experts out.
 
-Experts stand behind the anchor's along the expert axis; the trunk is the anchor's, byte for byte. The order of contributions decides
-expert indices and nothing else. Contributions are taken into the store once, verified; a model is then composed of files (see
-store.py). Dropping an expert leaves its files out: what is left are the files of the model that never had it.
+Contributions are taken into the store once, verified; every verb then makes one composition (composition.py) into another, and writes it.
+Dropping an expert leaves its files out: what is left are the files of the model that never had it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.artifact import Artifact, open_artifact, write_description
-from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.data.records import sha256_of
+from flexolmo_jax.artifact import Artifact, open_artifact, sealed_json
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.anchor import layouts, open_anchor, tensor_digest
+from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, open_contribution
-from flexolmo_jax.exchange.signature import ANY, Trust
+from flexolmo_jax.exchange.signature import ANY, Trust, load_key, sign
+from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, tensors_of
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.files import WAYS, check_new, new_directory
+from flexolmo_jax.storage.files import WAYS, check_new
 from flexolmo_jax.storage.paths import absolute
-from flexolmo_jax.storage.weights import Reader, metadata_files
 
-from .receipt import make_receipt, write_receipt
-from .store import STORE, Source, Store, anchor_key, compose, expert_key
-
-DEFAULT_ACTIVE = 4
+from .compose import Source
+from .composition import Composition, Tuning
+from .objects import sketches_of
+from .receipt import make_receipt
+from .sketch import encoded
+from .store import STORE, Held, Store, anchor_key, expert_key
 
 
 def merge(
@@ -44,18 +41,23 @@ def merge(
     """Writes the merged model. `active` is the stored number of experts a token uses (default: 4, or all if there are fewer); `store_path`
     is by default `flexolmo-store` beside the model; `ways` are those of `compose`.
 
-    Raises UserError, before any tensor is read, for a contribution to another anchor, one that is expired or not trusted, a name
+    Raises UserError, before any expert's tensor is read, for a contribution to another anchor, one that is expired or not trusted, a name
     given twice, and `active` above E; and for tensors, the anchor's or a contribution's, that are not what their digests say.
     """
     check_new(out)
     anchor = open_anchor(anchor_path)
     contributions = [_admitted(path, anchor, trust) for path in contribution_paths]
-    description = _description(anchor.description, anchor.description["tensors"], [_member(c) for c in contributions], active)
-    store = Store(store_path or absolute(out).parent / STORE)
+    store = Store.at(store_path or absolute(out).parent / STORE)
+    composition = Composition.of_anchor(anchor, anchor.path / "weights", active)
+    for contribution in contributions:
+        composition = _with(composition, contribution, sketch="", source=composition.sources[0], new=True)
+    composition.describe()  # raises before anything is read or written
     with store.shared():
-        trunk = store.anchor(anchor)
-        sources = [Source(trunk, 0), *(Source(store.expert(c), 0) for c in contributions)]
-        return _compose(out, description, anchor, trunk, sources, store, ways)
+        held = store.anchor(anchor)
+        composition = Composition.of_anchor(anchor, held.weights, active)
+        for contribution in contributions:
+            composition = _taken_in(composition, contribution, store, held.sketch, new=True)
+        return composition.write(out, store, ways)
 
 
 def opt_out(
@@ -64,28 +66,28 @@ def opt_out(
     out: Path,
     *,
     untuned: bool = False,
+    sign_key: Path | None = None,
     store_path: Path | None = None,
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
     """Writes the model without these experts, exactly the merge that never had them, and in it the receipt.
 
     `model_path` may be a router run: the model then has its tuned rows. These bear a trace of the experts that were there when they were
-    tuned; `untuned` takes the rows that were contributed instead, from the store. Raises UserError for a name the model does not have,
-    for the anchor's, and where an expert that stays has the same weights.
+    tuned; `untuned` takes the rows that were contributed instead, from the store. `sign_key` signs the receipt. Raises UserError for a
+    name the model does not have, for the anchor's, and where an expert that stays is a copy of one that leaves.
     """
     check_new(out)
+    key = load_key(sign_key) if sign_key else None
     model, tuning = _tuned(model_path)
     model.check_experts(names)
-    kept = [i for i, name in enumerate(model.experts) if name not in names]
-    members = [model.description["members"][i - 1] for i in kept[1:]]
     store = _store(model, store_path)
+    composition = Composition.of_model(model, tuning).without(names)
     with store.shared():
         if untuned:
-            tuning, sources = Tuning(), _contributed(model, members, store)
-        else:
-            sources = [Source(model.path / "weights", i) for i in kept]
-        receipt = make_receipt(model, members, names, tuning.traces, store)
-        return _changed(model, out, members, sources, store, ways, tuning=tuning, kept=kept, receipt=receipt)
+            composition = composition.untuned(_contributed(composition, store))
+        receipt = sealed_json(make_receipt(model, composition, names, store)).encode()
+        beside = {RECEIPT: receipt} | ({RECEIPT_SIGNATURE: sign(receipt, key)} if key else {})
+        return composition.write(out, store, ways, beside)
 
 
 def apply_tuning(run: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS) -> Artifact:
@@ -94,21 +96,19 @@ def apply_tuning(run: Path, out: Path, *, store_path: Path | None = None, ways: 
     model, tuning = _tuned(run)
     if not tuning.rows:
         raise UserError(f"{run} is not a router run; expected the directory of a `run: router`")
-    kept = range(len(model.experts))
-    sources = [Source(model.path / "weights", i) for i in kept]
     store = _store(model, store_path)
     with store.shared():
-        return _changed(model, out, model.description["members"], sources, store, ways, tuning=tuning, kept=kept)
+        return Composition.of_model(model, tuning).write(out, store, ways)
 
 
 def undo_tuning(model_path: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS) -> Artifact:
     """Writes the model with the rows that were contributed, from the store: what `merge` gave. Raises UserError where it lacks one."""
     check_new(out)
-    model = open_model(model_path)
-    members = model.description["members"]
+    model, tuning = _tuned(open_model(model_path).path)
     store = _store(model, store_path)
+    composition = Composition.of_model(model, tuning)
     with store.shared():
-        return _changed(model, out, members, _contributed(model, members, store), store, ways, tuning=Tuning())
+        return composition.untuned(_contributed(composition, store)).write(out, store, ways)
 
 
 def replace(
@@ -126,10 +126,11 @@ def append(
 
 
 def open_model(path: Path) -> Artifact:
-    """Opens a merged model. Raises UserError for anything else."""
+    """Opens a merged model for use: its bytes are those of its description. Raises UserError for anything else."""
     artifact = open_artifact(path)
     if artifact.kind != "model":
         raise UserError(f"{path} is a {artifact.kind}; expected a merged model (`flexolmo merge` makes one)")
+    artifact.ensure()
     return artifact
 
 
@@ -139,24 +140,32 @@ def _with_contribution(
     check_new(out)
     model, tuning = _tuned(open_model(model_path).path)
     contribution = _admitted(path, model, trust)
-    members = list(model.description["members"])
-    sources = [Source(model.path / "weights", i) for i in range(len(model.experts))]
-    if not new and contribution.name not in model.experts:
-        raise UserError(f"no expert {contribution.name!r} in {model.path}; it has {', '.join(model.experts)}; `flexolmo append` adds one")
-    place = len(sources) if new else model.experts.index(contribution.name)
-    members[place - 1 : place] = [_member(contribution)]
-    _check_names(members)
+    composition = Composition.of_model(model, tuning)
+    _with(composition, contribution, sketch="", source=composition.sources[0], new=new).describe()
     store = _store(model, store_path)
     with store.shared():
-        sources[place : place + 1] = [Source(store.expert(contribution), 0)]
-        return _changed(model, out, members, sources, store, ways, tuning=tuning)
+        return _taken_in(composition, contribution, store, _anchor_sketch(composition, model, store), new=new).write(out, store, ways)
 
 
-class Tuning(NamedTuple):
-    """What a router was tuned to, and what of: the experts that were there and the data, by name. Those who leave leave a trace in it."""
+def _taken_in(composition: Composition, contribution: Contribution, store: Store, anchor: np.ndarray, *, new: bool) -> Composition:
+    """With a contribution, out of the store; `anchor` are the sketches of the anchor's matrices."""
+    held: Held = store.expert(contribution)
+    return _with(composition, contribution, sketch=encoded(held.sketch - anchor), source=Source(held.weights, 0), new=new)
 
-    traces: tuple[str, ...] = ()
-    rows: Mapping[str, np.ndarray] = MappingProxyType({})  # rows and biases of a router run; of a model, they are in its weights
+
+def _anchor_sketch(composition: Composition, model: Artifact, store: Store) -> np.ndarray:
+    key = anchor_key(composition.anchor["tensors"])
+    return store.held(key, "the anchor").sketch if store.holds(key) else sketches_of(model.path / "weights", model.config)
+
+
+def _with(composition: Composition, contribution: Contribution, *, sketch: str, source: Source, new: bool) -> Composition:
+    name = contribution.name
+    if new and name in composition.experts:
+        raise UserError(f"two experts are called {name!r}; give each contribution a name of its own")
+    if not new and name not in composition.experts:
+        raise UserError(f"no expert {name!r} in the model; it has {', '.join(composition.experts)}; `flexolmo append` adds one")
+    signature = None if contribution.signature is None else contribution.signature.decode("ascii")
+    return composition.with_member({"name": name, "manifest": contribution.manifest, "signature": signature, "sketch": sketch}, source)
 
 
 def _tuned(path: Path) -> tuple[Artifact, Tuning]:
@@ -171,11 +180,12 @@ def _tuned(path: Path) -> tuple[Artifact, Tuning]:
     return model, Tuning(tuple(traces), {name: np.asarray(a, model.dtype) for name, a in flatten(artifact.trained()).items()})
 
 
-def _contributed(model: Artifact, members: Sequence[dict[str, Any]], store: Store) -> list[Source]:
-    """The anchor and these members as they were taken in."""
-    anchor = store.held(anchor_key(model.description["anchor"]), "the model's anchor")
-    experts = [store.held(expert_key(member["tensors"]), f"the contribution of {member['name']!r}") for member in members]
-    return [Source(weights, 0) for weights in (anchor, *experts)]
+def _contributed(composition: Composition, store: Store) -> list[Source]:
+    """The anchor and the members as they were taken in."""
+    held = [store.held(anchor_key(composition.anchor["tensors"]), "the model's anchor")]
+    for member in composition.members:
+        held.append(store.held(expert_key(tensors_of(member)), f"the contribution of {member['name']!r}"))
+    return [Source(each.weights, 0) for each in held]
 
 
 def _admitted(path: Path, base: Artifact, trust: Trust) -> Contribution:
@@ -185,110 +195,12 @@ def _admitted(path: Path, base: Artifact, trust: Trust) -> Contribution:
 
 
 def _store(model: Artifact, path: Path | None) -> Store:
-    return Store(path or absolute(model.path).parent / STORE)
+    return Store.at(path or absolute(model.path).parent / STORE)
 
 
-def _changed(
-    model: Artifact,
-    out: Path,
-    members: list[dict[str, Any]],
-    sources: Sequence[Source],
-    store: Store,
-    ways: Sequence[str],
-    *,
-    tuning: Tuning,
-    kept: Sequence[int] = (),
-    receipt: dict[str, Any] | None = None,
-) -> Artifact:
-    """The model with other members. It keeps the number of active experts that it was given; one that was not goes with the experts."""
-    given = model.config.n_active != min(len(model.experts), DEFAULT_ACTIVE)
-    active = min(model.config.n_active, len(sources)) if given else None
-    base = model.description
-    description = _description(base, base["anchor"], members, active)
-    rows = {}
-    if tuning.traces:
-        for path in ("experts/row", "experts/bias"):
-            if path in description["tensors"] and tuning.rows:
-                rows[path] = tuning.rows[path][:, kept]
-            elif path in description["tensors"]:
-                rows[path] = np.stack([_row(path, source, description) for source in sources], axis=1)
-        tensors = {path: tensor_digest(a) for path, a in rows.items()}
-        description["router"] = {"tuned_with": list(tuning.traces), "tensors": tensors}
-    return _compose(out, description, model, model.path / "weights", sources, store, ways, rows, receipt)
-
-
-def _row(path: str, source: Source, description: dict[str, Any]) -> np.ndarray:
-    """An expert's rows or biases, of all layers."""
-    reader, entry = Reader(source.weights), description["tensors"][path]
-    if not reader.has(path):
-        return np.zeros([n for axis, n in enumerate(entry["shape"]) if axis != 1], entry["dtype"])
-    return reader.read(path, (slice(None), slice(source.index, source.index + 1)))[:, 0]
-
-
-def _member(contribution: Contribution) -> dict[str, Any]:
-    """What a model keeps of a manifest, for licences and receipts."""
-    keys = ("name", "owner", "domain", "licence", "expires", "router_bias", "tensors", "training", "privacy")
-    return {key: contribution.manifest[key] for key in keys} | {"manifest": contribution.manifest["sha256"]}
-
-
-def _check_names(members: Sequence[dict[str, Any]]) -> None:
-    names = [member["name"] for member in members]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two experts are called {name!r}; give each contribution a name of its own")
-
-
-def _description(base: dict[str, Any], anchor: dict[str, Any], members: list[dict[str, Any]], active: int | None) -> dict[str, Any]:
-    """Of a model of these members; `anchor` are the anchor's tensors."""
-    _check_names(members)
-    names = ["anchor", *(m["name"] for m in members)]
-    if active is not None and not 1 <= active <= len(names):
-        raise UserError(f"--active is {active}; expected 1 to {len(names)}, the number of experts ({', '.join(names)})")
-    has_bias = any(m["router_bias"] for m in members)
-    model = base["model"] | {
-        "n_experts": len(names),
-        "n_active": active or min(len(names), DEFAULT_ACTIVE),
-        "router_bias": has_bias,
-    }
-    tensors = {path: {"dtype": entry["dtype"], "shape": list(entry["shape"])} for path, entry in anchor.items()}
-    for path, entry in tensors.items():
-        if path.startswith("experts/"):
-            entry["shape"][1] = len(names)
-    if has_bias:
-        row = tensors["experts/row"]
-        tensors["experts/bias"] = {"dtype": row["dtype"], "shape": row["shape"][:2]}
-    return {
-        "kind": "model",
-        "model": model,
-        "experts": names,
-        "members": members,
-        "anchor": anchor,
-        "fingerprint": base["fingerprint"],
-        "tokenizer": base["tokenizer"],
-        "tensors": tensors,
-    }
-
-
-def _compose(
-    out: Path,
-    description: dict[str, Any],
-    base: Artifact,
-    trunk: Path,
-    sources: Sequence[Source],
-    store: Store,
-    ways: Sequence[str],
-    rows: dict[str, np.ndarray] | None = None,
-    receipt: dict[str, Any] | None = None,
-) -> Artifact:
-    store.register(out)  # first: what a killed process leaves beside it can then be found
-    with new_directory(out) as directory:
-        base.tokenizer.save(directory / "tokenizer.json")
-        target = layouts(ModelConfig(**description["model"]), description["tensors"])
-        taken = compose(directory / "weights", target, trunk, sources, ways, rows)
-        small = ["tokenizer.json", *(f"weights/{name}" for name in metadata_files(target))]
-        files = {name: sha256_of(directory / name) for name in small}
-        if receipt is not None:
-            write_receipt(directory, receipt)
-        write_description(directory, description | {"files": files})
-    note(f"composed {out}: {', '.join(f'{n} files by {way}' for way, n in taken.items())}")
-    return open_artifact(out)
+def description_of(anchor: Artifact, contributions: Sequence[Contribution], active: int | None = None) -> dict[str, Any]:
+    """The description of a merge that is not written: of its sizes, not of its sketches."""
+    composition = Composition.of_anchor(anchor, anchor.path / "weights", active)
+    for contribution in contributions:
+        composition = _with(composition, contribution, sketch="", source=composition.sources[0], new=True)
+    return composition.describe()

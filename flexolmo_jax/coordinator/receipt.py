@@ -1,59 +1,120 @@
-"""What an owner who leaves is given: which bytes are gone from a model, who still has them, and a check that anybody can run.
+"""What an owner who leaves is given: which expert is gone from a model, who still has it, and a check that anybody can run.
 
-The receipt names tensors by their SHA-256: FFN matrices and router rows. (A bias is one number, which experts may share by accident.)
+    receipt.json   the leavers' manifests and signatures, whole; digests and sketches of their weights; who stays; how exact it is
+    receipt.sig    optional: the coordinator's Ed25519 signature over the receipt's bytes
+
+A model holds an expert that has left where one of its experts is it, or nearly it (sketch.py). Equal single matrices prove nothing: what
+training leaves alone is the anchor's in every expert.
 """
 
 import datetime
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from flexolmo_jax.artifact import Artifact, open_artifact, read_sealed, sealed_json
+import numpy as np
+from pydantic import Field
+
+from flexolmo_jax.artifact import Artifact, read_sealed
+from flexolmo_jax.description import Digest, Name, Sketch, Text
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.files import write_text
+from flexolmo_jax.integrity import manifest_of, tensors_of
 from flexolmo_jax.storage.paths import reason
+from flexolmo_jax.storage.untrusted import conform
 
+from .composition import Composition, Member
+from .objects import sketches_of
+from .sketch import decoded, encoded, is_copy
 from .store import Store, expert_key
-from .verify import RECEIPT, tensor_digests, verify_model
 
-FORMAT = 1
+FORMAT = 2
 EXACT = "exact"
 TUNED = "router tuned with this expert present: retune from the contributed rows without its proxies (flexolmo tune)"
 
 
-def digests_of(member: Mapping[str, Any]) -> set[str]:
-    """Of an expert's matrices and rows."""
-    return {entry["sha256"] for name, entry in member["tensors"].items() if not name.endswith(".bias")}
+@dataclass(frozen=True)
+class Removed:
+    name: Name
+    manifest: dict[str, Any] | None  # of an imported model: none
+    signature: Text | None
+    digests: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=1 << 16)]
+    sketch: Sketch
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
-def make_receipt(
-    before: Artifact, members: Sequence[Mapping[str, Any]], names: Sequence[str], tuned_with: Sequence[str], store: Store
-) -> dict[str, Any]:
-    """For a model that is about to lose experts; `members` are those that stay.
+@dataclass(frozen=True)
+class Remaining:
+    name: Name
+    manifest: Digest | None
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
-    Raises UserError where an expert that stays has the same weights: nothing would be taken out.
-    """
-    leaving = [member for member in before.description["members"] if member["name"] in names]
-    removed = set[str]().union(*(digests_of(member) for member in leaving))
-    for member in members:
-        if removed & digests_of(member):
-            raise UserError(
-                f"the expert {member['name']!r} has the same weights as one that leaves; opt it out too (--expert {member['name']})"
-            )
-    holders = {
-        str(model.path) for model in [before, *store.models()] if any(removed & digests_of(m) for m in model.description.get("members", ()))
-    }
-    keys = ("name", "owner", "domain", "licence", "manifest")
+
+@dataclass(frozen=True)
+class Receipt:
+    """The schema of `receipt.json`."""
+
+    format: Literal[2]
+    date: Text
+    anchor: Digest | None
+    removed: Annotated[tuple[Removed, ...], Field(min_length=1)]
+    remaining: tuple[Remaining, ...]
+    grade: Text
+    models_that_still_hold_it: tuple[Text, ...]  # by name: where they lie is the coordinator's business
+    store_still_holds_it: bool
+    sha256: Digest
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
+
+
+def make_receipt(before: Artifact, after: Composition, names: Iterable[str], store: Store) -> dict[str, Any]:
+    """For a model that is about to lose experts. Raises UserError where an expert that stays is a copy of one that leaves."""
+    names = set(names)
+    leaving = [member for member in before.members if member["name"] in names]
+    sketches = {member["name"]: _sketch(before, member) for member in before.members}
+    for member in after.members:
+        for gone in leaving:
+            if digests_of(member) == digests_of(gone) or is_copy(sketches[member["name"]], sketches[gone["name"]]):
+                raise UserError(f"the expert {member['name']!r} is {gone['name']!r}, or nearly; opt it out too (--expert {member['name']})")
+    digests = set[str]().union(*map(digests_of, leaving))
+    holders = {m.path.name for m in [before, *store.models()] if any(digests & digests_of(member) for member in m.members)}
     return {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "anchor": before.fingerprint,
-        "removed": [{key: m[key] for key in keys} | {"digests": sorted(digests_of(m))} for m in leaving],
-        "remaining": [{key: m[key] for key in ("name", "manifest")} for m in members],
-        "grade": grade(names, tuned_with),
+        "removed": [_removed(member, sketches[member["name"]]) for member in leaving],
+        "remaining": [{"name": member["name"], "manifest": manifest_digest(member)} for member in after.members],
+        "grade": grade(names, after.tuning.traces),
         "models_that_still_hold_it": sorted(holders),
-        "store_that_still_holds_it": str(store.path) if any(store.holds(expert_key(m["tensors"])) for m in leaving) else None,
+        "store_still_holds_it": any(store.holds(expert_key(tensors_of(member))) for member in leaving),
     }
+
+
+def _removed(member: Member, sketch: np.ndarray) -> dict[str, Any]:
+    return {
+        "name": member["name"],
+        "manifest": manifest_of(member),
+        "signature": member.get("signature"),
+        "digests": sorted(digests_of(member)),
+        "sketch": encoded(sketch),
+    }
+
+
+def digests_of(member: Member) -> set[str]:
+    """Of an expert's matrices and rows. (A bias is one number, which experts may share by accident.)"""
+    return {entry["sha256"] for name, entry in tensors_of(member).items() if not name.endswith(".bias")}
+
+
+def manifest_digest(member: Member) -> str | None:
+    manifest = manifest_of(member)
+    return manifest["sha256"] if manifest else member["manifest"]
+
+
+def _sketch(model: Artifact, member: Member) -> np.ndarray:
+    """What training changed. Imported models have no sketch of it: their weights are read."""
+    if "sketch" in member:
+        return decoded(member["sketch"], 3 * model.config.n_layers)
+    index = model.experts.index(member["name"])
+    return sketches_of(model.path / "weights", model.config, index) - sketches_of(model.path / "weights", model.config)
 
 
 def grade(names: Iterable[str], tuned_with: Iterable[str]) -> str:
@@ -61,41 +122,15 @@ def grade(names: Iterable[str], tuned_with: Iterable[str]) -> str:
     return TUNED if set(names) & set(tuned_with) else EXACT
 
 
-def write_receipt(directory: Path, receipt: Mapping[str, Any]) -> None:
-    write_text(directory / RECEIPT, sealed_json(receipt))
-
-
-def verify_receipt(path: Path, model_path: Path) -> dict[str, Any]:
-    """Reads all of a model's bytes. The grade is that of this model: a router that was retuned without those who left has no trace of them.
-
-    Raises UserError where it holds one of the removed tensors, or is not the merge without them.
-    """
+def read_receipt(path: Path) -> dict[str, Any]:
+    """Raises UserError where there is none that can be used."""
     try:
         receipt = read_sealed(path)
-        if receipt["format"] != FORMAT:
-            raise UserError(f"{path} has format {receipt['format']}; this version reads {FORMAT}; upgrade flexolmo-jax")
-        removed = {digest for expert in receipt["removed"] for digest in expert["digests"]}
-        remaining, anchor = receipt["remaining"], receipt["anchor"]
+        if receipt.get("format") != FORMAT:
+            raise UserError(f"{path} has format {receipt.get('format')!r:.20}; this version reads {FORMAT}; have it written anew")
+        conform(Receipt, receipt)
+        return receipt
     except OSError as error:
         raise UserError(f"cannot read the receipt {path}: {reason(error)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"the receipt {path} is damaged ({type(error).__name__}: {error!s:.80})") from None
-    model = open_artifact(model_path)
-    if model.kind != "model":
-        raise UserError(f"{model_path} is a {model.kind}; expected a merged model")
-    if model.fingerprint != anchor:
-        raise UserError(f"{model_path} stands on the anchor {model.fingerprint}; the receipt is of a model on {anchor}")
-    for what, digest, _ in tensor_digests(model):
-        if digest in removed:
-            raise UserError(f"{model_path} still holds what the receipt says is removed: {what} ({digest[:16]})")
-    for member in model.description["members"]:
-        if removed & digests_of(member):
-            raise UserError(f"{model_path} still names {member['name']!r}, which the receipt says is removed")
-    members = [{"name": member["name"], "manifest": member["manifest"]} for member in model.description["members"]]
-    if members != remaining:
-        got, expected = (", ".join(m["name"] for m in each) or "none" for each in (members, remaining))
-        raise UserError(f"{model_path} is made of other contributions ({got}) than the receipt says remain ({expected})")
-    verify_model(model)
-    names = [expert["name"] for expert in receipt["removed"]]
-    now = grade(names, model.description.get("router", {}).get("tuned_with", ()))
-    return {"path": str(model_path), "verified": True, "removed": names, "digests": len(removed), "grade": now}
+    except ValueError as error:
+        raise UserError(f"the receipt {path} is damaged ({type(error).__name__}: {error!s:.120})") from None

@@ -1,25 +1,33 @@
-"""`flexolmo verify`: every digest of a contribution, an anchor, a model, a store or prepared data, recomputed, one shard at a time."""
+"""`flexolmo verify`: every digest of a contribution, an anchor, a model, a store or prepared data, recomputed, one shard at a time.
 
-from collections.abc import Iterator
+Of a model also what its members claim: each manifest is one of this anchor, its digests are those of the expert's tensors, and its
+signature is right. Nothing is remembered from before, and nothing is written.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sealed
-from flexolmo_jax.data.records import open_records, sha256_of
+from flexolmo_jax import integrity
+from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact
+from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.admission import admission
-from flexolmo_jax.exchange.anchor import layouts, open_anchor, verify_anchor
-from flexolmo_jax.exchange.contribution import MANIFEST, name_of_tensor, open_contribution
-from flexolmo_jax.exchange.signature import ANY, Trust
+from flexolmo_jax.exchange.anchor import open_anchor
+from flexolmo_jax.exchange.contribution import MANIFEST, open_contribution, recorded
+from flexolmo_jax.exchange.signature import ANY, Trust, check_signature
+from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, anchor_tensors, manifest_of
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.paths import listing
-from flexolmo_jax.storage.weights import Reader, shard_name
+from flexolmo_jax.storage.files import STORE_FILE
+from flexolmo_jax.storage.paths import reason
+from flexolmo_jax.storage.untrusted import read_bytes
 
+from .objects import sketches_of
+from .receipt import digests_of, grade, manifest_digest, read_receipt
+from .sketch import decoded, is_copy
 from .store import Store
 
-RECEIPT = "receipt.json"
+SIGNATURE_LIMIT = 1 << 12  # bytes
 
 
 def verify(
@@ -27,8 +35,8 @@ def verify(
 ) -> dict[str, Any]:
     """What was checked. Raises UserError naming the first thing that is wrong.
 
-    With an anchor, a contribution or a model must also have been made from that very one. `trust` is of contributions; so is
-    `public`, held-out text for the admission report, whose findings are warnings, or with `refuse` errors.
+    With an anchor, a contribution or a model must also have been made from that very one. `trust` is of contributions, and of the members
+    of a model; `public`, held-out text for the admission report, of contributions: its findings are warnings, or with `refuse` errors.
     """
     if refuse and not public:
         raise UserError("there is nothing to refuse by: the admission report needs public text; give --public")
@@ -38,37 +46,38 @@ def verify(
     if (path / "index.json").exists():
         open_records(path, "train").check_digests()
         return {"path": str(path), "kind": "prepared data", "verified": True}
-    if (path / "objects").is_dir():
+    if (path / STORE_FILE).exists():
         return {"path": str(path), "kind": "store", "verified": True, "objects": Store.existing(path).verify()}
     if not (path / DESCRIPTION).exists():
-        contribution = open_contribution(path)
-        signer = contribution.check(anchor, trust)
-        report = {}
-        if public and anchor:
-            report = {"admission": admission(contribution, anchor, public)}
-            _judge(path, report["admission"]["findings"], refuse)
-        tensors = len(contribution.manifest["tensors"]) if report else sum(1 for _ in contribution.tensors())
-        return {
-            "path": str(path),
-            "kind": "contribution",
-            "verified": True,
-            "tensors": tensors,
-            "anchor": contribution.fingerprint,
-            "signed_by": signer,
-            **report,
-        }
+        return _verify_contribution(path, anchor, trust, public, refuse)
     artifact = open_artifact(path)
     if artifact.kind == "run":
         raise UserError(f"{path} is a run; expected a contribution, an anchor or a model (`flexolmo package` or `publish` makes one)")
-    if anchor is not None and artifact.fingerprint != anchor.fingerprint:
-        raise UserError(f"{path} was made from the anchor {artifact.fingerprint}; {anchor.path} is {anchor.fingerprint}")
+    _check_anchor(artifact, anchor)
+    told: dict[str, Any] = {"path": str(path), "kind": artifact.kind, "verified": True, "tensors": len(artifact.description["tensors"])}
     if artifact.kind == "anchor":
-        verify_anchor(artifact)
-        open_records(path / "public", "train").check_digests()
-    else:
-        verify_model(artifact)
-    tensors = len(artifact.description["tensors"])
-    return {"path": str(path), "kind": artifact.kind, "verified": True, "tensors": tensors, "anchor": artifact.fingerprint}
+        integrity.check(path, artifact.description, artifact.config)
+        return told | {"anchor": artifact.fingerprint}
+    return told | {"anchor": artifact.fingerprint, "members": verify_model(artifact, trust)}
+
+
+def _verify_contribution(path: Path, anchor: Artifact | None, trust: Trust, public: Path | None, refuse: bool) -> dict[str, Any]:
+    contribution = open_contribution(path)
+    signer = contribution.check(anchor, trust)
+    report = {}
+    if public and anchor:
+        report = {"admission": admission(contribution, anchor, public)}
+        _judge(path, report["admission"]["findings"], refuse)
+    tensors = len(contribution.manifest["tensors"]) if report else sum(1 for _ in contribution.tensors())
+    return {
+        "path": str(path),
+        "kind": "contribution",
+        "verified": True,
+        "tensors": tensors,
+        "anchor": contribution.fingerprint,
+        "signed_by": signer,
+        **report,
+    }
 
 
 def _judge(path: Path, findings: list[str], refuse: bool) -> None:
@@ -78,51 +87,100 @@ def _judge(path: Path, findings: list[str], refuse: bool) -> None:
         note(f"warning: {path}: {finding}")
 
 
-def verify_model(model: Artifact) -> None:
-    """Raises UserError naming the first file or tensor of a merged model that is not what was merged, is missing or does not belong."""
-    declared = model.description["files"]
-    target = layouts(model.config, model.description["tensors"])
-    shards = {f"weights/{shard_name(path, index)}" for path, layout in target.items() for index in layout.indices()}
-    expected = shards | declared.keys() | {DESCRIPTION}
-    found = listing(model.path).keys() - {RECEIPT}
-    for kind, names in (("misses", expected - found), ("holds unknown files:", found - expected)):
-        if names:
-            raise UserError(f"{model.path} {kind} {', '.join(sorted(names)[:3])}; merge it again")
-    for name, digest in declared.items():
-        if sha256_of(model.path / name) != digest:
-            raise UserError(f"{model.path / name} is not the file that was written (its SHA-256 differs); merge it again")
+def _check_anchor(artifact: Artifact, anchor: Artifact | None) -> None:
+    """Raises UserError unless the artifact is, or stands on, this anchor: every digest, not only the fingerprint."""
+    if anchor is None:
+        return
+    if artifact.fingerprint != anchor.fingerprint:
+        raise UserError(f"{artifact.path} was made from the anchor {artifact.fingerprint}; {anchor.path} is {anchor.fingerprint}")
+    own = artifact.description["tensors"] if artifact.kind == "anchor" else anchor_tensors(artifact.description)
+    for path, entry in anchor.description["tensors"].items():
+        if own.get(path) != entry:
+            raise UserError(f"{artifact.path} names the fingerprint of {anchor.path} but has another {path}; do not use it")
+
+
+def verify_model(model: Artifact, trust: Trust = ANY) -> list[dict[str, Any]]:
+    """Who made each member. Raises UserError naming the first file, tensor or claim that is not what was merged.
+
+    A member of an imported model, or of a model of format 1, has no manifest: `trust` refuses it, if it asks for signatures.
+    """
     if (model.path / RECEIPT).exists():
-        try:
-            read_sealed(model.path / RECEIPT)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{model.path / RECEIPT} is damaged: {error!s:.80}") from None
-    for what, digest, expected_digest in tensor_digests(model):
-        if digest != expected_digest:
-            raise UserError(f"{model.path}: the bytes of {what} are not those that were merged; merge it again")
+        read_receipt(model.path / RECEIPT)
+    members = []
+    for member in model.members:
+        where = f"{model.path}: the expert {member['name']!r}"
+        signer = None
+        if (manifest := manifest_of(member)) is None:
+            if trust.signed:
+                raise UserError(f"{where} has no manifest that somebody signed; merge it again from a signed contribution")
+        else:
+            claimed = recorded(model.path, manifest, member["signature"])
+            if claimed.name != member["name"]:
+                raise UserError(f"{where} has the manifest of {claimed.name!r}; do not use the model")
+            signer = claimed.check_origin(model, trust)
+            if claimed.expired:
+                note(f"warning: the licence of {where} expired on {claimed.expired}")
+        members.append({"name": member["name"], "manifest": manifest["sha256"] if manifest else None, "signed_by": signer})
+    integrity.check(model.path, model.description, model.config)
+    return members
 
 
-def tensor_digests(model: Artifact) -> Iterator[tuple[str, str, str]]:
-    """(what, SHA-256 of its bytes on the disk, SHA-256 that it should have) of all that a merged model holds."""
-    reader, anchor = Reader(model.path / "weights"), model.description["anchor"]
-    tuned = model.description.get("router", {}).get("tensors", {})
-    for path, layout in layouts(model.config, model.description["tensors"]).items():
-        if not path.startswith("experts/"):
-            yield path, reader.digest(path, layout.boxes()), anchor[path]["sha256"]
-            continue
-        L = model.config.n_layers
-        if path in tuned:
-            yield path, reader.digest(path, layout.whole()), tuned[path]
-            continue
-        for index, name in enumerate(model.experts):
-            members = model.description["members"]
-            tensors = members[index - 1]["tensors"] if index else anchor
-            if index and name_of_tensor(path, 0) in tensors:
-                for layer in range(L):
-                    tensor = name_of_tensor(path, layer)
-                    got = reader.digest(path, layout.boxes(layer=layer, expert=index))
-                    yield f"{tensor} of {name}", got, tensors[tensor]["sha256"]
-            elif not index and path in tensors:
-                yield f"{path} of {name}", reader.digest(path, layout.boxes(expert=0)), tensors[path]["sha256"]
-            else:  # a bias that it does not have
-                zeros = sum(np.count_nonzero(reader.read(path, box).view(np.uint8)) for box in layout.boxes(expert=index))
-                yield f"{path} of {name}", "zeros" if not zeros else "not zeros", "zeros"
+def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str, Any]:
+    """Reads all of a model's bytes. The grade is that of this model: a router that was retuned without those who left has no trace of them.
+
+    Raises UserError where it holds one of the removed experts, or is not the merge without them, or nobody trusted signed the receipt.
+    """
+    receipt = read_receipt(path)
+    signer = _signer(path, trust)
+    model = open_artifact(model_path)
+    if model.kind != "model" or "anchor" not in model.description:
+        raise UserError(f"{model_path} is a {model.kind}; expected a merged model")
+    if model.fingerprint != receipt["anchor"]:
+        raise UserError(f"{model_path} stands on the anchor {model.fingerprint}; the receipt is of a model on {receipt['anchor']}")
+    _check_members(model, receipt)
+    _check_weights(model, receipt)
+    verify_model(model)
+    names = [expert["name"] for expert in receipt["removed"]]
+    now = grade(names, model.description.get("router", {}).get("tuned_with", ()))
+    digests = sum(len(expert["digests"]) for expert in receipt["removed"])
+    return {"path": str(model_path), "verified": True, "removed": names, "digests": digests, "grade": now, "signed_by": signer}
+
+
+def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
+    signature = path.with_name(RECEIPT_SIGNATURE)
+    try:
+        signed = read_bytes(signature, SIGNATURE_LIMIT)
+    except FileNotFoundError:
+        signed = None
+    except OSError as error:
+        raise UserError(f"cannot read {signature}: {reason(error)}") from None
+    signer = check_signature(read_bytes(path), signed, trust, path)
+    if signer is None:
+        note(f"warning: nobody signed {path}: anybody may have written it; ask the coordinator for a signed one (opt-out --sign-key)")
+    return signer
+
+
+def _check_members(model: Artifact, receipt: Mapping[str, Any]) -> None:
+    """What the model says of itself."""
+    for member in model.members:
+        for gone in receipt["removed"]:
+            if digests_of(member) == set(gone["digests"]):
+                raise UserError(f"{model.path} still holds {gone['name']!r}, which the receipt says is removed, as {member['name']!r}")
+    members = [{"name": member["name"], "manifest": manifest_digest(member)} for member in model.members]
+    if members != list(receipt["remaining"]):
+        got, expected = (", ".join(m["name"] for m in each) or "none" for each in (members, receipt["remaining"]))
+        raise UserError(f"{model.path} is made of other contributions ({got}) than the receipt says remain ({expected})")
+
+
+def _check_weights(model: Artifact, receipt: Mapping[str, Any]) -> None:
+    """What lies on the disk, whatever the model says of it."""
+    anchor = sketches_of(model.path / "weights", model.config)
+    for index, name in enumerate(model.experts):
+        here = sketches_of(model.path / "weights", model.config, index) - anchor
+        for gone in receipt["removed"]:
+            try:
+                removed = decoded(gone["sketch"], 3 * model.config.n_layers)
+            except ValueError as error:
+                raise UserError(f"the receipt's sketch of {gone['name']!r} is damaged: {error}") from None
+            if is_copy(here, removed):
+                raise UserError(f"{model.path} still holds {gone['name']!r}, or nearly, which the receipt says is removed: as {name!r}")

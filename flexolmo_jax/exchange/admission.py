@@ -17,10 +17,11 @@ from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN
+from flexolmo_jax.integrity import MATRICES, leaf_of
 from flexolmo_jax.loaded import load
 from flexolmo_jax.train.evaluate import make_scorer, score_records
 
-from .contribution import MATRICES, Contribution, leaf_of
+from .contribution import Contribution
 
 RECORDS = 64  # of public text, at most
 ITERATIONS = 16  # of the power method: the largest singular value to a few percent

@@ -2,32 +2,29 @@
 
 The weights are cast once to the release dtype, optimiser state is left behind, router row 0 becomes the mean domain embedding of
 public text, and tokenizer, embedder and a sample of packed public text are written beside them. The fingerprint is a digest over
-every tensor's name, dtype, shape and bytes (router row 0 among them), the architecture, the tokenizer and the embedder: an
-expert belongs to exactly one fingerprint.
+every tensor's name, dtype, shape and bytes (router row 0 among them), the architecture, the tokenizer, the embedder and the sample
+of public text: an expert belongs to exactly one fingerprint.
 """
 
 import dataclasses
-import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
-from flexolmo_jax.artifact import Artifact, canonical_json, open_artifact, write_description
-from flexolmo_jax.config import ModelConfig, to_dict
+from flexolmo_jax.artifact import Artifact, open_artifact, write_description
+from flexolmo_jax.config import to_dict
 from flexolmo_jax.data.documents import HELDOUT, name_of, read_training_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.integrity import embedder_digest, fingerprint_of, public_digest
 from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import weights
 from flexolmo_jax.storage.files import new_directory, write_bytes
-from flexolmo_jax.storage.paths import children
-from flexolmo_jax.storage.weights import Layout, Reader
 
 from .embedder import domain_embedding, fit_embedder, load_embedder
 
@@ -82,6 +79,7 @@ def publish(
             "tensors": tensors,
             "tokenizer": artifact.tokenizer.digest,
             "embedder": embedder_digest(directory / "embedder"),
+            "public": public_digest(directory / "public"),
         }
         description = {
             "kind": "anchor",
@@ -91,63 +89,24 @@ def publish(
             "tokenizer": parts["tokenizer"],
             "embedder": {"name": fitted.name, "version": fitted.version, "sha256": parts["embedder"]},
             "public": [name_of(path) for path in public],
+            "public_sha256": parts["public"],
             "fingerprint": fingerprint_of(parts),
         }
         write_description(directory, description)
     parameters = sum(a.size for a in released.values())
     note(f"published {out}: fingerprint {description['fingerprint'][:16]}, {parameters:,} parameters in {dtype}")
-    return open_artifact(out)
+    anchor = open_artifact(out)
+    anchor.remember()
+    return anchor
 
 
 def open_anchor(path: Path) -> Artifact:
-    """Opens a published anchor. Raises UserError for anything else."""
+    """Opens a published anchor for use: its bytes are those of its fingerprint. Raises UserError for anything else."""
     artifact = open_artifact(path)
     if artifact.kind != "anchor":
         raise UserError(f"{path} is a {artifact.kind}; expected a published anchor (`flexolmo publish` makes one)")
+    artifact.ensure()
     return artifact
-
-
-def verify_anchor(anchor: Artifact) -> None:
-    """Recomputes every digest. Raises UserError naming what differs from what was published."""
-    check_tensors(anchor)
-    parts = {
-        "model": anchor.description["model"],
-        "tensors": anchor.description["tensors"],
-        "tokenizer": anchor.tokenizer.digest,
-        "embedder": embedder_digest(anchor.path / "embedder"),
-    }
-    if fingerprint_of(parts) != anchor.fingerprint:
-        raise UserError(f"{anchor.path} does not have its fingerprint: tokenizer, embedder or description was changed; fetch it again")
-
-
-def check_tensors(anchor: Artifact) -> None:
-    """Raises UserError naming the first tensor whose bytes are not those the description has digests of. Reads a shard at a time."""
-    reader = Reader(anchor.path / "weights")
-    for path, layout in layouts(anchor.config, anchor.description["tensors"]).items():
-        if reader.digest(path, layout.boxes()) != anchor.description["tensors"][path]["sha256"]:
-            raise UserError(f"{anchor.path}: the bytes of {path} are not the published ones; fetch it again")
-
-
-def layouts(config: ModelConfig, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
-    """How tensors of an anchor, an expert or a model, of which dtype and shape are given by path, are stored."""
-    axes = flatten(logical_axes(config))
-    return {path: Layout.of(tuple(entry["shape"]), entry["dtype"], axes[path]) for path, entry in tensors.items()}
-
-
-def tensor_digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.asarray(array, order="C").reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def embedder_digest(directory: Path) -> str:
-    """Over the names and bytes of the embedder's files."""
-    digest = hashlib.sha256()
-    for path in children(directory):
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def fingerprint_of(parts: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
 
 def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path) -> np.ndarray:

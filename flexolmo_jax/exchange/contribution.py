@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.artifact import Artifact, canonical_json
+from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.config import ModelConfig, build
+from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import children, in_bucket, open_regular, path_of, reason
 from flexolmo_jax.storage.tensorfile import TensorFile
@@ -32,7 +33,6 @@ from .signature import ANY, Trust, check_signature
 FORMAT = 1
 TENSORS, MANIFEST, SIGNATURE = "expert.safetensors", "manifest.json", "manifest.sig"
 MANIFEST_LIMIT = 1 << 26  # bytes
-MATRICES = ("gate", "up", "down")
 OF_MERGES = ("n_experts", "n_active", "router_bias")  # keys of a model's config that a merge decides
 MANIFEST_TYPES: dict[str, Any] = {
     **dict.fromkeys(("name", "owner", "domain", "licence", "anchor", "dtype", "header", "tool", "sha256"), str),
@@ -69,6 +69,19 @@ class Contribution:
 
         Raises UserError for one made from another anchor, a signature that is wrong or missing by the policy, and an expired licence.
         """
+        signer = self.check_origin(anchor, trust)
+        if (expires := self.expired) is not None:
+            raise UserError(f"the licence of {self.path} expired on {expires}; ask its owner for a new one")
+        return signer
+
+    @property
+    def expired(self) -> str | None:
+        """The last day of a licence that is over."""
+        expires, today = self.manifest["expires"], datetime.datetime.now(datetime.UTC).date().isoformat()
+        return expires if expires is not None and expires < today else None
+
+    def check_origin(self, anchor: Artifact | None = None, trust: Trust = ANY) -> dict[str, Any] | None:
+        """As `check`, whatever the licence says."""
         if anchor is not None and self.fingerprint != anchor.fingerprint:
             raise UserError(
                 f"{self.path} was made from the anchor {self.fingerprint[:16]}; {anchor.path} is {str(anchor.fingerprint)[:16]}; "
@@ -79,11 +92,7 @@ class Contribution:
             for key, same in (("model", ours == theirs), ("dtype", self.manifest["dtype"] == anchor.dtype)):
                 if not same:
                     raise UserError(f"{self.path} names the fingerprint of {anchor.path} but has another {key}; ask its owner for it again")
-        signer = check_signature(self.text, self.signature, trust, self.path)
-        expires, today = self.manifest["expires"], datetime.datetime.now(datetime.UTC).date().isoformat()
-        if expires is not None and expires < today:
-            raise UserError(f"the licence of {self.path} expired on {expires}; ask its owner for a new one")
-        return signer
+        return check_signature(self.text, self.signature, trust, self.path)
 
     def tensors(self, into: Callable[[str], np.ndarray | None] = lambda name: None) -> Iterator[tuple[str, np.ndarray]]:
         """Each tensor by name, in the order of the file, checked; one at a time is in memory. `into` may give bytes to read one into.
@@ -122,18 +131,6 @@ def tensor_shapes(config: ModelConfig, has_bias: bool) -> dict[str, tuple[int, .
     return {f"layers.{layer}.{name}": shape for layer in range(config.n_layers) for name, shape in per_layer.items()}
 
 
-def leaf_of(name: str) -> tuple[str, int]:
-    """Where a tensor of a contribution goes in a model: ("experts/gate", 3) for "layers.3.ffn.gate"."""
-    _, layer, _, leaf = name.split(".")
-    return f"experts/{leaf}", int(layer)
-
-
-def name_of_tensor(leaf: str, layer: int) -> str:
-    """The inverse of `leaf_of`."""
-    leaf = leaf.removeprefix("experts/")
-    return f"layers.{layer}.{'ffn' if leaf in MATRICES else 'router'}.{leaf}"
-
-
 def open_contribution(path: Path) -> Contribution:
     """Reads the manifest and the signature. Raises UserError for anything else than a contribution with nothing else in it."""
     path = path_of(path)
@@ -157,6 +154,16 @@ def open_contribution(path: Path) -> Contribution:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error!s:.100}); ask its owner for it again") from None
     return Contribution(path, manifest, text, _read(path / SIGNATURE) if SIGNATURE in names else None)
+
+
+def recorded(path: Path, manifest: dict[str, Any], signature: str | None) -> Contribution:
+    """A contribution of which a model kept the manifest and the signature. `path` is the model's. Raises UserError for a wrong manifest."""
+    text = (canonical_json(manifest) + "\n").encode()
+    try:
+        checked = _checked_manifest(text)
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: the manifest of {manifest.get('name')!r:.70} is damaged: {error!s:.100}; do not use it") from None
+    return Contribution(path, checked, text, None if signature is None else signature.encode())
 
 
 def check_expert_name(name: str) -> None:

@@ -2,7 +2,7 @@
 
 from .layers import CACHE, KVCache
 from .moe import RouterOutput
-from .transformer import Output, Params, decode, empty_cache, forward, init_params, logical_axes, num_experts
+from .transformer import Output, Params, decode, empty_cache, forward, init_params, logical_axes, num_experts, parameter_shapes
 
 __all__ = [
     "CACHE",
@@ -16,4 +16,5 @@ __all__ = [
     "init_params",
     "logical_axes",
     "num_experts",
+    "parameter_shapes",
 ]

@@ -211,6 +211,11 @@ def logical_axes(config: ModelConfig, *, pair: bool = False) -> Params:
     return axes
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by its path. Nothing is allocated."""
+    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(nnx.state(_abstract(config, False)))}
+
+
 @functools.lru_cache
 def _abstract(config: ModelConfig, pair: bool) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, pair, nnx.Rngs(params=0)))

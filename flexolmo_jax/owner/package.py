@@ -17,19 +17,10 @@ from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import Dataset, RunConfig, resolve, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.anchor import layouts, open_anchor, tensor_digest
-from flexolmo_jax.exchange.contribution import (
-    FORMAT,
-    MANIFEST,
-    SIGNATURE,
-    TENSORS,
-    Contribution,
-    leaf_of,
-    open_contribution,
-    sealed,
-    tensor_shapes,
-)
+from flexolmo_jax.exchange.anchor import open_anchor
+from flexolmo_jax.exchange.contribution import FORMAT, MANIFEST, SIGNATURE, TENSORS, Contribution, open_contribution, sealed, tensor_shapes
 from flexolmo_jax.exchange.signature import load_key, sign
+from flexolmo_jax.integrity import anchor_tensors, layouts, leaf_of, tensor_digest
 from flexolmo_jax.model import Params
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import check_new, new_directory, write_bytes
@@ -150,7 +141,7 @@ def _hand_over(
 def _digest(model: Artifact, path: str, array: Stored, dtype: str) -> str:
     """Of the anchor's part of an array, in this dtype: read only where the model's own digest is of another one."""
     if model.dtype == dtype:
-        return model.description["anchor"][path]["sha256"]
+        return anchor_tensors(model.description)[path]["sha256"]
     anchors = dataclasses.replace(array, expert=0) if path.startswith("experts/") else array
     digest = hashlib.sha256()
     for box in layouts(model.config, {path: {"dtype": dtype, "shape": anchors.shape}})[path].boxes():

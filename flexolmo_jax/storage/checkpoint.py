@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.processes import by_the_first, is_first, joined
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.files import is_whole, make_folder, move, remove, write_text
+from flexolmo_jax.storage.files import is_whole, make_folder, move, write_text
 from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, open_to_read
 
 DIGESTS = "_DIGESTS"
@@ -61,7 +61,7 @@ class StepCheckpoints:
         make_folder(self._directory)
         for path in children(self._directory):
             if path.name.isdigit() and not _is_committed(path):
-                remove(path)  # what a killed save, or a killed removal, left; on a disk it has another name, and goes by Orbax
+                discard(path)  # what a killed save, or a killed removal, left; on a disk it has another name, and goes by Orbax
             elif path.name.isdigit() and not _is_complete(path):
                 note(f"warning: checkpoint {path} is incomplete; it is set aside")
                 self._set_aside(int(path.name))
@@ -153,7 +153,9 @@ class StepCheckpoints:
 
     def _set_aside(self, step: int) -> None:
         """Not deleted: what looks damaged may be a disk that failed to answer."""
-        move(self._directory / str(step), self._directory.with_name("damaged") / str(step))
+        aside = self._directory.with_name("damaged")
+        again = sum(path.name.split(".")[0] == str(step) for path in children(aside))
+        move(self._directory / str(step), aside / (f"{step}.{again}" if again else str(step)))
 
 
 def load_weights(directory: Path, target: Tree) -> Tree:

@@ -1,15 +1,21 @@
 """Writing files and directories that are either whole or not there: on this machine, and in buckets, where nothing can be renamed.
 
-A directory on this machine is written beside its place, synced, and renamed. One in a bucket is written in its place, with a mark in it
-that is there before everything else and goes last: what has the mark is not there yet, for whoever asks `is_whole`.
+A directory on this machine is written beside its place, synced, and renamed:
+
+    .out.1a2b3c4d.tmp/.unfinished   the mark: this program made the folder, and what is in it may go when nobody holds its lock
+    .out.1a2b3c4d.tmp/content/      becomes out/
+
+One in a bucket is written in its place, with the mark in it that is there before everything else and goes last: what has the mark is not
+there yet, for whoever asks `is_whole`. What bears no mark of ours is never removed.
 """
 
 import contextlib
 import errno
 import fcntl
-import glob
 import os
+import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +23,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import absolute, children, copy_objects, in_bucket, join_objects, listing, reason, remove_objects
+from flexolmo_jax.storage.paths import (
+    absolute,
+    children,
+    copy_objects,
+    in_bucket,
+    join_objects,
+    listing,
+    open_regular,
+    reason,
+    remove_objects,
+)
 
+READ_ONLY, WRITABLE = 0o444, 0o222  # modes: of files that several directories may share; the bits that it lacks
 WAYS = ("link", "reflink", "copy")  # to have a file's bytes in a second place, the cheapest first
-UNFINISHED = ".unfinished"  # the mark
+UNFINISHED = ".unfinished"  # the mark ...
+MARK = b"flexolmo-jax is writing here, or was stopped while it did. What lies here may be removed.\n"  # ... and what it says
+STORE_FILE = "store.json"  # in a directory that has it, a store, nobody but the store writes
+CONTENT = "content"
 GRACE = 3600.0  # seconds without a change after which nobody is taken to be writing something in a bucket, which has no locks
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _CLONE = 0x40049409  # Linux's FICLONE
 _NOT_HERE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
@@ -43,7 +64,7 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     Raises UserError where `out` holds something already, cannot be made, and for a full disk.
     """
     out = absolute(out)
-    check_new(out)
+    check_new(out, inside_a_store=shared)
     if in_bucket(out):
         with _marked(out, shared):
             yield out
@@ -56,50 +77,75 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
         raise UserError(f"cannot write {out}: {error.strerror}; choose a place that can be written") from error
     try:
         with locked(temporary):
-            yield temporary
-            for folder, _, files in os.walk(temporary, topdown=False):
-                for name in files:
-                    sync(Path(folder, name))
-                sync(Path(folder))
-            check_new(out)
-            if out.exists():
-                out.rmdir()
-            before_change("rename", out)
-            os.replace(temporary, out)
-            try:
-                sync(out.parent)
-            except OSError:
-                os.replace(out, temporary)
-                raise
+            (temporary / UNFINISHED).write_bytes(MARK)
+            (temporary / CONTENT).mkdir()
+            yield temporary / CONTENT
+            _put_in_place(temporary / CONTENT, out, inside_a_store=shared)
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"no space left on the disk while writing {out}; nothing was kept; free some and run it again") from error
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_temporary(temporary)
+
+
+def _put_in_place(content: Path, out: Path, *, inside_a_store: bool) -> None:
+    for folder, _, files in os.walk(content, topdown=False):
+        for name in files:
+            sync(Path(folder, name))
+        sync(Path(folder))
+    check_new(out, inside_a_store=inside_a_store)
+    if out.exists():
+        out.rmdir()
+    before_change("rename", out)
+    os.replace(content, out)
+    try:
+        sync(out.parent)
+    except OSError:
+        os.replace(out, content)
+        raise
+
+
+def _remove_temporary(temporary: Path) -> None:
+    """A folder that this program made empty; the mark goes last, so that whoever is stopped on the way leaves it."""
+    shutil.rmtree(temporary / CONTENT, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (temporary / UNFINISHED).unlink(missing_ok=True)
+        temporary.rmdir()
 
 
 @contextmanager
 def _marked(out: Path, shared: bool) -> Iterator[None]:
     if not shared:
         _clear(out)  # of what a killed process left
-    _put(out / UNFINISHED, b"")
+    _put(out / UNFINISHED, MARK)
     try:
         yield
     except BaseException:
         if not shared:
-            remove(out)
+            _clear(out)
         raise
     before_change("rename", out)
     (out / UNFINISHED).unlink(missing_ok=True)
 
 
 def _clear(directory: Path) -> None:
-    """Removes all objects there, the mark last."""
+    """Removes all objects of a directory in a bucket that bears the mark, the mark last."""
+    if not _is_marked(directory):
+        return
+    before_change("remove", directory)
     names = listing(directory).keys()
     remove_objects([directory / name for name in names if name != UNFINISHED])
-    if UNFINISHED in names:
-        (directory / UNFINISHED).unlink()
+    (directory / UNFINISHED).unlink()
+
+
+def _is_marked(directory: Path) -> bool:
+    """Whether this program made a directory, and nothing in it is anybody's yet."""
+    try:
+        with open_regular(directory / UNFINISHED) as file:
+            return file.read(len(MARK) + 1) == MARK
+    except OSError:
+        return False
 
 
 def is_whole(directory: Path) -> bool:
@@ -115,22 +161,36 @@ def is_settled(directory: Path) -> bool:
 def clear(out: Path) -> None:
     """Removes what killed processes left on the way to `out`."""
     for path in abandoned(out.parent, out.name):
-        remove(path)
+        remove_abandoned(path)
 
 
 def abandoned(directory: Path, name: str | None = None) -> list[Path]:
-    """What processes that are no longer there left in a directory, on the way to `name` or anything."""
+    """What processes that are no longer there left in a directory, on the way to `name` or anything: what bears the mark, and no more."""
     if in_bucket(directory):
         places = [directory / name] if name else children(directory)
-        return [path for path in places if (path / UNFINISHED).exists() and is_settled(path)]
+        return [path for path in places if is_settled(path) and _is_marked(path)]
     found = []
-    for path in directory.glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
+    for path in children(directory):
+        if not _TEMPORARY.fullmatch(path.name) or (name and not path.name.startswith(f".{name}.")):
+            continue
+        if path.is_symlink() or not path.is_dir():
+            continue
         try:
             with locked(path, wait=False):
-                found.append(path)
+                if _is_marked(path) or not children(path):  # empty: stopped before it got the mark
+                    found.append(path)
         except OSError:
             continue  # somebody is at it, or has just finished
     return found
+
+
+def remove_abandoned(path: Path) -> None:
+    """Takes away what `abandoned` found."""
+    if in_bucket(path):
+        _clear(path)
+    else:
+        before_change("remove", path)
+        _remove_temporary(path)
 
 
 @contextmanager
@@ -159,10 +219,14 @@ def is_disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
-def check_new(out: Path) -> None:
-    """Raises UserError unless `out` does not exist or is an empty directory."""
+def check_new(out: Path, *, inside_a_store: bool = False) -> None:
+    """Raises UserError unless `out` does not exist or is an empty directory; and inside a store, where only the store itself writes."""
     if is_whole(out) and (not out.is_dir() or children(out)):
         raise UserError(f"{out} exists and is not empty; give a new or empty directory")
+    if not inside_a_store:
+        for parent in absolute(out).parents:
+            if (parent / STORE_FILE).exists():
+                raise UserError(f"{out} lies inside the store {parent}; give a place outside of it")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -230,6 +294,8 @@ def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
     for way in ways:
         try:
             {"link": _link, "reflink": _reflink, "copy": shutil.copyfile}[way](source, target)
+            if way != "link":
+                target.chmod(READ_ONLY)
             return way
         except OSError as error:
             if error.errno not in _NOT_HERE:
@@ -240,6 +306,10 @@ def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
+    """Raises EPERM for a file that is not ours or may be written: through one of its names it would be changed in all the others."""
+    status = os.lstat(source)
+    if not stat.S_ISREG(status.st_mode) or status.st_mode & WRITABLE or status.st_uid != os.geteuid():
+        raise OSError(errno.EPERM, "its file may be changed under another name", str(source))
     os.link(source, target, follow_symlinks=False)
 
 
@@ -253,17 +323,18 @@ def _reflink(source: Path, target: Path) -> None:
         raise
 
 
-def remove(directory: Path) -> None:
-    """Takes a directory away: at once, as far as anybody sees."""
+def discard(directory: Path) -> None:
+    """Takes away a directory that this program made: at once, as far as anybody sees. The caller knows that nothing else lies in it."""
+    before_change("remove", directory)
     if in_bucket(directory):
-        before_change("remove", directory)
-        (directory / UNFINISHED).write_text("")
+        _put(directory / UNFINISHED, MARK)
         _clear(directory)
         return
-    gone = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
-    before_change("remove", directory)
-    os.replace(directory, gone)
-    shutil.rmtree(gone)
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    (temporary / UNFINISHED).write_bytes(MARK)
+    os.replace(directory, temporary / CONTENT)
+    _remove_temporary(temporary)
 
 
 def remove_file(path: Path) -> None:
@@ -286,16 +357,15 @@ def move_file(source: Path, target: Path) -> None:
 
 
 def move(directory: Path, target: Path) -> None:
-    """Puts a directory in the place of what may lie at `target`. In a bucket it is at both places for a while."""
-    if target.exists():
-        remove(target)
+    """Gives a directory another name. In a bucket it is at both places for a while. Raises UserError where something has that name."""
+    check_new(target)
     make_folder(target.parent)
+    before_change("rename", target)
     if in_bucket(directory):
         copy_objects([(directory / name, target / name) for name in listing(directory)])
-        remove(directory)
-        return
-    before_change("rename", target)
-    os.replace(directory, target)
+        discard(directory)
+    else:
+        os.replace(directory, target)
 
 
 def sync(path: Path) -> None:

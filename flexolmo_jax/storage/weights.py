@@ -76,6 +76,12 @@ class Layout:
         """Shards along each axis."""
         return tuple(-(-n // size) for n, size in zip(self.shape, self.shard, strict=True))
 
+    @property
+    def shard_bytes(self) -> int:
+        """Of the file of a shard: chunks, each with a CRC-32C, and an index of them with another."""
+        chunks = math.prod(self.shard) // math.prod(self.chunk)
+        return math.prod(self.shard) * np.dtype(self.dtype).itemsize + 4 * chunks + 16 * chunks + 4
+
     def indices(self) -> Iterator[Index]:
         """Of all shards, in the order in which their values lie in the array."""
         return itertools.product(*map(range, self.counts))

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.artifact import canonical_json, open_artifact
+from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.coordinator.merge import merge, opt_out
-from flexolmo_jax.coordinator.receipt import verify_receipt
-from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.coordinator.verify import verify, verify_receipt
+from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution

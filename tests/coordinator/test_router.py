@@ -5,9 +5,9 @@ import pytest
 
 from flexolmo_jax.artifact import open_artifact, read_sealed
 from flexolmo_jax.coordinator.merge import append, apply_tuning, merge, opt_out, undo_tuning
-from flexolmo_jax.coordinator.receipt import EXACT, TUNED, verify_receipt
+from flexolmo_jax.coordinator.receipt import EXACT, TUNED
 from flexolmo_jax.coordinator.router import train_router, tune
-from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.coordinator.verify import verify, verify_receipt
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model.tree import flatten

@@ -14,9 +14,12 @@ import pytest
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.data.documents import digest_of, is_heldout
+from flexolmo_jax.data.records import sha256_of
+from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.anchor import embed_domain, embedder_digest, fingerprint_of, open_anchor, publish
+from flexolmo_jax.exchange.anchor import embed_domain, open_anchor, publish
 from flexolmo_jax.exchange.embedder import domain_embedding, load_embedder
+from flexolmo_jax.integrity import embedder_digest, fingerprint_of
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model.tree import flatten, unflatten
 from tests.tiny import documents, write_jsonl
@@ -32,11 +35,17 @@ def digests(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def parts_of(anchor: Path) -> dict:
     opened = open_anchor(anchor)
+    public = {name: sha256_of(anchor / "public" / name) for name in ("train.tokens.npy", "train.segments.npy")}
     return {
         "model": opened.description["model"],
         "tensors": digests(opened.params()),
         "tokenizer": opened.tokenizer.digest,
         "embedder": embedder_digest(anchor / "embedder"),
+        "public": hashlib.sha256(
+            canonical_json(
+                {f"train.{kind}.npy": sha256_of(anchor / f"public/train.{kind}.npy") for kind in ("tokens", "segments")}
+            ).encode()
+        ).hexdigest(),
     }
 
 

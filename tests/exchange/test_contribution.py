@@ -17,8 +17,8 @@ from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.data.documents import read_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.exchange.anchor import tensor_digest
 from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
+from flexolmo_jax.integrity import tensor_digest
 from flexolmo_jax.loaded import load
 from flexolmo_jax.owner.package import package
 from flexolmo_jax.owner.pair import train_pair

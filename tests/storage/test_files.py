@@ -11,7 +11,7 @@ import pytest
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage import files
-from flexolmo_jax.storage.files import abandoned, locked, new_directory, place, remove
+from flexolmo_jax.storage.files import MARK, abandoned, check_new, clear, discard, locked, new_directory, place, remove_abandoned
 
 
 def test_a_new_directory_is_there_at_the_end_or_not_at_all(tmp_path):
@@ -45,7 +45,32 @@ def test_only_what_dead_processes_left_is_abandoned(tmp_path):
     process.communicate(b"\n")
     (left,) = abandoned(tmp_path)
     assert abandoned(tmp_path, "out[1]") == [left] and abandoned(tmp_path, "out1") == []
-    assert (left / "a").read_text() == "a"
+    assert (left / "content" / "a").read_text() == "a"
+    clear(tmp_path / "out[1]")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_has_the_name_of_a_leftover_is_nobodys_to_remove(tmp_path):
+    for name in (".out.backup.tmp", ".out.0123abcd.tmp", ".out.12345678.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    (tmp_path / ".out.12345678.tmp" / ".unfinished").write_text("mine")
+    (tmp_path / ".out.87654321.tmp").write_text("a file")
+    (tmp_path / ".out.abcdef01.tmp").symlink_to(tmp_path / ".out.backup.tmp")
+    before = sorted(tmp_path.rglob("*"))
+    assert abandoned(tmp_path) == [] and abandoned(tmp_path, "out") == []
+    clear(tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / ".out.12345678.tmp" / ".unfinished").write_bytes(MARK)
+    (left,) = abandoned(tmp_path)
+    remove_abandoned(left)  # whoever put the thesis there after all keeps it: only what was being written goes
+    assert (tmp_path / ".out.12345678.tmp" / "thesis.txt").read_text() == "years of work"
+
+
+def test_nothing_but_the_store_writes_inside_a_store(tmp_path):
+    (tmp_path / "store.json").write_text("{}")
+    with pytest.raises(UserError, match="lies inside the store"):
+        check_new(tmp_path / "objects" / "model")
 
 
 def test_a_file_system_without_locks_is_written_to_and_nothing_on_it_counts_as_abandoned(tmp_path, monkeypatch):
@@ -62,6 +87,11 @@ def test_a_file_system_without_locks_is_written_to_and_nothing_on_it_counts_as_a
 
 def test_the_first_way_that_works_is_taken(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("a")
+    assert place(tmp_path / "a", tmp_path / "sub" / "copied") != "link"  # it could be changed through its other name
+    with pytest.raises(UserError, match="cannot be made"):
+        place(tmp_path / "a", tmp_path / "linked", ("link",))
+    (tmp_path / "a").chmod(0o444)
+    assert (tmp_path / "sub" / "copied").stat().st_mode & 0o777 == 0o444
     assert place(tmp_path / "a", tmp_path / "sub" / "b") == "link"
     assert (tmp_path / "sub" / "b").stat().st_ino == (tmp_path / "a").stat().st_ino
     cloned = []
@@ -91,5 +121,5 @@ def test_a_directory_that_is_removed_goes_in_one_step(tmp_path, monkeypatch):
     (tmp_path / "a" / "file").write_text("x")
     seen: list[tuple[str, Path]] = []
     monkeypatch.setattr(files, "observer", lambda operation, path: seen.append((operation, path)))
-    remove(tmp_path / "a")
+    discard(tmp_path / "a")
     assert seen == [("remove", tmp_path / "a")] and list(tmp_path.iterdir()) == []
