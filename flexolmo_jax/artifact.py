@@ -24,7 +24,7 @@ from flexolmo_jax.config import ModelConfig, build
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten, unflatten
-from flexolmo_jax.storage import checkpoint
+from flexolmo_jax.storage import checkpoint, loading
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.storage.paths import path_of
 from flexolmo_jax.storage.untrusted import parse_json
@@ -74,7 +74,7 @@ class Artifact:
             own = self.trained(which, placement)
             return unflatten(flatten(self.base().params(placement=placement)) | flatten(own)) if "base" in self.description else own
         self._check_whole()
-        return checkpoint.load_weights(self.path / "weights", self._stored(placement))
+        return loading.load(Reader(self.path / "weights"), self._stored(placement))
 
     def trained(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
         """What a run trained: of a pair the expert, of a router run rows and biases, of others everything."""
