@@ -1,8 +1,8 @@
-"""Orbax, and nothing else touches it: training checkpoints by step, and the weights of published artifacts.
+"""Orbax, and nothing else touches it: training checkpoints by step.
 
 Training checkpoints are asynchronous; the newest few and the best are kept. Orbax restores a flipped bit without a word, so each step
 carries digests of its files; reading a step checks them, and a run that goes on falls back over damaged ones with a note.
-Published weights are Orbax checkpoints too, written by weights.py.
+Published weights are Orbax checkpoints too, written by weights.py and read by loading.py without it.
 
 On a disk a step gets its name when all of it is there. In a bucket, where nothing can be renamed, it is complete when Orbax has written
 `commit_success.txt`; the digests are those that the object store keeps of every object, so that no byte is read again to seal or check.
@@ -156,17 +156,6 @@ class StepCheckpoints:
         aside = self._directory.with_name("damaged")
         again = sum(path.name.split(".")[0] == str(step) for path in children(aside))
         move(self._directory / str(step), aside / (f"{step}.{again}" if again else str(step)))
-
-
-def load_weights(directory: Path, target: Tree) -> Tree:
-    """Reads a parameter tree into the shapes, dtypes and shardings of `target` (ShapeDtypeStructs)."""
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            return checkpointer.restore(absolute(directory), args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
-    except Exception as error:  # as above
-        raise UserError(f"the weights in {directory} cannot be read: {_first_line(error)}") from error
 
 
 def _is_complete(step: Path) -> bool:

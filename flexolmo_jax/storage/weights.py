@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,10 +197,28 @@ class Reader:
 
     def read(self, path: str, box: Box) -> np.ndarray:
         """A part of an array. Raises UserError for data that is not what was written."""
-        try:
-            if path not in self._arrays:
+        with self._told(path):
+            return self._array(path)[box].read().result()
+
+    def shape_and_dtype(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Of a whole array. Raises UserError where it cannot be opened."""
+        array = self._array(path)
+        return tuple(array.shape), array.dtype.numpy_dtype
+
+    def chunk(self, path: str) -> tuple[int, ...]:
+        """The shape of the smallest part of an array that can be read without reading more."""
+        return tuple(int(n or 1) for n in self._array(path).chunk_layout.read_chunk.shape or ())
+
+    def _array(self, path: str) -> ts.TensorStore:
+        if path not in self._arrays:
+            with self._told(path):
                 self._arrays[path] = open_array(array_directory(self.directory, path))
-            return self._arrays[path][box].read().result()
+        return self._arrays[path]
+
+    @contextmanager
+    def _told(self, path: str) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, OSError, IndexError) as error:
             raise UserError(f"the weights {path} in {self.directory} cannot be read: {str(error).splitlines()[0]:.200}") from None
 
@@ -286,6 +305,7 @@ def open_array(directory: Path) -> ts.TensorStore:
         "driver": "zarr3",
         "kvstore": kvstore(directory),
         "store_data_equal_to_fill_value": True,  # a shard of zeros is a file too: a missing one is then an error
+        "fill_missing_data_reads": False,  # ... for whoever reads as well
         "recheck_cached_data": False,
     }
     return ts.open(spec, open=True, context=ts.Context({"file_io_sync": False})).result()
