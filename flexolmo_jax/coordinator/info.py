@@ -7,6 +7,7 @@ from typing import Any
 from flexolmo_jax.artifact import DESCRIPTION, open_artifact
 from flexolmo_jax.data.records import Index
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
+from flexolmo_jax.exchange.manifest import told
 from flexolmo_jax.train.metrics import read_metrics
 
 from .store import Store
@@ -26,7 +27,7 @@ def info(path: Path) -> dict[str, Any]:
     keep = ("run", "base", "fingerprint", "embedder", "public", "members")
     described = {key: artifact.description[key] for key in keep if key in artifact.description}
     if "members" in described:
-        described["members"] = [{k: v for k, v in member.items() if k != "tensors"} for member in described["members"]]
+        described["members"] = [{"name": m["name"], **told(m), "manifest": m["manifest"]} for m in described["members"]]
     sizes = {"stored_parameters": sum(math.prod(t["shape"]) for t in artifact.description["tensors"].values())}
     rows = read_metrics(path) if artifact.kind == "run" else []
     last = {"last_metrics": rows[-1]} if rows else {}
@@ -46,10 +47,8 @@ def _contribution(path: Path) -> dict[str, Any]:
     parameters = sum(math.prod(t["shape"]) for t in manifest["tensors"].values())
     return {
         "kind": "contribution",
-        **{
-            key: manifest[key]
-            for key in ("name", "owner", "domain", "licence", "expires", "anchor", "dtype", "training", "privacy", "tool")
-        },
+        **{key: manifest[key] for key in ("format", "name", "anchor", "dtype")},
+        **told(manifest),
         "leaves_the_owner": {
             TENSORS: f"{len(manifest['tensors'])} tensors, {parameters:,} {manifest['dtype']} numbers: expert weights, router rows"
             + (" and biases" if contribution.has_bias else ""),
