@@ -18,6 +18,7 @@ from flexolmo_jax.data.records import sha256_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import layouts, open_anchor, tensor_digest
 from flexolmo_jax.exchange.contribution import Contribution, open_contribution
+from flexolmo_jax.exchange.manifest import check_newer
 from flexolmo_jax.exchange.signature import ANY, Trust
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import note
@@ -112,10 +113,20 @@ def undo_tuning(model_path: Path, out: Path, *, store_path: Path | None = None, 
 
 
 def replace(
-    model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
+    model_path: Path,
+    contribution: Path,
+    out: Path,
+    *,
+    allow_older: bool = False,
+    store_path: Path | None = None,
+    trust: Trust = ANY,
+    ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Writes the model with another contribution in the place of the expert of the same name. Raises UserError as `merge` does."""
-    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=False)
+    """Writes the model with a newer contribution in the place of the expert of the same name; `allow_older` takes any.
+
+    Raises UserError as `merge` does.
+    """
+    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=False, allow_older=allow_older)
 
 
 def append(
@@ -134,7 +145,15 @@ def open_model(path: Path) -> Artifact:
 
 
 def _with_contribution(
-    model_path: Path, path: Path, out: Path, store_path: Path | None, trust: Trust, ways: Sequence[str], *, new: bool
+    model_path: Path,
+    path: Path,
+    out: Path,
+    store_path: Path | None,
+    trust: Trust,
+    ways: Sequence[str],
+    *,
+    new: bool,
+    allow_older: bool = False,
 ) -> Artifact:
     check_new(out)
     model, tuning = _tuned(open_model(model_path).path)
@@ -144,6 +163,8 @@ def _with_contribution(
     if not new and contribution.name not in model.experts:
         raise UserError(f"no expert {contribution.name!r} in {model.path}; it has {', '.join(model.experts)}; `flexolmo append` adds one")
     place = len(sources) if new else model.experts.index(contribution.name)
+    if not new and not allow_older:
+        check_newer(members[place - 1], contribution.manifest)
     members[place - 1 : place] = [_member(contribution)]
     _check_names(members)
     store = _store(model, store_path)
@@ -228,7 +249,8 @@ def _row(path: str, source: Source, description: dict[str, Any]) -> np.ndarray:
 def _member(contribution: Contribution) -> dict[str, Any]:
     """What a model keeps of a manifest, for licences and receipts."""
     keys = ("name", "owner", "domain", "licence", "expires", "router_bias", "tensors", "training", "privacy")
-    return {key: contribution.manifest[key] for key in keys} | {"manifest": contribution.manifest["sha256"]}
+    digest = {"manifest": contribution.manifest["sha256"], "sequence": contribution.sequence}
+    return {key: contribution.manifest[key] for key in keys} | digest
 
 
 def _check_names(members: Sequence[dict[str, Any]]) -> None:
