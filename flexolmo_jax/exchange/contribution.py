@@ -32,6 +32,7 @@ from .signature import ANY, Trust, check_signature
 
 TENSORS, MANIFEST, SIGNATURE = "expert.safetensors", "manifest.json", "manifest.sig"
 MANIFEST_LIMIT = 1 << 22  # bytes; one of 1,024 layers has 0.8 MB
+MANIFEST_SIGNS = 1 << 16  # commas and brackets in one; 1,024 layers have 36,000
 SIGNATURE_LIMIT = 1 << 12  # bytes
 HEADER_OF_TENSOR = 512  # bytes of a tensors' header for each tensor, at most; they take 130
 MATRICES = ("gate", "up", "down")
@@ -198,7 +199,7 @@ def sealed(manifest: dict[str, Any]) -> bytes:
 
 def read_manifest(text: bytes) -> dict[str, Any]:
     """The manifest in a file, whoever wrote it. Raises ValueError or UserError where it is none."""
-    manifest = parse_json(text)
+    manifest = parse_json(text, MANIFEST_SIGNS)
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if type(found) is not int or found not in SCHEMAS:
         raise UserError(f"the format is {found!r:.40}; this version reads 1 to {FORMAT}; upgrade flexolmo-jax where it is newer")

@@ -29,8 +29,15 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
     return text
 
 
-def parse_json(text: bytes | str) -> Any:
-    """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting, numbers that are not finite."""
+def parse_json(text: bytes | str, signs: int | None = None) -> Any:
+    """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting, numbers that are not finite.
+
+    `signs` is how many commas and brackets it may have: each may take 500 bytes of memory, which no limit on the file's own bytes tells.
+    """
+    if signs is not None:
+        marks = (b",", b"{", b"[") if isinstance(text, bytes) else (",", "{", "[")
+        if (found := sum(map(text.count, marks))) > signs:  # type: ignore[arg-type]
+            raise ValueError(f"it has {found} commas and brackets; expected at most {signs}")
     if isinstance(text, bytes):
         text = text.decode("utf-8")  # json.loads would guess UTF-16 and UTF-32 too
 
@@ -101,6 +108,8 @@ def conform(schema: type, value: Any) -> None:
     try:
         _adapter(schema).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
+        if (mistakes := error.error_count()) > 1000:
+            raise ValueError(f"it has {mistakes} keys and values that do not belong") from None  # to list them would take a minute
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "it"  # pydantic's own words have brackets
         where, message = where[:120] if where.isprintable() else repr(where[:120]), first["msg"].removeprefix("Value error, ")

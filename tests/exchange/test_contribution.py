@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flexolmo_jax.config import LARGEST, LAYERS, ModelConfig
 from flexolmo_jax.coordinator.info import info
 from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
 from flexolmo_jax.coordinator.verify import verify
@@ -18,7 +19,16 @@ from flexolmo_jax.data.documents import read_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.exchange.anchor import tensor_digest
-from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
+from flexolmo_jax.exchange.contribution import (
+    HEADER_OF_TENSOR,
+    MANIFEST,
+    MANIFEST_LIMIT,
+    TENSORS,
+    open_contribution,
+    read_manifest,
+    sealed,
+    tensor_shapes,
+)
 from flexolmo_jax.loaded import load
 from flexolmo_jax.owner.package import package
 from flexolmo_jax.owner.pair import train_pair
@@ -165,6 +175,22 @@ def test_each_format_has_its_own_keys(copy, change):
     (copy / MANIFEST).write_bytes(sealed(manifest))
     with pytest.raises(UserError, match=r"sequence|the format is"):
         open_contribution(copy)
+
+
+def test_a_manifest_of_the_largest_model_is_within_the_limits(copy):
+    manifest = manifest_of(copy)
+    largest = {"n_layers": LAYERS, **{key: LARGEST[key] for key in ("d_model", "d_ffn")}, "n_heads": 1024, "n_kv_heads": 1024}
+    model = manifest["model"] | largest
+    tensors = {
+        name: {"dtype": "bfloat16", "sha256": "f" * 64, "shape": list(shape)}
+        for name, shape in tensor_shapes(ModelConfig(**model), manifest["router_bias"]).items()
+    }
+    scores = {f"{i}{'x' * 200}": 1.234567 for i in range(1000)}
+    training = {"steps": 2**62, "tokens": 2**62, "public_share": 0.3, "bits_per_byte": {"anchor": scores, "pair": scores}}
+    text = sealed(manifest | {"model": model, "tensors": tensors, "training": training, "licence": "x" * 1000})
+    assert read_manifest(text)["model"] == model and len(text) < MANIFEST_LIMIT / 2
+    header = {name: {"dtype": "BF16", "shape": t["shape"], "data_offsets": [2**47, 2**47]} for name, t in tensors.items()}
+    assert len(json.dumps(header)) < HEADER_OF_TENSOR * len(tensors) / 2
 
 
 def test_a_contribution_replaces_an_older_one_only_unless_asked(anchor, copy, tmp_path):
