@@ -29,7 +29,8 @@ from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.coordinator.merge import _description, append, merge, opt_out, replace
 from flexolmo_jax.coordinator.store import Store
 from flexolmo_jax.data.tokenizer import train_tokenizer
-from flexolmo_jax.exchange.contribution import FORMAT, MANIFEST, TENSORS, open_contribution, sealed, tensor_shapes
+from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed, tensor_shapes
+from flexolmo_jax.exchange.manifest import FORMAT
 from flexolmo_jax.integrity import layouts, tensor_digest
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.weights import Writer
@@ -238,7 +239,7 @@ def make_contribution(path: Path, anchor: Path, config: ModelConfig, number: int
     with TensorFile(path / TENSORS) as opened:
         digest = opened.header_sha256
     manifest = {
-        **{"format": FORMAT, "name": f"e{number}", "owner": "-", "domain": "-", "licence": "-", "expires": None},
+        **{"format": FORMAT, "sequence": 1, "name": f"e{number}", "owner": "-", "domain": "-", "licence": "-", "expires": None},
         **{"anchor": "f" * 64, "model": to_dict(config), "router_bias": False, "dtype": DTYPE, "tensors": entries},
         **{"header": digest, "training": {}, "privacy": "none", "tool": "benchmark"},
     }

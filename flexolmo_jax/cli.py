@@ -178,7 +178,8 @@ def _replace(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.coordinator.merge import replace
     from flexolmo_jax.exchange.signature import Trust
 
-    return _merged(replace(args.model, args.contribution, args.out, trust=Trust.of(args.trust, args.signed), **_composing(args)))
+    trust = Trust.of(args.trust, args.signed)
+    return _merged(replace(args.model, args.contribution, args.out, allow_older=args.allow_older, trust=trust, **_composing(args)))
 
 
 def _append(args: argparse.Namespace) -> dict[str, Any]:
@@ -521,6 +522,8 @@ def _parser() -> argparse.ArgumentParser:
         p = verb(name, function, help, f"{name} model c/legal --out model-2")
         p.add_argument("model", type=path_of)
         p.add_argument("contribution", type=path_of)
+        if name == "replace":
+            p.add_argument("--allow-older", action="store_true", help="take one whose sequence is not above that of the one it replaces")
         _add_trust(p)
         _add_composing(p)
 
@@ -751,7 +754,7 @@ def _add_sign_key(parser: argparse.ArgumentParser) -> None:
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--signed", action="store_true", help="refuse contributions that nobody signed")
-    parser.add_argument("--trust", metavar="DIR", help="refuse contributions not signed by one of the keys DIR/*.pub", type=path_of)
+    parser.add_argument("--trust", metavar="DIR", help="let in what one of DIR/*.pub signed and may sign (DIR/policy.yaml)", type=path_of)
 
 
 def _add_composing(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,9 @@ import yaml
 from flexolmo_jax.errors import UserError
 
 T = TypeVar("T")
+LAYERS = 1024  # the most that a model may have
+LINE = 1000  # characters of what an owner states
+SEQUENCES = 2**53 - 1  # the largest integer that every JSON reader has
 Date = typing.NewType("Date", str)  # YYYY-MM-DD; YAML reads one without quotes as a date of its own
 
 
@@ -55,13 +58,23 @@ class ModelConfig(_Config):
         return self.d_model // self.n_heads
 
     def check(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "n_experts", "n_active", "max_seq_len"):
-            _expect(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a positive number")
+        for name, most in LARGEST.items():
+            _expect(0 < getattr(self, name) <= most, f"model.{name}", getattr(self, name), f"a positive number, at most {most}")
+        _expect(0 <= self.vocab_size <= 2**24, "model.vocab_size", self.vocab_size, f"a number from 0 to {2**24}")
+        for name in ("rope_theta", "norm_eps", "init_std"):
+            _expect(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "a positive, finite number")
+        _expect(math.isfinite(self.init_bias), "model.init_bias", self.init_bias, "a finite number")
         _expect(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of model.d_model ({self.d_model})")
         _expect(self.d_head % 2 == 0, "model.d_model / model.n_heads", self.d_head, "an even head size (rotary positions)")
         _expect(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads ({self.n_heads})")
         _expect(self.n_active <= self.n_experts, "model.n_active", self.n_active, f"at most model.n_experts ({self.n_experts})")
 
+
+# The most that a model of ours, or of a stranger, may have. No real one comes near; what is beyond would only fill memory.
+LARGEST = {
+    "d_model": 2**17, "n_layers": LAYERS, "n_heads": 2**13, "n_kv_heads": 2**13, "d_ffn": 2**20, "n_experts": 4096, "n_active": 4096,
+    "max_seq_len": 2**30,
+}  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
@@ -159,18 +172,6 @@ class OptimConfig(_Config):
 
 
 @dataclass(frozen=True)
-class PrivacyConfig(_Config):
-    """What an owner states of how the expert was trained: (epsilon, delta)-differential privacy."""
-
-    epsilon: float = 0.0
-    delta: float = 0.0
-
-    def check(self) -> None:
-        _expect(self.epsilon > 0, "pair.privacy.epsilon", self.epsilon, "a number above 0")
-        _expect(0 <= self.delta < 1, "pair.privacy.delta", self.delta, "a number from 0 to below 1")
-
-
-@dataclass(frozen=True)
 class PairConfig(_Config):
     """The anchor and one new expert. The new expert starts as a copy of the anchor's."""
 
@@ -180,7 +181,7 @@ class PairConfig(_Config):
     owner: str = "unspecified"  # free text for the manifest, as the two around it
     licence: str = "unspecified"
     expires: Date = Date("")  # the last day of the licence; nothing: it does not end
-    privacy: PrivacyConfig | None = None  # stated by the owner; nothing: trained without differential privacy
+    sequence: int = 1  # of the contribution: higher than that of an earlier one whose place it is to take
     public_share: float = 0.3  # of the tokens: local contrast, the row learns what to let pass; 0 is the paper's recipe
     contrast: float = 0.3  # weight of -ln p(its own expert) at every router; idle without public text
     router_noise: float = 1.0  # deviation of noise on the new expert's router logits in training: others will take weight from it
@@ -199,9 +200,8 @@ class PairConfig(_Config):
         _expect(bool(self.name), "pair.name", "nothing", "the expert's name")
         _expect(self.name != "anchor", "pair.name", self.name, "another name: the anchor's expert has it")
         for key in ("owner", "domain", "licence"):
-            _expect(getattr(self, key).isprintable(), f"pair.{key}", getattr(self, key), "one printable line")
-        if self.privacy is not None:
-            self.privacy.check()
+            _expect(_is_line(getattr(self, key)), f"pair.{key}", getattr(self, key), f"one printable line of at most {LINE} characters")
+        _expect(1 <= self.sequence <= SEQUENCES, "pair.sequence", self.sequence, f"a number from 1 to {SEQUENCES}")
         _expect(not self.expires or _is_date(self.expires), "pair.expires", self.expires, "a date such as 2027-12-31")
         _expect(0 <= self.public_share < 1, "pair.public_share", self.public_share, "a share from 0 to below 1")
         _expect(self.contrast >= 0, "pair.contrast", self.contrast, "0 or more")
@@ -282,6 +282,8 @@ class RunConfig(_Config):
         for section in (self.model, self.data, self.train, self.optim, self.pair, self.router, self.mesh):
             if section is not None:
                 section.check()
+        for dataset in (*self.data.train, *self.data.eval) if self.run == "pair" else ():  # their names are in the manifest
+            _expect(_is_line(dataset.title), f"name of {dataset.path!r}", dataset.title, f"one printable line of at most {LINE} characters")
         micro = self.train.accumulate
         _expect(self.data.batch_size % micro == 0, "train.accumulate", micro, f"a divisor of data.batch_size ({self.data.batch_size})")
         limit = self.model.max_seq_len
@@ -324,6 +326,7 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise UserError(f"unknown model.preset {preset!r}; expected one of {', '.join(PRESETS)}")
         tree["model"] = PRESETS[preset] | model
+    _refuse_privacy(tree.get("pair"))
     config = build(RunConfig, tree)
     config.check()
     return config
@@ -378,6 +381,19 @@ def dump_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     tree = {key: value for key, value in to_dict(config).items() if value is not None}
     return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _refuse_privacy(pair: Any) -> None:
+    """Takes out a `privacy` that says nothing, as runs of earlier versions have it. Raises UserError for one that claims something."""
+    if isinstance(pair, dict) and (claim := pair.pop("privacy", None)) is not None:
+        raise UserError(
+            f"pair.privacy is {claim!r:.80}; training here has no differential privacy yet, so that no contribution may claim it; "
+            "remove the key"
+        )
+
+
+def _is_line(text: str) -> bool:
+    return len(text) <= LINE and text.isprintable()
 
 
 def _is_date(text: str) -> bool:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -29,19 +29,15 @@ Shape = Annotated[tuple[Annotated[int, Field(ge=1, lt=2**40)], ...], Field(max_l
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
-class _Schema:
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
-
-
 @dataclass(frozen=True)
-class Tensor(_Schema):
+class Tensor:
     dtype: Dtype
     shape: Shape
     sha256: Digest | None = None
 
 
 @dataclass(frozen=True)
-class DigestedTensor(_Schema):
+class DigestedTensor:
     dtype: Dtype
     shape: Shape
     sha256: Digest
@@ -52,7 +48,7 @@ DigestedTensors = dict[Annotated[str, Field(max_length=100)], DigestedTensor]
 
 
 @dataclass(frozen=True)
-class _Every(_Schema):
+class _Every:
     format: Annotated[int, Field(ge=1)]
     kind: str
     model: dict[str, Any]  # a ModelConfig, checked as one
@@ -70,7 +66,7 @@ class Run(_Every):
 
 
 @dataclass(frozen=True)
-class Embedder(_Schema):
+class Embedder:
     name: Text
     version: Text
     sha256: Digest
@@ -87,7 +83,7 @@ class Anchor(_Every):
 
 
 @dataclass(frozen=True)
-class Parts(_Schema):
+class Parts:
     """What a fingerprint is the digest of. An imported model has nothing but the tensors."""
 
     tensors: DigestedTensors
@@ -98,7 +94,7 @@ class Parts(_Schema):
 
 
 @dataclass(frozen=True)
-class Member(_Schema):
+class Member:
     """An expert that was merged: its contribution's manifest, which has a schema of its own, and the signature of that."""
 
     name: Name
@@ -108,7 +104,7 @@ class Member(_Schema):
 
 
 @dataclass(frozen=True)
-class FlatMember(_Schema):
+class FlatMember:
     """An expert of an imported model, or of a model of format 1: nobody can check what is said of it, but for its tensors."""
 
     name: Name
@@ -124,7 +120,7 @@ class FlatMember(_Schema):
 
 
 @dataclass(frozen=True)
-class Tuned(_Schema):
+class Tuned:
     tuned_with: tuple[Text, ...]
     tensors: dict[Literal["experts/row", "experts/bias"], Digest]
 

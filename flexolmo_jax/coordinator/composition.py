@@ -88,22 +88,20 @@ class Composition:
         """Without these experts. It keeps the number of active ones that it was given, as far as there are so many."""
         kept = [i for i, name in enumerate(self.experts) if name not in names]
         tuning = dataclasses.replace(self.tuning, rows={path: rows[:, kept] for path, rows in self.tuning.rows.items()})
-        return self._of([self.members[i - 1] for i in kept[1:]], [self.sources[i] for i in kept], tuning)
+        members, sources = tuple(self.members[i - 1] for i in kept[1:]), tuple(self.sources[i] for i in kept)
+        active = self.active and min(self.active, len(kept))
+        return dataclasses.replace(self, members=members, sources=sources, tuning=tuning, active=active)
 
     def with_member(self, member: Member, source: Source) -> "Composition":
         """With this expert: in the place of the one of its name, or as the last."""
         members, sources = list(self.members), list(self.sources)
         place = self.experts.index(member["name"]) if member["name"] in self.experts else len(sources)
         members[place - 1 : place], sources[place : place + 1] = [member], [source]
-        return self._of(members, sources, self.tuning)
+        return dataclasses.replace(self, members=tuple(members), sources=tuple(sources))
 
     def untuned(self, contributed: Sequence[Source]) -> "Composition":
         """With the router rows that were contributed: the anchor and the members as they lie in the store."""
         return dataclasses.replace(self, sources=tuple(contributed), tuning=Tuning())
-
-    def _of(self, members: Sequence[Member], sources: Sequence[Source], tuning: Tuning) -> "Composition":
-        active = self.active and min(self.active, len(sources))
-        return dataclasses.replace(self, members=tuple(members), sources=tuple(sources), tuning=tuning, active=active)
 
     def describe(self) -> dict[str, Any]:
         """The description of the model. Raises UserError for a name given twice, and for more active experts than there are."""

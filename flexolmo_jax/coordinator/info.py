@@ -7,6 +7,9 @@ from typing import Any
 from flexolmo_jax.artifact import DESCRIPTION, open_artifact
 from flexolmo_jax.data.records import Index
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
+from flexolmo_jax.exchange.manifest import told
+from flexolmo_jax.integrity import manifest_of
+from flexolmo_jax.storage.files import STORE_FILE
 from flexolmo_jax.train.metrics import read_metrics
 
 from .store import Store
@@ -20,13 +23,13 @@ def info(path: Path) -> dict[str, Any]:
         index = Index.read(path)
         splits = {name: {"records": s.records, "documents": s.documents, "tokens": s.tokens} for name, s in index.splits.items()}
         return {"kind": "prepared data", "seq_len": index.seq_len, "tokenizer": index.tokenizer_digest, **splits}
-    if (path / "objects").is_dir():
+    if (path / STORE_FILE).exists():
         return Store.existing(path).info()
     artifact = open_artifact(path)
     keep = ("run", "base", "fingerprint", "embedder", "public", "members")
     described = {key: artifact.description[key] for key in keep if key in artifact.description}
     if "members" in described:
-        described["members"] = [{k: v for k, v in member.items() if k != "tensors"} for member in described["members"]]
+        described["members"] = [_member(member) for member in described["members"]]
     sizes = {"stored_parameters": sum(math.prod(t["shape"]) for t in artifact.description["tensors"].values())}
     rows = read_metrics(path) if artifact.kind == "run" else []
     last = {"last_metrics": rows[-1]} if rows else {}
@@ -40,16 +43,20 @@ def info(path: Path) -> dict[str, Any]:
     }
 
 
+def _member(member: dict[str, Any]) -> dict[str, Any]:
+    if (manifest := manifest_of(member)) is None:
+        return {"name": member["name"], **told(member), "manifest": member["manifest"]}
+    return {"name": member["name"], **told(manifest), "manifest": manifest["sha256"], "signed": member["signature"] is not None}
+
+
 def _contribution(path: Path) -> dict[str, Any]:
     contribution = open_contribution(path)
     manifest = contribution.manifest
     parameters = sum(math.prod(t["shape"]) for t in manifest["tensors"].values())
     return {
         "kind": "contribution",
-        **{
-            key: manifest[key]
-            for key in ("name", "owner", "domain", "licence", "expires", "anchor", "dtype", "training", "privacy", "tool")
-        },
+        **{key: manifest[key] for key in ("format", "name", "anchor", "dtype")},
+        **told(manifest),
         "leaves_the_owner": {
             TENSORS: f"{len(manifest['tensors'])} tensors, {parameters:,} {manifest['dtype']} numbers: expert weights, router rows"
             + (" and biases" if contribution.has_bias else ""),

@@ -14,6 +14,7 @@ from flexolmo_jax.artifact import Artifact, open_artifact, sealed_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, open_contribution
+from flexolmo_jax.exchange.manifest import check_newer
 from flexolmo_jax.exchange.signature import ANY, Trust, load_key, sign
 from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, tensors_of
 from flexolmo_jax.model.tree import flatten
@@ -112,10 +113,20 @@ def undo_tuning(model_path: Path, out: Path, *, store_path: Path | None = None, 
 
 
 def replace(
-    model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
+    model_path: Path,
+    contribution: Path,
+    out: Path,
+    *,
+    allow_older: bool = False,
+    store_path: Path | None = None,
+    trust: Trust = ANY,
+    ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Writes the model with another contribution in the place of the expert of the same name. Raises UserError as `merge` does."""
-    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=False)
+    """Writes the model with a newer contribution in the place of the expert of the same name; `allow_older` takes any.
+
+    Raises UserError as `merge` does.
+    """
+    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=False, allow_older=allow_older)
 
 
 def append(
@@ -135,13 +146,23 @@ def open_model(path: Path) -> Artifact:
 
 
 def _with_contribution(
-    model_path: Path, path: Path, out: Path, store_path: Path | None, trust: Trust, ways: Sequence[str], *, new: bool
+    model_path: Path,
+    path: Path,
+    out: Path,
+    store_path: Path | None,
+    trust: Trust,
+    ways: Sequence[str],
+    *,
+    new: bool,
+    allow_older: bool = False,
 ) -> Artifact:
     check_new(out)
     model, tuning = _tuned(open_model(model_path).path)
     contribution = _admitted(path, model, trust)
     composition = Composition.of_model(model, tuning)
     _with(composition, contribution, sketch="", source=composition.sources[0], new=new).describe()
+    if not new and not allow_older:
+        check_newer(model.members[model.experts.index(contribution.name) - 1], contribution.manifest)
     store = _store(model, store_path)
     with store.shared():
         return _taken_in(composition, contribution, store, _anchor_sketch(composition, model, store), new=new).write(out, store, ways)

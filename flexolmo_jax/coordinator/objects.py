@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -43,8 +43,6 @@ class Record:
     sketch: Sketch
     files: dict[Text, tuple[int | str, ...]] = dataclasses.field(default_factory=dict)
     sha256: str = ""
-
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
     @classmethod
     def read(cls, directory: Path) -> "Record":

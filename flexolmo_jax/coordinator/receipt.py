@@ -11,7 +11,7 @@ import datetime
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -40,14 +40,12 @@ class Removed:
     signature: Text | None
     digests: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=1 << 16)]
     sketch: Sketch
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
 class Remaining:
     name: Name
     manifest: Digest | None
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,6 @@ class Receipt:
     models_that_still_hold_it: tuple[Text, ...]  # by name: where they lie is the coordinator's business
     store_still_holds_it: bool
     sha256: Digest
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}
 
 
 def make_receipt(before: Artifact, after: Composition, names: Iterable[str], store: Store) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _verify_contribution(path: Path, anchor: Artifact | None, trust: Trust, publ
     if public and anchor:
         report = {"admission": admission(contribution, anchor, public)}
         _judge(path, report["admission"]["findings"], refuse)
-    tensors = len(contribution.manifest["tensors"]) if report else sum(1 for _ in contribution.tensors())
+    tensors = len(contribution.manifest["tensors"]) if report else contribution.check_tensors()
     return {
         "path": str(path),
         "kind": "contribution",

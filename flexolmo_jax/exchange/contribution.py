@@ -1,7 +1,7 @@
 """What an owner hands over: the expert's tensors and a manifest, in a directory with nothing else in it. Never data.
 
     expert.safetensors   layers.<l>.ffn.{gate,up,down}  layers.<l>.router.row  layers.<l>.router.bias (where trained with one)
-    manifest.json        canonical JSON: owner, name, anchor fingerprint, model config, digests, training summary, ...
+    manifest.json        canonical JSON: owner, name, anchor fingerprint, model config, digests, training summary, ... (manifest.py)
     manifest.sig         optional: an Ed25519 signature over the manifest's bytes
 
 docs/contribution-format.md is the specification. Checking one reads the manifest first: another anchor, an untrusted key or an expired
@@ -21,26 +21,22 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.config import ModelConfig, build
+from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import children, in_bucket, open_regular, path_of, reason
+from flexolmo_jax.storage.paths import children, in_bucket, path_of, reason
 from flexolmo_jax.storage.tensorfile import TensorFile
-from flexolmo_jax.storage.untrusted import parse_json
+from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
+from .manifest import FORMAT, SCHEMAS
 from .signature import ANY, Trust, check_signature
 
-FORMAT = 1
 TENSORS, MANIFEST, SIGNATURE = "expert.safetensors", "manifest.json", "manifest.sig"
-MANIFEST_LIMIT = 1 << 26  # bytes
+MANIFEST_LIMIT = 1 << 22  # bytes; one of 1,024 layers has 0.8 MB
+MANIFEST_SIGNS = 1 << 16  # commas and brackets in one; 1,024 layers have 36,000
+SIGNATURE_LIMIT = 1 << 12  # bytes
+HEADER_OF_TENSOR = 512  # bytes of a tensors' header for each tensor, at most; they take 130
 OF_MERGES = ("n_experts", "n_active", "router_bias")  # keys of a model's config that a merge decides
-MANIFEST_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("name", "owner", "domain", "licence", "anchor", "dtype", "header", "tool", "sha256"), str),
-    **dict.fromkeys(("model", "tensors", "training"), dict),
-    "expires": str | None,
-    "privacy": str | dict,
-    "router_bias": bool,
-}
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,19 @@ class Contribution:
         return self.manifest["anchor"]
 
     @property
+    def sequence(self) -> int:
+        """Rises with every contribution of an expert; 0 in format 1, which has none."""
+        return self.manifest.get("sequence", 0)
+
+    @property
     def has_bias(self) -> bool:
         return self.manifest["router_bias"]
 
     def check(self, anchor: Artifact | None = None, trust: Trust = ANY) -> dict[str, Any] | None:
         """Whether it may be used (with this anchor, or a model that stands on it), by its manifest alone; returns who signed it.
 
-        Raises UserError for one made from another anchor, a signature that is wrong or missing by the policy, and an expired licence.
+        Raises UserError for one made from another anchor, a signature that is wrong, missing, or of a key that may not sign it, and an
+        expired licence.
         """
         signer = self.check_origin(anchor, trust)
         if (expires := self.expired) is not None:
@@ -92,7 +94,7 @@ class Contribution:
             for key, same in (("model", ours == theirs), ("dtype", self.manifest["dtype"] == anchor.dtype)):
                 if not same:
                     raise UserError(f"{self.path} names the fingerprint of {anchor.path} but has another {key}; ask its owner for it again")
-        return check_signature(self.text, self.signature, trust, self.path)
+        return check_signature(self.text, self.signature, trust, self.path, name=self.name, owner=self.manifest["owner"])
 
     def tensors(self, into: Callable[[str], np.ndarray | None] = lambda name: None) -> Iterator[tuple[str, np.ndarray]]:
         """Each tensor by name, in the order of the file, checked; one at a time is in memory. `into` may give bytes to read one into.
@@ -100,8 +102,24 @@ class Contribution:
         Raises UserError naming the first tensor that is missing, unknown, of another shape or dtype, not finite, or whose bytes
         are not those of the manifest.
         """
+        with self._tensor_file() as file:
+            for name in file.entries:
+                tensor, digest, finite = file.read(name, into(name))
+                self._check_tensor(name, digest, finite)
+                yield name, tensor
+
+    def check_tensors(self) -> int:
+        """Reads and checks every tensor, in the memory of a block whatever their sizes; returns how many. Raises as `tensors` does."""
+        with self._tensor_file() as file:
+            for name in file.entries:
+                self._check_tensor(name, *file.check(name))
+            return len(file.entries)
+
+    def _tensor_file(self) -> TensorFile:
+        """Open, its header checked."""
         path, declared = self.path / TENSORS, self.manifest["tensors"]
-        with TensorFile(path) as file:
+        file = TensorFile(path, header_limit=HEADER_OF_TENSOR * (1 + len(declared)))
+        try:
             for kind, names in (
                 ("misses", declared.keys() - file.entries.keys()),
                 ("holds unknown", file.entries.keys() - declared.keys()),
@@ -115,13 +133,17 @@ class Contribution:
                     raise UserError(f"{path}: {name} is {got[0]} {got[1]}; expected {expected[0]} {expected[1]}")
             if file.header_sha256 != self.manifest["header"]:
                 raise UserError(f"{path} does not have the header of the manifest (its SHA-256 differs); ask its owner for it again")
-            for name in file.entries:
-                tensor, digest, finite = file.read(name, into(name))
-                if digest != declared[name]["sha256"]:
-                    raise UserError(f"{path}: the bytes of {name} are not those of the manifest; ask its owner for the contribution again")
-                if not finite:
-                    raise UserError(f"{path}: {name} has values that are not finite; the expert is broken")
-                yield name, tensor
+        except UserError:
+            file.close()
+            raise
+        return file
+
+    def _check_tensor(self, name: str, digest: str, finite: bool) -> None:
+        path = self.path / TENSORS
+        if digest != self.manifest["tensors"][name]["sha256"]:
+            raise UserError(f"{path}: the bytes of {name} are not those of the manifest; ask its owner for the contribution again")
+        if not finite:
+            raise UserError(f"{path}: {name} has values that are not finite; the expert is broken")
 
 
 def tensor_shapes(config: ModelConfig, has_bias: bool) -> dict[str, tuple[int, ...]]:
@@ -146,22 +168,26 @@ def open_contribution(path: Path) -> Contribution:
     for name in names:
         if not in_bucket(path) and not stat.S_ISREG((path / name).lstat().st_mode):
             raise UserError(f"{path / name} is not a regular file; a contribution has no links and no folders in it")
-    text = _read(path / MANIFEST)
     try:
-        manifest = _checked_manifest(text)
+        text = read_bytes(path / MANIFEST, MANIFEST_LIMIT)
+        signature = read_bytes(path / SIGNATURE, SIGNATURE_LIMIT) if SIGNATURE in names else None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}; expected regular files") from None
+    try:
+        manifest = read_manifest(text)
     except UserError as error:
         raise UserError(f"{path / MANIFEST}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error!s:.100}); ask its owner for it again") from None
-    return Contribution(path, manifest, text, _read(path / SIGNATURE) if SIGNATURE in names else None)
+    except ValueError as error:
+        raise UserError(f"{path / MANIFEST} is damaged ({error!s:.300}); ask its owner for it again") from None
+    return Contribution(path, manifest, text, signature)
 
 
 def recorded(path: Path, manifest: dict[str, Any], signature: str | None) -> Contribution:
     """A contribution of which a model kept the manifest and the signature. `path` is the model's. Raises UserError for a wrong manifest."""
     text = (canonical_json(manifest) + "\n").encode()
     try:
-        checked = _checked_manifest(text)
-    except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        checked = read_manifest(text)
+    except (UserError, ValueError) as error:
         raise UserError(f"{path}: the manifest of {manifest.get('name')!r:.70} is damaged: {error!s:.100}; do not use it") from None
     return Contribution(path, checked, text, None if signature is None else signature.encode())
 
@@ -178,49 +204,23 @@ def sealed(manifest: dict[str, Any]) -> bytes:
     return (canonical_json(rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}) + "\n").encode()
 
 
-def _read(path: Path) -> bytes:
-    with open_regular(path) as file:
-        text = file.read(MANIFEST_LIMIT + 1)
-    if len(text) > MANIFEST_LIMIT:
-        raise UserError(f"{path} has more than {MANIFEST_LIMIT} bytes; that is none")
-    return text
-
-
-def _checked_manifest(text: bytes) -> dict[str, Any]:
-    """The manifest in a file. Raises ValueError, KeyError, TypeError, RecursionError or UserError where it is none, whoever wrote it."""
-    manifest = parse_json(text)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        raise UserError(f"the format is {found!r:.40}; this version reads {FORMAT}")
-    for key, kind in MANIFEST_TYPES.items():
-        value = manifest[key]
-        if not isinstance(value, kind) or (isinstance(value, str) and not value.isprintable()):
-            raise ValueError(f"{key} is {value!r:.40}; expected a {getattr(kind, '__name__', kind)}")
-    if unknown := manifest.keys() - MANIFEST_TYPES.keys() - {"format"}:
-        raise ValueError(f"unknown keys {sorted(unknown)[:3]}")
+def read_manifest(text: bytes) -> dict[str, Any]:
+    """The manifest in a file, whoever wrote it. Raises ValueError or UserError where it is none."""
+    manifest = parse_json(text, MANIFEST_SIGNS)
+    found = manifest.get("format") if isinstance(manifest, dict) else manifest
+    if type(found) is not int or found not in SCHEMAS:
+        raise UserError(f"the format is {found!r:.40}; this version reads 1 to {FORMAT}; upgrade flexolmo-jax where it is newer")
+    conform(SCHEMAS[found], manifest)
     if text != sealed(manifest):
         raise ValueError("its bytes are not those that its own digest was taken of")
     check_expert_name(manifest["name"])
-    if manifest["expires"] is not None:
-        datetime.datetime.strptime(manifest["expires"], "%Y-%m-%d")
-    _check_privacy(manifest["privacy"])
-    config, declared = build(ModelConfig, manifest["model"]), manifest["tensors"]
+    config, declared = ModelConfig(**manifest["model"]), manifest["tensors"]
     config.check()
-    if len(declared) != (5 if manifest["router_bias"] else 4) * config.n_layers:
-        raise ValueError(f"{len(declared)} tensors for {config.n_layers} layers")
-    for name, shape in tensor_shapes(config, manifest["router_bias"]).items():
+    shapes = tensor_shapes(config, manifest["router_bias"])
+    if declared.keys() != shapes.keys():
+        raise ValueError(f"its {len(declared)} tensors are not the {len(shapes)} of a model of {config.n_layers} layers")
+    for name, shape in shapes.items():
         got = declared[name]["dtype"], declared[name]["shape"]
         if got != (manifest["dtype"], list(shape)):
             raise ValueError(f"{name} is {got}; expected {manifest['dtype']} {list(shape)}")
-        if not re.fullmatch("[0-9a-f]{64}", declared[name]["sha256"]):
-            raise ValueError(f"{name} has no SHA-256")
     return manifest
-
-
-def _check_privacy(statement: Any) -> None:
-    if isinstance(statement, dict):
-        numbers = [statement["epsilon"], statement["delta"]]
-        if len(statement) != 2 or not all(isinstance(n, float | int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-            raise ValueError(f"privacy is {statement!r:.80}")
-    elif statement != "none":
-        raise ValueError(f"privacy is {statement!r:.40}; expected 'none', or epsilon and delta")

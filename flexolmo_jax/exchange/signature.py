@@ -2,25 +2,65 @@
 
 The manifest has the digest of every tensor and of the tensors' header, so that the signature covers all that is handed over. Keys are
 PEM files: `flexolmo keygen OUT` writes OUT (the private one, PKCS 8) and OUT.pub (SubjectPublicKeyInfo), which openssl reads too.
+
+A coordinator's directory of public keys says who may sign what. The key FILE.pub may sign experts called FILE, unless `policy.yaml` says:
+
+    hospital: {names: [cardiology, oncology], owners: [St. Mary's Hospital]}    # hospital.pub may sign these, and nothing else
+    press: {owners: [The Press]}                                                # any name
 """
 
 import base64
 import os
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import Field
 
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import children
-from flexolmo_jax.storage.untrusted import parse_json
+from flexolmo_jax.storage.files import write_together
+from flexolmo_jax.storage.paths import absolute, children, open_regular, reason
+from flexolmo_jax.storage.untrusted import conform, parse_json, parse_yaml, read_bytes
 
 ALGORITHM = "ed25519"
 PUBLIC = ".pub"
+POLICY = "policy.yaml"
+KEY_LIMIT = POLICY_LIMIT = 1 << 16  # bytes
+
+
+@dataclass(frozen=True)
+class SignatureFile:
+    """What `manifest.sig` says: the raw key of 32 bytes and the signature of 64, in base 64."""
+
+    algorithm: Literal["ed25519"]
+    public_key: Annotated[str, Field(min_length=44, max_length=44)]
+    signature: Annotated[str, Field(min_length=88, max_length=88)]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a key may sign: experts of these names, of these owners; None: any."""
+
+    names: Annotated[list[str], Field(max_length=1000)] | None = None
+    owners: Annotated[list[str], Field(max_length=1000)] | None = None
+
+    def __str__(self) -> str:
+        kinds = {"called": self.names, "of the owner": self.owners}
+        told = [f"{kind} {' or '.join(map(repr, allowed)) or 'nothing'}" for kind, allowed in kinds.items() if allowed is not None]
+        return f"experts {', '.join(told)}" if told else "anything"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The rules of `policy.yaml`, by the name of a key's file without `.pub`."""
+
+    rules: dict[str, Rule]
 
 
 @dataclass(frozen=True)
@@ -29,47 +69,81 @@ class Trust:
 
     signed: bool = False
     keys: dict[str, str] | None = None  # public key -> the name of its file
+    rules: Mapping[str, Rule] | None = None  # by the name of a key's file; None: there is no policy
 
     @classmethod
     def of(cls, directory: Path | None, signed: bool = False) -> "Trust":
-        """The policy of a directory of public keys, `*.pub`. Raises UserError where it has none, or something that is no key."""
+        """The public keys of a directory, `*.pub`, and its policy. Raises UserError where it has no keys, something that is none, a key
+        twice, or a policy that is none."""
         if directory is None:
             return cls(signed)
-        paths = [path for path in children(directory) if path.name.endswith(PUBLIC)]
-        if not paths:
+        paths = children(directory)
+        keys: dict[str, str] = {}
+        for path in paths:
+            if path.name.endswith(PUBLIC):
+                name, public = path.name.removesuffix(PUBLIC), _encoded(_load_public(path))
+                if public in keys:
+                    raise UserError(f"{path} is the key of {keys[public]}{PUBLIC} too; keep one, and list what it may sign in {POLICY}")
+                keys[public] = name
+            elif path.name.startswith("policy.") and path.name != POLICY:
+                raise UserError(f"{path} is not read; expected {POLICY}; rename it, or move it elsewhere")
+        if not keys:
             raise UserError(f"{directory} holds no public keys; expected files *{PUBLIC} (`flexolmo keygen` writes them)")
-        return cls(True, {_encoded(_load_public(path)): path.stem for path in paths})
+        has_policy = POLICY in {path.name for path in paths}
+        return cls(True, keys, _read_policy(directory / POLICY, set(keys.values())) if has_policy else None)
+
+    def check(self, key: str, name: str, owner: str, where: Path) -> None:
+        """Raises UserError unless a listed key may sign this expert of this owner."""
+        assert self.keys is not None
+        if self.rules is None:
+            others = set(self.keys.values()) - {key}
+            is_allowed, allowed = name == key and owner not in others, f"experts called {key!r}, of no owner whom another key is named for"
+        else:
+            rule = self.rules.get(key, Rule([]))
+            is_allowed = (rule.names is None or name in rule.names) and (rule.owners is None or owner in rule.owners)
+            allowed = f"{rule!s:.200}"
+        if not is_allowed:
+            raise UserError(
+                f"{where} is the expert {name!r} of the owner {owner!r:.80}, signed by the key {key}{PUBLIC}, which may sign {allowed}; "
+                f"if it may sign this one too, say so in {POLICY} beside the key"
+            )
 
 
 ANY = Trust()
 
 
 def keygen(out: Path) -> str:
-    """Writes a new private key, readable by its owner only, and the public one beside it; returns the public key in base 64."""
-    public = out.with_name(out.name + PUBLIC)
-    for path in (out, public):
-        if path.exists() or path.is_symlink():
-            raise UserError(f"{path} exists; a key is never overwritten: give another name")
+    """Writes a new private key, readable by its owner only, and the public one beside it, or none; returns the public key in base 64.
+
+    Raises UserError where one of both files exists, and where they cannot be written.
+    """
     key = Ed25519PrivateKey.generate()
     encoding = serialization.Encoding.PEM
     private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(private)
-    public.write_bytes(key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo))
+    public = key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+    write_together({out.with_name(out.name + PUBLIC): (public, 0o644), out: (private, 0o600)})
     return _encoded(key.public_key())
 
 
 def load_key(path: Path) -> Ed25519PrivateKey:
-    """A private key. Raises UserError where there is none."""
+    """A private key. Raises UserError where there is none, and for one that somebody else owns or can read."""
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
+        with open_regular(absolute(path)) as file:
+            status, text = os.fstat(file.fileno()), file.read(KEY_LIMIT + 1)
     except OSError as error:
-        raise UserError(f"cannot read the key {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the key {path}: {reason(error)}; expected a regular file") from None
+    try:
+        if len(text) > KEY_LIMIT:
+            raise ValueError(f"it has more than {KEY_LIMIT} bytes")
+        key = serialization.load_pem_private_key(text, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise UserError(f"{path} is not a private key without a password in PEM; make one with `flexolmo keygen`") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise UserError(f"{path} is a key of another kind; expected Ed25519 (`flexolmo keygen` makes one)")
+    if status.st_uid != os.geteuid():
+        raise UserError(f"the key {path} belongs to another user (uid {status.st_uid}), who can read it; make one of your own")
+    if (mode := stat.S_IMODE(status.st_mode)) & 0o077:
+        raise UserError(f"the key {path} can be read or changed by others (mode {mode:o}); expected 600; run: chmod 600 {path}")
     return key
 
 
@@ -78,14 +152,21 @@ def sign(manifest: bytes, key: Ed25519PrivateKey) -> bytes:
     return _spelled(_encoded(key.public_key()), base64.b64encode(key.sign(manifest)).decode())
 
 
-def check_signature(manifest: bytes, signature: bytes | None, trust: Trust, where: Path) -> dict[str, Any] | None:
-    """Who signed: the public key, and the name it is listed under. Raises UserError for what the policy does not let in."""
+def check_signature(
+    manifest: bytes, signature: bytes | None, trust: Trust, where: Path, *, name: str | None = None, owner: str = ""
+) -> dict[str, Any] | None:
+    """Who signed a manifest, which is of this expert of this owner: the public key, and the name it is listed under. Other files are of
+    no expert.
+
+    Raises UserError for what is not let in.
+    """
     if signature is None:
         if trust.signed:
             raise UserError(f"{where} is not signed; ask its owner to package it with --sign-key")
         return None
     try:
         fields = parse_json(signature)
+        conform(SignatureFile, fields)
         public, signed = fields["public_key"], fields["signature"]
         if signature != _spelled(public, signed):
             raise ValueError("not the canonical spelling")
@@ -93,10 +174,8 @@ def check_signature(manifest: bytes, signature: bytes | None, trust: Trust, wher
         if (_base64(raw_public), _base64(raw_signed)) != (public, signed):
             raise ValueError("not canonical base 64")
         key = Ed25519PublicKey.from_public_bytes(raw_public)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"the signature of {where} is damaged ({type(error).__name__}: {error!s:.60}); ask its owner for it again"
-        ) from None
+    except ValueError as error:
+        raise UserError(f"the signature of {where} is damaged ({error!s:.120}); ask its owner for it again") from None
     if trust.keys is not None and public not in trust.keys:
         listed = ", ".join(sorted(trust.keys.values()))
         raise UserError(f"{where} is signed by the key {public}; expected one of the listed ones: {listed}")
@@ -106,16 +185,33 @@ def check_signature(manifest: bytes, signature: bytes | None, trust: Trust, wher
         raise UserError(
             f"the signature of {where} is not one of its manifest; it was changed, or signed for another contribution"
         ) from None
-    return {"public_key": public} | ({"name": trust.keys[public]} if trust.keys else {})
+    if trust.keys is None:
+        return {"public_key": public}
+    if name is not None:
+        trust.check(trust.keys[public], name, owner, where)
+    return {"public_key": public, "name": trust.keys[public]}
 
 
 def _spelled(public: str, signature: str) -> bytes:
     return (canonical_json({"algorithm": ALGORITHM, "public_key": public, "signature": signature}) + "\n").encode()
 
 
+def _read_policy(path: Path, keys: set[str]) -> dict[str, Rule]:
+    try:
+        rules = parse_yaml(read_bytes(absolute(path), POLICY_LIMIT))
+        conform(Policy, {"rules": rules})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no policy: {reason(error):.200}; expected lines as `key: {{names: [...], owners: [...]}}`") from None
+    if unknown := sorted(rules.keys() - keys):
+        raise UserError(f"{path} has a rule for {unknown[0]!r:.80}, but there is no such key; expected names of {', '.join(sorted(keys))}")
+    return {key: Rule(**rule) for key, rule in rules.items()}
+
+
 def _load_public(path: Path) -> Ed25519PublicKey:
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
+        key = serialization.load_pem_public_key(read_bytes(absolute(path), KEY_LIMIT))
+    except OSError as error:
+        raise UserError(f"cannot read the key {path}: {reason(error)}; expected a regular file") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise UserError(f"{path} is not a public key in PEM; `flexolmo keygen` writes one") from None
     if not isinstance(key, Ed25519PublicKey):

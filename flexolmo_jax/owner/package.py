@@ -18,7 +18,17 @@ from flexolmo_jax.config import Dataset, RunConfig, resolve, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
-from flexolmo_jax.exchange.contribution import FORMAT, MANIFEST, SIGNATURE, TENSORS, Contribution, open_contribution, sealed, tensor_shapes
+from flexolmo_jax.exchange.contribution import (
+    MANIFEST,
+    SIGNATURE,
+    TENSORS,
+    Contribution,
+    open_contribution,
+    read_manifest,
+    sealed,
+    tensor_shapes,
+)
+from flexolmo_jax.exchange.manifest import FORMAT
 from flexolmo_jax.exchange.signature import load_key, sign
 from flexolmo_jax.integrity import anchor_tensors, layouts, leaf_of, tensor_digest
 from flexolmo_jax.model import Params
@@ -34,7 +44,7 @@ from flexolmo_jax.train.sources import evaluation_sets
 def package(source: Path, out: Path, which: str = "last", sign_key: Path | None = None) -> Contribution:
     """Makes a contribution of a pair's run: cast to the anchor's dtype first, then evaluated: what is merged is what was measured.
 
-    `sign_key` is an owner's private key. Raises UserError for a source that is no pair's run, a key that is none, and values that
+    `sign_key` is an owner's private key. Raises UserError for a source that is no pair's run, a key that is none, and scores that
     are not finite.
     """
     check_new(out)
@@ -62,7 +72,7 @@ def package(source: Path, out: Path, which: str = "last", sign_key: Path | None 
             "public_share": config.pair.public_share,
             "bits_per_byte": scores,
         },
-        "privacy": to_dict(config.pair.privacy) if config.pair.privacy else "none",
+        "sequence": config.pair.sequence,
     }
     return _hand_over(out, anchor, fields, "bias" in released, lambda leaf, layer: released[leaf][layer, 0], key)
 
@@ -86,12 +96,12 @@ def package_imported(source: Path, name: str, anchor_path: Path, out: Path, sign
     index = model.experts.index(name)
     fields = {
         "name": name,
-        "owner": name,
+        "owner": "unspecified",
         "domain": name,
         "licence": "unspecified",
         "expires": None,
         "training": {"imported": model.description["imported"]},
-        "privacy": "none",
+        "sequence": 1,
     }
     return _hand_over(out, anchor, fields, False, lambda leaf, layer: arrays[f"experts/{leaf}"][layer, index], key)
 
@@ -127,9 +137,14 @@ def _hand_over(
             "dtype": anchor.dtype,
             "tensors": entries,
             "header": header,
+            "privacy": "none",  # no training here has any to claim
             "tool": f"flexolmo-jax {_version()}",
         }
         text = sealed(manifest)
+        try:
+            read_manifest(text)  # nothing is handed over that would be refused
+        except ValueError as error:
+            raise UserError(f"no contribution can be made of this expert: {error}") from None
         write_bytes(directory / MANIFEST, text)
         if key:
             write_bytes(directory / SIGNATURE, sign(text, key))

@@ -18,7 +18,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -250,6 +250,40 @@ def write_bytes(path: Path, content: bytes) -> None:
     make_folder(path.parent)
     before_change("write", path)
     path.write_bytes(content)
+
+
+def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
+    """Writes small files of this machine, each with its mode, beside each other: all of them or none, and never over what is there.
+
+    Raises UserError where one exists already, for a full disk, and where they cannot be written.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in files}
+    try:
+        for path, temporary in temporaries.items():
+            make_folder(path.parent)
+            content, mode = files[path]
+            before_change("write", path)
+            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                file.write(content)
+            sync(temporary)
+        for path, temporary in temporaries.items():
+            before_change("link", path)
+            os.link(temporary, path)  # unlike a renamed file, it takes no other's place
+        for folder in {path.parent for path in files}:
+            sync(folder)
+    except BaseException as error:
+        for path, temporary in temporaries.items():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(path.lstat(), temporary.lstat()):
+                    path.unlink()
+        if isinstance(error, OSError):
+            names, told = " and ".join(map(str, files)), reason(error)
+            raise UserError(f"cannot write {names}: {told}; nothing was written; choose another name or place") from error
+        raise
+    finally:
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _put(path: Path, content: bytes) -> None:

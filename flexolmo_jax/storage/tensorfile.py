@@ -3,7 +3,7 @@
     u64 little-endian: bytes of the header | header: JSON {name: {dtype, shape, data_offsets}} | data: the tensors, without gaps
 
 A header is read whole; a tensor is read in blocks that are digested while they are in the cache. Nothing is allocated that the
-file's size does not cover. https://huggingface.co/docs/safetensors
+file's size does not cover. What the safetensors library refuses is refused here: https://huggingface.co/docs/safetensors
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from flexolmo_jax.storage.untrusted import parse_json
 NAMES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 DTYPES = {dtype: name for name, dtype in NAMES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+SIGNS_LIMIT = 1 << 19  # commas and brackets in a header: 65,000 matrices have fewer
 BLOCK = 1 << 22  # bytes read and digested at a time
 _INFINITY = {"bfloat16": (np.uint16, 0x7FFF, 0x7F80), "float16": (np.uint16, 0x7FFF, 0x7C00), "float32": (np.uint32, 2**31 - 1, 0x7F800000)}
 
@@ -43,9 +44,10 @@ class Entry:
 class TensorFile:
     """An open file; a context manager. `entries` in the order of the data; `header_sha256` of the length and the header."""
 
-    def __init__(self, path: Path, *, with_metadata: bool = False):
-        """Raises UserError for anything that is not a whole, regular safetensors file; and for one with `__metadata__`, unless allowed."""
-        self.path, self._with_metadata = path, with_metadata
+    def __init__(self, path: Path, *, with_metadata: bool = False, header_limit: int = HEADER_LIMIT):
+        """Raises UserError for anything that is not a whole, regular safetensors file; for one with `__metadata__`, unless allowed; and
+        for a header of more bytes than `header_limit`."""
+        self.path, self._with_metadata, self._header_limit = path, with_metadata, header_limit
         try:
             self._file = open_regular(path)
         except OSError as error:
@@ -60,6 +62,9 @@ class TensorFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()
 
     def read(self, name: str, into: np.ndarray | None = None) -> tuple[np.ndarray, str, bool]:
@@ -72,6 +77,16 @@ class TensorFile:
             digest.update(block.data)
             finite.update(block)
         return data.view(entry.dtype).reshape(entry.shape), digest.hexdigest(), finite.holds
+
+    def check(self, name: str) -> tuple[str, bool]:
+        """What `read` tells of a tensor, whatever its size, in the memory of a block."""
+        entry, block = self.entries[name], np.empty(BLOCK, np.uint8)
+        digest, finite = hashlib.sha256(), FiniteCheck(entry.dtype)
+        for start in range(entry.begin, entry.end, BLOCK):
+            for part in self._blocks(start, block[: entry.end - start]):
+                digest.update(part.data)
+                finite.update(part)
+        return digest.hexdigest(), finite.holds
 
     def read_part(self, name: str, start: int, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
         """So many values from the `start`-th on, and whether all of them are finite."""
@@ -94,8 +109,12 @@ class TensorFile:
         self._file.seek(0)
         start = self._file.read(8)
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, HEADER_LIMIT):
+        if len(start) < 8 or length > size - 8:
             raise UserError(f"{self.path} cannot be read as safetensors: its header is said to be {length} bytes long, in a file of {size}")
+        if length > self._header_limit:
+            raise UserError(
+                f"{self.path} cannot be read as safetensors: its header has {length} bytes; expected at most {self._header_limit}"
+            )
         text = self._file.read(length)
         try:
             entries = _parse(text, 8 + length, self._with_metadata)
@@ -151,19 +170,37 @@ def write_tensors(
 
 def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
     """The entries of a header, by position; `data` is where the data starts."""
-    header = parse_json(text)
     entries = {}
-    for name, fields in header.items():
+    for name, fields in _objects(text).items():
         if name == "__metadata__":
             if not with_metadata:
                 raise ValueError("it has __metadata__; nothing but tensors is expected")
+            if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
+                raise ValueError("its __metadata__ is not of strings")
             continue
-        if fields["dtype"] not in NAMES:
-            raise ValueError(f"{name!r:.80} has dtype {fields['dtype']!r:.20}; expected {', '.join(NAMES)}")
-        dtype, shape, (begin, end) = NAMES[fields["dtype"]], fields["shape"], fields["data_offsets"]
-        if len(fields) != 3 or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)):
+        if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name!r:.80} has {end - begin} bytes for {dtype} {shape}")
+        kind, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        if not isinstance(kind, str) or kind not in NAMES:
+            raise ValueError(f"{name!r:.80} has dtype {kind!r:.20}; expected {', '.join(NAMES)}")
+        if not (_are_sizes(shape) and len(shape) <= 8 and _are_sizes(offsets) and len(offsets) == 2):
+            raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
+        (begin, end), dtype = offsets, NAMES[kind]
+        # Sizes of 0 count as 1 in the bound: the library multiplies them in their order, and refuses what is beyond 64 bits on the way.
+        if end - begin != math.prod(shape) * dtype.itemsize or math.prod(n or 1 for n in shape) >= 2**60:
+            raise ValueError(f"{name!r:.80} has {end - begin} bytes for {dtype} {shape!r:.80}")
         entries[name] = Entry(dtype, tuple(shape), data + begin, data + end)
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+
+
+def _objects(text: bytes) -> dict[str, Any]:
+    """A header's JSON. What it would take to parse is bounded before it is parsed."""
+    if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
+        raise ValueError("it is no JSON object with nothing but spaces behind")
+    if len(text) > HEADER_LIMIT // 4 and not (text.isascii() and b"\\u" not in text):
+        raise ValueError("it is long and has characters beyond ASCII, which take four bytes each in memory")
+    return parse_json(text, SIGNS_LIMIT)
+
+
+def _are_sizes(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**48 for n in numbers)

@@ -29,8 +29,15 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
     return text
 
 
-def parse_json(text: bytes | str) -> Any:
-    """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting, numbers that are not finite."""
+def parse_json(text: bytes | str, signs: int | None = None) -> Any:
+    """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting, numbers that are not finite.
+
+    `signs` is how many commas and brackets it may have: each may take 500 bytes of memory, which no limit on the file's own bytes tells.
+    """
+    if signs is not None:
+        marks = (b",", b"{", b"[") if isinstance(text, bytes) else (",", "{", "[")
+        if (found := sum(map(text.count, marks))) > signs:  # type: ignore[arg-type]
+            raise ValueError(f"it has {found} commas and brackets; expected at most {signs}")
     if isinstance(text, bytes):
         text = text.decode("utf-8")  # json.loads would guess UTF-16 and UTF-32 too
 
@@ -42,13 +49,18 @@ def parse_json(text: bytes | str) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
+    def whole(number: str) -> int:
+        if number == "-0":
+            raise ValueError("-0 is no integer")
+        return int(number)
+
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):
             raise ValueError(f"{number[:20]} is beyond the largest number")
         return value
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite, parse_int=whole)
     except RecursionError:
         raise ValueError(f"it has more than {DEPTH} levels") from None
     level = [value]
@@ -64,6 +76,28 @@ def parse_json(text: bytes | str) -> Any:
     return value
 
 
+def parse_yaml(text: bytes) -> Any:
+    """YAML of mappings, lists and strings, as `no` and `1` are too. Raises ValueError for anything else, and for a key given twice."""
+    import yaml
+
+    class Plain(yaml.BaseLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it has an alias (*name); write what it stands for")  # a few lines of them are gigabytes
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = super().construct_mapping(node, deep)
+            if len(found) != len(node.value):
+                raise ValueError("a key is given twice")
+            return found
+
+    try:
+        return yaml.load(text.decode("utf-8"), Plain)  # it makes nothing but strings, lists and dicts
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"it is not YAML: {' '.join(str(error).split())[:120]}") from None
+
+
 def conform(schema: type, value: Any) -> None:
     """Raises ValueError, in one line, unless a value of JSON's types is what a dataclass says: its keys and no others, types, bounds.
 
@@ -72,12 +106,15 @@ def conform(schema: type, value: Any) -> None:
     import pydantic
 
     try:
-        _adapter(schema).validate_json(json.dumps(value), strict=True)
+        _adapter(schema).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
+        if (mistakes := error.error_count()) > 1000:
+            raise ValueError(f"it has {mistakes} keys and values that do not belong") from None  # to list them would take a minute
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "it"
+        where = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "it"  # pydantic's own words have brackets
+        where, message = where[:120] if where.isprintable() else repr(where[:120]), first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r:.40}"
-        raise ValueError(f"{where[:120]}: {first['msg'][:120]}{got}") from None
+        raise ValueError(f"{where}: {message[:120]}{got}") from None
 
 
 @functools.cache

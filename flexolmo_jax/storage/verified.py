@@ -21,7 +21,7 @@ from flexolmo_jax.storage.paths import in_bucket, listing
 RULES = 1  # counted up whenever more is checked than before
 
 
-def once(directory: Path, claim: str, check: Callable[[], None]) -> None:
+def once(directory: Path, claim: str, check: Callable[[], object]) -> None:
     """Calls `check` unless it passed for these very files before. Raises what it raises, and UserError where they change meanwhile.
 
     `claim`: what a passed check means, as "anchor <fingerprint>".

@@ -26,7 +26,7 @@ from flexolmo_jax.coordinator.merge import append, merge, opt_out
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.exchange.anchor import publish, verify_anchor
+from flexolmo_jax.exchange.anchor import publish
 from flexolmo_jax.exchange.contribution import open_contribution
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model import forward, init_params
@@ -127,7 +127,7 @@ def test_fused_experts_tied_heads_and_indexless_shards_are_read(checkpoint, tmp_
 def test_an_import_is_taken_apart_and_merged_with_a_new_expert(checkpoint, corpora, prepared, tmp_path):
     old = import_hf(checkpoint(), tmp_path / "old", NAMES)
     anchor = publish(old.path, [corpora["public"]], tmp_path / "anchor", seq_len=32)
-    verify_anchor(anchor)
+    assert verify(anchor.path)["verified"]
     parts = [package_imported(old.path, name, anchor.path, tmp_path / name).path for name in NAMES]
     assert open_contribution(parts[0]).manifest["training"] == {"imported": "FlexOlmoForCausalLM"}
     again = merge(anchor.path, parts, tmp_path / "again", active=2)

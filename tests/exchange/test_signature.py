@@ -1,6 +1,8 @@
 """Signatures: who may hand over what, by real keys."""
 
+import errno
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -52,6 +54,63 @@ def test_a_key_can_be_read_by_its_owner_only_and_is_never_overwritten(keys):
     (keys / "only.pub").write_text("")
     with pytest.raises(UserError, match="exists"):
         keygen(keys / "only")
+    (keys / "only.pub").unlink()
+    (keys / "only").symlink_to(keys / "elsewhere")
+    with pytest.raises(UserError, match="exists"):
+        keygen(keys / "only")
+    assert (keys / "only").is_symlink() and not (keys / "only.pub").exists()  # theirs stays, ours goes
+    (keys / "only").unlink()
+
+
+@pytest.mark.parametrize("operation", ["write", "sync", "link"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_full_disk_leaves_both_keys_or_none(tmp_path, monkeypatch, operation, number):
+    """Old code left a private key without its public one, and the name could not be used again."""
+    seen = []
+
+    def full(told: str, path: Path) -> None:
+        seen.append(told)
+        if seen.count(operation) == number and told == operation:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("flexolmo_jax.storage.files.observer", full)
+    with pytest.raises(UserError, match=r"No space left on device; nothing was written"):
+        keygen(tmp_path / "key")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    keygen(tmp_path / "key")
+    load_key(tmp_path / "key")
+    assert {path.name for path in tmp_path.iterdir()} == {"key", "key.pub"}
+
+
+def test_a_private_key_that_others_can_read_or_own_is_refused(tmp_path, monkeypatch):
+    keygen(tmp_path / "key")
+    for mode in (0o640, 0o604, 0o620, 0o644):
+        (tmp_path / "key").chmod(mode)
+        with pytest.raises(UserError, match=f"mode {mode:o}.*chmod 600 {tmp_path}/key"):
+            load_key(tmp_path / "key")
+    (tmp_path / "key").chmod(0o400)
+    load_key(tmp_path / "key")
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(UserError, match="belongs to another user"):
+        load_key(tmp_path / "key")
+
+
+def test_keys_that_are_no_regular_files_or_too_large_are_refused(keys, tmp_path):
+    os.mkfifo(tmp_path / "pipe.pub", 0o600)
+    with pytest.raises(UserError, match="expected a regular file"):
+        load_key(tmp_path / "pipe.pub")
+    with pytest.raises(UserError, match="expected a regular file"):
+        Trust.of(tmp_path)
+    (tmp_path / "pipe.pub").unlink()
+    for name in ("code", "code.pub"):
+        large = (keys / name).read_bytes() + b"\n" * 70_000
+        (tmp_path / name).write_bytes(large)
+        (tmp_path / name).chmod(0o600)
+    with pytest.raises(UserError, match="is not a private key"):
+        load_key(tmp_path / "code")
+    with pytest.raises(UserError, match="expected at most 65536"):
+        Trust.of(tmp_path)
 
 
 def test_each_policy_lets_in_what_it_should(anchor, contributions, signed, keys, tmp_path):
@@ -128,3 +187,67 @@ def test_things_that_are_no_keys_are_refused(keys, tmp_path):
         load_key(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no public keys"):
         Trust.of(tmp_path / "nowhere")
+
+
+@pytest.fixture
+def trusted(keys, tmp_path) -> Path:
+    return Path(shutil.copytree(keys / "trusted", tmp_path / "trusted"))
+
+
+def signed_by(contribution: Path, key: Path, out: Path, **changes: str) -> Path:
+    """A contribution that says something else, signed by a key."""
+    shutil.copytree(contribution, out)
+    (out / MANIFEST).write_bytes(sealed(json.loads((out / MANIFEST).read_text()) | changes))
+    (out / SIGNATURE).write_bytes(sign((out / MANIFEST).read_bytes(), load_key(key)))
+    return out
+
+
+def test_a_policy_says_which_names_and_owners_a_key_may_sign(contributions, keys, trusted, tmp_path):
+    (trusted / "policy.yaml").write_text("code: {names: [code, '123'], owners: [ACME, no]}\nlaw: {}\n")
+    for number, (key, changes, may) in enumerate(
+        [
+            ("code", {"owner": "ACME"}, True), ("code", {"owner": "no"}, True), ("code", {"owner": "ACME", "name": "123"}, True),
+            ("code", {"owner": "acme"}, False), ("code", {"owner": "ACME", "name": "care"}, False), ("code", {}, False),
+            ("law", {"owner": "ACME", "name": "code"}, True),
+        ]
+    ):  # fmt: skip
+        contribution = signed_by(contributions["code"], keys / key, tmp_path / str(number), **changes)
+        if may:
+            assert verify(contribution, trust=Trust.of(trusted))["signed_by"]["name"] == key
+            continue
+        with pytest.raises(UserError, match=r"signed by the key code\.pub, which may sign experts called 'code' or '123'") as error:
+            verify(contribution, trust=Trust.of(trusted))
+        assert "\n" not in str(error.value)
+
+
+def test_a_key_that_the_policy_does_not_list_may_sign_nothing(signed, trusted):
+    (trusted / "policy.yaml").write_text("law: {}\n")
+    with pytest.raises(UserError, match=r"code\.pub, which may sign experts called nothing"):
+        verify(signed, trust=Trust.of(trusted))
+
+
+BAD_POLICIES = {
+    "nothing": "", "a list": "- code", "a string": "code", "no rule": "code:", "another key": "mallory: {}",
+    "a name alone": "code: {names: code}", "an unknown part": "code: {name: [code]}", "a key twice": "code: {}\ncode: {}",
+    "aliases": "code: &a {names: [x]}\nlaw: *a", "no YAML": "{", "no text": b"\xff\xfe", "depth": "code: {names: " + "[" * 5000,
+    "a merge": "code: {<<: {names: [x]}}", "size": " " * 70_000, "two documents": "code: {}\n---\nlaw: {}",
+    "a tag": "code: !!python/object/apply:os.getcwd []",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BAD_POLICIES.values(), ids=BAD_POLICIES.keys())
+def test_a_policy_that_is_none_is_an_error_of_one_line(trusted, text):
+    (trusted / "policy.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=r"policy\.yaml") as error:
+        Trust.of(trusted)
+    assert "\n" not in str(error.value)
+
+
+def test_a_policy_that_would_not_be_read_and_a_key_given_twice_are_refused(trusted):
+    (trusted / "policy.yml").write_text("code: {}")
+    with pytest.raises(UserError, match=r"policy\.yml is not read; expected policy\.yaml"):
+        Trust.of(trusted)
+    (trusted / "policy.yml").unlink()
+    shutil.copy(trusted / "code.pub", trusted / "another.pub")
+    with pytest.raises(UserError, match=r"is the key of another\.pub too"):
+        Trust.of(trusted)

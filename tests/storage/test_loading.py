@@ -141,7 +141,7 @@ def test_what_was_started_is_waited_for_when_something_fails(stored, monkeypatch
 
 
 def test_what_lies_beside_the_arrays_is_not_believed(model, tmp_path):
-    """Descriptions and databases of Orbax say nothing: what `verify` reads is what runs."""
+    """Descriptions and databases of Orbax say nothing to the reader; to whoever loads a model they are a reason to refuse it."""
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     right = {path: np.asarray(a).tobytes() for path, a in flatten(open_artifact(model).params()).items()}
     metadata = json.loads((copy / "weights" / "_METADATA").read_text())
@@ -150,7 +150,11 @@ def test_what_lies_beside_the_arrays_is_not_believed(model, tmp_path):
     lie = {"driver": "zarr3", "kvstore": other, "metadata": {"shape": [4], "data_type": "float32"}}
     ts.open(lie, create=True).result().write(np.ones(4, np.float32)).result()
     assert (copy / "weights" / "manifest.ocdbt").exists()
-    assert {path: np.asarray(a).tobytes() for path, a in flatten(open_artifact(copy).params()).items()} == right
+    arrays = {path: np.asarray(a) for path, a in flatten(open_artifact(model).params()).items()}
+    loaded = flatten(loading.load(Reader(copy / "weights"), target(arrays)))
+    assert {path: np.asarray(a).tobytes() for path, a in loaded.items()} == right
+    with pytest.raises(UserError, match="_METADATA does not belong to these tensors"):
+        open_artifact(copy).params()
 
 
 def test_arrays_that_are_not_as_described_are_refused(stored):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flexolmo_jax.errors import UserError
@@ -43,6 +44,7 @@ def test_what_the_library_writes_is_read_back(tmp_path, dtype):
                 got, digest, finite = file.read(name, into)
                 assert (got.dtype, got.shape, got.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
                 assert digest == hashlib.sha256(expected.tobytes()).hexdigest() and finite
+            assert file.check(name) == (digest, True)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
@@ -74,6 +76,20 @@ BAD = {
     "depth": b"[" * 100_000,
     "no UTF-8": b"\xff\xfe{}",
     "data that nobody owns": {},
+    "UTF-16": json.dumps({"a": TENSOR}).encode("utf-16"),
+    "a byte order mark": b"\xef\xbb\xbf" + json.dumps({"a": TENSOR}).encode(),
+    "a space before": b" " + json.dumps({"a": TENSOR}).encode(),
+    "NULs behind": json.dumps({"a": TENSOR}).encode() + b"\0\0",
+    "a shape that is an object": {
+        "a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]},
+        "b": TENSOR | {"shape": [5], "data_offsets": [4, 24]},
+    },
+    "a shape that is a string": {
+        "a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]},
+        "b": TENSOR | {"shape": [5], "data_offsets": [4, 24]},
+    },
+    "sizes beyond 64 bits times 0": {"a": TENSOR, "b": {"dtype": "F32", "shape": [2**40, 2**40, 0], "data_offsets": [24, 24]}},
+    "minus 0": b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[-0,24]}}',
 }
 
 
@@ -116,6 +132,15 @@ def test_a_contribution_with_a_link_or_a_folder_in_it_is_refused(contributions, 
         shutil.rmtree(copy)
 
 
+def test_a_header_of_more_bytes_or_tensors_than_it_needs_is_refused_before_it_is_parsed(tmp_path):
+    with pytest.raises(UserError, match="its header has 65 bytes; expected at most 60"):
+        TensorFile(write(tmp_path / "t", {"a": TENSOR}), header_limit=60)
+    empty = {f"a{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(90_000)}
+    with pytest.raises(UserError, match="630000 commas and brackets; expected at most 524288"):
+        TensorFile(write(tmp_path / "t", empty, b""))
+    TensorFile(write(tmp_path / "t", dict(list(empty.items())[:65_000]), b"")).close()
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -142,6 +167,45 @@ def test_any_header_is_read_or_refused(tmp_path_factory, header, data):
             assert sum(file.read(name)[0].nbytes for name in file.entries) == len(data)
     except UserError as error:
         assert "\n" not in str(error)
+
+
+# Near misses of a header: what a library reads that we do not would be a second meaning of the same bytes.
+sizes = st.sampled_from(
+    ["0", "1", "2", "3", "6", "24", "-0", "-1", "01", "1.0", "1e0", "18446744073709551616", '"1"', "true", "null", "[1]"]
+)
+pieces = st.fixed_dictionaries(
+    {
+        "before": st.sampled_from(["", "", "", " ", "\n", "\ufeff"]),
+        "after": st.sampled_from(["", "", "", " ", "   ", "\n", "\0", "{}", ","]),
+        "name": st.sampled_from(["a", "a", "\\u0061", "\\ud800", "\x01", "é", "__metadata__"]),
+        "dtype": st.sampled_from(["F32", "F32", "F16", "BF16", "f32", "I64", "F8_E4M3"]),
+        "shape": st.lists(sizes, max_size=4).map(lambda texts: f"[{','.join(texts)}]") | st.sampled_from(["{}", '""', "[6]", "[2,3]", "6"]),
+        "begin": st.just("0") | sizes,
+        "end": st.just("24") | sizes,
+        "more": st.sampled_from(["", "", ',"more":1', ',"shape":[6]', ","]),
+        "second": st.sampled_from(
+            ["", "", ',"b":{"dtype":"F32","shape":[0],"data_offsets":[24,24]}', ',"__metadata__":{"a":1}', ',"__metadata__":null']
+        ),
+    }
+)
+
+
+@settings(fuzz, max_examples=1000)
+@given(piece=pieces)
+def test_what_the_library_refuses_is_refused(tmp_path_factory, piece):
+    text = (
+        '{before}{{"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]{more}}}{second}}}{after}'.format(**piece)
+    ).encode("utf-8", "surrogatepass")
+    path = write(tmp_path_factory.getbasetemp() / "near", text)
+    try:
+        TensorFile(path, with_metadata=True).close()
+    except UserError:
+        return
+    try:
+        with safe_open(path, "np") as opened:
+            opened.keys()
+    except SafetensorError as error:
+        pytest.fail(f"the library refuses what we read: {error}: {text!r}")
 
 
 @fuzz
