@@ -20,6 +20,7 @@ from flexolmo_jax.storage.untrusted import JSON_LIMIT, conform, parse_json, read
 
 DESCRIPTION = "flexolmo.json"
 FORMAT = 2
+SIGNS = 1 << 19  # commas and brackets in one; 32 experts of 32 layers have 90,000
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
@@ -210,7 +211,7 @@ def sealed_json(description: Mapping[str, Any]) -> str:
 def read_sealed(path: Path) -> dict[str, Any]:
     """What `sealed_json` wrote. Raises OSError, ValueError or UserError."""
     text = read_bytes(path)
-    description = parse_json(text)
+    description = parse_json(text, SIGNS)
     if not isinstance(description, dict):
         raise ValueError(f"it is {description!r:.40}; expected an object")
     if text != sealed_json(description).encode():

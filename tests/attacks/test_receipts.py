@@ -1,0 +1,157 @@
+"""Attacks on receipts. The promise: an owner who left can check that they are gone, and nobody else is told to leave."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexolmo_jax.artifact import read_sealed, sealed_json
+from flexolmo_jax.cli import main
+from flexolmo_jax.coordinator.merge import append, merge, opt_out
+from flexolmo_jax.coordinator.verify import verify, verify_receipt
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.anchor import open_anchor
+from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
+from flexolmo_jax.exchange.signature import Trust, keygen
+from flexolmo_jax.integrity import tensor_digest
+from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.owner.package import package
+from flexolmo_jax.storage.tensorfile import TensorFile, write_tensors
+
+
+def remade(source: Path, to: Path, name: str, change: Any) -> Path:
+    """A contribution of another name whose tensors `change(name, values)` gives."""
+    contribution = open_contribution(source)
+    values = {key: change(key, array.copy()) for key, array in contribution.tensors()}
+    to.mkdir()
+    write_tensors(to / TENSORS, {key: (str(a.dtype), a.shape) for key, a in values.items()}, values.values())
+    entries = {key: {"dtype": str(a.dtype), "shape": list(a.shape), "sha256": tensor_digest(a)} for key, a in values.items()}
+    with TensorFile(to / TENSORS) as file:
+        header = file.header_sha256
+    (to / MANIFEST).write_bytes(sealed(contribution.manifest | {"name": name, "tensors": entries, "header": header}))
+    return to
+
+
+def flip_one_bit(key: str, values: np.ndarray) -> np.ndarray:
+    values.reshape(-1).view(np.uint16)[7 % values.size] ^= 1
+    return values
+
+
+def flip_a_large_bit(key: str, values: np.ndarray) -> np.ndarray:
+    values.reshape(-1).view(np.uint16)[7 % values.size] ^= 1 << 12
+    return values
+
+
+def shuffle_hidden_units(key: str, values: np.ndarray) -> np.ndarray:
+    """The same function in another order."""
+    if ".ffn." not in key:
+        return values
+    order = np.random.default_rng(int(key.split(".")[1])).permutation(64)
+    return values[order] if key.endswith("down") else values[:, order]
+
+
+@pytest.mark.parametrize("change", [flip_one_bit, flip_a_large_bit, shuffle_hidden_units])
+def test_a_near_copy_of_a_leaver_is_found(anchor, contributions, tmp_path, change):
+    """One flipped bit in each matrix once evaded a receipt, which compared digests."""
+    twin = remade(contributions["law"], tmp_path / "twin", "twin", change)
+    both = merge(anchor, [contributions["law"], contributions["code"], twin], tmp_path / "both").path
+    with pytest.raises(UserError, match="'twin' is 'law', or nearly"):
+        opt_out(both, ["law"], tmp_path / "no")
+    model = merge(anchor, [contributions["law"], contributions["code"]], tmp_path / "model").path
+    one = opt_out(model, ["law"], tmp_path / "one").path
+    assert verify_receipt(one / "receipt.json", one)["verified"]
+    back = append(one, twin, tmp_path / "back").path
+    receipt = read_sealed(one / "receipt.json")
+    members = [{"name": m["name"], "manifest": m["manifest"]["sha256"]} for m in read_sealed(back / "flexolmo.json")["members"]]
+    (tmp_path / "receipt.json").write_text(sealed_json(receipt | {"remaining": members}))
+    with pytest.raises(UserError, match="still holds 'law', or nearly"):
+        verify_receipt(tmp_path / "receipt.json", back)
+
+
+def test_an_owner_who_shares_matrices_that_training_left_alone_may_stay(anchor, contributions, tmp_path):
+    """Equal single matrices are no copies: what nobody trained is the anchor's in every expert."""
+    own = {path: np.asarray(a) for path, a in flatten(open_anchor(anchor).params()).items()}
+
+    def untouched_first_layer(key: str, values: np.ndarray) -> np.ndarray:
+        _, layer, kind, leaf = key.split(".")
+        return own[f"experts/{leaf}"][0, 0].astype(values.dtype) if kind == "ffn" and layer == "0" else values
+
+    parts = [remade(contributions[name], tmp_path / name, name, untouched_first_layer) for name in ("code", "law")]
+    shared = {open_contribution(part).manifest["tensors"]["layers.0.ffn.up"]["sha256"] for part in parts}
+    assert len(shared) == 1
+    both = merge(anchor, parts, tmp_path / "both").path
+    one = opt_out(both, ["law"], tmp_path / "one").path
+    assert verify_receipt(one / "receipt.json", one)["verified"] and verify(one)["verified"]
+
+
+def test_honest_experts_are_not_taken_for_each_other(anchor, contributions, tmp_path):
+    model = merge(anchor, list(contributions.values()), tmp_path / "model").path
+    for name in contributions:
+        without = opt_out(model, [name], tmp_path / name).path
+        assert verify_receipt(without / "receipt.json", without)["removed"] == [name]
+
+
+def test_a_receipt_made_from_nothing_is_not_signed_by_the_coordinator(anchor, contributions, tmp_path, capsys):
+    """Whoever wants to know who wrote a receipt asks for the coordinator's signature."""
+    (tmp_path / "trusted").mkdir()
+    keygen(tmp_path / "coordinator")
+    shutil.copy(tmp_path / "coordinator.pub", tmp_path / "trusted")
+    model = merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "model").path
+    arguments = ["opt-out", str(model), "--expert", "law", "--sign-key", str(tmp_path / "coordinator"), "--out", str(tmp_path / "one")]
+    assert main(arguments) == 0
+    receipt = tmp_path / "one" / "receipt.json"
+    check = ["verify-receipt", str(receipt), str(tmp_path / "one"), "--trust", str(tmp_path / "trusted"), "--json"]
+    capsys.readouterr()
+    assert main(check) == 0
+    assert json.loads(capsys.readouterr().out)["signed_by"]["name"] == "coordinator"
+    fields = read_sealed(receipt)
+    receipt.write_text(sealed_json(fields | {"date": "2020-01-01"}))
+    assert main(check) == 2 and "is not one of its manifest" in capsys.readouterr().err
+    receipt.with_name("receipt.sig").unlink()
+    assert main(check) == 2 and "is not signed" in capsys.readouterr().err
+    assert main(check[:3]) == 0 and "nobody signed" in capsys.readouterr().err
+    assert verify(tmp_path / "one")["verified"]
+    with pytest.raises(UserError, match="is not signed"):
+        verify_receipt(receipt, tmp_path / "one", Trust(signed=True))
+
+
+def test_a_receipt_carries_the_leavers_own_signature(anchor, pair_runs, tmp_path):
+    """So that nobody can make one of an expert that its owner never signed."""
+    keygen(tmp_path / "law")
+    law = package(pair_runs["law"], tmp_path / "c", sign_key=tmp_path / "law").path
+    model = merge(anchor, [law], tmp_path / "model").path
+    (removed,) = read_sealed(opt_out(model, ["law"], tmp_path / "none").path / "receipt.json")["removed"]
+    assert removed["manifest"] == open_contribution(law).manifest
+    assert removed["signature"].encode() == (law / "manifest.sig").read_bytes()
+
+
+def test_a_receipt_tells_nothing_of_where_things_lie(anchor, contributions, tmp_path, monkeypatch):
+    """A coordinator's paths are nobody's business, however they were given."""
+    monkeypatch.chdir(tmp_path)
+    merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "model")
+    opt_out(Path("model"), ["law"], Path("one"), store_path=tmp_path / "flexolmo-store")
+    text = (tmp_path / "one" / "receipt.json").read_text()
+    assert str(tmp_path) not in text and "/" not in json.loads(text)["models_that_still_hold_it"][0]
+
+
+KEYS = ("format", "date", "anchor", "removed", "remaining", "grade", "models_that_still_hold_it", "store_still_holds_it")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("value", [None, "x" * 5000, -1, 1e308, [], {}, [[]], {"a": {}}, True, ["\x1b[2J"]])
+def test_odd_values_in_a_receipt_are_told_in_a_line(anchor, contributions, tmp_path_factory, key, value):
+    """Of 104 such values 17 once ended in a traceback."""
+    place = tmp_path_factory.getbasetemp() / "odd-receipt"
+    if not (place / "one").exists():
+        model = merge(anchor, [contributions["code"], contributions["law"]], place / "model").path
+        opt_out(model, ["law"], place / "one")
+    fields = read_sealed(place / "one" / "receipt.json")
+    for changed in (fields | {key: value}, {k: v for k, v in fields.items() if k != key}):
+        (place / "receipt.json").write_text(sealed_json(changed))
+        try:
+            verify_receipt(place / "receipt.json", place / "one")
+        except UserError as error:
+            assert "\n" not in str(error) and "\x1b" not in str(error)
