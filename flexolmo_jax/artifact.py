@@ -32,6 +32,7 @@ from flexolmo_jax.storage.weights import Reader, Stored, missing_shards
 
 DESCRIPTION = "flexolmo.json"
 FORMAT = 1
+DEFAULT_ACTIVE = 4  # experts that a token of a merged model uses, where nobody says how many
 
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # where a tensor of this path and shape goes
 
@@ -147,6 +148,12 @@ def open_artifact(path: str | Path) -> Artifact:
         raise UserError(
             f"{path / DESCRIPTION} is damaged ({type(error).__name__}: {error}); restore it or make the artifact anew"
         ) from None
+
+
+def active_among(config: ModelConfig, experts: int) -> int:
+    """How many a token uses when a model gets or loses experts: a number that was given stays, one that was not goes with them."""
+    given = config.n_active != min(config.n_experts, DEFAULT_ACTIVE)
+    return min(config.n_active if given else DEFAULT_ACTIVE, experts)
 
 
 def describe(params: dict[str, Any]) -> dict[str, dict[str, Any]]:

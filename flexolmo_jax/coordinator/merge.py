@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.artifact import Artifact, open_artifact, write_description
+from flexolmo_jax.artifact import DEFAULT_ACTIVE, Artifact, active_among, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.records import sha256_of
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.admission import admit
 from flexolmo_jax.exchange.anchor import layouts, open_anchor, tensor_digest
 from flexolmo_jax.exchange.contribution import Contribution, open_contribution
+from flexolmo_jax.exchange.screening import check_screening
 from flexolmo_jax.exchange.signature import ANY, Trust
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import note
@@ -28,8 +30,6 @@ from flexolmo_jax.storage.weights import Reader, metadata_files
 from .receipt import make_receipt, write_receipt
 from .store import STORE, Source, Store, anchor_key, compose, expert_key
 
-DEFAULT_ACTIVE = 4
-
 
 def merge(
     anchor_path: Path,
@@ -39,10 +39,13 @@ def merge(
     active: int | None = None,
     store_path: Path | None = None,
     trust: Trust = ANY,
+    admission: bool = True,
+    screening: Sequence[Path] = (),
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
     """Writes the merged model. `active` is the stored number of experts a token uses (default: 4, or all if there are fewer); `store_path`
-    is by default `flexolmo-store` beside the model; `ways` are those of `compose`.
+    is by default `flexolmo-store` beside the model; `ways` are those of `compose`. Each contribution is tried (`admit`), unless `admission`
+    is False; with `screening`, verdicts of the other owners, `check_screening` decides on it too.
 
     Raises UserError, before any tensor is read, for a contribution to another anchor, one that is expired or not trusted, a name
     given twice, and `active` above E; and for tensors, the anchor's or a contribution's, that are not what their digests say.
@@ -51,6 +54,7 @@ def merge(
     anchor = open_anchor(anchor_path)
     contributions = [_admitted(path, anchor, trust) for path in contribution_paths]
     description = _description(anchor.description, anchor.description["tensors"], [_member(c) for c in contributions], active)
+    _try(contributions, anchor, trust, admission, screening)
     store = Store(store_path or absolute(out).parent / STORE)
     with store.shared():
         trunk = store.anchor(anchor)
@@ -112,17 +116,33 @@ def undo_tuning(model_path: Path, out: Path, *, store_path: Path | None = None, 
 
 
 def replace(
-    model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
+    model_path: Path,
+    contribution: Path,
+    out: Path,
+    *,
+    store_path: Path | None = None,
+    trust: Trust = ANY,
+    admission: bool = True,
+    screening: Sequence[Path] = (),
+    ways: Sequence[str] = WAYS,
 ) -> Artifact:
     """Writes the model with another contribution in the place of the expert of the same name. Raises UserError as `merge` does."""
-    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=False)
+    return _with_contribution(model_path, contribution, out, store_path, trust, admission, screening, ways, new=False)
 
 
 def append(
-    model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
+    model_path: Path,
+    contribution: Path,
+    out: Path,
+    *,
+    store_path: Path | None = None,
+    trust: Trust = ANY,
+    admission: bool = True,
+    screening: Sequence[Path] = (),
+    ways: Sequence[str] = WAYS,
 ) -> Artifact:
     """Writes the model with one more expert, the last. Raises UserError as `merge` does."""
-    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=True)
+    return _with_contribution(model_path, contribution, out, store_path, trust, admission, screening, ways, new=True)
 
 
 def open_model(path: Path) -> Artifact:
@@ -134,7 +154,16 @@ def open_model(path: Path) -> Artifact:
 
 
 def _with_contribution(
-    model_path: Path, path: Path, out: Path, store_path: Path | None, trust: Trust, ways: Sequence[str], *, new: bool
+    model_path: Path,
+    path: Path,
+    out: Path,
+    store_path: Path | None,
+    trust: Trust,
+    admission: bool,
+    screening: Sequence[Path],
+    ways: Sequence[str],
+    *,
+    new: bool,
 ) -> Artifact:
     check_new(out)
     model, tuning = _tuned(open_model(model_path).path)
@@ -146,6 +175,7 @@ def _with_contribution(
     place = len(sources) if new else model.experts.index(contribution.name)
     members[place - 1 : place] = [_member(contribution)]
     _check_names(members)
+    _try([contribution], model, trust, admission, screening)
     store = _store(model, store_path)
     with store.shared():
         sources[place : place + 1] = [Source(store.expert(contribution), 0)]
@@ -184,6 +214,17 @@ def _admitted(path: Path, base: Artifact, trust: Trust) -> Contribution:
     return contribution
 
 
+def _try(contributions: Sequence[Contribution], base: Artifact, trust: Trust, admission: bool, screening: Sequence[Path]) -> None:
+    """What is not in the manifests: what other owners say of an expert, and what it computes."""
+    if screening:
+        check_screening(contributions, screening, trust)
+    if not admission:
+        note("warning: --no-admission: the sizes of the experts' weights, and whether what they compute is finite, are not looked at")
+        return
+    for contribution in contributions:
+        admit(contribution, base)
+
+
 def _store(model: Artifact, path: Path | None) -> Store:
     return Store(path or absolute(model.path).parent / STORE)
 
@@ -200,9 +241,8 @@ def _changed(
     kept: Sequence[int] = (),
     receipt: dict[str, Any] | None = None,
 ) -> Artifact:
-    """The model with other members. It keeps the number of active experts that it was given; one that was not goes with the experts."""
-    given = model.config.n_active != min(len(model.experts), DEFAULT_ACTIVE)
-    active = min(model.config.n_active, len(sources)) if given else None
+    """The model with other members."""
+    active = active_among(model.config, len(sources))
     base = model.description
     description = _description(base, base["anchor"], members, active)
     rows = {}

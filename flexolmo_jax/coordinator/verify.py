@@ -9,7 +9,7 @@ import numpy as np
 from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sealed
 from flexolmo_jax.data.records import open_records, sha256_of
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.admission import admission
+from flexolmo_jax.exchange.admission import admission, admit
 from flexolmo_jax.exchange.anchor import layouts, open_anchor, verify_anchor
 from flexolmo_jax.exchange.contribution import MANIFEST, name_of_tensor, open_contribution
 from flexolmo_jax.exchange.signature import ANY, Trust
@@ -47,6 +47,8 @@ def verify(
         if public and anchor:
             report = {"admission": admission(contribution, anchor, public)}
             _judge(path, report["admission"]["findings"], refuse)
+        elif anchor:
+            admit(contribution, anchor)  # as a merge does
         tensors = len(contribution.manifest["tensors"]) if report else sum(1 for _ in contribution.tensors())
         return {
             "path": str(path),

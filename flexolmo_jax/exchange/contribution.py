@@ -13,7 +13,7 @@ import datetime
 import hashlib
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,12 @@ class Contribution:
             raise UserError(f"the licence of {self.path} expired on {expires}; ask its owner for a new one")
         return signer
 
-    def tensors(self, into: Callable[[str], np.ndarray | None] = lambda name: None) -> Iterator[tuple[str, np.ndarray]]:
-        """Each tensor by name, in the order of the file, checked; one at a time is in memory. `into` may give bytes to read one into.
+    def tensors(
+        self, into: Callable[[str], np.ndarray | None] = lambda name: None, order: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Each tensor by name, checked; one at a time is in memory. `into` may give bytes to read one into.
+
+        They come in the order of the file, or in this `order`.
 
         Raises UserError naming the first tensor that is missing, unknown, of another shape or dtype, not finite, or whose bytes
         are not those of the manifest.
@@ -106,7 +110,7 @@ class Contribution:
                     raise UserError(f"{path}: {name} is {got[0]} {got[1]}; expected {expected[0]} {expected[1]}")
             if file.header_sha256 != self.manifest["header"]:
                 raise UserError(f"{path} does not have the header of the manifest (its SHA-256 differs); ask its owner for it again")
-            for name in file.entries:
+            for name in order or file.entries:
                 tensor, digest, finite = file.read(name, into(name))
                 if digest != declared[name]["sha256"]:
                     raise UserError(f"{path}: the bytes of {name} are not those of the manifest; ask its owner for the contribution again")

@@ -2,7 +2,7 @@
 
 from .layers import CACHE, KVCache
 from .moe import RouterOutput
-from .transformer import Output, Params, decode, empty_cache, forward, init_params, logical_axes, num_experts
+from .transformer import Output, Params, decode, empty_cache, forward, forward_layer, init_params, logical_axes, num_experts
 
 __all__ = [
     "CACHE",
@@ -13,6 +13,7 @@ __all__ = [
     "decode",
     "empty_cache",
     "forward",
+    "forward_layer",
     "init_params",
     "logical_axes",
     "num_experts",
