@@ -12,7 +12,7 @@ a time. Whatever is out of the policy's bounds is a finding.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,20 +64,35 @@ MARGIN = 4.0
 def admit(contribution: Contribution, anchor: Artifact) -> None:
     """Refuses an expert whose weights are of another size than any trained one's, or that makes anything but finite numbers.
 
-    `anchor` may be a model that stands on it. Reads and checks every tensor of the contribution, in the memory of one layer of both.
+    `anchor` may be a model that stands on it. Reads and checks every tensor of the contribution. In memory are one layer
+    of both as stored, and its matrices in float32.
     Raises UserError as `Contribution.tensors` does, and for findings.
     """
     config = dataclasses.replace(anchor.config, n_experts=1, n_active=1, router_bias=contribution.has_bias)
+    leaves = (*MATRICES, "row", *(["bias"] if contribution.has_bias else []))
+    theirs = contribution.tensors(order=[name_of_tensor(leaf, layer) for layer in range(config.n_layers) for leaf in leaves])
+    ours: dict[str, Stored] = anchor.arrays()
     tokens, segments = _texts(anchor)
-    x, count = _embedded(anchor, tokens), int(np.count_nonzero(segments))
-    for layer, (params, expert) in enumerate(zip(_anchor_layers(anchor), _expert_layers(contribution), strict=True)):
-        x, sizes = _layer_trial(config)(params | {"expert": expert}, x, segments)
-        findings = _size_findings(layer, {name: (_size(*theirs), _size(*ours)) for name, (theirs, ours) in sizes.items()})
-        broken = int((~np.isfinite(np.asarray(x)).all(axis=-1) & (segments != 0)).sum())
-        if broken and not findings:
-            findings = [f"layer {layer} makes numbers that are not finite of {broken} of {count} tokens; expected none"]
+    x = _embedded(anchor, tokens)
+    for layer in range(config.n_layers):
+        x, findings = _try_layer(config, layer, ours, {leaf: _on_device(next(theirs)[1][None]) for leaf in leaves}, x, segments)
         if findings:
             raise UserError(f"{contribution.path} is not admitted: {'; '.join(findings)}; ask its owner for an expert that works")
+
+
+def _try_layer(
+    config: ModelConfig, layer: int, ours: Mapping[str, Stored], expert: Params, x: np.ndarray, segments: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """What a layer makes of its input, and findings. Its weights are let go before the next layer's are read."""
+    stacked = "trunk/layers/"
+    trunk = {path.removeprefix(stacked): _on_device(a[layer]) for path, a in ours.items() if path.startswith(stacked)}
+    anchors = {name: _on_device(ours[f"experts/{name}"][layer, slice(0, 1)]) for name in (*MATRICES, "row")}
+    findings = _size_findings(layer, {name: (_norm(expert[name]), _norm(anchors[name])) for name in anchors})
+    y = np.asarray(_step(config)({"layer": unflatten(trunk), "experts": anchors, "expert": expert}, x, segments))
+    if broken := int((~np.isfinite(y).all(axis=-1) & (segments != 0)).sum()):
+        made = f"layer {layer} makes numbers that are not finite of {broken} of {np.count_nonzero(segments)} tokens; expected none"
+        findings = findings or [made]
+    return y, findings
 
 
 def _size_findings(layer: int, sizes: Mapping[str, tuple[float, float]]) -> list[str]:
@@ -91,43 +106,26 @@ def _size_findings(layer: int, sizes: Mapping[str, tuple[float, float]]) -> list
 
 
 @functools.lru_cache
-def _layer_trial(config: ModelConfig) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
-    """What a layer makes of its input, and the sizes of the tensors that both experts have."""
-
-    @jax.jit
-    def step(params: Params, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        sizes = {name: (_parts(params["expert"][name]), _parts(params["experts"][name])) for name in (*MATRICES, "row")}
-        return forward_layer(config, params, x, segments), sizes
-
-    return step
+def _step(config: ModelConfig) -> Callable[[Params, np.ndarray, np.ndarray], jax.Array]:
+    return jax.jit(functools.partial(forward_layer, config))
 
 
-def _parts(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _on_device(array: np.ndarray) -> jax.Array:
+    """A copy that JAX owns, so that the array it is read into goes at once."""
+    return jax.device_put(array).block_until_ready()
+
+
+def _norm(array: jax.Array) -> float:
+    scale, scaled = _scaled_norm(array)
+    return float(scaled) / float(scale)
+
+
+@jax.jit
+def _scaled_norm(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A power of two, and the norm of the array times it: squares of large weights overflow float32, as their inverses underflow."""
     scale = jnp.where(jnp.max(jnp.abs(array)) > 2.0**30, 2.0**-80, 1.0)
     rows = jnp.linalg.norm(array.astype(jnp.float32) * scale, axis=-1)
     return scale, jnp.linalg.norm(rows)  # row by row: one sum of all squares would lose the small ones
-
-
-def _size(scale: Any, scaled: Any) -> float:
-    return float(scaled) / float(scale)
-
-
-def _anchor_layers(anchor: Artifact) -> Iterator[Params]:
-    """The layers of the trunk and of the anchor's FFN, as `forward_layer` takes them."""
-    arrays: dict[str, Stored] = anchor.arrays()
-    trunk = {path.removeprefix("trunk/layers/"): a for path, a in arrays.items() if path.startswith("trunk/layers/")}
-    for layer in range(anchor.config.n_layers):
-        experts = {name: arrays[f"experts/{name}"][layer, slice(0, 1)] for name in (*MATRICES, "row")}
-        yield {"layer": unflatten({path: a[layer] for path, a in trunk.items()}), "experts": experts}
-
-
-def _expert_layers(contribution: Contribution) -> Iterator[dict[str, np.ndarray]]:
-    leaves = (*MATRICES, "row", *(["bias"] if contribution.has_bias else []))
-    names = [name_of_tensor(leaf, layer) for layer in range(contribution.manifest["model"]["n_layers"]) for leaf in leaves]
-    tensors = contribution.tensors(order=names)
-    for _ in range(0, len(names), len(leaves)):
-        yield {leaf: next(tensors)[1][None] for leaf in leaves}
 
 
 def _texts(anchor: Artifact) -> tuple[np.ndarray, np.ndarray]:
@@ -140,7 +138,8 @@ def _texts(anchor: Artifact) -> tuple[np.ndarray, np.ndarray]:
         for place, record in zip(range(B, 2 * B), (records[i] for i in range(len(records))), strict=False):
             length = min(T, records.seq_len)
             tokens[place, :length], segments[place, :length] = record["tokens"][:T], record["segments"][:T]
-    return tokens, segments
+    used = segments.any(axis=1)
+    return tokens[used], segments[used]
 
 
 def _embedded(anchor: Artifact, tokens: np.ndarray) -> np.ndarray:

@@ -155,7 +155,7 @@ def test_every_other_trusted_key_has_to_have_passed_it(anchor, of_care, honest, 
 def test_a_verdict_that_is_changed_unsigned_or_a_strangers_is_refused(anchor, of_care, honest, prepared, keys, trust, tmp_path):
     out = tmp_path / "verdict.json"
     for key, says in ((None, "is not signed"), ("mallory", "expected one of the listed ones")):
-        screen(honest, anchor, of_care, [prepared["care"]], out, sign_key=key and keys / key)
+        screen(honest, anchor, of_care, [prepared["care"]], out, sign_key=keys / key if key else None)
         with pytest.raises(UserError, match=says):
             check_screening([open_contribution(honest)], [out], trust)
         out = out.with_name("another.json")
