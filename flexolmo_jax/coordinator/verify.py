@@ -48,8 +48,8 @@ def verify(
             report = {"admission": admission(contribution, anchor, public)}
             _judge(path, report["admission"]["findings"], refuse)
         elif anchor:
-            admit(contribution, anchor)  # as a merge does
-        tensors = len(contribution.manifest["tensors"]) if report else sum(1 for _ in contribution.tensors())
+            admit(contribution, anchor)  # as a merge does; it reads every tensor, as the report does
+        tensors = len(contribution.manifest["tensors"]) if anchor else sum(1 for _ in contribution.tensors())
         return {
             "path": str(path),
             "kind": "contribution",
