@@ -31,6 +31,7 @@ from flexolmo_jax.storage.weights import Reader, Stored
 
 __all__ = ["DESCRIPTION", "Artifact", "Placement", "describe", "open_artifact", "read_sealed", "sealed_json", "write_description"]
 
+DEFAULT_ACTIVE = 4  # experts that a token of a merged model uses, where nobody says how many
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]  # where a tensor of this path and shape goes
 
 
@@ -154,6 +155,12 @@ def open_artifact(path: str | Path) -> Artifact:
     path = path_of(path)
     description, config = read_description(path)
     return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
+
+
+def active_among(config: ModelConfig, experts: int) -> int:
+    """How many a token uses when a model gets or loses experts: a number that was given stays, one that was not goes with them."""
+    given = config.n_active != min(config.n_experts, DEFAULT_ACTIVE)
+    return min(config.n_active if given else DEFAULT_ACTIVE, experts)
 
 
 def describe(params: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -166,12 +166,21 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
     return verify(args.path, args.anchor, trust, args.public, refuse=args.admission == "refuse")
 
 
+def _screen(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.owner.screen import screen
+
+    return screen(
+        args.candidate, args.anchor, args.model, args.documents, args.out,
+        max_worse=args.max_worse, sign_key=args.sign_key, limit=args.limit,
+    )  # fmt: skip
+
+
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.coordinator.merge import merge
     from flexolmo_jax.exchange.signature import Trust
 
     trust = Trust.of(args.trust, args.signed)
-    return _merged(merge(args.anchor, args.contribution, args.out, active=args.active, trust=trust, **_composing(args)))
+    return _merged(merge(args.anchor, args.contribution, args.out, active=args.active, trust=trust, **_admitting(args), **_composing(args)))
 
 
 def _replace(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,14 +188,16 @@ def _replace(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.exchange.signature import Trust
 
     trust = Trust.of(args.trust, args.signed)
-    return _merged(replace(args.model, args.contribution, args.out, allow_older=args.allow_older, trust=trust, **_composing(args)))
+    gate = {"allow_older": args.allow_older, "trust": trust, **_admitting(args)}
+    return _merged(replace(args.model, args.contribution, args.out, **gate, **_composing(args)))
 
 
 def _append(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.coordinator.merge import append
     from flexolmo_jax.exchange.signature import Trust
 
-    return _merged(append(args.model, args.contribution, args.out, trust=Trust.of(args.trust, args.signed), **_composing(args)))
+    trust = Trust.of(args.trust, args.signed)
+    return _merged(append(args.model, args.contribution, args.out, trust=trust, **_admitting(args), **_composing(args)))
 
 
 def _proxy(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,6 +248,10 @@ def _gc(args: argparse.Namespace) -> dict[str, Any]:
 
 def _composing(args: argparse.Namespace) -> dict[str, Any]:
     return {"store_path": args.store, "ways": WAYS if args.by == "auto" else (args.by,)}
+
+
+def _admitting(args: argparse.Namespace) -> dict[str, Any]:
+    return {"admission": not args.no_admission, "screening": args.require_screening}
 
 
 def _merged(model: Any) -> dict[str, Any]:
@@ -504,6 +519,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_trust(p)
 
     p = verb(
+        "screen",
+        _screen,
+        "An owner: try somebody else's contribution on one's own text, and write a verdict for the coordinator.",
+        "screen theirs --anchor anchor --model model --documents mine.jsonl --sign-key keys/mine --out verdict.json",
+    )
+    p.add_argument("candidate", help="a contribution", type=path_of)
+    p.add_argument("--anchor", required=True, type=path_of)
+    p.add_argument("--model", required=True, help="what it would join: a merged model, or the anchor", type=path_of)
+    p.add_argument("--documents", nargs="+", required=True, help="yours; the held-out ones are scored, and none leaves", type=path_of)
+    p.add_argument("--max-worse", type=float, default=0.02, metavar="PART", help="by which bits per byte may get worse (default 0.02)")
+    p.add_argument("--limit", type=_positive, help="records of each to read")
+    _add_sign_key(p)
+    p.add_argument("--out", required=True, help="a new .json", type=path_of)
+
+    p = verb(
         "merge",
         _merge,
         "Anchor + contributions to one model: no data, no training.",
@@ -513,6 +543,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--anchor", required=True, type=path_of)
     p.add_argument("--active", type=int, metavar="K", help="experts a token uses (default: 4, or all if there are fewer)")
     _add_trust(p)
+    _add_admitting(p)
     _add_composing(p)
 
     for name, function, help in (
@@ -525,6 +556,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "replace":
             p.add_argument("--allow-older", action="store_true", help="take one whose sequence is not above that of the one it replaces")
         _add_trust(p)
+        _add_admitting(p)
         _add_composing(p)
 
     p = verb("opt-out", _opt_out, "Take an expert out, exactly, with a receipt.", "opt-out model --expert legal --out model-without-legal")
@@ -755,6 +787,14 @@ def _add_sign_key(parser: argparse.ArgumentParser) -> None:
 def _add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--signed", action="store_true", help="refuse contributions that nobody signed")
     parser.add_argument("--trust", metavar="DIR", help="let in what one of DIR/*.pub signed and may sign (DIR/policy.yaml)", type=path_of)
+
+
+def _add_admitting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-admission", action="store_true", help="do not look at the sizes of weights, nor at what they compute")
+    parser.add_argument(
+        "--require-screening", action="append", default=[], metavar="PATH", type=path_of,
+        help="verdicts of `screen`, files or directories (may be given again): every other key of --trust must have passed each one",
+    )  # fmt: skip
 
 
 def _add_composing(parser: argparse.ArgumentParser) -> None:

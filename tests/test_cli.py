@@ -21,7 +21,7 @@ from tests.tiny import run_config
 
 VERBS = [
     "data fetch", "data prepare", "tokenizer train", "train", "publish", "contribute", "package", "verify", "merge", "opt-out",
-    "replace", "append", "verify-receipt", "gc", "keygen", "embed-domain", "proxy", "tune", "eval", "generate",
+    "replace", "append", "verify-receipt", "gc", "keygen", "screen", "embed-domain", "proxy", "tune", "eval", "generate",
     "import-hf", "export-hf", "plan", "info", "extract", "reproduce",
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.artifact import Artifact, open_artifact, write_description
+from flexolmo_jax.artifact import DEFAULT_ACTIVE, Artifact, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
@@ -28,7 +28,6 @@ from flexolmo_jax.storage.weights import Reader
 from .compose import Source, compose
 from .store import Store
 
-DEFAULT_ACTIVE = 4
 Member = Mapping[str, Any]  # of a model's description: name, manifest, signature, sketch
 
 

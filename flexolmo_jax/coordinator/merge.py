@@ -5,6 +5,7 @@ Dropping an expert leaves its files out: what is left are the files of the model
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact, sealed_json
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.admission import admit
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, open_contribution
 from flexolmo_jax.exchange.manifest import check_newer
+from flexolmo_jax.exchange.screening import check_screening
 from flexolmo_jax.exchange.signature import ANY, Trust, load_key, sign
 from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, tensors_of
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import WAYS, check_new
 from flexolmo_jax.storage.paths import absolute
 
@@ -37,22 +41,27 @@ def merge(
     active: int | None = None,
     store_path: Path | None = None,
     trust: Trust = ANY,
+    admission: bool = True,
+    screening: Sequence[Path] = (),
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
     """Writes the merged model. `active` is the stored number of experts a token uses (default: 4, or all if there are fewer); `store_path`
-    is by default `flexolmo-store` beside the model; `ways` are those of `compose`.
+    is by default `flexolmo-store` beside the model; `ways` are those of `compose`. Each contribution is tried (`admit`), unless `admission`
+    is False; with `screening`, verdicts of the other owners, `check_screening` decides on it too.
 
     Raises UserError, before any expert's tensor is read, for a contribution to another anchor, one that is expired or not trusted, a name
     given twice, and `active` above E; and for tensors, the anchor's or a contribution's, that are not what their digests say.
     """
     check_new(out)
     anchor = open_anchor(anchor_path)
-    contributions = [_admitted(path, anchor, trust) for path in contribution_paths]
+    gate = Gate(trust, admission, screening)
+    contributions = [gate.open(path, anchor) for path in contribution_paths]
     store = Store.at(store_path or absolute(out).parent / STORE)
     composition = Composition.of_anchor(anchor, anchor.path / "weights", active)
     for contribution in contributions:
         composition = _with(composition, contribution, sketch="", source=composition.sources[0], new=True)
     composition.describe()  # raises before anything is read or written
+    gate.check(contributions, anchor)
     with store.shared():
         held = store.anchor(anchor)
         composition = Composition.of_anchor(anchor, held.weights, active)
@@ -120,20 +129,31 @@ def replace(
     allow_older: bool = False,
     store_path: Path | None = None,
     trust: Trust = ANY,
+    admission: bool = True,
+    screening: Sequence[Path] = (),
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
     """Writes the model with a newer contribution in the place of the expert of the same name; `allow_older` takes any.
 
     Raises UserError as `merge` does.
     """
-    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=False, allow_older=allow_older)
+    gate = Gate(trust, admission, screening, allow_older)
+    return _with_contribution(model_path, contribution, out, gate, store_path, ways, new=False)
 
 
 def append(
-    model_path: Path, contribution: Path, out: Path, *, store_path: Path | None = None, trust: Trust = ANY, ways: Sequence[str] = WAYS
+    model_path: Path,
+    contribution: Path,
+    out: Path,
+    *,
+    store_path: Path | None = None,
+    trust: Trust = ANY,
+    admission: bool = True,
+    screening: Sequence[Path] = (),
+    ways: Sequence[str] = WAYS,
 ) -> Artifact:
     """Writes the model with one more expert, the last. Raises UserError as `merge` does."""
-    return _with_contribution(model_path, contribution, out, store_path, trust, ways, new=True)
+    return _with_contribution(model_path, contribution, out, Gate(trust, admission, screening), store_path, ways, new=True)
 
 
 def open_model(path: Path) -> Artifact:
@@ -145,24 +165,43 @@ def open_model(path: Path) -> Artifact:
     return artifact
 
 
+@dataclass(frozen=True)
+class Gate:
+    """What contributions have to pass."""
+
+    trust: Trust = ANY
+    admission: bool = True  # whether each is tried, see `admit`
+    screening: Sequence[Path] = ()  # verdicts of the other owners, if they are asked for
+    allow_older: bool = False
+
+    def open(self, path: Path, base: Artifact) -> Contribution:
+        """One that its manifest lets in."""
+        contribution = open_contribution(path)
+        contribution.check(base, self.trust)
+        return contribution
+
+    def check(self, contributions: Sequence[Contribution], base: Artifact) -> None:
+        """What is not in the manifests: what other owners say of an expert, and what it computes."""
+        if self.screening:
+            check_screening(contributions, self.screening, self.trust)
+        if not self.admission:
+            note("warning: --no-admission: the sizes of the experts' weights, and whether what they compute is finite, are not looked at")
+            return
+        for contribution in contributions:
+            admit(contribution, base)
+
+
 def _with_contribution(
-    model_path: Path,
-    path: Path,
-    out: Path,
-    store_path: Path | None,
-    trust: Trust,
-    ways: Sequence[str],
-    *,
-    new: bool,
-    allow_older: bool = False,
+    model_path: Path, path: Path, out: Path, gate: Gate, store_path: Path | None, ways: Sequence[str], *, new: bool
 ) -> Artifact:
     check_new(out)
     model, tuning = _tuned(open_model(model_path).path)
-    contribution = _admitted(path, model, trust)
+    contribution = gate.open(path, model)
     composition = Composition.of_model(model, tuning)
     _with(composition, contribution, sketch="", source=composition.sources[0], new=new).describe()
-    if not new and not allow_older:
+    if not new and not gate.allow_older:
         check_newer(model.members[model.experts.index(contribution.name) - 1], contribution.manifest)
+    gate.check([contribution], model)
     store = _store(model, store_path)
     with store.shared():
         return _taken_in(composition, contribution, store, _anchor_sketch(composition, model, store), new=new).write(out, store, ways)
@@ -207,12 +246,6 @@ def _contributed(composition: Composition, store: Store) -> list[Source]:
     for member in composition.members:
         held.append(store.held(expert_key(tensors_of(member)), f"the contribution of {member['name']!r}"))
     return [Source(each.weights, 0) for each in held]
-
-
-def _admitted(path: Path, base: Artifact, trust: Trust) -> Contribution:
-    contribution = open_contribution(path)
-    contribution.check(base, trust)
-    return contribution
 
 
 def _store(model: Artifact, path: Path | None) -> Store:

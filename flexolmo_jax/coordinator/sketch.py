@@ -31,7 +31,8 @@ def sketch_of(matrix: np.ndarray, leaf: str) -> np.ndarray:
 
 def encoded(sketches: np.ndarray) -> str:
     """[matrices, buckets] as it stands in JSON: float32, little-endian, in base 64."""
-    return base64.b64encode(sketches.astype("<f4").tobytes()).decode()
+    largest = np.finfo(np.float32).max  # sums of the largest weights are larger
+    return base64.b64encode(np.clip(sketches, -largest, largest).astype("<f4").tobytes()).decode()
 
 
 def decoded(text: str, matrices: int) -> np.ndarray:

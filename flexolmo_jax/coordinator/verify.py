@@ -12,7 +12,7 @@ from flexolmo_jax import integrity
 from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.admission import admission
+from flexolmo_jax.exchange.admission import admission, admit
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import MANIFEST, open_contribution, recorded
 from flexolmo_jax.exchange.signature import ANY, Trust, check_signature
@@ -68,6 +68,8 @@ def _verify_contribution(path: Path, anchor: Artifact | None, trust: Trust, publ
     if public and anchor:
         report = {"admission": admission(contribution, anchor, public)}
         _judge(path, report["admission"]["findings"], refuse)
+    elif anchor:
+        admit(contribution, anchor)  # as a merge does
     tensors = len(contribution.manifest["tensors"]) if report else contribution.check_tensors()
     return {
         "path": str(path),

@@ -1,30 +1,46 @@
 """What a coordinator should know of an expert before merging it: does it look like one, and what would it do to public text?
 
-Digests and signatures say who made an expert, not that it is good. This compares its weights with the anchor's, from which every expert
-starts, and tries it: anchor and expert merged, on held-out public text. Whatever is out of the policy's bounds is a finding.
+Digests and signatures say who made an expert, not that it is good. There are two answers, a cheap one and a full one:
+
+    admit(contribution, anchor)                 # part of every merge: are its norms sane, and what it computes finite? raises UserError
+    admission(contribution, anchor, public)     # a report: weights beside the anchor's, routing and bits per byte of public text
+
+Both compare weights with the anchor's, from which every expert starts, and try anchor and expert together. `admit` holds one layer at
+a time. Whatever is out of the policy's bounds is a finding.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.prepare import open_heldout
+from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN
-from flexolmo_jax.integrity import MATRICES, leaf_of
+from flexolmo_jax.integrity import MATRICES, layouts, leaf_of, name_of_tensor
 from flexolmo_jax.loaded import load
+from flexolmo_jax.model import Params, forward_layer
+from flexolmo_jax.model.tree import unflatten
+from flexolmo_jax.storage import verified
+from flexolmo_jax.storage.weights import Stored
 from flexolmo_jax.train.evaluate import make_scorer, score_records
 
 from .contribution import Contribution
 
 RECORDS = 64  # of public text, at most
 ITERATIONS = 16  # of the power method: the largest singular value to a few percent
+TRIED = 2, 64  # records and tokens of each: so many of random tokens, and as many of the anchor's public text
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,107 @@ class Policy:
 
 
 DEFAULT = Policy()
+# A merge refuses only what is so many times further out than the policy's norms. Those are for a second look, which a merge has not, and
+# norms grow with training: an expert of the demo would have to grow eightfold. It is still enough: inputs of every layer are bounded, as
+# every branch is normed, so that no product of three matrices 12 times as large comes near the largest number (3e38).
+MARGIN = 4.0
+
+
+def admit(contribution: Contribution, anchor: Artifact) -> None:
+    """Refuses an expert whose weights are of another size than any trained one's, or that makes anything but finite numbers.
+
+    `anchor` may be a model that stands on it. Reads and checks every tensor of the contribution, once: files that were admitted and have
+    not changed since are not read again. In memory are one layer of both as stored, and its matrices in float32.
+    Raises UserError as `Contribution.tensors` does, and for findings.
+    """
+    claim = f"admitted {contribution.manifest['sha256']} to {anchor.fingerprint} within {MARGIN} {DEFAULT}"
+    verified.once(contribution.path, claim, lambda: _admit(contribution, anchor))
+
+
+def _admit(contribution: Contribution, anchor: Artifact) -> None:
+    config = dataclasses.replace(anchor.config, n_experts=1, n_active=1, router_bias=contribution.has_bias)
+    leaves = (*MATRICES, "row", *(["bias"] if contribution.has_bias else []))
+    theirs = contribution.tensors(order=[name_of_tensor(leaf, layer) for layer in range(config.n_layers) for leaf in leaves])
+    ours: dict[str, Stored] = anchor.arrays()
+    tokens, segments = _texts(anchor)
+    x = _embedded(anchor, tokens)
+    for layer in range(config.n_layers):
+        x, findings = _try_layer(config, layer, ours, {leaf: _on_device(next(theirs)[1][None]) for leaf in leaves}, x, segments)
+        if findings:
+            raise UserError(f"{contribution.path} is not admitted: {'; '.join(findings)}; ask its owner for an expert that works")
+
+
+def _try_layer(
+    config: ModelConfig, layer: int, ours: Mapping[str, Stored], expert: Params, x: np.ndarray, segments: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """What a layer makes of its input, and findings. Its weights are let go before the next layer's are read."""
+    stacked = "trunk/layers/"
+    trunk = {path.removeprefix(stacked): _on_device(a[layer]) for path, a in ours.items() if path.startswith(stacked)}
+    anchors = {name: _on_device(ours[f"experts/{name}"][layer, slice(0, 1)]) for name in (*MATRICES, "row")}
+    findings = _size_findings(layer, {name: (_norm(expert[name]), _norm(anchors[name])) for name in anchors})
+    y = np.asarray(_step(config)({"layer": unflatten(trunk), "experts": anchors, "expert": expert}, x, segments))
+    if broken := int((~np.isfinite(y).all(axis=-1) & (segments != 0)).sum()):
+        made = f"layer {layer} makes numbers that are not finite of {broken} of {np.count_nonzero(segments)} tokens; expected none"
+        findings = findings or [made]
+    return y, findings
+
+
+def _size_findings(layer: int, sizes: Mapping[str, tuple[float, float]]) -> list[str]:
+    """`sizes`: norms of the expert's tensors and the anchor's."""
+    found = []
+    for name, (theirs, ours) in sizes.items():
+        ratio, bound = theirs / max(ours, 1e-12), MARGIN * (DEFAULT.row_norm if name == "row" else DEFAULT.norm)
+        if not ratio <= bound:
+            found.append(f"the norm of {name_of_tensor(name, layer)} is {ratio:.3g} times the anchor's; expected at most {bound:.0f} times")
+    return found
+
+
+@functools.lru_cache
+def _step(config: ModelConfig) -> Callable[[Params, np.ndarray, np.ndarray], jax.Array]:
+    return jax.jit(functools.partial(forward_layer, config))
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    """A copy that JAX owns, so that the array it is read into goes at once."""
+    return jax.device_put(array).block_until_ready()
+
+
+def _norm(array: jax.Array) -> float:
+    scale, scaled = _scaled_norm(array)
+    return float(scaled) / float(scale)
+
+
+@jax.jit
+def _scaled_norm(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A power of two, and the norm of the array times it: squares of large weights overflow float32, as their inverses underflow."""
+    scale = jnp.where(jnp.max(jnp.abs(array)) > 2.0**30, 2.0**-80, 1.0)
+    rows = jnp.linalg.norm(array.astype(jnp.float32) * scale, axis=-1)
+    return scale, jnp.linalg.norm(rows)  # row by row: one sum of all squares would lose the small ones
+
+
+def _texts(anchor: Artifact) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments [B, T] to try an expert on: random tokens, the same every time, and public text where the anchor carries some."""
+    B, T = TRIED[0], min(TRIED[1], anchor.config.max_seq_len)
+    tokens, segments = np.zeros((2 * B, T), np.int32), np.zeros((2 * B, T), np.int32)
+    tokens[:B], segments[:B] = np.random.default_rng(0).integers(0, anchor.tokenizer.vocab_size, (B, T)), 1
+    if (anchor.path / "public" / INDEX_FILE).exists():
+        records = open_records(anchor.path / "public", "train")
+        for place, record in zip(range(B, 2 * B), (records[i] for i in range(len(records))), strict=False):
+            length = min(T, records.seq_len)
+            tokens[place, :length], segments[place, :length] = record["tokens"][:T], record["segments"][:T]
+    used = segments.any(axis=1)
+    return tokens[used], segments[used]
+
+
+def _embedded(anchor: Artifact, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, D], the embeddings of tokens; the table is read a shard at a time."""
+    x = np.zeros((*tokens.shape, anchor.config.d_model), np.float32)
+    path = "trunk/embedding"
+    table: Stored = anchor.arrays()[path]
+    for rows, columns in layouts(anchor.config, {path: anchor.description["tensors"][path]})[path].boxes():
+        here = (rows.start <= tokens) & (tokens < rows.stop)
+        x[here] = table[rows, columns][tokens[here] - rows.start]
+    return x
 
 
 def admission(contribution: Contribution, anchor: Artifact, public: Path, policy: Policy = DEFAULT) -> dict[str, Any]:
@@ -57,10 +174,10 @@ def admission(contribution: Contribution, anchor: Artifact, public: Path, policy
         leaf, layer = leaf_of(name)
         expert[leaf.removeprefix("experts/")][layer, 0] = tensor
     weights = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
-    norms = [np.linalg.norm(a[:, 0].astype(np.float32), axis=1) for a in (expert["row"], ours["row"])]
+    norms = [np.linalg.norm(a[:, 0].astype(np.float64), axis=1) for a in (expert["row"], ours["row"])]
     trial = _trial(contribution, model, expert, public)
     report = {"weights": weights, "row_norm_of_the_anchors": _range(norms[0] / np.maximum(norms[1], 1e-12)), **trial}
-    return report | {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)}
+    return _in_json(report | {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)})
 
 
 def _trial(contribution: Contribution, model: Any, expert: Mapping[str, np.ndarray], public: Path) -> dict[str, Any]:
@@ -84,12 +201,19 @@ def _compare(expert: np.ndarray, anchor: np.ndarray) -> dict[str, dict[str, floa
     """[L, ., .] each: the smallest and the largest of each measure over the layers."""
     norm, spectral, cosine = [], [], []
     for theirs, ours in zip(expert, anchor, strict=True):
-        theirs, ours = theirs.astype(np.float32), ours.astype(np.float32)
-        sizes = np.linalg.norm(theirs), np.linalg.norm(ours)
-        norm.append(sizes[0] / max(sizes[1], 1e-12))
-        spectral.append(_largest_singular_value(theirs) / max(_largest_singular_value(ours), 1e-12))
+        (theirs, scale), (ours, our_scale) = _scaled(theirs), _scaled(ours)
+        scale, sizes = scale / our_scale, (float(np.linalg.norm(theirs)), float(np.linalg.norm(ours)))
+        norm.append(scale * sizes[0] / max(sizes[1], 1e-12))
+        spectral.append(scale * _largest_singular_value(theirs) / max(_largest_singular_value(ours), 1e-12))
         cosine.append(np.vdot(theirs, ours) / max(sizes[0] * sizes[1], 1e-12))
     return {"Frobenius": _range(norm), "spectral": _range(spectral), "cosine": _range(cosine)}
+
+
+def _scaled(matrix: np.ndarray) -> tuple[np.ndarray, float]:
+    """A float32 matrix whose largest magnitude is 1, and what it was: squares of large weights overflow float32."""
+    matrix = matrix.astype(np.float32)
+    largest = float(np.abs(matrix).max()) or 1.0
+    return matrix / largest, largest
 
 
 def _largest_singular_value(matrix: np.ndarray) -> float:
@@ -97,6 +221,15 @@ def _largest_singular_value(matrix: np.ndarray) -> float:
     for _ in range(ITERATIONS):
         vector = matrix.T @ (matrix @ (vector / max(np.linalg.norm(vector), 1e-30)))
     return float(np.linalg.norm(vector) ** 0.5)
+
+
+def _in_json(value: Any) -> Any:
+    """JSON has no number for what a broken expert makes: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _in_json(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_in_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _range(values: Any) -> dict[str, float]:

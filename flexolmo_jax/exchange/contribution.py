@@ -13,7 +13,7 @@ import datetime
 import hashlib
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,18 @@ class Contribution:
                     raise UserError(f"{self.path} names the fingerprint of {anchor.path} but has another {key}; ask its owner for it again")
         return check_signature(self.text, self.signature, trust, self.path, name=self.name, owner=self.manifest["owner"])
 
-    def tensors(self, into: Callable[[str], np.ndarray | None] = lambda name: None) -> Iterator[tuple[str, np.ndarray]]:
-        """Each tensor by name, in the order of the file, checked; one at a time is in memory. `into` may give bytes to read one into.
+    def tensors(
+        self, into: Callable[[str], np.ndarray | None] = lambda name: None, order: Sequence[str] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Each tensor by name, checked; one at a time is in memory. `into` may give bytes to read one into.
+
+        They come in the order of the file, or in this `order`.
 
         Raises UserError naming the first tensor that is missing, unknown, of another shape or dtype, not finite, or whose bytes
         are not those of the manifest.
         """
         with self._tensor_file() as file:
-            for name in file.entries:
+            for name in order or file.entries:
                 tensor, digest, finite = file.read(name, into(name))
                 self._check_tensor(name, digest, finite)
                 yield name, tensor

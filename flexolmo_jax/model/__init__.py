@@ -2,7 +2,18 @@
 
 from .layers import CACHE, KVCache
 from .moe import RouterOutput
-from .transformer import Output, Params, decode, empty_cache, forward, init_params, logical_axes, num_experts, parameter_shapes
+from .transformer import (
+    Output,
+    Params,
+    decode,
+    empty_cache,
+    forward,
+    forward_layer,
+    init_params,
+    logical_axes,
+    num_experts,
+    parameter_shapes,
+)
 
 __all__ = [
     "CACHE",
@@ -13,6 +24,7 @@ __all__ = [
     "decode",
     "empty_cache",
     "forward",
+    "forward_layer",
     "init_params",
     "logical_axes",
     "num_experts",

@@ -50,6 +50,29 @@ class Layer(nnx.Module):
         self.attention_norm = RMSNorm(config.d_model, None, config)
         self.ffn_norm = RMSNorm(config.d_model, None, config)
 
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        experts: tuple[Experts, ...],
+        positions: Int[Array, "B T"],
+        visible: Int[Array, "B T"] | Bool[Array, "B T S"],
+        *,
+        active: int,
+        allowed: Bool[Array, "E"],
+        noise: Float[Array, "B T E"] | None = None,
+        cache: KVCache | None = None,
+        index: Int[Array, ""] | None = None,
+        slot: Int[Array, ""] | int = 0,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterOutput]:
+        """With a cache, `index` says which layer this is, and the experts' matrices are those of all layers."""
+        with jax.named_scope("attention"):
+            attended, cache = self.attention(x, positions, visible, cache, 0 if index is None else index, slot, mesh)
+            h = x + self.attention_norm(attended)
+        with jax.named_scope("mixture"):
+            mixed, router = mixture(h, experts, active, allowed, noise, mesh, None if cache is None else index)
+            return h + self.ffn_norm(mixed), cache, router
+
 
 class Trunk(nnx.Module):
     """Everything of the anchor but its FFN and router: embeddings, stacked layers, final norm, head."""
@@ -102,12 +125,10 @@ class Transformer(nnx.Module):
             state, states, index, noise = xs
             layer = nnx.merge(graph, state)
             experts = tuple(nnx.merge(graph, whole, state) for (graph, whole, _), state in zip(groups, states, strict=True))
-            with jax.named_scope("attention"):
-                attended, cache = layer.attention(x, positions, visible, cache, index, slot, mesh)
-                h = x + layer.attention_norm(attended)
-            with jax.named_scope("mixture"):
-                mixed, router = mixture(h, experts, active, allowed, noise, mesh, None if cache is None else index)
-                y = h + layer.ffn_norm(mixed)
+            y, cache, router = layer(
+                x, experts, positions, visible,
+                active=active, allowed=allowed, noise=noise, cache=cache, index=index, slot=slot, mesh=mesh,
+            )  # fmt: skip
             return (y, cache), router
 
         x = trunk.embedding[...][tokens].astype(dtype)
@@ -155,6 +176,18 @@ def forward(
     return model(
         tokens, positions, segments, active=active, allowed=allowed, dtype=dtype, remat=remat, mesh=mesh, router_noise=router_noise,
     )  # fmt: skip
+
+
+def forward_layer(config: ModelConfig, params: Params, x: Float[Array, "B T D"], segments: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """One layer of a pair, for models of which only a layer fits the memory; both experts are active.
+
+    `params` are that layer's, without their axis of layers: `layer` (of the trunk), `experts` and `expert`. `x` comes from the layer
+    before: at first the embeddings of the tokens.
+    """
+    modules = _abstract(config, True)
+    parts = {"layer": modules.trunk.layers, "experts": modules.experts, "expert": modules.expert}
+    layer, *experts = (nnx.merge(nnx.split(module)[0], params[name]) for name, module in parts.items())
+    return layer(x, tuple(experts), document_positions(segments), segments, active=2, allowed=jnp.ones(2, bool))[0]
 
 
 def decode(

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, sealed
+from flexolmo_jax.exchange.admission import admit
+from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
 from flexolmo_jax.owner.pair import initial_row
 from tests.tiny import pair_config
 
@@ -105,3 +106,24 @@ def test_a_report_needs_the_anchor(contributions, prepared):
         verify(contributions["code"], public=prepared["public"])
     with pytest.raises(UserError, match="give --public"):
         verify(contributions["code"], refuse=True)
+
+
+def test_every_honest_expert_is_admitted_to_the_anchor_and_to_models_on_it(anchor, model, contributions):
+    for base in (anchor, model):
+        for path in contributions.values():
+            admit(open_contribution(path), open_artifact(base))
+
+
+def test_an_expert_up_to_four_times_out_of_the_policy_is_left_to_the_report(anchor, contributions, prepared, tmp_path):
+    contribution = forged(contributions["code"], tmp_path / "large", too_large)
+    admit(open_contribution(contribution), open_artifact(anchor))
+    assert verify(contribution, anchor, public=prepared["public"])["admission"]["findings"]
+
+
+def test_a_changed_byte_is_refused_by_admission_too(anchor, contributions, tmp_path):
+    shutil.copytree(contributions["code"], tmp_path / "changed")
+    data = bytearray((tmp_path / "changed" / TENSORS).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "changed" / TENSORS).write_bytes(data)
+    with pytest.raises(UserError, match="are not those of the manifest"):
+        admit(open_contribution(tmp_path / "changed"), open_artifact(anchor))

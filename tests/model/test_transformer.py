@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flexolmo_jax.config import PRESETS, ModelConfig
 from flexolmo_jax.kernels.route import route_topk
-from flexolmo_jax.model import Params, decode, empty_cache, forward, init_params, logical_axes, moe
+from flexolmo_jax.model import Params, decode, empty_cache, forward, forward_layer, init_params, logical_axes, moe
 from flexolmo_jax.model.transformer import document_positions
 
 E = 4
@@ -338,3 +338,15 @@ def test_every_axis_of_every_parameter_has_a_logical_name(pair):
     params, axes = random_params(config, pair), logical_axes(config, pair=pair)
     named = jax.tree.map(lambda leaf, names: len(names) == leaf.ndim, params, axes)
     assert all(jax.tree.leaves(named))
+
+
+def test_a_pair_run_layer_by_layer_is_the_whole_forward_pass():
+    pair, segments = random_params(DENSE, pair=True), jnp.ones_like(TOKENS)
+    x = pair["trunk"]["embedding"][TOKENS]
+    for layer in range(DENSE.n_layers):
+        at = jax.tree.map(
+            lambda a, layer=layer: a[layer], {name: pair[name] for name in ("experts", "expert")} | {"layer": pair["trunk"]["layers"]}
+        )
+        x = forward_layer(DENSE, at, x, segments)
+    hidden = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + DENSE.norm_eps) * pair["trunk"]["norm"]["scale"]
+    assert_close(hidden, jitted(DENSE, pair, TOKENS).hidden)

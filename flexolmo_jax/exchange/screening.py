@@ -1,0 +1,129 @@
+"""What an owner says of somebody else's expert: a verdict, signed like a contribution. docs/screening.md is the specification.
+
+A coordinator has public text only. An expert that does nothing to that, and ruins another owner's domain, is seen by that owner alone:
+who tries it on their own text (owner/screen.py) and hands back one number. Nothing of the text is in a verdict.
+"""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field
+
+from flexolmo_jax.description import canonical_json
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.files import write_bytes
+from flexolmo_jax.storage.paths import children, reason
+from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
+
+from .contribution import Contribution
+from .signature import Trust, check_signature, sign
+
+KIND = "flexolmo screening verdict"  # in what is signed: a signature of one is none of a manifest
+FORMAT = 1
+LIMIT = 1 << 16  # bytes
+DIGITS = 4  # of the change: more would tell more of the text than a verdict needs
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is signed. `change`: of bits per byte by the candidate, as a part of what they were; 0.03 is 3 % worse."""
+
+    kind: Literal["flexolmo screening verdict"]
+    format: Literal[1]
+    date: Annotated[str, Field(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+    anchor: Digest  # its fingerprint
+    candidate: Digest  # the `sha256` of its manifest
+    model: Digest  # the `sha256` of the description of what it was tried with
+    tokens: Count
+    bytes: Count
+    change: Annotated[float, Field(allow_inf_nan=False)]
+    max_worse: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    verdict: Literal["pass", "fail"]
+
+
+def make_verdict(*, anchor: str, candidate: str, model: str, tokens: int, bytes: int, change: float, max_worse: float) -> Verdict:
+    """Of today; the change is rounded, and decides."""
+    change = round(change, DIGITS)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    verdict = "pass" if change <= max_worse else "fail"
+    return Verdict(KIND, FORMAT, today, anchor, candidate, model, tokens, bytes, change, max_worse, verdict)
+
+
+def write_verdict(verdict: Verdict, key: Ed25519PrivateKey | None, out: Path) -> None:
+    """Writes a file of canonical JSON: the verdict and, with a key, its signature."""
+    content = canonical_json(asdict(verdict)).encode()
+    signature = parse_json(sign(content, key)) if key else None
+    write_bytes(out, _spelled(asdict(verdict), signature))
+
+
+def read_verdict(path: Path, trust: Trust) -> tuple[Verdict, str | None]:
+    """A verdict and the public key that signed it. Raises UserError for what is none, and for what the policy does not let in."""
+    try:
+        text = read_bytes(path, LIMIT)
+        both = parse_json(text)
+        value, signature = both["verdict"], both["signature"]
+        if text != _spelled(value, signature):
+            raise ValueError("not the canonical spelling")
+        conform(Verdict, value)
+        verdict = Verdict(**value)
+        if verdict.verdict != ("pass" if verdict.change <= verdict.max_worse else "fail"):
+            raise ValueError(f"the change is {verdict.change}, at most {verdict.max_worse}, and the verdict {verdict.verdict}")
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read the verdict {path}: {reason(error)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a verdict of `flexolmo screen` ({error!s:.100}); ask its owner for it again") from None
+    content = canonical_json(value).encode()
+    signer = check_signature(content, None if signature is None else (canonical_json(signature) + "\n").encode(), trust, path)
+    return verdict, _key(signer)
+
+
+def check_screening(contributions: Sequence[Contribution], verdict_paths: Sequence[Path], trust: Trust) -> None:
+    """Whether all the others have passed each contribution: every key of `trust` but the one that signed it.
+
+    `verdict_paths` are files, or directories of `*.json`; a verdict `fail` refuses, whatever else its owner has signed. Raises UserError
+    for verdicts that are missing, damaged, unsigned or by others, and where `trust` lists no keys.
+    """
+    if trust.keys is None:
+        raise UserError("screening is by the owners whose keys are listed; give --trust DIR, the directory of their public keys")
+    verdicts = [(path, *read_verdict(path, trust)) for path in _files(verdict_paths)]
+    for contribution in contributions:
+        others = trust.keys.keys() - {_key(contribution.check(trust=trust))}
+        if not others:
+            raise UserError(f"nobody could have screened {contribution.path}: --trust lists no other key than that of its owner")
+        of_it = [v for v in verdicts if v[1].candidate == contribution.manifest["sha256"] and v[2] in others]
+        for path, verdict, key in of_it:
+            if verdict.verdict == "fail":
+                raise UserError(
+                    f"{contribution.path} is refused by {trust.keys[str(key)]}: it makes their text {verdict.change:.1%} worse, at most "
+                    f"{verdict.max_worse:.1%} is expected ({path}); leave it out, or ask its owner for another"
+                )
+        if missing := others - {key for *_, key in of_it}:
+            names = ", ".join(sorted(trust.keys[key] for key in missing))
+            raise UserError(f"{contribution.path} is not screened by {names}; ask them for a verdict (`flexolmo screen`)")
+
+
+def _key(signer: Mapping[str, Any] | None) -> str | None:
+    return signer["public_key"] if signer else None
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    files = []
+    for path in paths:
+        found = [child for child in children(path) if child.name.endswith(".json")] if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path} holds no verdicts; expected files *.json (`flexolmo screen` writes them)")
+        files += found
+    return files
+
+
+def _spelled(verdict: Mapping[str, Any], signature: Mapping[str, Any] | None) -> bytes:
+    return (canonical_json({"signature": signature, "verdict": verdict}) + "\n").encode()
