@@ -103,10 +103,10 @@ def main() -> None:
     paths = [Path(path) for path in contributions]
 
     def merging(directory: Path) -> None:
-        merge(Path(anchor), paths, directory / "out")
+        merge(Path(anchor), paths, directory / "out", admission=False)  # it writes nothing, and every child would compile anew
 
     def merged(directory: Path) -> None:
-        merge(Path(anchor), paths, directory / "model")
+        merge(Path(anchor), paths, directory / "model", admission=False)
 
     def leaving(directory: Path) -> None:
         opt_out(directory / "model", ["law"], directory / "out")
