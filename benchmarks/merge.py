@@ -10,6 +10,7 @@ the real shapes of the 7 x 7B model, 66 GB in sparse files: composing does not r
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -24,14 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.artifact import describe, write_description
+from flexolmo_jax.artifact import Artifact, describe, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
-from flexolmo_jax.coordinator.merge import _description, append, merge, opt_out, replace
+from flexolmo_jax.coordinator.compose import Source
+from flexolmo_jax.coordinator.composition import Composition
+from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
+from flexolmo_jax.coordinator.sketch import BUCKETS, encoded
 from flexolmo_jax.coordinator.store import Store
 from flexolmo_jax.data.tokenizer import train_tokenizer
 from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed, tensor_shapes
 from flexolmo_jax.exchange.manifest import FORMAT
-from flexolmo_jax.integrity import layouts, tensor_digest
+from flexolmo_jax.integrity import fingerprint_of, layouts, tensor_digest
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.weights import Writer
 
@@ -65,7 +69,7 @@ def main() -> None:
 
 def run(work: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
     inputs = work / "inputs"
-    make_anchor(inputs / "anchor", config)
+    make_anchor(inputs / "anchor", work / "dense", config)
     for number in range(EXPERTS):
         make_contribution(inputs / f"c{number}", inputs / "anchor", config, number)
     make_contribution(work / "c0-new", inputs / "anchor", config, 0, seed=100)
@@ -94,9 +98,13 @@ def run(work: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
     for experts in (2, 4, 6, EXPERTS):
         model = work / f"model-{experts}"
         operation(f"compose {experts} by link", "merge", "link", inputs / "anchor", model, *all_of_them[:experts], of=model)
+    operation("admit an expert", "admit", inputs / "anchor", inputs / "c6", of=inputs / "c6")
+    operation("open the anchor again", "open", inputs / "anchor", of=inputs / "anchor")
+    operation("open the model again", "open", work / "model-7", of=work / "model-7")
     operation("drop", "drop", work / "model-7", work / "dropped", of=work / "dropped")
     operation("append", "append", work / "model-6", inputs / "c6", work / "appended", of=work / "appended")
     operation("ingest one more", "ingest", work / "flexolmo-store", inputs / "anchor", work / "c0-new", of=work / "c0-new")
+    operation("admit one more", "admit", inputs / "anchor", work / "c0-new", of=work / "c0-new")
     operation("replace", "replace", work / "model-7", work / "c0-new", work / "replaced", of=work / "replaced")
     show("cp -r && sync, model", shell(f"cp -r {work / 'model-7'} {work / 'cp'} && sync") | {"bytes": size(work / "cp")})
     shutil.rmtree(work / "cp")
@@ -108,7 +116,7 @@ def run(work: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
     operation("verify the model", "verify", work / "model-7", of=work / "model-7")
 
     sparse = work / "real" / "model"
-    make_sparse_model(sparse, inputs / "anchor")
+    make_sparse_model(sparse, open_artifact(inputs / "anchor"))
     operation("drop of 7 x 7B, sparse", "drop", sparse, work / "real" / "dropped", of=work / "real" / "dropped")
     return results
 
@@ -131,7 +139,7 @@ def measure(operation: list[str]) -> None:
         way, (anchor, out, *contributions) = words[0], map(Path, words[1:])
 
         def act() -> None:
-            merge(anchor, contributions, out, ways=(way,))
+            merge(anchor, contributions, out, ways=(way,), admission=False)  # measured apart
 
     elif name == "verify":
         from flexolmo_jax.coordinator.verify import verify
@@ -139,13 +147,26 @@ def measure(operation: list[str]) -> None:
         def act() -> None:
             verify(Path(words[0]))
 
+    elif name == "admit":
+        from flexolmo_jax.exchange.admission import admit
+        from flexolmo_jax.exchange.anchor import open_anchor
+
+        def act() -> None:
+            admit(open_contribution(Path(words[1])), open_anchor(Path(words[0])))
+
+    elif name == "open":
+        open_artifact(Path(words[0])).ensure()  # what it compiles and imports
+
+        def act() -> None:
+            open_artifact(Path(words[0])).ensure()
+
     elif name == "drop":
 
         def act() -> None:
             opt_out(Path(words[0]), ["e3"], Path(words[1]))
 
     else:
-        function = {"replace": replace, "append": append}[name]
+        function = {"replace": functools.partial(replace, allow_older=True), "append": append}[name]
 
         def act() -> None:
             function(Path(words[0]), Path(words[1]), Path(words[2]))
@@ -203,14 +224,17 @@ def anchor_tensors(config: ModelConfig) -> dict[str, dict[str, Any]]:
     return {path: entry | {"dtype": DTYPE} for path, entry in describe(shapes).items()}
 
 
-def make_anchor(path: Path, config: ModelConfig) -> None:
+def make_anchor(path: Path, dense: Path, config: ModelConfig) -> None:
+    """Published of a dense model of random numbers."""
+    from flexolmo_jax.exchange.anchor import publish
+
     tensors = anchor_tensors(config)
-    path.mkdir(parents=True)
-    (path / "text.txt").write_text("some text to train a tokenizer on, and some more of it\n" * 20)
-    tokenizer = train_tokenizer([path / "text.txt"], 300, path / "tokenizer.json")
-    (path / "text.txt").unlink()
+    dense.mkdir(parents=True)
+    text = dense.with_name("text.txt")
+    text.write_text("some text to train a tokenizer on, and some more of it\n" * 20)
+    tokenizer = train_tokenizer([text], 300, dense / "tokenizer.json")
     target = layouts(config, tensors)
-    with Writer(path / "weights", target) as writer:
+    with Writer(dense / "weights", target) as writer:
         for number, (name, layout) in enumerate(target.items()):
             digest = hashlib.sha256()
             for index in layout.indices():
@@ -219,8 +243,10 @@ def make_anchor(path: Path, config: ModelConfig) -> None:
                 digest.update(values.reshape(-1).view(np.uint8).data)
                 writer.write(name, index, values)
             tensors[name] |= {"sha256": digest.hexdigest()}
-    description = {"kind": "anchor", "model": to_dict(config), "experts": ["anchor"], "tensors": tensors, "fingerprint": "f" * 64}
-    write_description(path, description | {"tokenizer": tokenizer.digest})
+    description = {"kind": "model", "model": to_dict(config), "experts": ["dense"], "members": [], "tensors": tensors}
+    write_description(dense, description | {"tokenizer": tokenizer.digest, "fingerprint": None})
+    publish(dense, [text], path, dtype=DTYPE, seq_len=32)
+    shutil.rmtree(dense)
 
 
 def make_contribution(path: Path, anchor: Path, config: ModelConfig, number: int, seed: int = 0) -> None:
@@ -238,37 +264,46 @@ def make_contribution(path: Path, anchor: Path, config: ModelConfig, number: int
             entries[name] = {"dtype": DTYPE, "shape": list(shape), "sha256": tensor_digest(values)}
     with TensorFile(path / TENSORS) as opened:
         digest = opened.header_sha256
-    manifest = {
-        **{"format": FORMAT, "sequence": 1, "name": f"e{number}", "owner": "-", "domain": "-", "licence": "-", "expires": None},
-        **{"anchor": "f" * 64, "model": to_dict(config), "router_bias": False, "dtype": DTYPE, "tensors": entries},
-        **{"header": digest, "training": {}, "privacy": "none", "tool": "benchmark"},
-    }
+    manifest = manifest_of(config, f"e{number}", entries, digest, str(open_artifact(anchor).fingerprint))
     (path / MANIFEST).write_bytes(sealed(manifest))
 
 
-def make_sparse_model(path: Path, like: Path) -> None:
-    """A model of the paper's size whose files have their length and no content."""
-    tensors = {name: entry | {"sha256": "0" * 64} for name, entry in anchor_tensors(REAL).items()}
+def manifest_of(config: ModelConfig, name: str, tensors: dict[str, Any], header: str, anchor: str) -> dict[str, Any]:
+    return {
+        **{"format": FORMAT, "sequence": 1, "name": name, "owner": "-", "domain": "-", "licence": "-", "expires": None},
+        **{"anchor": anchor, "model": to_dict(config), "router_bias": False, "dtype": DTYPE, "tensors": tensors},
+        **{"header": header, "training": {}, "privacy": "none", "tool": "benchmark"},
+    }
+
+
+def make_sparse_model(path: Path, like: Artifact) -> None:
+    """A model of the paper's size whose files have their length and no content. It counts as verified."""
     shapes = tensor_shapes(REAL, False)
 
-    def entries(number: int) -> dict[str, dict[str, Any]]:
-        return {name: {"dtype": DTYPE, "shape": list(shape), "sha256": f"{number:064x}"} for name, shape in shapes.items()}
+    def member(number: int) -> dict[str, Any]:
+        tensors = {name: {"dtype": DTYPE, "shape": list(shape), "sha256": f"{number:064x}"} for name, shape in shapes.items()}
+        manifest = manifest_of(REAL, f"e{number}", tensors, "0" * 64, str(like.fingerprint))
+        sketches = np.random.default_rng(number).normal(size=(3 * REAL.n_layers, BUCKETS))
+        return {"name": f"e{number}", "manifest": json.loads(sealed(manifest)), "signature": None, "sketch": encoded(sketches)}
 
-    keys = {"owner": "-", "domain": "-", "licence": "-", "expires": None, "training": {}, "privacy": "none", "manifest": "0" * 64}
-    members = [keys | {"name": f"e{n}", "router_bias": False, "tensors": entries(n)} for n in range(6)]
-    base = {"model": to_dict(REAL), "fingerprint": "f" * 64, "tokenizer": ""}
-    description = _description(base, tensors, members, 5)
-    target = layouts(dataclasses.replace(REAL, n_experts=7, router_bias=False), description["tensors"])
+    parts = {"model": to_dict(REAL), "tensors": {name: entry | {"sha256": "0" * 64} for name, entry in anchor_tensors(REAL).items()}}
+    parts |= {"tokenizer": like.tokenizer.digest, "embedder": "0" * 64, "public": "0" * 64}
+    members = tuple(member(number) for number in range(6))
+    sources = tuple(Source(path / "weights", index) for index in range(7))
+    composition = Composition(like.tokenizer, parts, fingerprint_of(parts), parts["model"], path / "weights", members, sources, 5)
+    description = composition.describe()
+    target = layouts(ModelConfig(**description["model"]), description["tensors"])
     with Writer(path / "weights", target) as writer:
         for name, layout in target.items():
-            length = int(np.prod(layout.shard)) * 2
             for index in layout.indices():
                 file = writer.file(name, index)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.touch()
-                os.truncate(file, length)
-    shutil.copy(like / "tokenizer.json", path)
-    write_description(path, description | {"files": {}})
+                os.truncate(file, layout.shard_bytes)
+                file.chmod(0o444)
+    like.tokenizer.save(path / "tokenizer.json")
+    write_description(path, description)
+    open_artifact(path).remember()
 
 
 if __name__ == "__main__":

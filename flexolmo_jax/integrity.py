@@ -10,7 +10,6 @@ weights.py writes for the tensors of the description, and nothing else may lie b
 import hashlib
 import stat
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from flexolmo_jax.storage.weights import Layout, Reader, metadata_files, shard_n
 RECEIPT, RECEIPT_SIGNATURE = "receipt.json", "receipt.sig"
 MATRICES = ("gate", "up", "down")
 EMBEDDER_LIMIT = 1 << 30  # bytes of an embedder's file
-AT_ONCE = 2  # tensors that are digested at the same time: each takes the memory of a shard
+ZEROS = "zeros"  # in the place of a digest: a bias that an expert does not have
 
 
 def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> None:
@@ -133,23 +132,18 @@ def manifest_of(member: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def tensor_digests(path: Path, description: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, str, str]]:
-    """(what, SHA-256 of its bytes on the disk, SHA-256 that it should have) of all tensors, with a bar."""
-    reader = Reader(path / "weights")
-    jobs = list(_jobs(description, config))
-
-    def digest(job: tuple[str, str, str, Any]) -> tuple[str, str, str, int]:
-        what, at, expected, boxes = job
-        if expected == "zeros":
-            zeros = not any(np.count_nonzero(reader.read(at, box).view(np.uint8)) for box in boxes)
-            return what, "zeros" if zeros else "not zeros", expected, 0
-        size = sum(int(np.prod([s.stop - s.start for s in box])) for box in boxes) * np.dtype(description["tensors"][at]["dtype"]).itemsize
-        return what, reader.digest(at, boxes), expected, size
-
-    total = sum(int(np.prod(t["shape"])) * np.dtype(t["dtype"]).itemsize for t in description["tensors"].values())
-    with bar(f"verify {path.name}", float(total), in_bytes=True) as advance, ThreadPoolExecutor(AT_ONCE) as pool:
-        for what, got, expected, size in pool.map(digest, jobs):
-            yield what, got, expected
-            advance(size)
+    """(what, SHA-256 of its bytes on the disk, SHA-256 that it should have) of all tensors, with a bar. A shard at a time is in memory."""
+    reader, tensors = Reader(path / "weights"), description["tensors"]
+    total = sum(int(np.prod(t["shape"])) * np.dtype(t["dtype"]).itemsize for t in tensors.values())
+    with bar(f"verify {path.name}", float(total), in_bytes=True) as advance:
+        for what, at, expected, boxes in _jobs(description, config):
+            if expected == ZEROS:
+                is_zero = not any(np.count_nonzero(reader.read(at, box).view(np.uint8)) for box in boxes)
+                yield what, ZEROS if is_zero else "other numbers", expected
+            else:
+                yield what, reader.digest(at, boxes), expected
+            values = sum(int(np.prod([part.stop - part.start for part in box])) for box in boxes)
+            advance(values * np.dtype(tensors[at]["dtype"]).itemsize)
 
 
 def _jobs(description: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, str, str, Any]]:
@@ -171,11 +165,11 @@ def _expert_jobs(description: Mapping[str, Any], at: str, layout: Layout) -> Ite
     if at in anchor:
         yield f"{at} of anchor", at, anchor[at]["sha256"], list(layout.boxes(expert=0))
     else:
-        yield f"{at} of anchor", at, "zeros", list(layout.boxes(expert=0))
+        yield f"{at} of anchor", at, ZEROS, list(layout.boxes(expert=0))
     for index, member in enumerate(description["members"], 1):
         tensors = tensors_of(member)
         if name_of_tensor(at, 0) not in tensors:  # a bias that it does not have
-            yield f"{at} of {member['name']}", at, "zeros", list(layout.boxes(expert=index))
+            yield f"{at} of {member['name']}", at, ZEROS, list(layout.boxes(expert=index))
             continue
         for layer in range(layout.shape[0]):
             name = name_of_tensor(at, layer)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.artifact import open_artifact
-from flexolmo_jax.description import canonical_json
 from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.merge import append, merge
 from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, open_contribution
 from flexolmo_jax.exchange.screening import check_screening, read_verdict
