@@ -106,9 +106,9 @@ def size_of(file: Path) -> int:
 
 
 def open_to_read(file: Path) -> BinaryIO:
-    """For reading it from its start to its end, or long stretches of it."""
+    """For reading it from its start to its end, or long stretches of it. Raises OSError for what is no regular file: a pipe never ends."""
     if not in_bucket(file):
-        return file.open("rb")
+        return io.BufferedReader(_regular(file, os.O_RDONLY))
     return io.BufferedReader(file_system().open(str(file), "rb", block_size=BLOCK))
 
 
@@ -133,13 +133,15 @@ def read_range(file: Path, start: int, end: int) -> bytes:
 
 def open_regular(path: Path) -> BinaryIO:
     """A file of a stranger, for reading. Raises OSError for anything but a regular file, a link among them."""
-    if in_bucket(path):
-        return open_to_read(path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    return open_to_read(path) if in_bucket(path) else _regular(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def _regular(path: Path, flags: int) -> io.FileIO:
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(0, "it is not a regular file", str(path))
-    return os.fdopen(descriptor, "rb", buffering=0)
+    return io.FileIO(descriptor, "rb")
 
 
 def kvstore(directory: Path) -> dict[str, Any]:

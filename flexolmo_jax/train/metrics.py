@@ -12,10 +12,13 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tensorboardX.record_writer import register_writer_factory
 
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import append_bytes, write_text
 from flexolmo_jax.storage.paths import in_bucket, path_of, reason
+from flexolmo_jax.storage.untrusted import read_bytes
 
+METRICS_LIMIT = 1 << 30  # bytes
 SECONDS = 30.0  # between two additions to an object
 
 
@@ -85,16 +88,26 @@ register_writer_factory("gs", _BucketEventsFactory())
 
 
 def read_lines(path: Path) -> list[str]:
-    """Whole lines only: the last may have been cut by a kill. Each once: an object store that was asked again may have added it twice."""
+    """Whole lines only: the last may have been cut by a kill. Each once: an object store that was asked again may have added it twice.
+
+    Raises UserError where they cannot be read.
+    """
     if not path.exists():
         return []
-    *lines, _ = path.read_text().split("\n")
+    try:
+        *lines, _ = read_bytes(path, METRICS_LIMIT).decode().split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}; restore it, or remove it: a run goes on without") from None
     return list(dict.fromkeys(lines))
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All rows of a run, in the order written."""
-    return [json.loads(line) for line in read_lines(directory / "metrics.jsonl")]
+    """All rows of a run, in the order written. Raises UserError where one is damaged."""
+    path = directory / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in read_lines(path)]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error!s:.80}); restore it, or remove the line") from None
 
 
 def _scalars(values: dict[str, Any], prefix: str = ""):
