@@ -41,6 +41,8 @@ UNFINISHED = ".unfinished"  # the mark ...
 MARK = b"flexolmo-jax is writing here, or was stopped while it did. What lies here may be removed.\n"  # ... and what it says
 STORE_FILE = "store.json"  # in a directory that has it, a store, nobody but the store writes
 CONTENT = "content"
+# What a directory is that holds exactly its own files, by names that are in it.
+_CLOSED = {"store": [STORE_FILE], "anchor or model": ["flexolmo.json", "weights"], "contribution": ["manifest.json", "expert.safetensors"]}
 GRACE = 3600.0  # seconds without a change after which nobody is taken to be writing something in a bucket, which has no locks
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _CLONE = 0x40049409  # Linux's FICLONE
@@ -220,13 +222,14 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def check_new(out: Path, *, inside_a_store: bool = False) -> None:
-    """Raises UserError unless `out` does not exist or is an empty directory; and inside a store, where only the store itself writes."""
+    """Raises UserError unless `out` does not exist or is an empty directory; and inside what holds exactly its own files."""
     if is_whole(out) and (not out.is_dir() or children(out)):
         raise UserError(f"{out} exists and is not empty; give a new or empty directory")
     if not inside_a_store:
         for parent in absolute(out).parents:
-            if (parent / STORE_FILE).exists():
-                raise UserError(f"{out} lies inside the store {parent}; give a place outside of it")
+            for what, names in _CLOSED.items():
+                if all((parent / name).exists() for name in names):
+                    raise UserError(f"{out} lies inside the {what} {parent}; give a place outside of it")
 
 
 def write_text(path: Path, text: str) -> None:

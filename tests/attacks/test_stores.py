@@ -144,6 +144,16 @@ def test_no_model_is_written_into_a_store(anchor, contributions, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_nothing_is_written_into_what_holds_exactly_its_own_files(anchor, contributions, model, tmp_path):
+    """It would be refused by everybody from then on."""
+    for place in (anchor, model, contributions["law"], anchor / "public"):
+        with pytest.raises(UserError, match=r"lies inside the (anchor or model|contribution)"):
+            merge(anchor, [contributions["code"]], place / "mine", store_path=tmp_path / "store")
+    with pytest.raises(UserError, match="lies inside the anchor or model"):
+        merge(anchor, [contributions["code"]], tmp_path / "out", store_path=anchor / "store")
+    assert verify(anchor)["verified"] and verify(model)["verified"] and verify(contributions["law"])["verified"]
+
+
 def test_a_store_of_another_version_is_refused_by_name(anchor, contributions, tmp_path):
     """Earlier versions did not say in a file what a store is."""
     merge(anchor, [contributions["code"]], tmp_path / "model")
