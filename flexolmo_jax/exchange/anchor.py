@@ -113,7 +113,7 @@ def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path) -> np.
     anchor = open_anchor(anchor_path)
     if out.exists():
         raise UserError(f"{out} exists; give a new file")
-    row = domain_embedding(load_embedder(anchor.path / "embedder"), _documents(documents))
+    row = domain_embedding(load_embedder(anchor.path / "embedder", anchor.config.d_model), _documents(documents))
     content = io.BytesIO()
     np.save(content, row)
     write_bytes(out, content.getvalue())
