@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.plain_yaml import parse_yaml, read_yaml
 
 T = TypeVar("T")
 LAYERS = 1024  # the most that a model may have
@@ -168,6 +169,9 @@ class OptimConfig(_Config):
         _expect(0 <= self.final_fraction <= 1, "optim.final_fraction", self.final_fraction, "a number from 0 to 1")
         for name in ("warmup", "schedule_steps", "weight_decay", "z_loss", "router_z_loss", "load_balance"):
             _expect(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
+        for name in ("beta1", "beta2"):
+            _expect(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "a number from 0 to below 1")
+        _expect(self.eps > 0, "optim.eps", self.eps, "a positive number")
         _expect(self.clip > 0, "optim.clip", self.clip, "a positive number")
 
 
@@ -305,26 +309,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return resolve(read_yaml(path), overrides)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, {} for nothing. Raises UserError where it is not there or is none."""
-    try:
-        return yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise UserError(f"no config at {path}; expected a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """A checked RunConfig from a nested dict (which is left as it was) and overrides."""
     if not isinstance(tree, dict):
-        raise UserError(f"the config is {tree!r}; expected sections: {', '.join(_fields(RunConfig))}")
+        raise UserError(f"the config is {tree!r:.80}; expected sections: {', '.join(_fields(RunConfig))}")
     tree = override(tree, overrides)
     model = tree.get("model")
     if isinstance(model, dict) and "preset" in model:
         preset = model.pop("preset")
         if not isinstance(preset, str) or preset not in PRESETS:
-            raise UserError(f"unknown model.preset {preset!r}; expected one of {', '.join(PRESETS)}")
+            raise UserError(f"unknown model.preset {preset!r:.80}; expected one of {', '.join(PRESETS)}")
         tree["model"] = PRESETS[preset] | model
     _refuse_privacy(tree.get("pair"))
     config = build(RunConfig, tree)
@@ -338,36 +332,43 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"--set got {text!r}; expected section.key=value")
+            raise UserError(f"--set got {text!r:.200}; expected section.key=value")
         *branches, leaf = key.split(".")
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})
             if not isinstance(node, dict):
-                raise UserError(f"--set got {text!r}, but {branch!r} is not a section")
+                raise UserError(f"--set got {text!r:.200}, but {branch!r:.80} is not a section")
         try:
-            node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set got {text!r}, whose value is not valid YAML; quote it") from None
+            node[leaf] = parse_yaml(value)
+        except ValueError as error:
+            raise UserError(f"--set got {text!r:.200}, whose value is not valid YAML ({error}); quote it") from None
     return tree
+
+
+def section_of(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a nested dict, {} where there is none. Raises UserError for something else."""
+    section = tree.get(name)
+    _expect(isinstance(section, dict | None), name, section, "a section with keys")
+    return section or {}
 
 
 def says(tree: dict[str, Any], overrides: Sequence[str], section: str, key: str) -> bool:
     """Whether a config, or an override of it, gives a key a value of its own."""
-    return key in (tree.get(section) or {}) or any(override.startswith(f"{section}.{key}=") for override in overrides)
+    return key in section_of(tree, section) or any(override.startswith(f"{section}.{key}=") for override in overrides)
 
 
 def build(cls: type[T], tree: Any, at: str = "") -> T:
     """A dataclass from a nested dict: unknown keys name the nearest key, values must have the field's type."""
     if not isinstance(tree, dict):
-        raise UserError(f"{at or 'the config'} is {tree!r}; expected a section with keys {', '.join(_fields(cls))}")
+        raise UserError(f"{at or 'the config'} is {tree!r:.80}; expected a section with keys {', '.join(_fields(cls))}")
     values = {}
     for key, value in tree.items():
         path = f"{at}.{key}" if at else str(key)
         if key not in _fields(cls):
-            near = difflib.get_close_matches(str(key), _fields(cls), n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key)[:80], _fields(cls), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_fields(cls))}"
-            raise UserError(f"unknown config key {path!r}; {hint}")
+            raise UserError(f"unknown config key {path!r:.80}; {hint}")
         values[key] = _convert(typing.get_type_hints(cls)[key], value, path)
     return cls(**values)
 
@@ -394,6 +395,13 @@ def _refuse_privacy(pair: Any) -> None:
 
 def _is_line(text: str) -> bool:
     return len(text) <= LINE and text.isprintable()
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which "\ud800" in quotes makes in YAML
+        return False
 
 
 def _is_date(text: str) -> bool:
@@ -426,13 +434,15 @@ def _convert(hint: Any, value: Any, at: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if type(value) is int:
+        _expect(abs(value) < 2**63, at, value, "a number of 64 bits")
+        value = float(value) if hint is float else value
     wrong = not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool)
     _expect(not wrong, at, value, f"a value of type {hint.__name__}")
+    _expect(not isinstance(value, str) or _is_unicode(value), at, value, "Unicode without the character 0")
     return value
 
 
 def _expect(holds: bool, what: str, got: Any, expected: str) -> None:
     if not holds:
-        raise UserError(f"{what} is {got!r}; expected {expected}")
+        raise UserError(f"{what} is {got!r:.200}; expected {expected}")

@@ -8,17 +8,20 @@ A dense model is written as `olmo2` (which has no router: its one row has no inf
 Names checked against transformers 5.23 (`models/olmo2`, `models/flex_olmo`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field
 
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import LARGEST, ModelConfig
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, init_params
+from flexolmo_jax.storage.untrusted import conform
 
 Architecture = Literal["olmo2", "flex_olmo"]
 
@@ -36,8 +39,43 @@ FIXED: dict[str, Any] = {
 }
 
 
+BLOCKS = 1 << 15  # FFNs of all layers and experts: a model's description has room for the digests of fewer
 TILE = 256  # rows and columns
 TOGETHER = "check that config.json and the weights belong together"
+
+
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeParameters:
+    rope_type: Literal["default"] = "default"
+    rope_theta: Positive | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Olmo2Fields:
+    """What is read of a `config.json`, beside `model_type` and FIXED."""
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    hidden_size: Annotated[int, Field(ge=1, le=LARGEST["d_model"])]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=LARGEST["n_layers"])]
+    num_attention_heads: Annotated[int, Field(ge=1, le=LARGEST["n_heads"])]
+    num_key_value_heads: Annotated[int, Field(ge=1, le=LARGEST["n_kv_heads"])] | None = None
+    intermediate_size: Annotated[int, Field(ge=1, le=LARGEST["d_ffn"])]
+    max_position_embeddings: Annotated[int, Field(ge=1, le=LARGEST["max_seq_len"])]
+    rms_norm_eps: Positive
+    initializer_range: Positive | None = None
+    rope_theta: Positive | None = None  # of transformers 4
+    rope_parameters: RopeParameters | None = None  # of transformers 5
+    head_dim: int | None = None
+    tie_word_embeddings: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlexOlmoFields(Olmo2Fields):
+    num_experts: Annotated[int, Field(ge=1, le=LARGEST["n_experts"])]
+    num_experts_per_tok: Annotated[int, Field(ge=1, le=LARGEST["n_active"])]
 
 
 class Entry(NamedTuple):
@@ -138,29 +176,40 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     FlexOlmo has no router bias, so the result has none either.
     """
     kind = hf_config.get("model_type")
-    if kind not in CLASSES:
-        raise UserError(f"model_type is {kind!r}; expected one of {', '.join(CLASSES)}; other architectures cannot be imported")
+    if not isinstance(kind, str) or kind not in CLASSES:
+        raise UserError(f"model_type is {kind!r:.80}; expected one of {', '.join(CLASSES)}; other architectures cannot be imported")
     for key, value in FIXED.items():
         if hf_config.get(key, value) != value:
-            raise UserError(f"{key} is {hf_config[key]!r}; expected {value!r}; a model with another value cannot be imported")
-    heads = _positive(hf_config, "num_attention_heads")
+            raise UserError(f"{key} is {hf_config[key]!r:.80}; expected {value!r}; a model with another value cannot be imported")
+    schema = FlexOlmoFields if kind == "flex_olmo" else Olmo2Fields
+    fields = {field.name: hf_config[field.name] for field in dataclasses.fields(schema) if field.name in hf_config}
+    try:
+        conform(schema, fields)
+    except ValueError as error:
+        raise UserError(f"{error}, in config.json; such a model cannot be imported") from None
+    experts = fields.get("num_experts", 1)
+    if (blocks := fields["num_hidden_layers"] * experts) > BLOCKS:
+        raise UserError(f"num_hidden_layers x num_experts is {blocks}; expected at most {BLOCKS}; such a model cannot be imported")
+    theta = (fields.get("rope_parameters") or {}).get("rope_theta") or fields.get("rope_theta")
+    if theta is None:
+        raise UserError("rope_theta is missing from config.json; expected it in every OLMo 2 or FlexOlmo config; add it")
     config = ModelConfig(
-        vocab_size=_positive(hf_config, "vocab_size"),
-        d_model=_positive(hf_config, "hidden_size"),
-        n_layers=_positive(hf_config, "num_hidden_layers"),
-        n_heads=heads,
-        n_kv_heads=heads if hf_config.get("num_key_value_heads") is None else _positive(hf_config, "num_key_value_heads"),
-        d_ffn=_positive(hf_config, "intermediate_size"),
-        n_experts=_positive(hf_config, "num_experts") if kind == "flex_olmo" else 1,
-        n_active=_positive(hf_config, "num_experts_per_tok") if kind == "flex_olmo" else 1,
+        vocab_size=fields["vocab_size"],
+        d_model=fields["hidden_size"],
+        n_layers=fields["num_hidden_layers"],
+        n_heads=fields["num_attention_heads"],
+        n_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
+        d_ffn=fields["intermediate_size"],
+        n_experts=experts,
+        n_active=fields.get("num_experts_per_tok", 1),
         router_bias=kind != "flex_olmo",
-        rope_theta=_rope_theta(hf_config),
-        norm_eps=float(_present(hf_config, "rms_norm_eps")),
-        init_std=float(hf_config.get("initializer_range", ModelConfig.init_std)),
-        max_seq_len=_positive(hf_config, "max_position_embeddings"),
+        rope_theta=float(theta),
+        norm_eps=float(fields["rms_norm_eps"]),
+        init_std=float(fields.get("initializer_range") or ModelConfig.init_std),
+        max_seq_len=fields["max_position_embeddings"],
     )
     config.check()
-    head_size = hf_config.get("head_dim")
+    head_size = fields.get("head_dim")
     if head_size is not None and head_size != config.d_head:
         raise UserError(f"head_dim is {head_size!r}; expected {config.d_head} (hidden_size / num_attention_heads); it cannot be imported")
     return config
@@ -242,28 +291,6 @@ def _check_tensors(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) ->
 
 def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _rope_theta(hf_config: Mapping[str, Any]) -> float:
-    """Theta of plain rotary positions, as transformers 5 (`rope_parameters`) or 4 (`rope_theta`) writes it."""
-    rope = hf_config.get("rope_parameters") or {"rope_theta": _present(hf_config, "rope_theta")}
-    extra = sorted(set(rope) - {"rope_type", "rope_theta"})
-    if rope.get("rope_type", "default") != "default" or extra:
-        raise UserError(f"rope_parameters is {rope!r}; expected rope_type 'default' and rope_theta; scaling cannot be imported")
-    return float(_present(rope, "rope_theta"))
-
-
-def _positive(tree: Mapping[str, Any], key: str) -> int:
-    value = _present(tree, key)
-    if not isinstance(value, int) or value <= 0:
-        raise UserError(f"{key} is {value!r}; expected a positive whole number; correct config.json")
-    return value
-
-
-def _present(tree: Mapping[str, Any], key: str) -> Any:
-    if tree.get(key) is None:
-        raise UserError(f"{key} is missing from config.json; expected it in every OLMo 2 or FlexOlmo config; add it")
-    return tree[key]
 
 
 def _at(params: Params, path: Sequence[str]) -> Any:

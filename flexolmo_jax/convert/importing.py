@@ -5,16 +5,17 @@ without an index, one matrix an expert or, as transformers 5 holds them in memor
 """
 
 import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
+from pydantic import Field
 
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
@@ -26,14 +27,16 @@ from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.files import check_new, clear, new_directory
-from flexolmo_jax.storage.paths import children, reason
-from flexolmo_jax.storage.tensorfile import TensorFile
+from flexolmo_jax.storage.paths import absolute, children, reason
+from flexolmo_jax.storage.tensorfile import SIGNS_LIMIT, TensorFile
+from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 from flexolmo_jax.storage.weights import Layout, Writer
 
 from .huggingface import CLASSES, TOGETHER, Entry, key_table, model_config, some, transposed
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TENSORS = 1 << 17  # more than one model has, in however many files
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -77,6 +80,13 @@ def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     return open_artifact(out)
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What is read of INDEX."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$")]]
+
+
 class _Source(NamedTuple):
     """Where the values of one entry of the key table lie."""
 
@@ -100,11 +110,13 @@ class _Checkpoint:
         self._directory = directory
         self._files: dict[str, TensorFile] = {}  # by tensor
         for path in _tensor_files(directory):
-            file = opened.enter_context(TensorFile(path, with_metadata=True))
+            file = opened.enter_context(TensorFile(absolute(path), with_metadata=True))  # a hub's cache is of links
             for name in file.entries:
                 if name in self._files:
                     raise UserError(f"{name} is in {self._files[name].path} and in {path}; remove the file that does not belong there")
                 self._files[name] = file
+            if len(self._files) > TENSORS:
+                raise UserError(f"{directory} has more than {TENSORS} tensors; expected those of an OLMo 2 or FlexOlmo model")
         dtypes = {str(file.entries[name].dtype): name for name, file in self._files.items()}
         if len(dtypes) != 1:
             found = " and ".join(f"{name} is {dtype}" for dtype, name in sorted(dtypes.items())) or "no tensors"
@@ -115,12 +127,13 @@ class _Checkpoint:
         """By our leaf's path, in the order of its index. Raises UserError naming tensors that are missing, too many or of another shape."""
         found: dict[str, list[_Source]] = defaultdict(list)
         missing, used = [], set()
+        experts = 1 + max((entry.index[1] for entry in table if len(entry.index) == 2), default=0)
         for entry in table:
             name, start, shape = entry.name, 0, entry.shape
             if tied and name == HEAD and name not in self._files:
                 name = EMBEDDING
             elif name not in self._files:
-                name, start, shape = _fused(entry, table) or (name, start, shape)
+                name, start, shape = _fused(entry, experts) or (name, start, shape)
             if name not in self._files:
                 missing.append(entry.name)
                 continue
@@ -135,17 +148,16 @@ class _Checkpoint:
         return found
 
 
-def _fused(entry: Entry, table: Sequence[Entry]) -> tuple[str, int, tuple[int, ...]] | None:
+def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | None:
     """The tensor of all experts of a layer that this one is a part of: its name, where the part starts, and its shape."""
     match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", entry.name)
     if not match:
         return None
     at, expert, kind = match[1], int(match[2]), match[3]
-    E = sum(other.name.startswith(f"{at}.") for other in table) // 3
     rows, columns = entry.shape
     if kind == "down":
-        return f"{at}.down_proj", expert * rows * columns, (E, rows, columns)
-    return f"{at}.gate_up_proj", (2 * expert + (kind == "up")) * rows * columns, (E, 2 * rows, columns)  # gate on top of up
+        return f"{at}.down_proj", expert * rows * columns, (experts, rows, columns)
+    return f"{at}.gate_up_proj", (2 * expert + (kind == "up")) * rows * columns, (experts, 2 * rows, columns)  # gate on top of up
 
 
 def _write(
@@ -211,10 +223,12 @@ def _tensor_files(directory: Path) -> list[Path]:
     found = [name for name in present if name.endswith(".safetensors")]
     expected = found
     if INDEX in present:
-        weights = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weights, dict) or not all(isinstance(name, str) and name == Path(name).name for name in weights.values()):
-            raise UserError(f"{directory / INDEX} has no weight_map from tensors to files beside it; download it again")
-        expected = sorted(set(weights.values()))
+        weights: dict[str, Any] = {"weight_map": _read_json(directory / INDEX).get("weight_map")}
+        try:
+            conform(_Index, weights)
+        except ValueError as error:
+            raise UserError(f"{directory / INDEX} has no weight_map from tensors to files beside it ({error}); download it again") from None
+        expected = sorted(set(weights["weight_map"].values()))
     elif found and (match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", found[0])):
         expected = [f"{match[1]}-{i:05}-of-{match[2]}.safetensors" for i in range(1, int(match[2]) + 1)]
     if missing := sorted(set(expected) - set(found)):
@@ -231,11 +245,11 @@ def _tensor_files(directory: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text("utf-8"))
+        fields = parse_json(read_bytes(absolute(path)), SIGNS_LIMIT)
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}; expected the directory of a Hugging Face checkpoint") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error!s:.80}; download it again") from None
+        raise UserError(f"{path} is not JSON: {error!s:.120}; download it again") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not an object of JSON; download it again")
     return fields

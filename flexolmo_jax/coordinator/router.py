@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.config import RunConfig, read_yaml, resolve, says
+from flexolmo_jax.config import RunConfig, resolve, says, section_of
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.plain_yaml import read_yaml
 from flexolmo_jax.storage.files import WAYS, check_new, is_whole
 from flexolmo_jax.storage.paths import absolute, path_of
 from flexolmo_jax.train.loop import Job, train
@@ -57,7 +58,7 @@ def tune(
     sources: list[dict[str, Any]] = [{"path": str(path), "name": name, "weight": 1.0} for name, path in proxies.items()]
     sources += [{"path": str(path), "weight": 1.0 / len(public)} for path in public]
     tree |= {"run": "router", "router": {"model": str(start)}}
-    tree["data"] = {"seq_len": min(1024, model.config.max_seq_len)} | (tree.get("data") or {}) | {"train": sources, "eval": []}
+    tree["data"] = {"seq_len": min(1024, model.config.max_seq_len)} | section_of(tree, "data") | {"train": sources, "eval": []}
     run = resolve(tree, overrides)  # every mistake in the config shows before any document is read
     for path in (*proxies.values(), *public):
         has_documents(path)  # raises where there is nothing at all

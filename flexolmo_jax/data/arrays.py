@@ -4,7 +4,8 @@ A bucket takes tens of milliseconds to answer, whatever is asked for; records ar
 nothing is kept: memory holds the records that somebody waits for.
 """
 
-import io
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import in_bucket, read_range, size_of
+from flexolmo_jax.storage.paths import absolute, in_bucket, open_regular, read_range, size_of
 
 AT_ONCE = 64  # records that are asked of a bucket at the same time
 MAGIC = b"\x93NUMPY"
-_HEADER = 1 << 16  # bytes at most of a header, which NumPy makes 128
+_HEADER = 1 << 12  # bytes at most of a header, which NumPy makes 128
+_FIELDS = re.compile(
+    rb"\{'descr': '(?P<dtype>[<>|][a-z]\d{1,2})', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>|\d{1,15},|\d{1,15}(, \d{1,15}){1,7},?)\),? *\} *\n"
+)
 
 
 class Header(NamedTuple):
@@ -58,14 +63,33 @@ def map_array(file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...]) -
     return BucketArray(file, dtype, start, shape) if in_bucket(file) else np.memmap(file, dtype, "r", start, shape)
 
 
-def read_header(file: Path) -> Header | None:
-    """Of a .npy; None where the file does not begin like one. Raises OSError, or ValueError for one that is damaged or cut off."""
-    beginning = io.BytesIO(read_range(file, 0, min(_HEADER, size_of(file))))
-    if beginning.getvalue()[: len(MAGIC)] != MAGIC:
+def read_header(file: Path) -> tuple[Header | None, int]:
+    """Of a .npy, None where the file does not begin like one; and the file's bytes.
+
+    Raises OSError for what is no regular file (nor a link to one), ValueError for a header that is damaged or cut off.
+    """
+    if in_bucket(file):
+        return parse_header(read_range(file, 0, _HEADER)), size_of(file)
+    with open_regular(absolute(file)) as opened:
+        return parse_header(opened.read(_HEADER)), os.fstat(opened.fileno()).st_size
+
+
+def parse_header(beginning: bytes) -> Header | None:
+    """As `read_header`, of bytes that a file begins with. NumPy's own reader evaluates the header, and warns of what it guesses."""
+    if not beginning.startswith(MAGIC):
         return None
-    version = np.lib.format.read_magic(beginning)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return Header(*read(beginning), beginning.tell())
+    width = 2 if beginning[6:7] == b"\1" else 4  # bytes that the length of the header takes, by the version of the format
+    start = 8 + width + int.from_bytes(beginning[8 : 8 + width], "little")
+    text = beginning[8 + width : start]
+    fields = _FIELDS.fullmatch(text)
+    if len(beginning) < start or fields is None:
+        raise ValueError(f"its header is {text[:80]!r}")
+    shape = tuple(int(size) for size in fields["shape"].split(b",") if size.strip())
+    try:
+        dtype = np.dtype(fields["dtype"].decode())
+    except TypeError:
+        raise ValueError(f"its values are {fields['dtype']!r}") from None
+    return Header(shape, fields["fortran"] == b"True", dtype, start)
 
 
 def read_records(get: Callable[[int], dict[str, np.ndarray]], indices: Sequence[int], *, at_once: bool) -> Iterator[dict[str, np.ndarray]]:

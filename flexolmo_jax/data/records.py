@@ -12,41 +12,51 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import numpy as np
+from pydantic import Field
 
+from flexolmo_jax.config import LARGEST
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import write_bytes
-from flexolmo_jax.storage.paths import absolute, open_to_read, path_of, reason, size_of
+from flexolmo_jax.storage.paths import absolute, open_regular, path_of, reason
+from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 FORMAT = 1
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Record = dict[str, np.ndarray]  # "tokens" and "segments", int32 [T]
 
+FILES = r"^((train|heldout)\.(tokens|segments)\.npy|tokenizer\.json)$"
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Token = Annotated[int, Field(ge=0, lt=2**24)]
+Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_SIGNS = 1 << 18  # commas and brackets of an index: one of 60,000 input files has as many
+
 
 @dataclass(frozen=True)
 class SplitIndex:
     """What a split holds. `scored_bytes`: UTF-8 bytes of exactly the scored tokens; `fill`: the share that is not padding."""
 
-    records: int
-    documents: int
-    tokens: int
-    scored_tokens: int
-    scored_bytes: int
-    fill: float
+    records: Count
+    documents: Count
+    tokens: Count
+    scored_tokens: Count
+    scored_bytes: Count
+    fill: Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class InputFile:
     """A file that documents were read from; its name without the path, which is nobody else's business."""
 
-    name: str
-    bytes: int
-    sha256: str
+    name: Name
+    bytes: Count
+    sha256: Digest
 
 
 @dataclass(frozen=True)
@@ -54,27 +64,28 @@ class Index:
     """The content of `index.json`."""
 
     format: int
-    name: str
-    seq_len: int
-    tokenizer_digest: str
-    vocab_size: int
-    eos_id: int
-    pad_id: int
-    heldout: float
-    splits: dict[str, SplitIndex]
+    name: Name
+    seq_len: Annotated[int, Field(ge=2, le=LARGEST["max_seq_len"])]
+    tokenizer_digest: Digest
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    eos_id: Token
+    pad_id: Token
+    heldout: Annotated[float, Field(ge=0, lt=1)]
+    splits: dict[Split, SplitIndex]
     inputs: list[InputFile]
-    duplicates_removed: int
-    empty_removed: int
-    files: dict[str, str]  # SHA-256 of every other file in the directory
+    duplicates_removed: Count
+    empty_removed: Count
+    files: dict[Annotated[str, Field(pattern=FILES)], Digest]  # SHA-256 of every other file in the directory
 
     @classmethod
     def read(cls, path: Path) -> "Index":
         """The index of a prepared directory. Raises UserError where there is none or it is not one of ours."""
         file = path / INDEX_FILE
         try:
-            fields = json.loads(file.read_text("utf-8"))
-            if fields["format"] != FORMAT:
-                raise UserError(f"{file} has format {fields['format']}, this version reads {FORMAT}: prepare the data again")
+            fields = parse_json(read_bytes(file), _SIGNS)
+            if isinstance(fields, dict) and type(found := fields.get("format")) is int and found != FORMAT:
+                raise UserError(f"{file} has format {found!s:.20}, this version reads {FORMAT}: prepare the data again")
+            conform(cls, fields)
             fields["splits"] = {split: SplitIndex(**fields["splits"][split]) for split in SPLITS}
             fields["inputs"] = [InputFile(**entry) for entry in fields["inputs"]]
             return cls(**fields)
@@ -83,8 +94,8 @@ class Index:
             raise UserError(message) from error
         except OSError as error:
             raise UserError(f"cannot read {file}: {reason(error)}") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file} is damaged or not an index of prepared data: prepare the data again") from error
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{file} is damaged or not an index of prepared data ({error!s:.200}): prepare the data again") from error
 
     def write(self, path: Path) -> None:
         """Writes `index.json` into a directory."""
@@ -140,7 +151,7 @@ class Records:
         file = self.path / f"{self.split}.{kind}.npy"
         shape = (self.stats.records, self.seq_len)
         try:
-            header, size = read_header(file), size_of(file)
+            header, size = read_header(file)
         except OSError as error:
             raise UserError(f"cannot read {file}: {reason(error)}; prepare the data again") from error
         except ValueError as error:
@@ -189,7 +200,7 @@ def scored_targets(tokens: np.ndarray, segments: np.ndarray, eos_id: int) -> np.
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file, in hex. Raises UserError where it cannot be read."""
     try:
-        with open_to_read(file) as opened:
+        with open_regular(absolute(file)) as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"cannot read {file}: {reason(error)}") from error

@@ -19,7 +19,7 @@ from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.records import Record, Records, Split, token_dtype
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import files_below, path_of, reason, size_of
+from flexolmo_jax.storage.paths import files_below, path_of, reason
 
 SUFFIXES = (".npy", ".bin")
 _SAMPLE = 1 << 16  # tokens of each file that are looked at when it is opened
@@ -88,7 +88,7 @@ def _files(path: Path) -> list[Path]:
 def _map(file: Path, vocab_size: int) -> np.ndarray | BucketArray:
     dtype = np.dtype(token_dtype(vocab_size))
     try:
-        header, size = read_header(file), size_of(file)
+        header, size = read_header(file)
     except OSError as error:
         raise UserError(f"cannot read {file}: {reason(error)}; is the file complete?") from error
     except ValueError as error:

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
-from flexolmo_jax.config import to_dict
+from flexolmo_jax.config import load_config, to_dict
 from flexolmo_jax.data.documents import HELDOUT, name_of, read_training_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
@@ -114,7 +113,7 @@ def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path) -> np.
     anchor = open_anchor(anchor_path)
     if out.exists():
         raise UserError(f"{out} exists; give a new file")
-    row = domain_embedding(load_embedder(anchor.path / "embedder"), _documents(documents))
+    row = domain_embedding(load_embedder(anchor.path / "embedder", anchor.config.d_model), _documents(documents))
     content = io.BytesIO()
     np.save(content, row)
     write_bytes(out, content.getvalue())
@@ -128,4 +127,4 @@ def _documents(paths: Sequence[Path], heldout: float = HELDOUT) -> Iterator[str]
 
 def _trained_seq_len(path: Path) -> int | None:
     config = path / "config.yaml"
-    return yaml.safe_load(config.read_text())["data"]["seq_len"] if config.exists() else None
+    return load_config(config).data.seq_len if config.exists() else None

@@ -20,18 +20,24 @@ import io
 import json
 import math
 import re
+import struct
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import Field
 
+from flexolmo_jax.config import LARGEST
+from flexolmo_jax.data.arrays import parse_header
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import progress
 from flexolmo_jax.storage.files import write_bytes
+from flexolmo_jax.storage.paths import reason
+from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 FORMAT = 1  # of embedder.json and embedder.npz
 PROJECTION_SEED = 2507_07024  # the paper's arXiv number; part of the format, the same for everybody
@@ -41,9 +47,23 @@ FIT_DOCUMENTS = 20_000  # vocabulary and idf hardly move after this many
 MAX_CHARACTERS = 8000  # of a document; a text's subject shows early, and this bounds the time for books
 WIDE = 1024  # dimensions of TF-IDF vectors that texts are told apart by
 CHUNK = 256  # documents embedded between two steps of the progress bar
+ROOM = 4096  # bytes at most of embedder.npz that are no values
+SIGNS = 1 << 18  # commas and brackets of embedder.json, words' own among them
 
 # Runs of letters, runs of digits, and every other visible character on its own: no visible text is without tokens.
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What embedder.json holds."""
+
+    format: int
+    projection_seed: int
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    version: Annotated[str, Field(max_length=1000)]
+    dim: Annotated[int, Field(ge=1, le=LARGEST["d_model"])]
+    words: Annotated[list[str], Field(max_length=VOCABULARY)] | None = None
 
 
 class Embedder(Protocol):
@@ -75,27 +95,27 @@ def fit_embedder(kind: str, public_texts: Iterable[str], dim: int) -> Embedder:
     return _fit_tfidf(public_texts, dim) if kind == "tfidf" else _encoder(kind, dim)
 
 
-def load_embedder(directory: Path) -> Embedder:
-    """The embedder that `save` wrote into a directory, ready to embed.
+def load_embedder(directory: Path, dim: int | None = None) -> Embedder:
+    """The embedder that `save` wrote into a directory, ready to embed; `dim` is the anchor's d_model, which it must be for.
 
     Raises UserError when a file is missing or damaged, or when the package here is missing or not the version that was published.
     """
     path = directory / "embedder.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        name, version, dim = (saved[key] for key in ("name", "version", "dim"))
-        form = saved["format"], saved["projection_seed"]
-        if not (isinstance(name, str) and isinstance(dim, int)):
-            raise TypeError(f"name {name!r}, dim {dim!r}")
+        saved = parse_json(read_bytes(path), SIGNS)
+        if isinstance(saved, dict) and (form := (saved.get("format"), saved.get("projection_seed"))) != (FORMAT, PROJECTION_SEED):
+            expected = f"this flexolmo-jax reads {(FORMAT, PROJECTION_SEED)}; install the version that published the anchor"
+            raise UserError(f"{path} has (format, projection seed) {form!r:.80}, {expected}")
+        conform(_Saved, saved)
     except FileNotFoundError:
         raise UserError(f"no embedder in {directory}: embedder.json is missing; expected a published anchor") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a saved embedder ({error!r}); fetch the anchor again") from None
-    if form != (FORMAT, PROJECTION_SEED):
-        expected = f"this flexolmo-jax reads {(FORMAT, PROJECTION_SEED)}; install the version that published the anchor"
-        raise UserError(f"{path} has (format, projection seed) {form}, {expected}")
-    embedder = _load_tfidf(path, saved) if name == "tfidf" else _encoder(name, dim)
-    if embedder.version != version or embedder.dim != dim:
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a saved embedder ({reason(error):.200}); fetch the anchor again") from None
+    name, version = saved["name"], saved["version"]
+    if dim is not None and saved["dim"] != dim:
+        raise UserError(f"{path} is of an embedder for d_model {saved['dim']}; the anchor has {dim}; fetch it again")
+    embedder = _load_tfidf(path, saved) if name == "tfidf" else _encoder(name, saved["dim"])
+    if embedder.version != version:
         remedy = "fetch the anchor again" if name == "tfidf" else "install the published version"
         raise UserError(f"the embedder {name!r} here is {embedder.version}, the anchor was published with {version}; {remedy}")
     return embedder
@@ -219,17 +239,40 @@ def _fit_tfidf(public_texts: Iterable[str], dim: int) -> TfidfEmbedder:
 
 def _load_tfidf(path: Path, saved: dict[str, Any]) -> TfidfEmbedder:
     arrays = path.with_name("embedder.npz")
+    words, dim = tuple(saved.get("words") or ()), saved["dim"]
+    rows, width = len(words) + BUCKETS, -(-dim // 8)
     try:
-        with np.load(io.BytesIO(arrays.read_bytes())) as file:
-            idf, signs = file["idf"], file["signs"]
-        words, dim = tuple(str(word) for word in saved["words"]), saved["dim"]
-        if idf.ndim != 1 or len(idf) <= len(words) or signs.shape != (len(idf), -(-dim // 8)):
-            raise ValueError(f"shapes {idf.shape}, {signs.shape} for {len(words)} words and dimension {dim}")
-        return TfidfEmbedder(dim, words, idf.astype(np.float32), signs)
+        content = read_bytes(arrays, rows * (4 + width) + ROOM)
+        _check_directory(content)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            idf = _read_member(archive, "idf.npy", np.dtype("<f4"), (rows,))
+            signs = _read_member(archive, "signs.npy", np.dtype(np.uint8), (rows, width))
+        if not np.isfinite(idf).all():
+            raise ValueError("weights that are not finite")
+        return TfidfEmbedder(dim, words, idf, signs)
     except FileNotFoundError:
         raise UserError(f"{arrays} is missing beside embedder.json; fetch the anchor again") from None
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{arrays} is not the TF-IDF embedder of embedder.json ({error}); fetch the anchor again") from None
+    except (ValueError, KeyError, OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
+        raise UserError(f"{arrays} is not the TF-IDF embedder of embedder.json ({error!s:.200}); fetch the anchor again") from None
+
+
+def _check_directory(archive: bytes) -> None:
+    """Raises ValueError unless a zip file ends in a directory of two members: zipfile takes half a kilobyte for each that there is."""
+    signature, *_, members, size, _, comment = struct.unpack("<4s4H2LH", archive[-22:].rjust(22))
+    if (signature, members, comment) != (b"PK\x05\x06", 2, 0) or size > ROOM or archive[-42:-38] == b"PK\x06\x07":
+        raise ValueError("no zip file of two arrays")
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array that lies in a zip file as it is, not compressed, so that it is no larger than the file."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+        raise ValueError(f"{name} is compressed")
+    content = archive.read(member)
+    header = parse_header(content[:ROOM])
+    if header is None or header[:3] != (shape, False, dtype) or len(content) != header.start + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} is no array of {dtype} {list(shape)}")
+    return np.frombuffer(content, dtype, offset=header.start).reshape(shape)
 
 
 def _encoder(name: str, dim: int) -> EncoderEmbedder:

@@ -24,9 +24,10 @@ from pydantic import Field
 
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.plain_yaml import parse_yaml
 from flexolmo_jax.storage.files import write_together
 from flexolmo_jax.storage.paths import absolute, children, open_regular, reason
-from flexolmo_jax.storage.untrusted import conform, parse_json, parse_yaml, read_bytes
+from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 ALGORITHM = "ed25519"
 PUBLIC = ".pub"
@@ -198,7 +199,7 @@ def _spelled(public: str, signature: str) -> bytes:
 
 def _read_policy(path: Path, keys: set[str]) -> dict[str, Rule]:
     try:
-        rules = parse_yaml(read_bytes(absolute(path), POLICY_LIMIT))
+        rules = parse_yaml(read_bytes(absolute(path), POLICY_LIMIT), strings=True)
         conform(Policy, {"rules": rules})
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no policy: {reason(error):.200}; expected lines as `key: {{names: [...], owners: [...]}}`") from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.config import read_yaml, resolve, says
+from flexolmo_jax.config import resolve, says, section_of
 from flexolmo_jax.data.documents import document_files, has_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import Index, InputFile, open_records, sha256_of
@@ -15,6 +15,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.exchange.signature import load_key
+from flexolmo_jax.plain_yaml import read_yaml
 from flexolmo_jax.storage.files import check_new, is_whole, remove_if_empty
 from flexolmo_jax.storage.paths import bucket_of, in_bucket, size_of
 
@@ -57,8 +58,8 @@ def contribute(
             raise UserError(f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a directory of them)")
     tree: dict[str, Any] = read_yaml(config) if config else {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
     pair = {"anchor": str(anchor_path), "name": name}
-    tree |= {"run": "pair", "pair": (tree.get("pair") or {}) | pair}
-    data = {"seq_len": Index.read(anchor.path / "public").seq_len} | (tree.get("data") or {})
+    tree |= {"run": "pair", "pair": section_of(tree, "pair") | pair}
+    data = {"seq_len": Index.read(anchor.path / "public").seq_len} | section_of(tree, "data")
     tree["data"] = data | {"train": [{"path": str(work / "data"), "name": name}], "eval": []}
     run = resolve(tree, overrides)  # every mistake in the config shows before any document is read
     assert run.pair is not None

@@ -10,11 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from flexolmo_jax.artifact import Artifact, open_artifact
-from flexolmo_jax.config import Dataset, RunConfig, resolve, to_dict
+from flexolmo_jax.config import Dataset, RunConfig, load_config, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
@@ -52,7 +51,7 @@ def package(source: Path, out: Path, which: str = "last", sign_key: Path | None 
     run = open_artifact(source)
     if not run.is_pair:
         raise UserError(f"{source} is not a pair's run; a contribution is made of one")
-    config = resolve(yaml.safe_load((source / "config.yaml").read_text()))
+    config = load_config(source / "config.yaml")
     assert config.pair is not None
     anchor = open_anchor(run.base().path)
     dtype = anchor.dtype

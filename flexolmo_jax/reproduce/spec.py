@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.config import RunConfig, build, read_yaml, resolve
+from flexolmo_jax.config import RunConfig, build, resolve
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.plain_yaml import read_yaml
 
 
 @dataclasses.dataclass(frozen=True)

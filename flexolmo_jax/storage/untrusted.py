@@ -76,28 +76,6 @@ def parse_json(text: bytes | str, signs: int | None = None) -> Any:
     return value
 
 
-def parse_yaml(text: bytes) -> Any:
-    """YAML of mappings, lists and strings, as `no` and `1` are too. Raises ValueError for anything else, and for a key given twice."""
-    import yaml
-
-    class Plain(yaml.BaseLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise ValueError("it has an alias (*name); write what it stands for")  # a few lines of them are gigabytes
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            found = super().construct_mapping(node, deep)
-            if len(found) != len(node.value):
-                raise ValueError("a key is given twice")
-            return found
-
-    try:
-        return yaml.load(text.decode("utf-8"), Plain)  # it makes nothing but strings, lists and dicts
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"it is not YAML: {' '.join(str(error).split())[:120]}") from None
-
-
 def conform(schema: type, value: Any) -> None:
     """Raises ValueError, in one line, unless a value of JSON's types is what a dataclass says: its keys and no others, types, bounds.
 

@@ -18,11 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import yaml
 from jax.sharding import Mesh
 
 from flexolmo_jax.artifact import DESCRIPTION, Placement, describe, open_artifact, write_description
-from flexolmo_jax.config import ModelConfig, RunConfig, check_microbatch, dump_yaml, to_dict
+from flexolmo_jax.config import ModelConfig, RunConfig, check_microbatch, dump_yaml, load_config, to_dict
 from flexolmo_jax.data.mixture import Batches
 from flexolmo_jax.data.records import Record, loss_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -265,7 +264,7 @@ def _make_or_check(job: Job, out: Path) -> None:
             job.tokenizer.save(directory / "tokenizer.json")
             write_text(directory / "config.yaml", dump_yaml(job.config))
         return
-    before, now = (_identity(config) for config in (yaml.safe_load(path.read_text()), to_dict(job.config)))
+    before, now = (_identity(config) for config in (to_dict(load_config(path)), to_dict(job.config)))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise UserError(f"{out} holds a run with another {', '.join(changed)}; give a new --out, or the config it was started with")

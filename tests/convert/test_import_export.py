@@ -249,7 +249,7 @@ def bad(name: str):
         "no config": (lambda directory: (directory / "config.json").unlink(), "cannot read .*config.json"),
         "no JSON": (lambda directory: (directory / "config.json").write_text("{"), "is not JSON"),
         "no tokenizer": (lambda directory: (directory / "tokenizer.json").unlink(), "tokenizer.json"),
-        "rope scaling": (setting("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters is"),
+        "rope scaling": (setting("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters"),
         "attention bias": (setting("attention_bias", True), "attention_bias is True"),
         "activation": (setting("hidden_act", "gelu"), "hidden_act is 'gelu'"),
         "top k": (setting("norm_topk_prob", True), "norm_topk_prob is True"),
