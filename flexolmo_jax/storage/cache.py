@@ -14,7 +14,7 @@ _one_at_a_time = threading.Lock()
 
 
 def cache_folder(name: str = "", on_disk: bool = False) -> Path:
-    """`$FLEXOLMO_CACHE`, where it is set (to a bucket: unless it must be `on_disk`); else ~/.cache/flexolmo-jax, or its folder of this name.
+    """`$FLEXOLMO_CACHE`, where it is set (to a bucket: unless it must be `on_disk`); else ~/.cache/flexolmo-jax, or its folder `name`.
 
     Where there is no home folder or it cannot be written, as in a container, a temporary folder takes its place, which only this user may
     read and which is removed when this process ends. A note says so.
