@@ -1,24 +1,54 @@
 """What every test stands on: eight CPU devices, no network, one compilation cache, and shapes checked at run time.
 
-The environment is set before JAX is first imported, and as environment variables, so that processes a test starts inherit it.
+It stands on nothing else: not on what lies in the working tree (`make demo` leaves its folder there), in the home folder or in the user's
+environment, nor on another test; `--shuffle SEED` runs them in another order. The environment is set before JAX is first imported, and as
+environment variables, so that processes a test starts inherit it.
 """
 
 import os
 import pathlib
 import platform
+import random
+import tempfile
+from collections.abc import Iterator
 
 import jaxtyping
+import pytest
 
 # Packages whose annotations (dtypes and shapes of arrays too) are checked at every call in tests. They must not be imported yet.
 CHECKED_AT_RUN_TIME = ("flexolmo_jax.model",)
+# What tells the program that it has peers, as in a shell of a pod or of Slurm: it would wait for them.
+PEERS = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    "SLURM_NTASKS",
+    "TPU_WORKER_HOSTNAMES",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+for name in PEERS:
+    os.environ.pop(name, None)
 
-# Compiled programs are kept between runs. The folder is one machine's own: they hold instructions that another CPU may lack.
-_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "flexolmo-jax" / platform.node()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
+
+def compiled() -> str:
+    """Where compiled programs are kept between runs: one machine's own, as they hold instructions that another CPU may lack."""
+    try:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "flexolmo-jax" / platform.node()
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return str(cache)
+    except (OSError, RuntimeError):  # no home folder, or one that cannot be written: as long as this run
+        global _compiled  # kept, as the folder goes with it; the workers of xdist inherit its name
+        _compiled = tempfile.TemporaryDirectory(prefix="flexolmo-compiled-")
+        return _compiled.name
+
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled()
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # with a limit, JAX also locks the folder against other test processes
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
@@ -28,6 +58,39 @@ jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
 pytest_plugins = ("tests.tiny", "tests.object_store")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
+    """Tests work in an empty folder and keep their caches in another one, neither in the working tree nor in the home folder. What
+    `FLEXOLMO_CACHE` was is the value."""
+    users = os.environ.get("FLEXOLMO_CACHE")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        patch.setenv("FLEXOLMO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield users
+        left = os.listdir()
+    assert left == [], "tests left these in the working directory"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="runs the files, and the tests of a file, in an order of this seed")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.getoption("--shuffle")
+    return None if seed is None else f"shuffled: the same order comes with --shuffle {seed}"
+
+
+@pytest.hookimpl(trylast=True)  # pytest itself puts together what shares a fixture
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ["JAX_PLATFORMS"] != "tpu":
         items[:] = [item for item in items if not any(mark.kwargs.get("only") for mark in item.iter_markers("tpu"))]
+    if (seed := config.getoption("--shuffle")) is not None:
+        files: dict[pathlib.Path, list[pytest.Item]] = {}
+        for item in items:
+            files.setdefault(item.path, []).append(item)
+        shuffled = random.Random(seed)
+        groups = list(files.values())
+        shuffled.shuffle(groups)
+        for group in groups:
+            shuffled.shuffle(group)
+        items[:] = [item for group in groups for item in group]

@@ -45,10 +45,10 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.storage.cache import CACHE_VARIABLE, cache_folder
 from flexolmo_jax.storage.files import UNFINISHED, clear, is_whole, locked, make_folder, new_directory, write_bytes
 from flexolmo_jax.storage.paths import absolute, in_bucket, join_objects, listing, open_to_write, path_of, reason, remove_objects, size_of
 
-CACHE_VARIABLE = "FLEXOLMO_CACHE"
 _CHUNK_CHARACTERS = 1 << 18
 _BUFFERED_RECORDS = 64
 
@@ -106,7 +106,7 @@ def open_heldout(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split = 
 def prepare_cached(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path | None = None) -> Path:
     """The prepared directory for `path`: itself where it is one, else what `prepare` makes of it, kept in a cache.
 
-    The cache is `cache`, or `$FLEXOLMO_CACHE`, or ~/.cache/flexolmo-jax; a preparation is found again by the content of the
+    The cache is `cache`, or what `cache_folder` finds; a preparation is found again by the content of the
     documents, the tokenizer and the length. Of several processes that ask at once, one prepares and the others wait. A cache may be in a
     bucket, which has no locks: there only one process may ask for what is not yet prepared.
 
@@ -125,7 +125,7 @@ def prepare_cached(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path |
     for file in document_files(path):
         key.update(f" {file.suffix} {sha256_of(file)}".encode())
     # The corpus names the directory, and the digest the one around it: what is read from it goes by the corpus's name.
-    entry = (cache or _default_cache()) / "prepared" / key.hexdigest()[:32]
+    entry = (cache or cache_folder()) / "prepared" / key.hexdigest()[:32]
     prepared = entry / name_of(path)
     try:
         make_folder(entry)
@@ -326,7 +326,3 @@ class _ArrayFile:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _default_cache() -> Path:
-    return path_of(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "flexolmo-jax")

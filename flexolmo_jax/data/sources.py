@@ -22,7 +22,6 @@ import hashlib
 import html
 import importlib.util
 import json
-import os
 import re
 import shutil
 import sqlite3
@@ -41,6 +40,7 @@ from xml.etree import ElementTree
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import progress
 from flexolmo_jax.storage import files
+from flexolmo_jax.storage.cache import cache_folder
 
 READERS_VERSION = 2  # raised when a reader or the cleaning changes what a domain holds: files of another version are made again
 INDEX_NAME = ".fetch.json"
@@ -80,8 +80,8 @@ def fetch(out: Path, domains: Sequence[str] | None = None, max_bytes: int | None
 
     Returns `{domain: {"documents": n, "bytes": n, "sources": [...], "missing": {source: reason}}}`, bytes being UTF-8 bytes of
     text. A domain that is complete already is left alone; one with a missing source is tried again. Downloads are kept in
-    `$FLEXOLMO_CACHE` or ~/.cache/flexolmo-jax/downloads. Raises UserError for an unknown domain, an `out` that is a file, or when
-    no document at all could be had.
+    `$FLEXOLMO_CACHE` or ~/.cache/flexolmo-jax/downloads, or while the command runs where neither can be (storage/cache.py). Raises
+    UserError for an unknown domain, an `out` that is a file, or when no document at all could be had.
     """
     names = list(dict.fromkeys(domains or DOMAINS))
     if unknown := [name for name in names if name not in DOMAINS]:
@@ -232,7 +232,7 @@ def _share(
     return chosen
 
 
-# --- Getting packages
+# --- Getting packages. pip and npm keep caches of their own, in the home folder, and fail where they cannot: here they lie beside ours
 
 
 def _download_all(packages: Iterable[Package]) -> tuple[dict[Package, Path], dict[Package, str]]:
@@ -256,7 +256,7 @@ def _download_all(packages: Iterable[Package]) -> tuple[dict[Package, Path], dic
 
 def download(package: Package) -> Path:
     """One package from the cache or its client, its digest checked. Raises Missing."""
-    cache = Path(os.environ.get("FLEXOLMO_CACHE") or Path.home() / ".cache" / "flexolmo-jax" / "downloads")
+    cache = cache_folder("downloads", on_disk=True)
     folder = cache / f"{package.client}-{package.name.strip('@').replace('/', '-')}-{package.version}"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_file() and (_digest(path) == package.sha256 or package.client == "apt"):
@@ -305,12 +305,14 @@ def _pip(package: Package, incoming: Path) -> None:
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     form = ["--no-binary", ":all:"] if package.form == "sdist" else ["--only-binary", ":all:", *package.tags]
     options = ["--quiet", "--no-input", "--no-deps", "--ignore-requires-python", "--require-hashes"]
+    options += ["--cache-dir", str(incoming.parent / ".pip")]
     _run([sys.executable, "-m", "pip", "download", *options, *form, "-d", str(incoming), "-r", str(requirements)], incoming)
 
 
 def _npm(package: Package, incoming: Path) -> None:
     npm = _program("npm")
-    _run([npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"], incoming)
+    options = ["--silent", "--ignore-scripts", "--logs-max=0", "--cache", str(incoming.parent / ".npm")]
+    _run([npm, "pack", *options, f"{package.name}@{package.version}"], incoming)
 
 
 def _apt(package: Package, incoming: Path) -> None:
