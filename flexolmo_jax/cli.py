@@ -13,9 +13,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from flexolmo_jax.errors import RunError, UserError
+from flexolmo_jax.errors import RunError, UserError, printable
 from flexolmo_jax.runtime.processes import ending, is_first, join
 from flexolmo_jax.storage.files import WAYS, is_disk_full
 from flexolmo_jax.storage.paths import in_bucket, is_refusal, path_of, reason
@@ -54,7 +54,7 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         if args.debug:
             raise
-        print(f"flexolmo: {told}", file=sys.stderr)
+        print(f"flexolmo: {printable(told)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flexolmo: interrupted", file=sys.stderr)
@@ -66,7 +66,7 @@ def _run(argv: Sequence[str] | None) -> int:
     elif args.json:
         print(json.dumps(result))
     elif "text" in result:
-        print(result["text"])
+        print(_for_terminal(result["text"]))
     else:
         _print(result)
     return 1 if result.get("fits") is False else 0
@@ -132,7 +132,7 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
 
     contribution = contribute(
         args.anchor, args.documents, args.name, args.out,
-        config=args.config, overrides=args.set, sign_key=args.sign_key, work=args.work,
+        config=args.config, overrides=args.set, sign_key=args.sign_key, work=args.work, allow_hub=args.allow_hub_embedder,
     )  # fmt: skip
     return {"out": str(args.out), "name": contribution.name, "training": contribution.manifest["training"]}
 
@@ -204,7 +204,14 @@ def _proxy(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.owner.proxy import select_proxies
 
     proxies = select_proxies(
-        args.anchor, args.private, args.public, args.out, share=args.share, diversity=args.diversity, heldout=args.heldout
+        args.anchor,
+        args.private,
+        args.public,
+        args.out,
+        share=args.share,
+        diversity=args.diversity,
+        heldout=args.heldout,
+        allow_hub=args.allow_hub_embedder,
     )
     return {"out": str(args.out), **proxies._asdict(), "share": proxies.share}
 
@@ -261,7 +268,7 @@ def _merged(model: Any) -> dict[str, Any]:
 def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.exchange.anchor import embed_domain
 
-    row = embed_domain(args.anchor, args.input, args.out)
+    row = embed_domain(args.anchor, args.input, args.out, allow_hub=args.allow_hub_embedder)
     return {"out": str(args.out), "dim": len(row), "norm": float((row**2).sum() ** 0.5)}
 
 
@@ -384,7 +391,7 @@ def _stream(model: Any, stream: Any, args: argparse.Namespace, options: dict[str
 
     def show(step: int, ids: Any) -> None:
         before = "" if step else args.prompt[0]  # not earlier: a mistake may still come up
-        print(before + stream.push(int(ids[0])), end="", flush=True)
+        print(_for_terminal(before + stream.push(int(ids[0]))), end="", flush=True)
 
     model.generate(args.prompt, args.max_new_tokens, on_token=show, **options)
     return {"text": stream.finish()}
@@ -394,7 +401,7 @@ def _stream(model: Any, stream: Any, args: argparse.Namespace, options: dict[str
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="flexolmo", description="One language model from organisations that do not share data.")
+    parser = _Parser(prog="flexolmo", description="One language model from organisations that do not share data.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(name: str, function: Verb, help: str, example: str, to: Any = verbs) -> argparse.ArgumentParser:
@@ -483,6 +490,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--anchor", required=True, type=path_of)
     p.add_argument("--documents", nargs="+", required=True, help="private documents; they never leave", type=path_of)
+    _add_hub(p)
     p.add_argument("--name", required=True, help="the expert's name")
     _add_sign_key(p)
     p.add_argument("--config", help="a pair's YAML; anchor, name and data are filled in", type=path_of)
@@ -574,6 +582,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--anchor", required=True, help="its embedder tells the documents apart", type=path_of)
     p.add_argument("--private", nargs="+", required=True, help="the owner's documents; they never leave", type=path_of)
+    _add_hub(p)
     p.add_argument("--public", nargs="+", required=True, help="to choose from", type=path_of)
     p.add_argument("--share", type=float, default=0.01, help="of the public documents to keep (default 0.01)")
     p.add_argument(
@@ -615,6 +624,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--anchor", required=True, type=path_of)
     p.add_argument("--input", nargs="+", required=True, type=path_of)
+    _add_hub(p)
     p.add_argument("--out", required=True, type=path_of)
 
     p = verb(
@@ -780,6 +790,10 @@ def _add_mesh(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-hub-embedder", action="store_true", help="fetch and run the hub's model that the anchor names, if it does")
+
+
 def _add_sign_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sign-key", help="the owner's private key (`flexolmo keygen` makes one)", type=_secret)
 
@@ -814,10 +828,28 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--active", type=int, metavar="K", help="experts a token uses (default: the model's)")
 
 
+def _for_terminal(text: str) -> str:
+    """A model's own words: as they are where they go to a file or a pipe; on a terminal no escape takes effect."""
+    return printable(text, keep="\n\t") if sys.stdout.isatty() else text
+
+
 def _print(result: dict[str, Any]) -> None:
     import yaml
 
-    print(yaml.safe_dump(json.loads(json.dumps(result)), sort_keys=False, allow_unicode=True), end="")
+    print(yaml.safe_dump(_printable(json.loads(json.dumps(result))), sort_keys=False, allow_unicode=True), end="")
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {printable(key): _printable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ class PairConfig(_Config):
     public: str = ""  # prepared public records; default: the sample that the anchor carries
     # The router row starts as the domain's mean embedding, at random, as the anchor's own, or as the anchor's mean hidden states.
     row: Literal["embedding", "random", "anchor", "hidden"] = "embedding"
+    allow_hub_embedder: bool = False  # whether a hub's model may be fetched and run because the anchor names it as its embedder
     beside_anchor: bool = True  # false: the expert is trained alone, as in the paper's ablation of coordination
 
     @property

@@ -66,6 +66,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("empty"))
         patch.setenv("FLEXOLMO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("verified")))
         yield users
         left = os.listdir()
     assert left == [], "tests left these in the working directory"

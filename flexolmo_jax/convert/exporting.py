@@ -14,7 +14,7 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.integrity import manifest_of
 from flexolmo_jax.loaded import LoadedModel, load
@@ -139,25 +139,27 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> st
         "tags: [flexolmo-jax]",
         "---",
         "",
-        f"# {artifact.path.name}",
+        f"# {_plain(artifact.path.name)}",
     ]
     what = "A dense model (OLMo 2)" if config.n_experts == 1 else f"A mixture of {config.n_experts} experts (FlexOlmo)"
-    lines += ["", f"{what}, exported by flexolmo-jax. Anchor: `{artifact.fingerprint or 'not published'}`.", ""]
+    lines += ["", f"{what}, exported by flexolmo-jax. Anchor: {_plain(artifact.fingerprint or 'not published')}.", ""]
     lines += ["| expert | owner | domain | licence | expires |", "|---|---|---|---|---|"]
     for name in artifact.experts:
         member = members.get(name, {})
-        lines.append("| " + " | ".join([name, *(_cell(member.get(key)) for key in ("owner", "domain", "licence", "expires"))]) + " |")
+        lines.append("| " + " | ".join(_plain(word) for word in (name, *map(member.get, ("owner", "domain", "licence", "expires")))) + " |")
     if scores:
         lines += ["", "Router biases were dropped. Bits per byte:", ""]
-        lines += [
-            f"- {name}: {_cell(', '.join(f'{d} {x:.4f}' for d, x in each.items()))}" for name, each in scores["bits_per_byte"].items()
-        ]
+        for name, each in scores["bits_per_byte"].items():
+            lines.append(f"- {name}: {', '.join(f'{_plain(d)} {x:.4f}' for d, x in each.items())}")
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: Any) -> str:
-    """Strangers' words in a table: no markup, no line of their own."""
-    return "".join(c for c in str(text or "") if c.isprintable() and c not in "|<>[]`")
+def _plain(text: Any) -> str:
+    """Strangers' words on a page: letters and digits as they are, all else as HTML's numbers, which no Markdown reads.
+
+    So nothing is markup, ends a line or a table's cell, or becomes a link by itself.
+    """
+    return "".join(c if c.isalnum() or c in " ," else f"&#{ord(c)};" for c in printable(str(text or "")))
 
 
 def _write_json(path: Path, value: Any) -> None:

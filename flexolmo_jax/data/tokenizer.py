@@ -18,7 +18,10 @@ from flexolmo_jax.data.documents import HELDOUT, document_files, read_training_d
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.files import make_folder, write_text
-from flexolmo_jax.storage.paths import children, reason, size_of
+from flexolmo_jax.storage.paths import absolute, children, reason, size_of
+from flexolmo_jax.storage.untrusted import no_panic, read_bytes
+
+from .tokenizer_file import LIMIT, read_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -47,15 +50,16 @@ class Tokenizer:
     def __init__(self, content: str, source: str = "the tokenizer"):
         """Takes the content of a tokenizer.json; `source` names it in errors. Raises UserError where it is no byte-level BPE."""
         try:
-            fields = json.loads(content)
+            fields = read_tokenizer(content)
             fields["truncation"] = fields["padding"] = None  # settings of somebody's pipeline, not of the tokenizer
             added: dict[str, dict[str, Any]] = {token["content"]: token for token in fields["added_tokens"]}
             _check_byte_level(fields, added, source)
             for name in (*EOS_NAMES, *PAD_NAMES):
                 if name in added:
                     added[name]["special"] = True  # some published files forget; as plain tokens, text could end a document
-            self._backend = Backend.from_str(json.dumps(fields))
-            vocab = self._backend.get_vocab()  # not the file's: added tokens that leave a gap in the ids are moved
+            with no_panic(source):
+                self._backend = Backend.from_str(json.dumps(fields))
+                vocab = self._backend.get_vocab()  # not the file's: added tokens that leave a gap in the ids are moved
         except UserError:
             raise
         except Exception as error:  # the backend raises bare Exception
@@ -64,7 +68,7 @@ class Tokenizer:
         eos = next((name for name in EOS_NAMES if name in added), None)
         if eos is None:
             raise UserError(f"{source} has no end-of-document token: expected an added token {' or '.join(EOS_NAMES)}")
-        self._content = content
+        self._content, self._source = content, source
         self.vocab_size: int = max(vocab.values()) + 1
         self.eos_id: int = vocab[eos]
         self.pad_id: int = vocab[next((name for name in PAD_NAMES if name in added), eos)]
@@ -81,7 +85,7 @@ class Tokenizer:
         """From a tokenizer.json or a directory with one. Raises UserError where there is none or it is no byte-level BPE."""
         file = path / TOKENIZER_FILE if path.is_dir() else path
         try:
-            return cls(file.read_text("utf-8"), str(file))
+            return cls(read_bytes(absolute(file), LIMIT).decode("utf-8"), str(file))
         except OSError as error:
             message = f"cannot read {file}: {reason(error)}; expected a tokenizer.json or a directory that holds one"
             raise UserError(message) from error
@@ -94,7 +98,9 @@ class Tokenizer:
 
     def token(self, index: int) -> str:
         """The name of a special token. Raises KeyError where there is no token of this id."""
-        if (name := self._backend.id_to_token(index)) is None:
+        with no_panic(self._source):
+            name = self._backend.id_to_token(index)
+        if name is None:
             raise KeyError(index)
         return name
 
@@ -104,11 +110,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with no_panic(self._source):
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text that token ids stand for: nothing for special tokens, U+FFFD for bytes that are no UTF-8."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        with no_panic(self._source):
+            return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 def train_tokenizer(

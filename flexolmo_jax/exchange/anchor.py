@@ -62,7 +62,7 @@ def publish(
         fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
         fitted.save(directory / "embedder")
         # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
-        row = domain_embedding(load_embedder(directory / "embedder"), _documents(public, heldout))
+        row = domain_embedding(load_embedder(directory / "embedder", allow_hub=True), _documents(public, heldout))
         arrays = artifact.arrays(checkpoint_name)
         if artifact.config.n_experts == 1:
             arrays["experts/row"] = np.broadcast_to(row, arrays["experts/row"].shape)
@@ -108,12 +108,13 @@ def open_anchor(path: Path) -> Artifact:
     return artifact
 
 
-def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path) -> np.ndarray:
-    """Writes (as .npy) and returns the mean embedding, float32 [D], of a domain by the anchor's embedder."""
+def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path, *, allow_hub: bool = False) -> np.ndarray:
+    """Writes (as .npy) and returns the mean embedding, float32 [D], of a domain by the anchor's embedder, see `load_embedder`."""
     anchor = open_anchor(anchor_path)
     if out.exists():
         raise UserError(f"{out} exists; give a new file")
-    row = domain_embedding(load_embedder(anchor.path / "embedder", anchor.config.d_model), _documents(documents))
+    embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    row = domain_embedding(embedder, _documents(documents))
     content = io.BytesIO()
     np.save(content, row)
     write_bytes(out, content.getvalue())

@@ -47,6 +47,7 @@ FIT_DOCUMENTS = 20_000  # vocabulary and idf hardly move after this many
 MAX_CHARACTERS = 8000  # of a document; a text's subject shows early, and this bounds the time for books
 WIDE = 1024  # dimensions of TF-IDF vectors that texts are told apart by
 CHUNK = 256  # documents embedded between two steps of the progress bar
+OWN = ("tfidf", "minilm")  # embedders that come with this package, or with one that is installed by hand
 ROOM = 4096  # bytes at most of embedder.npz that are no values
 SIGNS = 1 << 18  # commas and brackets of embedder.json, words' own among them
 
@@ -95,8 +96,10 @@ def fit_embedder(kind: str, public_texts: Iterable[str], dim: int) -> Embedder:
     return _fit_tfidf(public_texts, dim) if kind == "tfidf" else _encoder(kind, dim)
 
 
-def load_embedder(directory: Path, dim: int | None = None) -> Embedder:
+def load_embedder(directory: Path, dim: int | None = None, *, allow_hub: bool = False) -> Embedder:
     """The embedder that `save` wrote into a directory, ready to embed; `dim` is the anchor's d_model, which it must be for.
+
+    `allow_hub`: whether a model of a hub may be loaded because an anchor names it, which its user has to want.
 
     Raises UserError when a file is missing or damaged, or when the package here is missing or not the version that was published.
     """
@@ -114,6 +117,11 @@ def load_embedder(directory: Path, dim: int | None = None) -> Embedder:
     name, version = saved["name"], saved["version"]
     if dim is not None and saved["dim"] != dim:
         raise UserError(f"{path} is of an embedder for d_model {saved['dim']}; the anchor has {dim}; fetch it again")
+    if name not in OWN and not allow_hub:
+        raise UserError(
+            f"the anchor's embedder is the model {name!r} of a hub, which would be fetched and run here; if you trust it, give "
+            "--allow-hub-embedder (in a pair's config: pair.allow_hub_embedder: true)"
+        )
     embedder = _load_tfidf(path, saved) if name == "tfidf" else _encoder(name, saved["dim"])
     if embedder.version != version:
         remedy = "fetch the anchor again" if name == "tfidf" else "install the published version"
@@ -296,7 +304,7 @@ def _load_sentence_transformer(name: str) -> tuple[str, int, Callable[[Sequence[
         remedy = "pip install sentence-transformers (or choose tfidf or minilm)"
         raise UserError(f"the embedder {name!r} needs the package sentence-transformers ({error}): {remedy}") from None
     try:
-        model = sentence_transformers.SentenceTransformer(name)
+        model = sentence_transformers.SentenceTransformer(name, trust_remote_code=False)
     except (OSError, ValueError) as error:  # what the hub's client raises for an unknown name or no network
         reason = str(error).split("\n")[0]
         raise UserError(f"sentence-transformers cannot load {name!r}: {reason}; choose tfidf, minilm or a hub name") from None

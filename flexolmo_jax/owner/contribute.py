@@ -35,11 +35,12 @@ def contribute(
     overrides: Sequence[str] = (),
     sign_key: Path | None = None,
     work: Path | None = None,
+    allow_hub: bool = False,
 ) -> Contribution:
     """Trains an expert on documents against an anchor and packages it.
 
     `config` is a pair's YAML whose anchor, name and data are filled in here; without it the defaults of a pair run apply. `sign_key` is
-    the owner's private key; `work` is where private records and checkpoints go (default: `<out>.work`).
+    the owner's private key; `work` is where private records and checkpoints go (default: `<out>.work`). `allow_hub`: see `load_embedder`.
     Raises UserError where a document file cannot be read, `out` holds something, the anchor is none, or `<out>.work` is in a bucket from
     which the documents do not come: others may read there.
     """
@@ -57,7 +58,7 @@ def contribute(
         if not has_documents(path):
             raise UserError(f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a directory of them)")
     tree: dict[str, Any] = read_yaml(config) if config else {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
-    pair = {"anchor": str(anchor_path), "name": name}
+    pair = {"anchor": str(anchor_path), "name": name} | ({"allow_hub_embedder": True} if allow_hub else {})
     tree |= {"run": "pair", "pair": section_of(tree, "pair") | pair}
     data = {"seq_len": Index.read(anchor.path / "public").seq_len} | section_of(tree, "data")
     tree["data"] = data | {"train": [{"path": str(work / "data"), "name": name}], "eval": []}

@@ -105,7 +105,8 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
     if pair.row == "hidden":
         return _mean_hidden_states(run, anchor)
     if pair.row == "embedding":
-        return domain_embedding(load_embedder(anchor.path / "embedder", anchor.config.d_model), _private_documents(run, anchor.tokenizer))
+        embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=pair.allow_hub_embedder)
+        return domain_embedding(embedder, _private_documents(run, anchor.tokenizer))
     width = anchor.config.d_model
     return np.random.default_rng(run.train.seed).normal(0, anchor.config.init_std, width).astype(np.float32)
 

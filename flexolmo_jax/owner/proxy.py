@@ -52,12 +52,14 @@ def select_proxies(
     share: float = SHARE,
     diversity: int = 1,
     heldout: float = HELDOUT,
+    allow_hub: bool = False,
 ) -> Proxies:
     """Writes a share of the public documents, those most like the private ones, as a .jsonl.
 
     `diversity`: above 1, chosen from so many times as many of the most private-like, greedily by a determinantal point process, which
     weighs likeness to the private documents against likeness to what is chosen already. Documents that are held out for evaluation
     are neither learnt from nor chosen. The text of the private documents and of the candidates is in memory, that of the others is not.
+    `allow_hub`: see `load_embedder`.
     Raises UserError for an output that exists or is no .jsonl, and where there are too few documents of either kind.
     """
     if out.suffix != ".jsonl":
@@ -66,7 +68,8 @@ def select_proxies(
         raise UserError(f"{out} exists; give a new file")
     if not 0 < share < 1 or diversity < 1:
         raise UserError(f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and 1 or more")
-    embedder = widened(load_embedder(open_anchor(anchor_path).path / "embedder"))
+    anchor = open_anchor(anchor_path)
+    embedder = widened(load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub))
     own = {digest_of(text): text for text in _documents(private, heldout)}
     both, seen = set[bytes](), set[bytes]()
     for text in _documents(public, heldout):

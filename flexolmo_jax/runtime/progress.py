@@ -9,13 +9,15 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from flexolmo_jax.errors import printable
+
 # Where FORCE_COLOR is set, as Jupyter does for commands, rich takes a pipe for a terminal.
 console = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
 
 
 def note(message: str) -> None:
     """Prints one line on stderr, above any bar that is running."""
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(printable(message), markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -28,9 +30,11 @@ def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Ite
     if console.quiet:
         yield lambda n=1, text="": None
         return
+    description = printable(description)
     if console.is_terminal:
         count = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
-        columns = (TextColumn("{task.description}"), BarColumn(), *count, TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        told = [TextColumn(template, markup=False) for template in ("{task.description}", "{task.fields[text]}")]
+        columns = (told[0], BarColumn(), *count, TimeRemainingColumn(), told[1])
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(description, total=total, text="")
 
@@ -38,7 +42,7 @@ def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Ite
                 if text is None:
                     progress.advance(task, n)
                 else:
-                    progress.update(task, advance=n, text=text)
+                    progress.update(task, advance=n, text=printable(text))
 
             yield draw
         return
@@ -52,6 +56,6 @@ def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Ite
             if in_bytes:
                 rate = done / max(time.monotonic() - start, 1e-3)
                 text = f"of {decimal(int(total))}, {decimal(int(rate))}/s {text or ''}"
-            print(f"{description}: {min(done / total, 1):.0%} {text or ''}".rstrip(), file=sys.stderr, flush=True)
+            print(f"{description}: {min(done / total, 1):.0%} {printable(text or '')}".rstrip(), file=sys.stderr, flush=True)
 
     yield write

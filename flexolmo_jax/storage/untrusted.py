@@ -10,6 +10,8 @@ Nothing is allocated before the size of it is known, and whatever is wrong raise
 import functools
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,17 @@ def parse_json(text: bytes | str, signs: int | None = None) -> Any:
     if "\\ud" in text or "\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no Unicode; UnicodeEncodeError is a ValueError
     return value
+
+
+@contextmanager
+def no_panic(what: str) -> Iterator[None]:
+    """Around calls of libraries written in Rust. Their panics, which are no Exception of Python's, become a UserError that names `what`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} makes its library fail: {error!s:.100}; do not use it") from None
 
 
 def conform(schema: type, value: Any) -> None:

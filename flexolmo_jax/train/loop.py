@@ -279,7 +279,7 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """What makes two configs the same run: everything but the mesh, how often to look at it, and what an owner states of it."""
     flat = flatten({key: value for key, value in config.items() if value is not None and key != "mesh"})
     free = {"eval_every", "eval_records", "save_every", "keep", "log_every", "remat", "watchdog", "profile"}
-    free |= {"owner", "domain", "licence", "expires", "sequence"}
+    free |= {"owner", "domain", "licence", "expires", "sequence", "allow_hub_embedder"}
     return {key.replace("/", "."): value for key, value in flat.items() if key.split("/")[-1] not in free}
 
 

@@ -61,7 +61,7 @@ def whole(tiny, anchor, contributions, model, anchor_run, pair_runs, tmp_path_fa
     }
 
 
-def uses(kind: str, anchor: Path, whole: dict[str, Path], out: Path) -> list[Callable[[Path], object]]:
+def uses(kind: str, anchor: Path, whole: dict[str, Path], out: Path) -> list[Callable[[Path], Any]]:
     """What reads such a directory."""
     return {
         "contribution": [verify, info, lambda path: verify(path, anchor), lambda path: merge(anchor, [path], out, admission=False)],
@@ -127,8 +127,8 @@ def change(directory: Path, data: st.DataObject) -> str:
 
 def change_json(file: Path, data: st.DataObject) -> None:
     root = json.loads(file.read_text())
-    node = holder = {"": root}
-    key: Any = ""
+    holder: Any = {"": root}
+    node, key = holder, ""
     while True:
         inner = node[key]
         if not inner or not isinstance(inner, dict | list) or (node is not holder and data.draw(st.integers(0, 3)) == 0):
@@ -178,7 +178,7 @@ def right(whole) -> dict[str, dict[str, bytes]]:
     return {kind: {path: np.asarray(a).tobytes() for path, a in flatten(open_artifact(whole[kind]).params()).items()} for kind in kinds}
 
 
-many = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+many = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=tuple(HealthCheck))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")

@@ -18,6 +18,7 @@ from flexolmo_jax.data.prepare import prepare, prepare_cached
 from flexolmo_jax.data.records import Index, loss_targets, open_records, positions, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.files import MARK, UNFINISHED
 
 T = 64
 
@@ -310,8 +311,9 @@ def test_an_interrupted_preparation_is_redone(tmp_path, corpus, tokenizer, monke
         with pytest.raises(KeyboardInterrupt):
             prepare_cached(corpus, tokenizer, T, tmp_path)
     (entry,) = (tmp_path / "prepared").iterdir()
-    (entry / ".corpus.abc.tmp").mkdir()  # what a killed process leaves
-    (entry / ".corpus.abc.tmp" / "train.tokens.npy").write_bytes(b"half")
+    (entry / ".corpus.0123abcd.tmp" / "content").mkdir(parents=True)  # what a killed process leaves
+    (entry / ".corpus.0123abcd.tmp" / UNFINISHED).write_bytes(MARK)
+    (entry / ".corpus.0123abcd.tmp" / "content" / "train.tokens.npy").write_bytes(b"half")
     open_records(prepare_cached(corpus, tokenizer, T, tmp_path), "train").check_digests()
     assert sorted(path.name for path in entry.iterdir()) == ["corpus"]
 

@@ -1,0 +1,90 @@
+"""A stranger's tokenizer.json, checked before the library sees it: nothing in it may take memory, or time, that its size does not tell.
+
+ids             below 2**24: the library makes room for all up to the largest
+replacements    together at most 64 times as long as what they replace
+expressions     no group is repeated that has alternatives, or repetitions of its own, in it: matching them may take for ever
+the BPE model   nothing that the library falls back on and that is not there
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from flexolmo_jax.storage.untrusted import parse_json
+
+LIMIT = 1 << 26  # bytes of the file
+IDS = 1 << 24
+EXPANSION = 64  # how many times as long a text may become before it is cut into tokens
+STEPS = 64  # of normalizers, pre-tokenizers and decoders
+EXPRESSION = 4000  # characters of a regular expression
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]|[*+]|\{\d*,\d*\}|\{\d+\}|.", re.DOTALL)
+_VARIABLE = re.compile(r"[*+]|\{\d*,\d*\}")
+
+
+def read_tokenizer(content: str) -> dict[str, Any]:
+    """The fields of a tokenizer.json. Raises ValueError for what is none, and for what would take more than its size tells."""
+    fields = parse_json(content)
+    if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict) or not isinstance(fields.get("added_tokens"), list):
+        raise ValueError("it has no model, or no list of added_tokens")
+    model, added = fields["model"], fields["added_tokens"]
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise ValueError(f"its model is a {model.get('type')!r:.40} without a vocabulary and merges; expected a byte-level BPE")
+    if not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
+        raise ValueError("an added token has no content")
+    for index in (*model["vocab"].values(), *(token.get("id") for token in added)):
+        if type(index) is not int or not 0 <= index < IDS:
+            raise ValueError(f"a token has the id {index!r:.40}; expected one from 0 to {IDS - 1}")
+    unknown = model.get("unk_token")
+    if unknown is not None and (not isinstance(unknown, str) or unknown not in model["vocab"]):
+        raise ValueError(f"its unk_token {unknown!r:.40} is not in the vocabulary")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"its {key} is {model[key]!r:.40}; expected none of a byte-level BPE")
+    _check_steps(fields)
+    return fields
+
+
+def _check_steps(fields: dict[str, Any]) -> None:
+    expansion, steps = 1, 0
+    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        for step in _steps(fields.get(part)):
+            steps += 1
+            for key in ("content", "prepend", "replacement"):
+                if isinstance(text := step.get(key), str):
+                    expansion *= max(len(text), 1)
+            pattern = step.get("pattern")
+            if isinstance(pattern, dict) and "Regex" in pattern:
+                _check_expression(pattern["Regex"])
+    if steps > STEPS or expansion > EXPANSION:
+        raise ValueError(f"it makes text up to {expansion} times as long in {steps} steps; expected at most {EXPANSION} times in {STEPS}")
+
+
+def _steps(value: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a part of a tokenizer."""
+    if isinstance(value, dict):
+        yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _steps(inner)
+
+
+def _check_expression(expression: Any) -> None:
+    if not isinstance(expression, str) or len(expression) > EXPRESSION:
+        raise ValueError(f"it has an expression that is no text of at most {EXPRESSION} characters")
+    groups: list[bool] = []  # whether a group that is open has alternatives or repetitions in it
+    closed: bool | None = None  # the same of one that has just been closed
+    for token in _TOKEN.findall(expression):
+        repeats = bool(_VARIABLE.fullmatch(token))
+        if repeats and closed:
+            raise ValueError(f"its expression {expression!r:.80} repeats a group with alternatives or repetitions in it")
+        if token == ")":
+            closed = groups.pop() if groups else None
+            if closed and groups:
+                groups[-1] = True
+            continue
+        if token == "(":
+            groups.append(False)
+        elif (repeats or token == "|") and groups:
+            groups[-1] = True
+        closed = None

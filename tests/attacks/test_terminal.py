@@ -1,0 +1,91 @@
+"""Strangers' words on a terminal and on a page. The promise: they are shown, and have no effect."""
+
+import json
+import os
+import pty
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flexolmo_jax import cli
+from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.convert.exporting import _card
+from flexolmo_jax.errors import UserError, printable
+from flexolmo_jax.runtime.progress import bar, note
+
+ATTACKS = ("\x1b[2J\x1b[31m", "\u202egpj.exe", "a\nflexolmo: all is well", "\x07\x08\x9b31m", "\u2028next", "\ud800", "\u200b\u2066")
+EVIL = "".join(ATTACKS)
+
+
+def is_shown(text: str) -> bool:
+    return all(c.isprintable() for line in text.splitlines() for c in line) and "\x1b" not in text
+
+
+@pytest.mark.parametrize("text", ATTACKS)
+def test_what_is_not_printable_is_spelled_out(text):
+    """Escapes, line ends and marks that turn the direction of writing."""
+    assert printable(f"a{text}b").isprintable() and printable(f"a{text}b") != f"a{text}b"
+    assert str(UserError(f"got {text}")).isprintable()
+    assert printable("x\n\ty\x1b", keep="\n\t") == "x\n\ty\\x1b"
+    assert printable("Zürich 東京 naïve") == "Zürich 東京 naïve"
+
+
+def test_notes_bars_and_errors_are_one_line_without_effect(tmp_path, capsys):
+    """In names, paths, keys and errors."""
+    note(f"reading {EVIL}")
+    with bar(f"train {EVIL}", 10) as advance:
+        advance(10, f"loss {EVIL}")
+    told = capsys.readouterr().err
+    assert is_shown(told) and len(told.splitlines()) == 2, told
+    place = tmp_path / "\x1b[2Jmodel\nx"
+    place.mkdir()
+    (place / "flexolmo.json").write_text(json.dumps({EVIL[:5]: 1}))
+    for arguments in (["info", str(place)], ["verify", str(place)], ["eval", str(place), "--data", str(place)], ["info", "\x1b[2J"]):
+        assert cli.main(arguments) == 2
+        told = capsys.readouterr().err
+        assert is_shown(told) and len(told.splitlines()) == 1, told
+    with pytest.raises(SystemExit):
+        cli.main(["info", str(place), "\x1b[2Jmore"])
+    assert is_shown(capsys.readouterr().err)
+
+
+def test_what_a_verb_prints_of_strangers_words_has_no_effect(anchor, tmp_path, capsys):
+    """A public document's name travels with an anchor, and `info` shows it."""
+    from flexolmo_jax.description import write_description
+
+    copy = Path(shutil.copytree(anchor, tmp_path / "anchor"))
+    description = open_artifact(copy).description
+    write_description(copy, description | {"public": ["\x1b[2J\u202eevil", "two\nlines"]})
+    assert cli.main(["info", str(copy)]) == 0
+    out = capsys.readouterr().out
+    assert is_shown(out) and "evil" in out
+    assert cli.main(["info", str(copy), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["public"][1] == "two\nlines"
+
+
+def test_a_models_escapes_take_no_effect_on_a_terminal(monkeypatch):
+    """A completion goes to a file as it is, and to a terminal with its escapes spelled out."""
+    said = "one\n\ttwo\x1b[2J"
+    assert cli._for_terminal(said) == said  # pytest's stdout is none
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(cli.sys, "stdout", terminal)
+        assert cli._for_terminal(said) == "one\n\ttwo\\x1b[2J"
+    os.close(master)
+
+
+def test_a_model_card_has_no_markup_of_strangers(model):
+    """Names, owners, licences and a fingerprint once reached the Hub's page as HTML and links."""
+    artifact = open_artifact(model)
+    evil = "<img src=x onerror=alert(1)> [free](https://evil.example) www.evil.example ![x](y) `z` | a@evil.example \n# Heading \x1b[2J"
+    members = artifact.description["members"]
+    members[0]["manifest"] |= dict.fromkeys(("owner", "domain", "licence"), evil)
+    artifact.description["fingerprint"] = evil
+    card = _card(artifact, artifact.config, {"bits_per_byte": {"with": {evil: 1.25}}})
+    body = card.split("---\n", 2)[2]
+    assert not re.search(r"<img|\]\(|https?://|www\.|`|\x1b|@evil", body)
+    assert len([line for line in body.splitlines() if line.startswith("#")]) == 1
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert len({row.count("|") for row in rows}) == 1 and "evil" in body and "1.2500" in body
