@@ -34,6 +34,7 @@ from flexolmo_jax.exchange.embedder import load_embedder
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model.tree import flatten
 
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 SECONDS, BYTES = 10, 500_000_000
 SEALED = {"flexolmo.json", "receipt.json", "object.json", "store.json"}
 ODD = [
@@ -128,7 +129,8 @@ def change(directory: Path, data: st.DataObject) -> str:
 def change_json(file: Path, data: st.DataObject) -> None:
     root = json.loads(file.read_text())
     holder: Any = {"": root}
-    node, key = holder, ""
+    node: Any = holder
+    key: Any = ""
     while True:
         inner = node[key]
         if not inner or not isinstance(inner, dict | list) or (node is not holder and data.draw(st.integers(0, 3)) == 0):
@@ -178,7 +180,7 @@ def right(whole) -> dict[str, dict[str, bytes]]:
     return {kind: {path: np.asarray(a).tobytes() for path, a in flatten(open_artifact(whole[kind]).params()).items()} for kind in kinds}
 
 
-many = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=tuple(HealthCheck))
+many = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=SLOW)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
