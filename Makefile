@@ -37,8 +37,9 @@ notebooks: $(testing) ## .ipynb files of notebooks/*.py, for Colab
 test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(testing) ## the slow tests
+test-slow: $(testing) ## the slow tests, then the fast ones in a random order; SEED= repeats one
 	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "not slow" --no-loadscope-reorder --shuffle $(or $(SEED),$(shell echo $$RANDOM)) $(ARGS)
 
 test-launch: .venv-launch/.installed-$(version) ## the launchers' commands against the real XPK and SkyPilot; ARGS=--update
 	PATH="$(CURDIR)/.venv-launch/bin:$$PATH" .venv-launch/bin/python tests/launch/real_tools.py $(ARGS)

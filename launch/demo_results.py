@@ -2,7 +2,8 @@
 
     python launch/demo_results.py demo biomed code drama legal
 
-Writes results.json, results.txt and report.html into the demo's directory.
+Writes results.json, results.txt and report.html into the demo's directory. A claim that fails is a line of the table and no error: the
+models of DEMO_SCALE=tiny have learnt too little for most. Only that opting out is exact holds at every scale, and ends the demo if not.
 """
 
 import datetime
@@ -85,6 +86,8 @@ def main(root: Path, owners: list[str]) -> None:
     )
     results = {"columns": list(data), "rows": rows, "seconds": seconds, "checks": {c.claim: c.holds for c in checks}, "routing": routing}
     write_text(root / "results.json", json.dumps(results, indent=1) + "\n")
+    if not checks[-1].holds:
+        sys.exit(f"FAILS {checks[-1].claim}: {checks[-1].figure}; see {root / 'results.txt'}")
 
 
 def claims(rows: dict[str, dict[str, float]], routing: dict[str, Any], owners: list[str]) -> list[Check]:

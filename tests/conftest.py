@@ -51,6 +51,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled()
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # with a limit, JAX also locks the folder against other test processes
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# Hypothesis keeps failing examples; by default in the working tree, which need not be one that can be written.
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "hypothesis")
 
 jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
 
