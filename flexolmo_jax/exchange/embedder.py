@@ -48,7 +48,7 @@ MAX_CHARACTERS = 8000  # of a document; a text's subject shows early, and this b
 WIDE = 1024  # dimensions of TF-IDF vectors that texts are told apart by
 CHUNK = 256  # documents embedded between two steps of the progress bar
 ROOM = 4096  # bytes at most of embedder.npz that are no values
-SIGNS = 1 << 18  # commas and brackets of embedder.json, words' own among them
+SIGNS = 1 << 15  # commas and brackets of embedder.json: one a word, and words that are one
 
 # Runs of letters, runs of digits, and every other visible character on its own: no visible text is without tokens.
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
@@ -102,7 +102,7 @@ def load_embedder(directory: Path, dim: int | None = None) -> Embedder:
     """
     path = directory / "embedder.json"
     try:
-        saved = parse_json(read_bytes(path), SIGNS)
+        saved = parse_json(read_bytes(path), SIGNS, 32)
         if isinstance(saved, dict) and (form := (saved.get("format"), saved.get("projection_seed"))) != (FORMAT, PROJECTION_SEED):
             expected = f"this flexolmo-jax reads {(FORMAT, PROJECTION_SEED)}; install the version that published the anchor"
             raise UserError(f"{path} has (format, projection seed) {form!r:.80}, {expected}")
