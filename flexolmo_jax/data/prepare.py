@@ -152,7 +152,7 @@ def _prepare(files: list[Path], tokenizer: Tokenizer, seq_len: int, directory: P
         texts = (text for file in files for text in read_documents(file, advance))
         for split, tokens in _tokenized(_chunks(seen.sort(texts)), tokenizer, workers):
             writers[split].add(tokens)
-        splits = {split: writer.finish() for split, writer in writers.items()}
+        splits: dict[Split, SplitIndex] = {split: writer.finish() for split, writer in writers.items()}
     if not any(split.records for split in splits.values()):
         raise UserError(f"no text in {', '.join(str(file) for file in files)}: expected documents that are not empty")
     tokenizer.save(directory)

@@ -6,6 +6,7 @@ Whatever they hold, the outcome is a `UserError` in one line or a correct result
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import flexolmo_jax
 from flexolmo_jax.config import ModelConfig, dump_yaml, load_config, resolve
 from flexolmo_jax.convert import importing as convert
 from flexolmo_jax.convert.huggingface import BLOCKS, hf_config, model_config, to_hf
@@ -118,7 +120,13 @@ def in_a_line(error: UserError) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_a_file_with_anything_changed_is_refused_in_a_line_or_read_right(name, sources, tmp_path_factory, data):
     """Promise: nothing a stranger sends crashes. An odd type once was a traceback."""
@@ -304,7 +312,7 @@ def test_a_checkpoint_may_be_of_links_as_a_hub_cache_is(sources, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [laughs(9).replace("\n", ", ").join("{}"), "[" * 100 + "]" * 100, "!!python/name:os.system", "x: {y: 1, y: 2}"]
+    "value", [laughs(9).replace("\n", ", ").join("{}"), "[" * 100 + "]" * 100, "!!python/name:os.system", "x: {y: 1, y: 2}", "1: 2:"]
 )
 def test_an_override_is_yaml_within_the_same_bounds(value):
     """Promise: nothing a stranger has somebody paste fills the machine."""
@@ -373,3 +381,18 @@ def test_an_index_names_no_file_but_those_that_are_prepared(sources, tmp_path):
         (copied / "index.json").write_text(json.dumps(index | {"files": {name: "0" * 64}}))
         with pytest.raises(UserError, match="not an index of prepared data"):
             Index.read(copied)
+
+
+def test_an_override_of_any_depth_is_refused():
+    """Promise: nothing a stranger has somebody paste crashes."""
+    with pytest.raises(UserError, match="--set got") as error:
+        resolve({"data": {"train": [{"path": "a"}]}}, [f"train.steps{'.a' * 50_000}=1"])
+    in_a_line(error.value)
+
+
+def test_yaml_is_read_in_one_place_and_numpy_unpacks_nothing():
+    """Promise: a bound that holds for one file holds for all."""
+    package = Path(flexolmo_jax.__file__).parent
+    others = [path for path in package.rglob("*.py") if path.name != "plain_yaml.py"]
+    found = [f"{path.name}: {call}" for path in others for call in re.findall(r"yaml\.\w*load\w*|np\.load\b|read_array", path.read_text())]
+    assert not found
