@@ -83,7 +83,7 @@ class Index:
         """The index of a prepared directory. Raises UserError where there is none or it is not one of ours."""
         file = path / INDEX_FILE
         try:
-            fields = parse_json(read_bytes(file), SIGNS, KEYS)
+            fields = parse_json(read_bytes(absolute(file)), SIGNS, KEYS)
             if isinstance(fields, dict) and type(found := fields.get("format")) is int and found != FORMAT:
                 raise UserError(f"{file} has format {found!s:.20}, this version reads {FORMAT}: prepare the data again")
             conform(cls, fields)

@@ -253,7 +253,7 @@ def _load_tfidf(path: Path, saved: dict[str, Any]) -> TfidfEmbedder:
     except FileNotFoundError:
         raise UserError(f"{arrays} is missing beside embedder.json; fetch the anchor again") from None
     except (ValueError, KeyError, OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{arrays} is not the TF-IDF embedder of embedder.json ({error!s:.200}); fetch the anchor again") from None
+        raise UserError(f"{arrays} is not the TF-IDF embedder of embedder.json ({reason(error):.200}); fetch the anchor again") from None
 
 
 def _check_directory(archive: bytes) -> None:

@@ -296,6 +296,13 @@ def test_arrays_of_an_embedder_are_unpacked_only_as_they_were_written(compressio
     in_a_line(error.value)
 
 
+def test_prepared_data_may_be_links_as_tools_for_data_make_them(sources, tmp_path):
+    """Promise: what is refused of strangers is no burden for those who use it as it is meant."""
+    for file in sources["prepared"].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    read_prepared(tmp_path)
+
+
 def test_a_config_may_be_a_link_as_mounted_ones_are(sources, tmp_path):
     """Promise: what is refused of strangers is no burden for those who use it as it is meant."""
     (tmp_path / "mounted.yaml").symlink_to(sources["run"])
