@@ -24,6 +24,7 @@ from flexolmo_jax.plain_yaml import parse_yaml, read_yaml
 
 T = TypeVar("T")
 LAYERS = 1024  # the most that a model may have
+LEVELS = 8  # of sections in a key, more than any has
 LINE = 1000  # characters of what an owner states
 SEQUENCES = 2**53 - 1  # the largest integer that every JSON reader has
 Date = typing.NewType("Date", str)  # YYYY-MM-DD; YAML reads one without quotes as a date of its own
@@ -332,9 +333,9 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     tree = copy.deepcopy(tree)
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--set got {text!r:.200}; expected section.key=value")
         *branches, leaf = key.split(".")
+        if not equals or len(branches) > LEVELS:
+            raise UserError(f"--set got {text!r:.200}; expected section.key=value")
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})

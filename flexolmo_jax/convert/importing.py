@@ -28,7 +28,7 @@ from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.files import check_new, clear, new_directory
 from flexolmo_jax.storage.paths import absolute, children, reason
-from flexolmo_jax.storage.tensorfile import SIGNS_LIMIT, TensorFile
+from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 from flexolmo_jax.storage.weights import Layout, Writer
 
@@ -37,6 +37,7 @@ from .huggingface import CLASSES, TOGETHER, Entry, key_table, model_config, some
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSORS = 1 << 17  # more than one model has, in however many files
+SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -245,7 +246,7 @@ def _tensor_files(directory: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        fields = parse_json(read_bytes(absolute(path)), SIGNS_LIMIT)
+        fields = parse_json(read_bytes(absolute(path)), SIGNS)
     except OSError as error:
         raise UserError(f"cannot read {path}: {reason(error)}; expected the directory of a Hugging Face checkpoint") from None
     except ValueError as error:

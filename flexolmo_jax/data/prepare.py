@@ -31,6 +31,7 @@ from flexolmo_jax.data.documents import (
 from flexolmo_jax.data.packing import Packer, Pieces, lay_out
 from flexolmo_jax.data.records import (
     FORMAT,
+    INPUTS,
     SPLITS,
     Index,
     InputFile,
@@ -82,6 +83,8 @@ def prepare(
     files = [file for path in inputs for file in document_files(path)]
     if not files:
         raise UserError("got no documents to prepare: expected files or directories of documents")
+    if len(files) > INPUTS:
+        raise UserError(f"got {len(files)} files of documents, expected at most {INPUTS}: join them, as lines of .jsonl")
     with new_directory(out) as directory:
         return _prepare(files, tokenizer, seq_len, directory, absolute(out).name, heldout, workers or _cores())
 

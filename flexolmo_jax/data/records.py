@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import numpy as np
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from flexolmo_jax.config import LARGEST
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
@@ -35,7 +35,8 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Token = Annotated[int, Field(ge=0, lt=2**24)]
 Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_SIGNS = 1 << 18  # commas and brackets of an index: one of 60,000 input files has as many
+INPUTS = 100_000  # files of documents; an index of more would be longer than untrusted.JSON_LIMIT
+SIGNS, KEYS = 4 * INPUTS + 1000, 32  # commas and brackets of an index, and keys of each object in it
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Index:
     pad_id: Token
     heldout: Annotated[float, Field(ge=0, lt=1)]
     splits: dict[Split, SplitIndex]
-    inputs: list[InputFile]
+    inputs: Annotated[list[InputFile], Field(max_length=INPUTS), FailFast()]
     duplicates_removed: Count
     empty_removed: Count
     files: dict[Annotated[str, Field(pattern=FILES)], Digest]  # SHA-256 of every other file in the directory
@@ -82,7 +83,7 @@ class Index:
         """The index of a prepared directory. Raises UserError where there is none or it is not one of ours."""
         file = path / INDEX_FILE
         try:
-            fields = parse_json(read_bytes(file), _SIGNS)
+            fields = parse_json(read_bytes(absolute(file)), SIGNS, KEYS)
             if isinstance(fields, dict) and type(found := fields.get("format")) is int and found != FORMAT:
                 raise UserError(f"{file} has format {found!s:.20}, this version reads {FORMAT}: prepare the data again")
             conform(cls, fields)

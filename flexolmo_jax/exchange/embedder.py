@@ -49,7 +49,7 @@ WIDE = 1024  # dimensions of TF-IDF vectors that texts are told apart by
 CHUNK = 256  # documents embedded between two steps of the progress bar
 OWN = ("tfidf", "minilm")  # embedders that come with this package, or with one that is installed by hand
 ROOM = 4096  # bytes at most of embedder.npz that are no values
-SIGNS = 1 << 18  # commas and brackets of embedder.json, words' own among them
+SIGNS = 1 << 15  # commas and brackets of embedder.json: one a word, and words that are one
 
 # Runs of letters, runs of digits, and every other visible character on its own: no visible text is without tokens.
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
@@ -105,7 +105,7 @@ def load_embedder(directory: Path, dim: int | None = None, *, allow_hub: bool = 
     """
     path = directory / "embedder.json"
     try:
-        saved = parse_json(read_bytes(path), SIGNS)
+        saved = parse_json(read_bytes(path), SIGNS, 32)
         if isinstance(saved, dict) and (form := (saved.get("format"), saved.get("projection_seed"))) != (FORMAT, PROJECTION_SEED):
             expected = f"this flexolmo-jax reads {(FORMAT, PROJECTION_SEED)}; install the version that published the anchor"
             raise UserError(f"{path} has (format, projection seed) {form!r:.80}, {expected}")
@@ -261,7 +261,7 @@ def _load_tfidf(path: Path, saved: dict[str, Any]) -> TfidfEmbedder:
     except FileNotFoundError:
         raise UserError(f"{arrays} is missing beside embedder.json; fetch the anchor again") from None
     except (ValueError, KeyError, OSError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{arrays} is not the TF-IDF embedder of embedder.json ({error!s:.200}); fetch the anchor again") from None
+        raise UserError(f"{arrays} is not the TF-IDF embedder of embedder.json ({reason(error):.200}); fetch the anchor again") from None
 
 
 def _check_directory(archive: bytes) -> None:

@@ -31,10 +31,11 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
     return text
 
 
-def parse_json(text: bytes | str, signs: int | None = None) -> Any:
+def parse_json(text: bytes | str, signs: int | None = None, keys: int | None = None) -> Any:
     """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting, numbers that are not finite.
 
     `signs` is how many commas and brackets it may have: each may take 500 bytes of memory, which no limit on the file's own bytes tells.
+    `keys` is how many an object may have: a schema takes a kilobyte for each that does not belong.
     """
     if signs is not None:
         marks = (b",", b"{", b"[") if isinstance(text, bytes) else (",", "{", "[")
@@ -44,6 +45,8 @@ def parse_json(text: bytes | str, signs: int | None = None) -> Any:
         text = text.decode("utf-8")  # json.loads would guess UTF-16 and UTF-32 too
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if keys is not None and len(pairs) > keys:
+            raise ValueError(f"an object has {len(pairs)} keys; expected at most {keys}")
         if len(found := dict(pairs)) != len(pairs):
             raise ValueError("a key is given twice")
         return found

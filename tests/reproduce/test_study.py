@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
 from flexolmo_jax.data.records import open_records
@@ -63,7 +62,7 @@ def a_study(root: Path, **changes) -> Path:
     for name in ("public", *DOMAINS):
         write_jsonl(root / "text" / f"{name}.jsonl", documents(name, 160))
     (root / "text.json").write_text("{}")
-    (root / "spec.yaml").write_text(yaml.safe_dump(SPEC | changes))
+    (root / "spec.yaml").write_text(json.dumps(SPEC | changes))
     return root
 
 
@@ -201,15 +200,15 @@ def test_studies_that_are_none_are_refused(tmp_path):
         ({"domains": "code"}, "expected a list"),
     ):
         path = tmp_path / "spec.yaml"
-        path.write_text(yaml.safe_dump(SPEC | changes))
+        path.write_text(json.dumps(SPEC | changes))
         with pytest.raises(UserError, match=message):
             load_spec(path)
     (tmp_path / "years").mkdir()
     (tmp_path / "years" / "thesis.txt").touch()
-    path.write_text(yaml.safe_dump(SPEC))
+    path.write_text(json.dumps(SPEC))
     with pytest.raises(UserError, match=r"holds thesis\.txt, but no study"):
         reproduce(path, tmp_path / "years")
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(SPEC | {"seq_len": 64}))
+    (tmp_path / "other.yaml").write_text(json.dumps(SPEC | {"seq_len": 64}))
     with pytest.raises(UserError, match="holds another study"):
         reproduce(tmp_path / "other.yaml", a_study(tmp_path / "study"))
 
