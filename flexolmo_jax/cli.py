@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flexolmo_jax.errors import RunError, UserError, printable
+from flexolmo_jax.runtime import processes
+from flexolmo_jax.runtime.interrupts import catch, was_raised
 from flexolmo_jax.runtime.processes import ending, is_first, join
 from flexolmo_jax.storage.files import WAYS, is_disk_full
 from flexolmo_jax.storage.paths import in_bucket, is_refusal, path_of, reason
@@ -24,8 +26,10 @@ Verb = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns its exit status; one of several processes ends here instead."""
-    return ending(lambda: _run(argv))
+    """Runs one verb and returns its exit status. The command itself, which gives no `argv`, ends here, as does one of several processes."""
+    if argv is None:
+        catch([__file__, processes.__file__])
+    return ending(lambda: _run(argv), whole=argv is None)
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -38,13 +42,12 @@ def _run(argv: Sequence[str] | None) -> int:
         logging.disable(logging.WARNING)  # what JAX, Orbax and others tell themselves is no news to a user
     try:
         result = args.verb(args)
-    except (UserError, RunError) as error:
-        if args.debug:
-            raise
-        print(f"flexolmo: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
     except Exception as error:
-        if is_disk_full(error):
+        if was_raised():
+            raise KeyboardInterrupt from error
+        if isinstance(error, UserError | RunError):
+            told = str(error)
+        elif is_disk_full(error):
             told = "no space left on the disk; free some and run it again: a run goes on from its last checkpoint"
         elif is_refusal(error):
             told = f"the object store refused: {reason(error)}; check the bucket's name and your credentials, and run it again"
@@ -55,20 +58,15 @@ def _run(argv: Sequence[str] | None) -> int:
         if args.debug:
             raise
         print(f"flexolmo: {printable(told)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("flexolmo: interrupted", file=sys.stderr)
-        return 130
+        return 1 if isinstance(error, RunError) else 2
     finally:
         logging.disable(logging.NOTSET)
-    if not is_first():
-        pass
-    elif args.json:
-        print(json.dumps(result))
-    elif "text" in result:
-        print(_for_terminal(result["text"]))
-    else:
-        _print(result)
+    try:
+        if is_first():
+            _show(result, args.json)
+    except OSError as error:
+        print(f"flexolmo: the result cannot be written: {reason(error)}", file=sys.stderr)
+        return 1
     return 1 if result.get("fits") is False else 0
 
 
@@ -828,15 +826,22 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--active", type=int, metavar="K", help="experts a token uses (default: the model's)")
 
 
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    """Prints a verb's result. Raises OSError where that cannot be written."""
+    if as_json:
+        print(json.dumps(result))
+    elif "text" in result:
+        print(_for_terminal(result["text"]))
+    else:
+        import yaml
+
+        print(yaml.safe_dump(_printable(json.loads(json.dumps(result))), sort_keys=False, allow_unicode=True), end="")
+    sys.stdout.flush()
+
+
 def _for_terminal(text: str) -> str:
     """A model's own words: as they are where they go to a file or a pipe; on a terminal no escape takes effect."""
     return printable(text, keep="\n\t") if sys.stdout.isatty() else text
-
-
-def _print(result: dict[str, Any]) -> None:
-    import yaml
-
-    print(yaml.safe_dump(_printable(json.loads(json.dumps(result))), sort_keys=False, allow_unicode=True), end="")
 
 
 def _printable(value: Any) -> Any:

@@ -8,6 +8,7 @@ it has not failed before that (75). A step that hangs although all processes liv
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,14 +16,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.runtime import progress
+from flexolmo_jax.runtime import interrupts, progress
+from flexolmo_jax.runtime.interrupts import INTERRUPTED
 
-INTERRUPTED, PREEMPTED, PEER_LOST = 130, 42, 75  # exit statuses; 42 and 75: the same command goes on from the last checkpoint
+PREEMPTED, PEER_LOST = 42, 75  # exit statuses after which the same command goes on from the last checkpoint
 HEARTBEAT = 10  # seconds without a sign of life after which a process is taken for dead
 GOODBYE = 8  # seconds that one which ends waits for the others to end too
 PATIENCE = 600  # seconds to wait for all others at the start
@@ -201,37 +203,55 @@ def stop_requests() -> Iterator[Callable[[int], int | None]]:
             signal.signal(number, handler)
 
 
-def ending(run: Callable[[], int]) -> int:
-    """The exit status of `run()`; if this process has joined others, it ends here, with all of them where they can still be reached."""
+def ending(run: Callable[[], int], *, whole: bool = False) -> int:
+    """The exit status of `run()`, which may end in SystemExit and KeyboardInterrupt too.
+
+    `whole`: this is all that the process is for, and it ends here. So does one that has joined others, with all of them where they can
+    still be reached. Neither goes through Python's own ending. That waits for processes that are gone. It also takes modules apart
+    while their threads run, and frees last what somebody still holds: an exception with the compiled modules in its frames was a
+    segmentation fault in two of five interrupted processes.
+    """
     try:
         status = run()
     except BaseException as error:
-        if not _joined:
+        if not (whole or _joined or isinstance(error, KeyboardInterrupt)):
             raise
         status = _status_of(error)
-    if _joined:
+    if whole or _joined:
         _leave(status)
     return status
 
 
 def _status_of(error: BaseException) -> int:
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    import jax
-
-    lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
-    if lost:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        print(interrupts.TOLD, file=sys.stderr)
+        return INTERRUPTED
+    if _joined and _is_loss(error):
         print(f"flexolmo: another process, or the way to it, is lost: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         return PEER_LOST
     traceback.print_exception(error)
     return 1
 
 
+def _is_loss(error: BaseException) -> bool:
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+
+
 def _leave(status: int) -> None:
-    """Ends this process: not by Python's exit, which would wait for processes that are gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status != PEER_LOST:
+    """Ends this process, with all that it printed. Verbs have closed what they opened and waited for what they started, errors or not."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever printed a result has flushed it, and told
+            stream.flush()
+    if _joined and status != PEER_LOST:
         import jax
 
         # Whoever leaves first takes the others with it; so all wait for each other, but not for ever.

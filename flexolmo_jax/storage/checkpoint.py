@@ -71,8 +71,10 @@ class StepCheckpoints:
 
     def __exit__(self, *_: object) -> None:
         if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
     def save(self, step: int, state: Tree, loss: float | None = None) -> None:
         """Starts saving; `loss` (lower is better) decides which checkpoint is the best."""
