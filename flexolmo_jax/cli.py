@@ -19,8 +19,9 @@ from flexolmo_jax.errors import RunError, UserError, printable
 from flexolmo_jax.runtime import processes
 from flexolmo_jax.runtime.interrupts import catch, was_raised
 from flexolmo_jax.runtime.processes import ending, is_first, join
-from flexolmo_jax.storage.files import WAYS, is_disk_full
+from flexolmo_jax.storage.files import is_disk_full
 from flexolmo_jax.storage.paths import in_bucket, is_refusal, path_of, reason
+from flexolmo_jax.storage.placing import WAYS
 
 Verb = Callable[[argparse.Namespace], dict[str, Any]]
 

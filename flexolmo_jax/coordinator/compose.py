@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.files import WAYS, place
 from flexolmo_jax.storage.paths import copy_objects, in_bucket
+from flexolmo_jax.storage.placing import WAYS, place
 from flexolmo_jax.storage.weights import Index, Layout, Reader, Writer
 
 

@@ -22,7 +22,8 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import anchor_tensors, layouts, manifest_of, parts_of, tensor_digest
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.files import WAYS, new_directory, write_bytes
+from flexolmo_jax.storage.files import new_directory, write_bytes
+from flexolmo_jax.storage.placing import WAYS
 from flexolmo_jax.storage.weights import Reader
 
 from .compose import Source, compose

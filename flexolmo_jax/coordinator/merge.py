@@ -22,8 +22,9 @@ from flexolmo_jax.exchange.signature import ANY, Trust, load_key, sign
 from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, tensors_of
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.files import WAYS, check_new
+from flexolmo_jax.storage.files import check_new
 from flexolmo_jax.storage.paths import absolute
+from flexolmo_jax.storage.placing import WAYS
 
 from .compose import Source
 from .composition import Composition, Tuning

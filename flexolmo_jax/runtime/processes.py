@@ -32,6 +32,7 @@ THREADS = 16  # of each process on CPUs, whatever its host has
 _FOR_EVER = 7 * 24 * 3600 * 1000  # ms; whoever is waited for is alive, or all end
 
 _joined = False
+_alone = False  # whether the first process does something that the others wait for
 _turns = itertools.count()
 
 
@@ -146,18 +147,22 @@ def is_first() -> bool:
 def by_the_first(function: Callable[[], Any]) -> Any:
     """What `function`, called by the first process alone, returns or raises, on every process. All have to call this, in the same order.
 
-    What it returns has to be made of JSON's types. Raises UserError if it does.
+    What it returns has to be made of JSON's types. Called by `function` itself it is a plain call. Raises UserError if that does.
     """
-    if not _joined:
+    global _alone
+    if not _joined or _alone:
         return function()
     store, key = _store(), f"flexolmo/{next(_turns)}"
     if not is_first():
         outcome = json.loads(store.blocking_key_value_get(key, _FOR_EVER))
     else:
+        _alone = True
         try:
             outcome = {"result": function()}
         except UserError as error:
             outcome = {"error": str(error)}
+        finally:
+            _alone = False
         store.key_value_set(key, json.dumps(outcome))
     if "error" in outcome:
         raise UserError(outcome["error"])

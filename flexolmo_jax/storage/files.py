@@ -15,10 +15,9 @@ import fcntl
 import os
 import re
 import shutil
-import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,8 +34,6 @@ from flexolmo_jax.storage.paths import (
     remove_objects,
 )
 
-READ_ONLY, WRITABLE = 0o444, 0o222  # modes: of files that several directories may share; the bits that it lacks
-WAYS = ("link", "reflink", "copy")  # to have a file's bytes in a second place, the cheapest first
 UNFINISHED = ".unfinished"  # the mark ...
 MARK = b"flexolmo-jax is writing here, or was stopped while it did. What lies here may be removed.\n"  # ... and what it says
 STORE_FILE = "store.json"  # in a directory that has it, a store, nobody but the store writes
@@ -45,8 +42,6 @@ CONTENT = "content"
 _CLOSED = {"store": [STORE_FILE], "anchor or model": ["flexolmo.json", "weights"], "contribution": ["manifest.json", "expert.safetensors"]}
 GRACE = 3600.0  # seconds without a change after which nobody is taken to be writing something in a bucket, which has no locks
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-_CLONE = 0x40049409  # Linux's FICLONE
-_NOT_HERE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
 
 observer: Callable[[str, Path], None] | None = None  # told of every change to come; tests fail or die there
@@ -319,45 +314,6 @@ def make_folder(path: Path) -> None:
     """Where files are about to be written, with all it lies in. A bucket has no folders."""
     if not in_bucket(path):
         path.mkdir(parents=True, exist_ok=True)
-
-
-def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
-    """Puts a file's bytes in a second place: the first of the ways that the file system has. Returns which.
-
-    Raises UserError where it has none of them.
-    """
-    make_folder(target.parent)
-    before_change("link", target)
-    for way in ways:
-        try:
-            {"link": _link, "reflink": _reflink, "copy": shutil.copyfile}[way](source, target)
-            if way != "link":
-                target.chmod(READ_ONLY)
-            return way
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
-            if way == ways[-1]:
-                raise UserError(f"{target} cannot be made of {source} by {way}: {error.strerror}; try --by auto") from error
-    raise ValueError(f"{ways!r} names no way")
-
-
-def _link(source: Path, target: Path) -> None:
-    """Raises EPERM for a file that is not ours or may be written: through one of its names it would be changed in all the others."""
-    status = os.lstat(source)
-    if not stat.S_ISREG(status.st_mode) or status.st_mode & WRITABLE or status.st_uid != os.geteuid():
-        raise OSError(errno.EPERM, "its file may be changed under another name", str(source))
-    os.link(source, target, follow_symlinks=False)
-
-
-def _reflink(source: Path, target: Path) -> None:
-    """A copy that shares the disk's blocks until one of both is changed (btrfs, XFS)."""
-    try:
-        with source.open("rb") as reading, target.open("xb") as writing:
-            fcntl.ioctl(writing, _CLONE, reading.fileno())
-    except OSError:
-        target.unlink(missing_ok=True)
-        raise
 
 
 def discard(directory: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import dump_yaml
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.runtime import processes
 from flexolmo_jax.runtime.processes import Place, by_the_first, detect, is_first
 from tests.tiny import run_config
 
@@ -109,3 +110,19 @@ def test_the_watchdog_leaves_alone_what_is_in_time():
         "print('done')\n"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50).stdout == "done\n"
+
+
+def test_what_the_first_process_does_for_all_may_itself_be_done_by_the_first(monkeypatch):
+    """Otherwise it would wait for an answer that nobody else asks for: all turns after it would be other ones."""
+    told: dict[str, str] = {}
+
+    class Store:
+        key_value_set = told.__setitem__
+
+    monkeypatch.setattr(processes, "_joined", True)
+    monkeypatch.setattr(processes, "_store", Store)
+    assert by_the_first(lambda: by_the_first(lambda: 1) + 1) == 2
+    assert list(told.values()) == ['{"result": 2}']
+    with pytest.raises(UserError, match="inner"):
+        by_the_first(lambda: by_the_first(lambda: (_ for _ in ()).throw(UserError("inner"))))
+    assert by_the_first(lambda: 3) == 3 and len(told) == 3

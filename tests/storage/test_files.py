@@ -11,7 +11,8 @@ import pytest
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage import files
-from flexolmo_jax.storage.files import MARK, abandoned, check_new, clear, discard, locked, new_directory, place, remove_abandoned
+from flexolmo_jax.storage.files import MARK, abandoned, check_new, clear, discard, locked, new_directory, remove_abandoned
+from flexolmo_jax.storage.placing import place
 
 
 def test_a_new_directory_is_there_at_the_end_or_not_at_all(tmp_path):
