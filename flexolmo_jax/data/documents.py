@@ -21,6 +21,8 @@ HELDOUT = 0.05  # share of documents kept for evaluation
 INDEX_FILE = "index.json"  # what makes a directory a prepared one: see data/records.py
 
 _LINE_FORM = 'expected one JSON object a line with a "text" string'
+LONGEST = 1 << 26  # bytes of a line: some kilobytes may unpack to gigabytes
+_PIECE = 1 << 12  # compressed bytes that are unpacked at once: at most some 80 MB
 _CHUNK = 1 << 20
 
 
@@ -103,14 +105,15 @@ def _read_file(path: Path, advance: Callable[[int], Any]) -> Iterator[str]:
 
 
 def _read_lines(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Iterator[str]:
-    if path.name.endswith(".gz"):
-        lines: Iterator[bytes] = iter(gzip.GzipFile(fileobj=raw))
-    elif path.name.endswith(".zst"):
+    if path.name.endswith(".zst"):
         lines = _zstd_lines(path, raw)
     else:
-        lines = iter(raw)
+        file = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
+        lines = iter(lambda: file.readline(LONGEST + 1), b"")
     done = 0
     for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST:
+            raise UserError(f"{path}, line {number}: it has more than {LONGEST} bytes; cut the document into several")
         if line.strip():
             yield _document(line, path, number)
         done, before = raw.tell(), done
@@ -160,9 +163,12 @@ def _zstd_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         while chunk := raw.read(_CHUNK):
             while chunk:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+                piece, chunk = chunk[:_PIECE], chunk[_PIECE:]
+                *lines, rest = (rest + frame.decompress(piece)).split(b"\n")
                 yield from lines
-                chunk = frame.unused_data if frame.eof else b""
+                if len(rest) > LONGEST:
+                    yield rest  # refused
+                chunk = (frame.unused_data if frame.eof else b"") + chunk
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
         raise UserError(f"cannot read {path}: {error}; is the file complete?") from error

@@ -8,7 +8,7 @@ the BPE model   nothing that the library falls back on and that is not there
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from flexolmo_jax.storage.untrusted import parse_json
 
@@ -17,8 +17,13 @@ IDS = 1 << 24
 EXPANSION = 64  # how many times as long a text may become before it is cut into tokens
 STEPS = 64  # of normalizers, pre-tokenizers and decoders
 EXPRESSION = 4000  # characters of a regular expression
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]|[*+]|\{\d*,\d*\}|\{\d+\}|.", re.DOTALL)
-_VARIABLE = re.compile(r"[*+]|\{\d*,\d*\}")
+TOKEN = 65_535  # bytes that one token may stand for
+GROWTH = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}  # of normalizers and pre-tokenizers: as Unicode has it, at most
+# A group's beginning, an escape, a set of characters, a repetition, or a single sign of a regular expression.
+_SIGN = re.compile(r"\((?:\?(?:[a-zA-Z-]*:|[=!>]|<[=!]))?|\\[pP]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
+_REPEATS = re.compile(r"[*+]|\{\d*,?\d*\}")
+_EXACTLY = re.compile(r"\{\d+\}")
+_NEIGHBOURS = 2  # repetitions of unknown length, one behind the other
 
 
 def read_tokenizer(content: str) -> dict[str, Any]:
@@ -34,6 +39,9 @@ def read_tokenizer(content: str) -> dict[str, Any]:
     for index in (*model["vocab"].values(), *(token.get("id") for token in added)):
         if type(index) is not int or not 0 <= index < IDS:
             raise ValueError(f"a token has the id {index!r:.40}; expected one from 0 to {IDS - 1}")
+    for name in (*model["vocab"], *(token["content"] for token in added)):
+        if len(name) > TOKEN or len(name.encode()) > 2 * TOKEN:
+            raise ValueError(f"the token {name!r:.40}... stands for more than {TOKEN} bytes")
     unknown = model.get("unk_token")
     if unknown is not None and (not isinstance(unknown, str) or unknown not in model["vocab"]):
         raise ValueError(f"its unk_token {unknown!r:.40} is not in the vocabulary")
@@ -49,6 +57,11 @@ def _check_steps(fields: dict[str, Any]) -> None:
     for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
         for step in _steps(fields.get(part)):
             steps += 1
+            kind = step.get("type")
+            if kind == "Precompiled":
+                raise ValueError("it has a Precompiled normalizer, of which nobody can tell what it makes of a text")
+            if part in ("normalizer", "pre_tokenizer") and isinstance(kind, str):
+                expansion *= GROWTH.get(kind, 1)
             for key in ("content", "prepend", "replacement"):
                 if isinstance(text := step.get(key), str):
                     expansion *= max(len(text), 1)
@@ -70,21 +83,33 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_expression(expression: Any) -> None:
+    """Raises ValueError for what may take more than the square of a text's length to match, or for ever."""
     if not isinstance(expression, str) or len(expression) > EXPRESSION:
         raise ValueError(f"it has an expression that is no text of at most {EXPRESSION} characters")
-    groups: list[bool] = []  # whether a group that is open has alternatives or repetitions in it
-    closed: bool | None = None  # the same of one that has just been closed
-    for token in _TOKEN.findall(expression):
-        repeats = bool(_VARIABLE.fullmatch(token))
-        if repeats and closed:
-            raise ValueError(f"its expression {expression!r:.80} repeats a group with alternatives or repetitions in it")
-        if token == ")":
-            closed = groups.pop() if groups else None
-            if closed and groups:
-                groups[-1] = True
-            continue
-        if token == "(":
+
+    def refuse(why: str) -> NoReturn:
+        raise ValueError(f"its expression {expression!r:.80} {why}")
+
+    groups: list[bool] = []  # of each group that is open: whether it has alternatives, or parts that may be of several lengths
+    closed = plain = False  # whether such a group has just ended; whether a sign has just come that nothing repeats
+    neighbours = 0
+    for sign in _SIGN.findall(expression):
+        if re.fullmatch(r"\\[gk1-9]", sign) or (sign.startswith("(?<") and sign not in ("(?<=", "(?<!")):
+            refuse("refers to its own groups")
+        if _REPEATS.fullmatch(sign):
+            if closed:
+                refuse("repeats a group that matches in several ways")
+            neighbours += not _EXACTLY.fullmatch(sign)
+            if neighbours > _NEIGHBOURS:
+                refuse("has several repetitions one behind the other")
+        if (_REPEATS.fullmatch(sign) and not _EXACTLY.fullmatch(sign)) or sign in "|?":
+            groups[-1:] = [True] if groups else []
+        if sign == "|" or (plain and not _REPEATS.fullmatch(sign) and sign not in "?)"):
+            neighbours = 0
+        closed = False
+        if sign.startswith("("):
             groups.append(False)
-        elif (repeats or token == "|") and groups:
-            groups[-1] = True
-        closed = None
+        elif sign == ")":
+            closed = groups.pop() if groups else False
+            groups[-1:] = [groups[-1] or closed] if groups else []
+        plain = not (_REPEATS.fullmatch(sign) or sign in "|?)" or sign.startswith("("))

@@ -295,8 +295,8 @@ def _encoder(name: str, dim: int) -> EncoderEmbedder:
 
 def _load_sentence_transformer(name: str) -> tuple[str, int, Callable[[Sequence[str]], np.ndarray]]:
     """(version, width, encode) of a model by its hub name; the version says the package's and the SHA-256 of all weights."""
-    if Path(name).exists():
-        raise UserError(f"the embedder {name!r} is a local path; owners need one they can fetch: tfidf, minilm or a hub name")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name, re.ASCII):
+        raise UserError(f"the embedder is {name!r:.80}; expected tfidf, minilm or a hub's name as org/model, which owners can fetch")
     try:
         import sentence_transformers  # pyright: ignore[reportMissingImports]
         import torch  # pyright: ignore[reportMissingImports]

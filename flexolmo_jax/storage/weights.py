@@ -25,7 +25,7 @@ import tensorstore as ts
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import before_change, write_bytes
-from flexolmo_jax.storage.paths import in_bucket, kvstore, listing
+from flexolmo_jax.storage.paths import in_bucket, kvstore
 
 CHUNK = 1 << 21  # bytes at most of a chunk, where its axis can be halved so far
 PIECES = 16  # chunks at least of a shard, so that as many devices read only their own, where that leaves ...
@@ -60,17 +60,6 @@ class Layout:
         while chunk[split] % 2 == 0 and (size > CHUNK or (shard[split] // chunk[split] < PIECES and size >= 2 * SMALL)):
             chunk[split], size = chunk[split] // 2, size // 2
         return cls(shape, dtype, tuple(shard), tuple(chunk))
-
-    @classmethod
-    def stored(cls, reader: "Reader", path: str) -> "Layout":
-        """Of an array that is there, as far as its shards go; its chunks only if it was written here."""
-        metadata = reader.metadata(path)
-        try:
-            shard, codecs = metadata["chunk_grid"]["configuration"]["chunk_shape"], metadata["codecs"]
-            chunk = codecs[0].get("configuration", {}).get("chunk_shape", shard)
-            return cls(tuple(metadata["shape"]), metadata["data_type"], tuple(shard), tuple(chunk))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise UserError(f"{array_directory(reader.directory, path)}/zarr.json is damaged: {error!s:.100}") from None
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -222,14 +211,6 @@ class Reader:
         except (ValueError, OSError, IndexError) as error:
             raise UserError(f"the weights {path} in {self.directory} cannot be read: {str(error).splitlines()[0]:.200}") from None
 
-    def metadata(self, path: str) -> dict[str, Any]:
-        """Zarr's, of one array."""
-        file = array_directory(self.directory, path) / "zarr.json"
-        try:
-            return json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {error!s:.100}") from None
-
 
 @dataclass(frozen=True)
 class Stored:
@@ -275,13 +256,6 @@ def save(directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[st
                 writer.write(path, index, values)
             digests[path] = digest.hexdigest()
     return digests
-
-
-def missing_shards(directory: Path, paths: Iterable[str]) -> list[str]:
-    """Files that are not there: Zarr takes such a one for zeros."""
-    reader, found = Reader(directory), listing(directory)
-    names = (shard_name(path, index) for path in paths for index in Layout.stored(reader, path).indices())
-    return [name for name in names if name not in found]
 
 
 def metadata_files(layouts: Mapping[str, Layout]) -> dict[str, bytes]:

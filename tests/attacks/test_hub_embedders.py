@@ -13,7 +13,7 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.description import write_description
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.embedder import PROJECTION_SEED, load_embedder
+from flexolmo_jax.exchange.embedder import PROJECTION_SEED, fit_embedder, load_embedder
 from flexolmo_jax.integrity import embedder_digest, fingerprint_of, parts_of
 
 
@@ -65,6 +65,14 @@ def test_no_model_of_a_hub_is_loaded_without_the_owners_word(hostile, corpora, f
     assert main([verb, "--anchor", str(hostile), *arguments]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "attacker/model" in told and "--allow-hub-embedder" in told and fetched == []
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/x", "../a/b", "~/.ssh", "https://evil.example/x", "a" * 300, "a/b/c", ""])
+def test_a_name_that_is_none_of_a_hub_is_loaded_by_nobody(fetched, name):
+    """A path or an address, whether there is anything or not."""
+    with pytest.raises(UserError, match="expected tfidf, minilm or a hub's name"):
+        fit_embedder(name, [], 8)
+    assert fetched == []
 
 
 def test_with_the_owners_word_it_is_loaded_without_remote_code(hostile, fetched):

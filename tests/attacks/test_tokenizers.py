@@ -54,6 +54,17 @@ ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "repeats far inside": lambda f: f.update(pre_tokenizer=split(r"((?:x(a*)y?)z?)*$")),
     "a regular expression in a normaliser": lambda f: f.update(normalizer=replace({"Regex": "(a*)*b"}, "")),
     "a long expression": lambda f: f.update(pre_tokenizer=split("a?" * 5000)),
+    "exact repeats of alternatives": lambda f: f.update(pre_tokenizer=split(r"(?:a|aa){40}$")),
+    "optional parts in repeats": lambda f: f.update(pre_tokenizer=split(r"((a?a?)?(a?a?)?){9}$")),
+    "an expression that calls itself": lambda f: f.update(pre_tokenizer=split(r"(?<x>a\g<x>?\g<x>?c)")),
+    "neighbouring repeats": lambda f: f.update(pre_tokenizer=split(r"a*a*a*a*c?(?!a|b)")),
+    "neighbouring repeats in groups": lambda f: f.update(pre_tokenizer=split(r"(?:a*)(?:a*)(a*)[^ab]")),
+    "forty steps that double": lambda f: f.update(normalizer=sequence(*[{"type": "ByteLevel"}] * 40)),
+    "forty pre-tokenizers that double": lambda f: f["pre_tokenizer"].update(
+        type="Sequence", pretokenizers=[{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}] * 40
+    ),
+    "a compiled map": lambda f: f.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    "a token of a megabyte": lambda f: f["model"]["vocab"].update({"a" * 1_000_000: len(f["model"]["vocab"]) + 9}),
     "an id of 4e9": lambda f: f["model"]["vocab"].update({"the": 4_000_000_000}),
     "an added id of 4e9": lambda f: f["added_tokens"][0].update(id=4_000_000_000),
     "a negative id": lambda f: f["model"]["vocab"].update({"the": -1}),

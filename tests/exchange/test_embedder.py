@@ -213,7 +213,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 
 
 def test_a_local_model_path_is_refused_because_owners_cannot_fetch_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="hub name"):
+    with pytest.raises(UserError, match="hub's name"):
         fit_embedder(str(tmp_path), [], 64)
 
 
