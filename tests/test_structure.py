@@ -42,3 +42,59 @@ def test_the_check_sees_each_kind_of_call(tmp_path: Path):
     source.write_text("\n".join(lines))
     assert [name for _, name in calls(source)] == ["os.replace", "shutil.rmtree", ".unlink", ".rename", "os.link"]
     assert {name for _, name in calls(PACKAGE / "storage" / "files.py")} >= {"os.replace", "shutil.rmtree", ".unlink", "os.link"}
+
+
+# Where files are opened beside `storage/` and `exchange/`, and why no stranger's file comes in there unchecked.
+READERS = {
+    "plain_yaml.py": "the one reader of YAML: regular files of bounded size",
+    "data/arrays.py": "maps records whose header and size have been checked",
+    "data/sources.py": "archives of package registries, pinned by digest",
+    "reproduce": "a study's own results",
+    "train/profile.py": "a profile that this process has just written",
+}
+OPENING = {"open", "read_text", "read_bytes", "memmap", "fromfile", "from_file", "load_file"}
+LOADING = {"np", "numpy", "json", "yaml", "pickle", "torch"}  # whose `load` opens a file
+
+
+def openings(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, call) of what opens files by itself, and not through storage/."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        if isinstance(function, ast.Name) and function.id == "open":
+            yield node.lineno, "open"
+        elif isinstance(function, ast.Attribute):
+            owner = function.value.id if isinstance(function.value, ast.Name) else ""
+            if owner == "gate":  # a coordinator's, of contributions
+                continue
+            if function.attr in OPENING or (function.attr == "load" and owner in LOADING):
+                yield node.lineno, f"{owner}.{function.attr}"
+
+
+def is_reader(path: Path) -> bool:
+    name = path.relative_to(PACKAGE).as_posix()
+    return any(name == reader or name.startswith(f"{reader}/") for reader in READERS)
+
+
+@pytest.mark.parametrize("path", modules("storage", "exchange"), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_strangers_files_are_opened_in_storage_and_exchange_only(path: Path):
+    found = [] if is_reader(path) else list(openings(path))
+    assert found == [], "use storage/untrusted.py, or storage/paths.py for long ones"
+
+
+def test_that_check_sees_each_kind_of_opening(tmp_path: Path):
+    source = tmp_path / "module.py"
+    lines = (
+        "open(a)",
+        "a.open('rb')",
+        "(a / b).read_text()",
+        "a.read_bytes()",
+        "np.load(a)",
+        "json.load(a)",
+        "Tokenizer.load(a)",
+        "json.loads(a)",
+    )
+    source.write_text("\n".join(lines))
+    assert [line for line, _ in openings(source)] == [1, 2, 3, 4, 5, 6]
+    assert all((PACKAGE / reader).exists() for reader in READERS)
