@@ -11,6 +11,7 @@ import pytest
 from flexolmo_jax.artifact import read_sealed, sealed_json
 from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.merge import append, merge, opt_out
+from flexolmo_jax.coordinator.sketch import decoded, encoded
 from flexolmo_jax.coordinator.verify import verify, verify_receipt
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
@@ -155,3 +156,48 @@ def test_odd_values_in_a_receipt_are_told_in_a_line(anchor, contributions, tmp_p
             verify_receipt(place / "receipt.json", place / "one")
         except UserError as error:
             assert "\n" not in str(error) and "\x1b" not in str(error)
+
+
+def flipped_file(model: Path, pattern: str) -> None:
+    file = next(each for each in sorted(model.glob(pattern)) if each.is_file())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def without_law(anchor, contributions, tmp_path) -> Path:
+    """A model that law has left, with its receipt; it shares no file with others."""
+    model = merge(anchor, [contributions["law"], contributions["code"]], tmp_path / "both").path
+    return opt_out(model, ["law"], tmp_path / "without", ways=("copy",)).path
+
+
+@pytest.mark.parametrize("file", ["weights/trunk.norm.scale/c/**/*", "weights/experts.row/c/**/*", "tokenizer.json"])
+def test_a_receipt_is_of_files_that_are_all_what_the_model_says(without_law, file):
+    """Promise: who checks a receipt checks the model. What says no expert's name could hold anything."""
+    flipped_file(without_law, file)
+    with pytest.raises(UserError, match=r"bytes of|cannot be read|tokenizer"):
+        verify_receipt(without_law / "receipt.json", without_law)
+
+
+def test_a_receipt_is_of_models_on_its_own_anchor(anchor, anchor32, without_law, tmp_path):
+    """Promise: a receipt says that a model of this anchor is without an expert. Any other model is without it too, and proves nothing."""
+    receipt = read_sealed(without_law / "receipt.json")
+    (tmp_path / "receipt.json").write_text(sealed_json(receipt | {"remaining": []}))
+    assert verify_receipt(tmp_path / "receipt.json", merge(anchor, [], tmp_path / "right").path)["verified"]
+    with pytest.raises(UserError, match="the receipt is of a model on"):
+        verify_receipt(tmp_path / "receipt.json", merge(anchor32, [], tmp_path / "wrong").path)
+
+
+def test_a_leaver_is_found_by_digests_where_a_sketch_does_not_tell(anchor, contributions, without_law, tmp_path):
+    """Promise: who left can check that they are gone. A coordinator who writes the sketch has not written the digests of their manifest."""
+    receipt = read_sealed(without_law / "receipt.json")
+    (removed,) = receipt["removed"]
+    back = append(without_law, contributions["law"], tmp_path / "back").path
+    members = [{"name": m["name"], "manifest": m["manifest"]["sha256"]} for m in read_sealed(back / "flexolmo.json")["members"]]
+    nothing = encoded(np.zeros_like(decoded(removed["sketch"], 6)))
+    lie = receipt | {"remaining": members, "removed": [removed | {"sketch": nothing}]}
+    (tmp_path / "receipt.json").write_text(sealed_json(lie))
+    with pytest.raises(UserError, match="still holds 'law', which the receipt says is removed, as 'law'"):
+        verify_receipt(tmp_path / "receipt.json", back)
