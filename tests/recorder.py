@@ -1,6 +1,7 @@
 """What a disk is asked for, in order: what a power cut at any moment would leave follows from it."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,10 @@ class Recorder:
     def renamed(self) -> list[Path]:
         return [path for _, path in self.events if isinstance(path, Path)]
 
-    def expect_durable(self, path: Path) -> None:
-        """Fails unless all of `path` was synced before it got its name the last time, and the folder that holds the name after."""
+    def expect_durable(self, path: Path, files: Iterable[Path] | None = None) -> None:
+        """Fails unless all of `path`, or these `files`, was synced before it got its name the last time, and the name's folder after."""
         named = max(place for place, event in enumerate(self.events) if event == ("name", path))
         before, after = self.events[:named], self.events[named:]
-        for each in (path, *path.rglob("*")):
+        for each in files or (path, *path.rglob("*")):
             assert ("sync", each.stat().st_ino) in before, f"{each} was not synced before {path} had its name"
         assert ("sync", path.parent.stat().st_ino) in after, f"the folder of {path} was not synced after"

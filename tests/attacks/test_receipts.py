@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexolmo_jax.artifact import read_sealed, sealed_json
+from flexolmo_jax.artifact import read_sealed, sealed_json, write_description
 from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.merge import append, merge, opt_out
 from flexolmo_jax.coordinator.sketch import decoded, encoded
@@ -201,3 +201,23 @@ def test_a_leaver_is_found_by_digests_where_a_sketch_does_not_tell(anchor, contr
     (tmp_path / "receipt.json").write_text(sealed_json(lie))
     with pytest.raises(UserError, match="still holds 'law', which the receipt says is removed, as 'law'"):
         verify_receipt(tmp_path / "receipt.json", back)
+
+
+def test_an_expert_of_the_same_digests_has_to_leave_whatever_its_sketch(anchor, contributions, tmp_path):
+    """Promise: who left is gone. A sketch is only a description's word; digests are of the bytes."""
+    twin = remade(contributions["law"], tmp_path / "twin", "twin", lambda key, values: values)
+    model = merge(anchor, [contributions["law"], twin], tmp_path / "model").path
+    description = read_sealed(model / "flexolmo.json")
+    description["members"][1]["sketch"] = encoded(np.zeros_like(decoded(description["members"][1]["sketch"], 6)))
+    write_description(model, description)
+    with pytest.raises(UserError, match="'twin' is 'law'"):
+        opt_out(model, ["law"], tmp_path / "out")
+
+
+def test_a_receipt_names_every_model_of_the_store_that_still_holds_the_leaver(anchor, contributions, tmp_path):
+    """Promise: an owner who left is told where they are still to be found; and of no model that they never were in."""
+    law, code = contributions["law"], contributions["code"]
+    for name, parts in (("both", [law, code]), ("another", [law]), ("neither", [code])):
+        merge(anchor, parts, tmp_path / name)
+    one = opt_out(tmp_path / "both", ["law"], tmp_path / "one").path
+    assert read_sealed(one / "receipt.json")["models_that_still_hold_it"] == ["another", "both"]
