@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -24,7 +25,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor, publish
 from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
 from flexolmo_jax.exchange.signature import Trust, keygen
-from flexolmo_jax.integrity import fingerprint_of, parts_of, tensor_digest
+from flexolmo_jax.integrity import fingerprint_of, layouts, parts_of, tensor_digest
 from flexolmo_jax.loaded import load
 from flexolmo_jax.owner.contribute import contribute
 from flexolmo_jax.owner.package import package
@@ -403,3 +404,28 @@ def test_a_model_of_format_1_is_held_to_every_digest_of_the_anchor_that_is_given
     assert verify(fake)["verified"]
     with pytest.raises(UserError, match=r"names the fingerprint of .* but has another trunk/norm/scale"):
         verify(fake, anchor)
+
+
+def test_nothing_hides_inside_a_shard(anchor, tmp_path):
+    """Promise: what is verified is all that is there. An index at a shard's end finds its chunks whatever lies between."""
+    copy = copied(anchor, tmp_path / "copy")
+    layout = layouts(open_artifact(copy).config, open_artifact(copy).description["tensors"])["trunk/embedding"]
+    shard = next(file for file in sorted(copy.glob("weights/trunk.embedding/c/**/*")) if file.is_file())
+    content, index = shard.read_bytes(), 16 * math.prod(layout.shard) // math.prod(layout.chunk) + 4
+    shard.write_bytes(content[:-index] + b"somebody's documents" + content[-index:])
+    Reader(copy / "weights").read("trunk/embedding", layout.whole()[0])  # it is read as before
+    for use in (verify, load, open_anchor):
+        with pytest.raises(UserError, match=f"has {len(content) + 20} bytes; expected {len(content)}"):
+            use(copy)
+
+
+def test_two_files_of_an_embedder_that_change_places_are_another_embedder(tmp_path):
+    """Promise: what is verified is what runs. The same bytes under other names do something else."""
+    for folder, names in (("one", "ab"), ("other", "ba")):
+        for name, content in zip(names, (b"1", b"2"), strict=True):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).write_bytes(content)
+    (tmp_path / "renamed").mkdir()
+    for name, content in (("a", b"1"), ("c", b"2")):
+        (tmp_path / "renamed" / name).write_bytes(content)
+    assert len({integrity.embedder_digest(tmp_path / folder) for folder in ("one", "other", "renamed")}) == 3
