@@ -429,3 +429,47 @@ def test_two_files_of_an_embedder_that_change_places_are_another_embedder(tmp_pa
     for name, content in (("a", b"1"), ("c", b"2")):
         (tmp_path / "renamed" / name).write_bytes(content)
     assert len({integrity.embedder_digest(tmp_path / folder) for folder in ("one", "other", "renamed")}) == 3
+
+
+def test_a_run_does_not_go_on_with_another_base_in_the_place_of_its_own(
+    anchor, anchor32, model, contributions, prepared, pair_runs, tmp_path
+):
+    """Promise: what is verified is what runs. A run names its base by path: what lies there now may be another one, and whole."""
+    base = copied(model, tmp_path / "base")
+    run = run_config("router", prepared["public"], "train.steps=1", router={"model": str(base)})
+    train_router(run, tmp_path / "router")
+    pair = copied(pair_runs["code"], tmp_path / "pair")
+    redescribed(pair, lambda d: d.update(base=str(anchor32)))
+    shutil.rmtree(base)
+    merge(anchor, [contributions["law"], contributions["code"], contributions["care"]], base)  # the same experts in another order
+    uses: list[Callable[[], object]] = [
+        lambda: load(tmp_path / "router"),
+        lambda: apply_tuning(tmp_path / "router", tmp_path / "out"),
+        lambda: opt_out(tmp_path / "router", ["law"], tmp_path / "out"),
+        lambda: load(pair),
+        lambda: package(pair, tmp_path / "out"),
+    ]
+    for use in uses:
+        with pytest.raises(UserError, match="was trained on another version of"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_tuned_rows_are_not_put_on_a_newer_expert_of_the_same_name(model, contributions, prepared, tmp_path):
+    """Promise: what is verified is what runs. Rows that were tuned and measured on one expert would decide on another."""
+    base = copied(model, tmp_path / "base")
+    run = run_config("router", prepared["public"], "train.steps=1", router={"model": str(base)})
+    train_router(run, tmp_path / "router")
+    newer = Path(shutil.copytree(contributions["code"], tmp_path / "newer"))
+    (newer / MANIFEST).write_bytes(sealed(open_contribution(newer).manifest | {"sequence": 2}))
+    shutil.rmtree(base)
+    replace(model, newer, base, store_path=tmp_path / "store")
+    for use in (lambda: load(tmp_path / "router"), lambda: apply_tuning(tmp_path / "router", tmp_path / "out")):
+        with pytest.raises(UserError, match="was trained on another version of"):
+            use()
+    with pytest.raises(UserError, match=r"was trained against .* is now"):
+        train_router(run, tmp_path / "router")
+    description = json.loads((tmp_path / "router" / "flexolmo.json").read_text())
+    del description["base_sha256"]  # as an earlier version wrote it
+    write_description(tmp_path / "router", description)
+    assert load(tmp_path / "router").experts == ("anchor", "code", "law", "care")
