@@ -56,6 +56,7 @@ def test_whatever_changes_is_read_again(file, tmp_path, change):
     elif change == "another file":
         file.unlink()
         file.write_bytes(b"right")
+        os.link(file, tmp_path / "third")
     elif change == "a mode":
         file.chmod(0o600 if status.st_mode & 0o777 != 0o600 else 0o644)
     elif change == "one more":
