@@ -221,3 +221,12 @@ def test_a_receipt_names_every_model_of_the_store_that_still_holds_the_leaver(an
         merge(anchor, parts, tmp_path / name)
     one = opt_out(tmp_path / "both", ["law"], tmp_path / "one").path
     assert read_sealed(one / "receipt.json")["models_that_still_hold_it"] == ["another", "both"]
+
+
+@pytest.mark.parametrize("names", [["nobody"], ["anchor"], ["law", "nobody"]])
+def test_there_is_no_receipt_of_somebody_who_was_not_there(anchor, contributions, tmp_path, names):
+    """Promise: a receipt is of an expert that was in the model."""
+    model = merge(anchor, [contributions["law"]], tmp_path / "model").path
+    with pytest.raises(UserError, match=r"no expert 'nobody'|the anchor cannot be excluded"):
+        opt_out(model, names, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
