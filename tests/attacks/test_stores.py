@@ -256,7 +256,8 @@ def test_a_store_that_was_copied_is_read_again_and_used(anchor, contributions, t
     assert "is read again" not in capsys.readouterr().err
 
 
-def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(anchor, contributions, tmp_path):
+@pytest.mark.parametrize("admission", [True, False])
+def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(anchor, contributions, tmp_path, admission):
     """What lies in the store is whole; what was given is not what its manifest says."""
     copy = Path(shutil.copytree(contributions["code"], tmp_path / "code"))
     merge(anchor, [copy], tmp_path / "model")
@@ -264,7 +265,7 @@ def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(anc
     content[-3] ^= 1
     (copy / TENSORS).write_bytes(content)
     with pytest.raises(UserError, match="bytes of"):
-        merge(anchor, [copy], tmp_path / "again")
+        merge(anchor, [copy], tmp_path / "again", admission=admission)
 
 
 def test_opting_out_of_a_damaged_model_is_refused(model, tmp_path):
