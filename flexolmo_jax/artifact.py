@@ -105,8 +105,9 @@ class Artifact:
     def base(self) -> "Artifact":
         """The anchor of a pair's run, the model of a router run; refused if it is no longer the one trained against."""
         base = open_artifact(path_of(self.description["base"]))
-        # A merged model has its anchor's fingerprint: what makes it this one are its experts.
-        if base.fingerprint != self.fingerprint or (base.kind == "model" and base.experts != self.experts):
+        # A merged model has its anchor's fingerprint: what makes it this one are its experts, and which contributions they are.
+        is_it = base.fingerprint == self.fingerprint and (base.kind != "model" or base.experts == self.experts)
+        if not is_it or self.description.get("base_sha256") not in (None, base.description["sha256"]):
             raise UserError(f"{self.path} was trained on another version of {base.path} (fingerprint {self.fingerprint}); restore that one")
         return base
 

@@ -63,6 +63,7 @@ class Run(_Every):
     tensors: Tensors
     base: str | None = None  # of a pair and a router run: the path of what it was trained against ...
     fingerprint: Digest | None = None  # ... and the anchor's
+    base_sha256: Digest | None = None  # of a router run: of the description of the model that it was trained on
     data: tuple[str, ...] = ()
 
 

@@ -88,6 +88,9 @@ def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
 
     job = Job(
         run, model.config, initial, is_trained, model.experts, model.tokenizer, batches, heldout,
-        base={"base": str(absolute(model.path)), "fingerprint": model.fingerprint, "data": [d.title for d in run.data.train]},
+        base={
+            "base": str(absolute(model.path)), "fingerprint": model.fingerprint, "base_sha256": model.description["sha256"],
+            "data": [d.title for d in run.data.train],
+        },
     )  # fmt: skip
     return train(job, out)

@@ -239,6 +239,7 @@ def write_text(path: Path, text: str) -> None:
         sync(temporary)
         before_change("rename", path)
         os.replace(temporary, path)
+        sync(path.parent)  # else a power cut may take the new name back: a store would forget a model that it was told of
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -58,7 +58,7 @@ class Job:
     batches: Batches
     heldout: dict[str, Source]
     contrast: tuple[tuple[int, float], ...] = ()  # for each source of the mixture: (expert its tokens belong to, weight in the loss)
-    base: dict[str, Any] = field(default_factory=dict)  # pair, router: {"base": path, "fingerprint": digest}
+    base: dict[str, Any] = field(default_factory=dict)  # pair, router: {"base": path, "fingerprint": digest, ...}
 
 
 def train(job: Job, out: Path) -> dict[str, Any]:
@@ -269,9 +269,13 @@ def _make_or_check(job: Job, out: Path) -> None:
     if changed:
         raise UserError(f"{out} holds a run with another {', '.join(changed)}; give a new --out, or the config it was started with")
     if (out / DESCRIPTION).exists():
-        before, now = open_artifact(out).fingerprint, job.base.get("fingerprint")
-        if before != now:
-            raise UserError(f"{out} was trained against {before}; {job.base['base']} is now {now}; restore that one or give a new --out")
+        kept = open_artifact(out).description
+        for key in ("fingerprint", "base_sha256"):
+            before, now = kept.get(key), job.base.get(key)
+            if before != now and (before is not None or key == "fingerprint"):  # earlier versions kept no base_sha256
+                raise UserError(
+                    f"{out} was trained against {before}; {job.base['base']} is now {now}; restore that one or give a new --out"
+                )
     write_text(path, dump_yaml(job.config))
 
 

@@ -10,8 +10,9 @@ from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.merge import append, merge, replace
 from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.admission import admit
+from flexolmo_jax.exchange.admission import TRIED, _texts, admit
 from flexolmo_jax.exchange.contribution import open_contribution
 from flexolmo_jax.loaded import load
 from tests.exchange.test_admission import Tensors, forged, long_rows
@@ -81,3 +82,13 @@ def test_the_report_on_such_an_expert_is_json(anchor, hostile, prepared, capsys)
 
     report = json.loads(capsys.readouterr().out, parse_constant=refuse)["admission"]
     assert len(report["findings"]) > 5 and report["public_bits_per_byte"]["with_the_expert"] is None
+
+
+def test_an_expert_is_tried_on_public_text_and_not_on_random_tokens_alone(anchor):
+    """Random tokens are not what a model meets: an expert could be made to break on text only."""
+    tokens, segments = _texts(open_artifact(anchor))
+    records = open_records(anchor / "public", "train")
+    rows = [records[i]["tokens"] for i in range(TRIED[0])]
+    assert tokens.shape == (2 * TRIED[0], TRIED[1]) and segments[: TRIED[0]].all()
+    for got, used, row in zip(tokens[TRIED[0] :], segments[TRIED[0] :], rows, strict=True):
+        assert got[: len(row)].tolist() == row.tolist() and used[: len(row)].any() and not used[len(row) :].any()

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexolmo_jax.artifact import read_sealed, sealed_json
+from flexolmo_jax.artifact import read_sealed, sealed_json, write_description
 from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.merge import append, merge, opt_out
+from flexolmo_jax.coordinator.sketch import decoded, encoded
 from flexolmo_jax.coordinator.verify import verify, verify_receipt
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
@@ -155,3 +156,77 @@ def test_odd_values_in_a_receipt_are_told_in_a_line(anchor, contributions, tmp_p
             verify_receipt(place / "receipt.json", place / "one")
         except UserError as error:
             assert "\n" not in str(error) and "\x1b" not in str(error)
+
+
+def flipped_file(model: Path, pattern: str) -> None:
+    file = next(each for each in sorted(model.glob(pattern)) if each.is_file())
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def without_law(anchor, contributions, tmp_path) -> Path:
+    """A model that law has left, with its receipt; it shares no file with others."""
+    model = merge(anchor, [contributions["law"], contributions["code"]], tmp_path / "both").path
+    return opt_out(model, ["law"], tmp_path / "without", ways=("copy",)).path
+
+
+@pytest.mark.parametrize("file", ["weights/trunk.norm.scale/c/**/*", "weights/experts.row/c/**/*", "tokenizer.json"])
+def test_a_receipt_is_of_files_that_are_all_what_the_model_says(without_law, file):
+    """Promise: who checks a receipt checks the model. What says no expert's name could hold anything."""
+    flipped_file(without_law, file)
+    with pytest.raises(UserError, match=r"bytes of|cannot be read|tokenizer"):
+        verify_receipt(without_law / "receipt.json", without_law)
+
+
+def test_a_receipt_is_of_models_on_its_own_anchor(anchor, anchor32, without_law, tmp_path):
+    """Promise: a receipt says that a model of this anchor is without an expert. Any other model is without it too, and proves nothing."""
+    receipt = read_sealed(without_law / "receipt.json")
+    (tmp_path / "receipt.json").write_text(sealed_json(receipt | {"remaining": []}))
+    assert verify_receipt(tmp_path / "receipt.json", merge(anchor, [], tmp_path / "right").path)["verified"]
+    with pytest.raises(UserError, match="the receipt is of a model on"):
+        verify_receipt(tmp_path / "receipt.json", merge(anchor32, [], tmp_path / "wrong").path)
+
+
+def test_a_leaver_is_found_by_digests_where_a_sketch_does_not_tell(anchor, contributions, without_law, tmp_path):
+    """Promise: who left can check that they are gone. A coordinator who writes the sketch has not written the digests of their manifest."""
+    receipt = read_sealed(without_law / "receipt.json")
+    (removed,) = receipt["removed"]
+    back = append(without_law, contributions["law"], tmp_path / "back").path
+    members = [{"name": m["name"], "manifest": m["manifest"]["sha256"]} for m in read_sealed(back / "flexolmo.json")["members"]]
+    nothing = encoded(np.zeros_like(decoded(removed["sketch"], 6)))
+    lie = receipt | {"remaining": members, "removed": [removed | {"sketch": nothing}]}
+    (tmp_path / "receipt.json").write_text(sealed_json(lie))
+    with pytest.raises(UserError, match="still holds 'law', which the receipt says is removed, as 'law'"):
+        verify_receipt(tmp_path / "receipt.json", back)
+
+
+def test_an_expert_of_the_same_digests_has_to_leave_whatever_its_sketch(anchor, contributions, tmp_path):
+    """Promise: who left is gone. A sketch is only a description's word; digests are of the bytes."""
+    twin = remade(contributions["law"], tmp_path / "twin", "twin", lambda key, values: values)
+    model = merge(anchor, [contributions["law"], twin], tmp_path / "model").path
+    description = read_sealed(model / "flexolmo.json")
+    description["members"][1]["sketch"] = encoded(np.zeros_like(decoded(description["members"][1]["sketch"], 6)))
+    write_description(model, description)
+    with pytest.raises(UserError, match="'twin' is 'law'"):
+        opt_out(model, ["law"], tmp_path / "out")
+
+
+def test_a_receipt_names_every_model_of_the_store_that_still_holds_the_leaver(anchor, contributions, tmp_path):
+    """Promise: an owner who left is told where they are still to be found; and of no model that they never were in."""
+    law, code = contributions["law"], contributions["code"]
+    for name, parts in (("both", [law, code]), ("another", [law]), ("neither", [code])):
+        merge(anchor, parts, tmp_path / name)
+    one = opt_out(tmp_path / "both", ["law"], tmp_path / "one").path
+    assert read_sealed(one / "receipt.json")["models_that_still_hold_it"] == ["another", "both"]
+
+
+@pytest.mark.parametrize("names", [["nobody"], ["anchor"], ["law", "nobody"]])
+def test_there_is_no_receipt_of_somebody_who_was_not_there(anchor, contributions, tmp_path, names):
+    """Promise: a receipt is of an expert that was in the model."""
+    model = merge(anchor, [contributions["law"]], tmp_path / "model").path
+    with pytest.raises(UserError, match=r"no expert 'nobody'|the anchor cannot be excluded"):
+        opt_out(model, names, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from flexolmo_jax.exchange.contribution import TENSORS
 from flexolmo_jax.loaded import load
 from flexolmo_jax.storage import files
 from tests.faults.kill_everywhere import contents
+from tests.recorder import Recorder
 
 
 def everything(directory: Path) -> dict[str, bytes | str]:
@@ -265,7 +266,8 @@ def test_a_store_that_was_copied_is_read_again_and_used(anchor, contributions, t
     assert "is read again" not in capsys.readouterr().err
 
 
-def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(anchor, contributions, tmp_path):
+@pytest.mark.parametrize("admission", [True, False])
+def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(anchor, contributions, tmp_path, admission):
     """What lies in the store is whole; what was given is not what its manifest says."""
     copy = Path(shutil.copytree(contributions["code"], tmp_path / "code"))
     merge(anchor, [copy], tmp_path / "model")
@@ -273,7 +275,7 @@ def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(anc
     content[-3] ^= 1
     (copy / TENSORS).write_bytes(content)
     with pytest.raises(UserError, match="bytes of"):
-        merge(anchor, [copy], tmp_path / "again")
+        merge(anchor, [copy], tmp_path / "again", admission=admission)
 
 
 def test_opting_out_of_a_damaged_model_is_refused(model, tmp_path):
@@ -289,3 +291,95 @@ def test_opting_out_of_a_damaged_model_is_refused(model, tmp_path):
             opt_out(copy, ["law"], tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert open_artifact(model).experts
+
+
+GC = """
+import sys
+from pathlib import Path
+from flexolmo_jax.coordinator.store import Store
+store = Store.existing(Path(sys.argv[1]))
+print("begun", flush=True)
+print(len(store.gc()["removed"]), flush=True)
+"""
+
+
+def test_gc_waits_for_a_merge_of_another_process(anchor, contributions, tmp_path):
+    """Promise: nothing of the user's is removed. An object that was taken in is needed before the model that needs it is there."""
+    merge(anchor, [], tmp_path / "first")
+    waiting: list[subprocess.Popen[bytes]] = []
+
+    def collect_meanwhile(operation: str, path: Path) -> None:
+        if operation == "link" and "model" in str(path) and not waiting:
+            waiting.append(subprocess.Popen([sys.executable, "-c", GC, str(tmp_path / STORE)], stdout=subprocess.PIPE, env=os.environ))
+            assert waiting[0].stdout and waiting[0].stdout.readline() == b"begun\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                waiting[0].wait(1)
+
+    files.observer = collect_meanwhile
+    try:
+        model = merge(anchor, [contributions["code"]], tmp_path / "model").path
+    finally:
+        files.observer = None
+    (gc,) = waiting
+    assert gc.communicate()[0] == b"0\n" and gc.returncode == 0
+    assert verify(model)["verified"] and verify(tmp_path / STORE)["objects"] == 2
+
+
+def test_what_a_store_holds_and_knows_is_on_the_disk_before_it_is_seen(anchor, contributions, tmp_path, monkeypatch):
+    """Promise: what is verified is what runs. After a power cut there is no object, record or model whose bytes were only in memory."""
+    with monkeypatch.context() as patch:
+        recorder = Recorder(patch)
+        model = merge(anchor, [contributions["code"]], tmp_path / "model").path
+    objects, models = sorted((tmp_path / STORE / "objects").iterdir()), sorted((tmp_path / STORE / "models").iterdir())
+    assert len(objects) == 2 and len(models) == 1
+    for path in (*objects, *models, model):
+        recorder.expect_durable(path)
+    assert recorder.renamed.index(models[0]) < recorder.renamed.index(model)  # the store knows of it before it is there
+    recorder.expect_durable(tmp_path / STORE, [tmp_path / STORE / "store.json"])
+
+
+def test_a_store_that_does_not_know_where_its_models_are_removes_nothing(anchor, contributions, tmp_path):
+    """Promise: nothing of the user's is removed. A damaged entry may be of a model that needs every object here."""
+    model = merge(anchor, [contributions["code"]], tmp_path / "model").path
+    (entry,) = (tmp_path / STORE / "models").iterdir()
+    text = entry.read_text()
+    before = everything(tmp_path / STORE / "objects")
+    for damaged in ("", "{}", text.replace("model", "other"), sealed_json({"path": 3}), sealed_json({"path": "elsewhere:/x"})):
+        entry.write_text(damaged)
+        with pytest.raises(UserError, match=r"is damaged .*; remove it"):
+            Store.existing(tmp_path / STORE).gc()
+        assert everything(tmp_path / STORE / "objects") == before
+    entry.write_text(text)
+    assert Store.existing(tmp_path / STORE).gc()["removed"] == [] and verify(model)["verified"]
+
+
+def test_a_merge_that_fails_takes_nothing_from_a_store_that_was_there(anchor, contributions, tmp_path):
+    """Promise: nothing of the user's is removed. What no model needs is for `gc` to remove, when somebody asks for it."""
+    shutil.rmtree(merge(anchor, [contributions["code"]], tmp_path / "model").path)
+    before = everything(tmp_path / STORE)
+
+    def full(operation: str, path: Path) -> None:
+        if path.name == "flexolmo.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    files.observer = full
+    try:
+        with pytest.raises(UserError, match="no space left"):
+            merge(anchor, [contributions["law"]], tmp_path / "model")
+    finally:
+        files.observer = None
+    assert everything(tmp_path / STORE).items() >= before.items()
+
+
+def test_an_object_under_the_name_of_another_is_not_merged(anchor, contributions, tmp_path):
+    """Promise: what is verified is what runs. Both are whole, and each is what the other's name says."""
+    merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "model", ways=("copy",))
+    objects = [path for path in (tmp_path / STORE / "objects").iterdir() if '"kind": "expert"' in (path / "object.json").read_text()]
+    one, other = objects
+    one.rename(tmp_path / "away")
+    other.rename(one)
+    (tmp_path / "away").rename(other)
+    for use in (lambda: verify(tmp_path / STORE), lambda: merge(anchor, [contributions["code"]], tmp_path / "again")):
+        with pytest.raises(UserError, match="it is not what it is named by"):
+            use()
+    assert not (tmp_path / "again").exists()

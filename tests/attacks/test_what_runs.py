@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -16,20 +17,22 @@ import tensorstore as ts
 
 from flexolmo_jax import integrity
 from flexolmo_jax.artifact import open_artifact
-from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
-from flexolmo_jax.coordinator.router import tune
+from flexolmo_jax.coordinator.merge import append, apply_tuning, merge, opt_out, replace
+from flexolmo_jax.coordinator.router import train_router, tune
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.description import write_description
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor, publish
-from flexolmo_jax.exchange.contribution import sealed
+from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
 from flexolmo_jax.exchange.signature import Trust, keygen
-from flexolmo_jax.integrity import fingerprint_of, parts_of, tensor_digest
+from flexolmo_jax.integrity import fingerprint_of, layouts, parts_of, tensor_digest
 from flexolmo_jax.loaded import load
 from flexolmo_jax.owner.contribute import contribute
 from flexolmo_jax.owner.package import package
 from flexolmo_jax.owner.pair import train_pair
 from flexolmo_jax.storage import verified
+from flexolmo_jax.storage.tensorfile import TensorFile, write_tensors
+from flexolmo_jax.storage.weights import Reader
 from flexolmo_jax.train.pretrain import pretrain
 from tests.tiny import documents, pair_config, run_config, write_jsonl
 
@@ -318,3 +321,155 @@ def test_models_and_anchors_of_format_1_are_read_and_their_claims_are_not_taken(
         verify(before, trust=Trust(signed=True))
     with pytest.raises(UserError, match="merged by an earlier version"):
         opt_out(before, ["code"], tmp_path / "out")
+
+
+def written(model: Path, array: str, at: tuple[int, ...], value: float) -> None:
+    """Another number in an array, with right checksums: what plain TensorStore writes."""
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{model}/weights/{array}"}}
+    ts.open(spec, open=True).result()[at].write(value).result()
+
+
+def refused_by_all(fake: Path, match: str) -> None:
+    for use in (lambda: verify(fake), lambda: load(fake), lambda: opt_out(fake, ["code"], fake.with_name("out"))):
+        with pytest.raises(UserError, match=match):
+            use()
+    assert not fake.with_name("out").exists()
+
+
+def without_bias(contribution: Path, to: Path) -> Path:
+    """The same expert as its owner would have trained it without router biases."""
+    tensors = {name: a for name, a in open_contribution(contribution).tensors() if not name.endswith("bias")}
+    to.mkdir()
+    write_tensors(to / TENSORS, {name: (str(a.dtype), a.shape) for name, a in tensors.items()}, tensors.values())
+    manifest = open_contribution(contribution).manifest
+    entries = {name: entry for name, entry in manifest["tensors"].items() if name in tensors}
+    with TensorFile(to / TENSORS) as file:
+        changes = {"header": file.header_sha256, "tensors": entries, "router_bias": False}
+    (to / MANIFEST).write_bytes(sealed(manifest | changes))
+    return to
+
+
+@pytest.mark.parametrize(("expert", "whose"), [(0, "of anchor"), (1, "of code"), (2, "of law")])
+def test_a_bias_that_nobody_handed_over_is_found(anchor, contributions, tmp_path, expert, whose):
+    """Promise: what is verified is what runs. One number decides how often an expert is chosen: the anchor's and that of an expert
+    trained without one are 0, and the others their owners'."""
+    law = without_bias(contributions["law"], tmp_path / "law")
+    model = merge(anchor, [contributions["code"], law], tmp_path / "model", ways=("copy",)).path
+    assert verify(model)["verified"]
+    fake = copied(model, tmp_path / "fake")
+    written(fake, "experts.bias", (1, expert), -7.0)
+    refused_by_all(fake, f"bias {whose} are not those of its description")
+
+
+def test_a_tuned_router_is_held_to_its_digests_too(model, prepared, tmp_path):
+    """Promise: what is verified is what runs. Tuned rows are no owner's: the description has digests of their own."""
+    run = run_config("router", prepared["public"], "train.steps=1", router={"model": str(model)})
+    train_router(run, tmp_path / "run")
+    tuned = apply_tuning(tmp_path / "run", tmp_path / "tuned", store_path=tmp_path / "store", ways=("copy",)).path
+    assert verify(tuned)["verified"]
+    for number, (array, at) in enumerate({"experts.row": (0, 1, 3), "experts.bias": (0, 2)}.items()):
+        fake = copied(tuned, tmp_path / str(number) / "fake")
+        written(fake, array, at, -7.0)
+        refused_by_all(fake, f"bytes of {array.replace('.', '/')} are not those")
+
+
+def test_an_expert_does_not_go_by_the_name_of_another(model, tmp_path):
+    """Promise: what a model claims of its members can be checked. An opt-out is by name: it would take out somebody else."""
+    fake = copied(model, tmp_path / "fake")
+
+    def renamed(d: dict[str, Any]) -> None:
+        names = {"code": "law", "law": "code"}
+        d["experts"] = [names.get(name, name) for name in d["experts"]]
+        for member in d["members"]:
+            member["name"] = names.get(member["name"], member["name"])
+
+    redescribed(fake, renamed)
+    with pytest.raises(UserError, match="the expert 'law' has the manifest of 'code'; do not use the model"):
+        verify(fake)
+
+
+def test_a_model_of_format_1_is_held_to_every_digest_of_the_anchor_that_is_given(model, anchor, tmp_path):
+    """Promise: what is verified is what runs. Format 1 kept no parts of a fingerprint: only the anchor itself tells."""
+    fake = copied(model, tmp_path / "fake")
+    written(fake, "trunk.norm.scale", (0,), 7.0)
+    scale = Reader(fake / "weights").read("trunk/norm/scale", (slice(None),))
+    keys = ("name", "owner", "domain", "licence", "expires", "router_bias", "tensors", "training", "privacy")
+
+    def forge(d: dict[str, Any]) -> None:
+        d.update(format=1, anchor=d["anchor"]["tensors"], files={})
+        d["members"] = [{k: m["manifest"][k] for k in keys} | {"manifest": m["manifest"]["sha256"]} for m in d["members"]]
+        d["anchor"]["trunk/norm/scale"]["sha256"] = tensor_digest(scale)
+
+    redescribed(fake, forge)
+    assert verify(fake)["verified"]
+    with pytest.raises(UserError, match=r"names the fingerprint of .* but has another trunk/norm/scale"):
+        verify(fake, anchor)
+
+
+def test_nothing_hides_inside_a_shard(anchor, tmp_path):
+    """Promise: what is verified is all that is there. An index at a shard's end finds its chunks whatever lies between."""
+    copy = copied(anchor, tmp_path / "copy")
+    layout = layouts(open_artifact(copy).config, open_artifact(copy).description["tensors"])["trunk/embedding"]
+    shard = next(file for file in sorted(copy.glob("weights/trunk.embedding/c/**/*")) if file.is_file())
+    content, index = shard.read_bytes(), 16 * math.prod(layout.shard) // math.prod(layout.chunk) + 4
+    shard.write_bytes(content[:-index] + b"somebody's documents" + content[-index:])
+    Reader(copy / "weights").read("trunk/embedding", layout.whole()[0])  # it is read as before
+    for use in (verify, load, open_anchor):
+        with pytest.raises(UserError, match=f"has {len(content) + 20} bytes; expected {len(content)}"):
+            use(copy)
+
+
+def test_two_files_of_an_embedder_that_change_places_are_another_embedder(tmp_path):
+    """Promise: what is verified is what runs. The same bytes under other names do something else."""
+    for folder, names in (("one", "ab"), ("other", "ba")):
+        for name, content in zip(names, (b"1", b"2"), strict=True):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / name).write_bytes(content)
+    (tmp_path / "renamed").mkdir()
+    for name, content in (("a", b"1"), ("c", b"2")):
+        (tmp_path / "renamed" / name).write_bytes(content)
+    assert len({integrity.embedder_digest(tmp_path / folder) for folder in ("one", "other", "renamed")}) == 3
+
+
+def test_a_run_does_not_go_on_with_another_base_in_the_place_of_its_own(
+    anchor, anchor32, model, contributions, prepared, pair_runs, tmp_path
+):
+    """Promise: what is verified is what runs. A run names its base by path: what lies there now may be another one, and whole."""
+    base = copied(model, tmp_path / "base")
+    run = run_config("router", prepared["public"], "train.steps=1", router={"model": str(base)})
+    train_router(run, tmp_path / "router")
+    pair = copied(pair_runs["code"], tmp_path / "pair")
+    redescribed(pair, lambda d: d.update(base=str(anchor32)))
+    shutil.rmtree(base)
+    merge(anchor, [contributions["law"], contributions["code"], contributions["care"]], base)  # the same experts in another order
+    uses: list[Callable[[], object]] = [
+        lambda: load(tmp_path / "router"),
+        lambda: apply_tuning(tmp_path / "router", tmp_path / "out"),
+        lambda: opt_out(tmp_path / "router", ["law"], tmp_path / "out"),
+        lambda: load(pair),
+        lambda: package(pair, tmp_path / "out"),
+    ]
+    for use in uses:
+        with pytest.raises(UserError, match="was trained on another version of"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_tuned_rows_are_not_put_on_a_newer_expert_of_the_same_name(model, contributions, prepared, tmp_path):
+    """Promise: what is verified is what runs. Rows that were tuned and measured on one expert would decide on another."""
+    base = copied(model, tmp_path / "base")
+    run = run_config("router", prepared["public"], "train.steps=1", router={"model": str(base)})
+    train_router(run, tmp_path / "router")
+    newer = Path(shutil.copytree(contributions["code"], tmp_path / "newer"))
+    (newer / MANIFEST).write_bytes(sealed(open_contribution(newer).manifest | {"sequence": 2}))
+    shutil.rmtree(base)
+    replace(model, newer, base, store_path=tmp_path / "store")
+    for use in (lambda: load(tmp_path / "router"), lambda: apply_tuning(tmp_path / "router", tmp_path / "out")):
+        with pytest.raises(UserError, match="was trained on another version of"):
+            use()
+    with pytest.raises(UserError, match=r"was trained against .* is now"):
+        train_router(run, tmp_path / "router")
+    description = json.loads((tmp_path / "router" / "flexolmo.json").read_text())
+    del description["base_sha256"]  # as an earlier version wrote it
+    write_description(tmp_path / "router", description)
+    assert load(tmp_path / "router").experts == ("anchor", "code", "law", "care")

@@ -16,7 +16,7 @@ import tensorstore as ts
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from flexolmo_jax.artifact import open_artifact, read_sealed, write_description
+from flexolmo_jax.artifact import active_among, open_artifact, read_sealed, write_description
 from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.coordinator.info import info
 from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
@@ -260,3 +260,19 @@ def test_a_replaced_expert_is_the_newer_one_in_the_same_place(anchor, contributi
     with pytest.raises(UserError, match="two experts are called 'code'"):
         append(both, contributions["code"], tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("active", "of", "experts", "expected"),
+    [(4, 6, 7, 4), (6, 6, 7, 6), (6, 6, 5, 5), (3, 3, 5, 4), (3, 3, 2, 2), (2, 3, 2, 2), (1, 2, 3, 1), (4, 4, 5, 4), (5, 5, 6, 5)],
+)
+def test_a_number_of_active_experts_that_was_given_stays_and_one_that_was_not_goes_with_them(active, of, experts, expected):
+    """4, or all where there are fewer, is what nobody asked for."""
+    assert active_among(ModelConfig(n_experts=of, n_active=active), experts) == expected
+
+
+@pytest.mark.parametrize("active", [-1, 0, 3])
+def test_more_active_experts_than_there_are_and_none_are_refused(anchor, contributions, tmp_path, active):
+    with pytest.raises(UserError, match=f"--active is {active}; expected 1 to 2"):
+        merge(anchor, [contributions["code"]], tmp_path / "out", active=active)
+    assert not (tmp_path / "out").exists() and not (tmp_path / STORE).exists()

@@ -1,10 +1,14 @@
 """The admission report finds hostile and broken experts, whose digests and signatures are right, and lets good ones in."""
 
+import copy
+import functools
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.admission import admit
+from flexolmo_jax.exchange.admission import DEFAULT, _findings, admit
 from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
 from flexolmo_jax.owner.pair import initial_row
 from tests.tiny import pair_config
@@ -127,3 +131,62 @@ def test_a_changed_byte_is_refused_by_admission_too(anchor, contributions, tmp_p
     (tmp_path / "changed" / TENSORS).write_bytes(data)
     with pytest.raises(UserError, match="are not those of the manifest"):
         admit(open_contribution(tmp_path / "changed"), open_artifact(anchor))
+
+
+def in_one_direction(tensors: Tensors) -> Tensors:
+    """Gates whose norm is in one singular value: twice as large as an honest one's, by the sum of their squares."""
+
+    def bent(matrix: np.ndarray) -> np.ndarray:
+        wide = matrix.astype(np.float32)
+        spike = np.outer(np.ones(len(wide)), np.ones(wide.shape[1])) / np.sqrt(wide.size)
+        return (wide + 2 * np.linalg.norm(wide) * spike).astype(matrix.dtype)
+
+    return {n: bent(a) if n.endswith("gate") else a for n, a in tensors.items()}
+
+
+def test_a_matrix_that_is_large_in_one_direction_is_found(anchor, contributions, prepared, tmp_path):
+    """Its Frobenius norm is within the policy; what it does to the inputs that it is made for is not."""
+    hostile = forged(contributions["code"], tmp_path / "hostile", in_one_direction)
+    findings = verify(hostile, anchor, public=prepared["public"])["admission"]["findings"]
+    assert any("the spectral norm of gate" in found for found in findings) and not any("Frobenius" in found for found in findings)
+
+
+@pytest.fixture(scope="module")
+def report(anchor, contributions, prepared) -> dict[str, Any]:
+    """Of an honest expert."""
+    return verify(contributions["code"], anchor, public=prepared["public"])["admission"]
+
+
+BOUNDS = {
+    "Frobenius norm of up": (["weights", "up", "Frobenius", "most"], DEFAULT.norm, 1),
+    "the Frobenius norm of up": (["weights", "up", "Frobenius", "least"], 1 / DEFAULT.norm, -1),
+    "spectral norm of down": (["weights", "down", "spectral", "most"], DEFAULT.spectral, 1),
+    "the spectral norm of down": (["weights", "down", "spectral", "least"], 1 / DEFAULT.spectral, -1),
+    "gate has little in common": (["weights", "gate", "cosine", "least"], DEFAULT.cosine, -1),
+    "a router row is": (["row_norm_of_the_anchors", "most"], DEFAULT.row_norm, 1),
+    "of the routing weight": (["public_share"], DEFAULT.public_share, 1),
+    "of public text get": (["public_bits_per_byte", "with_the_expert"], 1 + DEFAULT.public_loss, 1),
+}
+
+
+@pytest.mark.parametrize("finding", BOUNDS)
+def test_each_bound_of_the_policy_is_one(report, finding):
+    """A measure on the right side of its bound is no finding; on the other side, or no number, it is one."""
+    assert _findings(report, DEFAULT) == []
+    (*path, last), bound, outwards = BOUNDS[finding]
+    bound = bound * report["public_bits_per_byte"]["anchor"] if last == "with_the_expert" else bound
+    for value, is_found in ((bound - outwards * 1e-6, False), (bound + outwards * 1e-6, True), (math.nan, True)):
+        changed = copy.deepcopy(report)
+        functools.reduce(lambda node, key: node[key], path, changed)[last] = value
+        found = _findings(changed, DEFAULT)
+        assert len(found) == is_found and all(finding.removeprefix("the ") in each for each in found)
+
+
+def test_an_admission_counts_for_its_own_bounds_and_anchor_only(anchor, contributions, monkeypatch, tmp_path):
+    """It is remembered, so that files are read once: another policy is another question."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    large = open_contribution(forged(contributions["code"], tmp_path / "large", too_large))
+    admit(large, open_artifact(anchor))
+    monkeypatch.setattr("flexolmo_jax.exchange.admission.MARGIN", 1.0)
+    with pytest.raises(UserError, match="is not admitted"):
+        admit(large, open_artifact(anchor))

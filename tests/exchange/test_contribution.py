@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -283,3 +284,52 @@ def test_a_name_that_could_be_a_path_or_an_option_is_refused(copy, name):
     with pytest.raises(UserError, match="name") as error:
         open_contribution(copy)
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "change"), [("model", {"rope_theta": 1e4}), ("model", {"max_seq_len": 32}), ("model", {"n_kv_heads": 4})])
+def test_another_architecture_under_the_right_fingerprint_is_refused(anchor, copy, model, tmp_path, key, change):
+    """The tensors are of the same shapes: nothing but the manifest tells that they were trained in another model."""
+    resealed(copy, model=manifest_of(copy)["model"] | change)
+    for read in (
+        lambda: verify(copy, anchor),
+        lambda: merge(anchor, [copy], tmp_path / "out"),
+        lambda: replace(model, copy, tmp_path / "out", allow_older=True),
+    ):
+        with pytest.raises(UserError, match=r"names the fingerprint of .* but has another model; ask its owner"):
+            read()
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_dtype_under_the_right_fingerprint_is_refused(anchor, copy, tmp_path):
+    whole = {name: tensor.astype(np.float32) for name, tensor in load_file(copy / TENSORS).items()}
+    rewrite(resealed(copy, dtype="float32"), whole)
+    assert verify(copy)["verified"]
+    for read in (lambda: verify(copy, anchor), lambda: merge(anchor, [copy], tmp_path / "out")):
+        with pytest.raises(UserError, match="has another dtype"):
+            read()
+
+
+def test_a_header_that_says_the_same_in_other_bytes_is_refused(anchor, copy, tmp_path):
+    """Every tensor is where it was: only the header's own digest tells that somebody was at the file."""
+    data = (copy / TENSORS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    fields = json.loads(data[8:end])
+    for header in (json.dumps(fields).encode(), json.dumps(dict(reversed(fields.items())), separators=(",", ":")).encode() + b" "):
+        (copy / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+        for read in (lambda: verify(copy), lambda: merge(anchor, [copy], tmp_path / "out")):
+            with pytest.raises(UserError, match="does not have the header of the manifest"):
+                read()
+
+
+def test_a_licence_holds_to_the_end_of_its_last_day_in_utc(copy, monkeypatch):
+    contribution = open_contribution(resealed(copy, expires="2027-12-31"))
+
+    def at(*when: int) -> None:
+        clock = SimpleNamespace(now=lambda zone: datetime.datetime(*when, tzinfo=datetime.UTC).astimezone(zone))
+        monkeypatch.setattr("flexolmo_jax.exchange.contribution.datetime", SimpleNamespace(datetime=clock, UTC=datetime.UTC))
+
+    at(2027, 12, 31, 23, 59, 59)
+    contribution.check()
+    at(2028, 1, 1, 0, 0, 0)
+    with pytest.raises(UserError, match="expired on 2027-12-31"):
+        contribution.check()

@@ -1,8 +1,10 @@
 """Screening: an owner finds on their own text what no coordinator can see, and says so in one signed number."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from flexolmo_jax.coordinator.merge import append, merge
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, open_contribution
-from flexolmo_jax.exchange.screening import check_screening, read_verdict
+from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, open_contribution, sealed
+from flexolmo_jax.exchange.screening import Verdict, check_screening, make_verdict, read_verdict, write_verdict
 from flexolmo_jax.exchange.signature import ANY, Trust, keygen, load_key, sign
 from flexolmo_jax.loaded import load
 from flexolmo_jax.owner.pair import initial_row
@@ -190,3 +192,51 @@ def test_mistakes_are_told_before_anything_is_scored(anchor, anchor32, of_care, 
     with pytest.raises(UserError, match="exists"):
         screen(contributions["code"], anchor, of_care, documents, out)
     assert out.read_text() == "mine"
+
+
+def test_a_verdict_is_of_one_candidate_and_of_no_other(anchor, of_care, honest, contributions, prepared, keys, trust, tmp_path):
+    """An owner who passed one expert has not passed the next of the same name."""
+    out = tmp_path / "verdict.json"
+    screen(contributions["law"], anchor, of_care, [prepared["care"]], out, sign_key=keys / "care")
+    assert read_verdict(out, trust)[0].verdict == "pass"
+    with pytest.raises(UserError, match="is not screened by care"):
+        check_screening([open_contribution(honest)], [out], trust)
+
+
+def verdict(**changes: float) -> Verdict:
+    digest = "0" * 64
+    fields: dict[str, Any] = {"tokens": 1, "bytes": 1, "change": 0.02, "max_worse": 0.02} | changes
+    return make_verdict(anchor=digest, candidate=digest, model=digest, **fields)
+
+
+@pytest.mark.parametrize(("change", "says"), [(-0.5, "pass"), (0.02, "pass"), (0.020049, "pass"), (0.0201, "fail"), (0.5, "fail")])
+def test_as_much_worse_as_is_allowed_passes_and_no_more(change, says):
+    assert verdict(change=change).verdict == says
+
+
+@pytest.mark.parametrize("changes", [{"change": 0.5}, {"max_worse": 0.01}, {"verdict": "fail"}])
+def test_a_signed_verdict_that_its_own_number_contradicts_is_refused(keys, trust, tmp_path, changes):
+    """Whoever reads the number and whoever reads the word would take it for two different verdicts."""
+    write_verdict(dataclasses.replace(verdict(), **changes), load_key(keys / "care"), tmp_path / "verdict.json")
+    with pytest.raises(UserError, match="is not a verdict of `flexolmo screen`"):
+        read_verdict(tmp_path / "verdict.json", trust)
+
+
+def test_a_candidate_that_may_not_be_merged_is_not_screened(anchor, anchor32, honest, prepared, tmp_path):
+    out = tmp_path / "verdict.json"
+    with pytest.raises(UserError, match="was made from the anchor"):
+        screen(honest, anchor32, anchor32, [prepared["care"]], out)
+    expired = Path(shutil.copytree(honest, tmp_path / "expired"))
+    (expired / SIGNATURE).unlink()
+    (expired / MANIFEST).write_bytes(sealed(json.loads((expired / MANIFEST).read_text()) | {"expires": "2020-01-01"}))
+    with pytest.raises(UserError, match="expired on 2020-01-01"):
+        screen(expired, anchor, anchor, [prepared["care"]], out)
+    assert not out.exists()
+
+
+def test_an_expert_that_makes_no_numbers_gets_no_verdict(anchor, of_care, contributions, prepared, tmp_path):
+    """Not a number is neither better nor worse."""
+    huge = forged(contributions["code"], tmp_path / "huge", lambda t: {n: np.full_like(a, 3e38) if "ffn" in n else a for n, a in t.items()})
+    with pytest.raises(UserError, match="makes numbers that are not finite of your text"):
+        screen(huge, anchor, of_care, [prepared["care"]], tmp_path / "verdict.json")
+    assert not (tmp_path / "verdict.json").exists()

@@ -5,14 +5,28 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage import files
-from flexolmo_jax.storage.files import MARK, abandoned, check_new, clear, discard, locked, new_directory, remove_abandoned
+from flexolmo_jax.storage.files import (
+    MARK,
+    abandoned,
+    check_new,
+    clear,
+    discard,
+    locked,
+    new_directory,
+    remove_abandoned,
+    write_text,
+    write_together,
+)
 from flexolmo_jax.storage.placing import place
+from tests.recorder import Recorder
 
 
 def test_a_new_directory_is_there_at_the_end_or_not_at_all(tmp_path):
@@ -124,3 +138,87 @@ def test_a_directory_that_is_removed_goes_in_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "observer", lambda operation, path: seen.append((operation, path)))
     discard(tmp_path / "a")
     assert seen == [("remove", tmp_path / "a")] and list(tmp_path.iterdir()) == []
+
+
+def test_a_new_directory_is_on_the_disk_before_it_is_seen_and_its_name_before_anything_goes_on(tmp_path, monkeypatch):
+    """A power cut leaves all of it or nothing: no name of a file whose bytes were still in memory."""
+    recorder = Recorder(monkeypatch)
+    with new_directory(tmp_path / "out") as directory:
+        (directory / "folder" / "empty").mkdir(parents=True)
+        (directory / "a").write_text("a")
+        (directory / "folder" / "b").write_text("b")
+    assert recorder.renamed == [tmp_path / "out"]
+    recorder.expect_durable(tmp_path / "out")
+    assert len(list((tmp_path / "out").rglob("*"))) == 4
+
+
+def test_a_replaced_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    write_text(tmp_path / "a", "a")
+    recorder.expect_durable(tmp_path / "a")
+    write_text(tmp_path / "a", "b")
+    recorder.expect_durable(tmp_path / "a")
+
+
+def test_files_written_together_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    write_together({tmp_path / "a": (b"a", 0o600), tmp_path / "b": (b"b", 0o644)})
+    for name in "ab":
+        recorder.expect_durable(tmp_path / name)
+
+
+def test_what_lies_where_a_key_is_first_written_is_not_written_to(tmp_path, monkeypatch):
+    """A link there would have taken the key to another place, readable by whoever reads that."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+    (tmp_path / ".key.00000000.tmp").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="nothing was written"):
+        write_together({tmp_path / "key": (b"secret", 0o600)})
+    assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "key").exists()
+
+
+def other_process(body: str, path: Path) -> subprocess.Popen[bytes]:
+    """Runs `body` in a process of its own, with `path` and what files.py has."""
+    program = f"import sys; from pathlib import Path; from flexolmo_jax.storage.files import *; path = Path(sys.argv[1])\n{body}"
+    return subprocess.Popen([sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ)
+
+
+HOLD = "with locked(path, shared={shared}):\n    print('in', flush=True); sys.stdin.readline()"
+
+
+def said(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout
+    return process.stdout.readline()
+
+
+@pytest.mark.parametrize(("held", "wanted", "waits"), [(False, False, True), (False, True, True), (True, False, True), (True, True, False)])
+def test_a_lock_keeps_another_process_out_unless_both_only_share_it(tmp_path, held, wanted, waits):
+    holder = other_process(HOLD.format(shared=held), tmp_path)
+    assert said(holder) == b"in\n"
+    if waits:
+        with pytest.raises(OSError), locked(tmp_path, shared=wanted, wait=False):
+            pass
+    other = other_process("print('begun', flush=True)\n" + HOLD.format(shared=wanted), tmp_path)
+    assert said(other) == b"begun\n"
+    if waits:
+        os.set_blocking(other.stdout.fileno(), False)  # type: ignore[union-attr]
+        time.sleep(0.5)
+        assert said(other) == b""
+        os.set_blocking(other.stdout.fileno(), True)  # type: ignore[union-attr]
+        holder.communicate(b"\n")
+        assert said(other) == b"in\n"
+    else:
+        assert said(other) == b"in\n"
+        holder.communicate(b"\n")
+    other.communicate(b"\n")
+    assert holder.returncode == other.returncode == 0
+
+
+@pytest.mark.parametrize("owner", ["mine", "somebody else's"])
+def test_a_file_of_somebody_else_is_not_linked(tmp_path, monkeypatch, owner):
+    """Its owner could make it writable, and change it under all of its names."""
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "a").chmod(0o444)
+    if owner != "mine":
+        user = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: user + 1)
+    assert (place(tmp_path / "a", tmp_path / "b", ("link", "copy")) == "link") == (owner == "mine")

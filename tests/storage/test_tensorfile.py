@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
-from flexolmo_jax.storage.tensorfile import FiniteCheck, TensorFile
+from flexolmo_jax.storage.tensorfile import BLOCK, FiniteCheck, TensorFile
 from flexolmo_jax.storage.untrusted import parse_json
 
 TENSOR = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -248,3 +248,17 @@ def test_parse_json_is_json_or_an_error(text):
     except (ValueError, RecursionError):
         return
     assert json.loads(text) == value or value != value
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_one_number_that_is_not_finite_is_found_in_whichever_block_it_lies(tmp_path, dtype, block):
+    """Tensors are read in blocks; what is found in one is not forgotten in the next."""
+    values = np.zeros(5 * BLOCK // 2 // np.dtype(dtype).itemsize, dtype)
+    place = block * BLOCK // values.itemsize + 7
+    values[place] = np.nan
+    save_file({"a": values, "b": np.zeros(3, dtype)}, tmp_path / "t")
+    with TensorFile(tmp_path / "t") as file:
+        assert not file.read("a")[2] and not file.check("a")[1] and file.read("b")[2] and file.check("b")[1]
+        assert not file.read_part("a", 0, values.shape)[1] and not file.read_part("a", place, (1,))[1]
+        assert file.read_part("a", place + 1, (values.size - place - 1,))[1]
