@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from flexolmo_jax.storage.untrusted import parse_json
 
 LIMIT = 1 << 26  # bytes of the file
+SIGNS = 1 << 22  # commas and brackets in it; 200,000 tokens and 450,000 merges, written as pairs, have 1.6 million
 IDS = 1 << 24
 EXPANSION = 64  # how many times as long a text may become before it is cut into tokens
 STEPS = 64  # of normalizers, pre-tokenizers and decoders
@@ -28,7 +29,7 @@ _NEIGHBOURS = 2  # repetitions of unknown length, one behind the other
 
 def read_tokenizer(content: str) -> dict[str, Any]:
     """The fields of a tokenizer.json. Raises ValueError for what is none, and for what would take more than its size tells."""
-    fields = parse_json(content)
+    fields = parse_json(content, SIGNS)
     if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict) or not isinstance(fields.get("added_tokens"), list):
         raise ValueError("it has no model, or no list of added_tokens")
     model, added = fields["model"], fields["added_tokens"]
