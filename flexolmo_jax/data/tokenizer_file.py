@@ -65,7 +65,7 @@ def _check_steps(fields: dict[str, Any]) -> None:
                 expansion *= GROWTH.get(kind, 1)
             for key in ("content", "prepend", "replacement"):
                 if isinstance(text := step.get(key), str):
-                    expansion *= max(len(text), 1)
+                    expansion *= max(len(text.encode()), 1)
             pattern = step.get("pattern")
             if isinstance(pattern, dict) and "Regex" in pattern:
                 _check_expression(pattern["Regex"])

@@ -25,6 +25,7 @@ from flexolmo_jax.runtime.processes import by_the_first, is_first, joined
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import discard, is_whole, make_folder, move, write_text
 from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, open_to_read
+from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 
 DIGESTS = "_DIGESTS"
 COMMIT = "commit_success.txt"  # Orbax's, in a bucket
@@ -112,7 +113,7 @@ class StepCheckpoints:
             metrics = {step: path for step, path in metrics.items() if path.exists()}
             for step in metrics:
                 _check(self._directory / str(step), [METRICS])
-            losses = {step: json.loads(path.read_text())["loss"] for step, path in metrics.items()}
+            losses = {step: _json(path)["loss"] for step, path in metrics.items()}
             if not losses:
                 raise UserError(f"{self._directory} keeps no best checkpoint: the run never evaluated; set train.eval_every")
             return min(losses, key=lambda step: losses[step])
@@ -172,10 +173,15 @@ def _is_complete(step: Path) -> bool:
             step / DIGESTS,
             *([metrics] if metrics.exists() else []),
         ):
-            json.loads(path.read_text())
-    except (OSError, ValueError):
+            _json(path)
+    except (OSError, ValueError, UserError):
         return False
     return True
+
+
+def _json(path: Path) -> Any:
+    """Raises OSError, ValueError or UserError for what is no JSON in a regular file of a bounded size."""
+    return parse_json(read_bytes(path, JSON_LIMIT))
 
 
 def _is_committed(step: Path) -> bool:
@@ -200,9 +206,9 @@ def _digests(step: Path, algorithm: str, names: Iterable[str] | None = None) -> 
 def _check(step: Path, names: Iterable[str] | None = None) -> None:
     """Raises UserError where a step's files, or these of them, are not those that were saved."""
     try:
-        expected = json.loads((step / DIGESTS).read_text())
+        expected = _json(step / DIGESTS)
         found = _digests(step, ALGORITHMS[len(next(iter(expected.values())))], names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, UserError) as error:
         raise UserError(f"checkpoint {step} cannot be read: {_first_line(error)}") from None
     expected = expected if names is None else {name: expected.get(name) for name in found}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
