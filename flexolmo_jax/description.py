@@ -163,7 +163,9 @@ def read_description(path: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _config_of(description: Mapping[str, Any]) -> ModelConfig:
-    """Raises UserError or ValueError where model config, experts, members and tensors do not fit together."""
+    """Raises ValueError where model config, experts, members and tensors do not fit together."""
+    if empty := [key for key, value in description.items() if value is None and key != "fingerprint"]:
+        raise ValueError(f"its {empty[0]} is null; expected none or a value")
     try:
         config = build(ModelConfig, description["model"], "model")
         config.check()
@@ -179,12 +181,29 @@ def _config_of(description: Mapping[str, Any]) -> ModelConfig:
         raise ValueError("its tensors are of several dtypes; expected one")
     if description["kind"] == "anchor" and (config.n_experts != 1 or experts != ["anchor"]):
         raise ValueError(f"it is an anchor of {config.n_experts} experts, {experts[0]!r:.40} first; expected 'anchor' alone")
-    if description["kind"] == "model" and description.get("anchor") is not None:
-        if experts != ["anchor", *(member["name"] for member in description["members"])]:
-            raise ValueError("its experts are not its anchor and its members in their order")
-    elif any(tensor.get("sha256") is None for tensor in description["tensors"].values()):
+    if description["kind"] == "model" and "anchor" in description:
+        _check_merged(description)
+        return config
+    if any(tensor.get("sha256") is None for tensor in description["tensors"].values()):
         raise ValueError("a tensor has no SHA-256")
+    if description["kind"] == "model" and (description["members"] or description["fingerprint"] is not None):
+        raise ValueError("it has members or a fingerprint, and no anchor")
     return config
+
+
+def _check_merged(description: Mapping[str, Any]) -> None:
+    """Of a model with an anchor: what belongs together in its format. An imported one has no fingerprint, and members without manifests."""
+    anchor, members = description["anchor"], description["members"]
+    if description["experts"] != ["anchor", *(member["name"] for member in members)]:
+        raise ValueError("its experts are not its anchor and its members in their order")
+    has_parts = isinstance(anchor.get("tensors"), dict) and "dtype" not in anchor["tensors"]
+    if has_parts != (description["format"] > 1):
+        raise ValueError(f"its anchor is not described as in format {description['format']}")
+    is_merged = description["format"] > 1 and description["fingerprint"] is not None
+    if is_merged and not all(anchor.get(key) for key in ("model", "tokenizer", "embedder")):
+        raise ValueError("its anchor lacks parts of its fingerprint")
+    if any(isinstance(member["manifest"], dict) != is_merged for member in members):
+        raise ValueError(f"its members {'have no' if is_merged else 'have'} manifests; expected the contrary")
 
 
 def write_description(directory: Path, description: Mapping[str, Any]) -> None:

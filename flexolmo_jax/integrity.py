@@ -29,6 +29,7 @@ from flexolmo_jax.storage.weights import Layout, Reader, metadata_files, shard_n
 
 RECEIPT, RECEIPT_SIGNATURE = "receipt.json", "receipt.sig"
 MATRICES = ("gate", "up", "down")
+OF_MERGES = ("n_experts", "n_active", "router_bias")  # keys of a model's config that a merge decides
 EMBEDDER_LIMIT = 1 << 30  # bytes of an embedder's file
 ZEROS = "zeros"  # in the place of a digest: a bias that an expert does not have
 
@@ -42,9 +43,23 @@ def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> No
         _check_anchor(path, description)
     elif description["fingerprint"] is not None and not is_of_its_anchor(description):
         raise UserError(f"{path} names a fingerprint ({description['fingerprint'][:16]}) that is not its anchor's; do not use it")
+    check_config(path, description)
     for what, digest, expected in tensor_digests(path, description, config):
         if digest != expected:
             raise UserError(f"{path}: the bytes of {what} are not those of its description; fetch it again, or make it anew")
+
+
+def check_config(path: Path, description: Mapping[str, Any]) -> None:
+    """Raises UserError for a merged model that would run with another architecture than its fingerprint covers."""
+    if description["kind"] == "model" and description["format"] > 1 and description["fingerprint"] is not None:
+        check_model(path, description["model"], description["anchor"]["model"])
+
+
+def check_model(path: Path, ours: Mapping[str, Any], anchors: Mapping[str, Any]) -> None:
+    """Raises UserError unless an architecture is the anchor's, but for what a merge decides."""
+    for key in sorted((ours.keys() | anchors.keys()) - set(OF_MERGES)):
+        if ours.get(key) != anchors.get(key):
+            raise UserError(f"{path} has model.{key} {ours.get(key)!r:.40}; its anchor has {anchors.get(key)!r:.40}; do not use it")
 
 
 def check_files(path: Path, description: Mapping[str, Any], config: ModelConfig) -> None:

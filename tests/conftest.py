@@ -32,6 +32,9 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 for name in PEERS:
     os.environ.pop(name, None)
+# Processes that tests start find this tree from the empty folder that they start in.
+ROOT = str(pathlib.Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def compiled() -> str:

@@ -22,11 +22,13 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import anchor_tensors, layouts, manifest_of, parts_of, tensor_digest
 from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import new_directory, write_bytes
 from flexolmo_jax.storage.placing import WAYS
 from flexolmo_jax.storage.weights import Reader
 
 from .compose import Source, compose
+from .objects import sketch_claim
 from .store import Store
 
 Member = Mapping[str, Any]  # of a model's description: name, manifest, signature, sketch
@@ -161,6 +163,7 @@ class Composition:
         note(f"composed {out}: {', '.join(f'{n} files by {way}' for way, n in taken.items())}")
         model = open_artifact(out)
         model.remember()
+        verified.remember(model.path, sketch_claim(model))
         return model
 
 

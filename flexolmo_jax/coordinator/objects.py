@@ -78,7 +78,7 @@ class Record:
     @property
     def sketches(self) -> np.ndarray:
         """float64 [3 L, buckets]: gate, up and down of each layer in turn."""
-        return decoded(self.sketch, 3 * self.config.n_layers)
+        return decoded(self.sketch, self.config)
 
     def matches(self, directory: Path) -> bool:
         """Whether the object's files are those that were written, as far as sizes and times tell."""
@@ -129,6 +129,11 @@ def sketches_of(weights: Path, config: ModelConfig, expert: int = 0) -> np.ndarr
             for leaf in MATRICES
         ]
     )
+
+
+def sketch_claim(model: Artifact) -> str:
+    """What is remembered of a model whose sketches are those of its weights."""
+    return f"sketches {model.description['sha256']}"
 
 
 def take_expert(contribution: Contribution, directory: Path) -> Record:

@@ -20,12 +20,13 @@ from flexolmo_jax.artifact import Artifact, read_sealed
 from flexolmo_jax.description import Digest, Name, Sketch, Text
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import manifest_of, tensors_of
+from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.paths import reason
 from flexolmo_jax.storage.untrusted import conform
 
 from .composition import Composition, Member
-from .objects import sketches_of
-from .sketch import decoded, encoded, is_copy
+from .objects import sketch_claim, sketches_of
+from .sketch import agree, decoded, encoded, is_copy
 from .store import Store, expert_key
 
 FORMAT = 2
@@ -65,6 +66,7 @@ class Receipt:
 
 def make_receipt(before: Artifact, after: Composition, names: Iterable[str], store: Store) -> dict[str, Any]:
     """For a model that is about to lose experts. Raises UserError where an expert that stays is a copy of one that leaves."""
+    ensure_sketches(before)
     names = set(names)
     leaving = [member for member in before.members if member["name"] in names]
     sketches = {member["name"]: _sketch(before, member) for member in before.members}
@@ -107,11 +109,31 @@ def manifest_digest(member: Member) -> str | None:
 
 
 def _sketch(model: Artifact, member: Member) -> np.ndarray:
-    """What training changed. Imported models have no sketch of it: their weights are read."""
+    """What training changed, as `ensure_sketches` has checked it. Imported models have no sketch of it: their weights are read."""
     if "sketch" in member:
-        return decoded(member["sketch"], 3 * model.config.n_layers)
+        return decoded(member["sketch"], model.config)
     index = model.experts.index(member["name"])
     return sketches_of(model.path / "weights", model.config, index) - sketches_of(model.path / "weights", model.config)
+
+
+def ensure_sketches(model: Artifact) -> None:
+    """Makes sure, once, that a model's sketches are those of its weights. Raises UserError."""
+    verified.once(model.path, sketch_claim(model), lambda: check_sketches(model))
+
+
+def check_sketches(model: Artifact) -> None:
+    """Reads all matrices. Raises UserError for a sketch that is not that of the weights."""
+    kept = [(index, member) for index, member in enumerate(model.members, 1) if "sketch" in member]
+    if not kept:
+        return
+    anchor = sketches_of(model.path / "weights", model.config)
+    for index, member in kept:
+        try:
+            told = decoded(member["sketch"], model.config)
+        except ValueError as error:
+            raise UserError(f"{model.path}: the sketch of {member['name']!r} is damaged: {error!s:.100}; do not use it") from None
+        if not agree(told, sketches_of(model.path / "weights", model.config, index) - anchor):
+            raise UserError(f"{model.path}: the sketch of {member['name']!r} is not that of its weights; do not use it")
 
 
 def grade(names: Iterable[str], tuned_with: Iterable[str]) -> str:

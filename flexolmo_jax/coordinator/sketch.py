@@ -12,6 +12,8 @@ import base64
 
 import numpy as np
 
+from flexolmo_jax.config import ModelConfig
+
 BUCKETS = 64  # or the model's width, where that is less
 NEAR = 0.25
 SEED = 2507_07024  # of the signs: the paper's arXiv number
@@ -35,12 +37,18 @@ def encoded(sketches: np.ndarray) -> str:
     return base64.b64encode(np.clip(sketches, -largest, largest).astype("<f4").tobytes()).decode()
 
 
-def decoded(text: str, matrices: int) -> np.ndarray:
-    """float64 [matrices, buckets]. Raises ValueError for what `encoded` did not write."""
+def decoded(text: str, config: ModelConfig) -> np.ndarray:
+    """float64 [3 L, buckets], of gate, up and down of each layer in turn. Raises ValueError for what `encoded` did not write."""
     values = np.frombuffer(base64.b64decode(text, validate=True), "<f4").astype(np.float64)
-    if not values.size or values.size % matrices or values.size > matrices * BUCKETS or not np.isfinite(values).all():
-        raise ValueError(f"a sketch has {values.size} numbers; expected finite ones, at most {BUCKETS} for each of {matrices} matrices")
-    return values.reshape(matrices, -1)
+    shape = 3 * config.n_layers, min(BUCKETS, config.d_model)
+    if values.size != shape[0] * shape[1] or not np.isfinite(values).all():
+        raise ValueError(f"a sketch has {values.size} numbers; expected {shape[0]} x {shape[1]} finite ones")
+    return values.reshape(shape)
+
+
+def agree(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two sketches are of the same weights: one of both may have been rounded to float32, or summed in another order."""
+    return one.shape == other.shape and bool(np.allclose(one, other, rtol=1e-3, atol=1e-4 * max(float(np.abs(other).max()), 1e-30)))
 
 
 def is_copy(expert: np.ndarray, other: np.ndarray) -> bool:

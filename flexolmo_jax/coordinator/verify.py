@@ -16,14 +16,14 @@ from flexolmo_jax.exchange.admission import admission, admit
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import MANIFEST, open_contribution, recorded
 from flexolmo_jax.exchange.signature import ANY, Trust, check_signature
-from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, anchor_tensors, manifest_of
+from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, anchor_tensors, check_model, manifest_of
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import STORE_FILE
 from flexolmo_jax.storage.paths import reason
 from flexolmo_jax.storage.untrusted import read_bytes
 
 from .objects import sketches_of
-from .receipt import digests_of, grade, manifest_digest, read_receipt
+from .receipt import check_sketches, digests_of, grade, manifest_digest, read_receipt
 from .sketch import decoded, is_copy
 from .store import Store
 
@@ -95,6 +95,7 @@ def _check_anchor(artifact: Artifact, anchor: Artifact | None) -> None:
         return
     if artifact.fingerprint != anchor.fingerprint:
         raise UserError(f"{artifact.path} was made from the anchor {artifact.fingerprint}; {anchor.path} is {anchor.fingerprint}")
+    check_model(artifact.path, artifact.description["model"], anchor.description["model"])
     own = artifact.description["tensors"] if artifact.kind == "anchor" else anchor_tensors(artifact.description)
     for path, entry in anchor.description["tensors"].items():
         if own.get(path) != entry:
@@ -108,6 +109,7 @@ def verify_model(model: Artifact, trust: Trust = ANY) -> list[dict[str, Any]]:
     """
     if (model.path / RECEIPT).exists():
         read_receipt(model.path / RECEIPT)
+    integrity.check_config(model.path, model.description)
     members = []
     for member in model.members:
         where = f"{model.path}: the expert {member['name']!r}"
@@ -124,6 +126,7 @@ def verify_model(model: Artifact, trust: Trust = ANY) -> list[dict[str, Any]]:
                 note(f"warning: the licence of {where} expired on {claimed.expired}")
         members.append({"name": member["name"], "manifest": manifest["sha256"] if manifest else None, "signed_by": signer})
     integrity.check(model.path, model.description, model.config)
+    check_sketches(model)
     return members
 
 
@@ -181,7 +184,7 @@ def _check_weights(model: Artifact, receipt: Mapping[str, Any]) -> None:
         here = sketches_of(model.path / "weights", model.config, index) - anchor
         for gone in receipt["removed"]:
             try:
-                removed = decoded(gone["sketch"], 3 * model.config.n_layers)
+                removed = decoded(gone["sketch"], model.config)
             except ValueError as error:
                 raise UserError(f"the receipt's sketch of {gone['name']!r} is damaged: {error}") from None
             if is_copy(here, removed):

@@ -24,6 +24,7 @@ from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.integrity import OF_MERGES
 from flexolmo_jax.storage.paths import children, in_bucket, path_of, reason
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
@@ -36,7 +37,6 @@ MANIFEST_LIMIT = 1 << 22  # bytes; one of 1,024 layers has 0.8 MB
 MANIFEST_SIGNS = 1 << 16  # commas and brackets in one; 1,024 layers have 36,000
 SIGNATURE_LIMIT = 1 << 12  # bytes
 HEADER_OF_TENSOR = 512  # bytes of a tensors' header for each tensor, at most; they take 130
-OF_MERGES = ("n_experts", "n_active", "router_bias")  # keys of a model's config that a merge decides
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import in_bucket, listing
 
-RULES = 1  # counted up whenever more is checked than before
+RULES = 2  # counted up whenever more is checked than before
 
 
 def once(directory: Path, claim: str, check: Callable[[], object]) -> None:

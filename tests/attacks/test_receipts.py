@@ -1,5 +1,6 @@
 """Attacks on receipts. The promise: an owner who left can check that they are gone, and nobody else is told to leave."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from flexolmo_jax.artifact import read_sealed, sealed_json, write_description
 from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.merge import append, merge, opt_out
-from flexolmo_jax.coordinator.sketch import decoded, encoded
+from flexolmo_jax.coordinator.sketch import encoded
 from flexolmo_jax.coordinator.verify import verify, verify_receipt
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
@@ -196,20 +197,17 @@ def test_a_leaver_is_found_by_digests_where_a_sketch_does_not_tell(anchor, contr
     (removed,) = receipt["removed"]
     back = append(without_law, contributions["law"], tmp_path / "back").path
     members = [{"name": m["name"], "manifest": m["manifest"]["sha256"]} for m in read_sealed(back / "flexolmo.json")["members"]]
-    nothing = encoded(np.zeros_like(decoded(removed["sketch"], 6)))
+    nothing = encoded(np.zeros((6, 32)))
     lie = receipt | {"remaining": members, "removed": [removed | {"sketch": nothing}]}
     (tmp_path / "receipt.json").write_text(sealed_json(lie))
     with pytest.raises(UserError, match="still holds 'law', which the receipt says is removed, as 'law'"):
         verify_receipt(tmp_path / "receipt.json", back)
 
 
-def test_an_expert_of_the_same_digests_has_to_leave_whatever_its_sketch(anchor, contributions, tmp_path):
-    """Promise: who left is gone. A sketch is only a description's word; digests are of the bytes."""
+def test_an_expert_of_the_same_digests_has_to_leave_too(anchor, contributions, tmp_path):
+    """Promise: who left is gone, under whatever name."""
     twin = remade(contributions["law"], tmp_path / "twin", "twin", lambda key, values: values)
     model = merge(anchor, [contributions["law"], twin], tmp_path / "model").path
-    description = read_sealed(model / "flexolmo.json")
-    description["members"][1]["sketch"] = encoded(np.zeros_like(decoded(description["members"][1]["sketch"], 6)))
-    write_description(model, description)
     with pytest.raises(UserError, match="'twin' is 'law'"):
         opt_out(model, ["law"], tmp_path / "out")
 
@@ -229,4 +227,20 @@ def test_there_is_no_receipt_of_somebody_who_was_not_there(anchor, contributions
     model = merge(anchor, [contributions["law"]], tmp_path / "model").path
     with pytest.raises(UserError, match=r"no expert 'nobody'|the anchor cannot be excluded"):
         opt_out(model, names, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("forged", ["zeros", "another's", "no base 64", "of another shape"])
+def test_a_sketch_that_is_not_that_of_the_weights_is_refused(anchor, contributions, tmp_path, forged):
+    """Receipts are made of sketches: zeros would hide every copy, another's would have an innocent leave."""
+    model = merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "model").path
+    fake = Path(shutil.copytree(model, tmp_path / "fake"))
+    description = json.loads((fake / "flexolmo.json").read_text())
+    members = description["members"]
+    zeros = base64.b64encode(bytes(len(base64.b64decode(members[0]["sketch"])))).decode()
+    members[0]["sketch"] = {"zeros": zeros, "another's": members[1]["sketch"], "no base 64": "!!!", "of another shape": zeros[:64]}[forged]
+    write_description(fake, description)
+    for use in (lambda: verify(fake), lambda: opt_out(fake, ["code"], tmp_path / "out")):
+        with pytest.raises(UserError, match="the sketch of 'code'"):
+            use()
     assert not (tmp_path / "out").exists()
