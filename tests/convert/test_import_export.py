@@ -324,11 +324,13 @@ def test_a_killed_import_or_export_leaves_nothing_that_loads_and_a_rerun_finishe
     program = (
         "import sys; from pathlib import Path; from tests.faults.kill_everywhere import killed_before\n"
         "from flexolmo_jax.convert.importing import import_hf; from flexolmo_jax.convert.exporting import export_hf\n"
+        "from flexolmo_jax.storage.files import clear\n"
         f"act, source, out = {verb}, Path(sys.argv[1]), Path(sys.argv[2])\n"
         "place = 1\n"
         "while killed_before(place, lambda: act(source, out)):\n"
         "    if out.exists(): break\n"  # only its folder's entry was not synced: it must be whole, as is looked at below
         "    place += 11\n"
+        "clear(out)\n"  # of what the last kill may have left beside it, as the next to write there would
         "print(place)\n"
     )
     result = subprocess.run([sys.executable, "-c", program, str(whole), str(out)], capture_output=True, text=True, env=os.environ)
