@@ -5,6 +5,7 @@ environment, nor on another test; `--shuffle SEED` runs them in another order. T
 environment variables, so that processes a test starts inherit it.
 """
 
+import gc
 import os
 import pathlib
 import platform
@@ -17,6 +18,7 @@ import pytest
 
 # Packages whose annotations (dtypes and shapes of arrays too) are checked at every call in tests. They must not be imported yet.
 CHECKED_AT_RUN_TIME = ("flexolmo_jax.model",)
+MAPS = 15_000  # of a process's memory
 # What tells the program that it has peers, as in a shell of a pod or of Slurm: it would wait for them.
 PEERS = (
     "JAX_COORDINATOR_ADDRESS",
@@ -75,6 +77,19 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
         yield users
         left = os.listdir()
     assert left == [], "tests left these in the working directory"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Lets go of compiled programs where there are many. Each takes some of a process's memory maps, of which Linux allows 65,530: a
+    worker that had compiled the whole suite ended by SIGSEGV in the next compilation."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
