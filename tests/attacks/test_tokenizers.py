@@ -84,10 +84,10 @@ ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_hostile_tokenizer_is_refused_before_it_is_used(fields, attack):
     """Normalisers that multiply, expressions that never end, ids that ask for gigabytes, fallbacks that panic."""
     ATTACKS[attack](fields)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError) as error:
         Tokenizer(json.dumps(fields)).encode(TEXT)
-    assert "\n" not in str(error.value) and time.monotonic() - start < 5
+    assert "\n" not in str(error.value) and time.process_time() - start < 5
 
 
 def test_a_file_that_is_no_file_or_too_large_is_refused(tmp_path):
