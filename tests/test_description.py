@@ -15,8 +15,10 @@ from flexolmo_jax.errors import UserError
 Description = dict[str, Any]
 
 
-def of_dense_models(d: Description) -> None:
-    d.update(anchor=None, members=[], fingerprint=None)
+def of_dense_models(description: dict[str, Any]) -> None:
+    """As a model that was assembled says of itself, but for its digests."""
+    del description["anchor"]
+    description.update(fingerprint=None, members=[])
 
 
 CONTRADICTIONS: dict[str, tuple[Callable[[Description], object], str]] = {
