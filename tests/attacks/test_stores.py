@@ -166,6 +166,9 @@ def test_a_store_of_another_version_is_refused_by_name(anchor, contributions, tm
     (tmp_path / STORE / "store.json").write_text(sealed_json({"kind": "store", "format": 9, "id": "0"}))
     with pytest.raises(UserError, match="has the format 9"):
         merge(anchor, [contributions["law"]], tmp_path / "other")
+    (tmp_path / STORE / "store.json").write_text(sealed_json({"kind": "model", "format": 1, "id": "0"}))
+    with pytest.raises(UserError, match="give another --store"):
+        merge(anchor, [contributions["law"]], tmp_path / "other")
     (tmp_path / STORE / "store.json").unlink()
     assert everything(tmp_path / STORE) == before
 
@@ -383,3 +386,16 @@ def test_an_object_under_the_name_of_another_is_not_merged(anchor, contributions
         with pytest.raises(UserError, match="it is not what it is named by"):
             use()
     assert not (tmp_path / "again").exists()
+
+
+def test_gc_forgets_models_that_are_gone_and_removes_no_file_that_only_looks_like_an_entry(anchor, contributions, tmp_path):
+    """Promise: nothing of the user's is removed. What a killed process left of an entry has one form of name, and goes."""
+    model, other = (merge(anchor, [contributions["code"]], tmp_path / name).path for name in ("model", "other"))
+    entries, left = tmp_path / STORE / "models", f".{'0' * 16}.json.123.tmp"
+    for name in (left, ".notes.json.tmp", "notes.txt", f"{'0' * 16}.json.bak"):
+        (entries / name).write_text("mine")
+    shutil.rmtree(other)
+    assert Store.existing(tmp_path / STORE).gc()["removed"] == []
+    assert len(list(entries.glob("*.json"))) == 1 and not (entries / left).exists()
+    assert {path.name for path in entries.iterdir()} >= {".notes.json.tmp", "notes.txt", f"{'0' * 16}.json.bak"}
+    assert list(Store.existing(tmp_path / STORE).info()["models"]) == [str(model)]

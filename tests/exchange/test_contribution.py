@@ -333,3 +333,18 @@ def test_a_licence_holds_to_the_end_of_its_last_day_in_utc(copy, monkeypatch):
     at(2028, 1, 1, 0, 0, 0)
     with pytest.raises(UserError, match="expired on 2027-12-31"):
         contribution.check()
+
+
+def test_the_right_bytes_in_another_shape_are_refused(anchor, copy, tmp_path):
+    """Their digest is right, and so is the header's: they would go into other places of a matrix."""
+    data = (copy / TENSORS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    fields = json.loads(data[8:end])
+    fields["layers.1.ffn.up"]["shape"].reverse()
+    text = json.dumps(fields).encode()
+    header = len(text).to_bytes(8, "little") + text
+    (copy / TENSORS).write_bytes(header + data[end:])
+    resealed(copy, header=hashlib.sha256(header).hexdigest())
+    for read in (lambda: verify(copy), lambda: merge(anchor, [copy], tmp_path / "out")):
+        with pytest.raises(UserError, match=r"layers\.1\.ffn\.up is bfloat16 \[64, 32\]; expected bfloat16 \[32, 64\]"):
+            read()

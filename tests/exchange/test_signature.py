@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_both_keys_or_none(tmp_path, monkeypatch, operation, 
 
 def test_a_private_key_that_others_can_read_or_own_is_refused(tmp_path, monkeypatch):
     keygen(tmp_path / "key")
-    for mode in (0o640, 0o604, 0o620, 0o644):
+    for mode in (0o640, 0o604, 0o620, 0o644, 0o610, 0o601, 0o602):
         (tmp_path / "key").chmod(mode)
         with pytest.raises(UserError, match=f"mode {mode:o}.*chmod 600 {tmp_path}/key"):
             load_key(tmp_path / "key")
@@ -251,3 +251,32 @@ def test_a_policy_that_would_not_be_read_and_a_key_given_twice_are_refused(trust
     shutil.copy(trusted / "code.pub", trusted / "another.pub")
     with pytest.raises(UserError, match=r"is the key of another\.pub too"):
         Trust.of(trusted)
+
+
+@pytest.mark.parametrize("part", ["spaces", "order", "base 64 of the key", "base 64 of the signature", "no new line"])
+def test_a_right_signature_in_another_spelling_is_refused(signed, part):
+    """One signature is one file: a second spelling of it would be a second meaning of the same bytes elsewhere."""
+    text = (signed / SIGNATURE).read_bytes()
+    fields = json.loads(text)
+
+    def with_unused_bit(encoded: str) -> str:
+        """The last digit before `=` has bits that no byte needs."""
+        digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+        last = len(encoded.rstrip("=")) - 1
+        return encoded[:last] + digits[digits.index(encoded[last]) | 1] + encoded[last + 1 :]
+
+    def spelled(**changes: str) -> bytes:
+        return (json.dumps(fields | changes, sort_keys=True, separators=(",", ":")) + "\n").encode()
+
+    assert spelled() == text
+    other = {
+        "spaces": (json.dumps(fields, sort_keys=True) + "\n").encode(),
+        "order": (json.dumps(dict(reversed(fields.items())), separators=(",", ":")) + "\n").encode(),
+        "base 64 of the key": spelled(public_key=with_unused_bit(fields["public_key"])),
+        "base 64 of the signature": spelled(signature=with_unused_bit(fields["signature"])),
+        "no new line": text[:-1],
+    }[part]
+    assert other != text
+    (signed / SIGNATURE).write_bytes(other)
+    with pytest.raises(UserError, match=r"not the canonical spelling|not canonical base 64"):
+        verify(signed)

@@ -240,3 +240,14 @@ def test_an_expert_that_makes_no_numbers_gets_no_verdict(anchor, of_care, contri
     with pytest.raises(UserError, match="makes numbers that are not finite of your text"):
         screen(huge, anchor, of_care, [prepared["care"]], tmp_path / "verdict.json")
     assert not (tmp_path / "verdict.json").exists()
+
+
+def test_a_verdict_of_the_candidates_own_owner_counts_for_nothing(honest, keys, trust, tmp_path):
+    """It is the others who are asked: neither does an owner pass their own expert, nor can one fail be left lying about."""
+    contribution = open_contribution(honest)
+    for name, change in (("care", 0.0), ("code", 0.5)):
+        of_it = dataclasses.replace(verdict(change=change), candidate=contribution.manifest["sha256"])
+        write_verdict(of_it, load_key(keys / name), tmp_path / f"{name}.json")
+    check_screening([contribution], [tmp_path / "care.json", tmp_path / "code.json"], trust)
+    with pytest.raises(UserError, match="is not screened by care"):
+        check_screening([contribution], [tmp_path / "code.json"], trust)
