@@ -438,12 +438,15 @@ def test_a_run_does_not_go_on_with_another_base_in_the_place_of_its_own(
     base = copied(model, tmp_path / "base")
     run = run_config("router", prepared["public"], "train.steps=1", router={"model": str(base)})
     train_router(run, tmp_path / "router")
+    earlier = copied(tmp_path / "router", tmp_path / "earlier")
+    redescribed(earlier, lambda d: d.pop("base_sha256"))  # as an earlier version wrote it: it knew names only
     pair = copied(pair_runs["code"], tmp_path / "pair")
     redescribed(pair, lambda d: d.update(base=str(anchor32)))
     shutil.rmtree(base)
     merge(anchor, [contributions["law"], contributions["code"], contributions["care"]], base)  # the same experts in another order
     uses: list[Callable[[], object]] = [
         lambda: load(tmp_path / "router"),
+        lambda: load(earlier),
         lambda: apply_tuning(tmp_path / "router", tmp_path / "out"),
         lambda: opt_out(tmp_path / "router", ["law"], tmp_path / "out"),
         lambda: load(pair),
