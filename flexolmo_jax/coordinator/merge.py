@@ -7,7 +7,6 @@ Dropping an expert leaves its files out: what is left are the files of the model
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from .composition import Composition, Tuning
 from .objects import sketches_of
 from .receipt import make_receipt
 from .sketch import encoded
-from .store import STORE, Held, Store, anchor_key, expert_key
+from .store import STORE, Store, anchor_key, expert_key
 
 
 def merge(
@@ -210,7 +209,7 @@ def _with_contribution(
 
 def _taken_in(composition: Composition, contribution: Contribution, store: Store, anchor: np.ndarray, *, new: bool) -> Composition:
     """With a contribution, out of the store; `anchor` are the sketches of the anchor's matrices."""
-    held: Held = store.expert(contribution)
+    held = store.expert(contribution)
     return _with(composition, contribution, sketch=encoded(held.sketch - anchor), source=Source(held.weights, 0), new=new)
 
 
@@ -251,11 +250,3 @@ def _contributed(composition: Composition, store: Store) -> list[Source]:
 
 def _store(model: Artifact, path: Path | None) -> Store:
     return Store.at(path or absolute(model.path).parent / STORE)
-
-
-def description_of(anchor: Artifact, contributions: Sequence[Contribution], active: int | None = None) -> dict[str, Any]:
-    """The description of a merge that is not written: of its sizes, not of its sketches."""
-    composition = Composition.of_anchor(anchor, anchor.path / "weights", active)
-    for contribution in contributions:
-        composition = _with(composition, contribution, sketch="", source=composition.sources[0], new=True)
-    return composition.describe()
