@@ -1,8 +1,9 @@
 """Generation with a KV cache: a batch of prompts of any lengths in, completions out.
 
-    prefill   every prompt token but the last, left-padded to a common length, into the cache; no
-    logits are computed run       one `lax.while_loop`: feed the last token, choose the next; until
-    a limit or until every row has ended
+    prefill   puts every prompt token but the last into the cache, left-padded to a common length;
+              computes no logits
+    run       one `lax.while_loop`: feed the last token, choose the next, until a limit is reached
+              or every prompt has ended
 
 A prompt's last token is fed by the loop, so that one step serves the first token and all others,
 and streaming calls the same compiled program with a limit of one token more each time: it cannot
@@ -26,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import CACHE, KVCache, Params, decode, empty_cache
+from flexolmo_jax.model import CACHE, CachedContext, KVCache, Params, decode, empty_cache
 from flexolmo_jax.runtime import sharding
 
 SMALLEST_BUCKET = 16
@@ -73,8 +74,8 @@ def generate(
     mesh: Mesh | None = None,
     on_token: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[list[int]]:
-    """The completions of a batch of prompts, each cut before its EOS; a row's tokens do not depend
-    on the other rows.
+    """The completions of a batch of prompts, each cut before its EOS. A completion does not depend
+    on the other prompts.
 
     Args:
         eos_id: ends a completion; -1 for none.
@@ -83,7 +84,7 @@ def generate(
         active, allowed: experts per token, and bool [E] which experts may be used.
         dtype: of activations and cache.
         mesh: that the parameters are spread over; the cache is too.
-        on_token: called after every step with its index and the chosen ids [B]; rows that have
+        on_token: called after every step with its index and the chosen ids [B]; prompts that have
             ended give `eos_id`.
 
     Raises:
@@ -121,7 +122,7 @@ def generate(
             if np.all(state.ended):
                 break
     completions = np.asarray(state.chosen)[:, : int(state.step)].tolist()
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in completions]
+    return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in completions]
 
 
 class TextStream:
@@ -199,10 +200,10 @@ def programs(
         slots = jnp.arange(P)
         mask = (slots <= slots[:, None]) & (slots >= request.first_slot[:, None, None])
         positions = jnp.maximum(slots - request.first_slot[:, None], 0)
-        cache = empty_cache(config, B, P, jnp.dtype(dtype))
+        context = CachedContext(mask, empty_cache(config, B, P, jnp.dtype(dtype)), slot=0)
         # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the
         # rest.
-        cache = model(params, tokens, positions, mask, cache, 0, allowed=request.allowed).cache
+        cache = model(params, tokens, positions, context, allowed=request.allowed).cache
         room = ((0, 0), (0, 0), (0, 0), (0, new_slots), (0, 0))
         cache = sharding.constrain(mesh, jax.tree.map(lambda a: jnp.pad(a, room), cache), CACHE)
         chosen = jnp.full((B, new_slots), request.eos_id)
@@ -214,15 +215,8 @@ def programs(
         slots = jnp.arange(S)
         mask = (slots <= slot) & (slots >= request.first_slot[:, None, None])
         positions = (slot - request.first_slot)[:, None]
-        out = model(
-            params,
-            state.token[:, None],
-            positions,
-            mask,
-            state.cache,
-            slot,
-            allowed=request.allowed,
-        )
+        context = CachedContext(mask, state.cache, slot)
+        out = model(params, state.token[:, None], positions, context, allowed=request.allowed)
         assert out.cache is not None  # as one went in
         logits = out.logits[:, 0, :vocab_size]
         if greedy:
@@ -240,7 +234,7 @@ def programs(
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(params: Params, state: State, request: Request, until: Array) -> State:
-        """Steps until `until` tokens are chosen or every row has ended."""
+        """Steps until `until` tokens are chosen or every prompt has ended."""
 
         def goes_on(state: State) -> Array:
             return (state.step < until) & ~jnp.all(state.ended)

@@ -1,7 +1,7 @@
 """The model: `init_params` makes a tree of arrays, `forward` and `decode` run it. Knows nothing of
 training or data."""
 
-from .layers import CACHE, KVCache
+from .layers import CACHE, CachedContext, KVCache
 from .moe import RouterOutput
 from .transformer import (
     Output,
@@ -18,6 +18,7 @@ from .transformer import (
 
 __all__ = [
     "CACHE",
+    "CachedContext",
     "KVCache",
     "Output",
     "Params",

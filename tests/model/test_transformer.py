@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from flexolmo_jax.config import PRESETS, ModelConfig
 from flexolmo_jax.kernels.route import route_topk
 from flexolmo_jax.model import (
+    CachedContext,
     Params,
     decode,
     empty_cache,
@@ -150,7 +151,11 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(config):
         key = jnp.arange(slots)
         mask = (key <= at[:, None]) & (key >= pads[:, :, None])
         out = step(
-            config, params, padded[:, first:last], jnp.maximum(at - pads, 0), mask, cache, first
+            config,
+            params,
+            padded[:, first:last],
+            jnp.maximum(at - pads, 0),
+            CachedContext(mask, cache, first),
         )
         cache = out.cache
         logits.append(out.logits)
@@ -220,7 +225,7 @@ def test_a_masked_expert_has_no_influence_on_decoding(active):
     positions = jnp.broadcast_to(slots, (B, T))
     step = jax.jit(functools.partial(decode, active=active, allowed=allowed), static_argnums=0)
     expected, got = (
-        step(CONFIG, params, TOKENS, positions, mask, empty_cache(CONFIG, B, T), 0)
+        step(CONFIG, params, TOKENS, positions, CachedContext(mask, empty_cache(CONFIG, B, T), 0))
         for params in (random_params(), poisoned)
     )
     jax.tree.map(np.testing.assert_array_equal, got, expected)
