@@ -135,8 +135,11 @@ def mixture(
     # A pair's groups lie in two trees: it runs both, whatever is active.
     mix = sparse_mixture if choices.active < E and len(groups) == 1 else dense_mixture
     y, weights, log_z = mix(x, logits, groups, choices, layer)
-    entropy = _entropy(logits, log_z, choices.allowed)
-    router = RouterOutput(weights.reshape(B, T, E), log_z.reshape(B, T), entropy.reshape(B, T))
+    router = RouterOutput(
+        weights=weights.reshape(B, T, E),
+        log_z=log_z.reshape(B, T),
+        entropy=_entropy(logits, log_z, choices.allowed).reshape(B, T),
+    )
     return y.reshape(B, T, D), router
 
 
