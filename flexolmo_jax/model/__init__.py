@@ -2,7 +2,7 @@
 training or data."""
 
 from .layers import CACHE, CachedContext, KVCache
-from .moe import RouterOutput
+from .moe import Choices, RouterOutput
 from .transformer import (
     Output,
     Params,
@@ -19,6 +19,7 @@ from .transformer import (
 __all__ = [
     "CACHE",
     "CachedContext",
+    "Choices",
     "KVCache",
     "Output",
     "Params",

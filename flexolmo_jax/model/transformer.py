@@ -208,16 +208,10 @@ def decode(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     context: CachedContext,
-    *,
-    active: int | None = None,
-    allowed: Bool[Array, "E"] | None = None,
-    dtype: DTypeLike = jnp.float32,
-    mesh: Mesh | None = None,
+    choices: Choices,
 ) -> Output:
-    """One step over a KV cache, for a prompt and for each token after it. The output has the cache
-    with this step in it. The other arguments are those of `forward`."""
-    active, allowed = _all_experts(config, params, active, allowed)
-    choices = Choices(active, allowed, dtype=dtype, mesh=mesh)
+    """One step over a KV cache, for a prompt and for each token after it. The output's cache has
+    this step in it."""
     return bind(config, params)(tokens, positions, context, choices)
 
 
