@@ -57,8 +57,9 @@ def run(
     **chosen,
 ) -> list[list[int]]:
     decoder = Decoder(config, params or params_of(config), VOCAB, eos_id)
-    experts: dict[str, Any] = dict(active=config.n_active, allowed=jnp.ones(config.n_experts, bool))
-    choices = Choices(**(experts | chosen))
+    experts: dict[str, Any] = dict(active=config.n_active, allowed=[True] * config.n_experts)
+    experts |= chosen
+    choices = Choices(**(experts | {"allowed": jnp.asarray(experts["allowed"])}))
     return generate(decoder, prompts, max_new_tokens, choices, sampling, on_token)
 
 
