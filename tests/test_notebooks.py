@@ -11,7 +11,7 @@ import nbclient
 import nbconvert
 import pytest
 
-from flexolmo_jax.data.sources import fetch
+from flexolmo_jax.data.fetch import fetch
 from flexolmo_jax.errors import UserError
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"

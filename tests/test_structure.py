@@ -82,7 +82,8 @@ def test_the_check_sees_each_kind_of_call(tmp_path: Path):
 READERS = {
     "plain_yaml.py": "the one reader of YAML: regular files of bounded size",
     "data/arrays.py": "maps records whose header and size have been checked",
-    "data/sources.py": "archives of package registries, pinned by digest",
+    "data/fetch.py": "what an earlier fetch wrote into its folder",
+    "data/packages.py": "archives of package registries, pinned by digest",
     "reproduce": "a study's own results",
     "train/profile.py": "a profile that this process has just written",
 }

@@ -18,7 +18,7 @@ from .verbs import option, verb
     option("--max-mb", type=float, help="at most this much text a domain"),
 )
 def _data_fetch(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.data.sources import fetch
+    from flexolmo_jax.data.fetch import fetch
 
     limit = int(args.max_mb * 1e6) if args.max_mb else None
     shown = ("documents", "bytes", "missing")

