@@ -1,21 +1,19 @@
 """Raw documents -> a prepared directory (data/records.py says what is in one).
 
-Documents are read one by one; exact duplicates (SHA-256 of the text) and empty ones are dropped;
-the digest alone decides whether a document is held out, so the same document lands on the same side
-in every corpus; tokens and EOS are packed into records (data/packing.py) and written as they are
-complete. In memory are the digests, the open records and a few chunks of text, never the corpus.
-The files depend on the documents, their order and the arguments, never on the number of workers.
+Documents are read one by one. Empty ones and exact duplicates (SHA-256 of the text) are dropped.
+The digest alone decides whether a document is held out, so it is on the same side in every corpus.
+Tokens and EOS are packed into records (data/packing.py), which are written as soon as they are
+complete. Memory holds the digests, the open records and a few chunks of text, never the corpus. The
+files depend on the documents, their order and the arguments, never on the number of workers.
 """
 
 import contextlib
 import hashlib
-import io
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +27,6 @@ from flexolmo_jax.data.documents import (
     name_of,
     read_documents,
 )
-from flexolmo_jax.data.packing import Packer, Pieces, lay_out
 from flexolmo_jax.data.records import (
     FORMAT,
     INPUTS,
@@ -39,10 +36,10 @@ from flexolmo_jax.data.records import (
     Split,
     SplitIndex,
     open_records,
-    scored_targets,
     sha256_of,
     token_dtype,
 )
+from flexolmo_jax.data.split_writer import SplitWriter
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
@@ -55,22 +52,16 @@ from flexolmo_jax.storage.files import (
     locked,
     make_folder,
     new_directory,
-    write_bytes,
 )
 from flexolmo_jax.storage.paths import (
     absolute,
-    in_bucket,
-    join_objects,
     listing,
-    open_to_write,
     path_of,
     reason,
-    remove_objects,
     size_of,
 )
 
 _CHUNK_CHARACTERS = 1 << 18
-_BUFFERED_RECORDS = 64
 
 Chunk = list[tuple[Split, str]]
 
@@ -84,19 +75,18 @@ def prepare(
     heldout: float = HELDOUT,
     workers: int | None = None,
 ) -> Index:
-    """Tokenizes and packs documents into records of `seq_len` tokens in the new directory `out`;
-    returns its index.
+    """Tokenizes and packs documents into the new directory `out`; returns its index.
 
     Args:
         inputs: document files or directories of them.
+        seq_len: tokens in a record.
         heldout: the share of documents that are kept for evaluation; a small corpus may have none.
-        workers: threads that tokenize (the tokenizer runs outside Python's lock); every core by
-            default.
+        workers: threads that tokenize (the tokenizer releases Python's lock); by default one for
+            each core.
 
     Raises:
-        UserError: documents that cannot be read or are none, an output directory that is not new or
-            empty, or that cannot be written (a full disk). Whatever happens, nothing half-written
-            is left.
+        UserError: there are no documents or they cannot be read; `out` is not new or empty, or
+            cannot be written (a full disk). After any error, nothing half-written is left.
     """
     if seq_len < 2:
         raise UserError(f"got records of {seq_len} tokens, expected 2 or more")
@@ -110,17 +100,17 @@ def prepare(
             f"got {len(files)} files of documents, expected at most {INPUTS}: join them, as lines"
             " of .jsonl"
         )
+    documents = _Documents(files, heldout)
+    name = absolute(out).name
     with new_directory(out) as directory:
-        return _prepare(
-            files, tokenizer, seq_len, directory, absolute(out).name, heldout, workers or _cores()
-        )
+        return _prepare(documents, tokenizer, seq_len, directory, name, workers or _cores())
 
 
 def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> Source:
-    """Records of whatever a path is: a split of prepared data, or of documents, prepared into the
-    cache; token files as they lie.
+    """The records of a split: of a prepared directory, of documents, or of token files.
 
-    Raises UserError as `prepare_cached` and `TokenRecords` do.
+    Documents are prepared into the cache. Token files have no splits: all of them is opened. Raises
+    UserError as `prepare_cached` and `TokenRecords` do.
     """
     if has_tokens(path):
         return TokenRecords(path, tokenizer, seq_len)
@@ -130,8 +120,8 @@ def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> S
 def open_heldout(
     path: Path, tokenizer: Tokenizer, seq_len: int, split: Split = "heldout"
 ) -> Source:
-    """Records to score: as `open_data` opens them, but of a prepared directory whatever their
-    length and tokenizer."""
+    """Records to score: as `open_data`, but those of a prepared directory may have any length and
+    tokenizer."""
     if (path / INDEX_FILE).exists():
         return open_records(path, split)
     return open_data(path, tokenizer, seq_len, split)
@@ -140,36 +130,25 @@ def open_heldout(
 def prepare_cached(
     path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path | None = None
 ) -> Path:
-    """The prepared directory for `path`: itself where it is one, else what `prepare` makes of it,
-    kept in a cache.
+    """`path` where it is a prepared directory, else documents prepared into a cache.
 
-    The cache is `cache`, or what `cache_folder` finds; a preparation is found again by the content
-    of the documents, the tokenizer and the length. Of several processes that ask at once, one
-    prepares and the others wait. A cache may be in a bucket, which has no locks: there only one
-    process may ask for what is not yet prepared.
+    The cache is `cache`, or what `cache_folder` finds. The content of the documents, the tokenizer
+    and the length are the key under which a preparation is found again. Of several processes that
+    ask at once, one prepares and the others wait. A bucket has no locks: where the cache is in one,
+    only one process may ask for what is not yet prepared.
 
     Raises:
         UserError: a directory prepared with another tokenizer or length; what `prepare` raises.
     """
     path = path_of(path)
     if not has_documents(path):
-        index = Index.read(path)
-        if index.tokenizer_digest != tokenizer.digest:
-            raise UserError(
-                f"{path} was prepared with another tokenizer than the one asked for: prepare it"
-                " again with that one"
-            )
-        if index.seq_len != seq_len:
-            raise UserError(
-                f"{path} has records of {index.seq_len} tokens, not {seq_len}: prepare it again or"
-                " set data.seq_len"
-            )
+        _check_prepared(path, tokenizer, seq_len)
         return path
     key = hashlib.sha256(f"{FORMAT} {tokenizer.digest} {seq_len} {HELDOUT}".encode())
     for file in document_files(path):
         key.update(f" {file.suffix} {sha256_of(file)}".encode())
-    # The corpus names the directory, and the digest the one around it: what is read from it goes by
-    # the corpus's name.
+    # The digest names the outer directory and the corpus the inner one, because records are named
+    # after their directory.
     entry = (cache or cache_folder()) / "prepared" / key.hexdigest()[:32]
     prepared = entry / name_of(path)
     try:
@@ -188,30 +167,57 @@ def prepare_cached(
     return prepared
 
 
+def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
+    index = Index.read(path)
+    if index.tokenizer_digest != tokenizer.digest:
+        raise UserError(
+            f"{path} was prepared with another tokenizer than the one asked for: prepare it"
+            " again with that one"
+        )
+    if index.seq_len != seq_len:
+        raise UserError(
+            f"{path} has records of {index.seq_len} tokens, not {seq_len}: prepare it again or"
+            " set data.seq_len"
+        )
+
+
+class _Documents:
+    """The documents of some files, without empty ones and exact duplicates, each with its split."""
+
+    def __init__(self, files: Sequence[Path], heldout: float):
+        self.files = files
+        self.heldout = heldout
+        self.duplicates = 0
+        self.empty = 0
+        self._digests: set[bytes] = set()
+
+    def read(self, advance: Callable[[int], None]) -> Iterator[tuple[Split, str]]:
+        for text in (text for file in self.files for text in read_documents(file, advance)):
+            digest = digest_of(text)
+            if not text:
+                self.empty += 1
+            elif digest in self._digests:
+                self.duplicates += 1
+            else:
+                self._digests.add(digest)
+                yield ("heldout" if is_heldout(digest, self.heldout) else "train"), text
+
+
 def _prepare(
-    files: list[Path],
+    documents: _Documents,
     tokenizer: Tokenizer,
     seq_len: int,
     directory: Path,
     name: str,
-    heldout: float,
     workers: int,
 ) -> Index:
-    sizes = [size_of(file) for file in files]
-    seen = _Seen(heldout)
-    with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(bar(f"prepare {name}", sum(sizes), in_bytes=True))
-        writers = {
-            split: stack.enter_context(_SplitWriter(directory, split, tokenizer, seq_len))
-            for split in SPLITS
-        }
-        texts = (text for file in files for text in read_documents(file, advance))
-        for split, tokens in _tokenized(_chunks(seen.sort(texts)), tokenizer, workers):
-            writers[split].add(tokens)
-        splits: dict[Split, SplitIndex] = {split: writers[split].finish() for split in SPLITS}
+    sizes = [size_of(file) for file in documents.files]
+    with bar(f"prepare {name}", sum(sizes), in_bytes=True) as advance:
+        tokenized = _tokenized(_chunks(documents.read(advance)), tokenizer, workers)
+        splits = _write_splits(directory, tokenized, tokenizer, seq_len)
     if not any(split.records for split in splits.values()):
         raise UserError(
-            f"no text in {', '.join(str(file) for file in files)}: expected documents that are not"
+            f"no text in {', '.join(map(str, documents.files))}: expected documents that are not"
             " empty"
         )
     tokenizer.save(directory)
@@ -223,14 +229,14 @@ def _prepare(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
-        heldout=heldout,
+        heldout=documents.heldout,
         splits=splits,
         inputs=[
             InputFile(file.name, size, sha256_of(file))
-            for file, size in zip(files, sizes, strict=True)
+            for file, size in zip(documents.files, sizes, strict=True)
         ],
-        duplicates_removed=seen.duplicates,
-        empty_removed=seen.empty,
+        duplicates_removed=documents.duplicates,
+        empty_removed=documents.empty,
         files={
             name: sha256_of(directory / name)
             for name in sorted(listing(directory).keys() - {UNFINISHED})
@@ -240,29 +246,24 @@ def _prepare(
     return index
 
 
-class _Seen:
-    """Drops empty documents and exact duplicates, and says which split each other one belongs
-    to."""
-
-    def __init__(self, heldout: float):
-        self.duplicates = 0
-        self.empty = 0
-        self._heldout = heldout
-        self._digests: set[bytes] = set()
-
-    def sort(self, texts: Iterable[str]) -> Iterator[tuple[Split, str]]:
-        for text in texts:
-            digest = digest_of(text)
-            if not text:
-                self.empty += 1
-            elif digest in self._digests:
-                self.duplicates += 1
-            else:
-                self._digests.add(digest)
-                yield ("heldout" if is_heldout(digest, self._heldout) else "train"), text
+def _write_splits(
+    directory: Path,
+    documents: Iterable[tuple[Split, np.ndarray]],
+    tokenizer: Tokenizer,
+    seq_len: int,
+) -> dict[Split, SplitIndex]:
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(SplitWriter(directory, split, tokenizer, seq_len))
+            for split in SPLITS
+        }
+        for split, tokens in documents:
+            writers[split].add(tokens)
+        return {split: writer.finish() for split, writer in writers.items()}
 
 
 def _chunks(documents: Iterable[tuple[Split, str]]) -> Iterator[Chunk]:
+    """Documents in groups that are large enough to be worth a task in another thread."""
     chunk: Chunk = []
     characters = 0
     for split, text in documents:
@@ -278,13 +279,12 @@ def _chunks(documents: Iterable[tuple[Split, str]]) -> Iterator[Chunk]:
 def _tokenized(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[Split, np.ndarray]]:
-    """Tokens and EOS of every document, in order, from `workers` threads and never more than two
-    chunks each."""
+    """Tokens and EOS of every document, in order. Each of the `workers` threads has at most about
+    two chunks waiting, which bounds the memory."""
     dtype = token_dtype(tokenizer.vocab_size)
 
     def tokenize(chunk: Chunk) -> list[tuple[Split, np.ndarray]]:
-        # One document a call: a longer batch would make the tokenizer start threads of its own
-        # beside these.
+        # One document at a time: for several, the tokenizer would start threads of its own.
         return [
             (split, np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype))
             for split, text in chunk
@@ -301,111 +301,6 @@ def _tokenized(
             yield from pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _SplitWriter:
-    """Packs the documents of one split and writes its two arrays, record after record."""
-
-    def __init__(self, directory: Path, split: Split, tokenizer: Tokenizer, seq_len: int):
-        self._tokenizer, self._seq_len = tokenizer, seq_len
-        self._packer = Packer(seq_len)
-        self._tokens = _ArrayFile(
-            directory / f"{split}.tokens.npy", token_dtype(tokenizer.vocab_size), seq_len
-        )
-        self._segments = _ArrayFile(directory / f"{split}.segments.npy", np.uint16, seq_len)
-        self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
-        self._documents = self._filled = self._scored_tokens = self._scored_bytes = 0
-
-    def __enter__(self) -> "_SplitWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tokens.close()
-        self._segments.close()
-
-    def add(self, document: np.ndarray) -> None:
-        self._documents += 1
-        self._write(self._packer.add(document))
-
-    def finish(self) -> SplitIndex:
-        self._write(self._packer.flush())
-        self._flush()
-        records = self._tokens.finish()
-        self._segments.finish()
-        return SplitIndex(
-            records=records,
-            documents=self._documents,
-            tokens=self._filled,
-            scored_tokens=self._scored_tokens,
-            scored_bytes=self._scored_bytes,
-            fill=round(self._filled / (records * self._seq_len), 6) if records else 0.0,
-        )
-
-    def _write(self, closed: list[Pieces]) -> None:
-        for pieces in closed:
-            self._buffer.append(lay_out(pieces, self._seq_len, self._tokenizer.pad_id))
-            if len(self._buffer) == _BUFFERED_RECORDS:
-                self._flush()
-
-    def _flush(self) -> None:
-        if not self._buffer:
-            return
-        tokens, segments = (np.stack(rows) for rows in zip(*self._buffer, strict=True))
-        self._buffer.clear()
-        scored = tokens[scored_targets(tokens, segments, self._tokenizer.eos_id)]
-        self._filled += int(np.count_nonzero(segments))
-        self._scored_tokens += len(scored)
-        self._scored_bytes += int(self._tokenizer.byte_lengths[scored].sum(dtype=np.int64))
-        self._tokens.append(tokens)
-        self._segments.append(segments)
-
-
-class _ArrayFile:
-    """A .npy of shape [R, T] that grows row by row; NumPy leaves room in the header for the R that
-    is known only at the end.
-
-    What an object begins with cannot be written last: in a bucket header and rows are two objects,
-    which its store joins.
-    """
-
-    def __init__(self, path: Path, dtype: type[np.unsignedinteger], width: int):
-        self._dtype, self._width, self._rows = np.dtype(dtype), width, 0
-        self._path, self._in_bucket = path, in_bucket(path)
-        self._parts = [path.with_name(f".{path.name}.{part}.tmp") for part in ("header", "rows")]
-        self._file = open_to_write(self._parts[1] if self._in_bucket else path)
-        if not self._in_bucket:
-            self._file.write(self._header())
-
-    def append(self, rows: np.ndarray) -> None:
-        self._file.write(rows.astype(self._dtype, copy=False).tobytes())
-        self._rows += len(rows)
-
-    def finish(self) -> int:
-        """Completes the file and returns its rows."""
-        if self._in_bucket:
-            self._file.close()
-            write_bytes(self._parts[0], self._header())
-            join_objects(self._parts, self._path)
-            remove_objects(self._parts)
-            return self._rows
-        self._file.seek(0)
-        self._file.write(self._header())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._rows
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _header(self) -> bytes:
-        header: dict[str, Any] = {
-            "descr": self._dtype.str,
-            "fortran_order": False,
-            "shape": (self._rows, self._width),
-        }
-        content = io.BytesIO()
-        np.lib.format.write_array_header_1_0(content, header)
-        return content.getvalue()
 
 
 def _cores() -> int:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexolmo_jax.data import prepare as module
+from flexolmo_jax.data import split_writer
 from flexolmo_jax.data.documents import is_heldout
 from flexolmo_jax.data.prepare import prepare, prepare_cached
 from flexolmo_jax.data.records import Index, loss_targets, open_records, positions, scored_targets
@@ -223,7 +224,7 @@ def test_a_full_disk_and_an_interruption_leave_nothing(
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr(module._ArrayFile, "append", fail)
+    monkeypatch.setattr(split_writer._ArrayFile, "append", fail)
     with pytest.raises(seen, match=complaint):
         prepare([corpus], tokenizer, T, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -312,7 +313,7 @@ def test_positions_and_masks_are_these():
     ]
 
 
-def test_masks_of_a_batch_are_the_masks_of_its_rows():
+def test_masks_of_a_batch_are_the_masks_of_its_records():
     for function in (positions, loss_targets, lambda segments: scored_targets(TOKENS, segments, 0)):
         assert (function(SEGMENTS[None]) == function(SEGMENTS)[None]).all()
     assert (positions(SEGMENTS)[1] == positions(SEGMENTS[1])).all()
