@@ -34,7 +34,7 @@ from flexolmo_jax.data.arrays import parse_header
 from flexolmo_jax.data.records import Index, open_records
 from flexolmo_jax.data.tokens import TokenRecords
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange import embedder
+from flexolmo_jax.exchange import embedder_file
 from flexolmo_jax.exchange.embedder import fit_embedder, load_embedder
 from flexolmo_jax.model import init_params
 from flexolmo_jax.plain_yaml import parse_yaml
@@ -294,7 +294,7 @@ WORST: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "words that are none": (
         "embedder",
         "embedder.json",
-        setting(words=[{}] * (embedder.SIGNS // 2 - 50)),
+        setting(words=[{}] * (embedder_file.SIGNS // 2 - 50)),
     ),
     "weights, a pipe": ("hf", "model.safetensors", pipe),
     "weights, a device": ("hf", "model.safetensors", lambda path: link(path, "/dev/zero")),

@@ -14,7 +14,8 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.description import write_description
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.embedder import PROJECTION_SEED, fit_embedder, load_embedder
+from flexolmo_jax.exchange.embedder import fit_embedder, load_embedder
+from flexolmo_jax.exchange.embedder_file import PROJECTION_SEED
 from flexolmo_jax.integrity import embedder_digest, fingerprint_of, parts_of
 
 

@@ -147,9 +147,9 @@ def test_the_projection_is_fixed_for_all_time() -> None:
 
 def test_the_projection_keeps_lengths_and_angles() -> None:
     rng = np.random.Generator(np.random.Philox(3))
-    rows = rng.standard_normal((20, 384)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    projected = embedders._project(rows, embedders._random_signs(384, 1024), 1024)
+    vectors = rng.standard_normal((20, 384)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    projected = embedders._project(vectors, embedders._random_signs(384, 1024), 1024)
     dense = (
         np.unpackbits(embedders._random_signs(384, 1024), axis=1, bitorder="little").astype(
             np.float32
@@ -157,8 +157,8 @@ def test_the_projection_keeps_lengths_and_angles() -> None:
         * 2
         - 1
     )
-    np.testing.assert_allclose(projected, rows @ dense / 32, atol=1e-5)
-    assert np.abs(projected @ projected.T - rows @ rows.T).max() < 0.15
+    np.testing.assert_allclose(projected, vectors @ dense / 32, atol=1e-5)
+    assert np.abs(projected @ projected.T - vectors @ vectors.T).max() < 0.15
 
 
 def test_embeddings_are_about_unit_length_and_a_domain_mean_is_shorter() -> None:
@@ -325,12 +325,12 @@ def test_a_local_model_path_is_refused_because_owners_cannot_fetch_it(tmp_path: 
 
 
 def fake_encoder(version: str = "1"):
-    """Stands in for a neural encoder of width 4: unit rows that depend on the text's length
+    """Stands in for a neural encoder of width 4: unit vectors that depend on the text's length
     only."""
 
     def encode(texts):
-        rows = np.array([[1, len(text), 2, 3] for text in texts], np.float32)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        vectors = np.array([[1, len(text), 2, 3] for text in texts], np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     return lambda name: (version, 4, encode)
 
@@ -343,10 +343,10 @@ def test_an_encoder_is_saved_by_name_and_another_version_is_refused(
     assert isinstance(fitted, EncoderEmbedder)
     fitted.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["embedder.json"]
-    rows = load_embedder(tmp_path, allow_hub=True).embed(["a", "bcd"])
-    np.testing.assert_array_equal(rows, fitted.embed(["a", "bcd"]))
-    assert rows.shape == (2, 512) and fitted.embed([]).shape == (0, 512)
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=0.2)
+    vectors = load_embedder(tmp_path, allow_hub=True).embed(["a", "bcd"])
+    np.testing.assert_array_equal(vectors, fitted.embed(["a", "bcd"]))
+    assert vectors.shape == (2, 512) and fitted.embed([]).shape == (0, 512)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=0.2)
     # of that width already
     np.testing.assert_array_equal(
         fit_embedder("org/model", [], 4).embed(["a"]), fitted.encode(["a"])
