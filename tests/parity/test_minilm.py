@@ -74,7 +74,7 @@ def test_padding_has_no_influence_on_an_embedding(small_bert) -> None:
     np.testing.assert_allclose(
         embed(ids, mask)[1], embed(ids[1:2, :13], mask[1:2, :13])[0], atol=1e-6
     )
-    # a batch's empty rows: zeros, not NaN
+    # a batch's empty texts: zeros, not NaN
     assert not np.asarray(embed(ids, jnp.zeros_like(mask))).any()
 
 
