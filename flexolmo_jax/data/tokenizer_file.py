@@ -1,10 +1,11 @@
-"""A stranger's tokenizer.json, checked before the library sees it: nothing in it may take memory,
-or time, that its size does not tell.
+"""A stranger's tokenizer.json, checked before the library sees it.
 
-ids             below 2**24: the library makes room for all up to the largest
+Nothing in it may take more memory or time than its size tells:
+
+ids             below 2**24: the library makes room for all ids up to the largest
 replacements    together at most 64 times as long as what they replace
-expressions     no repeated group has alternatives or repetitions in it: matching may never end
-the BPE model   nothing that the library falls back on and that is not there
+expressions     no alternatives or repetitions inside a repeated group: matching may never end
+the BPE model   no reference to a token that is missing
 """
 
 import re
@@ -21,7 +22,7 @@ EXPANSION = 64  # how many times as long a text may become before it is cut into
 STEPS = 64  # of normalizers, pre-tokenizers and decoders
 EXPRESSION = 4000  # characters of a regular expression
 TOKEN = 65_535  # bytes that one token may stand for
-# of normalizers and pre-tokenizers: as Unicode has it, at most
+# how many times as long a normalizer or pre-tokenizer can make a text; Unicode gives the bounds
 GROWTH = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}
 # A group's beginning, an escape, a set of characters, a repetition, or a single sign of a regular
 # expression.
@@ -32,12 +33,11 @@ _SIGN = re.compile(
 )
 _REPEATS = re.compile(r"[*+]|\{\d*,?\d*\}")
 _EXACTLY = re.compile(r"\{\d+\}")
-_NEIGHBOURS = 2  # repetitions of unknown length, one behind the other
+_NEIGHBOURS = 2  # repetitions of unknown length, one after the other
 
 
 def read_tokenizer(content: str) -> dict[str, Any]:
-    """The fields of a tokenizer.json. Raises ValueError for what is none, and for what would take
-    more than its size tells."""
+    """The fields of a tokenizer.json. Raises ValueError where it is not one, or is not safe."""
     fields = parse_json(content, SIGNS)
     if (
         not isinstance(fields, dict)
@@ -45,7 +45,13 @@ def read_tokenizer(content: str) -> dict[str, Any]:
         or not isinstance(fields.get("added_tokens"), list)
     ):
         raise ValueError("it has no model, or no list of added_tokens")
-    model, added = fields["model"], fields["added_tokens"]
+    _check_tokens(fields["model"], fields["added_tokens"])
+    _check_model(fields["model"])
+    _check_steps(fields)
+    return fields
+
+
+def _check_tokens(model: dict[str, Any], added: list[Any]) -> None:
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise ValueError(
             f"its model is a {model.get('type')!r:.40} without a vocabulary and merges; expected a"
@@ -61,14 +67,15 @@ def read_tokenizer(content: str) -> dict[str, Any]:
     for name in (*model["vocab"], *(token["content"] for token in added)):
         if len(name) > TOKEN or len(name.encode()) > 2 * TOKEN:
             raise ValueError(f"the token {name!r:.40}... stands for more than {TOKEN} bytes")
+
+
+def _check_model(model: dict[str, Any]) -> None:
     unknown = model.get("unk_token")
     if unknown is not None and (not isinstance(unknown, str) or unknown not in model["vocab"]):
         raise ValueError(f"its unk_token {unknown!r:.40} is not in the vocabulary")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"its {key} is {model[key]!r:.40}; expected none of a byte-level BPE")
-    _check_steps(fields)
-    return fields
 
 
 def _check_steps(fields: dict[str, Any]) -> None:
@@ -79,8 +86,7 @@ def _check_steps(fields: dict[str, Any]) -> None:
             kind = step.get("type")
             if kind == "Precompiled":
                 raise ValueError(
-                    "it has a Precompiled normalizer, of which nobody can tell what it makes of a"
-                    " text"
+                    "it has a Precompiled normalizer, which may change a text in any way"
                 )
             if part in ("normalizer", "pre_tokenizer") and isinstance(kind, str):
                 expansion *= GROWTH.get(kind, 1)
@@ -108,39 +114,45 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_expression(expression: Any) -> None:
-    """Raises ValueError for what may take more than the square of a text's length to match, or for
-    ever."""
+    """Raises ValueError for a regular expression that may take (almost) for ever to match.
+
+    A text can take so long when there are many ways to match it. A repeated group must therefore
+    match in one way only: it may hold neither alternatives nor parts of several lengths. And only a
+    few repetitions of unknown length may follow each other without a plain sign between them. What
+    is left takes at most the square of the text's length.
+    """
     if not isinstance(expression, str) or len(expression) > EXPRESSION:
         raise ValueError(f"it has an expression that is no text of at most {EXPRESSION} characters")
 
     def refuse(why: str) -> NoReturn:
         raise ValueError(f"its expression {expression!r:.80} {why}")
 
-    # of each group that is open: whether it has alternatives, or parts that may be of several
-    # lengths
-    groups: list[bool] = []
+    # for the whole expression and each group that is open: whether it can match in several ways
+    varied = [False]
     # whether such a group has just ended; whether a sign has just come that nothing repeats
     closed = plain = False
     neighbours = 0
     for sign in _SIGN.findall(expression):
-        if re.fullmatch(r"\\[gk1-9]", sign) or (
-            sign.startswith("(?<") and sign not in ("(?<=", "(?<!")
-        ):
+        is_repetition = bool(_REPEATS.fullmatch(sign))
+        is_open_ended = is_repetition and not _EXACTLY.fullmatch(sign)
+        if _refers_back(sign):
             refuse("refers to its own groups")
-        if _REPEATS.fullmatch(sign):
-            if closed:
-                refuse("repeats a group that matches in several ways")
-            neighbours += not _EXACTLY.fullmatch(sign)
-            if neighbours > _NEIGHBOURS:
-                refuse("has several repetitions one behind the other")
-        if (_REPEATS.fullmatch(sign) and not _EXACTLY.fullmatch(sign)) or sign in "|?":
-            groups[-1:] = [True] if groups else []
-        if sign == "|" or (plain and not _REPEATS.fullmatch(sign) and sign not in "?)"):
+        if is_repetition and closed:
+            refuse("repeats a group that matches in several ways")
+        neighbours += is_open_ended
+        if neighbours > _NEIGHBOURS:
+            refuse("has several repetitions one behind the other")
+        varied[-1] = varied[-1] or is_open_ended or sign in "|?"
+        if sign == "|" or (plain and not is_repetition and sign not in "?)"):
             neighbours = 0
-        closed = False
+        closed = sign == ")" and len(varied) > 1 and varied.pop()
         if sign.startswith("("):
-            groups.append(False)
-        elif sign == ")":
-            closed = groups.pop() if groups else False
-            groups[-1:] = [groups[-1] or closed] if groups else []
-        plain = not (_REPEATS.fullmatch(sign) or sign in "|?)" or sign.startswith("("))
+            varied.append(False)
+        varied[-1] = varied[-1] or closed
+        plain = not (is_repetition or sign in "|?)" or sign.startswith("("))
+
+
+def _refers_back(sign: str) -> bool:
+    """Whether a sign names a group, or repeats what one has matched."""
+    is_named_group = sign.startswith("(?<") and sign not in ("(?<=", "(?<!")
+    return is_named_group or bool(re.fullmatch(r"\\[gk1-9]", sign))
