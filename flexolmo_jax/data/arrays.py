@@ -1,9 +1,7 @@
-"""Arrays of NumPy's in files: mapped into memory where they lie on a disk, read by ranges where
-they lie in a bucket.
+"""NumPy arrays in files: mapped into memory from a disk, read by byte ranges from a bucket.
 
-A bucket takes tens of milliseconds to answer, whatever is asked for; records are therefore asked
-for many at once (`read_records`), and nothing is kept: memory holds the records that somebody waits
-for.
+A bucket takes tens of milliseconds to answer, even for a few bytes, so many records are asked for
+at once (`read_records`). Nothing is cached: memory holds only records that are about to be used.
 """
 
 import os
@@ -18,9 +16,9 @@ import numpy as np
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import absolute, in_bucket, open_regular, read_range, size_of
 
-AT_ONCE = 64  # records that are asked of a bucket at the same time
+AT_ONCE = 64  # records that are read from a bucket at the same time
 MAGIC = b"\x93NUMPY"
-_HEADER = 1 << 12  # bytes at most of a header, which NumPy makes 128
+_HEADER = 1 << 12  # the longest header in bytes; NumPy writes 128
 _FIELDS = re.compile(
     rb"\{'descr': '(?P<dtype>[<>|][a-z]\d{1,2})', 'fortran_order': (?P<fortran>True|False), "
     rb"'shape': \((?P<shape>|\d{1,15},|\d{1,15}(, \d{1,15}){1,7},?)\),? *\} *\n"
@@ -28,7 +26,7 @@ _FIELDS = re.compile(
 
 
 class Header(NamedTuple):
-    """What a .npy says before its values, and where these start."""
+    """What a .npy says before its values, and at which byte these start."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -37,50 +35,42 @@ class Header(NamedTuple):
 
 
 class BucketArray:
-    """A part of an object as an array [N, ...] in C order, of which rows are read when they are
-    asked for."""
+    """A part of an object as an array [N, ...] in C order, whose N items are read on demand."""
 
     def __init__(self, file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...]):
         self.dtype, self.shape = dtype, shape
         self._file, self._start = file, start
-        self._row = dtype.itemsize * int(np.prod(shape[1:]))
+        self._item_bytes = dtype.itemsize * int(np.prod(shape[1:]))
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: int | slice) -> np.ndarray:
-        """A row, or rows that follow each other. Raises UserError where the object is not as long
-        as it was."""
-        first, last, _ = (
-            index.indices(len(self)) if isinstance(index, slice) else (index, index + 1, 1)
-        )
-        rows = max(0, last - first)
-        data = (
-            read_range(self._file, self._start + first * self._row, self._start + last * self._row)
-            if rows
-            else b""
-        )
-        if len(data) != rows * self._row:
+        """One item, or consecutive ones. Raises UserError where the object has become shorter."""
+        is_slice = isinstance(index, slice)
+        first, last, _ = index.indices(len(self)) if is_slice else (index, index + 1, 1)
+        count = max(0, last - first)
+        start, end = (self._start + item * self._item_bytes for item in (first, last))
+        data = read_range(self._file, start, end) if count else b""
+        if len(data) != count * self._item_bytes:
             raise UserError(f"{self._file} ended while it was read; is somebody changing it?")
-        array = np.frombuffer(data, self.dtype).reshape(rows, *self.shape[1:])
-        return array if isinstance(index, slice) else array[0]
+        array = np.frombuffer(data, self.dtype).reshape(count, *self.shape[1:])
+        return array if is_slice else array[0]
 
 
 def map_array(
     file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...]
 ) -> np.ndarray | BucketArray:
-    """The array whose values lie in a file from byte `start` on."""
-    if 0 in shape:  # nothing to map, which mmap refuses
+    """The array whose values are in a file from byte `start` on."""
+    if 0 in shape:  # mmap refuses to map nothing
         return np.zeros(shape, dtype)
-    return (
-        BucketArray(file, dtype, start, shape)
-        if in_bucket(file)
-        else np.memmap(file, dtype, "r", start, shape)
-    )
+    if in_bucket(file):
+        return BucketArray(file, dtype, start, shape)
+    return np.memmap(file, dtype, "r", start, shape)
 
 
 def read_header(file: Path) -> tuple[Header | None, int]:
-    """Of a .npy, None where the file does not begin like one; and the file's bytes.
+    """The header of a .npy (None where the file does not begin like one), and the file's size.
 
     Raises OSError for what is no regular file (nor a link to one), ValueError for a header that is
     damaged or cut off.
@@ -92,11 +82,13 @@ def read_header(file: Path) -> tuple[Header | None, int]:
 
 
 def parse_header(beginning: bytes) -> Header | None:
-    """As `read_header`, of bytes that a file begins with. NumPy's own reader evaluates the header,
-    and warns of what it guesses."""
+    """As `read_header`, of a file's first bytes.
+
+    NumPy's own reader is not used: it evaluates the header as Python.
+    """
     if not beginning.startswith(MAGIC):
         return None
-    # bytes that the length of the header takes, by the version of the format
+    # version 1 of the format writes the header's length in 2 bytes, later ones in 4
     width = 2 if beginning[6:7] == b"\1" else 4
     start = 8 + width + int.from_bytes(beginning[8 : 8 + width], "little")
     text = beginning[8 + width : start]
@@ -114,8 +106,7 @@ def parse_header(beginning: bytes) -> Header | None:
 def read_records(
     get: Callable[[int], dict[str, np.ndarray]], indices: Sequence[int], *, at_once: bool
 ) -> Iterator[dict[str, np.ndarray]]:
-    """`get` of each index, in order; many at the same time where they come out of a bucket
-    (`at_once`)."""
+    """`get` of each index, in order; with `at_once` (for a bucket), many at the same time."""
     if not at_once:
         yield from map(get, indices)
         return

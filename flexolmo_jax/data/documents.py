@@ -1,10 +1,9 @@
-"""Raw documents on disk, read one at a time: `.jsonl` (plain, `.gz`, `.zst`), `.txt` and
-`.parquet`.
+"""Raw documents on disk, read one at a time: `.jsonl` (plain, `.gz`, `.zst`), `.txt`, `.parquet`.
 
-A JSONL line is one object with a `text` string (the Dolma form; other keys are ignored); a `.txt`
-file is one document; a Parquet file gives its `text` column. A directory stands for all such files
-inside it, in sorted order. Nothing is repaired or skipped silently: what cannot be read is a
-`UserError` that names the file and the line.
+A JSONL line is one object with a `text` string (the Dolma form; other keys are ignored). A `.txt`
+file is one document. A Parquet file has a document in each entry of its `text` column. A directory
+stands for all such files inside it, in sorted order. Nothing is repaired or skipped silently: what
+cannot be read is a `UserError` that names the file and the line.
 """
 
 import gzip
@@ -20,11 +19,11 @@ from flexolmo_jax.storage.paths import absolute, files_below, open_to_read, path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 HELDOUT = 0.05  # share of documents kept for evaluation
-INDEX_FILE = "index.json"  # what makes a directory a prepared one: see data/records.py
+INDEX_FILE = "index.json"  # makes a directory a prepared one: see data/records.py
 
 _LINE_FORM = 'expected one JSON object a line with a "text" string'
-LONGEST = 1 << 26  # bytes of a line: some kilobytes may unpack to gigabytes
-_PIECE = 1 << 12  # compressed bytes that are unpacked at once: at most some 80 MB
+LONGEST = 1 << 26  # bytes of a line: a few compressed kilobytes may unpack to gigabytes
+_PIECE = 1 << 12  # compressed bytes that are unpacked at once, to at most about 80 MB
 _CHUNK = 1 << 20
 
 
@@ -33,42 +32,38 @@ def read_documents(path: Path, advance: Callable[[int], Any] | None = None) -> I
 
     Args:
         path: a file with one of `SUFFIXES`, or a directory with such files at any depth.
-        advance: called with the number of bytes on disk (compressed, where they are) read since the
-            last call.
+        advance: called with the number of bytes read since the last call, as they are on disk
+            (compressed or not).
 
     Raises:
-        UserError: at once, where the path is missing, of an unknown kind or a directory without
-            documents; while reading, for a line that is no document, for text that is not Unicode,
-            for a damaged file, and where the format needs a package that is missing.
+        UserError: at the call, where the path is missing, of an unknown kind or a directory without
+            documents. While reading, for a line that is not a document, text that is not Unicode, a
+            damaged file, and a format that needs a missing package.
     """
     files = document_files(path)
     return (text for file in files for text in _read_file(file, advance or (lambda _: None)))
 
 
 def read_training_documents(path: Path, heldout: float = HELDOUT) -> Iterator[str]:
-    """As `read_documents`, without those that are held out for evaluation: what may be learnt from,
-    by whatever it is that learns."""
+    """As `read_documents`, without the held-out ones, from which nothing may be learnt."""
     return (text for text in read_documents(path) if not is_heldout(digest_of(text), heldout))
 
 
 def digest_of(text: str) -> bytes:
-    """SHA-256 of a document: what makes two documents the same."""
+    """SHA-256 of a document: two documents with the same digest are the same."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def is_heldout(digest: bytes, share: float = HELDOUT) -> bool:
-    """Whether a document is held out: the first 8 bytes of its digest, as a fraction of their
-    range, are below the share.
+    """Whether the first 8 bytes of a digest, as a fraction of their range, are below the share.
 
-    The digest alone decides, so that a document is on the same side in every corpus and for
-    everyone.
+    The digest alone decides, so a document is on the same side in every corpus and for everyone.
     """
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def document_files(path: Path) -> list[Path]:
-    """The files that a path stands for: itself, or all document files inside it, sorted; UserError
-    as in `read_documents`."""
+    """A file itself, or all document files in a directory, sorted. Raises UserError."""
     path = path_of(path)
     if path.is_dir():
         inside = files_below(path, SUFFIXES)
@@ -89,8 +84,7 @@ def document_files(path: Path) -> list[Path]:
 
 
 def has_documents(path: Path) -> bool:
-    """True where a path holds raw documents, False where it is a prepared directory. Raises
-    UserError where it is neither."""
+    """Whether a path holds raw documents (not a prepared directory). UserError where neither."""
     if (path_of(path) / INDEX_FILE).is_file():
         return False
     return bool(document_files(path))
@@ -157,7 +151,7 @@ def _checked_text(text: object, where: str) -> str:
         raise UserError(f'{where}: "text" is a {type(text).__name__}; expected a string')
     try:
         text.encode()
-    # JSON can spell half a surrogate pair, which no UTF-8 stands for
+    # JSON can spell half a surrogate pair, for which there is no UTF-8
     except UnicodeEncodeError as error:
         message = (
             f"{where}: the text is not Unicode (half a surrogate pair at character {error.start});"
@@ -179,8 +173,10 @@ def _decode(data: bytes, path: Path, first_line: int) -> str:
 
 
 def _zstd_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
-    """Lines of a zstd file of any number of frames. The package's own stream reader takes a
-    truncated file for a complete one."""
+    """Lines of a zstd file of any number of frames.
+
+    The package's own stream reader is not used: it does not notice that a file is truncated.
+    """
     try:
         import zstandard
     except ImportError as error:
@@ -214,7 +210,7 @@ def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> I
     except ImportError as error:
         raise UserError(f"reading {path} needs the package pyarrow: pip install pyarrow") from error
     size = size_of(path)
-    row = 0
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(raw) as table:
             if "text" not in table.schema_arrow.names:
@@ -224,8 +220,8 @@ def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> I
                 )
             for batch in table.iter_batches(batch_size=1024, columns=["text"]):
                 for text in batch.column(0).to_pylist():
-                    row += 1
-                    yield _checked_text(text, f"{path}, row {row}")
+                    number += 1
+                    yield _checked_text(text, f"{path}, document {number}")
                 advance(size * batch.num_rows // table.metadata.num_rows)
     except pyarrow.ArrowException as error:
         raise UserError(
@@ -233,5 +229,5 @@ def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> I
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}, after row {row}: not UTF-8; convert the column to UTF-8"
+            f"{path}, after document {number}: not UTF-8; convert the column to UTF-8"
         ) from error

@@ -1,10 +1,10 @@
-"""Batches from weighted sources of records, as a pure function of (seed, step): the state of the
-data is one integer.
+"""Batches from weighted sources of records, as a pure function of (seed, step).
 
-Each source is shuffled anew every epoch and repeated for ever; Grain interleaves the sources in the
-proportion of their weights into one endless sequence, and batch s is its elements [s B, (s + 1) B).
-A process takes those of them that its devices need, by position, so any number of processes sees
-the same global batches, and a resumed run needs nothing but its step.
+Each source is shuffled again every epoch and repeated for ever. Grain interleaves the sources, in
+the proportion of their weights, into one endless sequence of records; batch s of B records is the
+elements [s B, (s + 1) B). A process takes from each batch the records that its devices need, by
+their places. So any number of processes sees the same global batches, and a run is resumed from its
+step alone.
 """
 
 import itertools
@@ -42,72 +42,63 @@ class Batches:
         self.seq_len = seq_len
         self._records, self._at_once = records, at_once
 
-    def at(self, step: int, rows: Sequence[int] | None = None) -> Record:
-        """The batch of a step, or only these rows of it, which are what one of several processes
-        needs.
+    def at(self, step: int, places: Sequence[int] | None = None) -> Record:
+        """The batch of a step, or only the n records at these places in it.
 
-        "tokens" and "segments": int32 [rows, T]; "source": int32 [rows], the place in the mixture
-        of the source of each record.
+        "tokens" and "segments": int32 [n, T]; "source": int32 [n], the number of each record's
+        source in the mixture.
         """
-        rows = range(self.batch_size) if rows is None else rows
-        # none is None: nothing is filtered
+        places = range(self.batch_size) if places is None else places
+        indices = [step * self.batch_size + place for place in places]
+        # Grain's type allows None for records that are filtered out: here nothing is filtered
         get = cast(Callable[[int], Record], self._records.__getitem__)
-        records = list(
-            read_records(get, [step * self.batch_size + row for row in rows], at_once=self._at_once)
-        )
+        records = list(read_records(get, indices, at_once=self._at_once))
         return {
             key: np.stack([record[key] for record in records])
             for key in ("tokens", "segments", "source")
         }
 
     def iterate(
-        self, start_step: int = 0, rows: Sequence[int] | None = None, prefetch: int = 2
+        self, start_step: int = 0, places: Sequence[int] | None = None, prefetch: int = 2
     ) -> Generator[Record]:
-        """Yields `at(start_step)`, `at(start_step + 1)`, ... for ever, read ahead by `prefetch`
-        batches in one background thread.
+        """Yields `at(start_step)`, `at(start_step + 1)`, ... for ever, `prefetch` batches ahead.
 
-        An error in that thread is raised here. The thread ends when the iterator is closed
-        (`.close()`) or garbage.
+        One background thread reads ahead. An error in it is raised here. It ends when the iterator
+        is closed (`.close()`) or collected.
         """
         reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
         try:
-            ahead = deque(reader.submit(self.at, start_step + i, rows) for i in range(prefetch))
+            ahead = deque(reader.submit(self.at, start_step + i, places) for i in range(prefetch))
             for step in itertools.count(start_step + prefetch):
-                ahead.append(reader.submit(self.at, step, rows))
+                ahead.append(reader.submit(self.at, step, places))
                 yield ahead.popleft().result()
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
 
 
 def mixture(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int) -> Batches:
-    """Batches in which sources appear in the proportion of their weights (which need not add up to
-    one).
+    """Batches in which sources appear in the proportion of their weights, whose sum is free.
 
-    Raises UserError where there is no source, one has no records or no positive weight, sources
-    disagree in sequence length or tokenizer, or all of them together have fewer records than one
-    batch.
+    Raises UserError where there is no source, one has no records or no positive weight, they differ
+    in sequence length or tokenizer, or all of them together have fewer records than one batch.
     """
     _check(sources, batch_size, seed)
     shuffled = [
         _shuffled_for_ever(records, (seed, i)).map(_Labelled(i))
         for i, (records, _) in enumerate(sources)
     ]
-    mixed = (
-        grain.MapDataset.mix(shuffled, weights=[weight for _, weight in sources])
-        if len(shuffled) > 1
-        else shuffled[0]
-    )
-    return Batches(
-        mixed,
-        batch_size,
-        sources[0][0].seq_len,
-        at_once=any(in_bucket(records.path) for records, _ in sources),
-    )
+    mixed = shuffled[0]
+    if len(shuffled) > 1:
+        mixed = grain.MapDataset.mix(shuffled, weights=[weight for _, weight in sources])
+    at_once = any(in_bucket(records.path) for records, _ in sources)
+    return Batches(mixed, batch_size, sources[0][0].seq_len, at_once)
 
 
 def _shuffled_for_ever(records: Source, seed: tuple[int, int]) -> grain.MapDataset[Record]:
-    """All records, then all again in another order, and so on. A source's place is part of its
-    seed: a corpus named twice comes in two orders."""
+    """All records, then all again in another order, and so on.
+
+    The seed includes the source's place in the mixture: a corpus named twice comes in two orders.
+    """
     if len(records) < _FEW:
         return grain.MapDataset.source(_FewShuffled(records, seed))
     source_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -115,7 +106,7 @@ def _shuffled_for_ever(records: Source, seed: tuple[int, int]) -> grain.MapDatas
 
 
 class _Labelled:
-    """Adds a record's source to it."""
+    """Adds the number of its source to a record."""
 
     def __init__(self, source: int):
         self._source = np.array(source, np.int32)
@@ -125,9 +116,11 @@ class _Labelled:
 
 
 class _FewShuffled:
-    """What Grain's shuffle and repeat do, for few records: its index shuffle then rejects most of
-    what it draws (0.8 ms a record at 37 records, 0.02 ms from 20 thousand on), while a permutation
-    of each epoch costs next to nothing."""
+    """Shuffle and repeat as Grain does, for few records.
+
+    With few records Grain's index shuffle rejects most of what it draws: it takes 0.8 ms a record
+    at 37 records, and 0.02 ms from 20 thousand on. A permutation of each epoch is almost free.
+    """
 
     def __init__(self, records: Source, seed: tuple[int, int]):
         self._records = records
@@ -154,8 +147,8 @@ def _check(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int) 
     for records, weight in sources:
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(
-                f"{records.path} has weight {weight}, expected more than 0: leave out what should"
-                " not be used"
+                f"{records.path} has weight {weight}, expected more than 0: leave out a source that"
+                " should not be used"
             )
         if len(records) == 0:
             raise UserError(

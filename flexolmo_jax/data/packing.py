@@ -1,10 +1,9 @@
-"""Documents of any length -> records of one length: best-fit packing with a bounded number of open
-records.
+"""Documents of any length -> records of one length: best-fit packing with few open records.
 
-A document goes into the open record that it fills best and opens a new one where it fits in none;
-when too many are open, the fullest is closed. A document that fits in a record is never split; a
+A document goes into the open record that it fills best. It opens a new one where it fits in none;
+when too many are open, the fullest is closed. A document that fits in a record is never split. A
 longer one is cut into whole records and a tail, which is packed like a document. The result depends
-on the order of the documents and on nothing else.
+on nothing but the documents and their order.
 """
 
 from bisect import bisect_left, insort
@@ -61,8 +60,10 @@ class Packer:
 
 
 def lay_out(pieces: Pieces, seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """One record as tokens int [T] (padding: `pad_id`) and segments uint16 [T] (padding: 0; pieces:
-    1, 2, ...)."""
+    """One record: tokens int [T] and segments uint16 [T], which are 1, 2, ... at the pieces.
+
+    At padding they are `pad_id` and 0.
+    """
     tokens = np.full(seq_len, pad_id, pieces[0].dtype)
     segments = np.zeros(seq_len, np.uint16)
     filled = np.concatenate(pieces)

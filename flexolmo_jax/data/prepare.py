@@ -53,13 +53,7 @@ from flexolmo_jax.storage.files import (
     make_folder,
     new_directory,
 )
-from flexolmo_jax.storage.paths import (
-    absolute,
-    listing,
-    path_of,
-    reason,
-    size_of,
-)
+from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of
 
 _CHUNK_CHARACTERS = 1 << 18
 
@@ -109,7 +103,7 @@ def prepare(
 def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> Source:
     """The records of a split: of a prepared directory, of documents, or of token files.
 
-    Documents are prepared into the cache. Token files have no splits: all of them is opened. Raises
+    Documents are prepared into the cache. Token files have no splits: they are opened whole. Raises
     UserError as `prepare_cached` and `TokenRecords` do.
     """
     if has_tokens(path):
@@ -120,8 +114,7 @@ def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> S
 def open_heldout(
     path: Path, tokenizer: Tokenizer, seq_len: int, split: Split = "heldout"
 ) -> Source:
-    """Records to score: as `open_data`, but those of a prepared directory may have any length and
-    tokenizer."""
+    """Records to score: as `open_data`, but prepared ones of any length and tokenizer."""
     if (path / INDEX_FILE).exists():
         return open_records(path, split)
     return open_data(path, tokenizer, seq_len, split)
@@ -192,7 +185,8 @@ class _Documents:
         self._digests: set[bytes] = set()
 
     def read(self, advance: Callable[[int], None]) -> Iterator[tuple[Split, str]]:
-        for text in (text for file in self.files for text in read_documents(file, advance)):
+        texts = (text for file in self.files for text in read_documents(file, advance))
+        for text in texts:
             digest = digest_of(text)
             if not text:
                 self.empty += 1
@@ -253,7 +247,7 @@ def _write_splits(
     seq_len: int,
 ) -> dict[Split, SplitIndex]:
     with contextlib.ExitStack() as stack:
-        writers = {
+        writers: dict[Split, SplitWriter] = {
             split: stack.enter_context(SplitWriter(directory, split, tokenizer, seq_len))
             for split in SPLITS
         }
@@ -279,8 +273,10 @@ def _chunks(documents: Iterable[tuple[Split, str]]) -> Iterator[Chunk]:
 def _tokenized(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[Split, np.ndarray]]:
-    """Tokens and EOS of every document, in order. Each of the `workers` threads has at most about
-    two chunks waiting, which bounds the memory."""
+    """Tokens and EOS of every document, in order.
+
+    At most about two chunks wait for each of the `workers` threads, which bounds the memory.
+    """
     dtype = token_dtype(tokenizer.vocab_size)
 
     def tokenize(chunk: Chunk) -> list[tuple[Split, np.ndarray]]:

@@ -2,10 +2,11 @@
 
 A prepared directory holds, per split (train, heldout), `<split>.tokens.npy` uint16 or uint32 [R, T]
 and `<split>.segments.npy` uint16 [R, T] (0 is padding; 1, 2, ... are the documents in a record),
-the tokenizer, and `index.json`, which says what all of it is. `prepare.py` writes it.
+the tokenizer, and `index.json`, which describes all of them. `prepare.py` writes it.
 
-Scored is every token of a document except its first one in each record it spans; EOS and padding
-are not. Bits per byte are the -log2 p of the scored tokens over their UTF-8 bytes.
+Every token of a document is scored, except its first in each record, for which the record has no
+context. EOS and padding are not scored. Bits per byte are the sum of -log2 p over the scored
+tokens, divided by their UTF-8 bytes.
 """
 
 import hashlib
@@ -42,8 +43,11 @@ SIGNS, KEYS = 4 * INPUTS + 1000, 32
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """What a split holds. `scored_bytes`: UTF-8 bytes of exactly the scored tokens; `fill`: the
-    share that is not padding."""
+    """What a split holds.
+
+    `scored_bytes` are the UTF-8 bytes of the scored tokens; `fill` is the share of tokens that are
+    not padding.
+    """
 
     records: Count
     documents: Count
@@ -55,8 +59,7 @@ class SplitIndex:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file that documents were read from; its name without the path, which is nobody else's
-    business."""
+    """A file that documents were read from: its name only, because the path may be private."""
 
     name: Name
     bytes: Count
@@ -84,16 +87,12 @@ class Index:
 
     @classmethod
     def read(cls, path: Path) -> "Index":
-        """The index of a prepared directory. Raises UserError where there is none or it is not one
-        of ours."""
+        """The index of a prepared directory. Raises UserError where it cannot be used."""
         file = path / INDEX_FILE
         try:
             fields = parse_json(read_bytes(absolute(file)), SIGNS, KEYS)
-            if (
-                isinstance(fields, dict)
-                and type(found := fields.get("format")) is int
-                and found != FORMAT
-            ):
+            found = fields.get("format") if isinstance(fields, dict) else None
+            if type(found) is int and found != FORMAT:
                 raise UserError(
                     f"{file} has format {found!s:.20}, this version reads {FORMAT}: prepare the"
                     " data again"
@@ -122,8 +121,10 @@ class Index:
 
 
 class Records:
-    """One split of a prepared directory, memory-mapped, or read out of a bucket record by record:
-    `len(records)`, `records[i]`."""
+    """One split of a prepared directory: `len(records)`, `records[i]`.
+
+    It is memory-mapped, or read from a bucket record by record.
+    """
 
     def __init__(self, path: Path, split: Split):
         if split not in SPLITS:
@@ -146,7 +147,7 @@ class Records:
 
     @property
     def tokenizer_digest(self) -> str:
-        """Of the tokenizer that the records were made with."""
+        """The digest of the tokenizer that the records were made with."""
         return self.index.tokenizer_digest
 
     @property
@@ -165,8 +166,7 @@ class Records:
         }
 
     def check_digests(self) -> None:
-        """Reads every file of the directory and raises UserError naming the first one that is not
-        what the index says."""
+        """Reads every file. Raises UserError for the first whose digest differs from the index."""
         for name, digest in self.index.files.items():
             if sha256_of(self.path / name) != digest:
                 raise UserError(
@@ -198,8 +198,7 @@ class Records:
 
 
 def open_records(path: Path, split: Split) -> Records:
-    """Opens a split of a prepared directory. Raises UserError where it is none, or a file is not as
-    large as the index says."""
+    """Opens a split of a prepared directory. Raises UserError where it or a file is not whole."""
     return Records(path, split)
 
 
@@ -209,27 +208,29 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def positions(segments: np.ndarray) -> np.ndarray:
-    """int [.., T] -> int32 [.., T]: each token's position in its document, from where that starts
-    in the record; padding: 0."""
+    """int [.., T] -> int32 [.., T]: each token's position in its document; 0 at padding.
+
+    It is counted from where the document starts in the record.
+    """
     at = np.arange(segments.shape[-1], dtype=np.int32)
     starts = np.zeros(segments.shape, bool)
     starts[..., 1:] = segments[..., 1:] != segments[..., :-1]
-    return np.where(
-        segments != 0, at - np.maximum.accumulate(np.where(starts, at, 0), axis=-1), 0
-    ).astype(np.int32)
+    start = np.maximum.accumulate(np.where(starts, at, 0), axis=-1)
+    return np.where(segments != 0, at - start, 0).astype(np.int32)
 
 
 def loss_targets(segments: np.ndarray) -> np.ndarray:
-    """int [.., T] -> bool [.., T]: the tokens to learn to predict: all of a document but its first
-    in the record; EOS too."""
+    """int [.., T] -> bool [.., T]: the tokens to learn to predict.
+
+    They are all tokens of a document, with EOS, but its first in the record.
+    """
     targets = np.zeros(segments.shape, bool)
     targets[..., 1:] = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != 0)
     return targets
 
 
 def scored_targets(tokens: np.ndarray, segments: np.ndarray, eos_id: int) -> np.ndarray:
-    """int [.., T] twice -> bool [.., T]: the tokens that count in bits per byte: `loss_targets`
-    without EOS."""
+    """int [.., T] twice -> bool [.., T]: the scored tokens, `loss_targets` without EOS."""
     return loss_targets(segments) & (tokens != eos_id)
 
 

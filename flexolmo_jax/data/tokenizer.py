@@ -1,9 +1,8 @@
-"""Byte-level BPE tokenizers: loading published ones, training small ones, and how many bytes of
-text each token stands for.
+"""Byte-level BPE tokenizers: loading, training, and how many bytes of text each token stands for.
 
 The file is the `tokenizer.json` of the `tokenizers` package. Only byte-level tokenizers are
-accepted: in them every token stands for a known number of UTF-8 bytes and no text is lost, which is
-what makes bits per byte comparable between models.
+accepted: with them every token stands for a known number of UTF-8 bytes and no text is lost, so
+bits per byte can be compared between models.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ PAD_NAMES = (PAD, "<|padding|>", "<pad>")
 # the 256 characters that stand for bytes in a vocabulary
 BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
 
-# 0xC0, 0xC1 and 0xF5 to 0xFF, as those characters; GPT-NeoX's vocabulary leaves them out.
+# 0xC0, 0xC1 and 0xF5 to 0xFF, as those characters. GPT-NeoX's vocabulary leaves them out.
 _NEVER_IN_UTF8 = frozenset("\u00c0\u00c1") | {chr(byte) for byte in range(0xF5, 0x100)}
 
 # How dolma2 cuts text before BPE: contractions, words with the character before them, up to three
@@ -44,24 +43,22 @@ PRE_TOKENS = (
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer. No text becomes a special token, and encoding adds none: whoever
-    wants an EOS appends `eos_id`.
+    """A byte-level BPE tokenizer. No text becomes a special token, and encoding adds none.
 
     Attributes:
         vocab_size: the largest token id plus one.
-        eos_id, pad_id: the end of a document, and what fills a record (`eos_id` where the
-            vocabulary has no padding token).
-        digest: SHA-256 (hex) of the content, whatever its layout on disk.
+        eos_id: the token that ends a document, which a caller appends.
+        pad_id: the token that fills a record (`eos_id` where the vocabulary has no padding token).
+        digest: SHA-256 (hex) of the content, for any layout on disk.
         byte_lengths: uint16 [V], the UTF-8 bytes each token stands for; 0 for special tokens and
             unused ids.
     """
 
     def __init__(self, content: str, source: str = "the tokenizer"):
-        """Takes the content of a tokenizer.json; `source` names it in errors. Raises UserError
-        where it is no byte-level BPE."""
+        """Takes the content of a tokenizer.json; `source` names it in errors. Raises UserError."""
         try:
             fields = read_tokenizer(content)
-            # settings of somebody's pipeline, not of the tokenizer
+            # these are settings of a publisher's pipeline, not of the tokenizer
             fields["truncation"] = fields["padding"] = None
             added: dict[str, dict[str, Any]] = {
                 token["content"]: token for token in fields["added_tokens"]
@@ -69,11 +66,11 @@ class Tokenizer:
             _check_byte_level(fields, added, source)
             for name in (*EOS_NAMES, *PAD_NAMES):
                 if name in added:
-                    # some published files forget; as plain tokens, text could end a document
+                    # Some published files forget this: then a text could spell its own end.
                     added[name]["special"] = True
             with no_panic(source):
                 self._backend = Backend.from_str(json.dumps(fields))
-                # not the file's: added tokens that leave a gap in the ids are moved
+                # not the file's ids: the library moves added tokens that leave a gap
                 vocab = self._backend.get_vocab()
         except UserError:
             raise
@@ -81,7 +78,7 @@ class Tokenizer:
             raise UserError(
                 f"{source} is not a tokenizer.json of the tokenizers package: {error}"
             ) from error
-        self._backend.encode_special_tokens = True  # that is: as the plain text they are
+        self._backend.encode_special_tokens = True  # as plain text
         eos = next((name for name in EOS_NAMES if name in added), None)
         if eos is None:
             raise UserError(
@@ -102,8 +99,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """From a tokenizer.json or a directory with one. Raises UserError where there is none or it
-        is no byte-level BPE."""
+        """From a tokenizer.json or a directory with one. Raises UserError."""
         file = path / TOKENIZER_FILE if path.is_dir() else path
         try:
             return cls(read_bytes(absolute(file), LIMIT).decode("utf-8"), str(file))
@@ -117,8 +113,7 @@ class Tokenizer:
             raise UserError(f"{file} is not a tokenizer.json: it is not UTF-8 text") from error
 
     def save(self, path: Path) -> None:
-        """Writes the file as it was loaded: to `path`, or to tokenizer.json inside it where it is a
-        directory."""
+        """Writes the file as it was loaded, to `path` or to tokenizer.json in this directory."""
         write_text(path / TOKENIZER_FILE if path.is_dir() else path, self._content)
 
     def token(self, index: int) -> str:
@@ -136,16 +131,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
         with no_panic(self._source):
-            return [
-                encoding.ids
-                for encoding in self._backend.encode_batch_fast(
-                    list(texts), add_special_tokens=False
-                )
-            ]
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that token ids stand for: nothing for special tokens, U+FFFD for bytes that are
-        no UTF-8."""
+        """The text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8."""
         with no_panic(self._source):
             return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
@@ -160,16 +150,15 @@ def train_tokenizer(
 ) -> Tokenizer:
     """Trains a byte-level BPE on documents and writes it; the same files give the same tokenizer.
 
-    A tokenizer tells what it was trained on: use public text only.
+    A tokenizer reveals what it was trained on: use public text only.
 
     Args:
         files: document files or directories of them.
-        vocab_size: with the two special tokens and the 256 bytes. Too little text gives a smaller
-            one, and a note says so.
-        heldout: the share of documents that are not learnt from, because models are evaluated on
-            them (as in `prepare`).
-        out: a new file that ends in .json, or a new or empty directory, which gets a
-            tokenizer.json.
+        vocab_size: counts the two special tokens and the 256 bytes too. Too little text gives a
+            smaller one, and a note says so.
+        out: a new file that ends in .json, or a new or empty directory for a tokenizer.json.
+        heldout: the share of documents that are left out, because models are evaluated on them (as
+            in `prepare`).
         sample_bytes: how much text to learn from: the first part of every file, in proportion to
             its size.
 
@@ -185,6 +174,19 @@ def train_tokenizer(
     if out.is_file() or children(out):
         raise UserError(f"{out} exists: expected a new file or a new or empty directory")
     inputs = [file for path in files for file in document_files(path)]
+    tokenizer = _trained(_sample(inputs, heldout, sample_bytes), vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        note(
+            f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little"
+            " of it for more"
+        )
+    file = out if out.suffix == ".json" else out / TOKENIZER_FILE
+    make_folder(file.parent)
+    tokenizer.save(file)
+    return tokenizer
+
+
+def _trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
@@ -199,29 +201,19 @@ def train_tokenizer(
         initial_alphabet=sorted(BYTES),
         show_progress=False,
     )
-    backend.train_from_iterator(_sample(inputs, heldout, sample_bytes), trainer)
-    tokenizer = Tokenizer(backend.to_str())
-    if tokenizer.vocab_size < vocab_size:
-        note(
-            f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little"
-            " of it for more"
-        )
-    file = out if out.suffix == ".json" else out / TOKENIZER_FILE
-    make_folder(file.parent)
-    tokenizer.save(file)
-    return tokenizer
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend.to_str())
 
 
 def _sample(files: Sequence[Path], heldout: float, sample_bytes: int) -> Iterator[str]:
-    """The first part of every file, in proportion to its size on disk. Raises UserError where that
-    is no text at all."""
+    """The first part of every file, in proportion to its size. UserError where none has text."""
     sizes = [size_of(file) for file in files]
     any_text = False
     with bar("tokenizer", min(sample_bytes, sum(sizes)), in_bytes=True) as advance:
         for file, size in zip(files, sizes, strict=True):
             left = max(1, sample_bytes * size // max(1, sum(sizes)))
             for text in read_training_documents(file, heldout):
-                # a character is a byte or more: cuts only what is too much anyway
+                # A character is at least one byte: this cuts only what is over the limit.
                 text = text[:left]
                 any_text = any_text or bool(text)
                 yield text
@@ -260,11 +252,10 @@ def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], source: str
 
 
 def _digest(fields: dict[str, Any]) -> str:
-    # Older files join the two halves of a merge by a space.
+    # Older files join the two halves of a merge with a space.
     merges = [
         pair.split(" ") if isinstance(pair, str) else pair for pair in fields["model"]["merges"]
     ]
     canonical = fields | {"model": fields["model"] | {"merges": merges}}
-    return hashlib.sha256(
-        json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    spelled = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(spelled.encode()).hexdigest()

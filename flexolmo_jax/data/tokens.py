@@ -1,15 +1,14 @@
-"""Token files as OLMo-core trains on them: flat arrays of token ids, an EOS behind each document,
-nothing else.
+"""Token files as OLMo-core trains on them: flat arrays of ids with an EOS after each document.
 
-They are mapped, in a bucket read by ranges, and cut where they lie: record i is the i-th run of T
-tokens of the files in sorted order, and what is left over at the end of a file is not used. A
-document goes on in the next record where it does not fit, as one cut by packing does. Nothing is
-deduplicated, and nothing held out: a token file is wholly what it is named for, training or
-evaluation.
+They are mapped (in a bucket: read by ranges) and cut into records without being copied: record i is
+the i-th run of T tokens of the files in sorted order. What is left over at the end of a file is not
+used. A document that does not fit goes on in the next record, as one cut by packing does. Nothing
+is deduplicated and nothing is held out: all of a token file is for training, or all of it for
+evaluation, as its user says.
 
 A file's name ends in `.npy` or `.bin`. It has NumPy's header or none (AllenAI's `.npy` files have
-none); one without is of the type that the vocabulary asks for, uint16 up to 65,536 tokens and
-uint32 above; uint16 of which every second one is 0 is uint32.
+none). Without a header, the vocabulary decides the type: uint16 up to 65,536 tokens, and uint32
+above. If every second value is then 0 as uint16, the file is read as uint32.
 """
 
 from bisect import bisect_right
@@ -26,7 +25,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import files_below, path_of, reason
 
 SUFFIXES = (".npy", ".bin")
-_SAMPLE = 1 << 16  # tokens of each file that are looked at when it is opened
+_SAMPLE = 1 << 16  # tokens of each file that are checked when it is opened
 
 
 def has_tokens(path: Path) -> bool:
@@ -36,11 +35,10 @@ def has_tokens(path: Path) -> bool:
 
 
 class TokenRecords:
-    """Token files as records of `seq_len` tokens: `len(records)`, `records[i]`. Ids are checked
-    when they are read.
+    """Token files as records of `seq_len` tokens: `len(records)`, `records[i]`.
 
     Raises UserError where a file cannot be read, is not of uint16 or uint32, has ids that the
-    tokenizer does not, or where all of them are shorter than a record.
+    tokenizer does not (checked when they are read), or where all files are shorter than a record.
     """
 
     split: Split = "train"

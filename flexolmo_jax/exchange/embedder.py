@@ -55,8 +55,7 @@ _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
 
 
 class Embedder(Protocol):
-    """Text to vectors. `dim` is the anchor's d_model; name and version identify the embedder
-    exactly."""
+    """Text to vectors. `dim` is the anchor's d_model; name and version identify the embedder."""
 
     @property
     def name(self) -> str: ...
@@ -66,19 +65,19 @@ class Embedder(Protocol):
     def dim(self) -> int: ...
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, dim]: unit vectors, projected to dim, which changes lengths by a few per
-        cent. A blank text may give zeros."""
+        """float32 [n, dim]: unit vectors, whose length the projection changes by a few per cent.
+
+        A blank text may give zeros.
+        """
         ...
 
     def save(self, directory: Path) -> None:
-        """Writes embedder.json (and embedder.npz for TF-IDF) into a directory; the same embedder
-        gives the same bytes."""
+        """Writes the embedder's files into a directory, always with the same bytes."""
         ...
 
 
 def fit_embedder(kind: str, public_texts: Iterable[str], dim: int) -> Embedder:
-    """Makes an anchor's embedder: `tfidf` (fitted on the public texts), `minilm`, or the name of a
-    sentence-transformers model.
+    """An anchor's embedder: `tfidf`, fitted on the public texts, `minilm`, or a hub's model.
 
     Raises UserError when there is no public text to fit on, or the package or model asked for
     cannot be had.
@@ -128,8 +127,7 @@ def load_embedder(directory: Path, dim: int | None = None, *, allow_hub: bool = 
 
 
 def widened(embedder: Embedder) -> Embedder:
-    """The same embedder with a width of its own instead of the anchor's d_model, for a classifier
-    that tells texts apart."""
+    """The same embedder at its own width instead of d_model, for telling texts apart."""
     if isinstance(embedder, TfidfEmbedder):
         return dataclasses.replace(embedder, dim=WIDE, signs=_random_signs(len(embedder.idf), WIDE))
     assert isinstance(embedder, EncoderEmbedder)
@@ -215,8 +213,7 @@ class TfidfEmbedder:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncoderEmbedder:
-    """A neural text encoder, known by name and version. Its unit vectors of `width` are projected
-    to dim where the two differ."""
+    """A neural text encoder, whose unit vectors are projected where `width` is not `dim`."""
 
     name: str
     version: str
@@ -268,8 +265,7 @@ def _encoder(name: str, dim: int) -> EncoderEmbedder:
 
 
 def _load_sentence_transformer(name: str) -> tuple[str, int, Callable[[Sequence[str]], np.ndarray]]:
-    """(version, width, encode) of a model by its hub name. The version holds the package's and the
-    SHA-256 of all the model's arrays."""
+    """(version, width, encode) of a hub's model; the version has the SHA-256 of its arrays."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", name, re.ASCII):
         raise UserError(
             f"the embedder is {name!r:.80}; expected tfidf, minilm or a hub's name as org/model,"
@@ -311,15 +307,13 @@ def _load_sentence_transformer(name: str) -> tuple[str, int, Callable[[Sequence[
 
 
 def _count_words(text: str) -> Counter[str]:
-    """Lower-case words, punctuation marks, and numbers by their number of digits, in the first
-    MAX_CHARACTERS of a text."""
+    """Lower-case words, punctuation marks, and numbers by their count of digits."""
     tokens = _TOKEN.findall(text[:MAX_CHARACTERS].lower())
     return Counter("0" * min(len(token), 4) if token[0].isdecimal() else token for token in tokens)
 
 
 def _sample(texts: Iterable[str], count: int) -> list[str]:
-    """At most count different texts, those with the smallest SHA-256, sorted by it: the same in any
-    order of reading."""
+    """At most `count` different texts: those with the smallest SHA-256, in any order of reading."""
     kept: dict[bytes, str] = {}
 
     def smallest() -> dict[bytes, str]:
@@ -333,8 +327,10 @@ def _sample(texts: Iterable[str], count: int) -> list[str]:
 
 
 def _random_signs(count: int, dim: int) -> np.ndarray:
-    """uint8 [count, ceil(dim / 8)] of random bits. Philox's raw stream, unlike numpy's Gaussians,
-    is promised never to change."""
+    """uint8 [count, ceil(dim / 8)] of random bits.
+
+    They are Philox's raw stream, which is promised never to change; numpy's Gaussians are not.
+    """
     width = -(-dim // 8)
     words = np.random.Philox(key=PROJECTION_SEED).random_raw(-(-count * width // 8))
     return words.astype("<u8").view(np.uint8)[: count * width].reshape(count, width)

@@ -51,8 +51,7 @@ def write_description(directory: Path, name: str, version: str, dim: int, **more
 
 
 def read_description(directory: Path) -> dict[str, Any]:
-    """The content of embedder.json. Raises UserError where it is missing, damaged or of another
-    format."""
+    """The content of embedder.json. Raises UserError where it is missing or cannot be used."""
     path = directory / "embedder.json"
     try:
         saved = parse_json(read_bytes(path), SIGNS, 32)
@@ -83,8 +82,7 @@ def write_values(directory: Path, idf: np.ndarray, signs: np.ndarray) -> None:
 
 
 def read_values(directory: Path, words: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """(idf, signs) of embedder.npz. Raises UserError where they are not those of a TF-IDF embedder
-    with so many words."""
+    """(idf, signs) of embedder.npz. Raises UserError where they do not fit embedder.json."""
     path = directory / "embedder.npz"
     terms, width = words + BUCKETS, -(-dim // 8)
     try:
@@ -114,8 +112,10 @@ def read_values(directory: Path, words: int, dim: int) -> tuple[np.ndarray, np.n
 
 
 def _check_directory(archive: bytes) -> None:
-    """Raises ValueError unless a zip file ends in a directory of two entries. zipfile takes half a
-    kilobyte of memory for each entry, and a small file can list many."""
+    """Raises ValueError unless a zip file ends in a directory of two entries.
+
+    zipfile takes half a kilobyte of memory for each entry, and a small file can list many.
+    """
     signature, *_, entries, size, _, comment = struct.unpack("<4s4H2LH", archive[-22:].rjust(22))
     is_zip64 = archive[-42:-38] == b"PK\x06\x07"
     if (signature, entries, comment) != (b"PK\x05\x06", 2, 0) or size > ROOM or is_zip64:
@@ -125,8 +125,7 @@ def _check_directory(archive: bytes) -> None:
 def _read_stored(
     archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """An array of a zip file. It has to be stored without compression: then it is no larger than
-    the file."""
+    """An array of a zip file, stored without compression, so that it is no larger than the file."""
     entry = archive.getinfo(name)
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise ValueError(f"{name} is compressed")

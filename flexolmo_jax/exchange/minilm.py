@@ -66,8 +66,10 @@ def load_minilm() -> tuple[str, int, Callable[[Sequence[str]], np.ndarray]]:
 
 
 def stack_weights(tensors: Mapping[str, np.ndarray], layers: int) -> Weights:
-    """Hugging Face's BertModel tensors -> the tree that `hidden_states` takes: linear maps
-    [in, out], layers stacked on axis 0."""
+    """Hugging Face's BertModel tensors -> the tree that `hidden_states` takes.
+
+    Linear maps are [in, out]; layers are stacked on axis 0.
+    """
 
     def linear(name: str) -> Weights:
         return {
@@ -109,8 +111,10 @@ def hidden_states(
     heads: int,
     epsilon: float,
 ) -> Float[Array, "B T D"]:
-    """The last layer's output for token ids of one segment (type 0). mask is true on real tokens;
-    padding is not attended to."""
+    """The last layer's output for token ids of one segment (type 0).
+
+    mask is true on real tokens; padding is not attended to.
+    """
     # owners on TPU, GPU and CPU must get the same vectors: no bfloat16 or TF32 passes
     with jax.default_matmul_precision("highest"):
         x = weights["words"][ids] + weights["positions"][: ids.shape[1]] + weights["types"][0]
@@ -132,8 +136,7 @@ def embed_tokens(
     heads: int,
     epsilon: float,
 ) -> Float[Array, "B D"]:
-    """Mean of the hidden states over the real tokens, scaled to unit length; zeros for a text
-    without any real token."""
+    """Mean of the hidden states over the real tokens, scaled to unit length; zeros without any."""
     hidden = hidden_states(weights, ids, mask, heads=heads, epsilon=epsilon)
     hidden = jnp.where(mask[..., None], hidden, 0.0)
     mean = hidden.sum(axis=1) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
@@ -143,8 +146,10 @@ def embed_tokens(
 def _embed_texts(
     tokenizer: Tokenizer, run: Callable[..., Array], texts: Sequence[str]
 ) -> np.ndarray:
-    """Texts to unit vectors. A text is padded by its own length alone, so that its vector does not
-    depend on the texts beside it."""
+    """Texts to unit vectors.
+
+    A text is padded by its own length alone, so its vector does not depend on the texts beside it.
+    """
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
     by_length: dict[int, list[int]] = {length: [] for length in LENGTHS}
     for i, ids in enumerate(encoded):

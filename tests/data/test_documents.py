@@ -122,7 +122,7 @@ def test_parquet_without_strings_named_text_is_an_error(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
     assert 'the columns body, id; expected one named "text"' in error_of(tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "b.parquet")
-    assert 'b.parquet, row 2: "text" is a NoneType' in error_of(tmp_path / "b.parquet")
+    assert 'b.parquet, document 2: "text" is a NoneType' in error_of(tmp_path / "b.parquet")
 
 
 @pytest.mark.parametrize(

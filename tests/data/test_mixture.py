@@ -49,7 +49,7 @@ def same(one, other):
 
 
 def keys_of(batches, steps):
-    return [row.tobytes() for step in steps for row in batches.at(step)["tokens"]]
+    return [record.tobytes() for step in steps for record in batches.at(step)["tokens"]]
 
 
 def origin(records):
@@ -95,7 +95,7 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_sees(sources):
     assert all(same(next(resumed), batch) for batch in whole[13:])
 
 
-def test_iterating_gives_those_rows_of_the_steps_batches_that_a_process_needs(sources):
+def test_iterating_gives_those_records_of_the_steps_batches_that_a_process_needs(sources):
     batches = mixture(sources, 6, seed=4)
     for step, batch in enumerate(islice(batches.iterate(5, [1, 4, 5]), 8), 5):
         assert same(batch, {key: values[[1, 4, 5]] for key, values in batches.at(step).items()})

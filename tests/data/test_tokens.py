@@ -82,8 +82,8 @@ def test_training_takes_all_of_them_and_evaluation_only_others(tokenizer, stream
     assert not heldout
     seen = np.concatenate([batches.at(step)["tokens"] for step in range(len(stream) // 50 // 2)])
     cut = stream[: len(stream) // 50 * 50].reshape(-1, 50)
-    assert {row.tobytes() for row in seen} <= {
-        row.astype(np.int32).tobytes() for row in cut
+    assert {record.tobytes() for record in seen} <= {
+        record.astype(np.int32).tobytes() for record in cut
     } and len(seen) > 10
 
     data = DataConfig(

@@ -231,9 +231,9 @@ def test_a_process_that_lives_but_does_not_move_ends_all(config, tmp_path):
         "import time\n"
         "from flexolmo_jax.data import mixture\n"
         "at = mixture.Batches.at\n"
-        "def stuck(self, step, rows=None):\n"
+        "def stuck(self, step, places=None):\n"
         "    if step >= 14: time.sleep(600)\n"
-        "    return at(self, step, rows)\n"
+        "    return at(self, step, places)\n"
         "mixture.Batches.at = stuck\n"
     )
     with Processes(2, config, tmp_path / "run", "train.watchdog=8", first=hang, of=1) as processes:
