@@ -114,7 +114,7 @@ def _map(file: Path, vocab_size: int) -> np.ndarray | BucketArray:
         return map_array(file, header.dtype, header.start, header.shape)
     if size % dtype.itemsize:
         raise UserError(
-            f"{file} has {size} bytes, which is no whole number of {dtype.name}; is the file"
+            f"{file} has {size} bytes, which is not a whole number of {dtype.name}; is the file"
             " complete?"
         )
     tokens = map_array(file, dtype, 0, (size // dtype.itemsize,))

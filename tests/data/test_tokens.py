@@ -111,7 +111,7 @@ def test_what_cannot_be_this_tokenizers_is_refused(tokenizer, tmp_path):
     np.full(99, 60_000, np.uint16).tofile(tmp_path / "x.npy")
     refuses("has token 60000, the tokenizer 400")
     (tmp_path / "x.npy").write_bytes(bytes(33))
-    refuses("33 bytes, which is no whole number of uint16")
+    refuses("33 bytes, which is not a whole number of uint16")
     np.zeros(7, np.uint16).tofile(tmp_path / "x.npy")
     refuses("no file of 8 tokens")
     np.save(tmp_path / "x.npy", np.zeros(64, np.float32))
