@@ -52,11 +52,11 @@ from flexolmo_jax.storage.files import (
     UNFINISHED,
     clear,
     is_whole,
-    locked,
     make_folder,
     new_directory,
     write_bytes,
 )
+from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.paths import (
     absolute,
     in_bucket,
