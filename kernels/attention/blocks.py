@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 from . import reference
 
 BLOCK = 64  # of 32, 64, 128 and 256, fastest on CPU at T = 256
-# A stripe is the blocks that share an end of their keys: each stripe is a program of its own, so
-# there are few. Longer sequences have more blocks in each, run one after the other.
+# A stripe is the blocks that share an end of their keys. Each is compiled for itself, so there are
+# few; a longer sequence has more blocks in each, run one after the other.
 STRIPES = 4
-MASKED_BLOCK = 512
-MASKED = float(jnp.finfo(jnp.float32).min)
+MASKED_BLOCK = 512  # queries of a long prompt whose scores exist at once
+MASKED = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing must not give NaN
 
 
 @jax.custom_vjp
@@ -41,10 +41,9 @@ def masked_attention(
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H C"]:
     """Wherever `mask` is True: a long prompt in blocks, the few queries of decoding at once."""
-    spans = [slice(i, i + MASKED_BLOCK) for i in range(0, q.shape[1], MASKED_BLOCK)]
-    return jnp.concatenate(
-        [reference.masked_attention(q[:, at], k, v, mask[:, at]) for at in spans], axis=1
-    )
+    blocks = [slice(i, i + MASKED_BLOCK) for i in range(0, q.shape[1], MASKED_BLOCK)]
+    outs = [reference.masked_attention(q[:, at], k, v, mask[:, at]) for at in blocks]
+    return jnp.concatenate(outs, axis=1)
 
 
 def _forward(q, k, v, segments):

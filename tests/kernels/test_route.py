@@ -303,8 +303,9 @@ def test_real_shapes_are_traced(name, implementation):
         jax.ShapeDtypeStruct((N, E), jnp.float32),
     )
     plan = jax.eval_shape(
-        lambda r: dispatch_plan(r.ids, r.probabilities > 0, E, implementation=implementation),
-        routing,
+        lambda ids, p: dispatch_plan(ids, p > 0, E, implementation=implementation),
+        routing.ids,
+        routing.probabilities,
     )
     assert [a.shape for a in (*routing, *plan)] == [(N, A), (N, A), (N,), (E,), (N, A), (N * A,)]
 
