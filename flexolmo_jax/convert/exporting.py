@@ -66,15 +66,16 @@ def export_hf(
         check_bias(np.asarray(arrays["experts/bias"][:]), drop_bias)
         scores = _scores(artifact, which, eval_data) if drop_bias and eval_data else {}
     tokenizer = artifact.tokenizer
-    special = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    fields = hf_config(config, dtype=dtype, **special)
+    eos, pad = tokenizer.eos_id, tokenizer.pad_id
+    fields = hf_config(config, dtype=dtype, eos_token_id=eos, pad_token_id=pad)
+    generation = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
     architecture = fields["architectures"][0]
     files = shards(key_table(config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
         tokenizer.save(directory / "tokenizer.json")
         total = _write_weights(directory, files, arrays, dtype)
         _write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
-        _write_json(directory / "generation_config.json", {**special, "do_sample": False})
+        _write_json(directory / "generation_config.json", generation)
         write_bytes(directory / "README.md", _card(artifact, config, scores).encode())
         _write_json(directory / "config.json", fields)
     plural = "s" * (len(files) > 1)

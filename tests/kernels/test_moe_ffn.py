@@ -30,8 +30,8 @@ def arguments(ids: np.ndarray, probabilities: np.ndarray, seed: int = 0):
         jax.random.normal(k, s)
         for k, s in zip(keys, [(N, D), (E, D, F), (E, D, F), (E, F, D)], strict=True)
     )
-    p, ids = jnp.asarray(probabilities, jnp.float32), jnp.asarray(ids, jnp.int32)
-    routing = Routing(p, ids, jnp.zeros(N))
+    p = jnp.asarray(probabilities, jnp.float32)
+    routing = Routing(p, jnp.asarray(ids, jnp.int32), jnp.zeros(N))
     return x, routing, gate / D**0.5, up / D**0.5, down / F**0.5
 
 
