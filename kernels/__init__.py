@@ -1,2 +1,4 @@
-"""Routing and expert kernels: jax only, no model, no training. Installed as
-`flexolmo_jax.kernels`."""
+"""Kernels for routing, experts, attention and the loss: jax only, no model and no training.
+
+Installed as `flexolmo_jax.kernels`.
+"""

@@ -1,5 +1,8 @@
-"""One SwiGLU expert, for where every expert runs on every token (pair training, router tuning):
-least work, no dispatch."""
+"""One SwiGLU expert, for models in which every expert runs on every token.
+
+In pair training and router tuning all experts are active. A loop over them is then the least work:
+there is nothing to choose and nothing to dispatch.
+"""
 
 import jax
 from jaxtyping import Array, Float

@@ -1,18 +1,20 @@
-"""A sparse mixture of SwiGLU experts, `y_n = sum_a weights[n, a] * FFN_{ids[n, a]}(x_n)`, without
-dropping a token.
+"""A sparse mixture of SwiGLU experts: each token runs only the `A` experts chosen for it.
 
-    plan -> permute -> grouped SwiGLU, each row times its weight before the second product ->
-    combine
+    y_n = sum over slots a of p[n, a] * FFN_{ids[n, a]}(x_n)
 
-It costs `A` experts a token whatever `E` is, saves one row of inputs and two of pre-activations for
-each (token, slot) and sorts nothing. Where all or nearly all experts are active, running every
+A slot is one of a token's `A` choices. No token is dropped, however many choose the same expert:
+
+    plan -> permute -> grouped SwiGLU, times p before its second product -> combine
+
+This costs `A` experts a token whatever `E` is, and sorts nothing. The backward pass needs the input
+and two pre-activations of every slot. Where all or nearly all experts are active, running every
 expert on every token (`expert_ffn.swiglu`) is less work.
 """
 
 from jaxtyping import Array, Float
 
 from .grouped_matmul import expert_ffn
-from .permute import combine, permute, row_weights
+from .permute import combine, permute, permute_probabilities
 from .route import Routing, dispatch_plan
 
 
@@ -23,13 +25,11 @@ def sparse_experts(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "N D"]:
-    """Runs only the chosen experts. An expert that is chosen nowhere is never read, so nothing in
-    its weights can matter.
+    """Runs the chosen experts. One that no token chose is never read: NaN in it reaches nothing.
 
-    A slot of weight 0 (an excluded expert in an excess slot) gets no row.
+    A slot of probability 0 (an excluded expert in an excess slot) is not dispatched.
     """
-    plan = dispatch_plan(routing.ids, routing.weights > 0, gate.shape[0])
-    rows = expert_ffn(
-        permute(x, plan), row_weights(routing.weights, plan), plan.sizes, gate, up, down
-    )
-    return combine(rows, plan)
+    plan = dispatch_plan(routing.ids, routing.probabilities > 0, gate.shape[0])
+    tokens, probabilities = permute(x, plan), permute_probabilities(routing.probabilities, plan)
+    outputs = expert_ffn(tokens, probabilities, plan.sizes, gate, up, down)
+    return combine(outputs, plan)

@@ -1,11 +1,13 @@
-"""`flexolmo export-hf`: a run, anchor or model becomes a Hugging Face checkpoint, tensor by tensor:
-OLMo 2 of what is dense, FlexOlmo of what has experts (a pair too). What is written is what
-`save_pretrained` would write: safetensors with one matrix an expert, config, tokenizer, and a model
-card.
+"""`flexolmo export-hf`: a run, anchor or model becomes a Hugging Face checkpoint.
+
+A dense one becomes OLMo 2, one with several experts (a pair too) FlexOlmo. The files are those that
+`save_pretrained` would write: safetensors with one matrix for each expert, config, tokenizer and a
+model card.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.integrity import manifest_of
@@ -23,7 +26,7 @@ from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.files import check_new, clear, new_directory, write_bytes
 from flexolmo_jax.storage.tensorfile import write_tensors
 
-from .huggingface import Entry, architecture_of, check_bias, hf_config, key_table, transposed
+from .huggingface import Entry, check_bias, hf_config, key_table, transposed
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -39,13 +42,13 @@ def export_hf(
     eval_data: Sequence[Path] = (),
     which: str = "last",
 ) -> dict[str, Any]:
-    """Writes the checkpoint; returns what was written. Anchors and models are read a tensor at a
-    time, runs into memory.
+    """Writes the checkpoint and returns its figures.
 
-    `max_shard_size`: bytes of a file at most, unless one tensor is larger. `dtype`: default the
-    stored one. `drop_bias` leaves router biases out, which changes the model: `eval_data` is then
-    scored before and after. Raises UserError for biases that matter where they are not to be
-    dropped, and for an unknown dtype.
+    Anchors and models are read one tensor at a time; of a run, all is in memory. `max_shard_size`:
+    the most bytes of a file, unless one tensor has more. `dtype`: by default the stored one.
+    `drop_bias` leaves router biases out, which changes the model: `eval_data` is then scored with
+    and without them. Raises UserError for biases that matter and are not to be dropped, and for an
+    unknown dtype.
     """
     check_new(out)
     clear(out)
@@ -62,85 +65,70 @@ def export_hf(
     if "experts/bias" in arrays:
         check_bias(np.asarray(arrays["experts/bias"][:]), drop_bias)
         scores = _scores(artifact, which, eval_data) if drop_bias and eval_data else {}
-    tokenizer, architecture = artifact.tokenizer, architecture_of(config)
-    table = key_table(config, architecture)
-    fields = hf_config(
-        config,
-        architecture,
-        dtype=dtype,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
-    )
-    generation = {
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-        "do_sample": False,
-    }
-    marks = {
-        "eos_token": tokenizer.token(tokenizer.eos_id),
-        "pad_token": tokenizer.token(tokenizer.pad_id),
-    }
-    with_class = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_seq_len,
-        **marks,
-    }
-    files = shards(table, np.dtype(dtype).itemsize, max_shard_size)
-    total = sum(int(np.prod(entry.shape)) for entry in table) * np.dtype(dtype).itemsize
+    tokenizer = artifact.tokenizer
+    eos, pad = tokenizer.eos_id, tokenizer.pad_id
+    fields = hf_config(config, dtype=dtype, eos_token_id=eos, pad_token_id=pad)
+    generation = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
+    architecture = fields["architectures"][0]
+    files = shards(key_table(config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
         tokenizer.save(directory / "tokenizer.json")
-        with bar("export", total, in_bytes=True) as advance:
-
-            def tensors(entries: Sequence[Entry]) -> Iterator[np.ndarray]:
-                for entry in entries:
-                    values = np.asarray(
-                        arrays["/".join(entry.path)][entry.index or slice(None)]
-                    ).astype(dtype, copy=False)
-                    yield transposed(values) if entry.transpose else values
-                    advance(values.nbytes)
-
-            for name, entries in files.items():
-                write_tensors(
-                    directory / name,
-                    {e.name: (dtype, e.shape) for e in entries},
-                    tensors(entries),
-                    {"format": "pt"},
-                )
-        if len(files) > 1:
-            weight_map = {entry.name: name for name, entries in files.items() for entry in entries}
-            _write_json(
-                directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-            )
-        _write_json(directory / "tokenizer_config.json", with_class)
+        total = _write_weights(directory, files, arrays, dtype)
+        _write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
         _write_json(directory / "generation_config.json", generation)
         write_bytes(directory / "README.md", _card(artifact, config, scores).encode())
         _write_json(directory / "config.json", fields)
-    note(
-        f"exported {out}: {fields['architectures'][0]}, {total:,} bytes in {len(files)}"
-        f" file{'s' * (len(files) > 1)}, {dtype}"
-    )
+    plural = "s" * (len(files) > 1)
+    note(f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}")
+    figures = {"dtype": dtype, "bytes": total, "files": len(files)}
+    return {"out": str(out), "architecture": architecture, **figures, **scores}
+
+
+def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     return {
-        "out": str(out),
-        "architecture": fields["architectures"][0],
-        "dtype": dtype,
-        "bytes": total,
-        "files": len(files),
-        **scores,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.max_seq_len,
+        "eos_token": tokenizer.token(tokenizer.eos_id),
+        "pad_token": tokenizer.token(tokenizer.pad_id),
     }
 
 
+def _write_weights(
+    directory: Path, files: dict[str, list[Entry]], arrays: dict[str, Any], dtype: str
+) -> int:
+    """Writes the files, with an index where they are several; returns the bytes of all tensors."""
+    table = [entry for entries in files.values() for entry in entries]
+    total = sum(math.prod(entry.shape) for entry in table) * np.dtype(dtype).itemsize
+    with bar("export", total, in_bytes=True) as advance:
+
+        def tensors(entries: Sequence[Entry]) -> Iterator[np.ndarray]:
+            for entry in entries:
+                part = arrays["/".join(entry.path)][entry.index or slice(None)]
+                values = np.asarray(part).astype(dtype, copy=False)
+                yield transposed(values) if entry.transpose else values
+                advance(values.nbytes)
+
+        for name, entries in files.items():
+            header = {entry.name: (dtype, entry.shape) for entry in entries}
+            write_tensors(directory / name, header, tensors(entries), {"format": "pt"})
+    if len(files) > 1:
+        weight_map = {entry.name: name for name, entries in files.items() for entry in entries}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / INDEX, index)
+    return total
+
+
 def _arrays(artifact: Artifact, which: str) -> tuple[dict[str, Any], ModelConfig]:
-    """Every leaf, and the config of them; a pair's two experts stacked as a merged model's, both of
-    them active."""
+    """Every leaf, and its config. A pair's two experts are stacked as those of a merged model are,
+    with both active."""
     arrays = artifact.arrays(which)
     if not artifact.is_pair:
         return arrays, artifact.config
     for path in [path for path in arrays if path.startswith("expert/")]:
-        new = np.asarray(arrays.pop(path))
-        first = arrays.get(path.replace("expert/", "experts/"))
-        # the anchor has no bias
-        old = np.zeros_like(new) if first is None else np.asarray(first, new.dtype)
-        arrays[path.replace("expert/", "experts/")] = np.concatenate([old, new], axis=1)
+        new, stacked = np.asarray(arrays.pop(path)), path.replace("expert/", "experts/")
+        # The anchor has no bias. The model ignores what is stored as one.
+        old = np.asarray(arrays[stacked], new.dtype) if stacked in arrays else np.zeros_like(new)
+        arrays[stacked] = np.concatenate([old, new], axis=1)
     return arrays, dataclasses.replace(artifact.config, n_experts=2, n_active=2)
 
 
@@ -148,16 +136,17 @@ def _scores(artifact: Artifact, which: str, data: Sequence[Path]) -> dict[str, A
     """Bits per byte with and without router biases."""
     model = load(artifact.path, which)
     branch = "expert" if artifact.is_pair else "experts"
-    without = model.params | {
-        branch: model.params[branch] | {"bias": jax.numpy.zeros_like(model.params[branch]["bias"])}
+    experts = model.params[branch]
+    dropped = experts | {"bias": jax.numpy.zeros_like(experts["bias"])}
+    models = {
+        "with the router's biases": model,
+        "without them": LoadedModel(artifact, model.params | {branch: dropped}),
     }
     scores = {}
-    for name, each in (
-        ("with the router's biases", model),
-        ("without them", LoadedModel(artifact, without)),
-    ):
+    for name, each in models.items():
         scores[name] = evaluate(each, data)["bits_per_byte"]
-        note(f"bits per byte {name}: {', '.join(f'{d} {x:.4f}' for d, x in scores[name].items())}")
+        figures = ", ".join(f"{domain} {bits:.4f}" for domain, bits in scores[name].items())
+        note(f"bits per byte {name}: {figures}")
     return {"bits_per_byte": scores}
 
 
@@ -166,7 +155,7 @@ def shards(table: Sequence[Entry], itemsize: int, limit: int) -> dict[str, list[
     parts: list[list[Entry]] = [[]]
     size = 0
     for entry in table:
-        nbytes = int(np.prod(entry.shape)) * itemsize
+        nbytes = math.prod(entry.shape) * itemsize
         if parts[-1] and size + nbytes > limit:
             parts.append([])
             size = 0
@@ -174,10 +163,8 @@ def shards(table: Sequence[Entry], itemsize: int, limit: int) -> dict[str, list[
         size += nbytes
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
-    return {
-        f"model-{i:05}-of-{len(parts):05}.safetensors": entries
-        for i, entries in enumerate(parts, 1)
-    }
+    count = len(parts)
+    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
 def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> str:
@@ -186,6 +173,10 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> st
         member["name"]: manifest_of(member) or member
         for member in artifact.description.get("members", ())
     }
+    what = "A dense model (OLMo 2)"
+    if config.n_experts > 1:
+        what = f"A mixture of {config.n_experts} experts (FlexOlmo)"
+    anchor = _plain(artifact.fingerprint or "not published")
     lines = [
         "---",
         "library_name: transformers",
@@ -194,31 +185,15 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> st
         "---",
         "",
         f"# {_plain(artifact.path.name)}",
-    ]
-    what = (
-        "A dense model (OLMo 2)"
-        if config.n_experts == 1
-        else f"A mixture of {config.n_experts} experts (FlexOlmo)"
-    )
-    lines += [
         "",
-        (
-            f"{what}, exported by flexolmo-jax. Anchor:"
-            f" {_plain(artifact.fingerprint or 'not published')}."
-        ),
+        f"{what}, exported by flexolmo-jax. Anchor: {anchor}.",
         "",
+        "| expert | owner | domain | licence | expires |",
+        "|---|---|---|---|---|",
     ]
-    lines += ["| expert | owner | domain | licence | expires |", "|---|---|---|---|---|"]
     for name in artifact.experts:
-        member = members.get(name, {})
-        lines.append(
-            "| "
-            + " | ".join(
-                _plain(word)
-                for word in (name, *map(member.get, ("owner", "domain", "licence", "expires")))
-            )
-            + " |"
-        )
+        about = map(members.get(name, {}).get, ("owner", "domain", "licence", "expires"))
+        lines.append(f"| {' | '.join(map(_plain, (name, *about)))} |")
     if scores:
         lines += ["", "Router biases were dropped. Bits per byte:", ""]
         for name, each in scores["bits_per_byte"].items():
@@ -227,14 +202,13 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> st
 
 
 def _plain(text: Any) -> str:
-    """Strangers' words on a page: letters and digits as they are, all else as HTML's numbers, which
-    no Markdown reads.
+    """Strangers' words for a page: letters and digits as they are, the rest as HTML's character
+    numbers.
 
-    So nothing is markup, ends a line or a table's cell, or becomes a link by itself.
+    Markdown does not interpret those: nothing becomes markup or a link, or ends a line or a cell.
     """
-    return "".join(
-        c if c.isalnum() or c in " ," else f"&#{ord(c)};" for c in printable(str(text or ""))
-    )
+    letters = printable(str(text or ""))
+    return "".join(c if c.isalnum() or c in " ," else f"&#{ord(c)};" for c in letters)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -5,8 +5,8 @@ that checkpoint's order, with its place in our parameters. Ours stack layers and
 matrices as [in, out]; Hugging Face has one matrix a layer and expert, as [out, in]. `to_hf` and
 `from_hf` apply the table in memory, importing.py and exporting.py to files, tensor by tensor.
 
-A dense model is written as `olmo2` (which has no router: its one row has no influence) and a merged
-one as `flex_olmo`. Names checked against transformers 5.23 (`models/olmo2`, `models/flex_olmo`).
+A dense model is written as `olmo2`, a merged one as `flex_olmo`. OLMo 2 has no router: a softmax
+over one expert is 1. Names are those of transformers 5.23 (`models/olmo2`, `models/flex_olmo`).
 """
 
 import dataclasses
@@ -40,12 +40,10 @@ FIXED: dict[str, Any] = {
     "partial_rotary_factor": None,
 }
 
-
-# FFNs of all layers and experts: a model's description has room for the digests of fewer
+# FFNs of all layers and experts: a model's description has no room for the digests of more
 BLOCKS = 1 << 15
-TILE = 256  # rows and columns
+TILE = 256  # side of the squares that `transposed` copies
 TOGETHER = "check that config.json and the weights belong together"
-
 
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 
@@ -82,91 +80,73 @@ class FlexOlmoFields(Olmo2Fields):
 
 
 class Entry(NamedTuple):
-    """One tensor of a Hugging Face checkpoint: element `index` of our leaf at `path`, transposed
-    where it is a linear map."""
+    """One tensor of a Hugging Face checkpoint: element `index` of our leaf at `path`."""
 
     name: str
     shape: tuple[int, ...]  # in the Hugging Face checkpoint
     path: tuple[str, ...]  # of our leaf
     index: tuple[int, ...] = ()  # into our leaf: (), (layer,) or (layer, expert)
-    transpose: bool = False
+    transpose: bool = False  # a linear map: ours is [in, out], Hugging Face's [out, in]
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
-    """What a model is written as: dense models as OLMo 2, those with several experts as
-    FlexOlmo."""
+    """What a model is written as: OLMo 2 if it is dense, FlexOlmo if it has several experts."""
     return "olmo2" if config.n_experts == 1 else "flex_olmo"
 
 
 def key_table(config: ModelConfig, architecture: Architecture | None = None) -> list[Entry]:
-    """Every tensor of this model's Hugging Face checkpoint. Raises UserError for OLMo 2 with
-    several experts: it is dense."""
+    """Every tensor of this model's Hugging Face checkpoint, in that checkpoint's order.
+
+    Raises UserError for OLMo 2 with several experts: it is dense.
+    """
     architecture = architecture or architecture_of(config)
     if architecture == "olmo2" and config.n_experts > 1:
         raise UserError(
             f"olmo2 is a dense model; got {config.n_experts} experts; write it as flex_olmo"
         )
-    V, D, F, E = config.vocab_size, config.d_model, config.d_ffn, config.n_experts
-    q_size, kv_size = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-    layers = ("trunk", "layers")
-    projections = {"q": (q_size, D), "k": (kv_size, D), "v": (kv_size, D), "o": (D, q_size)}
-    ffn = {"gate": (F, D), "up": (F, D), "down": (D, F)}
+    V, D, E = config.vocab_size, config.d_model, config.n_experts
     table = [Entry("model.embed_tokens.weight", (V, D), ("trunk", "embedding"))]
     for l in range(config.n_layers):
-        hf = f"model.layers.{l}"
-        for name, shape in projections.items():
-            table.append(
-                Entry(
-                    f"{hf}.self_attn.{name}_proj.weight",
-                    shape,
-                    (*layers, "attention", name, "kernel"),
-                    (l,),
-                    True,
-                )
-            )
-        table.append(
-            Entry(
-                f"{hf}.self_attn.q_norm.weight",
-                (q_size,),
-                (*layers, "attention", "q_norm", "scale"),
-                (l,),
-            )
-        )
-        table.append(
-            Entry(
-                f"{hf}.self_attn.k_norm.weight",
-                (kv_size,),
-                (*layers, "attention", "k_norm", "scale"),
-                (l,),
-            )
-        )
-        table.append(
-            Entry(
-                f"{hf}.post_attention_layernorm.weight",
-                (D,),
-                (*layers, "attention_norm", "scale"),
-                (l,),
-            )
-        )
-        table.append(
-            Entry(
-                f"{hf}.post_feedforward_layernorm.weight",
-                (D,),
-                (*layers, "ffn_norm", "scale"),
-                (l,),
-            )
-        )
+        table += _trunk_entries(config, l)
         if architecture == "flex_olmo":
-            table.append(Entry(f"{hf}.mlp.gate.weight", (E, D), ("experts", "row"), (l,)))
-        for e in range(E):
-            mlp = f"{hf}.mlp.experts.{e}" if architecture == "flex_olmo" else f"{hf}.mlp"
-            for name, shape in ffn.items():
-                table.append(
-                    Entry(f"{mlp}.{name}_proj.weight", shape, ("experts", name), (l, e), True)
-                )
+            name = f"model.layers.{l}.mlp.gate.weight"
+            table.append(Entry(name, (E, D), ("experts", "row"), (l,)))
+        table += _ffn_entries(config, architecture, l)
     table.append(Entry("model.norm.weight", (D,), ("trunk", "norm", "scale")))
-    table.append(Entry("lm_head.weight", (V, D), ("trunk", "head", "kernel"), (), True))
+    table.append(Entry("lm_head.weight", (V, D), ("trunk", "head", "kernel"), transpose=True))
     return table
+
+
+def _trunk_entries(config: ModelConfig, l: int) -> list[Entry]:
+    """Attention and the norms of layer `l`."""
+    hf, ours, D = f"model.layers.{l}", ("trunk", "layers"), config.d_model
+    q_size, kv_size = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
+    projections = {"q": (q_size, D), "k": (kv_size, D), "v": (kv_size, D), "o": (D, q_size)}
+    norms = {
+        "self_attn.q_norm": (q_size, ("attention", "q_norm")),
+        "self_attn.k_norm": (kv_size, ("attention", "k_norm")),
+        "post_attention_layernorm": (D, ("attention_norm",)),
+        "post_feedforward_layernorm": (D, ("ffn_norm",)),
+    }
+    entries = []
+    for name, shape in projections.items():
+        path = (*ours, "attention", name, "kernel")
+        entries.append(Entry(f"{hf}.self_attn.{name}_proj.weight", shape, path, (l,), True))
+    for name, (size, path) in norms.items():
+        entries.append(Entry(f"{hf}.{name}.weight", (size,), (*ours, *path, "scale"), (l,)))
+    return entries
+
+
+def _ffn_entries(config: ModelConfig, architecture: Architecture, l: int) -> list[Entry]:
+    """The FFN of every expert of layer `l`."""
+    D, F = config.d_model, config.d_ffn
+    entries = []
+    for e in range(config.n_experts):
+        expert = f".experts.{e}" if architecture == "flex_olmo" else ""
+        for name, shape in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items():
+            key = f"model.layers.{l}.mlp{expert}.{name}_proj.weight"
+            entries.append(Entry(key, shape, ("experts", name), (l, e), True))
+    return entries
 
 
 def hf_config(
@@ -177,8 +157,7 @@ def hf_config(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """The contents of `config.json`. Token ids are written even where None: transformers' defaults
-    are AllenAI's tokenizer's."""
+    """The contents of `config.json`."""
     architecture = architecture or architecture_of(config)
     if config.vocab_size <= 0:
         raise UserError(
@@ -205,6 +184,7 @@ def hf_config(
         "attention_bias": FIXED["attention_bias"],
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
+        # written even where None: transformers' defaults are those of AllenAI's tokenizer
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
@@ -221,39 +201,11 @@ def hf_config(
 
 
 def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
-    """Our config from the contents of a `config.json`. Raises UserError, naming the key, for what
-    our model does not compute.
+    """Our config from the contents of a `config.json`. FlexOlmo's has no router bias.
 
-    FlexOlmo has no router bias, so the result has none either.
+    Raises UserError, naming the key, for what our model does not compute.
     """
-    kind = hf_config.get("model_type")
-    if not isinstance(kind, str) or kind not in CLASSES:
-        raise UserError(
-            f"model_type is {kind!r:.80}; expected one of {', '.join(CLASSES)}; other architectures"
-            " cannot be imported"
-        )
-    for key, value in FIXED.items():
-        if hf_config.get(key, value) != value:
-            raise UserError(
-                f"{key} is {hf_config[key]!r:.80}; expected {value!r}; a model with another value"
-                " cannot be imported"
-            )
-    schema = FlexOlmoFields if kind == "flex_olmo" else Olmo2Fields
-    fields = {
-        field.name: hf_config[field.name]
-        for field in dataclasses.fields(schema)
-        if field.name in hf_config
-    }
-    try:
-        conform(schema, fields)
-    except ValueError as error:
-        raise UserError(f"{error}, in config.json; such a model cannot be imported") from None
-    experts = fields.get("num_experts", 1)
-    if (blocks := fields["num_hidden_layers"] * experts) > BLOCKS:
-        raise UserError(
-            f"num_hidden_layers x num_experts is {blocks}; expected at most {BLOCKS}; such a model"
-            " cannot be imported"
-        )
+    fields = _fields(hf_config)
     theta = (fields.get("rope_parameters") or {}).get("rope_theta") or fields.get("rope_theta")
     if theta is None:
         raise UserError(
@@ -267,9 +219,9 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         n_heads=fields["num_attention_heads"],
         n_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
         d_ffn=fields["intermediate_size"],
-        n_experts=experts,
+        n_experts=fields.get("num_experts", 1),
         n_active=fields.get("num_experts_per_tok", 1),
-        router_bias=kind != "flex_olmo",
+        router_bias=hf_config["model_type"] != "flex_olmo",
         rope_theta=float(theta),
         norm_eps=float(fields["rms_norm_eps"]),
         init_std=float(fields.get("initializer_range") or ModelConfig.init_std),
@@ -285,6 +237,35 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
+def _fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json` that we read, checked: fixed values, types and bounds."""
+    kind = hf_config.get("model_type")
+    if not isinstance(kind, str) or kind not in CLASSES:
+        raise UserError(
+            f"model_type is {kind!r:.80}; expected one of {', '.join(CLASSES)}; other architectures"
+            " cannot be imported"
+        )
+    for key, value in FIXED.items():
+        if hf_config.get(key, value) != value:
+            raise UserError(
+                f"{key} is {hf_config[key]!r:.80}; expected {value!r}; a model with another value"
+                " cannot be imported"
+            )
+    schema = FlexOlmoFields if kind == "flex_olmo" else Olmo2Fields
+    names = [field.name for field in dataclasses.fields(schema)]
+    fields = {name: hf_config[name] for name in names if name in hf_config}
+    try:
+        conform(schema, fields)
+    except ValueError as error:
+        raise UserError(f"{error}, in config.json; such a model cannot be imported") from None
+    if (blocks := fields["num_hidden_layers"] * fields.get("num_experts", 1)) > BLOCKS:
+        raise UserError(
+            f"num_hidden_layers x num_experts is {blocks}; expected at most {BLOCKS}; such a model"
+            " cannot be imported"
+        )
+    return fields
+
+
 def to_hf(
     config: ModelConfig,
     params: Params,
@@ -292,12 +273,10 @@ def to_hf(
     *,
     drop_bias: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The tensors of the Hugging Face checkpoint, by name, contiguous and of the parameters'
-    dtypes.
+    """The tensors of the Hugging Face checkpoint by name, contiguous, in the parameters' dtypes.
 
-    Raises UserError for a pair, and for a router bias that matters (one below 0 of an expert other
-    than the anchor's) unless it is to be dropped: the format has no place for it, so the exported
-    model would route otherwise.
+    Raises UserError for a pair, and for router biases that matter unless they are to be dropped:
+    the format has no place for them, so the exported model would route differently.
     """
     if "expert" in params:
         raise UserError(
@@ -305,7 +284,7 @@ def to_hf(
             " merge it first"
         )
     check_bias(params["experts"].get("bias", np.zeros((1, 1))), drop_bias)
-    # one copy from the device a leaf
+    # Cached, so that a leaf is copied from the device once and not for every entry of it.
     leaf = functools.lru_cache(None)(lambda path: np.asarray(_at(params, path)))
     tensors = {}
     for entry in key_table(config, architecture):
@@ -321,42 +300,36 @@ def to_hf(
 
 
 def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Parameters from the tensors of an OLMo 2 or FlexOlmo checkpoint (told apart by the router),
-    in the tensors' dtypes.
+    """Parameters from the tensors of an OLMo 2 or FlexOlmo checkpoint, in the tensors' dtypes.
 
     What the checkpoint lacks is zero: the router row of OLMo 2 and, where the config has them,
     biases. Raises UserError naming tensors that are missing, unexpected or of another shape than
     the config's.
     """
-    architecture = (
-        "flex_olmo"
-        if config.n_experts > 1 or "model.layers.0.mlp.gate.weight" in tensors
-        else "olmo2"
-    )
-    table = key_table(config, architecture)
+    has_router = config.n_experts > 1 or "model.layers.0.mlp.gate.weight" in tensors
+    table = key_table(config, "flex_olmo" if has_router else "olmo2")
     _check_tensors(table, tensors)
     stacks: dict[tuple[str, ...], list[np.ndarray]] = {}
     for entry in table:  # layers and, within them, experts come in order
-        stacks.setdefault(entry.path, []).append(
-            tensors[entry.name].T if entry.transpose else tensors[entry.name]
-        )
+        value = tensors[entry.name]
+        stacks.setdefault(entry.path, []).append(value.T if entry.transpose else value)
     dtype = stacks["experts", "gate"][0].dtype
 
     def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         parts = stacks.get(tuple(key.key for key in path))
-        return (
-            jnp.zeros(leaf.shape, dtype)
-            if parts is None
-            else jnp.asarray(np.stack(parts).reshape(leaf.shape))
-        )
+        if parts is None:
+            return jnp.zeros(leaf.shape, dtype)
+        return jnp.asarray(np.stack(parts).reshape(leaf.shape))
 
-    return jax.tree_util.tree_map_with_path(
-        fill, jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    )
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
 def check_bias(bias: np.ndarray, drop: bool) -> None:
-    """Raises UserError for router biases [L, E] that matter, unless they are to be dropped."""
+    """Raises UserError for router biases [L, E] that matter, unless they are to be dropped.
+
+    Those are below 0: the model adds min(bias, 0) to the logits, and nothing for the anchor.
+    """
     lowest = float(np.min(np.asarray(bias, np.float32)[:, 1:], initial=0))
     if lowest < 0 and not drop:
         raise UserError(
@@ -366,11 +339,12 @@ def check_bias(bias: np.ndarray, drop: bool) -> None:
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
-    """Contiguous; in blocks that stay in the cache, several times as fast as NumPy's own copy."""
-    rows, columns = matrix.shape
-    result = np.empty((columns, rows), matrix.dtype)
-    for i in range(0, rows, TILE):
-        for j in range(0, columns, TILE):
+    """The transpose, contiguous. Copied in squares that stay in the cache, which is several times
+    as fast as NumPy's own copy."""
+    height, width = matrix.shape
+    result = np.empty((width, height), matrix.dtype)
+    for i in range(0, height, TILE):
+        for j in range(0, width, TILE):
             result[j : j + TILE, i : i + TILE] = matrix[i : i + TILE, j : j + TILE].T
     return result
 

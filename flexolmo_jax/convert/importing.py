@@ -1,12 +1,13 @@
-"""`flexolmo import-hf`: a Hugging Face checkpoint of OLMo 2 or FlexOlmo becomes a model here,
-tensor by tensor.
+"""`flexolmo import-hf`: a Hugging Face checkpoint of OLMo 2 or FlexOlmo becomes a model here.
 
-The files are read through the key table of huggingface.py, in our order, wherever a tensor lies: in
-one file, in several with or without an index, one matrix an expert or, as transformers 5 holds them
-in memory, all experts of a layer in one. Nothing is unpickled.
+Tensors are read one by one, in the order of our leaves, through the key table of huggingface.py.
+They may be in one file or in several, with or without an index; an expert's matrices may be tensors
+of their own or, as transformers 5 holds them in memory, parts of one tensor for all experts of a
+layer. Nothing is unpickled.
 """
 
 import hashlib
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,44 +38,38 @@ from flexolmo_jax.storage.weights import Layout, Writer
 from .huggingface import CLASSES, TOGETHER, Entry, key_table, model_config, some, transposed
 
 INDEX = "model.safetensors.index.json"
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TENSORS = 1 << 17  # more than one model has, in however many files
+TENSORS = 1 << 17  # more than any model has, in all files together
 SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
-    """Writes a model: a dense one of OLMo 2; of FlexOlmo one whose expert 0 is its anchor and whose
-    others have these names (default: expert1, expert2, ...).
+    """Writes a model: a dense one for OLMo 2; for FlexOlmo one whose expert 0 is the anchor and
+    whose others have these names (default: expert1, expert2, ...).
 
-    Memory: a few tensors. Raises UserError, naming the config's key, tensor or file, for what our
-    model does not compute and for files that are not what config.json describes. Values that are
-    not finite are noted, with the tensor's name.
+    Only a few tensors are in memory at once. Raises UserError, naming the config's key, the tensor
+    or the file, for what our model does not compute and for files that config.json does not
+    describe. A warning names tensors with values that are not finite.
     """
     check_new(out)
     clear(out)
     fields = _read_json(source / "config.json")
     config = model_config(fields)
     experts = _names(names, config.n_experts)
-    tokenizer = Tokenizer.load(source)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{source} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size"
-            f" {config.vocab_size}; {TOGETHER}"
-        )
+    tokenizer = _tokenizer(source, config)
     with ExitStack() as files:
         checkpoint = _Checkpoint(source, files)
-        tensors = checkpoint.locate(
-            key_table(config, fields["model_type"]), tied=bool(fields.get("tie_word_embeddings"))
-        )
+        table = key_table(config, fields["model_type"])
+        tensors = checkpoint.locate(table, tied=bool(fields.get("tie_word_embeddings")))
+        dtype = checkpoint.dtype
         shapes = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
-        stored = {
-            path: {"dtype": checkpoint.dtype, "shape": list(a.shape)} for path, a in shapes.items()
-        }
-        target = layouts(config, stored)
+        stored = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in shapes.items()}
         with new_directory(out) as directory:
             tokenizer.save(directory / "tokenizer.json")
-            anchor, members = _write(directory / "weights", config, target, tensors, experts)
+            target = layouts(config, stored)
+            anchor, members = _write(directory / "weights", target, tensors, experts)
             description = {
                 "kind": "model",
                 "model": to_dict(config),
@@ -87,32 +82,38 @@ def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
                 "tensors": stored,
             }
             write_description(directory, description)
-    note(
-        f"imported {out}: {sum(a.size for a in shapes.values()):,} parameters in"
-        f" {checkpoint.dtype}, experts {', '.join(experts)}"
-    )
+    size = sum(a.size for a in shapes.values())
+    note(f"imported {out}: {size:,} parameters in {dtype}, experts {', '.join(experts)}")
     return open_artifact(out)
+
+
+def _tokenizer(source: Path, config: ModelConfig) -> Tokenizer:
+    tokenizer = Tokenizer.load(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{source} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size"
+            f" {config.vocab_size}; {TOGETHER}"
+        )
+    return tokenizer
 
 
 @dataclass(frozen=True)
 class _Index:
     """What is read of INDEX."""
 
-    weight_map: dict[
-        str, Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$")]
-    ]
+    weight_map: dict[str, Annotated[str, Field(pattern=FILE_NAME)]]
 
 
 class _Source(NamedTuple):
-    """Where the values of one entry of the key table lie."""
+    """Where in the checkpoint the values of one entry of the key table are."""
 
     file: TensorFile
     name: str
-    start: int  # in the tensor, in values
+    start: int  # the first value's place in the tensor
     entry: Entry
 
     def read(self) -> np.ndarray:
-        """As our leaf has it."""
+        """The values, laid out as our leaf has them."""
         values, is_finite = self.file.read_part(self.name, self.start, self.entry.shape)
         if not is_finite:
             note(f"warning: {self.name} in {self.file.path} has values that are not finite")
@@ -126,7 +127,7 @@ class _Checkpoint:
         self._directory = directory
         self._files: dict[str, TensorFile] = {}  # by tensor
         for path in _tensor_files(directory):
-            # a hub's cache is of links
+            # The files in the cache of a hub are links, which TensorFile refuses.
             file = opened.enter_context(TensorFile(absolute(path), with_metadata=True))
             for name in file.entries:
                 if name in self._files:
@@ -142,18 +143,18 @@ class _Checkpoint:
                 )
         dtypes = {str(file.entries[name].dtype): name for name, file in self._files.items()}
         if len(dtypes) != 1:
-            found = (
-                " and ".join(f"{name} is {dtype}" for dtype, name in sorted(dtypes.items()))
-                or "no tensors"
-            )
+            found = " and ".join(f"{name} is {dtype}" for dtype, name in sorted(dtypes.items()))
             raise UserError(
-                f"{directory} has {found}; expected all tensors in one dtype; save the model in one"
+                f"{directory} has {found or 'no tensors'}; expected all tensors in one dtype; save"
+                " the model in one"
             )
         self.dtype = next(iter(dtypes))
 
     def locate(self, table: Sequence[Entry], tied: bool) -> dict[str, list[_Source]]:
-        """By our leaf's path, in the order of its index. Raises UserError naming tensors that are
-        missing, too many or of another shape."""
+        """The sources of each leaf, by its path, in the order of its index.
+
+        Raises UserError naming tensors that are missing, unexpected or of another shape.
+        """
         found: dict[str, list[_Source]] = defaultdict(list)
         missing, used = [], set()
         experts = 1 + max((entry.index[1] for entry in table if len(entry.index) == 2), default=0)
@@ -174,10 +175,8 @@ class _Checkpoint:
                 )
             found["/".join(entry.path)].append(_Source(file, name, start, entry))
             used.add(name)
-        for what, names in (
-            ("misses", missing),
-            ("has unexpected", sorted(self._files.keys() - used)),
-        ):
+        unexpected = sorted(self._files.keys() - used)
+        for what, names in (("misses", missing), ("has unexpected", unexpected)):
             if names:
                 raise UserError(f"{self._directory} {what} tensors: {some(names)}; {TOGETHER}")
         return found
@@ -189,63 +188,42 @@ def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | Non
     match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", entry.name)
     if not match:
         return None
-    at, expert, kind = match[1], int(match[2]), match[3]
-    rows, columns = entry.shape
+    prefix, expert, kind = match[1], int(match[2]), match[3]
+    outputs, inputs = entry.shape
     if kind == "down":
-        return f"{at}.down_proj", expert * rows * columns, (experts, rows, columns)
-    # gate on top of up
-    return (
-        f"{at}.gate_up_proj",
-        (2 * expert + (kind == "up")) * rows * columns,
-        (experts, 2 * rows, columns),
-    )
+        return f"{prefix}.down_proj", expert * outputs * inputs, (experts, outputs, inputs)
+    start = (2 * expert + (kind == "up")) * outputs * inputs  # an expert's gate, then its up
+    return f"{prefix}.gate_up_proj", start, (experts, 2 * outputs, inputs)
 
 
 def _write(
     directory: Path,
-    config: ModelConfig,
     target: Mapping[str, Layout],
     tensors: Mapping[str, list[_Source]],
     experts: Sequence[str],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Writes the weights; returns what a model's description has of its anchor and of its
-    members."""
+    """Writes the arrays; returns what a model's description says of its anchor and its members."""
     anchor: dict[str, Any] = {}
-    by_layer: list[dict[str, Any]] = [{} for _ in experts]
-
-    def keep(path: str, index: tuple[int, ...], values: np.ndarray, of_anchor: Any) -> None:
-        if not path.startswith("experts/") or not index[1]:
-            of_anchor.update(values.reshape(-1).view(np.uint8).data)
-        else:
-            digest = hashlib.sha256(values.reshape(-1).view(np.uint8).data).hexdigest()
-            entry = {"dtype": str(values.dtype), "shape": list(values.shape), "sha256": digest}
-            by_layer[index[1]][name_of_tensor(path, index[0])] = entry
-
-    total = sum(
-        np.prod(layout.shape) * np.dtype(layout.dtype).itemsize for layout in target.values()
-    )
+    by_expert: list[dict[str, Any]] = [{} for _ in experts]
+    total = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in target.values())
     with bar("import", float(total), in_bytes=True) as advance, Writer(directory, target) as writer:
         for path, layout in target.items():
             of_anchor = hashlib.sha256()
             for index, values in _slices(layout, tensors.get(path, ())):
                 writer.write_slice(path, index, values)
-                if path.startswith("experts/") and len(index) < 2:  # rows of all experts and layers
-                    for expert in range(values.shape[1]):
-                        for layer in range(values.shape[0]):
-                            keep(
-                                path,
-                                (layer, expert),
-                                np.ascontiguousarray(values[layer, expert]),
-                                of_anchor,
-                            )
-                else:
-                    keep(path, index, values, of_anchor)
+                for layer, expert, part in _by_expert(path, index, values):
+                    content = part.reshape(-1).view(np.uint8).data
+                    if expert == 0:
+                        of_anchor.update(content)
+                    else:
+                        digest = hashlib.sha256(content).hexdigest()
+                        entry = {"dtype": str(part.dtype), "shape": list(part.shape)}
+                        entry["sha256"] = digest
+                        by_expert[expert][name_of_tensor(path, layer)] = entry
                 advance(values.nbytes)
-            shape = (
-                [layout.shape[0], 1, *layout.shape[2:]]
-                if path.startswith("experts/")
-                else list(layout.shape)
-            )
+            shape = list(layout.shape)
+            if path.startswith("experts/"):
+                shape[1] = 1  # only the first expert is the anchor's
             anchor[path] = {"dtype": layout.dtype, "shape": shape, "sha256": of_anchor.hexdigest()}
     rest = {
         "owner": "",
@@ -258,16 +236,32 @@ def _write(
     }
     members = [
         {"name": name, **rest, "tensors": tensors, "training": {"imported": True}}
-        for name, tensors in zip(experts, by_layer, strict=True)
+        for name, tensors in zip(experts, by_expert, strict=True)
     ]
     return anchor, members[1:]
+
+
+def _by_expert(
+    path: str, index: tuple[int, ...], values: np.ndarray
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(layer, expert, its values) of a slice of a leaf; all of the trunk is expert 0's."""
+    if not path.startswith("experts/"):
+        yield 0, 0, values
+    elif len(index) == 2:
+        yield *index, values
+    else:  # router rows and biases: of all layers and experts at once
+        for expert in range(values.shape[1]):
+            for layer in range(values.shape[0]):
+                yield layer, expert, np.ascontiguousarray(values[layer, expert])
 
 
 def _slices(
     layout: Layout, sources: Sequence[_Source]
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """A leaf in parts, each contiguous: matrices one by one, vectors of all layers at once; zeros
-    where the checkpoint has none."""
+    """A leaf in contiguous parts: matrices one by one, vectors of all layers at once.
+
+    Zeros where the checkpoint has none, as OLMo 2 has no router.
+    """
     if not sources:
         yield (), np.zeros(layout.shape, layout.dtype)
     elif sources[0].entry.transpose or not sources[0].entry.index:
@@ -290,7 +284,7 @@ def _names(names: Sequence[str], experts: int) -> tuple[str, ...]:
 
 
 def _tensor_files(directory: Path) -> list[Path]:
-    """Raises UserError where there are none, or not all of them."""
+    """The checkpoint's safetensors files. Raises UserError where some or all are missing."""
     present = [path.name for path in children(directory)]
     found = [name for name in present if name.endswith(".safetensors")]
     expected = found

@@ -41,13 +41,13 @@ from flexolmo_jax.storage.files import (
     discard,
     is_settled,
     is_whole,
-    locked,
     new_directory,
     remove_abandoned,
     remove_file,
     remove_if_empty,
     write_text,
 )
+from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, path_of
 
 from .objects import OBJECT_FILE, Record, check_object, key_of, take_anchor, take_expert

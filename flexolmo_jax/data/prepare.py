@@ -49,10 +49,10 @@ from flexolmo_jax.storage.files import (
     UNFINISHED,
     clear,
     is_whole,
-    locked,
     make_folder,
     new_directory,
 )
+from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of
 
 _CHUNK_CHARACTERS = 1 << 18

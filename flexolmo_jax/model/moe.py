@@ -25,7 +25,12 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.expert_ffn import swiglu
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
-from flexolmo_jax.kernels.route import Routing, dense_weights, route_topk, router_probabilities
+from flexolmo_jax.kernels.route import (
+    Routing,
+    dense_probabilities,
+    route_topk,
+    router_probabilities,
+)
 from flexolmo_jax.runtime import sharding
 
 
@@ -164,8 +169,8 @@ def sparse_mixture(
 ) -> Mixed:
     """Route, dispatch, combine: each token runs only its `active` experts. For a single group."""
     (experts,) = groups
-    routing = route_topk(logits, choices.active, choices.allowed)  # ids and weights [N, A]
-    weights = dense_weights(routing, logits.shape[1])
+    routing = route_topk(logits, choices.active, choices.allowed)  # ids and probabilities [N, A]
+    weights = dense_probabilities(routing, logits.shape[1])
     y = experts.sparse(x, routing, choices.mesh, layer)
     return y, weights, routing.log_z
 
@@ -181,7 +186,7 @@ def dense_mixture(
     E = logits.shape[1]
     if choices.active < E:
         routing = route_topk(logits, choices.active, choices.allowed)
-        weights, log_z = dense_weights(routing, E), routing.log_z
+        weights, log_z = dense_probabilities(routing, E), routing.log_z
     else:  # nothing to choose, and sorting is not free
         weights, log_z = router_probabilities(logits, choices.allowed)
     used = weights
@@ -260,8 +265,8 @@ def _chosen_experts(
     if layer is not None:  # [L, E, ...] is [L * E, ...] to the kernel, which reads what it needs
         gate, up, down = (m.reshape(-1, *m.shape[-2:]) for m in (gate, up, down))
         local += layer * count
-    # A slot of weight 0 is not dispatched: what other devices' experts do costs nothing here.
+    # A slot of probability 0 is not dispatched: what other devices' experts do costs nothing here.
     routing = routing._replace(
-        weights=jnp.where(mine, routing.weights, 0), ids=jnp.where(mine, local, 0)
+        probabilities=jnp.where(mine, routing.probabilities, 0), ids=jnp.where(mine, local, 0)
     )
     return sparse_experts(x, routing, gate, up, down)

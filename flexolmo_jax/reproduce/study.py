@@ -21,7 +21,8 @@ from typing import Any
 
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.runtime.progress import bar, note
-from flexolmo_jax.storage.files import append_bytes, locked, make_folder, write_text
+from flexolmo_jax.storage.files import append_bytes, make_folder, write_text
+from flexolmo_jax.storage.locks import locked
 
 from .cells import Cell, cells
 from .results import write_results

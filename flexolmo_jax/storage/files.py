@@ -1,19 +1,17 @@
-"""Writing files and directories that are either whole or not there: on this machine, and in
-buckets, where nothing can be renamed.
+"""Files and directories that are either whole or not there, on this machine and in buckets.
 
 A directory on this machine is written beside its place, synced, and renamed:
 
-    .out.1a2b3c4d.tmp/.unfinished   the mark: this program made the folder, and what is in it may go
-    when nobody holds its lock .out.1a2b3c4d.tmp/content/      becomes out/
+    .out.1a2b3c4d.tmp/.unfinished   the mark: this program made the folder, and may remove what it
+                                    wrote there once no process holds the folder's lock
+    .out.1a2b3c4d.tmp/content/      becomes out/
 
-One in a bucket is written in its place, with the mark in it that is there before everything else
-and goes last: what has the mark is not there yet, for whoever asks `is_whole`. What bears no mark
-of ours is never removed.
+A bucket cannot rename. A directory there is written in its place; the mark in it is the first to be
+written and the last to go, and until then `is_whole` says no. Without our mark nothing is removed.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -24,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.paths import (
     absolute,
     children,
@@ -36,42 +35,39 @@ from flexolmo_jax.storage.paths import (
     remove_objects,
 )
 
-UNFINISHED = ".unfinished"  # the mark ...
-# ... and what it says
+UNFINISHED = ".unfinished"  # the mark's name, and below what the file says
 MARK = (
     b"flexolmo-jax is writing here, or was stopped while it did. What lies here may be removed.\n"
 )
-STORE_FILE = "store.json"  # in a directory that has it, a store, nobody but the store writes
 CONTENT = "content"
-# What a directory is that holds exactly its own files, by names that are in it.
+STORE_FILE = "store.json"  # only a store has it
+# Directories that hold their own files and no others, each with the names it is known by.
 _CLOSED = {
     "store": [STORE_FILE],
     "anchor or model": ["flexolmo.json", "weights"],
     "contribution": ["manifest.json", "expert.safetensors"],
 }
-# seconds without a change after which nobody is taken to be writing something in a bucket, which
-# has no locks
+# A bucket has no locks. After so many seconds without a change nobody is taken to be writing there.
 GRACE = 3600.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
-# told of every change to come; tests fail or die there
+# Told of every change before it is made: tests fail there, or kill the process.
 observer: Callable[[str, Path], None] | None = None
 
 
 def before_change(operation: str, path: Path) -> None:
-    """Called before every write, link, sync, rename and removal of what must be whole or not
-    there."""
+    """Called before every write, link, sync, rename and removal."""
     if observer is not None:
         observer(operation, path)
 
 
 @contextmanager
 def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yields a temporary directory that is `out` at the end, or vanishes with any error.
+    """Yields a temporary directory that becomes `out` at the end; any error removes it.
 
-    What a killed process leaves of it is found by `abandoned`. `shared`: all who write it write the
-    same, and may do so at once. Raises UserError where `out` holds something already, cannot be
+    `abandoned` finds what a killed process left of it. `shared`: several processes may write it at
+    once, because all of them write the same. Raises UserError where `out` is not empty or cannot be
     made, and for a full disk.
     """
     out = absolute(out)
@@ -82,7 +78,7 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary = _temporary(out)
         temporary.mkdir()
     except OSError as error:
         raise UserError(
@@ -105,7 +101,13 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
         _remove_temporary(temporary)
 
 
+def _temporary(path: Path) -> Path:
+    """A new name beside `path`, which `_TEMPORARY` matches."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 def _put_in_place(content: Path, out: Path, *, inside_a_store: bool) -> None:
+    """Syncs every file and folder, then renames: a power cut leaves all of it or nothing."""
     for folder, _, files in os.walk(content, topdown=False):
         for name in files:
             sync(Path(folder, name))
@@ -123,8 +125,7 @@ def _put_in_place(content: Path, out: Path, *, inside_a_store: bool) -> None:
 
 
 def _remove_temporary(temporary: Path) -> None:
-    """A folder that this program made empty; the mark goes last, so that whoever is stopped on the
-    way leaves it."""
+    """The mark goes last, so that `abandoned` finds what a process killed on the way leaves."""
     shutil.rmtree(temporary / CONTENT, ignore_errors=True)
     with contextlib.suppress(OSError):
         (temporary / UNFINISHED).unlink(missing_ok=True)
@@ -133,6 +134,7 @@ def _remove_temporary(temporary: Path) -> None:
 
 @contextmanager
 def _marked(out: Path, shared: bool) -> Iterator[None]:
+    """Has the mark in a directory of a bucket until the directory is whole."""
     if not shared:
         _clear(out)  # of what a killed process left
     _put(out / UNFINISHED, MARK)
@@ -147,7 +149,7 @@ def _marked(out: Path, shared: bool) -> Iterator[None]:
 
 
 def _clear(directory: Path) -> None:
-    """Removes all objects of a directory in a bucket that bears the mark, the mark last."""
+    """Removes a directory of a bucket if it has the mark; the mark goes last."""
     if not _is_marked(directory):
         return
     before_change("remove", directory)
@@ -157,7 +159,7 @@ def _clear(directory: Path) -> None:
 
 
 def _is_marked(directory: Path) -> bool:
-    """Whether this program made a directory, and nothing in it is anybody's yet."""
+    """Whether a directory has the mark: this program made it and has not finished it."""
     try:
         with open_regular(directory / UNFINISHED) as file:
             return file.read(len(MARK) + 1) == MARK
@@ -166,27 +168,29 @@ def _is_marked(directory: Path) -> bool:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a directory that `new_directory` makes is there."""
+    """Whether a directory made by `new_directory` is there and finished."""
     return directory.exists() and not (in_bucket(directory) and (directory / UNFINISHED).exists())
 
 
 def is_settled(directory: Path) -> bool:
-    """Whether nobody can be at work on what lies there, as far as a bucket lets one know."""
-    return (
-        not in_bucket(directory)
-        or max((f.modified for f in listing(directory).values()), default=0.0) < time.time() - GRACE
-    )
+    """Whether a directory of a bucket has not changed for so long that nobody writes it."""
+    if not in_bucket(directory):
+        return True
+    changed = max((file.modified for file in listing(directory).values()), default=0.0)
+    return changed < time.time() - GRACE
 
 
 def clear(out: Path) -> None:
-    """Removes what killed processes left on the way to `out`."""
+    """Removes what killed processes left unfinished of `out`."""
     for path in abandoned(out.parent, out.name):
         remove_abandoned(path)
 
 
 def abandoned(directory: Path, name: str | None = None) -> list[Path]:
-    """What processes that are no longer there left in a directory, on the way to `name` or
-    anything: what bears the mark, and no more."""
+    """What killed processes left unfinished in a directory: of `name`, or of anything.
+
+    Only what has the mark, and whose lock no process holds.
+    """
     if in_bucket(directory):
         places = [directory / name] if name else children(directory)
         return [path for path in places if is_settled(path) and _is_marked(path)]
@@ -201,12 +205,12 @@ def abandoned(directory: Path, name: str | None = None) -> list[Path]:
                 if _is_marked(path) or not children(path):  # empty: stopped before it got the mark
                     found.append(path)
         except OSError:
-            continue  # somebody is at it, or has just finished
+            continue  # a process is writing it, or has just finished
     return found
 
 
 def remove_abandoned(path: Path) -> None:
-    """Takes away what `abandoned` found."""
+    """Removes what `abandoned` found."""
     if in_bucket(path):
         _clear(path)
     else:
@@ -214,51 +218,28 @@ def remove_abandoned(path: Path) -> None:
         _remove_temporary(path)
 
 
-@contextmanager
-def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a file or directory, which ends with the process at the latest.
-
-    Without `wait`, raises OSError where another has it. File systems that have no locks, and
-    buckets, are worked on without.
-    """
-    if in_bucket(path):
-        yield
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(
-                descriptor,
-                (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB),
-            )
-        except OSError as error:
-            if not wait or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def is_disk_full(error: Exception) -> bool:
-    """Whether that is what an error tells. TensorStore and safetensors, which are not Python, give
-    the system's message and no number."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(
-        errno.ENOSPC
-    ) in str(error)
+    """Whether an error says that the disk is full.
+
+    TensorStore and safetensors are not Python: they give the system's message but no number.
+    """
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def check_new(out: Path, *, inside_a_store: bool = False) -> None:
-    """Raises UserError unless `out` does not exist or is an empty directory; and inside what holds
-    exactly its own files."""
+    """Raises UserError if `out` exists and is not empty, or is inside a store, model or
+    contribution, whose files nobody may add to."""
     if is_whole(out) and (not out.is_dir() or children(out)):
         raise UserError(f"{out} exists and is not empty; give a new or empty directory")
-    if not inside_a_store:
-        for parent in absolute(out).parents:
-            for what, names in _CLOSED.items():
-                if all((parent / name).exists() for name in names):
-                    raise UserError(
-                        f"{out} lies inside the {what} {parent}; give a place outside of it"
-                    )
+    if inside_a_store:
+        return
+    for parent in absolute(out).parents:
+        for what, names in _CLOSED.items():
+            if all((parent / name).exists() for name in names):
+                raise UserError(
+                    f"{out} lies inside the {what} {parent}; give a place outside of it"
+                )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -273,42 +254,37 @@ def write_text(path: Path, text: str) -> None:
         sync(temporary)
         before_change("rename", path)
         os.replace(temporary, path)
-        # else a power cut may take the new name back: a store would forget a model that it was told
-        # of
+        # Else a power cut may undo the rename: a store would forget the model it was just told of.
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file of a directory that is still under way, with the folders it lies in."""
+    """Writes a file of a directory that is not finished yet, making its folders."""
     make_folder(path.parent)
     before_change("write", path)
     path.write_bytes(content)
 
 
 def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
-    """Writes small files of this machine, each with its mode, beside each other: all of them or
-    none, and never over what is there.
+    """Writes small files of this machine, each with its mode: all of them or none.
 
-    Raises UserError where one exists already, for a full disk, and where they cannot be written.
+    Raises UserError where one exists already and where they cannot be written.
     """
-    temporaries = {
-        path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in files
-    }
+    temporaries = {path: _temporary(path) for path in files}
     try:
         for path, temporary in temporaries.items():
             make_folder(path.parent)
             content, mode = files[path]
             before_change("write", path)
-            with os.fdopen(
-                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb"
-            ) as file:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
             sync(temporary)
         for path, temporary in temporaries.items():
             before_change("link", path)
-            os.link(temporary, path)  # unlike a renamed file, it takes no other's place
+            os.link(temporary, path)  # unlike a rename, fails where a file exists
         for folder in {path.parent for path in files}:
             sync(folder)
     except BaseException as error:
@@ -329,8 +305,7 @@ def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Writes an object. Raises UserError where that is refused: such are the first of all that is
-    written into a bucket."""
+    """Writes an object. Raises UserError where the bucket refuses it or does not exist."""
     before_change("write", path)
     try:
         path.write_bytes(content)
@@ -345,14 +320,13 @@ def _put(path: Path, content: bytes) -> None:
 
 
 def append_bytes(path: Path, content: bytes) -> None:
-    """Adds to the end of a file, which may be new. An object cannot grow: its store joins it and
-    what is added to one in its place."""
+    """Adds to the end of a file, which may be new. An object cannot grow: the bucket joins two."""
     before_change("write", path)
     if not in_bucket(path):
         with path.open("ab") as file:
             file.write(content)
     elif path.exists():
-        added = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        added = _temporary(path)
         added.write_bytes(content)
         join_objects([path, added], path)
         added.unlink()
@@ -361,20 +335,20 @@ def append_bytes(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Where files are about to be written, with all it lies in. A bucket has no folders."""
+    """Makes a folder and its parents on this machine. A bucket has no folders."""
     if not in_bucket(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def discard(directory: Path) -> None:
-    """Takes away a directory that this program made: at once, as far as anybody sees. The caller
-    knows that nothing else lies in it."""
+    """Removes a directory in one step, as others see it. The caller knows that it holds nothing of
+    anybody else's."""
     before_change("remove", directory)
     if in_bucket(directory):
         _put(directory / UNFINISHED, MARK)
         _clear(directory)
         return
-    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = _temporary(directory)
     temporary.mkdir()
     (temporary / UNFINISHED).write_bytes(MARK)
     os.replace(directory, temporary / CONTENT)
@@ -382,32 +356,30 @@ def discard(directory: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Takes one file away, if it is there."""
+    """Removes one file, if it is there."""
     before_change("remove", path)
     path.unlink(missing_ok=True)
 
 
 def remove_if_empty(directory: Path) -> None:
-    """Takes a directory of this machine away if nothing is in it."""
+    """Removes a directory of this machine if it is empty."""
     if not in_bucket(directory):
         with contextlib.suppress(OSError):
             directory.rmdir()
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Puts a file of this machine in the place of what may lie at `target`, on the same file
-    system."""
+    """Renames a file of this machine, replacing `target`, which is on the same file system."""
     before_change("rename", target)
     os.replace(source, target)
 
 
 def move(directory: Path, target: Path) -> None:
-    """Gives a directory another name. In a bucket it is at both places for a while. Raises
-    UserError where something has that name."""
+    """Renames a directory. Raises UserError where `target` exists."""
     check_new(target)
     make_folder(target.parent)
     before_change("rename", target)
-    if in_bucket(directory):
+    if in_bucket(directory):  # at both places for a while
         copy_objects([(directory / name, target / name) for name in listing(directory)])
         discard(directory)
     else:

@@ -1,8 +1,7 @@
-"""Attention, `softmax(q k^T / sqrt(C)) v`, in two forms: causal within documents (training,
-scoring), or under a mask (decoding).
+"""Attention, `softmax(q k^T / sqrt(C)) v`: causal within documents, or under a mask.
 
-`H / K` query heads in a row share a key head. Softmax is in float32; the result has the dtype of
-`q`.
+The first is for training and scoring, the second for decoding. Each `H / K` consecutive query heads
+share a key head. Softmax is in float32; the result has the dtype of `q`.
 """
 
 from typing import Literal
@@ -29,13 +28,13 @@ def attention(
     segments: Int[Array, "B T"],
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T H C"]:
-    """Causal self-attention in which no token attends outside its own segment. Padding (say,
-    segment 0) is a segment like any other.
+    """Causal self-attention in which no token attends outside its own segment.
 
-    By default "splash" where the program is lowered for TPU, "cudnn" for CUDA where cuDNN takes
-    these arrays (16 bits), else "blocks". An implementation asked for by name is used or fails.
-    Custom calls are not partitioned by the compiler: on more than one device, call this inside
-    `jax.shard_map`, over batch and heads.
+    Padding (say, segment 0) is a segment like any other. By default "splash" where the program is
+    lowered for TPU, "cudnn" for CUDA where cuDNN takes these arrays (16 bits), else "blocks": the
+    first two are the platforms' own fused kernels, which skip what is above the diagonal. An
+    implementation asked for by name is used or fails. The compiler does not partition custom calls:
+    on more than one device, call this inside `jax.shard_map`, over batch and heads.
     """
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](q, k, v, segments)
@@ -51,9 +50,8 @@ def masked_attention(
     v: Float[Array, "B K S C"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H C"]:
-    """Attention over a cache with heads in front, as batched products want them, wherever `mask`
-    says.
+    """Attention over a cache, wherever `mask` is True. Heads are in front for batched products.
 
-    A row of the mask that is all False gives the mean of v: finite, unused.
+    A query that may see nothing gets the mean of v: unused, but finite.
     """
     return blocks.masked_attention(q, k, v, mask)

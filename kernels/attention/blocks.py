@@ -1,12 +1,12 @@
-"""Attention in blocks of queries, plain XLA: each block multiplies only the keys up to its end, and
-no block's scores are kept.
+"""Attention in blocks of queries, in plain XLA: the form for CPU, and for GPU without cuDNN.
 
     forward    P = exp(Q K^T - max);  l = sum P;  O = P V / l;  z = max + log l
-    backward   P = exp(Q K^T - z);  dV = P^T dO;  dS = P (dO V^T - <dO, O>);  dQ = dS K
-               dK = dS^T Q                                  saved: inputs, O and z
+    backward   P = exp(Q K^T - z);  dV = P^T dO;  dS = P (dO V^T - <dO, O>)
+               dQ = dS K;  dK = dS^T Q                      saved: inputs, O and z
 
-(Dao et al., FlashAttention, arXiv 2205.14135, section 3, without blocks of keys.) Besides memory,
-half of the products and of the exponentials fall above the diagonal and are left out.
+This is FlashAttention (Dao et al., arXiv 2205.14135, section 3) without blocks of keys. No block's
+scores are kept, so memory grows with T and not with T^2. A stripe of blocks multiplies only the
+keys up to its end, so most of the products and exponentials above the diagonal are left out.
 """
 
 import jax
@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 from . import reference
 
 BLOCK = 64  # of 32, 64, 128 and 256, fastest on CPU at T = 256
-# blocks whose keys end at the same place; longer sequences have more blocks in each, one after the
-# other
+# A stripe is the blocks that share an end of their keys. Each is compiled for itself, so there are
+# few; a longer sequence has more blocks in each, run one after the other.
 STRIPES = 4
-MASKED_BLOCK = 512
-MASKED = float(jnp.finfo(jnp.float32).min)
+MASKED_BLOCK = 512  # queries of a long prompt whose scores exist at once
+MASKED = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing must not give NaN
 
 
 @jax.custom_vjp
@@ -40,11 +40,10 @@ def masked_attention(
     v: Float[Array, "B K S C"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H C"]:
-    """Wherever `mask` says: prefill's long prompts in blocks, decoding's few queries at once."""
-    spans = [slice(i, i + MASKED_BLOCK) for i in range(0, q.shape[1], MASKED_BLOCK)]
-    return jnp.concatenate(
-        [reference.masked_attention(q[:, at], k, v, mask[:, at]) for at in spans], axis=1
-    )
+    """Wherever `mask` is True: a long prompt in blocks, the few queries of decoding at once."""
+    blocks = [slice(i, i + MASKED_BLOCK) for i in range(0, q.shape[1], MASKED_BLOCK)]
+    outs = [reference.masked_attention(q[:, at], k, v, mask[:, at]) for at in blocks]
+    return jnp.concatenate(outs, axis=1)
 
 
 def _forward(q, k, v, segments):
@@ -53,25 +52,16 @@ def _forward(q, k, v, segments):
     for start, end in _stripes(ids.shape[1]):
 
         def block(_, xs, end=end):
-            Qb, idb, rows = xs
-            scores = _scores(Qb, idb, rows, K, ids, end)
+            Qb, idb, positions = xs
+            scores = _scores(Qb, idb, positions, K, ids, end)
             largest = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.exp(scores - largest)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            mixed = jnp.einsum(
-                "bkgts,bksc->bkgtc",
-                weights.astype(v.dtype),
-                V[:, :, :end],
-                preferred_element_type=jnp.float32,
-            )
+            P = jnp.exp(scores - largest)
+            total = jnp.sum(P, axis=-1, keepdims=True)
+            mixed = _product("bkgts,bksc->bkgtc", P.astype(v.dtype), V[:, :, :end])
             return None, ((mixed / total).astype(q.dtype), largest + jnp.log(total))
 
-        _, (out, log_z) = _over_blocks(
-            block,
-            None,
-            (Q[:, :, :, start:end], ids[:, start:end], jnp.arange(start, end)),
-            (3, 1, 0),
-        )
+        xs = (Q[:, :, :, start:end], ids[:, start:end], jnp.arange(start, end))
+        _, (out, log_z) = _over_blocks(block, None, xs, (3, 1, 0))
         outs.append(out)
         log_zs.append(log_z)
     out = _unsplit(jnp.concatenate(outs, axis=3))[:, : q.shape[1]]
@@ -83,59 +73,46 @@ def _backward(saved, d_out):
     T, heads, scale = q.shape[1], k.shape[2], q.shape[-1] ** -0.5
     Q, K, V, ids = _prepared(q, k, v, segments)
     dO = _queries(_padded(d_out), heads)
-    along = jnp.sum(
-        _queries(_padded(out), heads).astype(jnp.float32) * dO.astype(jnp.float32),
-        axis=-1,
-        keepdims=True,
-    )
+    O = _queries(_padded(out), heads)
+    inner = jnp.sum(O.astype(jnp.float32) * dO.astype(jnp.float32), axis=-1, keepdims=True)
     dQ, dK, dV = [], jnp.zeros(K.shape, jnp.float32), jnp.zeros(V.shape, jnp.float32)
-
-    def product(letters, a, b):
-        return jnp.einsum(letters, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
     for start, end in _stripes(ids.shape[1]):
 
         def block(sums, xs, end=end):
-            Qb, dOb, zb, alongb, idb, rows = xs
-            weights = jnp.exp(_scores(Qb, idb, rows, K, ids, end) - zb)
-            d_scores = weights * (product("bkgtc,bksc->bkgts", dOb, V[:, :, :end]) - alongb)
-            d_keys, d_values = (
-                product("bkgts,bkgtc->bksc", d_scores, Qb),
-                product("bkgts,bkgtc->bksc", weights, dOb),
-            )
-            dQb = (product("bkgts,bksc->bkgtc", d_scores, K[:, :, :end]) * scale).astype(q.dtype)
-            return (sums[0] + d_keys, sums[1] + d_values), (dQb,)
+            Qb, dOb, zb, innerb, idb, positions = xs
+            P = jnp.exp(_scores(Qb, idb, positions, K, ids, end) - zb)
+            dS = P * (_product("bkgtc,bksc->bkgts", dOb, V[:, :, :end]) - innerb)
+            dKb = _product("bkgts,bkgtc->bksc", dS, Qb)
+            dVb = _product("bkgts,bkgtc->bksc", P, dOb)
+            dQb = (_product("bkgts,bksc->bkgtc", dS, K[:, :, :end]) * scale).astype(q.dtype)
+            return (sums[0] + dKb, sums[1] + dVb), (dQb,)
 
-        xs = (
-            *(a[:, :, :, start:end] for a in (Q, dO, log_z, along)),
-            ids[:, start:end],
-            jnp.arange(start, end),
-        )
+        of_queries = (a[:, :, :, start:end] for a in (Q, dO, log_z, inner))
+        xs = (*of_queries, ids[:, start:end], jnp.arange(start, end))
         sums, (dQs,) = _over_blocks(block, (dK[:, :, :end], dV[:, :, :end]), xs, (3, 3, 3, 3, 1, 0))
         dQ.append(dQs)
         dK, dV = (a.at[:, :, :end].set(b) for a, b in zip((dK, dV), sums, strict=True))
-    return (
-        _unsplit(jnp.concatenate(dQ, axis=3))[:, :T],
-        _keys(dK)[:, :T].astype(k.dtype),
-        _keys(dV)[:, :T].astype(v.dtype),
-        None,
-    )
+    d_q = _unsplit(jnp.concatenate(dQ, axis=3))[:, :T]
+    d_k = _keys(dK)[:, :T].astype(k.dtype)
+    d_v = _keys(dV)[:, :T].astype(v.dtype)
+    return d_q, d_k, d_v, None
 
 
 attention.defvjp(_forward, _backward)
 
 
 def _stripes(length: int) -> list[tuple[int, int]]:
-    """First query and end of every stripe."""
+    """The first query of every stripe, and the end of its queries and keys."""
     size = max(BLOCK, -(-length // (STRIPES * BLOCK)) * BLOCK)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _over_blocks(function, carry, xs: tuple[Array, ...], axes: tuple[int, ...]):
-    """`function(carry, xs)` for each block of a stripe in turn (a loop: unrolled, XLA keeps all of
-    their scores at once).
+    """`function(carry, xs)` for each block of a stripe in turn.
 
-    `axes` says where the queries are in each of `xs`; in the results they are at 3.
+    A loop, because XLA keeps the scores of all blocks at once if it is unrolled. `axes` are the
+    axes of the queries in `xs`; in the results it is axis 3.
     """
     length = xs[-1].shape[0]
     if length <= BLOCK:
@@ -150,12 +127,17 @@ def _over_blocks(function, carry, xs: tuple[Array, ...], axes: tuple[int, ...]):
     return carry, tuple(y.reshape(*y.shape[:3], length, *y.shape[5:]) for y in ys)
 
 
+def _product(letters: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of a and b in b's dtype, accumulated in float32."""
+    return jnp.einsum(letters, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
 def _scores(
-    Qb: Array, idb: Array, rows: Array, K: Array, ids: Array, end: int
+    Qb: Array, idb: Array, positions: Array, K: Array, ids: Array, end: int
 ) -> Float[Array, "B K G block end"]:
-    """Of a block of queries, given with their segments and places, and the first `end` keys."""
-    scores = jnp.einsum("bkgtc,bksc->bkgts", Qb, K[:, :, :end], preferred_element_type=jnp.float32)
-    mask = (rows[:, None] >= jnp.arange(end)) & (idb[:, :, None] == ids[:, None, :end])
+    """The scores of a block of queries with segments and positions, and the first `end` keys."""
+    scores = _product("bkgtc,bksc->bkgts", Qb, K[:, :, :end])
+    mask = (positions[:, None] >= jnp.arange(end)) & (idb[:, :, None] == ids[:, None, :end])
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 
@@ -166,8 +148,8 @@ def _prepared(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, Arr
 
 
 def _padded(a: Array) -> Array:
-    """A sequence of several blocks a stripe, filled up to whole ones behind its last token, where
-    no token looks."""
+    """Sequences of several blocks a stripe are padded to whole blocks, behind their last token,
+    where no token looks."""
     short = a.shape[1] <= STRIPES * BLOCK
     return a if short else jnp.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK), *((0, 0),) * (a.ndim - 2)))
 

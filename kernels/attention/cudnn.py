@@ -1,5 +1,4 @@
-"""Attention on NVIDIA GPUs: cuDNN's fused kernel through `jax.nn.dot_product_attention`; float16
-and bfloat16 only."""
+"""Attention on NVIDIA GPUs: cuDNN's fused kernel, in float16 and bfloat16 only."""
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +17,15 @@ def attention(
 
 
 def accepts(q: Array, k: Array, v: Array, segments: Array) -> bool:
-    """Whether JAX can trace this for cuDNN here. It asks the installed cuDNN and GPU, so only where
-    a CUDA backend is installed."""
-    # the gradient under a bias needs an even length
+    """Whether JAX can trace this for cuDNN here.
+
+    JAX asks the installed cuDNN and GPU, so the answer is no without a CUDA backend.
+    """
+    # With a bias, cuDNN's gradient needs an even length.
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[1] % 2:
         return False
     try:
         jax.eval_shape(attention, q, k, v, segments)
-    # no cuDNN; a head size it lacks; a layout it lacks
     except (RuntimeError, NotImplementedError, ValueError):
-        return False
+        return False  # no cuDNN, or not for this head size or layout
     return True

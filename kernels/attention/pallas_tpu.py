@@ -1,5 +1,4 @@
-"""Attention on TPU: JAX's own splash kernels (jax.experimental.pallas.ops.tpu.splash_attention),
-which skip what is above the diagonal."""
+"""Attention on TPU: JAX's own splash kernels, which skip what is above the diagonal."""
 
 from typing import Any
 
@@ -21,8 +20,8 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H C"]:
-    """Causal, within segments. Any length: the last block is filled up behind the last token, where
-    no token looks."""
+    """Causal, within segments, for any length: the last block is padded behind the last token,
+    where no token looks."""
     T, H, C = q.shape[1:]
     block, length = _blocks(T)
 
@@ -42,7 +41,7 @@ def attention(
         causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
     )
 
-    # its type allows for residuals too, not asked for here
+    # The kernel's declared type also has residuals, which are not asked for: hence Any.
     def one_record(q: Array, k: Array, v: Array, segments: Array) -> Any:
         return kernel(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
 
@@ -54,7 +53,8 @@ def attention(
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """The size of a block, and the length filled up to a multiple of it: the largest block that
-    adds no more than 128 would."""
+    """The size of a block, and the padded length: the largest block that pads no more than one of
+    128 would."""
     length = -(-length // LANES) * LANES
-    return next(b for b in (LARGEST_BLOCK, LARGEST_BLOCK // 2, LANES) if length % b == 0), length
+    sizes = (LARGEST_BLOCK, LARGEST_BLOCK // 2, LANES)
+    return next(size for size in sizes if length % size == 0), length

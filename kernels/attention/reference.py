@@ -1,5 +1,4 @@
-"""Attention written down: all scores at once, `[B, H, T, S]`. What the other implementations are
-tested against."""
+"""Attention with all scores `[B, H, T, S]` at once: the other implementations' definition."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ def attention(
     """Causal, within segments."""
     T = q.shape[1]
     k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
-    return masked_attention(
-        q, k, v, jnp.tril(jnp.ones((T, T), bool)) & (segments[:, :, None] == segments[:, None, :])
-    )
+    causal = jnp.tril(jnp.ones((T, T), bool))
+    mask = causal & (segments[:, :, None] == segments[:, None, :])
+    return masked_attention(q, k, v, mask)
 
 
 def masked_attention(
@@ -26,14 +25,14 @@ def masked_attention(
     v: Float[Array, "B K S C"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H C"]:
-    """Wherever `mask` says; a row of it that is all False gives the mean of v."""
+    """Wherever `mask` is True; a query that may see nothing gets the mean of v."""
     B, T, H, C = q.shape
     K = k.shape[1]
-    # Heads in front: canonical batched products. On CPU, forward and backward take half the time of
-    # "btkgc,bskc->bkgts".
+    # Heads in front make canonical batched products. On CPU, forward and backward then take half
+    # the time of "btkgc,bskc->bkgts".
     q = (q * C**-0.5).reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4)
     scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkgts,bksc->bkgtc", weights, v)
+    p = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkgts,bksc->bkgtc", p, v)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)

@@ -1,5 +1,7 @@
-"""Cross entropy of a large vocabulary: `z_n = logsumexp(x_n W)`, `loss_n = z_n - x_n W[:,
-target_n]`, in float32."""
+"""Cross entropy over a large vocabulary, in float32.
+
+z_n = logsumexp(x_n W)      loss_n = z_n - x_n W[:, target_n]
+"""
 
 from typing import Literal
 
@@ -17,15 +19,14 @@ def cross_entropy(
     *,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
-    """(losses in nats, logsumexps) of each row of `x`; the gradients of `x` and `head` have their
-    dtypes.
+    """(losses in nats, logsumexps) of each token; the gradients have the dtypes of `x` and `head`.
 
-    By default "reference", which keeps the logits for the gradient, where they are small
-    (`chunks.LARGEST` numbers), else "chunks", which makes those of some rows at a time, once
-    forward and once backward. Both are plain XLA, on every platform. Chunks take every n-th row, so
-    that each holds an even share of rows that are spread over devices; but the gradient of `head`
-    is then summed over devices once a chunk, unless this is called inside `jax.shard_map` over the
-    devices that share the rows.
+    By default "reference", which keeps the logits for the gradient, where they are few
+    (`chunks.LARGEST` numbers); else "chunks", which makes the logits of some tokens at a time, once
+    forward and once backward. Both are plain XLA, on every platform. A chunk takes every n-th
+    token, so that it holds an even share of tokens that are spread over devices. But the gradient
+    of `head` is then summed over devices once a chunk, unless this is called inside `jax.shard_map`
+    over the devices that share the tokens.
     """
     if implementation is None:
         implementation = "reference" if x.shape[0] * head.shape[1] <= chunks.LARGEST else "chunks"

@@ -1,5 +1,4 @@
-"""The expert FFN over groups of rows: one grouped SwiGLU for every platform, with a gradient of its
-own."""
+"""The expert FFN over tokens sorted by expert: one grouped SwiGLU for every platform."""
 
 from .api import Implementation, expert_ffn
 

@@ -1,14 +1,14 @@
-"""The public function: the SwiGLU of each row with its group's expert, scaled by the row's weight.
+"""The public function: the SwiGLU of each token with its group's expert, times its probability.
 
-    h = w * silu(x gate_e) * (x up_e)      out = h down_e
+    h = p * silu(x gate_e) * (x up_e)      out = h down_e
 
-for the rows of group e; 0 for those behind the last group.
+for the tokens of group e; 0 behind the last group. A token chosen for two experts is in two groups.
 
-The weight goes in before the second product. The router's gradient is then `dw = <dout down_e^T,
-silu(x gate_e) * (x up_e)>`, a sum over what the backward pass holds anyway, and no expert's output
-is stored (the idea is SonicMoE's). Saved for the backward pass: the inputs and the pre-activations
-`x gate_e` and `x up_e`; to compute these again would cost two of the nine products of a training
-step.
+The probability goes in before the second product. The router's gradient is then `dp = <dout
+down_e^T, silu(x gate_e) * (x up_e)>`, a sum over what the backward pass holds anyway, and no
+expert's output is stored (the idea is SonicMoE's). Saved for the backward pass are the inputs and
+the pre-activations `x gate_e` and `x up_e`: to compute those again would be two more products
+beside the nine of forward and backward.
 """
 
 import functools
@@ -32,7 +32,7 @@ _MODULES = {
 
 def expert_ffn(
     x: Float[Array, "M D"],
-    weights: Float[Array, " M"],
+    probabilities: Float[Array, " M"],
     sizes: Int[Array, " E"],
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
@@ -40,18 +40,19 @@ def expert_ffn(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M D"]:
-    """Rows `sizes[0]` of expert 0, then `sizes[1]` of expert 1 and so on. Differentiable in all but
-    `sizes`.
+    """`x` holds `sizes[0]` tokens of expert 0, then `sizes[1]` of expert 1 and so on.
 
-    An expert without rows is never read and has a gradient of exactly 0. Products accumulate in
-    float32, weight gradients over all rows of a group too, whatever the dtype.
+    Differentiable in all but `sizes`. An expert without tokens is never read and has a gradient of
+    exactly 0. Whatever the dtype, products accumulate in float32, and so do the gradients of the
+    matrices over all tokens of a group.
 
     `implementation` None chooses by the platform that the program is lowered for:
-    - CPU: `blocks`, a loop over blocks of rows (`lax.ragged_dot` costs E times the work there);
-    - TPU: `ragged_dot` from jax 0.12 on, `megablox` below, where ragged_dot's weight gradient is
-      dense;
-    - GPU: `ragged_dot` from jax 0.11 on, a loop over all experts (`reference`) below, which fits
-      few experts. Not measured here.
+    - CPU: `blocks`, a loop over blocks of tokens (`lax.ragged_dot` multiplies every token with
+      every expert there, E times the work);
+    - TPU: `ragged_dot` from jax 0.12 on; below, `megablox`, because ragged_dot's gradient of the
+      matrices is dense there (3.3 times the work of forward and backward at E = 8);
+    - GPU: `ragged_dot` from jax 0.11 on; below, where it is dense too, a loop over all experts
+      (`reference`). Not measured here.
 
     Raises ValueError for an unknown implementation; a known one is used or fails.
     """
@@ -60,12 +61,11 @@ def expert_ffn(
             f"implementation must be None or one of {', '.join(get_args(Implementation))}; got"
             f" {implementation!r}"
         )
-    return _expert_ffn(x, weights, sizes, gate, up, down, implementation)
+    return _expert_ffn(x, probabilities, sizes, gate, up, down, implementation)
 
 
 def _by_platform(part: int, implementation: Implementation | None, *args):
-    """The forward (0) or backward (1) pass of the implementation, or of the platform's where none
-    is named."""
+    """The forward (0) or backward (1) pass of the implementation, or of the platform's own."""
     if implementation is not None:
         return _MODULES[implementation][part](*args)
     version = jax.__version_info__
@@ -77,19 +77,19 @@ def _by_platform(part: int, implementation: Implementation | None, *args):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _expert_ffn(x, weights, sizes, gate, up, down, implementation):
-    # Without a gradient nothing is saved: XLA drops the pre-activations that nobody reads.
-    return _by_platform(0, implementation, x, weights, sizes, gate, up, down)[0]
+def _expert_ffn(x, probabilities, sizes, gate, up, down, implementation):
+    # Where no gradient is taken, XLA drops the pre-activations: nothing reads them.
+    return _by_platform(0, implementation, x, probabilities, sizes, gate, up, down)[0]
 
 
-def _forward(x, weights, sizes, gate, up, down, implementation):
-    out, gated, upped = _by_platform(0, implementation, x, weights, sizes, gate, up, down)
-    return out, (x, weights, sizes, gate, up, down, gated, upped)
+def _forward(x, probabilities, sizes, gate, up, down, implementation):
+    out, gated, upped = _by_platform(0, implementation, x, probabilities, sizes, gate, up, down)
+    return out, (x, probabilities, sizes, gate, up, down, gated, upped)
 
 
 def _backward(implementation, saved, dout):
-    dx, dweights, dgate, dup, ddown = _by_platform(1, implementation, *saved, dout)
-    return dx, dweights, None, dgate, dup, ddown
+    dx, dprobabilities, dgate, dup, ddown = _by_platform(1, implementation, *saved, dout)
+    return dx, dprobabilities, None, dgate, dup, ddown
 
 
 _expert_ffn.defvjp(_forward, _backward)

@@ -1,15 +1,14 @@
-"""The expert FFN for CPUs: loops over blocks of rows that belong to one expert.
+"""The expert FFN for CPUs: loops over blocks of tokens that belong to one expert.
 
-`lax.ragged_dot` is dense on CPU. Here a group is cut into blocks of `block` rows and one rest;
-rests have a few sizes to choose from, so that little is multiplied in vain, and there is one loop
-with a traced number of turns for each size:
+`lax.ragged_dot` is dense on CPU: it multiplies every token with every expert. Here a group is cut
+into blocks of one full size and a rest. A rest's size is one of a few, so that little is multiplied
+in vain, and each size has a loop whose number of turns is known only at run time:
 
-    block size R:   for every block of that size:   rows start .. start + R of one expert, those
-    outside the group masked
+    for every block of size R:      tokens start .. start + R of one expert, others masked
 
-A `lax.switch` over the sizes inside one loop would copy every array it carries on each turn (seen
-in XLA's output of jax 0.10); a loop updates them in place. Blocks come in any order, so rows
-outside the group keep what they hold.
+One loop with a `lax.switch` over the sizes in it would copy every array it carries on each turn
+(seen in XLA's output of jax 0.10); a loop for each size updates them in place. Blocks come in any
+order, so a block leaves the tokens of other groups as they are.
 """
 
 import functools
@@ -21,91 +20,90 @@ from jaxtyping import Array, Int
 
 from . import swiglu
 
-STEP = 32  # rows, at least, between the sizes of rests
+STEP = 32  # tokens, at least, between two sizes of rests
 REST_SIZES = 8  # each is one more loop to compile
 
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
-def forward(x, weights, sizes, gate, up, down):
-    """The output and the two pre-activations, each 0 in rows behind the last group."""
+def forward(x, probabilities, sizes, gate, up, down):
+    """The output and the two pre-activations, each 0 behind the last group."""
     M, F = x.shape[0], gate.shape[2]
 
-    def block(rows, expert, mask, carry):
+    def block(span, expert, mask, carry):
         out, gated, upped = carry
-        xb = rows(x)
+        xb = span.of(x)
         g, u = _times(xb, gate[expert]), _times(xb, up[expert])
-        y = _times(swiglu.weighted(g, u, rows(weights)).astype(x.dtype), down[expert])
-        return rows.set(out, y, mask), rows.set(gated, g, mask), rows.set(upped, u, mask)
+        hidden = swiglu.scaled(g, u, span.of(probabilities)).astype(x.dtype)
+        y = _times(hidden, down[expert])
+        return span.set(out, y, mask), span.set(gated, g, mask), span.set(upped, u, mask)
 
-    return _for_all_blocks(
-        sizes, M, block, (jnp.zeros_like(x), jnp.zeros((M, F), x.dtype), jnp.zeros((M, F), x.dtype))
-    )
+    zeros = jnp.zeros_like(x), jnp.zeros((M, F), x.dtype), jnp.zeros((M, F), x.dtype)
+    return _for_all_blocks(sizes, M, block, zeros)
 
 
-def backward(x, weights, sizes, gate, up, down, gated, upped, dout):
-    """The gradients in x, weights, gate, up and down."""
+def backward(x, probabilities, sizes, gate, up, down, gated, upped, dout):
+    """The gradients in x, probabilities, gate, up and down."""
 
-    def block(rows, expert, mask, carry):
-        dx, dweights, dgate, dup, ddown = carry
-        xb, doutb = _only(rows(x), mask), _only(rows(dout), mask)
+    def block(span, expert, mask, carry):
+        dx, dprobabilities, dgate, dup, ddown = carry
+        xb, doutb = _only(span.of(x), mask), _only(span.of(dout), mask)
         dhidden = _times_transposed(doutb, down[expert])
-        h, dw, dg, du = swiglu.gradient(
-            rows(gated).astype(jnp.float32), rows(upped).astype(jnp.float32), rows(weights), dhidden
-        )
+        g, u = span.of(gated).astype(jnp.float32), span.of(upped).astype(jnp.float32)
+        h, dp, dg, du = swiglu.gradient(g, u, span.of(probabilities), dhidden)
         # Masked after the arithmetic: 0 times a NaN of the next group is NaN.
         h, dg, du = (_only(a, mask).astype(x.dtype) for a in (h, dg, du))
         dxb = _times_transposed(dg, gate[expert]) + _times_transposed(du, up[expert])
         return (
-            rows.set(dx, dxb, mask),
-            rows.set(dweights, dw, mask),
+            span.set(dx, dxb, mask),
+            span.set(dprobabilities, dp, mask),
             dgate.at[expert].add(_outer(xb, dg)),
             dup.at[expert].add(_outer(xb, du)),
             ddown.at[expert].add(_outer(h, doutb)),
         )
 
-    # Weight gradients are summed over blocks in float32: in bfloat16 the sum soon swallows what a
-    # block adds.
-    zeros = (
-        jnp.zeros_like(x),
-        jnp.zeros_like(weights),
-        *(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down)),
-    )
-    dx, dweights, *dmatrices = _for_all_blocks(sizes, x.shape[0], block, zeros)
-    return (
-        dx,
-        dweights,
-        *(d.astype(w.dtype) for d, w in zip(dmatrices, (gate, up, down), strict=True)),
-    )
+    matrices = gate, up, down
+    # The matrices' gradients are summed over blocks in float32: a sum in bfloat16 soon is too large
+    # to change.
+    zeros = (jnp.zeros(w.shape, jnp.float32) for w in matrices)
+    carry = (jnp.zeros_like(x), jnp.zeros_like(probabilities), *zeros)
+    dx, dprobabilities, *dmatrices = _for_all_blocks(sizes, x.shape[0], block, carry)
+    dmatrices = (d.astype(w.dtype) for d, w in zip(dmatrices, matrices, strict=True))
+    return dx, dprobabilities, *dmatrices
 
 
 def block_sizes(M: int, E: int) -> tuple[int, ...]:
-    """The sizes of rests, ascending; the last is also that of full blocks. From the expected rows
-    of an expert, M / E."""
+    """The sizes of rests, ascending; the last is also that of full blocks.
+
+    They depend on M / E, the number of tokens an expert has on average.
+    """
     full = min(256 if M < 256 * E else 512, M)
     step = min(max(STEP, full // REST_SIZES), full)
     return (*range(step, full, step), full)
 
 
-class _Rows:
-    """`size` rows from `start` on, of any array with M rows."""
+class _Span:
+    """`size` places from `start` on, in any array of M places."""
 
     def __init__(self, start, size: int):
         self.start, self.size = start, size
 
-    def __call__(self, a):
+    def of(self, a):
         return jax.lax.dynamic_slice_in_dim(a, self.start, self.size)
 
     def set(self, a, value, mask):
+        """`a` with `value` at these places, as far as `mask` is True."""
         value = value.astype(a.dtype)
         if mask is not None:
-            value = jnp.where(mask if a.ndim == 1 else mask[:, None], value, self(a))
+            value = jnp.where(mask if a.ndim == 1 else mask[:, None], value, self.of(a))
         return jax.lax.dynamic_update_slice_in_dim(a, value, self.start, 0)
 
 
 def _for_all_blocks(sizes: Int[Array, " E"], M: int, block, carry):
-    """Runs `carry = block(rows, expert, mask, carry)` for all blocks; `mask` is None where all rows
-    belong to the expert."""
+    """Runs `carry = block(span, expert, mask, carry)` for all blocks.
+
+    `mask` is None where all tokens of the block are the expert's: full blocks need no masking.
+    """
     rests = np.array(block_sizes(M, sizes.shape[0]))
     full = int(rests[-1])
     starts = jnp.cumsum(sizes) - sizes
@@ -114,10 +112,11 @@ def _for_all_blocks(sizes: Int[Array, " E"], M: int, block, carry):
     def full_block(i, carry):
         expert = jnp.searchsorted(blocks_before, i, side="right")
         first = blocks_before[expert] - sizes[expert] // full
-        return block(_Rows(starts[expert] + (i - first) * full, full), expert, None, carry)
+        return block(_Span(starts[expert] + (i - first) * full, full), expert, None, carry)
 
     carry = jax.lax.fori_loop(0, blocks_before[-1], full_block, carry)
-    # Experts in the order of their rest's size; those without a rest come first and are left out.
+    # The experts whose rests have the same size are neighbours in this order, so that one loop runs
+    # them. Those without a rest come first and are left out.
     rest = sizes % full
     kind = jnp.where(rest > 0, jnp.searchsorted(rests, rest) + 1, 0)
     experts = jnp.argsort(kind)
@@ -127,10 +126,10 @@ def _for_all_blocks(sizes: Int[Array, " E"], M: int, block, carry):
         expert = experts[i]
         end = starts[expert] + sizes[expert]
         first = end - rest[expert]
-        # the last block of all may reach back into rows that are not its own
+        # At the end of the array a block reaches back into other tokens, which are masked.
         start = jnp.minimum(first, M - size)
-        row = start + jnp.arange(size)
-        return block(_Rows(start, size), expert, (row >= first) & (row < end), carry)
+        place = start + jnp.arange(size)
+        return block(_Span(start, size), expert, (place >= first) & (place < end), carry)
 
     for i, size in enumerate(rests.tolist()):
         carry = jax.lax.fori_loop(ends[i], ends[i + 1], functools.partial(rest_block, size), carry)

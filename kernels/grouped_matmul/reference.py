@@ -1,5 +1,8 @@
-"""Every expert on every row, masked: plain XLA, E times the work. What the other implementations
-are tested against."""
+"""Every expert on every token, masked, in plain XLA: E times the work.
+
+It is the definition that the other implementations are tested against, and what runs on a GPU where
+`lax.ragged_dot` is dense as well.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -7,63 +10,58 @@ from jaxtyping import Array, Float, Int
 from . import swiglu
 
 
-def forward(x, weights, sizes, gate, up, down):
-    """The output and the two pre-activations, each 0 in rows behind the last group."""
+def forward(x, probabilities, sizes, gate, up, down):
+    """The output and the two pre-activations, each 0 behind the last group."""
     gated = _each_expert(x, gate, sizes)
     upped = _each_expert(x, up, sizes)
-    hidden = swiglu.weighted(gated, upped, weights).astype(x.dtype)
+    hidden = swiglu.scaled(gated, upped, probabilities).astype(x.dtype)
     return tuple(a.astype(x.dtype) for a in (_each_expert(hidden, down, sizes), gated, upped))
 
 
-def backward(x, weights, sizes, gate, up, down, gated, upped, dout):
-    """The gradients in x, weights, gate, up and down."""
+def backward(x, probabilities, sizes, gate, up, down, gated, upped, dout):
+    """The gradients in x, probabilities, gate, up and down."""
     used = jnp.arange(x.shape[0]) < jnp.sum(sizes)
     dhidden = _each_expert(dout, down.swapaxes(1, 2), sizes)
-    parts = swiglu.gradient(gated.astype(jnp.float32), upped.astype(jnp.float32), weights, dhidden)
-    hidden, dgated, dupped = (parts[i].astype(x.dtype) for i in (0, 2, 3))
-    dx = _each_expert(dgated, gate.swapaxes(1, 2), sizes) + _each_expert(
-        dupped, up.swapaxes(1, 2), sizes
-    )
-    dgate, dup, ddown = (
-        _each_gradient(x, dgated, sizes),
-        _each_gradient(x, dupped, sizes),
-        _each_gradient(hidden, dout, sizes),
-    )
-    dweights = jnp.where(used, parts[1], 0).astype(weights.dtype)
-    return (
-        dx.astype(x.dtype),
-        dweights,
-        dgate.astype(gate.dtype),
-        dup.astype(up.dtype),
-        ddown.astype(down.dtype),
-    )
+    gated, upped = gated.astype(jnp.float32), upped.astype(jnp.float32)
+    hidden, dprobabilities, *dinputs = swiglu.gradient(gated, upped, probabilities, dhidden)
+    hidden, dgated, dupped = (a.astype(x.dtype) for a in (hidden, *dinputs))
+    dx = _each_expert(dgated, gate.swapaxes(1, 2), sizes)
+    dx += _each_expert(dupped, up.swapaxes(1, 2), sizes)
+    dgate = _each_gradient(x, dgated, sizes)
+    dup = _each_gradient(x, dupped, sizes)
+    ddown = _each_gradient(hidden, dout, sizes)
+    dprobabilities = jnp.where(used, dprobabilities, 0).astype(probabilities.dtype)
+    dmatrices = zip((dgate, dup, ddown), (gate, up, down), strict=True)
+    return dx.astype(x.dtype), dprobabilities, *(d.astype(w.dtype) for d, w in dmatrices)
 
 
 def _each_expert(
     x: Float[Array, "M K"], w: Float[Array, "E K N"], sizes: Int[Array, " E"]
 ) -> Float[Array, "M N"]:
+    """The tokens of group e times w[e]."""
     out = jnp.zeros((x.shape[0], w.shape[2]), jnp.float32)
-    for e, rows in enumerate(_rows(x.shape[0], sizes)):
-        # `where`, never a product with 0: NaN in another expert, or in another row, must not leak.
-        out = jnp.where(rows, jnp.matmul(x, w[e], preferred_element_type=jnp.float32), out)
+    for e, mask in enumerate(_groups(x.shape[0], sizes)):
+        # `where`, never a product with 0: NaN in another expert or another token must not leak.
+        out = jnp.where(mask, jnp.matmul(x, w[e], preferred_element_type=jnp.float32), out)
     return out
 
 
 def _each_gradient(
     x: Float[Array, "M K"], dy: Float[Array, "M N"], sizes: Int[Array, " E"]
 ) -> Float[Array, "E K N"]:
-    masks = _rows(x.shape[0], sizes)
-    return jnp.stack(
-        [
-            jnp.matmul(
-                jnp.where(m, x, 0).T, jnp.where(m, dy, 0), preferred_element_type=jnp.float32
-            )
-            for m in masks
-        ]
-    )
+    """x^T dy over the tokens of each group."""
+
+    def of_group(mask):
+        own_x, own_dy = jnp.where(mask, x, 0).T, jnp.where(mask, dy, 0)
+        return jnp.matmul(own_x, own_dy, preferred_element_type=jnp.float32)
+
+    return jnp.stack([of_group(mask) for mask in _groups(x.shape[0], sizes)])
 
 
-def _rows(M: int, sizes: Int[Array, " E"]) -> list[Array]:
+def _groups(M: int, sizes: Int[Array, " E"]) -> list[Array]:
+    """For each group a mask [M, 1] of its tokens."""
     ends = jnp.cumsum(sizes)
-    row = jnp.arange(M)
-    return [((row >= ends[e] - sizes[e]) & (row < ends[e]))[:, None] for e in range(sizes.shape[0])]
+    place = jnp.arange(M)
+    return [
+        ((place >= ends[e] - sizes[e]) & (place < ends[e]))[:, None] for e in range(sizes.shape[0])
+    ]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """`M` rows (tokens times active experts), `E` experts, `D` model, `F` ffn."""
+    """`M` slots (tokens times active experts), `E` experts, `D` model width, `F` FFN width."""
 
     M: int
     E: int

@@ -1,6 +1,5 @@
-"""Tokens to the rows of their experts (`permute`) and back (`combine`), each the other's
-gradient."""
+"""Tokens into expert order (`permute`) and back (`combine`), each the other's gradient."""
 
-from .api import combine, permute, row_weights
+from .api import combine, permute, permute_probabilities
 
-__all__ = ["combine", "permute", "row_weights"]
+__all__ = ["combine", "permute", "permute_probabilities"]

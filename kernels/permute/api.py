@@ -1,12 +1,12 @@
-"""The public functions: tokens to the rows of their experts and back.
+"""The public functions: tokens into expert order and back.
 
-    permute:      out[r]  = x[token of row r]                  0 in a row without a slot
-    combine:      y[n]    = sum over slots a of rows[row of (n, a)]
-    row_weights:  out[r]  = weights[slot of row r]             0 in a row without a slot
+    permute:                out[i] = x[token of the slot at place i]        0 in an unused place
+    combine:                y[n]   = sum over slots a of outputs[place of (n, a)]
+    permute_probabilities:  out[i] = p[slot at place i]                     0 in an unused place
 
-`permute` and `combine` are each other's transpose and gradient; nothing but the plan is saved. No
-token is repeated in memory, nothing is scattered, and nothing sorts again: the plan holds both
-directions.
+`permute` and `combine` are each other's transpose and gradient, so nothing but the plan is saved.
+No token is repeated in memory, nothing is scattered, and nothing is sorted again: the plan holds
+both directions.
 """
 
 import functools
@@ -22,33 +22,41 @@ from . import pallas_tpu, reference
 def permute(
     x: Float[Array, "N D"], plan: DispatchPlan, *, implementation: Implementation | None = None
 ) -> Float[Array, "M D"]:
-    """Each token once for every slot of it that has a row, in expert order; 0 in unused rows. Its
-    gradient sums in float32.
+    """Each token once for every slot of it that has a place, in expert order; 0 behind the last.
 
-    None is XLA on every platform (see the README's count of bytes); a named implementation is used
-    or raises.
+    Its gradient sums in float32. None is XLA on every platform: on TPU, Pallas moves more bytes
+    (counted in the README). A named implementation is used or raises.
     """
     return _permute(x, plan, check(implementation))
 
 
 def combine(
-    rows: Float[Array, "M D"], plan: DispatchPlan, *, implementation: Implementation | None = None
+    outputs: Float[Array, "M D"],
+    plan: DispatchPlan,
+    *,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "N D"]:
-    """The sum of each token's rows, in float32, rounded once. A row without a slot is never read.
-    `implementation` as in `permute`."""
-    return _combine(rows, plan, check(implementation))
+    """The sum of the outputs of each token's slots, in float32, rounded once.
+
+    An unused place is never read. `implementation` as in `permute`.
+    """
+    return _combine(outputs, plan, check(implementation))
 
 
 @jax.custom_vjp
-def row_weights(weights: Float[Array, "N A"], plan: DispatchPlan) -> Float[Array, " M"]:
-    """The weight of each row's slot, 0 in unused rows. XLA only: M numbers are nothing beside M
-    rows."""
-    return reference.weights_by_row(weights, plan)
+def permute_probabilities(
+    probabilities: Float[Array, "N A"], plan: DispatchPlan
+) -> Float[Array, " M"]:
+    """The probability of the slot at each place, 0 in unused ones.
+
+    XLA only: M numbers are nothing beside M tokens.
+    """
+    return reference.to_places(probabilities, plan)
 
 
-row_weights.defvjp(
-    lambda weights, plan: (row_weights(weights, plan), plan),
-    lambda plan, dweights: (reference.weights_by_slot(dweights, plan), None),
+permute_probabilities.defvjp(
+    lambda probabilities, plan: (permute_probabilities(probabilities, plan), plan),
+    lambda plan, dout: (reference.to_slots(dout, plan), None),
 )
 
 
@@ -63,11 +71,11 @@ def _permute(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _combine(
-    rows: Float[Array, "M D"], plan: DispatchPlan, implementation: Implementation
+    outputs: Float[Array, "M D"], plan: DispatchPlan, implementation: Implementation
 ) -> Float[Array, "N D"]:
     if implementation == "xla":
-        return reference.combine(rows, plan)
-    return pallas_tpu.combine(rows, plan, interpret=implementation == "pallas_interpret")
+        return reference.combine(outputs, plan)
+    return pallas_tpu.combine(outputs, plan, interpret=implementation == "pallas_interpret")
 
 
 # Each gradient is the other public function, by the same implementation.
@@ -76,6 +84,6 @@ _permute.defvjp(
     lambda implementation, plan, dout: (_combine(dout, plan, implementation), None),
 )
 _combine.defvjp(
-    lambda rows, plan, implementation: (_combine(rows, plan, implementation), plan),
+    lambda outputs, plan, implementation: (_combine(outputs, plan, implementation), plan),
     lambda implementation, plan, dout: (_permute(dout, plan, implementation), None),
 )

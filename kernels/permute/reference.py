@@ -1,10 +1,10 @@
-"""Moving tokens to the rows of their experts and back, in plain XLA: gathers only.
+"""Tokens into expert order and back, in plain XLA: gathers only.
 
-    permute:      out[r] = x[slots[r] // A]                 0 in a row without a slot
-    combine:      y[n]   = sum_a rows[plan.rows[n, a]]      a slot without a row adds nothing
+    permute:      out[i] = x[slots[i] // A]                 0 in an unused place
+    combine:      y[n]   = sum_a outputs[places[n, a]]      nothing for a slot without a place
 
-`slots` and `rows` are each other's inverse, so each function is the other's transpose: neither
-gradient needs a scatter.
+The plan's `slots` and `places` are each other's inverse, so each function is the other's transpose
+and neither gradient needs a scatter.
 """
 
 import jax.numpy as jnp
@@ -14,27 +14,28 @@ from ..route import DispatchPlan
 
 
 def permute(x: Float[Array, "N D"], plan: DispatchPlan) -> Float[Array, "M D"]:
-    """Each token's row, once for every slot of it that has a row."""
-    # A row without a slot holds M, and M // A = N: a token of zeros. On TPU, filling after the
-    # gather would pass over all M rows again.
+    """The token of the slot at each place."""
+    # An unused place has slot M, and M // A = N: a token of zeros. On TPU, filling after the gather
+    # would pass over all M tokens again.
     x = jnp.pad(x, ((0, 1), (0, 0)))
-    return x.at[plan.slots // plan.rows.shape[1]].get(mode="promise_in_bounds")
+    return x.at[plan.slots // plan.places.shape[1]].get(mode="promise_in_bounds")
 
 
-def combine(rows: Float[Array, "M D"], plan: DispatchPlan) -> Float[Array, "N D"]:
-    """Sums a token's rows, slot by slot."""
-    # summed in float32, rounded once
-    y = jnp.zeros((plan.rows.shape[0], rows.shape[1]), jnp.float32)
-    for a in range(plan.rows.shape[1]):
-        y += jnp.take(rows, plan.rows[:, a], axis=0, mode="fill", fill_value=0).astype(jnp.float32)
-    return y.astype(rows.dtype)
+def combine(outputs: Float[Array, "M D"], plan: DispatchPlan) -> Float[Array, "N D"]:
+    """Sums the outputs of a token's slots, one slot after the other."""
+    # In float32, rounded once.
+    y = jnp.zeros((plan.places.shape[0], outputs.shape[1]), jnp.float32)
+    for a in range(plan.places.shape[1]):
+        output = jnp.take(outputs, plan.places[:, a], axis=0, mode="fill", fill_value=0)
+        y += output.astype(jnp.float32)
+    return y.astype(outputs.dtype)
 
 
-def weights_by_row(weights: Float[Array, "N A"], plan: DispatchPlan) -> Float[Array, " M"]:
-    """The weight of each row's slot, 0 in a row without one."""
-    return jnp.take(weights.reshape(-1), plan.slots, mode="fill", fill_value=0)
+def to_places(values: Float[Array, "N A"], plan: DispatchPlan) -> Float[Array, " M"]:
+    """One number for each slot, in expert order; 0 in an unused place."""
+    return jnp.take(values.reshape(-1), plan.slots, mode="fill", fill_value=0)
 
 
-def weights_by_slot(weights: Float[Array, " M"], plan: DispatchPlan) -> Float[Array, "N A"]:
-    """The inverse of `weights_by_row`: the weight of each slot's row, 0 in a slot without one."""
-    return jnp.take(weights, plan.rows, mode="fill", fill_value=0)
+def to_slots(values: Float[Array, " M"], plan: DispatchPlan) -> Float[Array, "N A"]:
+    """The inverse of `to_places`; 0 for a slot without a place."""
+    return jnp.take(values, plan.places, mode="fill", fill_value=0)

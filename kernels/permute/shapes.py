@@ -1,4 +1,4 @@
-"""Shapes of real runs, those of routing: what is routed is what is permuted."""
+"""Shapes of real runs: those of routing, because what is routed is what is permuted."""
 
 from ..route.shapes import SHAPES, Shape
 

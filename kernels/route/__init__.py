@@ -1,14 +1,13 @@
-"""Top-k routing with its gradient, and the plan by which a sparse mixture moves tokens to experts
-and back."""
+"""Top-k routing with its gradient, and the plan that takes tokens to their experts and back."""
 
 from .api import Implementation, dispatch_plan, route_topk
-from .reference import DispatchPlan, Routing, dense_weights, router_probabilities
+from .reference import DispatchPlan, Routing, dense_probabilities, router_probabilities
 
 __all__ = [
     "DispatchPlan",
     "Implementation",
     "Routing",
-    "dense_weights",
+    "dense_probabilities",
     "dispatch_plan",
     "route_topk",
     "router_probabilities",

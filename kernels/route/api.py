@@ -1,11 +1,12 @@
-"""The public functions: which experts a token uses, with what weight, and which row each of its
-slots gets.
+"""The public functions: which experts a token uses, with what probability, and where it goes.
 
-    logits = rows . h + min(bias, 0)          (float32; excluded experts at -inf BEFORE the softmax)
-    p      = softmax(logits) over ALL experts
-    (weights, ids) = top-k of p, not renormalised; the lowest index wins ties
+    logits_e = row_e . h + min(bias_e, 0)     (float32; excluded experts at -inf BEFORE the softmax)
+    p        = softmax(logits) over ALL experts
+    (probabilities, ids) = top-k of p, not renormalised; the lowest index wins ties
 
-Source: FlexOlmo, arXiv 2507.07024, section 3; the order (softmax, then top-k) is upstream's.
+Source: FlexOlmo, arXiv 2507.07024, section 3; the order (softmax, then top-k) is upstream's. An
+expert is excluded before the softmax, so that the others' probabilities are, up to rounding, those
+of a model without it.
 """
 
 import functools
@@ -27,12 +28,13 @@ def route_topk(
     *,
     implementation: Implementation | None = None,
 ) -> Routing:
-    """Chooses `active` experts for each token; differentiable in the logits through the weights and
-    `log_z`.
+    """Chooses `active` experts for each token.
 
-    Where fewer than `active` experts are allowed, the excess slots have weight 0; their ids mean
-    nothing. The gradient keeps only logits, ids and logsumexp. None is XLA on every platform (see
-    the README's count of bytes); a named implementation is used or raises.
+    Differentiable in the logits through the probabilities and `log_z`; logits, ids and `log_z` are
+    all that is saved for it. Where fewer than `active` experts are allowed, the excess slots have
+    probability 0 and their ids mean nothing. None is XLA on every platform: on TPU, Pallas saves a
+    few MB, microseconds beside the experts' milliseconds (counted in the README). A named
+    implementation is used or raises.
     """
     E = logits.shape[1]
     if not 1 <= active <= E:
@@ -47,10 +49,10 @@ def dispatch_plan(
     *,
     implementation: Implementation | None = None,
 ) -> DispatchPlan:
-    """The rows of all chosen slots in expert order, as a stable sort by expert would give them, by
-    counting.
+    """Places for all chosen slots in expert order, as a stable sort by expert would give them.
 
-    `chosen` (weight > 0) says which slots get a row. `implementation` as in `route_topk`.
+    They are counted, not sorted. `chosen` (probability > 0) says which slots get a place.
+    `implementation` as in `route_topk`.
     """
     implementation = check(implementation)
     if implementation == "xla":
@@ -92,7 +94,7 @@ def _backward(active, implementation, saved, cotangents: Routing):
         backward = functools.partial(
             pallas_tpu.route_backward, interpret=implementation == "pallas_interpret"
         )
-    return (backward(logits, ids, log_z, cotangents.weights, cotangents.log_z),)
+    return (backward(logits, ids, log_z, cotangents.probabilities, cotangents.log_z),)
 
 
 _route = jax.custom_vjp(_run, nondiff_argnums=(1, 2))

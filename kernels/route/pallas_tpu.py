@@ -1,9 +1,9 @@
 """Routing and the dispatch plan as Pallas kernels for TPU.
 
-Experts lie on sublanes (padded to 8) and tokens on lanes (padded to 128), so that a softmax is a
-reduction over sublanes and no lane is wasted on experts that do not exist. There is no sort, cumsum
-or gather: the top k are k maxima, ranks are a product with a triangular matrix, prefix sums are
-carried from tile to tile.
+Experts are on sublanes (padded to 8) and tokens on lanes (padded to 128): the other way round, 8
+experts would fill 8 of 128 lanes. A softmax is then a reduction over sublanes. A TPU kernel cannot
+sort, take prefix sums or gather. Instead, the top k are k maxima, ranks are a product with a
+triangular matrix, and prefix sums are carried from tile to tile.
 """
 
 import functools
@@ -20,12 +20,11 @@ Interpret = bool | pltpu.InterpretParams
 
 LANES, SUBLANES = 128, 8
 TOKENS = 1024  # a block of the routing kernels
-# slots a tile of the plan: the triangular matrix fills the matrix unit of v6e and tpu7x once
+# Slots in a tile of the plan: the triangular matrix fills the matrix unit of v6e and tpu7x once.
 TILE = 256
-CHUNK = 1024  # slots whose rows lie in scalar memory at once when the plan is inverted
-EXACT = 2**24  # whole numbers below it are exact in float32
-# numbers of the inverse that fit into scalar memory (1 MiB on all of v5e, v5p, v6e, tpu7x) with
-# room to spare
+CHUNK = 1024  # slots whose places are in scalar memory at once when the plan is inverted
+# Slots of the inverse: 512 KiB of scalar memory, which has 1 MiB on v5e, v5p, v6e and tpu7x. Counts
+# up to here are exact in float32.
 SCALARS = 2**17
 
 
@@ -35,27 +34,27 @@ def route_forward(
     """`reference.route_forward`."""
     N = logits.shape[0]
     columns, block = _columns(logits)
-    weights, ids, log_z = pl.pallas_call(
+    probabilities, ids, log_z = pl.pallas_call(
         functools.partial(_forward_kernel, active=active),
         grid=(columns.shape[1] // block,),
         in_specs=[_block(columns.shape[0], block)],
         out_specs=[_block(active, block), _block(active, block), _block(1, block)],
         out_shape=[
-            jax.ShapeDtypeStruct((rows, columns.shape[1]), dtype)
-            for rows, dtype in ((active, jnp.float32), (active, jnp.int32), (1, jnp.float32))
+            jax.ShapeDtypeStruct((height, columns.shape[1]), dtype)
+            for height, dtype in ((active, jnp.float32), (active, jnp.int32), (1, jnp.float32))
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="route_forward",
     )(columns)
-    return Routing(weights[:, :N].T, ids[:, :N].T, log_z[0, :N])
+    return Routing(probabilities[:, :N].T, ids[:, :N].T, log_z[0, :N])
 
 
 def route_backward(
     logits: Float[Array, "N E"],
     ids: Int[Array, "N A"],
     log_z: Float[Array, " N"],
-    dweights: Float[Array, "N A"],
+    dprobabilities: Float[Array, "N A"],
     dlog_z: Float[Array, " N"],
     *,
     interpret: Interpret = False,
@@ -67,7 +66,7 @@ def route_backward(
     tokens = columns.shape[1]
     slots = [
         jnp.pad(a.T, ((0, 0), (0, tokens - N)))
-        for a in (ids, dweights, log_z[:, None], dlog_z[:, None])
+        for a in (ids, dprobabilities, log_z[:, None], dlog_z[:, None])
     ]
     dlogits = pl.pallas_call(
         _backward_kernel,
@@ -106,8 +105,8 @@ def dispatch_plan(
     experts = _rounded(E, SUBLANES)
     expert = jnp.where(chosen, ids, -1).reshape(1, M)
     expert = jnp.pad(expert, ((0, 0), (0, -M % TILE)), constant_values=-1)
-    rows, sizes = pl.pallas_call(
-        functools.partial(_plan_kernel, no_row=M),
+    places, sizes = pl.pallas_call(
+        functools.partial(_plan_kernel, no_place=M),
         grid=(2, expert.shape[1] // TILE),  # count all tiles, then place them
         in_specs=[pl.BlockSpec((1, TILE), lambda phase, tile: (0, tile))],
         # While counting, the output stays at its first block, which is written before it moves on.
@@ -124,17 +123,19 @@ def dispatch_plan(
         interpret=interpret,
         name="dispatch_plan",
     )(expert)
-    sizes, rows = sizes[:E, 0], rows[0, :M]
-    return DispatchPlan(sizes, rows.reshape(N, A), _inverse(rows, jnp.sum(sizes), interpret))
+    sizes, places = sizes[:E, 0], places[0, :M]
+    return DispatchPlan(sizes, places.reshape(N, A), _inverse(places, jnp.sum(sizes), interpret))
 
 
 def _inverse(
-    rows: Int[Array, " M"], used: Int[Array, ""], interpret: Interpret
+    places: Int[Array, " M"], used: Int[Array, ""], interpret: Interpret
 ) -> Int[Array, " M"]:
-    """The slot of each row, M behind the last one: scalar stores, for a vector store cannot reach
-    scattered places."""
-    M = rows.size
-    chunks = jnp.pad(rows, (0, -M % CHUNK), constant_values=M).reshape(-1, 1, CHUNK)
+    """The slot at each place, M in unused ones.
+
+    In scalar stores, because a vector store cannot write to scattered addresses.
+    """
+    M = places.size
+    chunks = jnp.pad(places, (0, -M % CHUNK), constant_values=M).reshape(-1, 1, CHUNK)
     return pl.pallas_call(
         _inverse_kernel,
         grid=(chunks.shape[0],),
@@ -150,50 +151,49 @@ def _inverse(
     )(chunks, used.reshape(1))
 
 
-def _forward_kernel(logits_ref, weights_ref, ids_ref, log_z_ref, *, active: int):
+def _forward_kernel(logits_ref, probabilities_ref, ids_ref, log_z_ref, *, active: int):
     logits = logits_ref[...]
     best = jnp.max(logits, axis=0, keepdims=True)
     log_z = best + jnp.log(jnp.sum(jnp.exp(logits - best), axis=0, keepdims=True))
     log_z_ref[...] = log_z
-    # Indices as float32: vector units reduce floats everywhere, whole numbers not.
+    # Indices as float32: not every TPU's vector unit can reduce whole numbers.
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0).astype(jnp.float32)
     free = jnp.ones(logits.shape, jnp.float32)
-    # NaN compares equal to nothing; as the largest logit it is chosen first, as by lax.top_k, and
-    # its weight is NaN through log_z.
+    # NaN equals nothing, so it would never be chosen. As the largest score it is chosen first, as
+    # by lax.top_k, and its probability is NaN through log_z.
     score = jnp.where(logits == logits, logits, jnp.inf)
     for a in range(active):
         best = jnp.max(jnp.where(free > 0, score, -jnp.inf), axis=0, keepdims=True)
-        # Among free ones only, so that excess slots, which find nothing but -inf, take one excluded
-        # expert each.
-        id = jnp.min(
-            jnp.where((score == best) & (free > 0), index, float(logits.shape[0])),
-            axis=0,
-            keepdims=True,
-        )
-        weights_ref[a : a + 1, :] = jnp.exp(best - log_z)
+        # Among free experts only: excess slots, which find nothing but -inf, then take a different
+        # excluded expert each.
+        candidates = jnp.where((score == best) & (free > 0), index, float(logits.shape[0]))
+        id = jnp.min(candidates, axis=0, keepdims=True)
+        probabilities_ref[a : a + 1, :] = jnp.exp(best - log_z)
         ids_ref[a : a + 1, :] = id.astype(jnp.int32)
         free = jnp.where(index == id, 0.0, free)
 
 
-def _backward_kernel(logits_ref, ids_ref, dweights_ref, log_z_ref, dlog_z_ref, dlogits_ref):
+def _backward_kernel(logits_ref, ids_ref, dprobabilities_ref, log_z_ref, dlog_z_ref, dlogits_ref):
     p = jnp.exp(logits_ref[...] - log_z_ref[...])
     index = jax.lax.broadcasted_iota(jnp.int32, p.shape, 0)
     g = jnp.zeros(p.shape, jnp.float32)
     for a in range(ids_ref.shape[0]):
-        g = jnp.where((index == ids_ref[a : a + 1, :]) & (p > 0), dweights_ref[a : a + 1, :], g)
+        chosen = (index == ids_ref[a : a + 1, :]) & (p > 0)
+        g = jnp.where(chosen, dprobabilities_ref[a : a + 1, :], g)
     inner = jnp.sum(p * g, axis=0, keepdims=True)
     dlogits_ref[...] = jnp.where(p > 0, p * (g - inner + dlog_z_ref[...]), 0)
 
 
-def _plan_kernel(expert_ref, rows_ref, sizes_ref, taken_ref, *, no_row: int):
-    """`taken_ref`: rows taken by each expert so far (counting), the next row of each expert
-    (placing); alike in all lanes."""
+def _plan_kernel(expert_ref, places_ref, sizes_ref, taken_ref, *, no_place: int):
+    """In phase 0 all tiles are counted, in phase 1 their slots get places.
+
+    `taken_ref` holds, alike in all lanes, each expert's count so far and then its next place.
+    """
     phase, tile = pl.program_id(0), pl.program_id(1)
     experts = taken_ref.shape[0]
     expert = expert_ref[...]
-    one_hot = (jax.lax.broadcasted_iota(jnp.int32, (experts, TILE), 0) == expert).astype(
-        jnp.float32
-    )
+    one_hot = jax.lax.broadcasted_iota(jnp.int32, (experts, TILE), 0) == expert
+    one_hot = one_hot.astype(jnp.float32)
     counts = jnp.sum(one_hot, axis=1, keepdims=True)
 
     @pl.when((phase == 0) & (tile == 0))
@@ -204,8 +204,8 @@ def _plan_kernel(expert_ref, rows_ref, sizes_ref, taken_ref, *, no_row: int):
     def _():
         sizes = taken_ref[...]
         sizes_ref[...] = sizes.astype(jnp.int32)
-        # "highest": sizes have more digits than bfloat16, in which the matrix unit multiplies
-        # float32 otherwise.
+        # "highest", because otherwise the matrix unit multiplies float32 in bfloat16, which has too
+        # few digits for sizes.
         smaller = _before(experts, axis=1)
         taken_ref[...] = jnp.dot(
             smaller, sizes, precision="highest", preferred_element_type=jnp.float32
@@ -214,28 +214,28 @@ def _plan_kernel(expert_ref, rows_ref, sizes_ref, taken_ref, *, no_row: int):
     @pl.when(phase == 1)
     def _():
         rank = jnp.dot(one_hot, _before(TILE, axis=0), preferred_element_type=jnp.float32)
-        row = jnp.sum(one_hot * (rank + taken_ref[:, :1]), axis=0, keepdims=True)
-        rows_ref[...] = jnp.where(expert >= 0, row.astype(jnp.int32), no_row)
+        place = jnp.sum(one_hot * (rank + taken_ref[:, :1]), axis=0, keepdims=True)
+        places_ref[...] = jnp.where(expert >= 0, place.astype(jnp.int32), no_place)
 
     taken_ref[...] += counts
 
 
-def _inverse_kernel(rows_ref, used_ref, slots_ref):
+def _inverse_kernel(places_ref, used_ref, slots_ref):
     M, chunk = slots_ref.shape[0], pl.program_id(0)
 
     @pl.when(chunk == 0)
     def _():
         @pl.loop(used_ref[0], M)
-        def _(row):
-            slots_ref[row] = M
+        def _(place):
+            slots_ref[place] = M
 
     @pl.loop(0, CHUNK)
     def _(i):
-        row = rows_ref[0, i]
+        place = places_ref[0, i]
 
-        @pl.when(row < M)
+        @pl.when(place < M)
         def _():
-            slots_ref[row] = chunk * CHUNK + i
+            slots_ref[place] = chunk * CHUNK + i
 
 
 def _before(size: int, axis: int) -> Float[Array, "size size"]:
@@ -247,16 +247,15 @@ def _before(size: int, axis: int) -> Float[Array, "size size"]:
 
 
 def _columns(logits: Float[Array, "N E"]) -> tuple[Float[Array, "E N"], int]:
-    """Logits with experts on sublanes and tokens on lanes, padded to whole blocks, and the tokens
-    of a block."""
+    """Logits with a column for each token, padded to whole blocks, and the tokens of a block."""
     N, E = logits.shape
     block = min(TOKENS, _rounded(N, LANES))
     columns = jnp.pad(logits.T, ((0, -E % SUBLANES), (0, 0)), constant_values=-jnp.inf)
     return jnp.pad(columns, ((0, 0), (0, -N % block))), block
 
 
-def _block(rows: int, block: int) -> pl.BlockSpec:
-    return pl.BlockSpec((rows, block), lambda i: (0, i))
+def _block(height: int, tokens: int) -> pl.BlockSpec:
+    return pl.BlockSpec((height, tokens), lambda i: (0, i))
 
 
 def _rounded(size: int, multiple: int) -> int:

@@ -1,20 +1,21 @@
-"""Routing and the dispatch plan in plain XLA: the definition that every other implementation is
-tested against.
+"""Routing and the dispatch plan in plain XLA: the other implementations' definition.
 
-    p              = softmax(logits) over ALL experts
-    (weights, ids) = top-k of p, not renormalised; the lowest index wins ties
+    p                    = softmax(logits) over ALL experts
+    (probabilities, ids) = top-k of p, not renormalised; the lowest index wins ties
 
-The largest logits are taken instead of the largest probabilities: the same experts, but no rounding
-of the softmax can tie two of them, so that every implementation chooses alike bit for bit.
+The experts of the largest logits are taken. They have the largest probabilities, but the softmax
+may round two of those to the same number; by logits, every implementation chooses alike bit for
+bit.
 
-The plan sorts slots by expert without a sort: the row of a slot is the number of slots that come
-before it,
+The plan puts slots in expert order without a sort. A slot's place is the number of slots before it:
 
-    row = (slots of smaller experts) + (same expert, earlier tiles) + (same expert, earlier in its
-    tile)
+    place =   slots of experts with smaller ids
+            + slots of the same expert in earlier tiles
+            + slots of the same expert earlier in its tile
 
-three counts, of which the last is a product of a strictly lower triangular matrix of ones with the
-tile's one-hot matrix.
+Each is a count. The last is the product of a strictly lower triangular matrix of ones with the
+tile's one-hot matrix. Counting is 2.6 to 10 times as fast as an argsort, even on CPU, and on TPU
+sorts and scatters take most of the time to compile.
 """
 
 from typing import NamedTuple
@@ -27,24 +28,25 @@ TILE = 64  # slots a tile; the triangular product costs TILE * E multiplications
 
 
 class Routing(NamedTuple):
-    """The `A` experts chosen for each of `N` tokens, and the logsumexp of its router logits (for
-    the z-loss)."""
+    """The `A` experts chosen for each of `N` tokens, and the logsumexp of its router logits.
 
-    weights: Float[Array, "N A"]
+    The logsumexp is for the z-loss.
+    """
+
+    probabilities: Float[Array, "N A"]
     ids: Int[Array, "N A"]
     log_z: Float[Array, "N"]
 
 
 class DispatchPlan(NamedTuple):
-    """Where each of the `M = N * A` slots of all tokens goes when rows are grouped by expert, and
-    back.
+    """The place of each of the `M = N * A` slots of all tokens in expert order, and the way back.
 
-    `M` in `rows` is a slot without a row (its weight is 0); `M` in `slots` is a row without a slot,
-    behind the last group.
+    `sizes` counts the slots of each expert. `M` in `places` is a slot without a place (its
+    probability is 0); `M` in `slots` is an unused place, behind the last group.
     """
 
     sizes: Int[Array, "E"]
-    rows: Int[Array, "N A"]
+    places: Int[Array, "N A"]
     slots: Int[Array, "M"]
 
 
@@ -57,14 +59,14 @@ def router_probabilities(
     return jnp.exp(logits - log_z[:, None]), log_z
 
 
-def dense_weights(routing: Routing, num_experts: int) -> Float[Array, "N E"]:
-    """The chosen weights laid out by expert, 0 where an expert was not chosen."""
-    return by_expert(routing.weights, routing.ids, num_experts)
+def dense_probabilities(routing: Routing, num_experts: int) -> Float[Array, "N E"]:
+    """The chosen experts' probabilities laid out by expert, 0 for the others."""
+    return by_expert(routing.probabilities, routing.ids, num_experts)
 
 
 def masked(logits: Float[Array, "N E"], allowed: Bool[Array, " E"] | None) -> Float[Array, "N E"]:
     """The logits in float32 with excluded experts at -inf."""
-    # float32: probabilities that differ in the third digit decide which expert runs.
+    # bfloat16 has three digits, and a difference in the third may decide which expert runs.
     logits = logits.astype(jnp.float32)
     return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
 
@@ -88,15 +90,16 @@ def route_backward(
     logits: Float[Array, "N E"],
     ids: Int[Array, "N A"],
     log_z: Float[Array, " N"],
-    dweights: Float[Array, "N A"],
+    dprobabilities: Float[Array, "N A"],
     dlog_z: Float[Array, " N"],
 ) -> Float[Array, "N E"]:
-    """`dlogits = p * (g - sum_i dw_i w_i + dlog_z)`, g being dw laid out by expert. The weights are
-    p again: nothing of them is saved."""
+    """`dlogits = p * (g - sum_i dp_i p_i + dlog_z)`, where g is dp laid out by expert.
+
+    p is computed again from the logits, so that it is not saved.
+    """
     p = jnp.exp(logits - log_z[:, None])
-    # `where`, never a product with 0: whatever arrives at a slot of an excluded expert must not
-    # leak.
-    g = jnp.where(p > 0, by_expert(dweights, ids, logits.shape[1]), 0)
+    # `where`, never a product with 0: NaN from an excluded expert's slot must not leak.
+    g = jnp.where(p > 0, by_expert(dprobabilities, ids, logits.shape[1]), 0)
     inner = jnp.sum(p * g, axis=1, keepdims=True)
     return jnp.where(p > 0, p * (g - inner + dlog_z[:, None]), 0)
 
@@ -104,21 +107,21 @@ def route_backward(
 def dispatch_plan(
     ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_experts: int
 ) -> DispatchPlan:
-    """Rows in expert order, in slot order inside an expert: what a stable sort by expert gives."""
+    """Places by expert, and by slot inside an expert: what a stable sort by expert gives."""
     N, A = ids.shape
     M, E = N * A, num_experts
-    expert = jnp.where(chosen, ids, E).reshape(M)  # a slot without a row counts for no expert
+    expert = jnp.where(chosen, ids, E).reshape(M)  # E: counts for no expert
     tiles = jnp.pad(expert, (0, -M % TILE), constant_values=E).reshape(-1, TILE)
     one_hot = tiles[:, :, None] == jnp.arange(E)
     counts = jnp.sum(one_hot, axis=1, dtype=jnp.int32)
     earlier_tiles = jnp.cumsum(counts, axis=0) - counts
     sizes = jnp.sum(counts, axis=0)
     smaller_experts = jnp.cumsum(sizes) - sizes
-    # Ones and zeros, summed in float32: exact in whatever precision a backend multiplies with.
+    # Ones and zeros are exact in any dtype a backend multiplies in; their sums are in float32.
     before = jnp.tril(jnp.ones((TILE, TILE)), -1)
     earlier_in_tile = jnp.einsum("ts,nse->nte", before, one_hot.astype(jnp.float32))
-    row = earlier_in_tile.astype(jnp.int32) + (earlier_tiles + smaller_experts)[:, None]
-    rows = jnp.sum(jnp.where(one_hot, row, 0), axis=-1).reshape(-1)[:M]
-    rows = jnp.where(expert < E, rows, M)
-    slots = jnp.full(M, M).at[rows].set(jnp.arange(M), mode="drop", unique_indices=True)
-    return DispatchPlan(sizes, rows.reshape(N, A), slots)
+    place = earlier_in_tile.astype(jnp.int32) + (earlier_tiles + smaller_experts)[:, None]
+    places = jnp.sum(jnp.where(one_hot, place, 0), axis=-1).reshape(-1)[:M]
+    places = jnp.where(expert < E, places, M)
+    slots = jnp.full(M, M).at[places].set(jnp.arange(M), mode="drop", unique_indices=True)
+    return DispatchPlan(sizes, places.reshape(N, A), slots)

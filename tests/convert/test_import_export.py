@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,15 +55,13 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny_tokenizer) -> Make:
-    """Writes a checkpoint as Hugging Face has it: `checkpoint(config, dtype, change=...)`, where
-    `change` edits tensors and config."""
+    """Writes a Hugging Face checkpoint; `change` edits its tensors and config first."""
 
     def make(config=MOE, dtype=ml_dtypes.bfloat16, name="hf", change=None) -> Path:
         directory = tmp_path / name
         directory.mkdir()
-        params = jax.tree.map(
-            lambda a: np.asarray(a).astype(dtype), init_params(config, jax.random.key(1))
-        )
+        params = init_params(config, jax.random.key(1))
+        params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), params)
         tensors, fields = to_hf(config, params), hf_config(config, dtype=np.dtype(dtype).name)
         if change:
             change(tensors, fields)
@@ -92,19 +91,14 @@ def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> N
 def test_import_then_export_is_bitwise(checkpoint, config, dtype, tmp_path):
     source = checkpoint(config, dtype)
     model = import_hf(source, tmp_path / "model", NAMES[: config.n_experts - 1])
-    assert (
-        verify(model.path)["verified"] and model.experts == ("anchor", *NAMES)[: config.n_experts]
-    )
+    assert verify(model.path)["verified"]
+    assert model.experts == ("anchor", *NAMES)[: config.n_experts]
     export_hf(model.path, tmp_path / "back", max_shard_size=7_000)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
     assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
-    theirs, ours = (
-        json.loads((directory / "config.json").read_text())
-        for directory in (source, tmp_path / "back")
-    )
-    assert {key: ours[key] for key in theirs if "token_id" not in key} == {
-        key: theirs[key] for key in theirs if "token_id" not in key
-    }
+    theirs = json.loads((source / "config.json").read_text())
+    ours = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert all(ours[key] == theirs[key] for key in theirs if "token_id" not in key)
     assert (tmp_path / "back/tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
     again = import_hf(tmp_path / "back", tmp_path / "again", NAMES[: config.n_experts - 1])
     assert {**again.description, "sha256": ""} == {**model.description, "sha256": ""}
@@ -128,15 +122,11 @@ def test_fused_experts_tied_heads_and_indexless_shards_are_read(checkpoint, tmp_
                 [tensors.pop(f"{at}.{e}.{kind}_proj.weight") for e in range(3)]
                 for kind in ("gate", "up", "down")
             )
-            tensors[f"{at}.gate_up_proj"], tensors[f"{at}.down_proj"] = (
-                np.concatenate([gate, up], axis=1),
-                np.stack(down),
-            )
+            tensors[f"{at}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+            tensors[f"{at}.down_proj"] = np.stack(down)
 
-    plain, fused = (
-        import_hf(checkpoint(), tmp_path / "plain"),
-        import_hf(checkpoint(name="hf2", change=fuse), tmp_path / "fused"),
-    )
+    plain = import_hf(checkpoint(), tmp_path / "plain")
+    fused = import_hf(checkpoint(name="hf2", change=fuse), tmp_path / "fused")
     assert fused.description == plain.description
 
     def tie(tensors, fields):
@@ -170,11 +160,8 @@ def test_an_import_is_taken_apart_and_merged_with_a_new_expert(
     assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
 
     train_pair(pair_config(anchor.path, prepared["law"], "law", "train.steps=8"), tmp_path / "pair")
-    grown = load(
-        append(
-            again.path, package(tmp_path / "pair", tmp_path / "law").path, tmp_path / "grown"
-        ).path
-    )
+    law = package(tmp_path / "pair", tmp_path / "law")
+    grown = load(append(again.path, law.path, tmp_path / "grown").path)
     ids = np.random.default_rng(0).integers(300, size=(2, 33))
     before = load(old.path).logits(ids)
     after = grown.logits(ids, without=["law"])
@@ -195,13 +182,9 @@ def test_an_anchor_in_another_dtype_takes_experts_cast_to_it_and_another_anchor_
         merged.params["experts"]["up"][:, 1],
         np.asarray(load(old.path).params["experts"]["up"][:, 2], np.float32),
     )
+    other = import_hf(checkpoint(MOE, np.float32, "hf2"), tmp_path / "other")
     with pytest.raises(UserError, match="is not the anchor of"):
-        package_imported(
-            import_hf(checkpoint(MOE, np.float32, "hf2"), tmp_path / "other").path,
-            "expert1",
-            anchor,
-            tmp_path / "none",
-        )
+        package_imported(other.path, "expert1", anchor, tmp_path / "none")
     with pytest.raises(UserError, match="is not an imported model"):
         package_imported(merged.artifact.path, "poetry", released.path, tmp_path / "none")
 
@@ -236,19 +219,9 @@ def test_everything_we_make_exports_and_comes_back_bitwise(
 
 
 def test_dropping_biases_is_scored_before_and_after(model, prepared, tmp_path, capsys):
-    data = str(prepared["public"])
-    command = [
-        "export-hf",
-        str(model),
-        str(tmp_path / "hf"),
-        "--drop-bias",
-        "--eval-data",
-        data,
-        "--max-shard-size",
-        "10KB",
-        "--json",
-    ]
-    assert cli.main(command) == 0
+    command = ["export-hf", model, tmp_path / "hf", "--drop-bias", "--max-shard-size", "10KB"]
+    command += ["--eval-data", prepared["public"], "--json"]
+    assert cli.main([*map(str, command)]) == 0
     scores = json.loads(capsys.readouterr().out)["bits_per_byte"]
     assert scores.keys() == {"with the router's biases", "without them"}
     assert cli.main(["import-hf", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
@@ -256,115 +229,100 @@ def test_dropping_biases_is_scored_before_and_after(model, prepared, tmp_path, c
     assert abs(back - scores["without them"]["public"]) < 1e-6
 
 
-def bad(name: str):
-    """An edit of a good checkpoint, and what is said of it."""
+# Edits of a good checkpoint, which spoil it.
 
-    def drop(directory):
-        edit(directory, lambda tensors: tensors.pop("model.norm.weight"))
 
-    def add(directory):
-        edit(
-            directory,
-            lambda tensors: tensors.update({"model.layers.7.bias": tensors["model.norm.weight"]}),
-        )
-
-    def reshape(directory):
-        edit(
-            directory,
-            lambda tensors: tensors.update(
-                {"model.norm.weight": tensors["model.norm.weight"][:-1]}
-            ),
-        )
-
-    def mix(directory):
-        edit(
-            directory,
-            lambda tensors: tensors.update(
-                {"model.norm.weight": tensors["model.norm.weight"].astype(np.float32)}
-            ),
-        )
-
-    def integers(directory):
-        edit(
-            directory, lambda tensors: tensors.update({"model.norm.weight": np.ones(24, np.int64)})
-        )
-
-    def truncate(directory):
-        file = directory / "model.safetensors"
-        file.write_bytes(file.read_bytes()[:-10])
-
-    def pickle(directory):
-        (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-
-    def shard(directory):
-        (directory / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "model-2.safetensors"}})
-        )
-
-    def escape(directory):
-        (directory / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "../model.safetensors"}})
-        )
-
-    def edit(directory, change):
+def edited(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
         tensors = load_file(directory / "model.safetensors")
         change(tensors)
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
-    def setting(key, value):
-        def change(directory):
-            fields = json.loads((directory / "config.json").read_text())
-            (directory / "config.json").write_text(json.dumps(fields | {key: value}))
-
-        return change
-
-    return {
-        "missing key": (drop, "misses tensors: model.norm.weight"),
-        "extra key": (add, "has unexpected tensors: model.layers.7.bias"),
-        "shape": (reshape, r"model.norm.weight has shape \(23,\); expected \(24,\) by config.json"),
-        "two dtypes": (mix, "expected all tensors in one dtype"),
-        "dtype": (integers, "has dtype 'I64'; expected BF16, F16, F32"),
-        "truncated": (truncate, "cannot be read as safetensors: it has"),
-        "pickle": (pickle, "pytorch_model.bin, a pickle"),
-        "missing shard": (shard, "misses model-2.safetensors"),
-        "escape": (escape, "no weight_map from tensors to files beside it"),
-        "no weights": (
-            lambda directory: (directory / "model.safetensors").unlink(),
-            r"no \*.safetensors",
-        ),
-        "no config": (
-            lambda directory: (directory / "config.json").unlink(),
-            "cannot read .*config.json",
-        ),
-        "no JSON": (lambda directory: (directory / "config.json").write_text("{"), "is not JSON"),
-        "no tokenizer": (
-            lambda directory: (directory / "tokenizer.json").unlink(),
-            "tokenizer.json",
-        ),
-        "rope scaling": (
-            setting("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
-            "rope_parameters",
-        ),
-        "attention bias": (setting("attention_bias", True), "attention_bias is True"),
-        "activation": (setting("hidden_act", "gelu"), "hidden_act is 'gelu'"),
-        "top k": (setting("norm_topk_prob", True), "norm_topk_prob is True"),
-        "architecture": (setting("model_type", "llama"), "model_type is 'llama'"),
-        "vocabulary": (setting("vocab_size", 128), "tokenizer of 3.. tokens and vocab_size 128"),
-    }[name]
+    return edit
 
 
-BAD = (
-    "missing key", "extra key", "shape", "two dtypes", "dtype", "truncated", "pickle",
-    "missing shard", "escape", "no weights", "no config",
-    "no JSON", "no tokenizer", "rope scaling", "attention bias", "activation", "top k",
-    "architecture", "vocabulary",
-)  # fmt: skip
+def with_norm(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    return edited(lambda tensors: tensors.update({NORM: change(tensors[NORM])}))
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_and_leaves_nothing(name, checkpoint, tmp_path):
+def without(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+def setting(key: str, value: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        fields = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(fields | {key: value}))
+
+    return change
+
+
+def indexed(name: str) -> Callable[[Path], None]:
+    """With an index that says a tensor is in this file."""
+    index = json.dumps({"weight_map": {"a": name}})
+
+    def change(directory: Path) -> None:
+        (directory / "model.safetensors.index.json").write_text(index)
+
+    return change
+
+
+def truncate(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def pickle(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def spoil_json(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+NORM, BIAS = "model.norm.weight", "model.layers.7.bias"
+YARN = {"rope_type": "yarn", "rope_theta": 1e4}
+BAD = {
+    "missing key": (edited(lambda tensors: tensors.pop(NORM)), f"misses tensors: {NORM}"),
+    "extra key": (
+        edited(lambda tensors: tensors.update({BIAS: tensors[NORM]})),
+        f"has unexpected tensors: {BIAS}",
+    ),
+    "shape": (
+        with_norm(lambda norm: norm[:-1]),
+        rf"{NORM} has shape \(23,\); expected \(24,\) by config.json",
+    ),
+    "two dtypes": (
+        with_norm(lambda norm: norm.astype(np.float32)),
+        "expected all tensors in one dtype",
+    ),
+    "dtype": (
+        with_norm(lambda _: np.ones(24, np.int64)),
+        "has dtype 'I64'; expected BF16, F16, F32",
+    ),
+    "truncated": (truncate, "cannot be read as safetensors: it has"),
+    "pickle": (pickle, "pytorch_model.bin, a pickle"),
+    "missing shard": (indexed("model-2.safetensors"), "misses model-2.safetensors"),
+    "escape": (
+        indexed("../model.safetensors"),
+        "no weight_map from tensors to files beside it",
+    ),
+    "no weights": (without("model.safetensors"), r"no \*.safetensors"),
+    "no config": (without("config.json"), "cannot read .*config.json"),
+    "no JSON": (spoil_json, "is not JSON"),
+    "no tokenizer": (without("tokenizer.json"), "tokenizer.json"),
+    "rope scaling": (setting("rope_parameters", YARN), "rope_parameters"),
+    "attention bias": (setting("attention_bias", True), "attention_bias is True"),
+    "activation": (setting("hidden_act", "gelu"), "hidden_act is 'gelu'"),
+    "top k": (setting("norm_topk_prob", True), "norm_topk_prob is True"),
+    "architecture": (setting("model_type", "llama"), "model_type is 'llama'"),
+    "vocabulary": (setting("vocab_size", 128), "tokenizer of 3.. tokens and vocab_size 128"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_named_and_leaves_nothing(change, message, checkpoint, tmp_path):
     source = checkpoint()
-    change, message = bad(name)
     change(source)
     with pytest.raises(UserError, match=message):
         import_hf(source, tmp_path / "model")
@@ -376,12 +334,8 @@ def test_values_that_are_not_finite_are_noted_by_name(checkpoint, tmp_path, caps
         tensors["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] = np.nan
 
     import_hf(checkpoint(change=spoil), tmp_path / "model")
-    warning = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert (
-        len(warning) == 1
-        and "model.layers.1.mlp.experts.2.up_proj.weight" in warning[0]
-        and "not finite" in warning[0]
-    )
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "model.layers.1.mlp.experts.2.up_proj.weight" in warning and "not finite" in warning
 
 
 @pytest.mark.parametrize("names", [("one",), ("same", "same"), ("anchor", "b"), ("../a", "b")])

@@ -206,6 +206,11 @@ def test_a_long_sequence_never_has_all_of_its_scores():
 # --- on shards ---
 
 
+# of q, k, v and segments
+KEYS = ("batch", None, "kv_heads", None)
+AXES = (("batch", None, "heads", None), KEYS, KEYS, ("batch", None))
+
+
 @pytest.mark.parametrize(
     ("mesh", "shape"),
     [
@@ -219,12 +224,7 @@ def test_a_long_sequence_never_has_all_of_its_scores():
 def test_values_and_gradients_on_shards_are_those_of_the_whole(mesh, shape, run):
     """The same `shard_map` as on a pod, the kernel interpreted."""
     args = problem(shape)
-    axes = (
-        ("batch", None, "heads", None),
-        *(("batch", None, "kv_heads", None),) * 2,
-        ("batch", None),
-    )
-    sharded = on_each_shard(make_mesh(mesh), run, axes, axes[0])
+    sharded = on_each_shard(make_mesh(mesh), run, AXES, AXES[0])
     got, got_grads = jax.jit(functools.partial(gradients, sharded))(*args)
     want, want_grads = jax.jit(functools.partial(gradients, reference.attention))(*args)
     for a, b in zip((got, *got_grads), (want, *want_grads), strict=True):
@@ -239,12 +239,7 @@ def test_each_shard_is_given_its_own_records_and_heads_and_no_more():
         return q
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    axes = (
-        ("batch", None, "heads", None),
-        *(("batch", None, "kv_heads", None),) * 2,
-        ("batch", None),
-    )
-    jax.eval_shape(on_each_shard(mesh, run, axes, axes[0]), *problem(Shape(4, 24, 4, 2, 8)))
+    jax.eval_shape(on_each_shard(mesh, run, AXES, AXES[0]), *problem(Shape(4, 24, 4, 2, 8)))
     assert seen == [((1, 24, 2, 8), (1, 24, 1, 8), (1, 24))]
 
 
@@ -253,18 +248,9 @@ def test_on_many_tpus_every_device_runs_the_kernel_on_its_shard():
     kernel."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert isinstance(mesh, Mesh) and mesh.axis_types == (AxisType.Auto,) * 4
-    axes = (
-        ("batch", None, "heads", None),
-        *(("batch", None, "kv_heads", None),) * 2,
-        ("batch", None),
-    )
-    sharded = on_each_shard(mesh, TestChosenByPlatform.run, axes, axes[0])
+    sharded = on_each_shard(mesh, TestChosenByPlatform.run, AXES, AXES[0])
     args = problem(Shape(4, 256, 4, 2, 128), "bfloat16")
-    text = (
-        jax.jit(functools.partial(gradients, sharded))
-        .trace(*args)
-        .lower(lowering_platforms=("tpu",))
-        .as_text()
-    )
+    program = jax.jit(functools.partial(gradients, sharded)).trace(*args)
+    text = program.lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") == 3
     assert "1x2x256x128xbf16" in text  # one record, two of the heads

@@ -37,7 +37,7 @@ class Suite:
 
     @pytest.fixture(autouse=True)
     def _several_chunks(self, monkeypatch):
-        """37 rows in chunks of 10, the last of which are filled up."""
+        """37 tokens in chunks of 10, the last of which are padded."""
         monkeypatch.setattr(chunks, "LARGEST", 10 * V + 3)
 
     def run(self, *args):
@@ -93,18 +93,18 @@ class TestReference(Suite):
 class TestChunks(Suite):
     implementation = "chunks"
 
-    @pytest.mark.parametrize("rows", [1, 9, 10, 11, N])
-    def test_any_number_of_rows_equals_the_reference(self, rows):
+    @pytest.mark.parametrize("tokens", [1, 9, 10, 11, N])
+    def test_any_number_of_tokens_equals_the_reference(self, tokens):
         x, head, targets = problem()
         got, want = (
-            run(x[:rows], head, targets[:rows])
+            run(x[:tokens], head, targets[:tokens])
             for run in (chunks.cross_entropy, reference.cross_entropy)
         )
         for a, b in zip(got, want, strict=True):
-            assert a.shape == (rows,)
+            assert a.shape == (tokens,)
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
-    def test_a_vocabulary_larger_than_a_chunk_takes_one_row_at_a_time(self, monkeypatch):
+    def test_a_vocabulary_larger_than_a_chunk_takes_one_token_at_a_time(self, monkeypatch):
         monkeypatch.setattr(chunks, "LARGEST", V // 2)
         np.testing.assert_allclose(
             self.run(*problem())[0], reference.cross_entropy(*problem())[0], rtol=1e-5, atol=1e-5

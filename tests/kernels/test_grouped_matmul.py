@@ -22,14 +22,14 @@ from flexolmo_jax.kernels.grouped_matmul.shapes import SHAPES_7B
 from flexolmo_jax.kernels.grouped_matmul.tiles import executed_over_ideal, executed_tiles
 
 M, E, D, F = 150, 4, 12, 20
-NAMES = ("x", "weights", "gate", "up", "down")
+NAMES = ("x", "probabilities", "gate", "up", "down")
 GROUPS = {
     "even": (37, 37, 37, 37),
     "one hot expert": (0, M, 0, 0),
-    "no rows at all": (0, 0, 0, 0),
-    "empty groups and unused rows": (0, 70, 0, 33),
-    "single rows": (1, 1, 1, M - 3),
-    "unused rows only at the end of a tile": (128, 0, 0, 0),
+    "no tokens at all": (0, 0, 0, 0),
+    "empty groups and unused places": (0, 70, 0, 33),
+    "groups of one token": (1, 1, 1, M - 3),
+    "unused places only at the end of a tile": (128, 0, 0, 0),
     "blocks of exactly one step": (32, 64, 32, 0),
 }
 # by how many a program has one tells who made it
@@ -46,36 +46,36 @@ def arguments(dtype=jnp.float32):
         jax.random.normal(k, s)
         for k, s in zip(keys, [(M, D), (E, D, F), (E, D, F), (E, F, D)], strict=False)
     )
-    weights = jax.random.uniform(keys[4], (M,), minval=0.05, maxval=0.5)
+    probabilities = jax.random.uniform(keys[4], (M,), minval=0.05, maxval=0.5)
     return (
         x.astype(dtype),
-        weights,
+        probabilities,
         *((w / w.shape[1] ** 0.5).astype(dtype) for w in (gate, up, down)),
     )
 
 
-def by_definition(x, weights, sizes, gate, up, down):
+def by_definition(x, probabilities, sizes, gate, up, down):
     expert = jnp.sum(jnp.arange(M)[:, None] >= jnp.cumsum(sizes), axis=1)
     each = [
         jnp.where((expert == e)[:, None], swiglu(x, gate[e], up[e], down[e]), 0) for e in range(E)
     ]
-    return weights[:, None] * sum(each)
+    return probabilities[:, None] * sum(each)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_gradients(function, x, weights, sizes, gate, up, down):
-    def total(x, weights, gate, up, down):
-        y = function(x, weights, sizes, gate, up, down)
+def value_and_gradients(function, x, probabilities, sizes, gate, up, down):
+    def total(x, probabilities, gate, up, down):
+        y = function(x, probabilities, sizes, gate, up, down)
         cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
         return jnp.sum(y.astype(jnp.float32) * cotangent), y
 
-    return jax.grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True)(x, weights, gate, up, down)
+    return jax.grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True)(x, probabilities, gate, up, down)
 
 
 def run(function, sizes, values):
-    x, weights, *matrices = values
+    x, probabilities, *matrices = values
     gradients, y = value_and_gradients(
-        function, x, weights, jnp.asarray(sizes, jnp.int32), *matrices
+        function, x, probabilities, jnp.asarray(sizes, jnp.int32), *matrices
     )
     return {"value": np.asarray(y, np.float64)} | {
         n: np.asarray(g, np.float64) for n, g in zip(NAMES, gradients, strict=True)
@@ -108,38 +108,34 @@ class Suite:
     def test_values_and_gradients_equal_the_definition(self, sizes):
         assert_equal_to_the_definition(self.function, sizes)
 
-    def test_an_expert_without_rows_is_never_read_and_has_a_gradient_of_exactly_zero(self):
+    def test_an_expert_without_tokens_is_never_read_and_has_a_gradient_of_exactly_zero(self):
         sizes, empty = (0, 70, 0, 33), np.array([0, 2])
-        x, weights, *matrices = arguments()
-        poisoned = (x, weights, *(m.at[empty].set(jnp.nan) for m in matrices))
-        clean, got = (
-            run(self.function, sizes, (x, weights, *matrices)),
-            run(self.function, sizes, poisoned),
-        )
+        x, probabilities, *matrices = arguments()
+        poisoned = (x, probabilities, *(m.at[empty].set(jnp.nan) for m in matrices))
+        clean = run(self.function, sizes, (x, probabilities, *matrices))
+        got = run(self.function, sizes, poisoned)
         for name in clean:
             np.testing.assert_array_equal(got[name], clean[name], err_msg=name)
         for name in ("gate", "up", "down"):
             assert not got[name][empty].any()
 
-    def test_whatever_stands_in_unused_rows_changes_nothing(self):
+    def test_whatever_is_in_unused_places_changes_nothing(self):
         sizes = (20, 0, 61, 30)
-        x, weights, *matrices = arguments()
+        x, probabilities, *matrices = arguments()
         used = sum(sizes)
-        poisoned = (x.at[used:].set(jnp.nan), weights.at[used:].set(jnp.nan), *matrices)
-        clean, got = (
-            run(self.function, sizes, (x, weights, *matrices)),
-            run(self.function, sizes, poisoned),
-        )
+        poisoned = (x.at[used:].set(jnp.nan), probabilities.at[used:].set(jnp.nan), *matrices)
+        clean = run(self.function, sizes, (x, probabilities, *matrices))
+        got = run(self.function, sizes, poisoned)
         for name in clean:
             np.testing.assert_array_equal(got[name], clean[name], err_msg=name)
-        assert not got["x"][used:].any() and not got["weights"][used:].any()
+        assert not got["x"][used:].any() and not got["probabilities"][used:].any()
 
-    def test_a_spoilt_row_spoils_its_own_output_and_the_gradients_of_its_own_expert_only(self):
+    def test_a_spoilt_token_spoils_its_own_output_and_the_gradients_of_its_own_expert_only(self):
         sizes = (20, 0, 61, 30)
-        x, weights, *matrices = arguments()
-        clean = run(self.function, sizes, (x, weights, *matrices))
-        got = run(self.function, sizes, (x.at[25].set(jnp.nan), weights, *matrices))
-        for name in ("value", "x", "weights"):
+        x, probabilities, *matrices = arguments()
+        clean = run(self.function, sizes, (x, probabilities, *matrices))
+        got = run(self.function, sizes, (x.at[25].set(jnp.nan), probabilities, *matrices))
+        for name in ("value", "x", "probabilities"):
             np.testing.assert_array_equal(
                 np.delete(got[name], 25, 0), np.delete(clean[name], 25, 0), err_msg=name
             )
@@ -149,18 +145,18 @@ class Suite:
             )
 
     def test_in_bfloat16_weight_gradients_are_summed_in_float32(self):
-        """Positive terms, so that a bfloat16 sum would stop growing; 4096 rows of one expert are
+        """Positive terms, so that a bfloat16 sum would stop growing; 4096 tokens of one expert are
         many blocks and tiles."""
-        rows = 4096
+        tokens = 4096
         keys = jax.random.split(jax.random.key(0), 4)
         x, *matrices = (
             (jnp.abs(jax.random.normal(k, s)) / 4).astype(jnp.bfloat16)
-            for k, s in zip(keys, [(rows, D), (1, D, F), (1, D, F), (1, F, D)], strict=True)
+            for k, s in zip(keys, [(tokens, D), (1, D, F), (1, D, F), (1, F, D)], strict=True)
         )
 
         def total(matrices):
             return jnp.sum(
-                self.function(x, jnp.ones(rows), jnp.array([rows], jnp.int32), *matrices),
+                self.function(x, jnp.ones(tokens), jnp.array([tokens], jnp.int32), *matrices),
                 dtype=jnp.float32,
             )
 
@@ -212,13 +208,17 @@ def test_an_unknown_implementation_is_refused():
 def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowered_for):
     tpu = "ragged_dot" if jax.__version_info__ >= (0, 12) else "megablox"
     gpu = "ragged_dot" if jax.__version_info__ >= (0, 11) else "reference"
-    x, weights, *matrices = arguments()
+    x, probabilities, *matrices = arguments()
 
     def program(implementation):
         def total(x):
             return jnp.sum(
                 expert_ffn(
-                    x, weights, jnp.full(E, 30, jnp.int32), *matrices, implementation=implementation
+                    x,
+                    probabilities,
+                    jnp.full(E, 30, jnp.int32),
+                    *matrices,
+                    implementation=implementation,
                 )
             )
 
@@ -237,16 +237,16 @@ def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowe
 
 
 def test_block_sizes_are_ascending_and_never_larger_than_the_array():
-    for rows, experts in [(1, 8), (16, 8), (150, 4), (4096, 8), (4096, 32), (10240, 8)]:
-        sizes = block_sizes(rows, experts)
-        assert list(sizes) == sorted(set(sizes)) and sizes[0] >= 1 and sizes[-1] <= rows
+    for slots, experts in [(1, 8), (16, 8), (150, 4), (4096, 8), (4096, 32), (10240, 8)]:
+        sizes = block_sizes(slots, experts)
+        assert list(sizes) == sorted(set(sizes)) and sizes[0] >= 1 and sizes[-1] <= slots
 
 
 @settings(max_examples=50, deadline=None)
 @given(SIZES, st.sampled_from([8, 16, 32]))
 def test_executed_tiles_are_those_each_group_touches(sizes, tm):
     group = np.repeat(np.arange(E), sizes)
-    assert executed_tiles(list(sizes), tm) == len({(row // tm, e) for row, e in enumerate(group)})
+    assert executed_tiles(list(sizes), tm) == len({(i // tm, e) for i, e in enumerate(group)})
 
 
 @pytest.mark.parametrize("shape", SHAPES_7B, ids=str)

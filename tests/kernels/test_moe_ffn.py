@@ -12,57 +12,55 @@ from hypothesis import strategies as st
 
 from flexolmo_jax.kernels.expert_ffn import swiglu
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
-from flexolmo_jax.kernels.route import Routing, dense_weights
+from flexolmo_jax.kernels.route import Routing, dense_probabilities
 
 BLOCK = 32  # the smallest step of the CPU loop's blocks
 N, A, E, D, F = 2 * BLOCK + 45, 2, 4, 12, 20
 
 
 def dense_experts(x, routing, gate, up, down):
-    """The definition: every expert on every token, weighted."""
-    weights = dense_weights(routing, E)
-    return sum(weights[:, e, None] * swiglu(x, gate[e], up[e], down[e]) for e in range(E))
+    """The definition: every expert on every token, times its probability."""
+    p = dense_probabilities(routing, E)
+    return sum(p[:, e, None] * swiglu(x, gate[e], up[e], down[e]) for e in range(E))
 
 
-def arguments(ids: np.ndarray, weights: np.ndarray, seed: int = 0):
+def arguments(ids: np.ndarray, probabilities: np.ndarray, seed: int = 0):
     keys = jax.random.split(jax.random.key(seed), 4)
     x, gate, up, down = (
         jax.random.normal(k, s)
         for k, s in zip(keys, [(N, D), (E, D, F), (E, D, F), (E, F, D)], strict=True)
     )
-    routing = Routing(jnp.asarray(weights, jnp.float32), jnp.asarray(ids, jnp.int32), jnp.zeros(N))
+    p = jnp.asarray(probabilities, jnp.float32)
+    routing = Routing(p, jnp.asarray(ids, jnp.int32), jnp.zeros(N))
     return x, routing, gate / D**0.5, up / D**0.5, down / F**0.5
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(function, x, routing, gate, up, down):
-    """The output, and the gradients of a fixed weighted sum of it in x, the routing weights and the
+    """The output, and the gradients of a fixed weighted sum of it in x, the probabilities and the
     three matrices."""
 
-    def total(x, weights, gate, up, down):
-        y = function(x, routing._replace(weights=weights), gate, up, down)
+    def total(x, probabilities, gate, up, down):
+        y = function(x, routing._replace(probabilities=probabilities), gate, up, down)
         return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)), y
 
     return jax.grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True)(
-        x, routing.weights, gate, up, down
+        x, routing.probabilities, gate, up, down
     )
 
 
-def assert_sparse_equals_dense(ids, weights):
-    values = arguments(ids, weights)
+def assert_sparse_equals_dense(ids, probabilities):
+    values = arguments(ids, probabilities)
     gradients, y = value_and_gradients(sparse_experts, *values)
     expected_gradients, expected = value_and_gradients(dense_experts, *values)
     assert_close(y, expected, "value")
-    for name, got, want in zip(
-        ("x", "weights", "gate", "up", "down"), gradients, expected_gradients, strict=True
-    ):
-        # A slot of weight 0 runs no expert, so its weight has no gradient: an excluded expert's
-        # probability is constant.
-        assert_close(
-            got,
-            np.where(weights > 0, want, 0) if name == "weights" else want,
-            f"gradient of {name}",
-        )
+    names = ("x", "probabilities", "gate", "up", "down")
+    for name, got, want in zip(names, gradients, expected_gradients, strict=True):
+        if name == "probabilities":
+            # A slot of probability 0 runs no expert and gets no gradient: an excluded expert's
+            # probability is constant.
+            want = np.where(probabilities > 0, want, 0)
+        assert_close(got, want, f"gradient of {name}")
 
 
 def assert_close(got, want, what):
@@ -83,7 +81,7 @@ def sizes_of(*sizes: int) -> np.ndarray:
         pytest.param(sizes_of(BLOCK, BLOCK, 45, 0), id="groups that fill blocks exactly"),
         pytest.param(sizes_of(BLOCK + 1, BLOCK - 1, 44, 1), id="groups one off a block"),
         pytest.param(sizes_of(N, 0, 0, 0), id="groups of several blocks"),
-        pytest.param(sizes_of(N - 3, 1, 1, 1), id="groups of single rows"),
+        pytest.param(sizes_of(N - 3, 1, 1, 1), id="groups of one token"),
     ],
 )
 def test_sparse_dispatch_equals_running_every_expert(ids):
@@ -96,13 +94,13 @@ def test_sparse_dispatch_equals_running_every_expert(ids):
 @given(st.integers(0, 2**31), st.lists(st.floats(0.01, 1), min_size=E, max_size=E), st.floats(0, 1))
 @example(0, [1.0] * E, 1.0)
 def test_sparse_dispatch_equals_running_every_expert_for_any_routing(seed, popularity, unused):
-    """`unused`: the share of second slots that weigh nothing, as where fewer experts are allowed
-    than active."""
+    """`unused`: the share of second slots of probability 0, as where fewer experts are allowed than
+    active."""
     rng = np.random.default_rng(seed)
     ids = np.argsort(rng.gumbel(size=(N, E)) + np.log(popularity), axis=1)[:, -A:]
-    weights = rng.uniform(0.05, 0.5, (N, A))
-    weights[:, 1][rng.random(N) < unused] = 0
-    assert_sparse_equals_dense(ids, weights)
+    probabilities = rng.uniform(0.05, 0.5, (N, A))
+    probabilities[:, 1][rng.random(N) < unused] = 0
+    assert_sparse_equals_dense(ids, probabilities)
 
 
 def test_where_nothing_is_chosen_the_output_and_the_gradients_are_zero():
@@ -113,12 +111,12 @@ def test_where_nothing_is_chosen_the_output_and_the_gradients_are_zero():
 
 
 def test_an_expert_that_nobody_chose_is_never_read():
-    """Also where it stands in a slot of weight 0, as an excluded expert does: NaN in it reaches no
+    """Also where it is in a slot of probability 0, as an excluded expert is: NaN in it reaches no
     value and no gradient."""
     rng = np.random.default_rng(0)
-    ids, weights = np.tile([0, 2], (N, 1)), rng.uniform(0.05, 0.5, (N, A))
-    ids[:7, 1], weights[:7, 1] = 3, 0
-    x, routing, *matrices = arguments(ids, weights)
+    ids, probabilities = np.tile([0, 2], (N, 1)), rng.uniform(0.05, 0.5, (N, A))
+    ids[:7, 1], probabilities[:7, 1] = 3, 0
+    x, routing, *matrices = arguments(ids, probabilities)
     poisoned = [matrix.at[jnp.array([1, 3])].set(jnp.nan) for matrix in matrices]
     expected = value_and_gradients(sparse_experts, x, routing, *matrices)
     jax.tree.map(
@@ -129,7 +127,7 @@ def test_an_expert_that_nobody_chose_is_never_read():
 
 
 def test_tokens_do_not_see_each_other():
-    """A NaN token, however its rows are sorted among the others, spoils its own output only."""
+    """A NaN token, wherever its slots are among the others, spoils its own output only."""
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((N, E)), axis=1)[:, :A]
     x, routing, *matrices = arguments(ids, rng.uniform(0.05, 0.5, (N, A)))
@@ -143,14 +141,14 @@ def test_tokens_do_not_see_each_other():
 def test_weight_gradients_in_bfloat16_are_summed_in_float32():
     """Over many blocks, a bfloat16 sum would stop growing: 8 bits of it are soon larger than what a
     block adds."""
-    rows = 32 * 512  # 32 of the largest blocks
+    tokens = 32 * 512  # 32 of the largest blocks
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(rows, D), (1, D, F), (1, D, F), (1, F, D)]
+    shapes = [(tokens, D), (1, D, F), (1, D, F), (1, F, D)]
     x, *matrices = (
         jnp.abs(jax.random.normal(k, s)).astype(jnp.bfloat16) / 4
         for k, s in zip(keys, shapes, strict=True)
     )
-    routing = Routing(jnp.ones((rows, 1)), jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows))
+    routing = Routing(jnp.ones((tokens, 1)), jnp.zeros((tokens, 1), jnp.int32), jnp.zeros(tokens))
 
     def total(matrices):
         return jnp.sum(sparse_experts(x, routing, *matrices), dtype=jnp.float32)

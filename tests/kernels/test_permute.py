@@ -1,4 +1,4 @@
-"""Tokens to rows and back: values, gradients and, for the kernels that copy by DMA, no race.
+"""Tokens into expert order and back: values and gradients; and no race where DMAs copy.
 
 One suite, inherited for each implementation; plans are made here by sorting, not by the code under
 test.
@@ -21,7 +21,13 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from flexolmo_jax.kernels.permute import combine, pallas_tpu, permute, reference, row_weights
+from flexolmo_jax.kernels.permute import (
+    combine,
+    pallas_tpu,
+    permute,
+    permute_probabilities,
+    reference,
+)
 from flexolmo_jax.kernels.permute.shapes import SHAPES
 from flexolmo_jax.kernels.route import DispatchPlan, Implementation
 
@@ -39,39 +45,31 @@ def few(examples: int) -> settings:
 
 
 def plan_of(seed: int, unused: float, tokens: int = N) -> DispatchPlan:
-    """Random experts; a share `unused` of the slots has no row."""
+    """Random experts; a share `unused` of the slots has no place."""
     rng = np.random.default_rng(seed)
     experts = np.argsort(rng.random((tokens, E)), axis=1)[:, :A]
     experts[rng.random(experts.shape) < unused] = E
     M, used = experts.size, int(np.sum(experts < E))
     order = np.argsort(experts.reshape(-1), kind="stable")
-    rows, slots = np.full(M, M, np.int32), np.full(M, M, np.int32)
-    rows[order[:used]], slots[:used] = np.arange(used), order[:used]
+    places, slots = np.full(M, M, np.int32), np.full(M, M, np.int32)
+    places[order[:used]], slots[:used] = np.arange(used), order[:used]
     sizes = np.bincount(experts.reshape(-1), minlength=E + 1)[:E]
     return DispatchPlan(
-        jnp.asarray(sizes, jnp.int32), jnp.asarray(rows.reshape(tokens, A)), jnp.asarray(slots)
+        jnp.asarray(sizes, jnp.int32), jnp.asarray(places.reshape(tokens, A)), jnp.asarray(slots)
     )
 
 
 def permuted(x, plan):
-    """The definition of `permute`, row by row."""
-    return np.stack(
-        [
-            x[slot // A] if slot < x.shape[0] * A else np.zeros_like(x[0])
-            for slot in np.asarray(plan.slots)
-        ]
-    )
+    """The definition of `permute`, place by place."""
+    padded = np.concatenate([x, np.zeros_like(x[:1])])
+    return np.stack([padded[slot // A] for slot in np.asarray(plan.slots)])
 
 
-def combined(rows, plan):
+def combined(outputs, plan):
     """The definition of `combine`, token by token, in float64."""
-    rows = np.asarray(rows, np.float64)
-    return np.stack(
-        [
-            sum((rows[r] for r in of_token if r < len(rows)), np.zeros(rows.shape[1]))
-            for of_token in np.asarray(plan.rows)
-        ]
-    )
+    outputs = np.asarray(outputs, np.float64)
+    padded = np.concatenate([outputs, np.zeros_like(outputs[:1])])
+    return np.stack([padded[places].sum(axis=0) for places in np.asarray(plan.places)])
 
 
 def random(*shape: int, dtype=jnp.float32, seed: int = 0):
@@ -90,21 +88,16 @@ class PermuteSuite:
     implementation: Implementation
 
     def run(self, function, x, plan, dout=None):
-        dout = (
-            jnp.zeros(
-                (plan.slots.size if function is permute else plan.rows.shape[0], x.shape[1]),
-                x.dtype,
-            )
-            if dout is None
-            else dout
-        )
+        if dout is None:
+            size = plan.slots.size if function is permute else plan.places.shape[0]
+            dout = jnp.zeros((size, x.shape[1]), x.dtype)
         return value_and_pullback(function, x, plan, dout, self.implementation)
 
     @few(10)
     @given(SEED, UNUSED)
     @example(0, 0.0)
     @example(0, 1.0)
-    def test_permute_copies_each_token_to_its_rows_and_its_gradient_sums_them(self, seed, unused):
+    def test_permute_copies_each_token_to_its_places_and_its_gradient_sums_them(self, seed, unused):
         plan, x, dout = plan_of(seed, unused), random(N, D), random(N * A, D, seed=1)
         out, dx = self.run(permute, x, plan, dout)
         np.testing.assert_array_equal(out, permuted(np.asarray(x), plan))
@@ -114,24 +107,22 @@ class PermuteSuite:
     @given(SEED, UNUSED)
     @example(0, 0.0)
     @example(0, 1.0)
-    def test_combine_sums_the_rows_of_each_token_and_its_gradient_copies_them_back(
+    def test_combine_sums_the_outputs_of_each_token_and_its_gradient_copies_them_back(
         self, seed, unused
     ):
-        plan, rows, dout = plan_of(seed, unused), random(N * A, D), random(N, D, seed=1)
-        y, drows = self.run(combine, rows, plan, dout)
-        np.testing.assert_allclose(y, combined(rows, plan), rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(drows, permuted(np.asarray(dout), plan))
+        plan, outputs, dout = plan_of(seed, unused), random(N * A, D), random(N, D, seed=1)
+        y, doutputs = self.run(combine, outputs, plan, dout)
+        np.testing.assert_allclose(y, combined(outputs, plan), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(doutputs, permuted(np.asarray(dout), plan))
 
-    def test_rows_in_bfloat16_are_summed_in_float32_and_rounded_once(self):
-        plan, rows = plan_of(0, 0.1), random(N * A, D, dtype=jnp.bfloat16)
-        y, drows = self.run(combine, rows, plan)
-        assert y.dtype == drows.dtype == jnp.bfloat16
-        exact = reference.combine(rows.astype(jnp.float32), plan)
+    def test_outputs_in_bfloat16_are_summed_in_float32_and_rounded_once(self):
+        plan, outputs = plan_of(0, 0.1), random(N * A, D, dtype=jnp.bfloat16)
+        y, doutputs = self.run(combine, outputs, plan)
+        assert y.dtype == doutputs.dtype == jnp.bfloat16
+        exact = reference.combine(outputs.astype(jnp.float32), plan)
         np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
-        in_bfloat16 = functools.reduce(
-            jnp.add,
-            (jnp.take(rows, plan.rows[:, a], axis=0, mode="fill", fill_value=0) for a in range(A)),
-        )
+        take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+        in_bfloat16 = functools.reduce(jnp.add, (take(outputs, at) for at in plan.places.T))
         assert (y != in_bfloat16).any()  # else this shows nothing
 
     def test_all_values_and_gradients_equal_those_of_xla_bit_for_bit(self):
@@ -140,24 +131,22 @@ class PermuteSuite:
             (permute, random(N, D), random(N * A, D, seed=1)),
             (combine, random(N * A, D), random(N, D, seed=1)),
         ):
-            got, want = (
-                self.run(function, x, plan, dout),
-                value_and_pullback(function, x, plan, dout, "xla"),
-            )
+            got = self.run(function, x, plan, dout)
+            want = value_and_pullback(function, x, plan, dout, "xla")
             jax.tree.map(np.testing.assert_array_equal, got, want)
 
-    def test_a_row_without_a_slot_is_never_read(self):
-        plan, rows = plan_of(0, 0.5), random(N * A, D)
-        poisoned = jnp.where(plan.slots[:, None] < N * A, rows, jnp.nan)
+    def test_an_unused_place_is_never_read(self):
+        plan, outputs = plan_of(0, 0.5), random(N * A, D)
+        poisoned = jnp.where(plan.slots[:, None] < N * A, outputs, jnp.nan)
         np.testing.assert_array_equal(
-            self.run(combine, poisoned, plan)[0], self.run(combine, rows, plan)[0]
+            self.run(combine, poisoned, plan)[0], self.run(combine, outputs, plan)[0]
         )
 
-    def test_a_nan_token_spoils_its_own_rows_only(self):
+    def test_a_nan_token_spoils_its_own_places_only(self):
         plan, x = plan_of(0, 0.5), random(N, D)
-        rows, _ = self.run(permute, x.at[7].set(jnp.nan), plan)
-        np.testing.assert_array_equal(np.isnan(rows).any(1), np.asarray(plan.slots) // A == 7)
-        y, _ = self.run(combine, rows, plan)
+        tokens, _ = self.run(permute, x.at[7].set(jnp.nan), plan)
+        np.testing.assert_array_equal(np.isnan(tokens).any(1), np.asarray(plan.slots) // A == 7)
+        y, _ = self.run(combine, tokens, plan)
         assert not np.isnan(np.delete(y, 7, 0)).any()
 
     @pytest.mark.parametrize("function", [permute, combine])
@@ -195,21 +184,18 @@ def test_the_search_for_sorts_and_scatters_can_find_them():
 @given(SEED, UNUSED)
 @example(0, 0.0)
 @example(0, 1.0)
-def test_row_weights_and_their_gradient_follow_the_plan_both_ways(seed, unused):
-    plan, weights, dout = plan_of(seed, unused), random(N, A), random(N * A, seed=1)
-    out, pullback = jax.vjp(lambda weights: row_weights(weights, plan), weights)
-    slots, rows = np.asarray(plan.slots), np.asarray(plan.rows)
-    np.testing.assert_array_equal(out, np.append(np.asarray(weights).reshape(-1), 0)[slots])
-    np.testing.assert_array_equal(pullback(dout)[0], np.append(np.asarray(dout), 0)[rows])
+def test_permute_probabilities_and_their_gradient_follow_the_plan_both_ways(seed, unused):
+    plan, values, dout = plan_of(seed, unused), random(N, A), random(N * A, seed=1)
+    out, pullback = jax.vjp(lambda values: permute_probabilities(values, plan), values)
+    slots, places = np.asarray(plan.slots), np.asarray(plan.places)
+    np.testing.assert_array_equal(out, np.append(np.asarray(values).reshape(-1), 0)[slots])
+    np.testing.assert_array_equal(pullback(dout)[0], np.append(np.asarray(dout), 0)[places])
 
 
-def test_the_gradient_of_row_weights_is_a_gather():
+def test_the_gradient_of_permute_probabilities_is_a_gather():
     plan = plan_of(0, 0.5)
-    program = str(
-        jax.make_jaxpr(jax.grad(lambda weights: jnp.sum(row_weights(weights, plan) ** 2)))(
-            random(N, A)
-        )
-    )
+    gradient = jax.grad(lambda values: jnp.sum(permute_probabilities(values, plan) ** 2))
+    program = str(jax.make_jaxpr(gradient)(random(N, A)))
     assert "gather[" in program
     assert "scatter" not in program
 
@@ -234,19 +220,12 @@ def test_real_shapes_are_traced(name, implementation):
     tokens, experts, active, width = SHAPES[name]
     shapes = (experts,), (tokens, active), (tokens * active,)
     plan = jax.eval_shape(lambda: DispatchPlan(*(jnp.zeros(shape, jnp.int32) for shape in shapes)))
-    x, rows = (
+    x, dispatched = (
         jax.ShapeDtypeStruct((length, width), jnp.bfloat16) for length in (tokens, tokens * active)
     )
-    assert (
-        jax.eval_shape(lambda x, plan: permute(x, plan, implementation=implementation), x, plan)
-        == rows
-    )
-    assert (
-        jax.eval_shape(
-            lambda rows, plan: combine(rows, plan, implementation=implementation), rows, plan
-        )
-        == x
-    )
+    for function, value, wanted in ((permute, x, dispatched), (combine, dispatched, x)):
+        run = functools.partial(function, implementation=implementation)
+        assert jax.eval_shape(run, value, plan) == wanted
 
 
 # Kernels that copy by DMA, under the simulator of TPU memory, which records races but does not fail

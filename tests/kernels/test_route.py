@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from flexolmo_jax.kernels.route import (
     Implementation,
-    dense_weights,
+    dense_probabilities,
     dispatch_plan,
     route_topk,
     router_probabilities,
@@ -45,14 +45,14 @@ def few(examples: int) -> settings:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 5))
-def routed(logits, allowed, active, dweights, dlog_z, implementation):
-    """The routing, and the logits' gradient for the given gradients of the weights, laid out by
+def routed(logits, allowed, active, dprobabilities, dlog_z, implementation):
+    """The routing, and the logits' gradient for given gradients of the probabilities, laid out by
     expert, and of `log_z`."""
 
     def value(logits):
         routing = route_topk(logits, active, allowed, implementation=implementation)
-        dense = dense_weights(routing, logits.shape[1])
-        return jnp.sum(dense * dweights) + jnp.sum(routing.log_z * dlog_z), routing
+        dense = dense_probabilities(routing, logits.shape[1])
+        return jnp.sum(dense * dprobabilities) + jnp.sum(routing.log_z * dlog_z), routing
 
     dlogits, routing = jax.grad(value, has_aux=True)(logits)
     return routing, dlogits
@@ -67,14 +67,14 @@ class RouteSuite:
     implementation: Implementation
 
     def route(
-        self, logits, active, allowed=None, dweights: ArrayLike = 0.0, dlog_z: ArrayLike = 0.0
+        self, logits, active, allowed=None, dprobabilities: ArrayLike = 0.0, dlog_z: ArrayLike = 0.0
     ):
         logits = jnp.asarray(logits)
         allowed = jnp.ones(logits.shape[1], bool) if allowed is None else jnp.asarray(allowed)
-        dweights = jnp.broadcast_to(jnp.asarray(dweights, jnp.float32), logits.shape)
+        dprobabilities = jnp.broadcast_to(jnp.asarray(dprobabilities, jnp.float32), logits.shape)
         dlog_z = jnp.broadcast_to(jnp.asarray(dlog_z, jnp.float32), logits.shape[:1])
         return jax.tree.map(
-            np.asarray, routed(logits, allowed, active, dweights, dlog_z, self.implementation)
+            np.asarray, routed(logits, allowed, active, dprobabilities, dlog_z, self.implementation)
         )
 
     def plan(self, ids, chosen, num_experts):
@@ -88,16 +88,16 @@ class RouteSuite:
     @few(40)
     @given(LOGITS, ACTIVE, ALLOWED)
     def test_routing_follows_its_definition(self, logits, active, allowed):
-        (weights, ids, log_z), _ = self.route(logits, active, allowed)
+        (probabilities, ids, log_z), _ = self.route(logits, active, allowed)
         for n in range(N):
             p = np.where(allowed, np.exp(logits[n], dtype=np.float64), 0)
             total = p.sum()
             # the lowest index wins ties
             best = sorted(np.flatnonzero(allowed), key=lambda e: (-logits[n, e], e))[:active]
             assert ids[n, : len(best)].tolist() == best
-            np.testing.assert_allclose(weights[n, : len(best)], p[best] / total, rtol=1e-5)
-            # fewer allowed than active: the excess slots weigh nothing
-            assert not weights[n, len(best) :].any()
+            np.testing.assert_allclose(probabilities[n, : len(best)], p[best] / total, rtol=1e-5)
+            # fewer allowed than active: the excess slots have probability 0
+            assert not probabilities[n, len(best) :].any()
             np.testing.assert_allclose(log_z[n], np.log(total), rtol=1e-5, atol=1e-6)
 
     @few(20)
@@ -112,14 +112,16 @@ class RouteSuite:
 
     @few(20)
     @given(LOGITS, ACTIVE, ALLOWED)
-    def test_the_weights_of_every_expert_are_those_of_the_chosen_and_zero_elsewhere(
+    def test_the_probabilities_by_expert_are_those_of_the_chosen_and_zero_elsewhere(
         self, logits, active, allowed
     ):
         routing, _ = self.route(logits, active, allowed)
-        dense = np.asarray(dense_weights(routing, E))
+        dense = np.asarray(dense_probabilities(routing, E))
         assert not dense[:, ~allowed].any()
         assert ((dense > 0).sum(1) == min(active, allowed.sum())).all()
-        np.testing.assert_array_equal(np.sort(dense)[:, E - active :], np.sort(routing.weights))
+        np.testing.assert_array_equal(
+            np.sort(dense)[:, E - active :], np.sort(routing.probabilities)
+        )
 
     @few(20)
     @given(LOGITS, ACTIVE, ALLOWED, st.sampled_from([np.nan, np.inf, -np.inf, 1e30]))
@@ -139,42 +141,42 @@ class RouteSuite:
         self, logits, active, allowed, seed
     ):
         rng = np.random.default_rng(seed)
-        dweights, dlog_z = rng.normal(size=(N, E)), rng.normal(size=N)
-        (_, ids, _), dlogits = self.route(logits, active, allowed, dweights, dlog_z)
+        dprobabilities, dlog_z = rng.normal(size=(N, E)), rng.normal(size=N)
+        (_, ids, _), dlogits = self.route(logits, active, allowed, dprobabilities, dlog_z)
         p = np.where(allowed, np.exp(logits), 0).astype(np.float64)
         p /= p.sum(1, keepdims=True)
-        g = np.where((ids[:, :, None] == np.arange(E)).any(1), dweights, 0)
+        g = np.where((ids[:, :, None] == np.arange(E)).any(1), dprobabilities, 0)
         expected = p * (g - (p * g).sum(1, keepdims=True) + dlog_z[:, None])
         np.testing.assert_allclose(dlogits, expected, atol=1e-5)
         assert not np.asarray(dlogits)[:, ~allowed].any()
 
-    def test_no_gradient_of_a_slot_that_weighs_nothing_leaks(self):
+    def test_no_gradient_of_a_slot_of_probability_zero_leaks(self):
         allowed = np.arange(E) < 2
-        dweights = np.where(allowed, 1.0, np.nan)
+        dprobabilities = np.where(allowed, 1.0, np.nan)
         logits = np.linspace(-1, 1, N * E, dtype=np.float32).reshape(N, E)
 
         def value(logits):
             routing = route_topk(
                 logits, E, jnp.asarray(allowed), implementation=self.implementation
             )
-            return routing.weights, routing.ids
+            return routing.probabilities, routing.ids
 
-        weights, pullback, ids = jax.vjp(value, jnp.asarray(logits), has_aux=True)
-        (got,) = pullback(jnp.asarray(dweights, jnp.float32)[ids])
-        (want,) = pullback(jnp.where(weights > 0, 1.0, 0.0))
+        probabilities, pullback, ids = jax.vjp(value, jnp.asarray(logits), has_aux=True)
+        (got,) = pullback(jnp.asarray(dprobabilities, jnp.float32)[ids])
+        (want,) = pullback(jnp.where(probabilities > 0, 1.0, 0.0))
         np.testing.assert_array_equal(got, want)
 
     def test_many_tokens_are_routed_as_few_are(self):
         """Over several blocks, the last of them not full, and more experts than sublanes."""
         logits = jax.random.normal(jax.random.key(0), (2100, 9))
-        dweights = jax.random.normal(jax.random.key(1), logits.shape)
+        dprobabilities = jax.random.normal(jax.random.key(1), logits.shape)
         (routing, dlogits), (want, dwant) = (
-            routed(logits, jnp.arange(9) != 4, 4, dweights, logits[:, 0], implementation)
+            routed(logits, jnp.arange(9) != 4, 4, dprobabilities, logits[:, 0], implementation)
             for implementation in (self.implementation, "xla")
         )
         np.testing.assert_array_equal(routing.ids, want.ids)
         for got, expected in (
-            (routing.weights, want.weights),
+            (routing.probabilities, want.probabilities),
             (routing.log_z, want.log_z),
             (dlogits, dwant),
         ):
@@ -190,27 +192,29 @@ class RouteSuite:
             spoilt,
             clean,
         )
-        assert np.isnan(spoilt.weights[2]).all()
+        assert np.isnan(spoilt.probabilities[2]).all()
         assert ((spoilt.ids >= 0) & (spoilt.ids < E)).all()
 
-    def test_weights_are_float32_and_equal_those_of_the_same_logits_in_float32(self):
+    def test_probabilities_are_float32_and_equal_those_of_the_same_logits_in_float32(self):
         logits = jax.random.normal(jax.random.key(0), (N, E)).astype(jnp.bfloat16)
         (low, dlow), (high, _) = self.route(logits, 3), self.route(logits.astype(jnp.float32), 3)
-        assert low.weights.dtype == low.log_z.dtype == jnp.float32
+        assert low.probabilities.dtype == low.log_z.dtype == jnp.float32
         assert dlow.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(low.weights, high.weights)
+        np.testing.assert_array_equal(low.probabilities, high.probabilities)
 
-    def test_adding_one_number_to_all_logits_changes_no_weight(self):
+    def test_adding_one_number_to_all_logits_changes_no_probability(self):
         logits = jax.random.normal(jax.random.key(0), (N, E))
         shift = 40 * jax.random.normal(jax.random.key(1), (N, 1))
         np.testing.assert_allclose(
-            self.route(logits + shift, 3)[0].weights, self.route(logits, 3)[0].weights, rtol=2e-5
+            self.route(logits + shift, 3)[0].probabilities,
+            self.route(logits, 3)[0].probabilities,
+            rtol=2e-5,
         )
 
     @few(40)
     @given(SHAPES, st.integers(0, 2**31), st.floats(0, 8), st.floats(0, 1))
     @example((300, 9, 4), 0, 8.0, 0.5)
-    @example((300, 9, 4), 0, 0.0, 1.0)  # no slot has a row
+    @example((300, 9, 4), 0, 0.0, 1.0)  # no slot has a place
     @example((150, 8, 2), 0, 0.0, 0.0)  # all have
     def test_the_plan_equals_a_stable_argsort(self, shape, seed, skew, unused):
         """Experts as popular as exp(-skew * index), so from even to one hot expert with empty
@@ -234,12 +238,12 @@ class RouteSuite:
 
     @few(10)
     @given(LOGITS, ALLOWED)
-    def test_slots_beyond_the_allowed_experts_get_no_row(self, logits, allowed):
+    def test_slots_beyond_the_allowed_experts_get_no_place(self, logits, allowed):
         routing, _ = self.route(logits, E, allowed)
-        plan = self.plan(routing.ids, routing.weights > 0, E)
-        assert_plan(plan, routing.ids, routing.weights > 0, E)
+        plan = self.plan(routing.ids, routing.probabilities > 0, E)
+        assert_plan(plan, routing.ids, routing.probabilities > 0, E)
         np.testing.assert_array_equal(plan.sizes, np.where(allowed, N, 0))
-        assert (np.asarray(plan.rows)[routing.weights == 0] == N * E).all()
+        assert (np.asarray(plan.places)[routing.probabilities == 0] == N * E).all()
 
     def test_the_plan_is_made_without_a_sort(self):
         ids = jnp.zeros((300, 4), jnp.int32)
@@ -299,7 +303,9 @@ def test_real_shapes_are_traced(name, implementation):
         jax.ShapeDtypeStruct((N, E), jnp.float32),
     )
     plan = jax.eval_shape(
-        lambda r: dispatch_plan(r.ids, r.weights > 0, E, implementation=implementation), routing
+        lambda ids, p: dispatch_plan(ids, p > 0, E, implementation=implementation),
+        routing.ids,
+        routing.probabilities,
     )
     assert [a.shape for a in (*routing, *plan)] == [(N, A), (N, A), (N,), (E,), (N, A), (N * A,)]
 
@@ -323,29 +329,29 @@ def test_a_plan_too_large_for_scalar_memory_is_refused():
 
 
 @pytest.mark.parametrize("excluded", [(), (1, 3)])
-def test_router_probabilities_are_the_weights_with_every_expert_active(excluded):
+def test_router_probabilities_are_those_with_every_expert_active(excluded):
     logits, allowed = (
         jax.random.normal(jax.random.key(0), (N, E)),
         jnp.asarray([e not in excluded for e in range(E)]),
     )
     probabilities, log_z = router_probabilities(logits, allowed)
     routing = route_topk(logits, E, allowed)
-    np.testing.assert_array_equal(probabilities, dense_weights(routing, E))
+    np.testing.assert_array_equal(probabilities, dense_probabilities(routing, E))
     np.testing.assert_array_equal(log_z, routing.log_z)
 
 
 def assert_plan(plan, ids, chosen, experts):
-    """Against a stable argsort by expert, bit for bit; slots without a row sort behind all
+    """Against a stable argsort by expert, bit for bit; slots without a place sort behind all
     experts."""
     slots = np.where(chosen, ids, experts).reshape(-1)
     M, used = slots.size, int(np.sum(chosen))
     order = np.argsort(slots, kind="stable")
-    rows = np.full(M, M)
-    rows[order[:used]] = np.arange(used)
+    places = np.full(M, M)
+    places[order[:used]] = np.arange(used)
     np.testing.assert_array_equal(plan.sizes, np.bincount(slots, minlength=experts + 1)[:experts])
-    np.testing.assert_array_equal(plan.rows, rows.reshape(ids.shape))
+    np.testing.assert_array_equal(plan.places, places.reshape(ids.shape))
     np.testing.assert_array_equal(plan.slots, np.where(np.arange(M) < used, order, M))
-    assert plan.sizes.dtype == plan.rows.dtype == plan.slots.dtype == jnp.int32
+    assert plan.sizes.dtype == plan.places.dtype == plan.slots.dtype == jnp.int32
 
 
 def sorts(function, *arguments) -> bool:

@@ -301,9 +301,8 @@ def test_renormalising_the_chosen_weights_changes_nothing(monkeypatch):
 
     def renormalised(logits, active, allowed=None):
         routing = route_topk(logits, active, allowed)
-        return routing._replace(
-            weights=routing.weights / jnp.sum(routing.weights, axis=-1, keepdims=True)
-        )
+        total = jnp.sum(routing.probabilities, axis=-1, keepdims=True)
+        return routing._replace(probabilities=routing.probabilities / total)
 
     expected = forward(CONFIG, random_params(), TOKENS)
     monkeypatch.setattr(moe, "route_topk", renormalised)

@@ -1,12 +1,10 @@
-"""Files and directories that are whole or not there, and the locks that tell live writers from dead
-ones."""
+"""Files and directories that are whole or not there."""
 
 import errno
 import fcntl
 import os
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -20,12 +18,12 @@ from flexolmo_jax.storage.files import (
     check_new,
     clear,
     discard,
-    locked,
     new_directory,
     remove_abandoned,
     write_text,
     write_together,
 )
+from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.placing import place
 from tests.recorder import Recorder
 
@@ -186,54 +184,6 @@ def test_what_lies_where_a_key_is_first_written_is_not_written_to(tmp_path, monk
     with pytest.raises(UserError, match="nothing was written"):
         write_together({tmp_path / "key": (b"secret", 0o600)})
     assert not (tmp_path / "elsewhere").exists() and not (tmp_path / "key").exists()
-
-
-def other_process(body: str, path: Path) -> subprocess.Popen[bytes]:
-    """Runs `body` in a process of its own, with `path` and what files.py has."""
-    program = (
-        "import sys; from pathlib import Path; from flexolmo_jax.storage.files import *; path ="
-        f" Path(sys.argv[1])\n{body}"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", program, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ,
-    )
-
-
-HOLD = "with locked(path, shared={shared}):\n    print('in', flush=True); sys.stdin.readline()"
-
-
-def said(process: subprocess.Popen[bytes]) -> bytes:
-    assert process.stdout
-    return process.stdout.readline()
-
-
-@pytest.mark.parametrize(
-    ("held", "wanted", "waits"),
-    [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
-)
-def test_a_lock_keeps_another_process_out_unless_both_only_share_it(tmp_path, held, wanted, waits):
-    holder = other_process(HOLD.format(shared=held), tmp_path)
-    assert said(holder) == b"in\n"
-    if waits:
-        with pytest.raises(OSError), locked(tmp_path, shared=wanted, wait=False):
-            pass
-    other = other_process("print('begun', flush=True)\n" + HOLD.format(shared=wanted), tmp_path)
-    assert said(other) == b"begun\n"
-    if waits:
-        os.set_blocking(other.stdout.fileno(), False)  # type: ignore[union-attr]
-        time.sleep(0.5)
-        assert said(other) == b""
-        os.set_blocking(other.stdout.fileno(), True)  # type: ignore[union-attr]
-        holder.communicate(b"\n")
-        assert said(other) == b"in\n"
-    else:
-        assert said(other) == b"in\n"
-        holder.communicate(b"\n")
-    other.communicate(b"\n")
-    assert holder.returncode == other.returncode == 0
 
 
 @pytest.mark.parametrize("owner", ["mine", "somebody else's"])

@@ -24,7 +24,7 @@ from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LIMIT_S = 600
 # temporaries of the experts' forward and backward pass, in arrays [N k, F] of bfloat16: they grow
-# with rows, not with E
+# with slots, not with E
 LIMIT_ARRAYS = 14
 
 

@@ -58,7 +58,7 @@ def program(
 
             def route(logits, allowed):
                 routing = route_topk(logits, k, allowed, implementation="pallas")
-                return routing.weights, routing.log_z
+                return routing.probabilities, routing.log_z
 
             return with_gradients(route, 1), (of(N, E, dtype=jnp.float32), of(E, dtype=jnp.bool))
         case "dispatch_plan":
@@ -70,7 +70,8 @@ def program(
         case "permute":
             return lambda x, plan: permute(x, plan, implementation="pallas"), (of(N, D), plan)
         case "combine":
-            return lambda rows, plan: combine(rows, plan, implementation="pallas"), (of(M, D), plan)
+            arguments = of(M, D), plan
+            return lambda out, plan: combine(out, plan, implementation="pallas"), arguments
         case "attention":
             B, T, H, K, C = OLMO2_32B if numbers else OLMO2_7B
             arguments = of(B, T, H, C), of(B, T, K, C), of(B, T, K, C), of(B, T, dtype=jnp.int32)

@@ -83,7 +83,7 @@ def filled(case: str, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
             N, k = ids.shape
             return balanced_ids(N, k, 8), numbers(chosen)
         case "permute" | "combine", (x, plan):
-            (E,), (N, k) = plan.sizes.shape, plan.rows.shape
+            (E,), (N, k) = plan.sizes.shape, plan.places.shape
             return numbers(x), dispatch_plan(balanced_ids(N, k, E), jnp.ones((N, k), bool), E)
         case "attention", (*inputs, segments):
             T = segments.shape[1]
