@@ -168,6 +168,8 @@ def read_description(path: Path) -> tuple[dict[str, Any], ModelConfig]:
         conform(SCHEMAS[description["kind"]], description)
         return description, _config_of(description)
     except FileNotFoundError:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; expected a run, anchor or model") from None
         raise UserError(f"{path} is not a run, anchor or model: it has no {DESCRIPTION}") from None
     except NotADirectoryError:
         raise UserError(

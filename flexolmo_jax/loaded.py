@@ -90,8 +90,8 @@ class LoadedModel:
         """Raises UserError where a batch of this size does not divide over the mesh."""
         if self.mesh is not None and size % (ways := batch_ways(self.mesh)):
             raise UserError(
-                f"{size} sequences do not divide over {ways} devices of the mesh's data x fsdp x expert;"
-                " give a multiple, or use tensor alone"
+                f"{size} sequences do not divide over {ways} devices of the mesh's data x fsdp x"
+                " expert; give a multiple, or use tensor alone"
             )
 
     def selection(

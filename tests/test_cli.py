@@ -18,6 +18,7 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import dump_yaml
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.signature import keygen
 from tests.tiny import run_config
 
 VERBS = [
@@ -216,7 +217,7 @@ def test_a_corpus_smaller_than_a_batch_is_refused(paths, tmp_path, fails):
         ("mesh={tensor: 3}", "does not divide 8 devices"),
         ("mesh={data: 4, fsdp: 4}", "needs 16 devices; got 8"),
         ("data.train=[{path: nowhere}]", "nowhere does not exist"),
-        ("train.init=nowhere", "nowhere is not a run, anchor or model"),
+        ("train.init=nowhere", "nowhere does not exist; expected a run, anchor or model"),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_before_anything_is_written(
@@ -310,6 +311,31 @@ def test_a_manifest_that_was_cut_off_is_refused(paths, tmp_path, fails):
     assert "manifest.json is damaged" in fails("info", cut)
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "says"),
+    [
+        ("St Mary", "train.steps=1", "the expert's name is 'St Mary'"),
+        ("new", "data.seq_len=16", "public has records of 32 tokens, not 16"),
+        ("new", "pair.public=nowhere", "nowhere does not exist"),
+    ],
+    ids=["name", "length of records", "public text"],
+)
+def test_mistakes_show_before_documents_are_prepared(name, setting, says, paths, tmp_path, fails):
+    contribute = ["contribute", "--anchor", paths.anchor, "--documents", paths.code, "--name", name]
+    assert says in fails(*contribute, "--set", setting, "--out", tmp_path / "out" / "it")
+
+
+def test_work_of_other_documents_is_refused_with_the_option_that_mends_it(paths, tmp_path, fails):
+    documents = ["--documents", paths.code, "--name", "new"]
+    contribute = ["contribute", "--anchor", paths.anchor, *documents]
+    for option, work in (("--work", tmp_path / "work"), ("--out", tmp_path / "out" / "it.work")):
+        shutil.copytree(paths.data, work / "data")
+        given = ["--work", work] if option == "--work" else []
+        told = fails(*contribute, *given, "--out", tmp_path / "out" / "it")
+        assert f"{work} was made of other documents" in told
+        assert told.endswith(f"give a new {option}")
+
+
 def test_experts_that_cannot_be_chosen_are_refused(paths, tmp_path, fails):
     out, code = tmp_path / "out" / "model", paths.contributions[0]
     assert "two experts are called 'code'" in fails(
@@ -334,6 +360,22 @@ def test_experts_that_cannot_be_chosen_are_refused(paths, tmp_path, fails):
         assert "--active is 9; expected 1 to 4" in fails(*use, "--active", 9)
 
 
+def test_a_path_that_does_not_exist_is_said_not_to(paths, tmp_path, fails):
+    """A typing mistake in a path is the commonest of all: what is wrong is not a file inside."""
+    nowhere, out = tmp_path / "nowhere", tmp_path / "out" / "it"
+    missing = f"{nowhere} does not exist"
+    for command in (
+        ["info", nowhere],
+        ["verify", nowhere],
+        ["gc", nowhere],
+        ["verify", paths.contributions[0], "--trust", nowhere],
+        ["merge", "--anchor", nowhere, "--out", out],
+        ["merge", "--anchor", paths.anchor, nowhere, "--out", out],
+        ["opt-out", nowhere, "--expert", "law", "--out", out],
+    ):
+        assert missing in fails(*command)
+
+
 def test_an_artifact_of_another_kind_is_named(paths, tmp_path, fails):
     out = tmp_path / "out" / "it"
     assert "is a run; expected a published anchor" in fails(
@@ -354,6 +396,24 @@ def test_an_artifact_of_another_kind_is_named(paths, tmp_path, fails):
     )
     assert "is not a run, anchor or model" in fails("info", paths.data.parent)
     assert "is a file" in fails("info", paths.config)
+
+
+def test_verify_refuses_to_be_asked_for_a_check_that_it_cannot_make(paths, tmp_path, fails):
+    """Silence would pass for a check: an anchor, whoever wrote it, is not signed."""
+    store = paths.model.parent / "flexolmo-store"
+    trusted = tmp_path / "trusted"
+    keygen(tmp_path / "owner")
+    trusted.mkdir()
+    (tmp_path / "owner.pub").rename(trusted / "owner.pub")
+    no_anchors = (store, "a store"), (paths.data, "prepared data")
+    for path, kind in ((paths.anchor, "an anchor"), *no_anchors):
+        for asked in (["--signed"], ["--trust", trusted]):
+            assert f"is {kind}, which nobody signs" in fails("verify", path, *asked)
+    for path, kind in no_anchors:
+        assert f"is {kind}, which has no anchor" in fails("verify", path, "--anchor", paths.anchor)
+    for path in (paths.anchor, store, paths.data, paths.model):
+        public = ["--anchor", paths.anchor, "--public", paths.data]
+        assert "leave out --public" in fails("verify", path, *public)
 
 
 def test_an_output_that_holds_something_is_left_alone(paths, tmp_path, fails):

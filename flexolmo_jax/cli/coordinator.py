@@ -176,7 +176,15 @@ def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
 
     how = {"untuned": args.untuned, "sign_key": args.sign_key, **_composing(args)}
     model = opt_out(args.model, args.expert, args.out, **how)
-    return _merged(model) | {"receipt": read_sealed(model.path / RECEIPT)}
+    receipt = read_sealed(model.path / RECEIPT)
+    if args.json:
+        return _merged(model) | {"receipt": receipt}
+    # Manifests and sketches are for programs: in hundreds of lines nobody finds who still holds it.
+    told = {"file": str(model.path / RECEIPT)}
+    told |= {"removed": [expert["name"] for expert in receipt["removed"]]}
+    keep = ("grade", "models_that_still_hold_it", "store_still_holds_it")
+    told |= {key: receipt[key] for key in keep} | {"signed": args.sign_key is not None}
+    return _merged(model) | {"receipt": told}
 
 
 @verb(
@@ -247,7 +255,7 @@ def _proxies(texts: list[str]) -> dict[str, Path]:
 
 @verb(
     "gc",
-    "Remove from a store what no model is made of.",
+    "Remove from a store what no model is made of. Moved models do not count.",
     "gc flexolmo-store",
     option("store", type=path_of),
 )

@@ -103,7 +103,7 @@ ALLOW_HUB = option(
     help="fetch and run the hub's model that the anchor names, if it does",
 )
 TRUST = (
-    option("--signed", action="store_true", help="refuse contributions that nobody signed"),
+    option("--signed", action="store_true", help="refuse what nobody signed"),
     option(
         "--trust",
         metavar="DIR",

@@ -108,7 +108,7 @@ def _keygen(args: argparse.Namespace) -> dict[str, Any]:
         "--model",
         required=True,
         type=path_of,
-        help="what it would join: a merged model, or the anchor",
+        help="a model with your expert in it, or the anchor",
     ),
     option(
         "--documents",

@@ -89,6 +89,8 @@ class Store:
         """Raises UserError where there is none."""
         store = cls(absolute(path))
         if not store._is_known():
+            if not path.exists():
+                raise UserError(f"{path} does not exist; expected a store (flexolmo-store)")
             raise UserError(
                 f"{path} is not a store: it has no {STORE_FILE}; expected what `flexolmo merge`"
                 " made (flexolmo-store)"
@@ -251,16 +253,20 @@ class Store:
         and beside those models.
 
         An object that holds anything but the files of its record is left alone, and named.
+        So are models that are not where they were composed: whoever moved one sees that the store
+        has lost it.
         """
         with self.alone():
             unneeded = [path for path in self._unneeded() if is_settled(path)]
             removed = [path for path in unneeded if self._is_ours(path)]
             size = sum(file.size for path in removed for file in listing(path).values())
             left = set(abandoned(self._objects))
+            forgotten = []
             for entry, model in self._registered().items():
                 left |= set(abandoned(model.parent, model.name))
                 if not model.exists() or model in left:
                     remove_file(entry)
+                    forgotten.append(str(model))
             for path in removed:
                 discard(path)
             size += sum(file.size for path in left for file in listing(path).values())
@@ -278,6 +284,7 @@ class Store:
             "bytes": size,
             "kept": kept,
         }
+        told |= {"no_longer_there": sorted(forgotten)} if forgotten else {}
         return told | ({"left_alone": foreign} if foreign else {})
 
     def _unneeded(self) -> list[Path]:

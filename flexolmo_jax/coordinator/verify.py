@@ -52,19 +52,25 @@ def verify(
     is of contributions, and of the members of a model; `public`, held-out text for the admission
     report, of contributions: its findings are warnings, or with `refuse` errors.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist; expected what flexolmo has made")
     if refuse and not public:
         raise UserError(
             "there is nothing to refuse by: the admission report needs public text; give --public"
         )
-    if public and not (anchor_path and (path / MANIFEST).exists()):
+    if public and not (path / MANIFEST).exists():
+        raise UserError(f"{path} is no contribution, to report on; leave out --public")
+    if public and not anchor_path:
         raise UserError(
             "the admission report is of a contribution tried with its anchor; give --anchor too"
         )
     anchor = open_anchor(anchor_path) if anchor_path else None
     if (path / "index.json").exists():
+        _leave_out(path, "prepared data", anchor, trust)
         open_records(path, "train").check_digests()
         return {"path": str(path), "kind": "prepared data", "verified": True}
     if (path / STORE_FILE).exists():
+        _leave_out(path, "a store", anchor, trust)
         return {
             "path": str(path),
             "kind": "store",
@@ -79,6 +85,8 @@ def verify(
             f"{path} is a run; expected a contribution, an anchor or a model (`flexolmo package` or"
             " `publish` makes one)"
         )
+    if artifact.kind == "anchor":
+        _leave_out(path, "an anchor", None, trust)
     _check_anchor(artifact, anchor)
     told: dict[str, Any] = {
         "path": str(path),
@@ -90,6 +98,17 @@ def verify(
         integrity.check(path, artifact.description, artifact.config)
         return told | {"anchor": artifact.fingerprint}
     return told | {"anchor": artifact.fingerprint, "members": verify_model(artifact, trust)}
+
+
+def _leave_out(path: Path, kind: str, anchor: Artifact | None, trust: Trust) -> None:
+    """Raises UserError where a check is asked for that this kind of thing cannot have.
+
+    Silence would pass for a check.
+    """
+    if trust.signed:
+        raise UserError(f"{path} is {kind}, which nobody signs; leave out --signed and --trust")
+    if anchor is not None:
+        raise UserError(f"{path} is {kind}, which has no anchor; leave out --anchor")
 
 
 def _verify_contribution(
@@ -228,7 +247,8 @@ def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
         signed = None
     except OSError as error:
         raise UserError(f"cannot read {signature}: {reason(error)}") from None
-    signer = check_signature(read_bytes(path), signed, trust, path)
+    remedy = f"expected {signature}; ask the coordinator for it (opt-out --sign-key)"
+    signer = check_signature(read_bytes(path), signed, trust, path, remedy=remedy)
     if signer is None:
         note(
             f"warning: nobody signed {path}: anybody may have written it; ask the coordinator for a"

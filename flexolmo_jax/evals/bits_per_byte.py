@@ -29,13 +29,15 @@ def evaluate(
     split: Split = "heldout",
     limit: int | None = None,
     batch_size: int = 16,
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The held-out records of prepared directories or raw documents, and all of token files,
     scored.
 
     Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data:
     {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}}; `limit` reads
-    the first records of each only.
+    the first records of each only. `names` are those of the data, where they are not to be the
+    names of the files.
     """
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
@@ -52,14 +54,13 @@ def evaluate(
         "routing": {},
         "routing_by_layer": {},
     }
-    for path in data:
+    for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
+        if name in result["tokens"]:
+            raise UserError(f"two data sets are called {name!r}; rename one of them")
         records = open_heldout(
             path, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len), split
         )
-        name = name_of(path)
-        if name in result["tokens"]:
-            raise UserError(f"two data sets are called {name!r}; rename one of them")
-        with bar(f"eval {name}", min(len(records), limit or len(records))) as advance:
+        with bar(f"eval {name_of(path)}", min(len(records), limit or len(records))) as advance:
             score = score_records(
                 scorer,
                 model.params,

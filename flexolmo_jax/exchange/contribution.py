@@ -51,6 +51,7 @@ class Contribution:
     manifest: dict[str, Any]
     text: bytes  # of the manifest
     signature: bytes | None
+    is_kept: bool = False  # by a model, at `path`, that it was merged into
 
     @property
     def name(self) -> str:
@@ -116,14 +117,12 @@ class Contribution:
                         f"{self.path} names the fingerprint of {anchor.path} but has another {key};"
                         " ask its owner for it again"
                     )
-        return check_signature(
-            self.text,
-            self.signature,
-            trust,
-            self.path,
-            name=self.name,
-            owner=self.manifest["owner"],
-        )
+        signed = {"name": self.name, "owner": self.manifest["owner"]}
+        if self.is_kept:
+            where = f"the contribution {self.name!r} in {self.path}"
+            signed["remedy"] = "merge it again from a signed one"
+            return check_signature(self.text, self.signature, trust, where, **signed)
+        return check_signature(self.text, self.signature, trust, self.path, **signed)
 
     def tensors(
         self,
@@ -223,6 +222,8 @@ def open_contribution(path: Path) -> Contribution:
             f"{path} is not a contribution: {reason(error)}; expected a directory with a {MANIFEST}"
         ) from None
     if MANIFEST not in names:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; expected a contribution")
         raise UserError(f"{path} is not a contribution: it has no {MANIFEST}")
     if unknown := names - {TENSORS, MANIFEST, SIGNATURE}:
         found = ", ".join(repr(name) for name in sorted(unknown)[:3])
@@ -263,7 +264,8 @@ def recorded(path: Path, manifest: dict[str, Any], signature: str | None) -> Con
             f"{path}: the manifest of {manifest.get('name')!r:.70} is damaged: {error!s:.100}; do"
             " not use it"
         ) from None
-    return Contribution(path, checked, text, None if signature is None else signature.encode())
+    signed = None if signature is None else signature.encode()
+    return Contribution(path, checked, text, signed, is_kept=True)
 
 
 def check_expert_name(name: str) -> None:

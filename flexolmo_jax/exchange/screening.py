@@ -27,6 +27,7 @@ from .signature import Trust, check_signature, sign
 KIND = "flexolmo screening verdict"  # in what is signed: a signature of one is none of a manifest
 FORMAT = 1
 LIMIT = 1 << 16  # bytes
+UNSIGNED = "ask its owner to screen again with --sign-key"
 DIGITS = 4  # of the change: more would tell more of the text than a verdict needs
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -103,12 +104,8 @@ def read_verdict(path: Path, trust: Trust) -> tuple[Verdict, str | None]:
             " again"
         ) from None
     content = canonical_json(value).encode()
-    signer = check_signature(
-        content,
-        None if signature is None else (canonical_json(signature) + "\n").encode(),
-        trust,
-        path,
-    )
+    signed = None if signature is None else (canonical_json(signature) + "\n").encode()
+    signer = check_signature(content, signed, trust, path, remedy=UNSIGNED)
     return verdict, _key(signer)
 
 

@@ -54,6 +54,10 @@ class Rule:
     names: Annotated[list[str], Field(max_length=1000)] | None = None
     owners: Annotated[list[str], Field(max_length=1000)] | None = None
 
+    def lets_in(self, name: str, owner: str) -> bool:
+        is_named = self.names is None or name in self.names
+        return is_named and (self.owners is None or owner in self.owners)
+
     def __str__(self) -> str:
         kinds = {"called": self.names, "of the owner": self.owners}
         told = [
@@ -101,6 +105,8 @@ class Trust:
                 raise UserError(
                     f"{path} is not read; expected {POLICY}; rename it, or move it elsewhere"
                 )
+        if not keys and not directory.exists():
+            raise UserError(f"{directory} does not exist; expected a directory of public keys")
         if not keys:
             raise UserError(
                 f"{directory} holds no public keys; expected files *{PUBLIC} (`flexolmo keygen`"
@@ -111,7 +117,7 @@ class Trust:
             True, keys, _read_policy(directory / POLICY, set(keys.values())) if has_policy else None
         )
 
-    def check(self, key: str, name: str, owner: str, where: Path) -> None:
+    def check(self, key: str, name: str, owner: str, where: Path | str) -> None:
         """Raises UserError unless a listed key may sign this expert of this owner."""
         assert self.keys is not None
         if self.rules is None:
@@ -121,11 +127,9 @@ class Trust:
                 f"experts called {key!r}, of no owner whom another key is named for",
             )
         else:
-            rule = self.rules.get(key, Rule([]))
-            is_allowed = (rule.names is None or name in rule.names) and (
-                rule.owners is None or owner in rule.owners
-            )
-            allowed = f"{rule!s:.200}"
+            rule = self.rules.get(key)
+            is_allowed = rule is not None and rule.lets_in(name, owner)
+            allowed = f"nothing, as {POLICY} does not list it" if rule is None else f"{rule!s:.200}"
         if not is_allowed:
             raise UserError(
                 f"{where} is the expert {name!r} of the owner {owner!r:.80}, signed by the key"
@@ -200,19 +204,21 @@ def check_signature(
     manifest: bytes,
     signature: bytes | None,
     trust: Trust,
-    where: Path,
+    where: Path | str,
     *,
     name: str | None = None,
     owner: str = "",
+    remedy: str = "ask its owner to package it with --sign-key",
 ) -> dict[str, Any] | None:
     """Who signed a manifest, which is of this expert of this owner: the public key, and the name it
-    is listed under. Other files are of no expert.
+    is listed under. Other files are of no expert. `remedy` is what to do where there is no
+    signature.
 
     Raises UserError for what is not let in.
     """
     if signature is None:
         if trust.signed:
-            raise UserError(f"{where} is not signed; ask its owner to package it with --sign-key")
+            raise UserError(f"{where} is not signed; {remedy}")
         return None
     try:
         fields = parse_json(signature)
@@ -238,10 +244,7 @@ def check_signature(
     try:
         key.verify(raw_signed, manifest)
     except InvalidSignature:
-        raise UserError(
-            f"the signature of {where} is not one of its manifest; it was changed, or signed for"
-            " another contribution"
-        ) from None
+        raise UserError(f"the signature of {where} is for other bytes; sign it again") from None
     if trust.keys is None:
         return {"public_key": public}
     if name is not None:

@@ -11,15 +11,15 @@ from typing import Any
 
 from flexolmo_jax.config import resolve, says, section_of
 from flexolmo_jax.data.documents import document_files, has_documents
-from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.prepare import open_data, prepare
 from flexolmo_jax.data.records import Index, InputFile, open_records, sha256_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
-from flexolmo_jax.exchange.contribution import Contribution
+from flexolmo_jax.exchange.contribution import Contribution, check_expert_name
 from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.plain_yaml import read_yaml
 from flexolmo_jax.storage.files import check_new, is_whole, remove_if_empty
-from flexolmo_jax.storage.paths import bucket_of, in_bucket, size_of
+from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of, size_of
 
 from .package import package
 from .pair import train_pair
@@ -51,6 +51,7 @@ def contribute(
     check_new(out)
     if sign_key:
         load_key(sign_key)  # hours before it is used
+    given = work is not None
     if work is None:
         work = out.with_name(out.name + ".work")
         if in_bucket(work) and any(
@@ -77,6 +78,10 @@ def contribute(
     tree["data"] = data | {"train": [{"path": str(work / "data"), "name": name}], "eval": []}
     run = resolve(tree, overrides)  # every mistake in the config shows before any document is read
     assert run.pair is not None
+    check_expert_name(run.pair.name)
+    if run.pair.public_share > 0:  # so does public text that does not fit
+        public = path_of(run.pair.public or str(anchor.path / "public"))
+        open_data(public, anchor.tokenizer, run.data.seq_len, "train")
     if not is_whole(work / "data"):
         try:
             prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data")
@@ -84,9 +89,8 @@ def contribute(
             remove_if_empty(work)  # an earlier run's directory stays
             raise
     elif Index.read(work / "data").inputs != _inputs(documents):
-        raise UserError(
-            f"{work} was made of other documents; delete it to start anew, or give a new --out"
-        )
+        option = "--work" if given else "--out"
+        raise UserError(f"{work} was made of other documents; delete it, or give a new {option}")
     if not says(tree, overrides, "train", "steps"):
         records = len(open_records(work / "data", "train"))
         steps = max(

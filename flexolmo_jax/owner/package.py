@@ -175,7 +175,10 @@ def _hand_over(
             write_bytes(directory / SIGNATURE, sign(text, key))
     size = sum(math.prod(shape) for shape in shapes.values()) * np.dtype(anchor.dtype).itemsize
     note(f"packaged {out}: {size:,} bytes of weights, no data")
-    return open_contribution(out)
+    contribution = open_contribution(out)
+    if (day := contribution.expired) is not None:
+        note(f"warning: nobody can merge {out}: its licence expired on {day} (pair.expires)")
+    return contribution
 
 
 def _digest(model: Artifact, path: str, array: Stored, dtype: str) -> str:

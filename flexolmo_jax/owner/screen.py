@@ -15,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact, active_among
+from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN, evaluate
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, open_contribution
 from flexolmo_jax.exchange.screening import make_verdict, write_verdict
 from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.integrity import MATRICES, leaf_of
 from flexolmo_jax.loaded import LoadedModel, load
+from flexolmo_jax.runtime.progress import note
 
 MAX_WORSE = 0.02
 
@@ -52,11 +54,14 @@ def screen(
         )
     if out.exists():
         raise UserError(f"{out} exists; give a new file")
+    if out.suffix != ".json":
+        raise UserError(f"{out} has to end in .json, for --require-screening to find it")
     key = load_key(sign_key) if sign_key else None
     anchor, candidate = open_anchor(anchor_path), open_contribution(candidate_path)
     candidate.check(anchor)
     model = load(model_path)
     _check_model(model.artifact, anchor, candidate)
+    documents = _scored(model, documents)
     without = _bits(model, documents, limit)
     with_it = _bits(appended(model, candidate), documents, limit)
     if not math.isfinite(with_it["bits"]):
@@ -74,6 +79,8 @@ def screen(
         max_worse=max_worse,
     )
     write_verdict(verdict, key, out)
+    if key is None:
+        note(f"warning: {out} is not signed, so --require-screening refuses it; give --sign-key")
     private = {
         "without": without["bits"] / without["bytes"],
         "with_the_candidate": with_it["bits"] / with_it["bytes"],
@@ -128,9 +135,20 @@ def _check_model(model: Artifact, anchor: Artifact, candidate: Contribution) -> 
         )
 
 
+def _scored(model: LoadedModel, documents: Sequence[Path]) -> list[Path]:
+    """Those with held-out text: of a file with few documents often none is held out."""
+    length = min(RAW_SEQ_LEN, model.config.max_seq_len)
+    scored = [path for path in documents if len(open_heldout(path, model.tokenizer, length)) > 0]
+    if not scored:
+        names = ", ".join(map(str, documents))
+        raise UserError(f"{names}: none of the documents is held out (1 in 20 is); give more")
+    return scored
+
+
 def _bits(model: LoadedModel, documents: Sequence[Path], limit: int | None) -> dict[str, Any]:
     """Bits, tokens and bytes of all documents together."""
-    scores = evaluate(model, documents, limit=limit)
+    names = [str(number) for number in range(len(documents))]  # files may have one name
+    scores = evaluate(model, documents, limit=limit, names=names)
     bits = sum(scores["bits_per_byte"][name] * count for name, count in scores["bytes"].items())
     return {
         "bits": bits,

@@ -342,9 +342,10 @@ def _make_or_check(job: Job, out: Path) -> None:
     )
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
+        another = ", ".join(changed)
         raise UserError(
-            f"{out} holds a run with another {', '.join(changed)}; give a new --out, or the config"
-            " it was started with"
+            f"{out} holds a run with another {another}; give the config it was started with, "
+            "or a new place (--out, or --work where that was given)"
         )
     if (out / DESCRIPTION).exists():
         kept = open_artifact(out).description

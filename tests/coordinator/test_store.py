@@ -189,6 +189,15 @@ def bytes_read() -> int:
     return sum(value["value"] for metric in metrics for value in metric["values"])
 
 
+def test_gc_names_the_models_that_are_not_where_they_were(anchor, contributions, tmp_path):
+    """What only a moved model is made of goes, and whoever moved it is to see that."""
+    model = merge(anchor, [contributions["code"]], tmp_path / "model").path
+    store, moved = Store.existing(tmp_path / STORE), model.rename(tmp_path / "moved")
+    collected = store.gc()
+    assert collected["no_longer_there"] == [str(model)] and collected["kept"] == []
+    assert verify(moved)["verified"] and "no_longer_there" not in store.gc()
+
+
 def test_gc_removes_what_no_model_is_made_of_and_nothing_else(anchor, contributions, tmp_path):
     both = merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "both").path
     one = opt_out(both, ["law"], tmp_path / "one").path
@@ -335,7 +344,7 @@ def test_a_replaced_expert_is_the_newer_one_in_the_same_place(anchor, contributi
     ) == contents(both)
     with pytest.raises(UserError, match="no expert 'care'"):
         replace(both, contributions["care"], tmp_path / "no")
-    with pytest.raises(UserError, match="two experts are called 'code'"):
+    with pytest.raises(UserError, match="already has an expert 'code'; `flexolmo replace`"):
         append(both, contributions["code"], tmp_path / "no")
     assert not (tmp_path / "no").exists()
 

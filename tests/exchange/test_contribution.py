@@ -189,6 +189,13 @@ def test_what_an_owner_states_is_in_the_manifest_the_model_and_info_apart_from_w
         assert not stated.keys() & (told["measured"].keys() | told.keys())
 
 
+def test_an_owner_whose_licence_is_over_hears_of_it_first(anchor, prepared, tmp_path, capsys):
+    settings = "train.steps=1", "pair.expires=2020-12-31"
+    train_pair(pair_config(anchor, prepared["code"], "code", *settings), tmp_path / "run")
+    package(tmp_path / "run", tmp_path / "c")
+    assert "its licence expired on 2020-12-31" in capsys.readouterr().err
+
+
 def as_format_1(path: Path, **changes: Any) -> Path:
     manifest: dict[str, Any] = manifest_of(path) | {"format": 1} | changes
     del manifest["sequence"]

@@ -151,10 +151,23 @@ def test_another_key_is_refused_by_name(signed, keys):
         verify(signed, trust=Trust.of(keys / "trusted"))
 
 
+def test_a_member_that_is_not_signed_as_asked_is_named(
+    anchor, signed, contributions, keys, tmp_path
+):
+    """The coordinator who reads it has many experts, and signed none of them."""
+    model = merge(anchor, [signed, contributions["law"]], tmp_path / "model").path
+    with pytest.raises(UserError, match=rf"'law' in {model} is not signed; merge it again"):
+        verify(model, trust=Trust.of(keys / "trusted"))
+    (tmp_path / "others").mkdir()
+    shutil.copy(keys / "trusted" / "law.pub", tmp_path / "others")
+    with pytest.raises(UserError, match=rf"'code' in {model} is signed by the key .*; expected"):
+        verify(model, trust=Trust.of(tmp_path / "others"))
+
+
 def test_an_edited_manifest_is_refused(signed):
     manifest = json.loads((signed / MANIFEST).read_text())
     (signed / MANIFEST).write_bytes(sealed(manifest | {"licence": "do as you like"}))
-    with pytest.raises(UserError, match="is not one of its manifest"):
+    with pytest.raises(UserError, match="is for other bytes"):
         verify(signed)
 
 
@@ -168,7 +181,7 @@ def test_the_signature_of_another_contribution_is_refused(signed, contributions,
     (signed / SIGNATURE).write_bytes(
         sign((contributions["law"] / MANIFEST).read_bytes(), load_key(keys / "code"))
     )
-    with pytest.raises(UserError, match="signed for another contribution"):
+    with pytest.raises(UserError, match="is for other bytes"):
         verify(signed)
 
 
@@ -205,8 +218,11 @@ def test_things_that_are_no_keys_are_refused(keys, tmp_path):
         load_key(keys / "code.pub")
     with pytest.raises(UserError, match="cannot read the key"):
         load_key(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no public keys"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         Trust.of(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no public keys"):
+        Trust.of(tmp_path / "empty")
 
 
 @pytest.fixture
@@ -253,7 +269,7 @@ def test_a_policy_says_which_names_and_owners_a_key_may_sign(
 
 def test_a_key_that_the_policy_does_not_list_may_sign_nothing(signed, trusted):
     (trusted / "policy.yaml").write_text("law: {}\n")
-    with pytest.raises(UserError, match=r"code\.pub, which may sign experts called nothing"):
+    with pytest.raises(UserError, match=r"may sign nothing, as policy\.yaml does not list it"):
         verify(signed, trust=Trust.of(trusted))
 
 

@@ -15,6 +15,7 @@ from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, merge
 from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.data.documents import read_training_documents
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, open_contribution, sealed
@@ -203,6 +204,31 @@ def test_a_verdict_tells_nothing_of_the_documents_but_how_many_tokens_and_bytes_
     assert value["verdict"]["change"] == round(value["verdict"]["change"], 4)
 
 
+def test_documents_to_screen_with_may_lie_in_files_of_one_name(anchor, honest, corpora, tmp_path):
+    (tmp_path / "more").mkdir()
+    lines = corpora["care"].read_text().splitlines(keepends=True)
+    files = [tmp_path / "care.jsonl", tmp_path / "more" / "care.jsonl"]
+    for number, file in enumerate(files):
+        file.write_text("".join(lines[number::2]))
+    outs = [tmp_path / "0.json", tmp_path / "1.json"]
+    apart = [
+        screen(honest, anchor, anchor, [file], out) for file, out in zip(files, outs, strict=True)
+    ]
+    (trained_on := tmp_path / "one.txt").write_text(next(iter(read_training_documents(files[0]))))
+    files.append(trained_on)  # of a single document nothing is held out
+    together = screen(honest, anchor, anchor, files, tmp_path / "both.json")
+    assert together["bytes"] == sum(told["bytes"] for told in apart)
+    with pytest.raises(UserError, match=r"one\.txt: none of the documents is held out"):
+        screen(honest, anchor, anchor, [trained_on], tmp_path / "none.json")
+
+
+def test_a_verdict_that_would_not_count_is_told(anchor, honest, prepared, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"has to end in \.json"):
+        screen(honest, anchor, anchor, [prepared["care"]], tmp_path / "verdict")
+    screen(honest, anchor, anchor, [prepared["care"]], tmp_path / "verdict.json")
+    assert "verdict.json is not signed, so --require-screening" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("domain", ["care", None])
 def test_what_is_screened_is_the_model_that_append_writes(
     anchor, of_care, honest, tmp_path, domain
@@ -236,7 +262,10 @@ def test_a_verdict_that_is_changed_unsigned_or_a_strangers_is_refused(
     anchor, of_care, honest, prepared, keys, trust, tmp_path
 ):
     out = tmp_path / "verdict.json"
-    for key, says in ((None, "is not signed"), ("mallory", "expected one of the listed ones")):
+    for key, says in (
+        (None, "its owner to screen again"),
+        ("mallory", "expected one of the listed ones"),
+    ):
         screen(
             honest, anchor, of_care, [prepared["care"]], out, sign_key=keys / key if key else None
         )
