@@ -123,7 +123,7 @@ class FlatMember:
 
 @dataclass(frozen=True)
 class Tuned:
-    tuned_with: tuple[Text, ...]
+    tuned_with: Annotated[tuple[Text, ...], Field(min_length=1)]  # rows that were tuned were tuned with somebody
     tensors: dict[Literal["experts/row", "experts/bias"], Digest]
 
 
