@@ -10,6 +10,7 @@ from typing import Any
 
 from flexolmo_jax import integrity
 from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact
+from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.admission import admission, admit
@@ -28,6 +29,8 @@ from .sketch import decoded, is_copy
 from .store import Store
 
 SIGNATURE_LIMIT = 1 << 12  # bytes
+# By the file that says what a directory is, the first that is there. What does not belong beside it is refused by its reader.
+_KINDS = {MANIFEST: "contribution", DESCRIPTION: "artifact", STORE_FILE: "store", INDEX_FILE: "prepared data"}
 
 
 def verify(
@@ -43,12 +46,15 @@ def verify(
     if public and not (anchor_path and (path / MANIFEST).exists()):
         raise UserError("the admission report is of a contribution tried with its anchor; give --anchor too")
     anchor = open_anchor(anchor_path) if anchor_path else None
-    if (path / "index.json").exists():
+    what = next((kind for name, kind in _KINDS.items() if (path / name).exists()), "contribution")
+    if what in ("store", "prepared data"):
+        _check_asked(path, what, {"--anchor": anchor is not None, "--signed or --trust": trust.signed})
+    if what == "prepared data":
         open_records(path, "train").check_digests()
-        return {"path": str(path), "kind": "prepared data", "verified": True}
-    if (path / STORE_FILE).exists():
-        return {"path": str(path), "kind": "store", "verified": True, "objects": Store.existing(path).verify()}
-    if not (path / DESCRIPTION).exists():
+        return {"path": str(path), "kind": what, "verified": True}
+    if what == "store":
+        return {"path": str(path), "kind": what, "verified": True, "objects": Store.existing(path).verify()}
+    if what == "contribution":
         return _verify_contribution(path, anchor, trust, public, refuse)
     artifact = open_artifact(path)
     if artifact.kind == "run":
@@ -56,9 +62,16 @@ def verify(
     _check_anchor(artifact, anchor)
     told: dict[str, Any] = {"path": str(path), "kind": artifact.kind, "verified": True, "tensors": len(artifact.description["tensors"])}
     if artifact.kind == "anchor":
+        _check_asked(path, "anchor", {"--signed or --trust": trust.signed})
         integrity.check(path, artifact.description, artifact.config)
         return told | {"anchor": artifact.fingerprint}
     return told | {"anchor": artifact.fingerprint, "members": verify_model(artifact, trust)}
+
+
+def _check_asked(path: Path, what: str, asked: Mapping[str, bool]) -> None:
+    """Raises UserError for an option that cannot be held against such a thing: without a word it would seem to have been."""
+    for option in (option for option, is_given in asked.items() if is_given):
+        raise UserError(f"{path} is no contribution and no model, but {what}, of which {option} says nothing; leave that out")
 
 
 def _verify_contribution(path: Path, anchor: Artifact | None, trust: Trust, public: Path | None, refuse: bool) -> dict[str, Any]:
@@ -142,6 +155,7 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
         raise UserError(f"{model_path} is a {model.kind}; expected a merged model")
     if model.fingerprint != receipt["anchor"]:
         raise UserError(f"{model_path} stands on the anchor {model.fingerprint}; the receipt is of a model on {receipt['anchor']}")
+    _check_leavers(path, receipt)
     _check_members(model, receipt)
     _check_weights(model, receipt)
     verify_model(model)
@@ -163,6 +177,20 @@ def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
     if signer is None:
         note(f"warning: nobody signed {path}: anybody may have written it; ask the coordinator for a signed one (opt-out --sign-key)")
     return signer
+
+
+def _check_leavers(path: Path, receipt: Mapping[str, Any]) -> None:
+    """What a receipt says of who left is what they handed over: else it could name one expert and look for another."""
+    for gone in receipt["removed"]:
+        where = f"{path}: the leaver {gone['name']!r}"
+        if gone["manifest"] is None:  # of an imported model
+            continue
+        claimed = recorded(path, gone["manifest"], gone["signature"])
+        claimed.check_origin()
+        if claimed.name != gone["name"] or claimed.fingerprint != receipt["anchor"]:
+            raise UserError(f"{where} has the manifest of {claimed.name!r}, or of another anchor; do not believe the receipt")
+        if digests_of(gone) != set(gone["digests"]):
+            raise UserError(f"{where} has other digests than its manifest; do not believe the receipt")
 
 
 def _check_members(model: Artifact, receipt: Mapping[str, Any]) -> None:

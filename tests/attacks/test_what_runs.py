@@ -476,3 +476,30 @@ def test_tuned_rows_are_not_put_on_a_newer_expert_of_the_same_name(model, contri
     del description["base_sha256"]  # as an earlier version wrote it
     write_description(tmp_path / "router", description)
     assert load(tmp_path / "router").experts == ("anchor", "code", "law", "care")
+
+
+def test_nothing_passes_for_signed_that_has_no_signature(anchor, model, contributions, prepared, tmp_path):
+    """Promise: a claim is checked or refused. Prepared data laid beside an unsigned contribution or model made `verify --trust` look at
+    the data alone, and succeed; anchors, stores and data did so always, whatever anchor or keys were asked for."""
+    keygen(tmp_path / "keys" / "code")
+    trust = Trust.of(tmp_path / "keys")
+    for source in (contributions["code"], model):
+        both = copied(source, tmp_path / f"{source.name}-with-data")
+        for file in prepared["code"].iterdir():
+            if not (both / file.name).exists():
+                shutil.copy(file, both)
+        for options in ({}, {"trust": trust}, {"anchor_path": anchor, "trust": Trust(signed=True)}):
+            with pytest.raises(UserError, match="holds|is not signed"):
+                verify(both, **options)
+    store = merge(anchor, [], tmp_path / "model").path.parent / "flexolmo-store"
+    for path, options in (
+        (anchor, {"trust": trust}),
+        (anchor, {"trust": Trust(signed=True)}),
+        (store, {"trust": trust}),
+        (store, {"anchor_path": anchor}),
+        (prepared["code"], {"trust": trust}),
+        (prepared["code"], {"anchor_path": anchor}),
+    ):
+        assert verify(path)["verified"]
+        with pytest.raises(UserError, match="says nothing; leave that out"):
+            verify(path, **options)
