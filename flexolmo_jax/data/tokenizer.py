@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from flexolmo_jax.data.documents import HELDOUT, document_files, read_training_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
-from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.files import check_new_file, make_folder, write_text
 from flexolmo_jax.storage.paths import absolute, children, reason, size_of
 from flexolmo_jax.storage.untrusted import no_panic, read_bytes
 
@@ -140,6 +140,8 @@ def train_tokenizer(
         raise UserError(f"got a vocabulary of {vocab_size} tokens, expected {len(BYTES) + 2} or more (256 bytes, {EOS}, {PAD})")
     if out.is_file() or children(out):
         raise UserError(f"{out} exists: expected a new file or a new or empty directory")
+    file = out if out.suffix == ".json" and not out.is_dir() else out / TOKENIZER_FILE
+    check_new_file(file)
     inputs = [file for path in files for file in document_files(path)]
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
@@ -154,7 +156,6 @@ def train_tokenizer(
     tokenizer = Tokenizer(backend.to_str())
     if tokenizer.vocab_size < vocab_size:
         note(f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little of it for more")
-    file = out if out.suffix == ".json" else out / TOKENIZER_FILE
     make_folder(file.parent)
     tokenizer.save(file)
     return tokenizer

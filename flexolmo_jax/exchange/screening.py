@@ -15,7 +15,7 @@ from pydantic import Field
 
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.files import write_bytes
+from flexolmo_jax.storage.files import write_new
 from flexolmo_jax.storage.paths import children, reason
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
@@ -60,7 +60,7 @@ def write_verdict(verdict: Verdict, key: Ed25519PrivateKey | None, out: Path) ->
     """Writes a file of canonical JSON: the verdict and, with a key, its signature."""
     content = canonical_json(asdict(verdict)).encode()
     signature = parse_json(sign(content, key)) if key else None
-    write_bytes(out, _spelled(asdict(verdict), signature))
+    write_new(out, _spelled(asdict(verdict), signature))
 
 
 def read_verdict(path: Path, trust: Trust) -> tuple[Verdict, str | None]:

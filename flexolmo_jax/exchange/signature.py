@@ -25,7 +25,7 @@ from pydantic import Field
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.plain_yaml import parse_yaml
-from flexolmo_jax.storage.files import write_together
+from flexolmo_jax.storage.files import check_new_file, write_together
 from flexolmo_jax.storage.paths import absolute, children, open_regular, reason
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
@@ -116,8 +116,9 @@ ANY = Trust()
 def keygen(out: Path) -> str:
     """Writes a new private key, readable by its owner only, and the public one beside it, or none; returns the public key in base 64.
 
-    Raises UserError where one of both files exists, and where they cannot be written.
+    Raises UserError where one of both files exists, where they cannot be written, and inside an anchor, a contribution and their like.
     """
+    check_new_file(out)
     key = Ed25519PrivateKey.generate()
     encoding = serialization.Encoding.PEM
     private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())

@@ -22,7 +22,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.embedder import CHUNK, Embedder, load_embedder, widened
 from flexolmo_jax.runtime.progress import bar
-from flexolmo_jax.storage.files import write_bytes
+from flexolmo_jax.storage.files import check_new_file, write_new
 
 SHARE = 0.01  # of the public documents
 FEWEST, MOST = 10, 250_000  # documents of each kind that the classifier is trained on (the paper: 500k, balanced)
@@ -64,8 +64,7 @@ def select_proxies(
     """
     if out.suffix != ".jsonl":
         raise UserError(f"--out is {out}; expected a new file that ends in .jsonl")
-    if out.exists():
-        raise UserError(f"{out} exists; give a new file")
+    check_new_file(out)
     if not 0 < share < 1 or diversity < 1:
         raise UserError(f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and 1 or more")
     anchor = open_anchor(anchor_path)
@@ -101,7 +100,7 @@ def select_proxies(
     candidates = {digest: score for score, digest in scored[: count * diversity]}
     texts = {digest_of(text): text for text in _distinct(public, heldout, set(candidates))}
     kept = sorted(candidates) if diversity == 1 else _diverse(embedder, texts, candidates, count)
-    write_bytes(out, "".join(json.dumps({"text": texts[digest]}, ensure_ascii=False) + "\n" for digest in sorted(kept)).encode())
+    write_new(out, "".join(json.dumps({"text": texts[digest]}, ensure_ascii=False) + "\n" for digest in sorted(kept)).encode())
     return Proxies(len(kept), len(scored), accuracy, int(labels.sum()))
 
 

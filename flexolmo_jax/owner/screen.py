@@ -21,6 +21,7 @@ from flexolmo_jax.exchange.screening import make_verdict, write_verdict
 from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.integrity import MATRICES, leaf_of
 from flexolmo_jax.loaded import LoadedModel, load
+from flexolmo_jax.storage.files import check_new_file
 
 MAX_WORSE = 0.02
 
@@ -43,8 +44,7 @@ def screen(
     """
     if not 0 <= max_worse < math.inf:
         raise UserError(f"--max-worse is {max_worse}; expected a part of bits per byte, as 0.02, and not below 0")
-    if out.exists():
-        raise UserError(f"{out} exists; give a new file")
+    check_new_file(out)
     key = load_key(sign_key) if sign_key else None
     anchor, candidate = open_anchor(anchor_path), open_contribution(candidate_path)
     candidate.check(anchor)
