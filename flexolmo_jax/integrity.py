@@ -28,6 +28,7 @@ from flexolmo_jax.storage.untrusted import read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, metadata_files, shard_name
 
 RECEIPT, RECEIPT_SIGNATURE = "receipt.json", "receipt.sig"
+_BESIDE = {"model": {RECEIPT, RECEIPT_SIGNATURE}}  # what may lie in a directory, by its kind, and need not
 MATRICES = ("gate", "up", "down")
 OF_MERGES = ("n_experts", "n_active", "router_bias")  # keys of a model's config that a merge decides
 EMBEDDER_LIMIT = 1 << 30  # bytes of an embedder's file
@@ -70,7 +71,8 @@ def check_files(path: Path, description: Mapping[str, Any], config: ModelConfig)
             raise UserError(f"{path / 'weights' / name} does not belong to these tensors (another layout, or changed); make {path} anew")
     if missing := expected.keys() - found.keys():
         raise UserError(f"{path} is not whole: it misses {min(missing)} ({len(missing)} files are missing); fetch it again")
-    if unknown := found.keys() - expected.keys() - {RECEIPT, RECEIPT_SIGNATURE}:
+    expected |= dict.fromkeys(found.keys() & _BESIDE.get(description["kind"], set()))
+    if unknown := found.keys() - expected.keys():
         raise UserError(f"{path} holds unknown files: {', '.join(map(repr, sorted(unknown)[:3]))}; remove them, or fetch it again")
     for name, size in expected.items():
         if not in_bucket(path) and not stat.S_ISREG((path / name).lstat().st_mode):

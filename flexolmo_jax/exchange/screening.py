@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
@@ -20,6 +20,7 @@ from flexolmo_jax.storage.paths import children, reason
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 from .contribution import Contribution
+from .manifest import day
 from .signature import Trust, check_signature, sign
 
 KIND = "flexolmo screening verdict"  # in what is signed: a signature of one is none of a manifest
@@ -37,13 +38,13 @@ class Verdict:
 
     kind: Literal["flexolmo screening verdict"]
     format: Literal[1]
-    date: Annotated[str, Field(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+    date: Annotated[str, AfterValidator(day)]
     anchor: Digest  # its fingerprint
     candidate: Digest  # the `sha256` of its manifest
     model: Digest  # the `sha256` of the description of what it was tried with
     tokens: Count
     bytes: Count
-    change: Annotated[float, Field(allow_inf_nan=False)]
+    change: Annotated[float, Field(ge=-1, allow_inf_nan=False)]
     max_worse: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     verdict: Literal["pass", "fail"]
 
@@ -106,7 +107,7 @@ def check_screening(contributions: Sequence[Contribution], verdict_paths: Sequen
                     f"{contribution.path} is refused by {trust.keys[str(key)]}: it makes their text {verdict.change:.1%} worse, at most "
                     f"{verdict.max_worse:.1%} is expected ({path}); leave it out, or ask its owner for another"
                 )
-        if missing := others - {key for *_, key in of_it}:
+        if missing := others - {key for _, verdict, key in of_it if verdict.anchor == contribution.fingerprint}:
             names = ", ".join(sorted(trust.keys[key] for key in missing))
             raise UserError(f"{contribution.path} is not screened by {names}; ask them for a verdict (`flexolmo screen`)")
 

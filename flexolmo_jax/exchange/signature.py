@@ -12,6 +12,7 @@ A coordinator's directory of public keys says who may sign what. The key FILE.pu
 import base64
 import os
 import stat
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ class Trust:
                 if public in keys:
                     raise UserError(f"{path} is the key of {keys[public]}{PUBLIC} too; keep one, and list what it may sign in {POLICY}")
                 keys[public] = name
-            elif path.name.startswith("policy.") and path.name != POLICY:
+            elif path.name.lower().lstrip(".").startswith("polic") and path.name != POLICY:
                 raise UserError(f"{path} is not read; expected {POLICY}; rename it, or move it elsewhere")
         if not keys:
             raise UserError(f"{directory} holds no public keys; expected files *{PUBLIC} (`flexolmo keygen` writes them)")
@@ -98,7 +99,7 @@ class Trust:
         assert self.keys is not None
         if self.rules is None:
             others = set(self.keys.values()) - {key}
-            is_allowed, allowed = name == key and owner not in others, f"experts called {key!r}, of no owner whom another key is named for"
+            is_allowed, allowed = name == key and _as_read(owner) not in map(_as_read, others), f"experts called {key!r}, of no owner whom another key is named for"
         else:
             rule = self.rules.get(key, Rule([]))
             is_allowed = (rule.names is None or name in rule.names) and (rule.owners is None or owner in rule.owners)
@@ -192,6 +193,11 @@ def check_signature(
     if name is not None:
         trust.check(trust.keys[public], name, owner, where)
     return {"public_key": public, "name": trust.keys[public]}
+
+
+def _as_read(name: str) -> str:
+    """A name as somebody reads it: whatever its case, its spaces and how its accents and wide letters are encoded."""
+    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def _spelled(public: str, signature: str) -> bytes:
