@@ -96,6 +96,9 @@ def fetch(out: Path, domains: Sequence[str] | None = None, max_bytes: int | None
     stale = [name for name in names if name not in intact or index[name]["missing"]]
     if done := [name for name in names if name not in stale]:
         progress.note(f"already there: {', '.join(done)}")
+    for path in (out / f"{name}.jsonl" for name in stale if name not in index):
+        if path.exists() or path.is_symlink():
+            raise UserError(f"{path} is there, and no fetch wrote it: move it away, or give another directory")
     archives, reasons = _download_all(dict.fromkeys(source.package for name in stale for source in DOMAINS[name]))
     with progress.bar("writing domains", len(stale)) as advance:
         for name in stale:
