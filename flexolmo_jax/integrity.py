@@ -23,7 +23,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import logical_axes, parameter_shapes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import bar
-from flexolmo_jax.storage.paths import children, in_bucket, listing
+from flexolmo_jax.storage.paths import children, in_bucket, listing, open_regular, size_of
 from flexolmo_jax.storage.untrusted import read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, metadata_files, shard_name
 
@@ -215,7 +215,10 @@ def embedder_digest(directory: Path) -> str:
     """Over the names and bytes of the embedder's files."""
     digest = hashlib.sha256()
     for path in children(directory):
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(read_bytes(path, EMBEDDER_LIMIT)).digest())
+        if (size := size_of(path)) > EMBEDDER_LIMIT:
+            raise UserError(f"{path} has {size} bytes; expected at most {EMBEDDER_LIMIT}")
+        with open_regular(path) as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

@@ -26,6 +26,7 @@ from flexolmo_jax.storage.untrusted import parse_json
 NAMES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 DTYPES = {dtype: name for name, dtype in NAMES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+NAME_LIMIT = 1000  # characters of a tensor's name
 SIGNS_LIMIT = 1 << 19  # commas and brackets in a header: 65,000 matrices have fewer
 BLOCK = 1 << 22  # bytes read and digested at a time
 _INFINITY = {"bfloat16": (np.uint16, 0x7FFF, 0x7F80), "float16": (np.uint16, 0x7FFF, 0x7C00), "float32": (np.uint32, 2**31 - 1, 0x7F800000)}
@@ -178,6 +179,8 @@ def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
             if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
                 raise ValueError("its __metadata__ is not of strings")
             continue
+        if len(name) > NAME_LIMIT:
+            raise ValueError(f"a tensor has a name of {len(name)} characters; expected at most {NAME_LIMIT}")
         if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
         kind, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
