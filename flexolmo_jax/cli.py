@@ -7,8 +7,10 @@ with --json.
 """
 
 import argparse
+import errno
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from flexolmo_jax.errors import RunError, UserError, printable
 from flexolmo_jax.runtime import processes
 from flexolmo_jax.runtime.interrupts import catch, was_raised
 from flexolmo_jax.runtime.processes import ending, is_first, join
+from flexolmo_jax.runtime.streams import set_streams
 from flexolmo_jax.storage.files import is_disk_full
 from flexolmo_jax.storage.paths import in_bucket, is_refusal, path_of, reason
 from flexolmo_jax.storage.placing import WAYS
@@ -30,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit status. The command itself, which gives no `argv`, ends here, as does one of several processes."""
     if argv is None:
         catch([__file__, processes.__file__])
+        set_streams()
     return ending(lambda: _run(argv), whole=argv is None)
 
 
@@ -50,6 +54,8 @@ def _run(argv: Sequence[str] | None) -> int:
             told = str(error)
         elif is_disk_full(error):
             told = "no space left on the disk; free some and run it again: a run goes on from its last checkpoint"
+        elif isinstance(error, MemoryError):
+            told = f"not enough memory ({error!s:.120}); give smaller numbers, or a machine with more"
         elif is_refusal(error):
             told = f"the object store refused: {reason(error)}; check the bucket's name and your credentials, and run it again"
         elif isinstance(error, OSError):  # a file that may not be read: not a bug, but not foreseen by the verb either
@@ -77,7 +83,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _data_fetch(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.data.sources import fetch
 
-    fetched = fetch(args.out, args.domain or None, int(args.max_mb * 1e6) if args.max_mb else None)
+    fetched = fetch(args.out, args.domain or None, None if args.max_mb is None else int(args.max_mb * 1e6))
     return {name: {"documents": d["documents"], "bytes": d["bytes"], "missing": d["missing"]} for name, d in fetched.items()}
 
 
@@ -358,8 +364,6 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    import os
-
     from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT, slice_of
 
     where = slice_of(args.topology)
@@ -430,7 +434,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("out", help="a directory; one <domain>.jsonl each", type=_local)
     p.add_argument("--domain", action="append", help="only this one (may be given again)")
-    p.add_argument("--max-mb", type=float, help="at most this much text a domain")
+    p.add_argument("--max-mb", type=_finite, help="at most this much text a domain")
 
     p = verb(
         "prepare", _data_prepare, "Documents to packed fixed-length records.",
@@ -741,6 +745,12 @@ def _positive(text: str) -> int:
     return number
 
 
+def _finite(text: str) -> float:
+    if not abs(number := float(text)) < 1e300:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number")
+    return number
+
+
 def _share(text: str) -> float:
     share = float(text)
     if not 0 <= share < 1:
@@ -768,7 +778,7 @@ def _bytes(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
     try:
         size = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a size as 5GB or 500MB")
@@ -829,6 +839,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
     """Prints a verb's result. Raises OSError where that cannot be written."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     if as_json:
         print(json.dumps(result))
     elif "text" in result:
@@ -842,7 +854,7 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
 
 def _for_terminal(text: str) -> str:
     """A model's own words: as they are where they go to a file or a pipe; on a terminal no escape takes effect."""
-    return printable(text, keep="\n\t") if sys.stdout.isatty() else text
+    return printable(text, keep="\n\t") if sys.stdout and sys.stdout.isatty() else text
 
 
 def _printable(value: Any) -> Any:

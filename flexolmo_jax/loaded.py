@@ -70,6 +70,9 @@ class LoadedModel:
         k, allowed = self.selection(without, active)
         self.check_rows(len(prompts))
         of_text = all(isinstance(prompt, str) for prompt in prompts)
+        for number, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                _check_unicode(number, prompt)
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         completions = generate(
             self.config, self.params, ids, max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eos_id,
@@ -105,6 +108,13 @@ def load(path: str | Path, which: str = "last", mesh: MeshConfig | None = None) 
     where = make_mesh(mesh)
     axes = flatten(logical_axes(artifact.config, pair=artifact.is_pair))
     return LoadedModel(artifact, artifact.params(which, lambda path, shape: parameter_sharding(where, axes[path], shape)), where)
+
+
+def _check_unicode(number: int, prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8 come as half a surrogate pair
+        raise UserError(f"prompt {number}: character {error.start} is not Unicode; give the prompt in UTF-8") from None
 
 
 def select_experts(artifact: Artifact, without: Sequence[str], active: int | None) -> tuple[int, np.ndarray]:

@@ -49,6 +49,7 @@ READERS = {
     "plain_yaml.py": "the one reader of YAML: regular files of bounded size",
     "data/arrays.py": "maps records whose header and size have been checked",
     "data/sources.py": "archives of package registries, pinned by digest",
+    "runtime/streams.py": "the null device",
     "reproduce": "a study's own results",
     "train/profile.py": "a profile that this process has just written",
 }

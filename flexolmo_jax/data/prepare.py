@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flexolmo_jax.config import LARGEST
 from flexolmo_jax.data.documents import (
     HELDOUT,
     INDEX_FILE,
@@ -76,8 +77,8 @@ def prepare(
         UserError: documents that cannot be read or are none, an output directory that is not new or empty, or that cannot be
             written (a full disk). Whatever happens, nothing half-written is left.
     """
-    if seq_len < 2:
-        raise UserError(f"got records of {seq_len} tokens, expected 2 or more")
+    if not 2 <= seq_len <= LARGEST["max_seq_len"]:
+        raise UserError(f"got records of {seq_len} tokens, expected 2 or more, {LARGEST['max_seq_len']} at most")
     if not 0 <= heldout < 1:
         raise UserError(f"got a held-out share of {heldout}, expected 0 or more and less than 1")
     files = [file for path in inputs for file in document_files(path)]

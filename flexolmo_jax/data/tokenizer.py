@@ -25,6 +25,7 @@ from .tokenizer_file import LIMIT, read_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+MOST = 1 << 21  # tokens: a tokenizer.json of more would be longer than is read
 EOS_NAMES = (EOS, "</s>", "<eos>")
 PAD_NAMES = (PAD, "<|padding|>", "<pad>")
 BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())  # the 256 characters that stand for bytes in a vocabulary
@@ -134,10 +135,11 @@ def train_tokenizer(
         sample_bytes: how much text to learn from: the first part of every file, in proportion to its size.
 
     Raises:
-        UserError: a vocabulary smaller than 258, no text, an output that exists, or documents that cannot be read.
+        UserError: a vocabulary smaller than 258 or larger than MOST, no text, an output that exists, or documents that cannot be read.
     """
-    if vocab_size < len(BYTES) + 2:
-        raise UserError(f"got a vocabulary of {vocab_size} tokens, expected {len(BYTES) + 2} or more (256 bytes, {EOS}, {PAD})")
+    if not len(BYTES) + 2 <= vocab_size <= MOST:
+        told = f"{len(BYTES) + 2} or more (256 bytes, {EOS}, {PAD}), {MOST} at most"
+        raise UserError(f"got a vocabulary of {vocab_size} tokens, expected {told}")
     if out.is_file() or children(out):
         raise UserError(f"{out} exists: expected a new file or a new or empty directory")
     file = out if out.suffix == ".json" and not out.is_dir() else out / TOKENIZER_FILE
