@@ -99,7 +99,8 @@ class Trust:
         assert self.keys is not None
         if self.rules is None:
             others = set(self.keys.values()) - {key}
-            is_allowed, allowed = name == key and _as_read(owner) not in map(_as_read, others), f"experts called {key!r}, of no owner whom another key is named for"
+            is_allowed = name == key and _as_read(owner) not in map(_as_read, others)
+            allowed = f"experts called {key!r}, of no owner whom another key is named for"
         else:
             rule = self.rules.get(key, Rule([]))
             is_allowed = (rule.names is None or name in rule.names) and (rule.owners is None or owner in rule.owners)

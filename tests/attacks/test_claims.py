@@ -72,7 +72,7 @@ def test_a_receipt_lies_in_models_only_and_is_a_file(anchor, model, tmp_path):
             fake = copied(source, tmp_path / source.name / name / "fake")
             os.mkfifo(fake / name)
             for use in (verify, load):
-                with pytest.raises(UserError, match="is not a regular file|holds unknown files|cannot read the receipt"):
+                with pytest.raises(UserError, match=r"is not a regular file|holds unknown files|cannot read the receipt"):
                     use(fake)
     fake = copied(anchor, tmp_path / "anchor-with-receipt")
     (fake / "receipt.json").write_text("{}")

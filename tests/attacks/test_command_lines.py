@@ -17,7 +17,7 @@ from flexolmo_jax.integrity import embedder_digest
 from flexolmo_jax.loaded import load
 from flexolmo_jax.storage.checkpoint import StepCheckpoints
 from flexolmo_jax.storage.tensorfile import TensorFile
-from flexolmo_jax.train.metrics import last_row
+from flexolmo_jax.train import metrics
 from tests.attacks.test_contributions import costing_at_most
 
 
@@ -124,12 +124,12 @@ def test_a_large_embedder_or_metrics_file_costs_little(tmp_path):
     with costing_at_most(100, 60):
         embedder_digest(tmp_path / "embedder")
         with pytest.raises(UserError, match="is damaged"):
-            last_row(tmp_path)
+            metrics.last_row(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' * 100_000 + b'{"step": 2}\n{"st')
-    assert last_row(tmp_path) == {"step": 2}
+    assert metrics.last_row(tmp_path) == {"step": 2}
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1')
     with pytest.raises(UserError, match="is damaged"):
-        last_row(tmp_path)
+        metrics.last_row(tmp_path)
     os.truncate(tmp_path / "embedder" / "embedder.npz", 2**30 + 1)
     with pytest.raises(UserError, match="expected at most"):
         embedder_digest(tmp_path / "embedder")

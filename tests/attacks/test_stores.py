@@ -451,6 +451,6 @@ def test_gc_leaves_the_parts_of_a_model_that_does_not_tell_what_it_is_made_of(an
 @pytest.mark.parametrize(("out", "store"), [("x", "x"), ("x/model", "x"), ("x", "x/store")])
 def test_a_model_and_its_store_do_not_lie_in_each_other(anchor, contributions, tmp_path, out, store):
     """Promise: a merge that fails leaves nothing that a later command takes for a store with a model."""
-    with pytest.raises(UserError, match="lie in each other|lies inside the store"):
+    with pytest.raises(UserError, match=r"lie in each other|lies inside the store"):
         merge(anchor, [contributions["law"]], tmp_path / out, store_path=tmp_path / store)
     assert not (tmp_path / store).exists()

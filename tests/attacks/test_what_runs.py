@@ -488,18 +488,19 @@ def test_nothing_passes_for_signed_that_has_no_signature(anchor, model, contribu
         for file in prepared["code"].iterdir():
             if not (both / file.name).exists():
                 shutil.copy(file, both)
-        for options in ({}, {"trust": trust}, {"anchor_path": anchor, "trust": Trust(signed=True)}):
-            with pytest.raises(UserError, match="holds|is not signed"):
-                verify(both, **options)
+        for by in (Trust(), trust, Trust(signed=True)):
+            with pytest.raises(UserError, match=r"holds|is not signed"):
+                verify(both, anchor, by)
     store = merge(anchor, [], tmp_path / "model").path.parent / "flexolmo-store"
-    for path, options in (
-        (anchor, {"trust": trust}),
-        (anchor, {"trust": Trust(signed=True)}),
-        (store, {"trust": trust}),
-        (store, {"anchor_path": anchor}),
-        (prepared["code"], {"trust": trust}),
-        (prepared["code"], {"anchor_path": anchor}),
+    data = prepared["code"]
+    for path, base, by in (
+        (anchor, None, trust),
+        (anchor, None, Trust(signed=True)),
+        (store, None, trust),
+        (store, anchor, Trust()),
+        (data, None, trust),
+        (data, anchor, Trust()),
     ):
         assert verify(path)["verified"]
         with pytest.raises(UserError, match="says nothing; leave that out"):
-            verify(path, **options)
+            verify(path, base, by)
