@@ -30,12 +30,14 @@ from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.coordinator.compose import Source
 from flexolmo_jax.coordinator.composition import Composition
 from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
+from flexolmo_jax.coordinator.objects import sketch_claim
 from flexolmo_jax.coordinator.sketch import BUCKETS, encoded
 from flexolmo_jax.coordinator.store import Store
 from flexolmo_jax.data.tokenizer import train_tokenizer
 from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed, tensor_shapes
 from flexolmo_jax.exchange.manifest import FORMAT
 from flexolmo_jax.integrity import fingerprint_of, layouts, tensor_digest
+from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.weights import Writer
 
@@ -277,7 +279,7 @@ def manifest_of(config: ModelConfig, name: str, tensors: dict[str, Any], header:
 
 
 def make_sparse_model(path: Path, like: Artifact) -> None:
-    """A model of the paper's size whose files have their length and no content. It counts as verified."""
+    """A model of the paper's size whose files have their length and no content. It and its sketches count as verified."""
     shapes = tensor_shapes(REAL, False)
 
     def member(number: int) -> dict[str, Any]:
@@ -303,7 +305,9 @@ def make_sparse_model(path: Path, like: Artifact) -> None:
                 file.chmod(0o444)
     like.tokenizer.save(path / "tokenizer.json")
     write_description(path, description)
-    open_artifact(path).remember()
+    model = open_artifact(path)
+    model.remember()
+    verified.remember(path, sketch_claim(model))
 
 
 if __name__ == "__main__":
