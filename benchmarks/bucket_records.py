@@ -1,10 +1,12 @@
-"""Records a second out of a bucket, in batches drawn at random as in training and one after another, beside those of a disk.
+"""Records a second out of a bucket, in batches drawn at random as in training and one after
+another, beside those of a disk.
 
     python benchmarks/bucket_records.py --bucket gs://bucket/place --disk /some/disk
 
-Prepares the same made-up text in both places (which stays there) and reads each in a process of its own, whose memory is measured too.
-With an emulator of an object store, the environment has its address (tests/object_store.py); the time that a service takes to answer is
-then not in these numbers, and the emulator's own work on the same cores is.
+Prepares the same made-up text in both places (which stays there) and reads each in a process of its
+own, whose memory is measured too. With an emulator of an object store, the environment has its
+address (tests/object_store.py); the time that a service takes to answer is then not in these
+numbers, and the emulator's own work on the same cores is.
 """
 
 import argparse
@@ -30,7 +32,9 @@ DOCUMENTS = 4000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bucket", type=path_of, required=True)
     parser.add_argument("--disk", type=Path, required=True)
     parser.add_argument("--read", type=path_of, help=argparse.SUPPRESS)  # a process for one of them
@@ -42,14 +46,31 @@ def main() -> None:
     if not text.exists():
         options.disk.mkdir(parents=True, exist_ok=True)
         write_text(text)
-    tokenizer = train_tokenizer([text], 320, options.disk / f"tokenizer-{time.time_ns()}.json", sample_bytes=1 << 20)
+    tokenizer = train_tokenizer(
+        [text], 320, options.disk / f"tokenizer-{time.time_ns()}.json", sample_bytes=1 << 20
+    )
     for name, place in (("disk", options.disk / "records"), ("bucket", options.bucket / "records")):
         if not (place / "index.json").exists():
             start = time.perf_counter()
             prepare([text], tokenizer, SEQ_LEN, place)
-            print(f"{name}: prepared {text.stat().st_size / 1e6:.0f} MB in {time.perf_counter() - start:.1f} s")
-        command = [sys.executable, __file__, "--bucket", str(options.bucket), "--disk", str(options.disk), "--read", str(place)]
-        print(name, subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+            print(
+                f"{name}: prepared {text.stat().st_size / 1e6:.0f} MB in"
+                f" {time.perf_counter() - start:.1f} s"
+            )
+        command = [
+            sys.executable,
+            __file__,
+            "--bucket",
+            str(options.bucket),
+            "--disk",
+            str(options.disk),
+            "--read",
+            str(place),
+        ]
+        print(
+            name,
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip(),
+        )
 
 
 def write_text(path: Path) -> None:

@@ -2,10 +2,12 @@
 
     python benchmarks/model.py --out model.json
 
-Hidden 256, 4 layers, 8 heads, ffn 688, vocabulary 8192, 4 experts, 2 active, 8 x 256 tokens, float32: the forward pass to all logits, a
-training step (loss, gradients of everything, AdamW), and a token of greedy decoding over a KV cache for batches of 1 and 8 (the
-difference between a long and a short completion). The weights are the same, and logits are compared first. How it is timed is said in
-timing.py. torch runs its honest best, `experts_implementation="grouped_mm"` and `attn_implementation="sdpa"`.
+Hidden 256, 4 layers, 8 heads, ffn 688, vocabulary 8192, 4 experts, 2 active, 8 x 256 tokens,
+float32: the forward pass to all logits, a training step (loss, gradients of everything, AdamW), and
+a token of greedy decoding over a KV cache for batches of 1 and 8 (the difference between a long and
+a short completion). The weights are the same, and logits are compared first. How it is timed is
+said in timing.py. torch runs its honest best, `experts_implementation="grouped_mm"` and
+`attn_implementation="sdpa"`.
 """
 
 import timing  # isort: skip  (before jax)
@@ -31,16 +33,28 @@ from flexolmo_jax.model import forward, init_params
 from flexolmo_jax.train.step import TrainState, make_step
 
 CONFIG = ModelConfig(
-    vocab_size=8192, d_model=256, n_layers=4, n_heads=8, n_kv_heads=8, d_ffn=688, n_experts=4, n_active=2, router_bias=False
+    vocab_size=8192,
+    d_model=256,
+    n_layers=4,
+    n_heads=8,
+    n_kv_heads=8,
+    d_ffn=688,
+    n_experts=4,
+    n_active=2,
+    router_bias=False,
 )
 BATCH, LENGTH = 8, 256
 PROMPT, SHORT, LONG = 32, 8, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="a JSON file for the figures, with versions and machine")
+    parser.add_argument(
+        "--out", type=Path, help="a JSON file for the figures, with versions and machine"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_torch_model(Path(folder))
@@ -48,7 +62,9 @@ def main() -> None:
         (got, _), (want, _) = (worker.call("logits") for worker in sides.values())
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     if not error <= 1e-3:
-        raise SystemExit(f"logits differ by {error:.1e} of their norm; a comparison of speed would mean nothing")
+        raise SystemExit(
+            f"logits differ by {error:.1e} of their norm; a comparison of speed would mean nothing"
+        )
 
     results = {}
     print(f"{'':<22} {timing.HEADER}")
@@ -56,13 +72,20 @@ def main() -> None:
         results |= timing.in_turns(sides, [name], options.repetitions)
         print(f"{name:<22} {timing.row(results[name])}", flush=True)
     for batch in (1, 8):
-        short, long = timing.in_turns(sides, [completion(batch, SHORT), completion(batch, LONG)], options.repetitions).values()
+        short, long = timing.in_turns(
+            sides, [completion(batch, SHORT), completion(batch, LONG)], options.repetitions
+        ).values()
         # prompt and start-up cost the same in both completions and drop out
-        per_token = {side: {key: (long[side][key] - short[side][key]) / (LONG - SHORT) for key in long[side]} for side in sides}
+        per_token = {
+            side: {key: (long[side][key] - short[side][key]) / (LONG - SHORT) for key in long[side]}
+            for side in sides
+        }
         results[f"a token, batch {batch}"] = per_token
         print(f"{f'a token, batch {batch}':<22} {timing.row(per_token)}", flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"machine": timing.machine(), "results": results}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({"machine": timing.machine(), "results": results}, indent=1) + "\n"
+        )
 
 
 def completion(batch: int, count: int) -> str:
@@ -81,12 +104,18 @@ def in_jax():
         "training step": our_step(params, tokens),
         "matmul": timing.jax_matmul(),
     }
-    completions = {completion(b, n): our_generation(params, tokens[:b, :PROMPT], n) for b in (1, BATCH) for n in (SHORT, LONG)}
+    completions = {
+        completion(b, n): our_generation(params, tokens[:b, :PROMPT], n)
+        for b in (1, BATCH)
+        for n in (SHORT, LONG)
+    }
     return passes | completions
 
 
 def in_torch(folder: str):
-    options: dict[str, Any] = dict(attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.float32)
+    options: dict[str, Any] = dict(
+        attn_implementation="sdpa", experts_implementation="grouped_mm", dtype=torch.float32
+    )
     model, tokens = FlexOlmoForCausalLM.from_pretrained(folder, **options), random_tokens()
 
     def logits() -> np.ndarray:
@@ -99,7 +128,11 @@ def in_torch(folder: str):
         "training step": their_step(model, tokens),
         "matmul": timing.torch_matmul(),
     }
-    completions = {completion(b, n): their_generation(model, tokens[:b, :PROMPT], n) for b in (1, BATCH) for n in (SHORT, LONG)}
+    completions = {
+        completion(b, n): their_generation(model, tokens[:b, :PROMPT], n)
+        for b in (1, BATCH)
+        for n in (SHORT, LONG)
+    }
     return passes | completions
 
 
@@ -126,15 +159,25 @@ def our_step(params, tokens: np.ndarray):
     run = resolve(
         {
             "run": "joint",
-            "data": {"train": [{"path": "-"}], "tokenizer": "-", "batch_size": BATCH, "seq_len": LENGTH},
+            "data": {
+                "train": [{"path": "-"}],
+                "tokenizer": "-",
+                "batch_size": BATCH,
+                "seq_len": LENGTH,
+            },
             "model": {"preset": "tiny", "n_experts": CONFIG.n_experts, "n_active": CONFIG.n_active},
         }
     )
     optimizer = optax.adamw(1e-3)
     step = make_step(CONFIG, run, optimizer)
-    ours = jax.tree.map(jnp.array, params)  # a copy: the step reuses the buffers of what it is given
+    # a copy: the step reuses the buffers of what it is given
+    ours = jax.tree.map(jnp.array, params)
     state = [TrainState(ours, optimizer.init(ours))]
-    batch = {"tokens": jnp.asarray(tokens), "segments": jnp.ones_like(tokens), "targets": jnp.ones(tokens.shape, bool)}
+    batch = {
+        "tokens": jnp.asarray(tokens),
+        "segments": jnp.ones_like(tokens),
+        "targets": jnp.ones(tokens.shape, bool),
+    }
 
     def run_step():
         state[0], metrics = step(state[0], {}, batch, 1)
@@ -158,7 +201,12 @@ def their_step(model, tokens: np.ndarray):
 
 def our_generation(params, prompts: np.ndarray, count: int):
     allowed = np.ones(CONFIG.n_experts, bool)
-    limits: dict[str, Any] = {"max_new_tokens": count, "eos_id": -1, "vocab_size": CONFIG.vocab_size, "active": CONFIG.n_active}
+    limits: dict[str, Any] = {
+        "max_new_tokens": count,
+        "eos_id": -1,
+        "vocab_size": CONFIG.vocab_size,
+        "active": CONFIG.n_active,
+    }
 
     def run() -> None:
         generate(CONFIG, params, prompts.tolist(), sampling=Sampling(), allowed=allowed, **limits)
@@ -172,7 +220,12 @@ def their_generation(model, prompts: np.ndarray, count: int):
     def run():
         with torch.no_grad():
             model.eval().generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False, use_cache=True
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                use_cache=True,
             )
 
     return run
@@ -181,7 +234,11 @@ def their_generation(model, prompts: np.ndarray, count: int):
 def save_torch_model(folder: Path) -> None:
     """The same weights, as `from_pretrained` reads them."""
     (folder / "config.json").write_text(json.dumps(hf_config(CONFIG, pad_token_id=0)))
-    save_file(to_hf(CONFIG, init_params(CONFIG, jax.random.key(0))), folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        to_hf(CONFIG, init_params(CONFIG, jax.random.key(0))),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Plans the paper's runs on TPU slices: for every run and type of TPU the smallest slice that fits, as libtpu compiles it. Nothing is run.
+"""Plans the paper's runs on TPU slices: for every run and type of TPU the smallest slice that fits,
+as libtpu compiles it. Nothing is run.
 
-    python benchmarks/pods.py --out launch/plans            # in the environment with libtpu (see `flexolmo plan`); half an hour on 2 cores
-    python benchmarks/pods.py --out launch/plans --table    # what is there, as the tables of docs/pods.md
+    python benchmarks/pods.py --out launch/plans            # with libtpu (see `flexolmo plan`)
+    python benchmarks/pods.py --out launch/plans --table    # the tables of docs/pods.md
 
-A microbatch is one record of 4096 tokens a device along data, fsdp and expert. Slices whose memory could not hold what lies there from
-step to step are not tried. Every plan is kept, also of the largest slice that was refused. Those that are there are not made again.
+It takes half an hour on 2 cores.
+
+A microbatch is one record of 4096 tokens a device along data, fsdp and expert. Slices whose memory
+could not hold what lies there from step to step are not tried. Every plan is kept, also of the
+largest slice that was refused. Those that are there are not made again.
 """
 
 import argparse
@@ -32,16 +36,19 @@ RUNS = {  # name in files -> (title, config, rows and context of a decoding step
     "joint": ("7x7B top-5 joint training", "joint", None),
     "decode": ("7x7B top-5 decoding, 16 x 4096", "joint", "16x4096"),
 }
-# Beside the smallest slices: two layouts of joint training on one slice, and the pair with everything trainable on what fits both, at one
-# microbatch.
+# Beside the smallest slices: two layouts of joint training on one slice, and the pair with
+# everything trainable on what fits both, at one microbatch.
 LAYOUTS = {"joint-fsdp": (), "joint-fsdp-expert": ("mesh.expert=8",)}
 LAYOUTS_ON = "v5p:4x4x4"
-JOBS = (("pair", "v5p:4x4x4"), ("pair", "v6e:16x16"), ("anchor", "v5p:4x8x8"))  # of launch/jobs, whose preflight asks for these
+# of launch/jobs, whose preflight asks for these
+JOBS = (("pair", "v5p:4x4x4"), ("pair", "v6e:16x16"), ("anchor", "v5p:4x8x8"))
 LIMIT_S = 900
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="a directory for the plans")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=RUNS)
     parser.add_argument("--types", nargs="*", default=list(CHIPS), choices=CHIPS)
@@ -57,7 +64,14 @@ def main() -> None:
     for config, topology in JOBS:
         plan(f"job-{config}", config, topology, (), None, options.out)
     for name, overrides in LAYOUTS.items():
-        plan(name, "joint", LAYOUTS_ON, one_record(load("joint"), LAYOUTS_ON, *overrides), None, options.out)
+        plan(
+            name,
+            "joint",
+            LAYOUTS_ON,
+            one_record(load("joint"), LAYOUTS_ON, *overrides),
+            None,
+            options.out,
+        )
     trainable(options.out)
     print(tables(options.out))
 
@@ -67,17 +81,27 @@ def load(config: str) -> RunConfig:
 
 
 def smallest(name: str, kind: str, out: Path) -> None:
-    """Plans a run on ever larger slices until it fits; where none holds it with fsdp alone, the largest with experts spread too."""
+    """Plans a run on ever larger slices until it fits; where none holds it with fsdp alone, the
+    largest with experts spread too."""
     _, config, decode = RUNS[name]
     run = load(config)
-    large_enough = [s for s in slices_of(kind) if resident(run, decode) <= s.devices * s.chip.usable_gib * GIB]
+    large_enough = [
+        s for s in slices_of(kind) if resident(run, decode) <= s.devices * s.chip.usable_gib * GIB
+    ]
     for slice_ in large_enough:
         overrides = () if decode else one_record(run, slice_.name)
         if plan(name, config, slice_.name, overrides, decode, out)["fits"]:
             return
     if name == "joint":
         topology = large_enough[-1].name
-        plan(f"{name}-expert", config, topology, one_record(run, topology, "mesh.expert=8"), decode, out)
+        plan(
+            f"{name}-expert",
+            config,
+            topology,
+            one_record(run, topology, "mesh.expert=8"),
+            decode,
+            out,
+        )
 
 
 def one_record(run: RunConfig, topology: str, *overrides: str) -> tuple[str, ...]:
@@ -86,13 +110,19 @@ def one_record(run: RunConfig, topology: str, *overrides: str) -> tuple[str, ...
 
 
 def resident(run: RunConfig, decode: str | None) -> int:
-    """Bytes that lie on all devices together: of what is trained parameters, gradients and both moments in float32; the rest bfloat16."""
+    """Bytes that lie on all devices together: of what is trained parameters, gradients and both
+    moments in float32; the rest bfloat16."""
     from flexolmo_jax.model import init_params
 
     model = architecture(run)
-    shapes = jax.eval_shape(lambda key: init_params(model, key, pair=run.pair is not None), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: init_params(model, key, pair=run.pair is not None), jax.random.key(0)
+    )
     is_trained = (lambda _: False) if decode else IS_TRAINED.get(run.run, lambda _: True)
-    trained, frozen = (sum(math.prod(a.shape) for a in flatten(tree).values()) for tree in partition(shapes, is_trained))
+    trained, frozen = (
+        sum(math.prod(a.shape) for a in flatten(tree).values())
+        for tree in partition(shapes, is_trained)
+    )
     cache = 0
     if decode:
         rows, context = map(int, decode.split("x"))
@@ -100,12 +130,20 @@ def resident(run: RunConfig, decode: str | None) -> int:
     return 16 * trained + 2 * frozen + cache
 
 
-def plan(name: str, config: str, topology: str, overrides: tuple[str, ...], decode: str | None, out: Path) -> dict[str, Any]:
+def plan(
+    name: str, config: str, topology: str, overrides: tuple[str, ...], decode: str | None, out: Path
+) -> dict[str, Any]:
     """The plan of one run on one slice, from a process of its own, kept as a file."""
     path = out / f"{name}-{topology.replace(':', '-')}.json"
     if not path.exists():
         sets = [word for override in overrides for word in ("--set", override)]
-        arguments = [f"configs/7b/{config}.yaml", "--topology", topology, *sets, *(["--decode", decode] if decode else [])]
+        arguments = [
+            f"configs/7b/{config}.yaml",
+            "--topology",
+            topology,
+            *sets,
+            *(["--decode", decode] if decode else []),
+        ]
         print(f"flexolmo plan {' '.join(arguments)}", file=sys.stderr, end=" ", flush=True)
         start = time.perf_counter()
         command = [sys.executable, "-m", "flexolmo_jax.cli", "plan", *arguments, "--json"]
@@ -113,9 +151,19 @@ def plan(name: str, config: str, topology: str, overrides: tuple[str, ...], deco
         if done.returncode not in (0, 1) or not done.stdout:
             raise RuntimeError(done.stderr[-2000:])
         report = json.loads(done.stdout)
-        keep(path, report | {"command": ["plan", *arguments], "wall_seconds": round(time.perf_counter() - start)})
+        keep(
+            path,
+            report
+            | {
+                "command": ["plan", *arguments],
+                "wall_seconds": round(time.perf_counter() - start),
+            },
+        )
     report = json.loads(path.read_text())
-    print(f"{'fits' if report['fits'] else 'does not fit'}: {report['peak_bytes'] / GIB:.1f} GiB", file=sys.stderr)
+    print(
+        f"{'fits' if report['fits'] else 'does not fit'}: {report['peak_bytes'] / GIB:.1f} GiB",
+        file=sys.stderr,
+    )
     return report
 
 
@@ -124,7 +172,8 @@ def keep(path: Path, report: dict[str, Any]) -> None:
 
 
 def trainable(out: Path) -> None:
-    """The pair's step at one microbatch, and the same with everything trainable, on the smallest v5p slice that fits both."""
+    """The pair's step at one microbatch, and the same with everything trainable, on the smallest
+    v5p slice that fits both."""
     import os
 
     from flexolmo_jax.config import resolve, to_dict
@@ -134,10 +183,17 @@ def trainable(out: Path) -> None:
     from flexolmo_jax.plan.report import plan_training
 
     for slice_ in slices_of("v5p"):
-        paths = {name: out / f"{name}-{slice_.name.replace(':', '-')}.json" for name in ("pair-once", "pair-once-trainable")}
+        paths = {
+            name: out / f"{name}-{slice_.name.replace(':', '-')}.json"
+            for name in ("pair-once", "pair-once-trainable")
+        }
         if not all(path.exists() for path in paths.values()):
-            run = resolve(to_dict(load("pair")), [f"data.batch_size={slice_.devices}", "train.accumulate=1"])
-            keep(paths["pair-once-trainable"], plan_training(run, slice_, is_trained=lambda _: True))
+            run = resolve(
+                to_dict(load("pair")), [f"data.batch_size={slice_.devices}", "train.accumulate=1"]
+            )
+            keep(
+                paths["pair-once-trainable"], plan_training(run, slice_, is_trained=lambda _: True)
+            )
             keep(paths["pair-once"], plan_training(run, slice_))
         if all(json.loads(path.read_text())["fits"] for path in paths.values()):
             return
@@ -146,17 +202,27 @@ def trainable(out: Path) -> None:
 def tables(out: Path) -> str:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
     lines = [
-        "| run | slice | chips | mesh | peak, of what a device has | temporaries | a step | tokens/s | bound | moved, of the least |",
+        (
+            "| run | slice | chips | mesh | peak, of what a device has | temporaries | a step |"
+            " tokens/s | bound | moved, of the least |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (title, *_) in RUNS.items():
         for kind in CHIPS:
             for stem, report in found.items():
-                if report["fits"] and stem.startswith((f"{name}-{kind}-", f"{name}-expert-{kind}-")):
+                if report["fits"] and stem.startswith(
+                    (f"{name}-{kind}-", f"{name}-expert-{kind}-")
+                ):
                     lines.append(row(title, report))
-    lines += [row(RUNS["joint"][0], found[stem]) for stem in found if stem.startswith(tuple(LAYOUTS)) and found[stem]["fits"]]
+    lines += [
+        row(RUNS["joint"][0], found[stem])
+        for stem in found
+        if stem.startswith(tuple(LAYOUTS)) and found[stem]["fits"]
+    ]
     refused = [
-        f"| {stem.split('-')[0]} | {r['topology']} | {r['peak_bytes'] / GIB:.1f} of {r['hbm_bytes'] / GIB:.1f} GiB |"
+        f"| {stem.split('-')[0]} | {r['topology']} | {r['peak_bytes'] / GIB:.1f} of"
+        f" {r['hbm_bytes'] / GIB:.1f} GiB |"
         for stem, r in sorted(found.items())
         if not r["fits"]
     ]
@@ -168,8 +234,11 @@ def tables(out: Path) -> str:
                 share = report["peak_bytes"] / everything["peak_bytes"]
                 lines += [
                     "",
-                    f"The pair's peak on {report['topology']}, one microbatch a step: {report['peak_bytes'] / GIB:.1f} GiB; "
-                    f"with everything trainable {everything['peak_bytes'] / GIB:.1f} GiB ({share:.0%}).",
+                    (
+                        f"The pair's peak on {report['topology']}, one microbatch a step:"
+                        f" {report['peak_bytes'] / GIB:.1f} GiB; with everything trainable"
+                        f" {everything['peak_bytes'] / GIB:.1f} GiB ({share:.0%})."
+                    ),
                 ]
     return "\n".join(lines)
 
@@ -186,7 +255,11 @@ def row(title: str, report: dict[str, Any]) -> str:
         f"{seconds['overlapped']:.3g} to {seconds['in_turn']:.3g} s",
         f"{low:,.0f} to {high:,.0f}",
         seconds["bound"],
-        f"{report['collective_bytes'] / report['fsdp_minimum_bytes']:.2f}" if report.get("fsdp_minimum_bytes") else "",
+        (
+            f"{report['collective_bytes'] / report['fsdp_minimum_bytes']:.2f}"
+            if report.get("fsdp_minimum_bytes")
+            else ""
+        ),
     ]
     return f"| {' | '.join(cells)} |"
 

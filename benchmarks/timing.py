@@ -1,9 +1,11 @@
-"""CPU seconds of two libraries that take turns, each in a process of its own, beside its own 2048^3 matmul.
+"""CPU seconds of two libraries that take turns, each in a process of its own, beside its own 2048^3
+matmul.
 
-A process of its own, so that neither finds its heap in the state the other left it in. In each turn a function runs twice and the second
-run counts, as in a training loop: memory that was freed before a pause of seconds may have gone back to a virtual machine's host, and
-was seen to cost up to a second of system time to get again. Imported before jax: both run one thread, or CPU seconds would count threads
-that wait.
+A process of its own, so that neither finds its heap in the state the other left it in. In each turn
+a function runs twice and the second run counts, as in a training loop: memory that was freed before
+a pause of seconds may have gone back to a virtual machine's host, and was seen to cost up to a
+second of system time to get again. Imported before jax: both run one thread, or CPU seconds would
+count threads that wait.
 """
 
 import os
@@ -42,7 +44,8 @@ def torch_matmul() -> Callable[[], object]:
 
 
 class Worker:
-    """A process that holds the functions that `make(*arguments)` returns by name, and calls them when told to."""
+    """A process that holds the functions that `make(*arguments)` returns by name, and calls them
+    when told to."""
 
     def __init__(self, make: Callable[..., dict[str, Callable[[], Any]]], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -59,7 +62,9 @@ class Worker:
         self._pipe.close()
 
 
-def _serve(pipe: Connection, make: Callable[..., dict[str, Callable[[], Any]]], arguments: tuple) -> None:
+def _serve(
+    pipe: Connection, make: Callable[..., dict[str, Callable[[], Any]]], arguments: tuple
+) -> None:
     functions = make(*arguments)
     while True:
         try:
@@ -71,21 +76,30 @@ def _serve(pipe: Connection, make: Callable[..., dict[str, Callable[[], Any]]], 
         pipe.send((value, time.process_time() - start))
 
 
-def in_turns(sides: dict[str, Worker], names: Iterable[str], repetitions: int) -> dict[str, dict[str, dict[str, float]]]:
-    """By name and side the best CPU seconds (another load on the machine only ever adds), and the same in the side's own "matmul"."""
+def in_turns(
+    sides: dict[str, Worker], names: Iterable[str], repetitions: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By name and side the best CPU seconds (another load on the machine only ever adds), and the
+    same in the side's own "matmul"."""
     results = {}
     for name in names:
         for worker in sides.values():
             for each in (name, "matmul"):
                 worker.call(each)  # compiles
-        taken: dict[str, dict[str, list[float]]] = {side: {name: [], "matmul": []} for side in sides}
+        taken: dict[str, dict[str, list[float]]] = {
+            side: {name: [], "matmul": []} for side in sides
+        }
         for _ in range(repetitions):
             for side, worker in sides.items():
                 for each, seconds in taken[side].items():
                     worker.call(each)
                     seconds.append(worker.call(each)[1])
-        best = {side: (min(seconds[name]), min(seconds["matmul"])) for side, seconds in taken.items()}
-        results[name] = {side: {"cpu_s": mine, "matmuls": mine / square} for side, (mine, square) in best.items()}
+        best = {
+            side: (min(seconds[name]), min(seconds["matmul"])) for side, seconds in taken.items()
+        }
+        results[name] = {
+            side: {"cpu_s": mine, "matmuls": mine / square} for side, (mine, square) in best.items()
+        }
     return results
 
 
@@ -93,12 +107,26 @@ def row(result: dict[str, dict[str, float]]) -> str:
     """One line under `HEADER`."""
     here, there = result["here"], result["torch"]
     ratio = here["cpu_s"] / there["cpu_s"]
-    return f"{here['cpu_s']:>9.4f} {there['cpu_s']:>9.4f} {ratio:>6.2f} {here['matmuls']:>14.3f} {there['matmuls']:>15.3f}"
+    return (
+        f"{here['cpu_s']:>9.4f} {there['cpu_s']:>9.4f} {ratio:>6.2f} {here['matmuls']:>14.3f}"
+        f" {there['matmuls']:>15.3f}"
+    )
 
 
 def machine() -> dict[str, str]:
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
+    versions = {
+        "jax": jax.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     where = {"cpu": cpu, "cores": str(os.cpu_count()), "python": platform.python_version()}
     malloc = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
     return where | versions | malloc | {"date": datetime.date.today().isoformat()}

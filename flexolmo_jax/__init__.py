@@ -1,4 +1,5 @@
-"""flexolmo-jax: one language model from organisations that do not share data (FlexOlmo, arXiv 2507.07024), in JAX.
+"""flexolmo-jax: one language model from organisations that do not share data (FlexOlmo, arXiv
+2507.07024), in JAX.
 
 model = flexolmo_jax.load("demo/merged")        # a run, an anchor or a merged model
 model.logits(ids, without=("legal",))           # int [B, T] -> float32 [B, T, V]

@@ -1,7 +1,9 @@
-"""`flexolmo.json`, what a run, an anchor or a model says of itself: one schema a kind, and a digest of all the rest in its last key.
+"""`flexolmo.json`, what a run, an anchor or a model says of itself: one schema a kind, and a digest
+of all the rest in its last key.
 
-Format 2 (in brackets format 1, which is still read): an anchor's fingerprint covers its sample of public text (it did not); a
-model keeps its anchor's parts and every member's manifest and signature, whole (the anchor's tensors, and some keys of each manifest).
+Format 2 (in brackets format 1, which is still read): an anchor's fingerprint covers its sample of
+public text (it did not); a model keeps its anchor's parts and every member's manifest and
+signature, whole (the anchor's tensors, and some keys of each manifest).
 """
 
 import hashlib
@@ -61,9 +63,11 @@ class _Every:
 class Run(_Every):
     run: Literal["anchor", "pair", "router", "joint"]
     tensors: Tensors
-    base: str | None = None  # of a pair and a router run: the path of what it was trained against ...
+    # of a pair and a router run: the path of what it was trained against ...
+    base: str | None = None
     fingerprint: Digest | None = None  # ... and the anchor's
-    base_sha256: Digest | None = None  # of a router run: of the description of the model that it was trained on
+    # of a router run: of the description of the model that it was trained on
+    base_sha256: Digest | None = None
     data: tuple[str, ...] = ()
 
 
@@ -97,7 +101,8 @@ class Parts:
 
 @dataclass(frozen=True)
 class Member:
-    """An expert that was merged: its contribution's manifest, which has a schema of its own, and the signature of that."""
+    """An expert that was merged: its contribution's manifest, which has a schema of its own, and
+    the signature of that."""
 
     name: Name
     manifest: dict[str, Any]
@@ -107,7 +112,8 @@ class Member:
 
 @dataclass(frozen=True)
 class FlatMember:
-    """An expert of an imported model, or of a model of format 1: nobody can check what is said of it, but for its tensors."""
+    """An expert of an imported model, or of a model of format 1: nobody can check what is said of
+    it, but for its tensors."""
 
     name: Name
     tensors: DigestedTensors
@@ -133,7 +139,8 @@ class Model(_Every):
     tokenizer: Digest
     members: tuple[Member | FlatMember, ...]
     fingerprint: Digest | None
-    anchor: Parts | DigestedTensors | None = None  # None: assembled of dense models, which have digests of their own
+    # None: assembled of dense models, which have digests of their own
+    anchor: Parts | DigestedTensors | None = None
     imported: Text | None = None
     router: Tuned | None = None
     files: dict[str, Digest] | None = None  # of format 1
@@ -143,28 +150,41 @@ SCHEMAS: dict[str, type] = {"run": Run, "anchor": Anchor, "model": Model}
 
 
 def read_description(path: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """The description in a directory, checked by its schema, and its model config. Raises UserError for any other."""
+    """The description in a directory, checked by its schema, and its model config. Raises UserError
+    for any other."""
     file = path / DESCRIPTION
     try:
         description = read_sealed(file)
         if not isinstance(description.get("format"), int) or description["format"] > FORMAT:
             got = description.get("format")
-            raise UserError(f"{path} has format {got!r:.20}; this version reads up to {FORMAT}; upgrade flexolmo-jax")
+            raise UserError(
+                f"{path} has format {got!r:.20}; this version reads up to {FORMAT}; upgrade"
+                " flexolmo-jax"
+            )
         if description.get("kind") not in SCHEMAS:
-            raise ValueError(f"its kind is {description.get('kind')!r:.40}; expected one of {', '.join(SCHEMAS)}")
+            raise ValueError(
+                f"its kind is {description.get('kind')!r:.40}; expected one of {', '.join(SCHEMAS)}"
+            )
         conform(SCHEMAS[description["kind"]], description)
         return description, _config_of(description)
     except FileNotFoundError:
         raise UserError(f"{path} is not a run, anchor or model: it has no {DESCRIPTION}") from None
     except NotADirectoryError:
-        raise UserError(f"{path} is a file; expected the directory of a run, anchor or model") from None
+        raise UserError(
+            f"{path} is a file; expected the directory of a run, anchor or model"
+        ) from None
     except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error!s:.200}); restore it or make the artifact anew") from None
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error!s:.200}); restore it or make the"
+            " artifact anew"
+        ) from None
 
 
 def _config_of(description: Mapping[str, Any]) -> ModelConfig:
     """Raises ValueError where model config, experts, members and tensors do not fit together."""
-    if empty := [key for key, value in description.items() if value is None and key != "fingerprint"]:
+    if empty := [
+        key for key, value in description.items() if value is None and key != "fingerprint"
+    ]:
         raise ValueError(f"its {empty[0]} is null; expected none or a value")
     try:
         config = build(ModelConfig, description["model"], "model")
@@ -174,25 +194,33 @@ def _config_of(description: Mapping[str, Any]) -> ModelConfig:
     experts = description["experts"]
     expected = 2 if description.get("run") == "pair" else config.n_experts
     if len(experts) != expected or len(set(experts)) != len(experts):
-        raise ValueError(f"it has the experts {', '.join(experts)[:80]}; expected {expected} different ones")
+        raise ValueError(
+            f"it has the experts {', '.join(experts)[:80]}; expected {expected} different ones"
+        )
     if description["kind"] == "run":
         return config
     if len({tensor["dtype"] for tensor in description["tensors"].values()}) != 1:
         raise ValueError("its tensors are of several dtypes; expected one")
     if description["kind"] == "anchor" and (config.n_experts != 1 or experts != ["anchor"]):
-        raise ValueError(f"it is an anchor of {config.n_experts} experts, {experts[0]!r:.40} first; expected 'anchor' alone")
+        raise ValueError(
+            f"it is an anchor of {config.n_experts} experts, {experts[0]!r:.40} first; expected"
+            " 'anchor' alone"
+        )
     if description["kind"] == "model" and "anchor" in description:
         _check_merged(description)
         return config
     if any(tensor.get("sha256") is None for tensor in description["tensors"].values()):
         raise ValueError("a tensor has no SHA-256")
-    if description["kind"] == "model" and (description["members"] or description["fingerprint"] is not None):
+    if description["kind"] == "model" and (
+        description["members"] or description["fingerprint"] is not None
+    ):
         raise ValueError("it has members or a fingerprint, and no anchor")
     return config
 
 
 def _check_merged(description: Mapping[str, Any]) -> None:
-    """Of a model with an anchor: what belongs together in its format. An imported one has no fingerprint, and members without manifests."""
+    """Of a model with an anchor: what belongs together in its format. An imported one has no
+    fingerprint, and members without manifests."""
     anchor, members = description["anchor"], description["members"]
     if description["experts"] != ["anchor", *(member["name"] for member in members)]:
         raise ValueError("its experts are not its anchor and its members in their order")
@@ -203,7 +231,9 @@ def _check_merged(description: Mapping[str, Any]) -> None:
     if is_merged and not all(anchor.get(key) for key in ("model", "tokenizer", "embedder")):
         raise ValueError("its anchor lacks parts of its fingerprint")
     if any(isinstance(member["manifest"], dict) != is_merged for member in members):
-        raise ValueError(f"its members {'have no' if is_merged else 'have'} manifests; expected the contrary")
+        raise ValueError(
+            f"its members {'have no' if is_merged else 'have'} manifests; expected the contrary"
+        )
 
 
 def write_description(directory: Path, description: Mapping[str, Any]) -> None:
@@ -211,7 +241,8 @@ def write_description(directory: Path, description: Mapping[str, Any]) -> None:
     sealed = sealed_json({"format": FORMAT, **description})
     if len(sealed) > JSON_LIMIT:
         raise UserError(
-            f"the description of {directory} would have {len(sealed)} bytes; expected at most {JSON_LIMIT}; merge fewer experts"
+            f"the description of {directory} would have {len(sealed)} bytes; expected at most"
+            f" {JSON_LIMIT}; merge fewer experts"
         )
     write_text(directory / DESCRIPTION, sealed)
 

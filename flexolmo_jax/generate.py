@@ -1,12 +1,14 @@
 """Generation with a KV cache: a batch of prompts of any lengths in, completions out.
 
-    prefill   every prompt token but the last, left-padded to a common length, into the cache; no logits are computed
-    run       one `lax.while_loop`: feed the last token, choose the next; until a limit or until every row has ended
+    prefill   every prompt token but the last, left-padded to a common length, into the cache; no
+    logits are computed run       one `lax.while_loop`: feed the last token, choose the next; until
+    a limit or until every row has ended
 
-A prompt's last token is fed by the loop, so that one step serves the first token and all others, and streaming calls the same
-compiled program with a limit of one token more each time: it cannot give other tokens than generating in one go.
-Lengths are rounded up to powers of two, and everything about a request but greedy or not is a run-time array: other prompts,
-limits, seeds or experts rarely compile anew.
+A prompt's last token is fed by the loop, so that one step serves the first token and all others,
+and streaming calls the same compiled program with a limit of one token more each time: it cannot
+give other tokens than generating in one go. Lengths are rounded up to powers of two, and everything
+about a request but greedy or not is a run-time array: other prompts, limits, seeds or experts
+rarely compile anew.
 """
 
 import functools
@@ -33,7 +35,8 @@ COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: among the `top_k` likeliest, of these the fewest that make up `top_p`, at `temperature`."""
+    """How the next token is chosen: among the `top_k` likeliest, of these the fewest that make up
+    `top_p`, at `temperature`."""
 
     temperature: float = 0.0  # 0: greedy, the lowest id wins ties
     top_k: int = 0  # 0: all
@@ -42,8 +45,15 @@ class Sampling:
 
     def check(self) -> None:
         """Raises UserError for values that mean nothing."""
-        _expect(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a positive number")
-        _expect(self.top_k >= 0, "top_k", self.top_k, "0 (all) or the number of tokens to choose from")
+        _expect(
+            0 <= self.temperature < math.inf,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or a positive number",
+        )
+        _expect(
+            self.top_k >= 0, "top_k", self.top_k, "0 (all) or the number of tokens to choose from"
+        )
         _expect(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and up to 1 (all)")
         _expect(0 <= self.seed < 2**32, "seed", self.seed, "an integer from 0 to 2**32 - 1")
 
@@ -63,25 +73,31 @@ def generate(
     mesh: Mesh | None = None,
     on_token: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[list[int]]:
-    """The completions of a batch of prompts, each cut before its EOS; a row's tokens do not depend on the other rows.
+    """The completions of a batch of prompts, each cut before its EOS; a row's tokens do not depend
+    on the other rows.
 
     Args:
         eos_id: ends a completion; -1 for none.
-        vocab_size: the tokenizer's; ids from there up to the model's vocabulary are padding and never chosen.
+        vocab_size: the tokenizer's; ids from there up to the model's vocabulary are padding and
+            never chosen.
         active, allowed: experts per token, and bool [E] which experts may be used.
         dtype: of activations and cache.
         mesh: that the parameters are spread over; the cache is too.
-        on_token: called after every step with its index and the chosen ids [B]; rows that have ended give `eos_id`.
+        on_token: called after every step with its index and the chosen ids [B]; rows that have
+            ended give `eos_id`.
 
     Raises:
-        UserError: no prompts, an empty prompt, ids outside the vocabulary, nothing to generate, more tokens than
-            `config.max_seq_len`, or sampling values that mean nothing.
+        UserError: no prompts, an empty prompt, ids outside the vocabulary, nothing to generate,
+            more tokens than `config.max_seq_len`, or sampling values that mean nothing.
     """
     sampling.check()
     vocab_size = min(vocab_size, config.vocab_size)
     _check(config, prompts, max_new_tokens, vocab_size)
     B, P = len(prompts), _bucket(max(map(len, prompts)) - 1, config.max_seq_len)
-    tokens, lengths = np.zeros((B, P), np.int32), np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    tokens, lengths = (
+        np.zeros((B, P), np.int32),
+        np.array([len(prompt) - 1 for prompt in prompts], np.int32),
+    )
     for b, prompt in enumerate(prompts):
         tokens[b, P - lengths[b] :] = prompt[:-1]
     request = Request(
@@ -109,7 +125,8 @@ def generate(
 
 
 class TextStream:
-    """Turns ids into text as they come. A token may end inside a character: its bytes wait for the rest."""
+    """Turns ids into text as they come. A token may end inside a character: its bytes wait for the
+    rest."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -117,10 +134,12 @@ class TextStream:
         self._printed = 0  # characters of these that were returned
 
     def push(self, token: int) -> str:
-        """The text that is certain now and was not before; often one word, empty inside a character."""
+        """The text that is certain now and was not before; often one word, empty inside a
+        character."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
-        # Bytes that begin a character decode to one U+FFFD, always the last; what is before it stays as it is.
+        # Bytes that begin a character decode to one U+FFFD, always the last; what is before it
+        # stays as it is.
         incomplete = text.endswith("\ufffd")
         new = text[self._printed : len(text) - incomplete]
         if incomplete:
@@ -149,7 +168,8 @@ class Request(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between two steps. The cache has a slot for each of P prompt tokens and each of N new ones."""
+    """Between two steps. The cache has a slot for each of P prompt tokens and each of N new
+    ones."""
 
     cache: KVCache
     token: Int[Array, "B"]  # chosen last, not yet in the cache
@@ -160,19 +180,28 @@ class State(NamedTuple):
 
 @functools.lru_cache
 def programs(
-    config: ModelConfig, active: int, vocab_size: int, greedy: bool, dtype: str, mesh: Mesh | None = None
+    config: ModelConfig,
+    active: int,
+    vocab_size: int,
+    greedy: bool,
+    dtype: str,
+    mesh: Mesh | None = None,
 ) -> tuple[Callable, Callable]:
-    """The jitted (prefill, run) that all calls with these values share; each compiles once per batch size and buckets."""
+    """The jitted (prefill, run) that all calls with these values share; each compiles once per
+    batch size and buckets."""
     model = functools.partial(decode, config, active=active, dtype=dtype, mesh=mesh)
 
     @functools.partial(jax.jit, static_argnums=4)
-    def prefill(params: Params, tokens: Array, last: Array, request: Request, new_slots: int) -> State:
+    def prefill(
+        params: Params, tokens: Array, last: Array, request: Request, new_slots: int
+    ) -> State:
         B, P = tokens.shape
         slots = jnp.arange(P)
         mask = (slots <= slots[:, None]) & (slots >= request.first_slot[:, None, None])
         positions = jnp.maximum(slots - request.first_slot[:, None], 0)
         cache = empty_cache(config, B, P, jnp.dtype(dtype))
-        # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the rest.
+        # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the
+        # rest.
         cache = model(params, tokens, positions, mask, cache, 0, allowed=request.allowed).cache
         room = ((0, 0), (0, 0), (0, 0), (0, new_slots), (0, 0))
         cache = sharding.constrain(mesh, jax.tree.map(lambda a: jnp.pad(a, room), cache), CACHE)
@@ -185,7 +214,15 @@ def programs(
         slots = jnp.arange(S)
         mask = (slots <= slot) & (slots >= request.first_slot[:, None, None])
         positions = (slot - request.first_slot)[:, None]
-        out = model(params, state.token[:, None], positions, mask, state.cache, slot, allowed=request.allowed)
+        out = model(
+            params,
+            state.token[:, None],
+            positions,
+            mask,
+            state.cache,
+            slot,
+            allowed=request.allowed,
+        )
         assert out.cache is not None  # as one went in
         logits = out.logits[:, 0, :vocab_size]
         if greedy:
@@ -197,7 +234,9 @@ def programs(
             token = draw(keys, logits, request.temperature, request.top_k, request.top_p)
         token = jnp.where(state.ended, request.eos_id, token)
         chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
-        return State(out.cache, token, state.ended | (token == request.eos_id), state.step + 1, chosen)
+        return State(
+            out.cache, token, state.ended | (token == request.eos_id), state.step + 1, chosen
+        )
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(params: Params, state: State, request: Request, until: Array) -> State:
@@ -212,12 +251,18 @@ def programs(
 
 
 def sample(
-    key: Array, logits: Float[Array, "V"], temperature: Float[Array, ""], top_k: Int[Array, ""], top_p: Float[Array, ""]
+    key: Array,
+    logits: Float[Array, "V"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
 ) -> Int[Array, ""]:
-    """Draws a token: temperature, then the `top_k` likeliest, then the nucleus of `top_p` of what these have (Holtzman et al.,
-    arXiv 1904.09751: a token stays while those likelier than it have less than `top_p`, so that one always does)."""
+    """Draws a token: temperature, then the `top_k` likeliest, then the nucleus of `top_p` of what
+    these have (Holtzman et al., arXiv 1904.09751: a token stays while those likelier than it have
+    less than `top_p`, so that one always does)."""
     order = jnp.argsort(logits, descending=True, stable=True)  # the lowest id first among equals
-    scaled = (logits[order] - jnp.max(logits)) / temperature  # the maximum first: a low temperature overflows otherwise
+    # the maximum first: a low temperature overflows otherwise
+    scaled = (logits[order] - jnp.max(logits)) / temperature
     scaled = jnp.where(jnp.arange(len(logits)) < top_k, scaled, -jnp.inf)
     likelihood = jax.nn.softmax(scaled)
     before = jnp.cumsum(likelihood) - likelihood
@@ -225,7 +270,9 @@ def sample(
     return order[jax.random.categorical(key, scaled)].astype(jnp.int32)
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int) -> None:
+def _check(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int
+) -> None:
     _expect(len(prompts) > 0, "prompts", "none", "at least one")
     _expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
     for i, prompt in enumerate(prompts):
@@ -233,8 +280,16 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens
         known = min(prompt) >= 0 and max(prompt) < vocab_size
         _expect(known, f"prompt {i}", "ids outside the vocabulary", f"0 to {vocab_size - 1}")
         limit = config.max_seq_len - max_new_tokens
-        expected = f"at most {config.max_seq_len} together (model.max_seq_len); shorten the prompt or generate less"
-        _expect(len(prompt) <= limit, f"prompt {i}", f"{len(prompt)} tokens and {max_new_tokens} new ones", expected)
+        expected = (
+            f"at most {config.max_seq_len} together (model.max_seq_len); shorten the prompt or"
+            " generate less"
+        )
+        _expect(
+            len(prompt) <= limit,
+            f"prompt {i}",
+            f"{len(prompt)} tokens and {max_new_tokens} new ones",
+            expected,
+        )
 
 
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:
@@ -243,5 +298,6 @@ def _expect(holds: bool, name: str, got: object, expected: str) -> None:
 
 
 def _bucket(length: int, largest: int) -> int:
-    """The power of two that a length is rounded up to, which bounds how many programs are compiled."""
+    """The power of two that a length is rounded up to, which bounds how many programs are
+    compiled."""
     return min(max(SMALLEST_BUCKET, 1 << max(length - 1, 0).bit_length()), largest)

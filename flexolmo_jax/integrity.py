@@ -1,10 +1,13 @@
-"""Whether the bytes of an anchor or a model are those that its description says: exactly its files, every digest, its fingerprint.
+"""Whether the bytes of an anchor or a model are those that its description says: exactly its files,
+every digest, its fingerprint.
 
-An anchor's fingerprint is the digest of `parts`: its architecture, every tensor's dtype, shape and SHA-256, the tokenizer, the embedder
-and the sample of public text. A merged model keeps its anchor's parts, so that its trunk and expert 0 are held to the same fingerprint.
+An anchor's fingerprint is the digest of `parts`: its architecture, every tensor's dtype, shape and
+SHA-256, the tokenizer, the embedder and the sample of public text. A merged model keeps its
+anchor's parts, so that its trunk and expert 0 are held to the same fingerprint.
 
-What is read for a check is what is read for use: Zarr's and Orbax's own files in `weights/` must be, byte for byte, those that
-weights.py writes for the tensors of the description, and nothing else may lie beside them.
+What is read for a check is what is read for use: Zarr's and Orbax's own files in `weights/` must
+be, byte for byte, those that weights.py writes for the tensors of the description, and nothing else
+may lie beside them.
 """
 
 import hashlib
@@ -28,31 +31,46 @@ from flexolmo_jax.storage.untrusted import read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, metadata_files, shard_name
 
 RECEIPT, RECEIPT_SIGNATURE = "receipt.json", "receipt.sig"
-_BESIDE = {"model": {RECEIPT, RECEIPT_SIGNATURE}}  # what may lie in a directory, by its kind, and need not
+_BESIDE = {
+    "model": {RECEIPT, RECEIPT_SIGNATURE}
+}  # what may lie in a directory, by its kind, and need not
 MATRICES = ("gate", "up", "down")
-OF_MERGES = ("n_experts", "n_active", "router_bias")  # keys of a model's config that a merge decides
+# keys of a model's config that a merge decides
+OF_MERGES = ("n_experts", "n_active", "router_bias")
 EMBEDDER_LIMIT = 1 << 30  # bytes of an embedder's file
 ZEROS = "zeros"  # in the place of a digest: a bias that an expert does not have
 
 
 def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> None:
-    """Reads all of an anchor or a model. Raises UserError naming the first thing that is not what its description says."""
+    """Reads all of an anchor or a model. Raises UserError naming the first thing that is not what
+    its description says."""
     check_files(path, description, config)
     if Tokenizer.load(path).digest != description["tokenizer"]:
         raise UserError(f"{path}: its tokenizer is not the one of its description; fetch it again")
     if description["kind"] == "anchor":
         _check_anchor(path, description)
     elif description["fingerprint"] is not None and not is_of_its_anchor(description):
-        raise UserError(f"{path} names a fingerprint ({description['fingerprint'][:16]}) that is not its anchor's; do not use it")
+        raise UserError(
+            f"{path} names a fingerprint ({description['fingerprint'][:16]}) that is not its"
+            " anchor's; do not use it"
+        )
     check_config(path, description)
     for what, digest, expected in tensor_digests(path, description, config):
         if digest != expected:
-            raise UserError(f"{path}: the bytes of {what} are not those of its description; fetch it again, or make it anew")
+            raise UserError(
+                f"{path}: the bytes of {what} are not those of its description; fetch it again, or"
+                " make it anew"
+            )
 
 
 def check_config(path: Path, description: Mapping[str, Any]) -> None:
-    """Raises UserError for a merged model that would run with another architecture than its fingerprint covers."""
-    if description["kind"] == "model" and description["format"] > 1 and description["fingerprint"] is not None:
+    """Raises UserError for a merged model that would run with another architecture than its
+    fingerprint covers."""
+    if (
+        description["kind"] == "model"
+        and description["format"] > 1
+        and description["fingerprint"] is not None
+    ):
         check_model(path, description["model"], description["anchor"]["model"])
 
 
@@ -60,25 +78,42 @@ def check_model(path: Path, ours: Mapping[str, Any], anchors: Mapping[str, Any])
     """Raises UserError unless an architecture is the anchor's, but for what a merge decides."""
     for key in sorted((ours.keys() | anchors.keys()) - set(OF_MERGES)):
         if ours.get(key) != anchors.get(key):
-            raise UserError(f"{path} has model.{key} {ours.get(key)!r:.40}; its anchor has {anchors.get(key)!r:.40}; do not use it")
+            raise UserError(
+                f"{path} has model.{key} {ours.get(key)!r:.40}; its anchor has"
+                f" {anchors.get(key)!r:.40}; do not use it"
+            )
 
 
 def check_files(path: Path, description: Mapping[str, Any], config: ModelConfig) -> None:
     """Names, kinds and sizes of all files, and the content of small ones; reads no weights."""
     expected, found = _sizes(path, description, config), listing(path)
     for name, content in metadata_files(layouts(config, description["tensors"])).items():
-        if f"weights/{name}" in found and _content(path / "weights" / name, len(content)) != content:
-            raise UserError(f"{path / 'weights' / name} does not belong to these tensors (another layout, or changed); make {path} anew")
+        if (
+            f"weights/{name}" in found
+            and _content(path / "weights" / name, len(content)) != content
+        ):
+            raise UserError(
+                f"{path / 'weights' / name} does not belong to these tensors (another layout, or"
+                f" changed); make {path} anew"
+            )
     if missing := expected.keys() - found.keys():
-        raise UserError(f"{path} is not whole: it misses {min(missing)} ({len(missing)} files are missing); fetch it again")
+        raise UserError(
+            f"{path} is not whole: it misses {min(missing)} ({len(missing)} files are missing);"
+            " fetch it again"
+        )
     expected |= dict.fromkeys(found.keys() & _BESIDE.get(description["kind"], set()))
     if unknown := found.keys() - expected.keys():
-        raise UserError(f"{path} holds unknown files: {', '.join(map(repr, sorted(unknown)[:3]))}; remove them, or fetch it again")
+        raise UserError(
+            f"{path} holds unknown files: {', '.join(map(repr, sorted(unknown)[:3]))}; remove them,"
+            " or fetch it again"
+        )
     for name, size in expected.items():
         if not in_bucket(path) and not stat.S_ISREG((path / name).lstat().st_mode):
             raise UserError(f"{path / name} is not a regular file; fetch {path} again")
         if size is not None and found[name].size != size:
-            raise UserError(f"{path / name} has {found[name].size} bytes; expected {size}; fetch {path} again")
+            raise UserError(
+                f"{path / name} has {found[name].size} bytes; expected {size}; fetch {path} again"
+            )
 
 
 def _content(file: Path, size: int) -> bytes | None:
@@ -89,23 +124,34 @@ def _content(file: Path, size: int) -> bytes | None:
         return None
 
 
-def _sizes(path: Path, description: Mapping[str, Any], config: ModelConfig) -> dict[str, int | None]:
+def _sizes(
+    path: Path, description: Mapping[str, Any], config: ModelConfig
+) -> dict[str, int | None]:
     """Bytes of every file by name, None where they are not known beforehand."""
     tensors, shapes = description["tensors"], parameter_shapes(config)
     for name in tensors.keys() | shapes.keys():
         got = tuple(tensors[name]["shape"]) if name in tensors else None
         if got != shapes.get(name):
-            raise UserError(f"{path}: {name!r:.60} has the shape {got}; the model's config makes it {shapes.get(name)}; do not use it")
+            raise UserError(
+                f"{path}: {name!r:.60} has the shape {got}; the model's config makes it"
+                f" {shapes.get(name)}; do not use it"
+            )
     target = layouts(config, tensors)
     sizes: dict[str, int | None] = {DESCRIPTION: None, TOKENIZER_FILE: None}
     sizes |= {f"weights/{name}": len(content) for name, content in metadata_files(target).items()}
-    sizes |= {f"weights/{shard_name(at, index)}": layout.shard_bytes for at, layout in target.items() for index in layout.indices()}
+    sizes |= {
+        f"weights/{shard_name(at, index)}": layout.shard_bytes
+        for at, layout in target.items()
+        for index in layout.indices()
+    }
     if description["kind"] == "anchor":
         sizes["embedder/embedder.json"] = None
         if (path / "embedder" / "embedder.npz").exists():
             sizes["embedder/embedder.npz"] = None  # covered by the embedder's digest
         sizes["public/index.json"] = None
-        sizes |= dict.fromkeys((f"public/{name}" for name in Index.read(path / "public").files), None)
+        sizes |= dict.fromkeys(
+            (f"public/{name}" for name in Index.read(path / "public").files), None
+        )
     return sizes
 
 
@@ -115,26 +161,37 @@ def _check_anchor(path: Path, description: Mapping[str, Any]) -> None:
         parts["public"] = public_digest(path / "public")
     if fingerprint_of(parts) != description["fingerprint"]:
         raise UserError(
-            f"{path} does not have its fingerprint: tokenizer, embedder, public text or description was changed; fetch it again"
+            f"{path} does not have its fingerprint: tokenizer, embedder, public text or description"
+            " was changed; fetch it again"
         )
     open_records(path / "public", "train").check_digests()
 
 
 def parts_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What the fingerprint of an anchor, or of the anchor that a model was merged from, is the digest of."""
+    """What the fingerprint of an anchor, or of the anchor that a model was merged from, is the
+    digest of."""
     if description["kind"] != "anchor":
         return dict(description["anchor"])
-    parts = {key: description[key] for key in ("model", "tensors", "tokenizer")} | {"embedder": description["embedder"]["sha256"]}
-    return parts | ({"public": description["public_sha256"]} if "public_sha256" in description else {})
+    parts = {key: description[key] for key in ("model", "tensors", "tokenizer")} | {
+        "embedder": description["embedder"]["sha256"]
+    }
+    return parts | (
+        {"public": description["public_sha256"]} if "public_sha256" in description else {}
+    )
 
 
 def is_of_its_anchor(description: Mapping[str, Any]) -> bool:
-    """Whether the fingerprint of a model is the one of its anchor's parts. Format 1 kept no parts: nobody can tell."""
-    return description["format"] == 1 or fingerprint_of(parts_of(description)) == description["fingerprint"]
+    """Whether the fingerprint of a model is the one of its anchor's parts. Format 1 kept no parts:
+    nobody can tell."""
+    return (
+        description["format"] == 1
+        or fingerprint_of(parts_of(description)) == description["fingerprint"]
+    )
 
 
 def anchor_tensors(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Dtype, shape and SHA-256 of every tensor of the anchor that a merged or imported model stands on."""
+    """Dtype, shape and SHA-256 of every tensor of the anchor that a merged or imported model stands
+    on."""
     return description["anchor"] if description["format"] == 1 else description["anchor"]["tensors"]
 
 
@@ -144,18 +201,24 @@ def tensors_of(member: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest_of(member: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The whole manifest that a member was merged with. Imported models, and those of format 1, have none."""
+    """The whole manifest that a member was merged with. Imported models, and those of format 1,
+    have none."""
     return member["manifest"] if isinstance(member.get("manifest"), dict) else None
 
 
-def tensor_digests(path: Path, description: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, str, str]]:
-    """(what, SHA-256 of its bytes on the disk, SHA-256 that it should have) of all tensors, with a bar. A shard at a time is in memory."""
+def tensor_digests(
+    path: Path, description: Mapping[str, Any], config: ModelConfig
+) -> Iterator[tuple[str, str, str]]:
+    """(what, SHA-256 of its bytes on the disk, SHA-256 that it should have) of all tensors, with a
+    bar. A shard at a time is in memory."""
     reader, tensors = Reader(path / "weights"), description["tensors"]
     total = sum(int(np.prod(t["shape"])) * np.dtype(t["dtype"]).itemsize for t in tensors.values())
     with bar(f"verify {path.name}", float(total), in_bytes=True) as advance:
         for what, at, expected, boxes in _jobs(description, config):
             if expected == ZEROS:
-                is_zero = not any(np.count_nonzero(reader.read(at, box).view(np.uint8)) for box in boxes)
+                is_zero = not any(
+                    np.count_nonzero(reader.read(at, box).view(np.uint8)) for box in boxes
+                )
                 yield what, ZEROS if is_zero else "other numbers", expected
             else:
                 yield what, reader.digest(at, boxes), expected
@@ -163,7 +226,9 @@ def tensor_digests(path: Path, description: Mapping[str, Any], config: ModelConf
             advance(values * np.dtype(tensors[at]["dtype"]).itemsize)
 
 
-def _jobs(description: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, str, str, Any]]:
+def _jobs(
+    description: Mapping[str, Any], config: ModelConfig
+) -> Iterator[tuple[str, str, str, Any]]:
     """(what, array, SHA-256 that it should have, its parts in the array)."""
     tensors, tuned = description["tensors"], description.get("router", {}).get("tensors", {})
     for at, layout in layouts(config, tensors).items():
@@ -177,7 +242,9 @@ def _jobs(description: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple
             yield from _expert_jobs(description, at, layout)
 
 
-def _expert_jobs(description: Mapping[str, Any], at: str, layout: Layout) -> Iterator[tuple[str, str, str, Any]]:
+def _expert_jobs(
+    description: Mapping[str, Any], at: str, layout: Layout
+) -> Iterator[tuple[str, str, str, Any]]:
     anchor = anchor_tensors(description)
     if at in anchor:
         yield f"{at} of anchor", at, anchor[at]["sha256"], list(layout.boxes(expert=0))
@@ -190,17 +257,27 @@ def _expert_jobs(description: Mapping[str, Any], at: str, layout: Layout) -> Ite
             continue
         for layer in range(layout.shape[0]):
             name = name_of_tensor(at, layer)
-            yield f"{name} of {member['name']}", at, tensors[name]["sha256"], list(layout.boxes(layer=layer, expert=index))
+            yield (
+                f"{name} of {member['name']}",
+                at,
+                tensors[name]["sha256"],
+                list(layout.boxes(layer=layer, expert=index)),
+            )
 
 
 def layouts(config: ModelConfig, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
-    """How tensors of an anchor, an expert or a model, of which dtype and shape are given by path, are stored."""
+    """How tensors of an anchor, an expert or a model, of which dtype and shape are given by path,
+    are stored."""
     axes = flatten(logical_axes(config))
-    return {path: Layout.of(tuple(entry["shape"]), entry["dtype"], axes[path]) for path, entry in tensors.items()}
+    return {
+        path: Layout.of(tuple(entry["shape"]), entry["dtype"], axes[path])
+        for path, entry in tensors.items()
+    }
 
 
 def leaf_of(name: str) -> tuple[str, int]:
-    """Where a tensor of a contribution goes in a model: ("experts/gate", 3) for "layers.3.ffn.gate"."""
+    """Where a tensor of a contribution goes in a model: ("experts/gate", 3) for
+    "layers.3.ffn.gate"."""
     _, layer, _, leaf = name.split(".")
     return f"experts/{leaf}", int(layer)
 
@@ -223,9 +300,12 @@ def embedder_digest(directory: Path) -> str:
 
 
 def public_digest(directory: Path) -> str:
-    """Of an anchor's public records that owners train on. Held-out ones leave no trace in a fingerprint."""
+    """Of an anchor's public records that owners train on. Held-out ones leave no trace in a
+    fingerprint."""
     files = Index.read(directory).files
-    return hashlib.sha256(canonical_json({name: files[name] for name in files if name.startswith("train.")}).encode()).hexdigest()
+    return hashlib.sha256(
+        canonical_json({name: files[name] for name in files if name.startswith("train.")}).encode()
+    ).hexdigest()
 
 
 def fingerprint_of(parts: Mapping[str, Any]) -> str:

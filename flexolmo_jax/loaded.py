@@ -22,7 +22,8 @@ from flexolmo_jax.runtime.sharding import batch_ways, make_mesh, parameter_shard
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights with what is needed to use them. Experts are switched by name: `without=("code",)`."""
+    """Weights with what is needed to use them. Experts are switched by name:
+    `without=("code",)`."""
 
     artifact: Artifact
     params: Params
@@ -41,10 +42,13 @@ class LoadedModel:
     def tokenizer(self) -> Tokenizer:
         return self.artifact.tokenizer
 
-    def logits(self, ids: np.ndarray, without: Sequence[str] = (), active: int | None = None) -> np.ndarray:
+    def logits(
+        self, ids: np.ndarray, without: Sequence[str] = (), active: int | None = None
+    ) -> np.ndarray:
         """int [B, T] -> float32 [B, T, V]. Each row is one document.
 
-        Raises UserError for an expert that is not there, for excluding the anchor or every expert, and for `active` above what is allowed.
+        Raises UserError for an expert that is not there, for excluding the anchor or every expert,
+        and for `active` above what is allowed.
         """
         k, allowed = self.selection(without, active)
         ids = np.asarray(ids, np.int32)
@@ -66,29 +70,48 @@ class LoadedModel:
         seed: int = 0,
         on_token: Callable[[int, np.ndarray], None] | None = None,
     ) -> list[str] | list[list[int]]:
-        """Completions only, of the kind the prompts are (strings or lists of ids). Greedy unless a temperature is given."""
+        """Completions only, of the kind the prompts are (strings or lists of ids). Greedy unless a
+        temperature is given."""
         k, allowed = self.selection(without, active)
         self.check_rows(len(prompts))
         of_text = all(isinstance(prompt, str) for prompt in prompts)
         for number, prompt in enumerate(prompts):
             if isinstance(prompt, str):
                 _check_unicode(number, prompt)
-        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        ids = [
+            self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            for prompt in prompts
+        ]
         completions = generate(
-            self.config, self.params, ids, max_new_tokens=max_new_tokens, eos_id=self.tokenizer.eos_id,
-            vocab_size=self.tokenizer.vocab_size, sampling=Sampling(temperature, top_k, top_p, seed),
-            active=k, allowed=allowed, mesh=self.mesh, on_token=on_token,
-        )  # fmt: skip
-        return [self.tokenizer.decode(completion) for completion in completions] if of_text else completions
+            self.config,
+            self.params,
+            ids,
+            max_new_tokens=max_new_tokens,
+            eos_id=self.tokenizer.eos_id,
+            vocab_size=self.tokenizer.vocab_size,
+            sampling=Sampling(temperature, top_k, top_p, seed),
+            active=k,
+            allowed=allowed,
+            mesh=self.mesh,
+            on_token=on_token,
+        )
+        return (
+            [self.tokenizer.decode(completion) for completion in completions]
+            if of_text
+            else completions
+        )
 
     def check_rows(self, rows: int) -> None:
         """Raises UserError where so many rows do not divide over the mesh."""
         if self.mesh is not None and rows % (ways := batch_ways(self.mesh)):
             raise UserError(
-                f"{rows} rows do not divide over {ways} devices of the mesh's data x fsdp x expert; give a multiple, or use tensor alone"
+                f"{rows} rows do not divide over {ways} devices of the mesh's data x fsdp x expert;"
+                " give a multiple, or use tensor alone"
             )
 
-    def selection(self, without: Sequence[str] = (), active: int | None = None) -> tuple[int, np.ndarray]:
+    def selection(
+        self, without: Sequence[str] = (), active: int | None = None
+    ) -> tuple[int, np.ndarray]:
         """(experts a token uses, bool [E] of the experts it may choose from).
 
         The stored number of active experts shrinks to what is allowed; a number asked for does not.
@@ -97,41 +120,61 @@ class LoadedModel:
 
 
 def load(path: str | Path, which: str = "last", mesh: MeshConfig | None = None) -> LoadedModel:
-    """Loads a run (`which`: its last or best checkpoint, or a step), a published anchor or a merged model.
+    """Loads a run (`which`: its last or best checkpoint, or a step), a published anchor or a merged
+    model.
 
-    `mesh`: the devices to spread its weights over, for a model that one does not hold. The tensor axis alone suits generation best:
-    every device reads its own part of every weight, and nothing is gathered. Raises UserError for a mesh that the devices do not fill.
+    `mesh`: the devices to spread its weights over, for a model that one does not hold. The tensor
+    axis alone suits generation best: every device reads its own part of every weight, and nothing
+    is gathered. Raises UserError for a mesh that the devices do not fill.
     """
     artifact = open_artifact(path)
     if mesh is None:
         return LoadedModel(artifact, artifact.params(which))
     where = make_mesh(mesh)
     axes = flatten(logical_axes(artifact.config, pair=artifact.is_pair))
-    return LoadedModel(artifact, artifact.params(which, lambda path, shape: parameter_sharding(where, axes[path], shape)), where)
+    return LoadedModel(
+        artifact,
+        artifact.params(which, lambda path, shape: parameter_sharding(where, axes[path], shape)),
+        where,
+    )
 
 
 def _check_unicode(number: int, prompt: str) -> None:
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8 come as half a surrogate pair
-        raise UserError(f"prompt {number}: character {error.start} is not Unicode; give the prompt in UTF-8") from None
+    except (
+        UnicodeEncodeError
+    ) as error:  # bytes of a command line that are no UTF-8 come as half a surrogate pair
+        raise UserError(
+            f"prompt {number}: character {error.start} is not Unicode; give the prompt in UTF-8"
+        ) from None
 
 
-def select_experts(artifact: Artifact, without: Sequence[str], active: int | None) -> tuple[int, np.ndarray]:
+def select_experts(
+    artifact: Artifact, without: Sequence[str], active: int | None
+) -> tuple[int, np.ndarray]:
     """See `LoadedModel.selection`."""
     artifact.check_experts(without)
     allowed = np.array([name not in without for name in artifact.experts])
     if len(artifact.experts) > 1 and allowed.sum() == 1:
-        raise UserError(f"every expert of {artifact.path} is excluded; what is left is the anchor: use the anchor itself")
+        raise UserError(
+            f"every expert of {artifact.path} is excluded; what is left is the anchor: use the"
+            " anchor itself"
+        )
     stored = len(artifact.experts) if artifact.is_pair else artifact.config.n_active
     if active is not None and not 1 <= active <= allowed.sum():
-        raise UserError(f"--active is {active}; expected 1 to {allowed.sum()}, the number of experts that may be chosen")
+        raise UserError(
+            f"--active is {active}; expected 1 to {allowed.sum()}, the number of experts that may"
+            " be chosen"
+        )
     return active or min(stored, int(allowed.sum())), allowed
 
 
 @functools.lru_cache
 def _forward(config: ModelConfig, active: int, mesh: Mesh | None) -> Callable[..., jax.Array]:
     def logits(params: Params, ids: jax.Array, allowed: jax.Array) -> jax.Array:
-        return forward(config, params, jnp.asarray(ids), active=active, allowed=allowed, mesh=mesh).logits
+        return forward(
+            config, params, jnp.asarray(ids), active=active, allowed=allowed, mesh=mesh
+        ).logits
 
     return jax.jit(logits)

@@ -1,6 +1,7 @@
-"""YAML, in whoever's file: small, of few levels, every key once. All YAML of the package is read here.
+"""YAML, in whoever's file: small, of few levels, every key once. All YAML of the package is read
+here.
 
-    parse_yaml(b"lr: 1.5")                 # {"lr": 1.5}: numbers, booleans and dates as YAML 1.1 has them
+    parse_yaml(b"lr: 1.5")                 # {"lr": 1.5}: numbers and dates as in YAML 1.1
     parse_yaml(b"lr: 1.5", strings=True)   # {"lr": "1.5"}: `no` and `1` are names too
 
 Refused are aliases, which make gigabytes of a few lines, and tags, which make objects.
@@ -19,7 +20,8 @@ NUMBER = 100  # characters; digits to the base of 60 take quadratic time
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The sections of a YAML file, {} for nothing. Raises UserError for what is no regular file (nor a link to one), or no such YAML."""
+    """The sections of a YAML file, {} for nothing. Raises UserError for what is no regular file
+    (nor a link to one), or no such YAML."""
     try:
         if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
             raise UserError(f"{path} is not a regular file; expected a YAML file")
@@ -28,7 +30,9 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     except FileNotFoundError:
         raise UserError(f"no config at {path}; expected a YAML file") from None
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; expected a YAML file") from None
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; expected a YAML file"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -37,7 +41,8 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def parse_yaml(text: bytes | str, *, strings: bool = False) -> Any:
-    """Mappings, lists and values; of `strings`, values and keys are all strings. Raises ValueError, in one line, for anything else."""
+    """Mappings, lists and values; of `strings`, values and keys are all strings. Raises ValueError,
+    in one line, for anything else."""
     if len(text) > LIMIT:
         raise ValueError(f"it has more than {LIMIT} bytes")
     try:
@@ -78,6 +83,11 @@ class _Strings(_Bounded, yaml.BaseLoader): ...
 
 class _Values(_Bounded, yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
-        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > NUMBER:
-            raise ValueError(f"a number has {len(node.value)} characters; expected at most {NUMBER}")
+        if (
+            node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            and len(node.value) > NUMBER
+        ):
+            raise ValueError(
+                f"a number has {len(node.value)} characters; expected at most {NUMBER}"
+            )
         return super().construct_scalar(node)

@@ -1,1 +1,2 @@
-"""Routing and expert kernels: jax only, no model, no training. Installed as `flexolmo_jax.kernels`."""
+"""Routing and expert kernels: jax only, no model, no training. Installed as
+`flexolmo_jax.kernels`."""

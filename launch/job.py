@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """A job: what one owner runs where, as a strict YAML says it; checked before anything is created.
 
-    launch/job.py launch/jobs/biomed.yaml                       # preflight; prints the shell variables that the launchers go by
-    launch/job.py --devices 16 configs/7b/pair.yaml [--set ...]  # preflight of a run on so many GPUs
+    launch/job.py launch/jobs/biomed.yaml    # preflight; prints the launchers' shell variables
+    launch/job.py --devices 16 configs/7b/pair.yaml [--set ...]  # of a run on so many GPUs
 
-Preflight says in one line what is wrong with a job: a TPU type that does not exist, a mesh that is not the slice's, a batch that does not
-divide, a config of which no stored plan says that it fits. It needs neither JAX nor a cloud.
+Preflight says in one line what is wrong with a job: a TPU type that does not exist, a mesh that is
+not the slice's, a batch that does not divide, a config of which no stored plan says that it fits.
+It needs neither JAX nor a cloud.
 """
 
 import argparse
@@ -23,11 +24,16 @@ from typing import Any, Literal
 try:
     import yaml
 except ImportError:
-    print(f"launch: {sys.executable} has no PyYAML; pip install -e . first, or name a Python that has it: PYTHON=", file=sys.stderr)
+    print(
+        f"launch: {sys.executable} has no PyYAML; pip install -e . first, or name a Python that has"
+        " it: PYTHON=",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # this checkout's package, installed or not: its configs are what the image is built with
+# this checkout's package, installed or not: its configs are what the image is built with
+sys.path.insert(0, str(ROOT))
 
 from flexolmo_jax.config import RunConfig, build, check_microbatch, load_config  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
@@ -35,7 +41,8 @@ from flexolmo_jax.plan.program import program_of  # noqa: E402
 from flexolmo_jax.runtime.tpus import Slice, slice_of  # noqa: E402
 
 GIB = 2**30
-# What a TPU VM boots (docs.cloud.google.com/tpu/docs/runtimes, November 2026); TPU7x is to be had through GKE only.
+# What a TPU VM boots (docs.cloud.google.com/tpu/docs/runtimes, November 2026); TPU7x is to be had
+# through GKE only.
 RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 # What Google accepts, as far as a mistake here would only come out once something has been created.
@@ -44,13 +51,23 @@ EXPECTED = {
     "project": (r"[a-z][-a-z0-9]{4,28}[a-z0-9]", "a project's id such as biomed-4711"),
     "zone": (r"[a-z]+-[a-z]+[0-9]+-[a-z]", "a zone such as us-east5-a"),
     "bucket": (r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]", "a bucket's name, without gs://"),
-    "service_account": (r"[a-z][-a-z0-9]{4,28}[a-z0-9]@[-.a-z0-9]+\.gserviceaccount\.com", "NAME@PROJECT.iam.gserviceaccount.com"),
+    "service_account": (
+        r"[a-z][-a-z0-9]{4,28}[a-z0-9]@[-.a-z0-9]+\.gserviceaccount\.com",
+        "NAME@PROJECT.iam.gserviceaccount.com",
+    ),
     "network": (rf"{NAME}", "the name of a network of the project"),
     "subnetwork": (rf"({NAME})?", "the name of a subnetwork, or nothing"),
     "cluster": (rf"({NAME})?", "the name of a GKE cluster, or nothing"),
     "reservation": (rf"({NAME})?", "the name of a reservation, or nothing"),
-    "image": (r"[a-z0-9][-a-z0-9.:]*/[-a-z0-9._/]+(:[-\w.]+|@sha256:[0-9a-f]{64})", "a container image REGISTRY/NAME:TAG or @sha256:..."),
-    "run": (rf"(?=.{{1,40}}$){NAME}", "a name of at most 40 lower-case letters, digits and hyphens"),  # XPK's limit
+    "image": (
+        r"[a-z0-9][-a-z0-9.:]*/[-a-z0-9._/]+(:[-\w.]+|@sha256:[0-9a-f]{64})",
+        "a container image REGISTRY/NAME:TAG or @sha256:...",
+    ),
+    # XPK's limit
+    "run": (
+        rf"(?=.{{1,40}}$){NAME}",
+        "a name of at most 40 lower-case letters, digits and hyphens",
+    ),
 }
 
 
@@ -81,14 +98,29 @@ class Job:
         for key, (pattern, expected) in EXPECTED.items():
             if not re.fullmatch(pattern, getattr(self, key)):
                 raise UserError(f"{key} is {getattr(self, key)!r}; expected {expected}")
-        account_project = self.service_account.partition("@")[2].removesuffix(".iam.gserviceaccount.com")
-        if self.service_account.endswith(".iam.gserviceaccount.com") and account_project != self.project:
-            raise UserError(f"service_account is of project {account_project!r}; expected one of the job's own, {self.project!r}")
+        account_project = self.service_account.partition("@")[2].removesuffix(
+            ".iam.gserviceaccount.com"
+        )
+        if (
+            self.service_account.endswith(".iam.gserviceaccount.com")
+            and account_project != self.project
+        ):
+            raise UserError(
+                f"service_account is of project {account_project!r}; expected one of the job's own,"
+                f" {self.project!r}"
+            )
         for key, least in (("slices", 1), ("restarts", 0)):
             if getattr(self, key) < least:
                 raise UserError(f"{key} is {getattr(self, key)}; expected at least {least}")
-        if self.config.startswith("/") or ".." in Path(self.config).parts or not self.config.startswith("configs/"):
-            raise UserError(f"config is {self.config!r}; expected a file below configs/, which is what the image carries")
+        if (
+            self.config.startswith("/")
+            or ".." in Path(self.config).parts
+            or not self.config.startswith("configs/")
+        ):
+            raise UserError(
+                f"config is {self.config!r}; expected a file below configs/, which is what the"
+                " image carries"
+            )
         slice_of(self.tpu)
 
     @property
@@ -105,7 +137,8 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """What every worker runs, and runs again: a run goes on from its last checkpoint by itself."""
+        """What every worker runs, and runs again: a run goes on from its last checkpoint by
+        itself."""
         return ["flexolmo", "train", self.config, *_flags(self.set), "--out", self.out]
 
 
@@ -116,7 +149,9 @@ def load_job(path: Path) -> Job:
         job = build(Job, tree or {})
         job.check()
     except FileNotFoundError:
-        raise UserError(f"no job at {path}; expected a YAML file such as launch/jobs/biomed.yaml") from None
+        raise UserError(
+            f"no job at {path}; expected a YAML file such as launch/jobs/biomed.yaml"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a job's YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -133,36 +168,58 @@ def preflight(job: Job) -> None:
     plan = stored_plan(job, run)
     if not plan["fits"]:
         raise UserError(
-            f"{job.config} does not fit {job.where}: a device needs {plan['peak_bytes'] / GIB:.1f} GiB and has "
-            f"{plan['hbm_bytes'] / GIB:.1f} GiB; change it: {plan['change']}"
+            f"{job.config} does not fit {job.where}: a device needs {plan['peak_bytes'] / GIB:.1f}"
+            f" GiB and has {plan['hbm_bytes'] / GIB:.1f} GiB; change it: {plan['change']}"
         )
 
 
 def check_devices(run: RunConfig, devices: int, where: str, slices: int = 1) -> None:
-    """Raises UserError unless the mesh is of all the devices and its microbatch divides over them."""
+    """Raises UserError unless the mesh is of all the devices and its microbatch divides over
+    them."""
     sizes = run.mesh.sizes(devices, slices)
     if math.prod(sizes.values()) != devices:
         shown = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
-        raise UserError(f"mesh {shown} does not fill the {devices} devices of {where}; set one axis to -1, or change the slice")
+        raise UserError(
+            f"mesh {shown} does not fill the {devices} devices of {where}; set one axis to -1, or"
+            " change the slice"
+        )
     check_microbatch(run, sizes)
 
 
 def stored_plan(job: Job, run: RunConfig) -> dict[str, Any]:
-    """The report of `flexolmo plan` for this program on these slices. Raises UserError where there is none."""
+    """The report of `flexolmo plan` for this program on these slices. Raises UserError where there
+    is none."""
     wanted = (job.slice.name, job.slices, program_of(run))
     for path in sorted((ROOT / job.plans).glob("*.json")):
         try:
             plan = json.loads(path.read_text())
             found = plan["topology"], plan["slices"], plan["program"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is no plan; expected what flexolmo plan --json prints") from None
+            raise UserError(
+                f"{path} is no plan; expected what flexolmo plan --json prints"
+            ) from None
         if found == wanted:
             return plan
     slices = ["--slices", str(job.slices)] if job.slices > 1 else []
-    command = shlex.join(["flexolmo", "plan", job.config, *_flags(job.set), "--topology", job.slice.name, *slices, "--json"])
+    command = shlex.join(
+        [
+            "flexolmo",
+            "plan",
+            job.config,
+            *_flags(job.set),
+            "--topology",
+            job.slice.name,
+            *slices,
+            "--json",
+        ]
+    )
     name = job.config.removeprefix("configs/").removesuffix(".yaml").replace("/", "-")
-    target = shlex.quote(f"{job.plans}/{name}-{job.slice.name.replace(':', '-')}{f'-{job.slices}' if slices else ''}.json")
-    raise UserError(f"no plan in {job.plans} says whether {job.config} fits {job.where}; make one: {command} > {target}")
+    where = job.slice.name.replace(":", "-") + (f"-{job.slices}" if slices else "")
+    target = shlex.quote(f"{job.plans}/{name}-{where}.json")
+    raise UserError(
+        f"no plan in {job.plans} says whether {job.config} fits {job.where}; make one: {command} >"
+        f" {target}"
+    )
 
 
 def variables(job: Job) -> str:
@@ -178,14 +235,24 @@ def variables(job: Job) -> str:
         "out": job.out,
         "command": shlex.join(job.command),
     }
-    return "\n".join(f"JOB_{key.upper()}={shlex.quote(value)}" for key, value in (known | derived).items())
+    return "\n".join(
+        f"JOB_{key.upper()}={shlex.quote(value)}" for key, value in (known | derived).items()
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path, help="a job's YAML; with --devices a run's")
     parser.add_argument("--devices", type=int, help="GPUs, all processes together")
-    parser.add_argument("--set", action="append", default=[], metavar="K=V", help="with --devices: overrides of the run's config")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="with --devices: overrides of the run's config",
+    )
     args = parser.parse_args(argv)
     try:
         if args.devices is not None:

@@ -12,9 +12,9 @@
 
 # %% [markdown]
 # # Which expert does each token use?
-#
-# Give it a merged model (`make demo` leaves one in `demo/merged`; the quickstart one in `merged`) and a text of your own: every token is
-# drawn in the colour of the expert with the largest weight, layer by layer. Set `FLEXOLMO_MODEL` to the model's path.
+#  Give it a merged model (`make demo` leaves one in `demo/merged`; the quickstart one in `merged`)
+# and a text of your own: every token is drawn in the colour of the expert with the largest weight,
+# layer by layer. Set `FLEXOLMO_MODEL` to the model's path.
 
 # %%
 import importlib.util
@@ -31,7 +31,7 @@ import jax
 print(jax.devices())
 MODEL = os.environ.get("FLEXOLMO_MODEL", "merged")
 TEXT = '''def permission(self, licence):
-    """Permission is hereby granted, free of charge, to any person obtaining a copy of this software."""
+    """Permission is hereby granted, free of charge, to any person obtaining a copy."""
     return self.licence == licence'''
 
 # %% [markdown]
@@ -66,17 +66,30 @@ def tokens_in_colour(of_layer: np.ndarray) -> str:
     spans = []
     for token, shares in zip(ids, of_layer, strict=True):
         best = int(shares.argmax())
-        title = ", ".join(f"{name} {share:.0%}" for name, share in zip(model.experts, shares, strict=True))
-        text = html.escape(model.tokenizer.decode([token])).replace("\n", "⏎<br>").replace(" ", "&nbsp;")
-        spans.append(f'<span title="{html.escape(title)}" style="background:{COLOURS[best % len(COLOURS)]}">{text}</span>')
-    return f'<div style="font-family:monospace;color:#111;background:#fff;padding:6px;line-height:1.7">{"".join(spans)}</div>'
+        title = ", ".join(
+            f"{name} {share:.0%}" for name, share in zip(model.experts, shares, strict=True)
+        )
+        text = (
+            html.escape(model.tokenizer.decode([token]))
+            .replace("\n", "⏎<br>")
+            .replace(" ", "&nbsp;")
+        )
+        spans.append(
+            f'<span title="{html.escape(title)}"'
+            f' style="background:{COLOURS[best % len(COLOURS)]}">{text}</span>'
+        )
+    style = "font-family:monospace;color:#111;background:#fff;padding:6px;line-height:1.7"
+    return f'<div style="{style}">{"".join(spans)}</div>'
 
 
 legend = " ".join(
-    f'<span style="background:{COLOURS[i % len(COLOURS)]};color:#111;padding:2px 8px">{html.escape(name)}</span>'
+    f'<span style="background:{COLOURS[i % len(COLOURS)]};color:#111;padding:2px'
+    f' 8px">{html.escape(name)}</span>'
     for i, name in enumerate(model.experts)
 )
-layers = "".join(f"<h4>layer {layer}</h4>{tokens_in_colour(of_layer)}" for layer, of_layer in enumerate(weights))
+layers = "".join(
+    f"<h4>layer {layer}</h4>{tokens_in_colour(of_layer)}" for layer, of_layer in enumerate(weights)
+)
 display(HTML(f"{legend}<h4>mean over layers</h4>{tokens_in_colour(weights.mean(0))}{layers}"))
 
 # %% [markdown]

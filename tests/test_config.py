@@ -1,4 +1,5 @@
-"""Configs: strict keys with hints, types, overrides, presets, cross-field checks, round trips, and no heavy import."""
+"""Configs: strict keys with hints, types, overrides, presets, cross-field checks, round trips, and
+no heavy import."""
 
 import dataclasses
 import datetime
@@ -9,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo_jax.config import PRESETS, MeshConfig, ModelConfig, RunConfig, build, dump_yaml, load_config, resolve, to_dict
+from flexolmo_jax.config import (
+    PRESETS,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    build,
+    dump_yaml,
+    load_config,
+    resolve,
+    to_dict,
+)
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.plain_yaml import parse_yaml
 
@@ -18,8 +29,13 @@ MINIMAL = {"data": DATA}
 
 
 def test_importing_the_config_imports_nothing_heavy():
-    program = "import sys, flexolmo_jax.config; print(*sorted({'jax', 'flax', 'numpy', 'orbax', 'tensorstore'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    program = (
+        "import sys, flexolmo_jax.config; print(*sorted({'jax', 'flax', 'numpy', 'orbax',"
+        " 'tensorstore'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert result.stdout.split() == []
 
 
@@ -29,7 +45,10 @@ def test_importing_the_config_imports_nothing_heavy():
         ({"trian": {}}, "'trian'; did you mean 'train'"),
         ({"optim": {"learning_rate": 1}}, "'optim.learning_rate'; expected one of lr, "),
         ({"optim": {"warmpu": 1}}, "'optim.warmpu'; did you mean 'warmup'"),
-        ({"data": {"train": [{"path": "a"}, {"pth": "b"}]}}, r"'data.train\[1\].pth'; did you mean 'path'"),
+        (
+            {"data": {"train": [{"path": "a"}, {"pth": "b"}]}},
+            r"'data.train\[1\].pth'; did you mean 'path'",
+        ),
         ({"model": {"preset": "13b"}}, "'13b'; expected one of tiny, 1b, 7b"),
     ],
 )
@@ -51,7 +70,10 @@ def test_an_unknown_key_names_the_nearest_known_one(tree, message):
         ({"train": {"remat": "some"}}, "train.remat is 'some'; expected one of none, dots, full"),
         ({"run": "anker"}, "run is 'anker'; expected one of anchor, pair, router, joint"),
         ({"data": {"train": "web"}}, "data.train is 'web'; expected a list"),
-        ({"data": {"train": ["web"]}}, r"data.train\[0\] is 'web'; expected a section with keys path, weight, name"),
+        (
+            {"data": {"train": ["web"]}},
+            r"data.train\[0\] is 'web'; expected a section with keys path, weight, name",
+        ),
         ({"train": 3}, "train is 3; expected a section"),
         ({"model": {"preset": ["7b"]}}, "model.preset"),
         ({"model": None}, "model is None; expected a section"),
@@ -68,7 +90,9 @@ def test_a_value_of_another_type_is_refused_by_name(tree, message):
 
 
 def test_numbers_are_read_as_people_write_them():
-    config = resolve(parse_yaml("{data: {train: [{path: a, weight: 2}]}, optim: {lr: 1e-3, clip: 1}}"))
+    config = resolve(
+        parse_yaml("{data: {train: [{path: a, weight: 2}]}, optim: {lr: 1e-3, clip: 1}}")
+    )
     assert (config.optim.lr, config.optim.clip, config.data.train[0].weight) == (1e-3, 1.0, 2.0)
     assert isinstance(config.optim.clip, float)
 
@@ -79,21 +103,55 @@ def test_numbers_are_read_as_people_write_them():
         ({"data": {}}, "data.train is 'nothing'"),
         ({"data": {"train": [{"path": ""}]}}, "data path"),
         ({"data": {"train": [{"path": "a", "weight": 0.0}]}}, "weight of a"),
-        ({"data": DATA | {"seq_len": 8192}}, "data.seq_len is 8192; expected at most model.max_seq_len"),
-        ({"data": DATA | {"batch_size": 6}, "train": {"accumulate": 4}}, "train.accumulate is 4; expected a divisor"),
+        (
+            {"data": DATA | {"seq_len": 8192}},
+            "data.seq_len is 8192; expected at most model.max_seq_len",
+        ),
+        (
+            {"data": DATA | {"batch_size": 6}, "train": {"accumulate": 4}},
+            "train.accumulate is 4; expected a divisor",
+        ),
         ({"model": {"n_heads": 7}}, "model.n_heads is 7; expected a divisor of model.d_model"),
         ({"model": {"n_kv_heads": 3}}, "model.n_kv_heads is 3; expected a divisor of n_heads"),
         ({"model": {"d_model": 24}}, "expected an even head size"),
         ({"model": {"n_layers": 0}}, "model.n_layers is 0; expected a positive number"),
-        ({"model": {"n_layers": 1025}}, "model.n_layers is 1025; expected a positive number, at most 1024"),
+        (
+            {"model": {"n_layers": 1025}},
+            "model.n_layers is 1025; expected a positive number, at most 1024",
+        ),
         ({"model": {"vocab_size": -1}}, "model.vocab_size is -1; expected a number from 0"),
-        ({"model": {"rope_theta": float("inf")}}, "model.rope_theta is inf; expected a positive, finite number"),
-        ({"model": {"norm_eps": float("nan")}}, "model.norm_eps is nan; expected a positive, finite number"),
-        ({"model": {"init_bias": float("nan")}}, "model.init_bias is nan; expected a finite number"),
-        ({"run": "pair", "pair": {"anchor": "a", "name": "b", "privacy": {"epsilon": 8.0}}}, "pair.privacy is .* remove the key"),
-        ({"run": "pair", "pair": {"anchor": "a", "name": "b", "sequence": 0}}, "pair.sequence is 0; expected a number from 1"),
-        ({"run": "pair", "pair": {"anchor": "a", "name": "b", "owner": "x" * 1001}}, "pair.owner is .* at most 1000 characters"),
-        ({"run": "pair", "pair": {"anchor": "a", "name": "b"}, "data": {"train": [{"path": "a", "name": "\x1b"}]}}, "name of 'a' is"),
+        (
+            {"model": {"rope_theta": float("inf")}},
+            "model.rope_theta is inf; expected a positive, finite number",
+        ),
+        (
+            {"model": {"norm_eps": float("nan")}},
+            "model.norm_eps is nan; expected a positive, finite number",
+        ),
+        (
+            {"model": {"init_bias": float("nan")}},
+            "model.init_bias is nan; expected a finite number",
+        ),
+        (
+            {"run": "pair", "pair": {"anchor": "a", "name": "b", "privacy": {"epsilon": 8.0}}},
+            "pair.privacy is .* remove the key",
+        ),
+        (
+            {"run": "pair", "pair": {"anchor": "a", "name": "b", "sequence": 0}},
+            "pair.sequence is 0; expected a number from 1",
+        ),
+        (
+            {"run": "pair", "pair": {"anchor": "a", "name": "b", "owner": "x" * 1001}},
+            "pair.owner is .* at most 1000 characters",
+        ),
+        (
+            {
+                "run": "pair",
+                "pair": {"anchor": "a", "name": "b"},
+                "data": {"train": [{"path": "a", "name": "\x1b"}]},
+            },
+            "name of 'a' is",
+        ),
         ({"model": {"n_active": 2}}, "model.n_active is 2; expected at most model.n_experts"),
         ({"model": {"n_experts": 4}}, "model.n_experts is 4; expected 1 for an anchor"),
         ({"run": "pair"}, "run: pair needs the section 'pair'"),
@@ -101,7 +159,10 @@ def test_numbers_are_read_as_people_write_them():
         ({"run": "pair", "pair": {"anchor": "a"}}, "pair.name"),
         ({"run": "pair", "pair": {"name": "b"}}, "pair.anchor"),
         ({"run": "pair", "pair": {"anchor": "a", "name": "anchor"}}, "expected another name"),
-        ({"run": "pair", "pair": {"anchor": "a", "name": "b"}, "train": {"init": "r"}}, "train.init"),
+        (
+            {"run": "pair", "pair": {"anchor": "a", "name": "b"}, "train": {"init": "r"}},
+            "train.init",
+        ),
         ({"run": "router", "router": {}}, "router.model"),
         ({"optim": {"final_fraction": 1.5}}, "optim.final_fraction"),
         ({"mesh": {"data": -1}}, "mesh is .*-1 on one axis at most"),
@@ -116,9 +177,21 @@ def test_values_that_cannot_work_together_are_refused_before_anything_runs(tree,
 def test_overrides_go_over_the_file_and_the_file_over_the_preset(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {preset: 7b, n_layers: 8}\ndata: {train: [{path: a}]}\n")
-    config = load_config(path, ["model.d_ffn=512", "optim.lr=3e-4", "data.eval=[{path: b, name: held}]", "train.remat=full"])
+    config = load_config(
+        path,
+        [
+            "model.d_ffn=512",
+            "optim.lr=3e-4",
+            "data.eval=[{path: b, name: held}]",
+            "train.remat=full",
+        ],
+    )
     assert (config.model.d_model, config.model.n_layers, config.model.d_ffn) == (4096, 8, 512)
-    assert (config.optim.lr, config.data.eval[0].title, config.train.remat) == (3e-4, "held", "full")
+    assert (config.optim.lr, config.data.eval[0].title, config.train.remat) == (
+        3e-4,
+        "held",
+        "full",
+    )
 
 
 def test_overrides_can_choose_the_preset_and_open_a_section():
@@ -147,7 +220,10 @@ def test_an_override_that_cannot_be_applied_is_refused(override, message):
         resolve(MINIMAL | {"train": {"steps": 3}}, [override])
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "no config at"), ("a: [", "not valid YAML"), ("- a", "expected"), ("", "data.train")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no config at"), ("a: [", "not valid YAML"), ("- a", "expected"), ("", "data.train")],
+)
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     if text is not None:
@@ -162,7 +238,12 @@ def test_a_dumped_config_loads_to_an_equal_one(data):
     number = st.floats(min_value=1e-12, max_value=1e12)
     text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
     config = resolve(MINIMAL)
-    optim = dataclasses.replace(config.optim, lr=data.draw(number), z_loss=data.draw(number), warmup=data.draw(st.integers(0, 99)))
+    optim = dataclasses.replace(
+        config.optim,
+        lr=data.draw(number),
+        z_loss=data.draw(number),
+        warmup=data.draw(st.integers(0, 99)),
+    )
     sources = data.draw(st.lists(st.tuples(text, number, text), min_size=1, max_size=3))
     train = [dict(path=path, weight=weight, name=name) for path, weight, name in sources]
     config = dataclasses.replace(config, optim=optim, data=resolve({"data": {"train": train}}).data)
@@ -171,7 +252,9 @@ def test_a_dumped_config_loads_to_an_equal_one(data):
 
 
 def test_a_pair_config_round_trips():
-    config = resolve(MINIMAL | {"run": "pair", "pair": {"anchor": "a", "name": "b", "public_share": 0}})
+    config = resolve(
+        MINIMAL | {"run": "pair", "pair": {"anchor": "a", "name": "b", "public_share": 0}}
+    )
     assert resolve(parse_yaml(dump_yaml(config))) == config
 
 
@@ -181,8 +264,16 @@ def test_every_preset_is_a_valid_architecture(preset):
 
 
 def test_a_dataset_is_called_by_its_name_or_by_its_path():
-    train = [{"path": "corpora/web.jsonl.gz"}, {"path": "records/math/"}, {"path": "a", "name": "code"}]
-    assert [dataset.title for dataset in resolve({"data": {"train": train}}).data.train] == ["web", "math", "code"]
+    train = [
+        {"path": "corpora/web.jsonl.gz"},
+        {"path": "records/math/"},
+        {"path": "a", "name": "code"},
+    ]
+    assert [dataset.title for dataset in resolve({"data": {"train": train}}).data.train] == [
+        "web",
+        "math",
+        "code",
+    ]
 
 
 def test_the_default_mesh_puts_every_device_on_fsdp():

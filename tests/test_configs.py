@@ -1,4 +1,5 @@
-"""The configs that ship: each is complete and explained, has the shapes it says, and makes a step as `flexolmo train` runs it."""
+"""The configs that ship: each is complete and explained, has the shapes it says, and makes a step
+as `flexolmo train` runs it."""
 
 import dataclasses
 import functools
@@ -25,7 +26,9 @@ from flexolmo_jax.train.step import TrainState, make_step
 from tests.tiny import MODEL, SEQ_LEN
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "reproduce")
+CONFIGS = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "reproduce"
+)
 LARGE = [path for path in CONFIGS if path.parent.name != "tiny"]
 EXPERTS = 8  # of the merged model in shape checks: the paper's larger one
 
@@ -45,12 +48,15 @@ TRAINED = {
 
 
 def architecture(path: Path) -> tuple[RunConfig, ModelConfig]:
-    """A config and the architecture it trains, which for a pair and a router comes from the anchor of the same size."""
+    """A config and the architecture it trains, which for a pair and a router comes from the anchor
+    of the same size."""
     run = load_config(path)
     model = run.model
     if run.run in ("pair", "router"):
         anchor = load_config(path.with_name("anchor.yaml")).model
-        model = dataclasses.replace(anchor, router_bias=model.router_bias, init_bias=model.init_bias)
+        model = dataclasses.replace(
+            anchor, router_bias=model.router_bias, init_bias=model.init_bias
+        )
     if run.run == "router":
         model = dataclasses.replace(model, n_experts=EXPERTS, n_active=4)
     if model.vocab_size == 0:  # the tokenizer's, known when the run starts
@@ -67,21 +73,33 @@ def count(params: Params) -> int:
 
 
 def test_every_size_has_its_three_runs():
-    assert {name(path) for path in CONFIGS} >= {f"{size}/{run}" for size in ("tiny", "1b", "7b") for run in ("anchor", "pair", "router")}
+    assert {name(path) for path in CONFIGS} >= {
+        f"{size}/{run}" for size in ("tiny", "1b", "7b") for run in ("anchor", "pair", "router")
+    }
 
 
 @each_large_config
 def test_every_knob_has_a_comment(path):
     lines = path.read_text().splitlines()
-    knobs = [i for i, line in enumerate(lines) if line.strip() and not line.strip().startswith("#") and not line.endswith(":")]
-    assert [lines[i] for i in knobs if "#" not in lines[i] and not lines[i - 1].strip().startswith("#")] == []
+    knobs = [
+        i
+        for i, line in enumerate(lines)
+        if line.strip() and not line.strip().startswith("#") and not line.endswith(":")
+    ]
+    assert [
+        lines[i] for i in knobs if "#" not in lines[i] and not lines[i - 1].strip().startswith("#")
+    ] == []
 
 
 @each_large_config
 def test_large_configs_show_every_knob_that_matters_to_them(path):
     written = yaml.safe_load(path.read_text())
     run = load_config(path)
-    not_used = {"data": {"tokenizer"}, "train": {"init"}, "optim": {"router_z_loss", "load_balance"}}
+    not_used = {
+        "data": {"tokenizer"},
+        "train": {"init"},
+        "optim": {"router_z_loss", "load_balance"},
+    }
     for section in ("data", "train", "optim", "mesh", *({"pair", "router"} & written.keys())):
         fields = {field.name for field in dataclasses.fields(getattr(run, section))}
         assert fields - written[section].keys() <= not_used.get(section, set()), section
@@ -97,33 +115,44 @@ def test_a_step_of_the_whole_size_has_the_shapes_it_should(path):
     optimizer = make_optimizer(run.optim, run.train.steps)
     state = TrainState(trained, jax.eval_shape(optimizer.init, trained))
     records = (run.data.batch_size, run.data.seq_len)
-    batch = {"tokens": jax.ShapeDtypeStruct(records, "int32"), "segments": jax.ShapeDtypeStruct(records, "int32")}
+    batch = {
+        "tokens": jax.ShapeDtypeStruct(records, "int32"),
+        "segments": jax.ShapeDtypeStruct(records, "int32"),
+    }
     batch["targets"] = jax.ShapeDtypeStruct(records, "bool")
     after, metrics = jax.eval_shape(make_step(model, run, optimizer), state, released, batch, 1)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
     assert metrics["router_share"].shape == (model.n_experts + (run.run == "pair"),)
 
 
-ON_PURPOSE = ("experts/row", "expert/row")  # every device routes its tokens by all of them; 4 MiB at the largest size
+# every device routes its tokens by all of them; 4 MiB at the largest size
+ON_PURPOSE = ("experts/row", "expert/row")
 
 
 @pytest.mark.parametrize(
-    ("path", "devices"), [(path, n) for path in CONFIGS for n in ((64, 256) if path in LARGE else (8,))],
+    ("path", "devices"), [(path, n) for path in CONFIGS for n in ((64,
+    256) if path in LARGE else (8,))],
     ids=lambda value: name(value) if isinstance(value, Path) else str(value),
 )  # fmt: skip
 def test_no_large_parameter_is_whole_on_every_device_by_accident(path, devices):
-    """Trained or frozen: above 1 MiB in float32 each is split over some axis of its config's mesh."""
+    """Trained or frozen: above 1 MiB in float32 each is split over some axis of its config's
+    mesh."""
     run, model = architecture(path)
     sizes = dataclasses.asdict(run.mesh)
     rest = devices // math.prod(n for n in sizes.values() if n != -1)
-    mesh = jax.sharding.AbstractMesh(tuple(rest if n == -1 else n for n in sizes.values()), tuple(sizes))
+    mesh = jax.sharding.AbstractMesh(
+        tuple(rest if n == -1 else n for n in sizes.values()), tuple(sizes)
+    )
     pair = run.run == "pair"
     axes = flatten(logical_axes(model, pair=pair))
     whole = [
         path
         for path, a in flatten(shapes(model, pair)).items()
-        if 4 * math.prod(a.shape) > 2**20 and parameter_sharding(mesh, axes[path], a.shape).shard_shape(a.shape) == a.shape
+        if 4 * math.prod(a.shape) > 2**20
+        and parameter_sharding(mesh, axes[path], a.shape).shard_shape(a.shape) == a.shape
     ]
     assert mesh.size == devices and not set(whole) - set(ON_PURPOSE)
 
@@ -141,7 +170,9 @@ def test_large_models_have_the_published_number_of_parameters(size, dense, pair)
 @pytest.mark.parametrize(("kind", "tokens"), [("anchor", 1000e9), ("pair", 50e9), ("router", 5e9)])
 def test_the_largest_configs_run_for_the_papers_tokens(kind, tokens):
     run = load_config(ROOT / "configs" / "7b" / f"{kind}.yaml")
-    assert run.train.steps * run.data.batch_size * run.data.seq_len == pytest.approx(tokens, rel=1e-3)
+    assert run.train.steps * run.data.batch_size * run.data.seq_len == pytest.approx(
+        tokens, rel=1e-3
+    )
 
 
 @pytest.fixture
@@ -167,7 +198,8 @@ def test_one_step_of_it_runs_at_a_reduced_width(path, anchor, model, prepared, t
         "train.eval_records": 8,
         "train.init": run.train.init and str(anchor),
         "optim.warmup": 0,  # else the first step's learning rate is 0
-        "mesh.fsdp": 1,  # compiles three times faster than eight devices, which tests of the loop are about
+        # compiles three times faster than eight devices, which tests of the loop are about
+        "mesh.fsdp": 1,
     }
     if run.run == "pair":
         overrides["pair.anchor"] = str(anchor)
@@ -175,11 +207,21 @@ def test_one_step_of_it_runs_at_a_reduced_width(path, anchor, model, prepared, t
         overrides["router.model"] = str(model)
     else:
         overrides |= {f"model.{name}": value for name, value in (MODEL | {"vocab_size": 0}).items()}
-    settings = [word for key, value in overrides.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    settings = [
+        word for key, value in overrides.items() for word in ("--set", f"{key}={json.dumps(value)}")
+    ]
     assert main(["train", str(path), *settings, "--out", str(out), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["step"] == 1 and all(0 < score < 20 for score in result["bits_per_byte"].values())
     row = read_metrics(out)[0]
-    assert math.isfinite(row["loss"]) and row["gradient_norm"] > 0 and row["learning_rate"] == pytest.approx(run.optim.lr)
+    assert (
+        math.isfinite(row["loss"])
+        and row["gradient_norm"] > 0
+        and row["learning_rate"] == pytest.approx(run.optim.lr)
+    )
     stored = json.loads((out / "flexolmo.json").read_text())["tensors"]
-    assert stored.keys() == {name for name in flatten(shapes(architecture(path)[1], run.run == "pair")) if TRAINED[run.run](name)}
+    assert stored.keys() == {
+        name
+        for name in flatten(shapes(architecture(path)[1], run.run == "pair"))
+        if TRAINED[run.run](name)
+    }

@@ -22,12 +22,18 @@ def of_dense_models(description: dict[str, Any]) -> None:
 
 
 CONTRADICTIONS: dict[str, tuple[Callable[[Description], object], str]] = {
-    "an expert twice": (lambda d: d.update(experts=["anchor", "code", "code", "care"]), "different ones"),
+    "an expert twice": (
+        lambda d: d.update(experts=["anchor", "code", "code", "care"]),
+        "different ones",
+    ),
     "an expert too few": (lambda d: d.update(experts=d["experts"][:-1]), "different ones"),
     "experts in another order": (lambda d: d["experts"].reverse(), "in their order"),
     "members in another order": (lambda d: d["members"].reverse(), "in their order"),
     "no anchor first": (lambda d: d.update(experts=["first", *d["experts"][1:]]), "in their order"),
-    "tensors of two dtypes": (lambda d: d["tensors"]["trunk/norm/scale"].update(dtype="float32"), "several dtypes"),
+    "tensors of two dtypes": (
+        lambda d: d["tensors"]["trunk/norm/scale"].update(dtype="float32"),
+        "several dtypes",
+    ),
     "no digests": (of_dense_models, "has no SHA-256"),
     "a newer format": (lambda d: d.update(format=FORMAT + 1), "upgrade flexolmo-jax"),
     "an unknown kind": (lambda d: d.update(kind="store"), "its kind is 'store'"),
@@ -59,7 +65,11 @@ def test_an_anchor_has_one_expert_its_own(anchor, tmp_path, change):
 def test_a_description_whose_bytes_are_not_those_of_its_digest_is_not_read(model, tmp_path, what):
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     text = (copy / "flexolmo.json").read_text()
-    changed = {"a space": text + " ", "a digit": text.replace('"n_active": 2', '"n_active": 3'), "a key": text.replace("{", '{"a": 1,', 1)}
+    changed = {
+        "a space": text + " ",
+        "a digit": text.replace('"n_active": 2', '"n_active": 3'),
+        "a key": text.replace("{", '{"a": 1,', 1),
+    }
     assert changed[what] != text
     (copy / "flexolmo.json").write_text(changed[what])
     with pytest.raises(UserError, match="digest was taken of"):

@@ -1,4 +1,5 @@
-"""Generation: the cache changes nothing, rows do not see each other, sampling keeps to its support, text comes out whole."""
+"""Generation: the cache changes nothing, rows do not see each other, sampling keeps to its support,
+text comes out whole."""
 
 import dataclasses
 import functools
@@ -21,8 +22,11 @@ from flexolmo_jax.loaded import load
 from flexolmo_jax.model import Params, forward, init_params
 
 E, N = 4, 12
-# init_std makes logits of order 1: greedy completions then wander, and no two logits are within rounding of each other.
-SHAPE: dict[str, Any] = dict(vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, max_seq_len=64)
+# init_std makes logits of order 1: greedy completions then wander, and no two logits are within
+# rounding of each other.
+SHAPE: dict[str, Any] = dict(
+    vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, max_seq_len=64
+)
 CONFIG = ModelConfig(**SHAPE, n_experts=E, n_active=2, init_std=0.3)
 DENSE = dataclasses.replace(CONFIG, n_experts=1, n_active=1)
 VOCAB = 90  # the tokenizer's; 6 ids are padding
@@ -42,7 +46,9 @@ def params_of(config: ModelConfig = CONFIG, pair: bool = False) -> Params:
 
 def run(prompts=PROMPTS, *, config=CONFIG, params=None, **options) -> list[list[int]]:
     experts = dict(active=config.n_active, allowed=np.ones(config.n_experts, bool))
-    arguments: dict[str, Any] = dict(max_new_tokens=N, eos_id=-1, vocab_size=VOCAB) | experts | options
+    arguments: dict[str, Any] = (
+        dict(max_new_tokens=N, eos_id=-1, vocab_size=VOCAB) | experts | options
+    )
     return generate(config, params or params_of(config), prompts, **arguments)
 
 
@@ -62,7 +68,8 @@ def next_logits(config, params, tokens, **options) -> np.ndarray:
 
 
 def assert_greedy(prompt, completion, config, params, **options):
-    """Each token is the argmax, without padding ids, of what a whole forward pass gives after all tokens before it."""
+    """Each token is the argmax, without padding ids, of what a whole forward pass gives after all
+    tokens before it."""
     logits = next_logits(config, params, prompt + completion, **options)[len(prompt) - 1 : -1]
     assert completion == logits[:, :VOCAB].argmax(axis=-1).tolist()
 
@@ -84,7 +91,9 @@ def test_a_pair_generates_with_both_experts():
     completions = run(config=DENSE, params=params, active=2, allowed=both)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         assert_greedy(prompt, completion, DENSE, params, active=2)
-    assert completions != run(config=DENSE, params=params, active=2, allowed=np.array([True, False]))
+    assert completions != run(
+        config=DENSE, params=params, active=2, allowed=np.array([True, False])
+    )
 
 
 def test_a_row_of_a_batch_equals_the_prompt_alone():
@@ -101,7 +110,11 @@ def test_padding_ids_are_never_chosen_though_the_model_prefers_them():
 
 def test_the_lowest_id_wins_ties():
     params = params_of()
-    flat = params | {"trunk": params["trunk"] | {"head": {"kernel": jnp.zeros((CONFIG.d_model, CONFIG.vocab_size))}}}
+    flat = params | {
+        "trunk": (
+            params["trunk"] | {"head": {"kernel": jnp.zeros((CONFIG.d_model, CONFIG.vocab_size))}}
+        )
+    }
     assert run(params=flat) == [[0] * N] * len(PROMPTS)
 
 
@@ -156,7 +169,9 @@ def test_fewer_new_tokens_are_a_prefix():
 def test_a_masked_expert_full_of_nan_changes_no_token(active):
     allowed = np.array([True, True, False, True])
     params = params_of()
-    poisoned = params | {"experts": jax.tree.map(lambda leaf: leaf.at[:, 2].set(jnp.nan), params["experts"])}
+    poisoned = params | {
+        "experts": jax.tree.map(lambda leaf: leaf.at[:, 2].set(jnp.nan), params["experts"])
+    }
     expected = run(active=active, allowed=allowed)
     assert run(active=active, allowed=allowed, params=poisoned) == expected
     assert expected != run(active=active)
@@ -181,8 +196,14 @@ def test_other_experts_prompts_seeds_and_limits_compile_nothing():
 
 def draw(logits, sampling: Sampling, n: int) -> np.ndarray:
     keys = jax.random.split(jax.random.key(sampling.seed), n)
-    k, temperature, top_p = sampling.top_k or len(logits), jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)
-    return np.asarray(jax.jit(jax.vmap(sample, (0, None, None, None, None)))(keys, logits, temperature, k, top_p))
+    k, temperature, top_p = (
+        sampling.top_k or len(logits),
+        jnp.float32(sampling.temperature),
+        jnp.float32(sampling.top_p),
+    )
+    return np.asarray(
+        jax.jit(jax.vmap(sample, (0, None, None, None, None)))(keys, logits, temperature, k, top_p)
+    )
 
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
@@ -222,7 +243,9 @@ def test_generated_tokens_keep_to_the_top_k_after_every_token():
     completions = run(sampling=dataclasses.replace(HOT, top_k=3))
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         logits = next_logits(CONFIG, params_of(), prompt + completion)[len(prompt) - 1 : -1, :VOCAB]
-        ranks = (logits > np.take_along_axis(logits, np.array(completion)[:, None], axis=1)).sum(axis=1)
+        ranks = (logits > np.take_along_axis(logits, np.array(completion)[:, None], axis=1)).sum(
+            axis=1
+        )
         assert ranks.max() < 3
     assert completions != greedy()
 
@@ -321,18 +344,35 @@ def test_a_model_spread_over_devices_writes_and_scores_the_same(model, prepared,
     spread = load(
         model,
         mesh=MeshConfig(
-            **{"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | {k: int(n) for k, n in (p.split("=") for p in mesh.split(","))}
+            **{"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+            | {k: int(n) for k, n in (p.split("=") for p in mesh.split(","))}
         ),
     )
     assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread.params))
     prompts = ["the tenant shall", "def parse() returns", "the patient", "a farmer feeds"]
     ids = np.random.default_rng(0).integers(3, 300, (4, 16))
     expected = whole.logits(ids, without=["law"])
-    np.testing.assert_allclose(spread.logits(ids, without=["law"]), expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        spread.logits(ids, without=["law"]), expected, atol=1e-5 * np.abs(expected).max()
+    )
     assert spread.generate(prompts, 12) == whole.generate(prompts, 12)
     scores = []
     for flags in ([], ["--mesh", mesh]):
-        assert main(["eval", str(model), "--data", str(prepared["law"]), "--json", "--batch-size", "8", *flags]) == 0
+        assert (
+            main(
+                [
+                    "eval",
+                    str(model),
+                    "--data",
+                    str(prepared["law"]),
+                    "--json",
+                    "--batch-size",
+                    "8",
+                    *flags,
+                ]
+            )
+            == 0
+        )
         scores.append(json.loads(capsys.readouterr().out)["bits_per_byte"]["law"])
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
 
@@ -343,7 +383,10 @@ def test_a_model_spread_over_devices_writes_and_scores_the_same(model, prepared,
         (["--mesh", "tensor=16"], "needs 16 devices; got 8"),
         (["--mesh", "tensors=2"], "tensor"),
         (["--mesh", "tensor=0"], "expected positive numbers"),
-        (["--mesh", "fsdp=2", "--prompt", "b", "--prompt", "c"], "3 rows do not divide over 2 devices"),
+        (
+            ["--mesh", "fsdp=2", "--prompt", "b", "--prompt", "c"],
+            "3 rows do not divide over 2 devices",
+        ),
     ],
 )
 def test_a_mesh_that_cannot_be_is_told_in_one_line(model, capsys, flags, told):

@@ -16,13 +16,18 @@ from flexolmo_jax.errors import UserError
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 CALLS = ("flexolmo ", "flexolmo_jax.", "forward(")  # into the package
-QUIET = ("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+QUIET = (
+    "ignore::DeprecationWarning",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
 pytestmark = pytest.mark.filterwarnings(*QUIET)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory, elsewhere: str | None) -> Path:
-    """The text that the notebooks fetch; the packages that it comes from are kept where `flexolmo data fetch` keeps them."""
+    """The text that the notebooks fetch; the packages that it comes from are kept where `flexolmo
+    data fetch` keeps them."""
     folder = tmp_path_factory.mktemp("notebooks") / "text"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLEXOLMO_CACHE", elsewhere or "")
@@ -38,7 +43,9 @@ def text(tmp_path_factory: pytest.TempPathFactory, elsewhere: str | None) -> Pat
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        patch.setenv(
+            "PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        )
         patch.setenv("JAX_NUM_CPU_DEVICES", "1")
         for name in ("FLEXOLMO_MODEL", "HF_CHECKPOINT"):  # what the notebooks ask a user for
             patch.delenv(name, raising=False)
@@ -56,7 +63,9 @@ def runs(name: str, text: Path, folder: Path) -> Path:
     if not (folder / "text").exists():
         shutil.copytree(text, folder / "text")
     notebook = jupytext.read(NOTEBOOKS / f"{name}.py")
-    nbclient.NotebookClient(notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
     html, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
     (folder / f"{name}.html").write_text(html, "utf-8")
     assert "Traceback" not in html and len(html) > 10_000
@@ -82,4 +91,11 @@ def test_a_notebook_has_an_install_cell_a_device_check_and_few_calls(path):
     source = path.read_text()
     lines = [line.removeprefix("# ").strip() for line in source.splitlines()]
     assert "!pip install" in source and "jax.devices()" in source
-    assert sum(any(call in line for call in CALLS) and not line.startswith(("import", "from")) for line in lines if "`" not in line) <= 10
+    assert (
+        sum(
+            any(call in line for call in CALLS) and not line.startswith(("import", "from"))
+            for line in lines
+            if "`" not in line
+        )
+        <= 10
+    )

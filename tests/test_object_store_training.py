@@ -1,4 +1,5 @@
-"""Everything before the merger in a bucket, as on a disk: preparing, training, stopping and going on, contributing."""
+"""Everything before the merger in a bucket, as on a disk: preparing, training, stopping and going
+on, contributing."""
 
 import json
 import os
@@ -49,7 +50,10 @@ def empty_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def bits(path: Path | str) -> dict[str, bytes]:
-    return {name: np.asarray(array).tobytes() for name, array in flatten(open_artifact(path).params()).items()}
+    return {
+        name: np.asarray(array).tobytes()
+        for name, array in flatten(open_artifact(path).params()).items()
+    }
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
@@ -72,79 +76,169 @@ def kill(arguments: list[object], when: Callable[[], bool]) -> None:
 
 def test_the_whole_story_in_a_bucket(bucket, empty_disk, tmp_path, capsys):
     for domain in ("public", "law", "code"):
-        (bucket / "docs" / f"{domain}.jsonl").write_bytes(write_jsonl(tmp_path / "one.jsonl", documents(domain, 160)).read_bytes())
+        (bucket / "docs" / f"{domain}.jsonl").write_bytes(
+            write_jsonl(tmp_path / "one.jsonl", documents(domain, 160)).read_bytes()
+        )
     public, tokenizer = bucket / "docs" / "public.jsonl", bucket / "tokenizer.json"
     run(capsys, "tokenizer", "train", "--input", public, "--vocab-size", 320, "--out", tokenizer)
-    prepare = ["data", "prepare", "--input", public, "--tokenizer", tokenizer, "--seq-len", SEQ_LEN, "--heldout", 0.1]
+    prepare = [
+        "data",
+        "prepare",
+        "--input",
+        public,
+        "--tokenizer",
+        tokenizer,
+        "--seq-len",
+        SEQ_LEN,
+        "--heldout",
+        0.1,
+    ]
     assert run(capsys, *prepare, "--out", bucket / "public")["train"]["records"] > 100
     run(capsys, *prepare, "--out", tmp_path / "public")
-    contents = [{name: (place / name).read_bytes() for name in listing(place)} for place in (bucket / "public", tmp_path / "public")]
+    contents = [
+        {name: (place / name).read_bytes() for name in listing(place)}
+        for place in (bucket / "public", tmp_path / "public")
+    ]
     assert contents[0] == contents[1]
     assert run(capsys, "verify", bucket / "public")["verified"]
 
-    often = (f"train.steps={STEPS}", "train.save_every=2", "train.eval_every=6", "train.eval_records=8")
+    often = (
+        f"train.steps={STEPS}",
+        "train.save_every=2",
+        "train.eval_every=6",
+        "train.eval_records=8",
+    )
     config = bucket / "anchor.yaml"
     config.write_text(dump_yaml(run_config("anchor", bucket / "public", *often)))
     train = ["train", config, "--out", bucket / "run"]
-    kill(train, lambda: max(StepCheckpoints(bucket / "run" / "checkpoints").steps(), default=0) >= 6)
+    kill(
+        train, lambda: max(StepCheckpoints(bucket / "run" / "checkpoints").steps(), default=0) >= 6
+    )
     assert STEPS > open_artifact(bucket / "run").step() >= 6
     result = run(capsys, *train)
     assert result["bits_per_byte"] == run(capsys, *train[:-1], tmp_path / "run")["bits_per_byte"]
     assert bits(bucket / "run") == bits(tmp_path / "run") and bits(bucket / "run")
-    steps = [[row["step"] for row in read_metrics(place) if "loss" in row] for place in (bucket / "run", tmp_path / "run")]
+    steps = [
+        [row["step"] for row in read_metrics(place) if "loss" in row]
+        for place in (bucket / "run", tmp_path / "run")
+    ]
     assert steps[0] == steps[1] == list(range(1, STEPS + 1))
-    assert {"config.yaml", "summary.json", "flexolmo.json", "tokenizer.json"} < listing(bucket / "run").keys()
+    assert {"config.yaml", "summary.json", "flexolmo.json", "tokenizer.json"} < listing(
+        bucket / "run"
+    ).keys()
     assert any(name.startswith("tensorboard/events") for name in listing(bucket / "run"))
 
     run(capsys, "publish", bucket / "run", "--public", public, "--out", bucket / "anchor")
     for name in ("law", "code"):
         contribute = [
-            "contribute", "--anchor", bucket / "anchor", "--documents", bucket / "docs" / f"{name}.jsonl", "--name", name,
-            "--set", "data.batch_size=8", "--set", "train.steps=12", "--set", "train.save_every=2", "--out", bucket / name,
+            "contribute", "--anchor", bucket / "anchor", "--documents",
+            bucket / "docs" / f"{name}.jsonl", "--name", name,
+            "--set", "data.batch_size=8", "--set", "train.steps=12", "--set", "train.save_every=2",
+            "--out", bucket / name,
             *(["--work", bucket / "secret"] if name == "code" else []),
         ]  # fmt: skip
         if name == "law":
-            for left_over in (".unfinished", "train.tokens.npy"):  # of a process that was killed while it prepared
+            # of a process that was killed while it prepared
+            for left_over in (".unfinished", "train.tokens.npy"):
                 (bucket / "law.work" / "data" / left_over).write_text("")
-            kill(contribute, lambda: bool(StepCheckpoints(bucket / "law.work" / "run" / "checkpoints").steps()))
+            kill(
+                contribute,
+                lambda: bool(StepCheckpoints(bucket / "law.work" / "run" / "checkpoints").steps()),
+            )
         assert run(capsys, *contribute)["training"]["steps"] == 12
-        assert run(capsys, "verify", bucket / name, "--anchor", bucket / "anchor", "--public", bucket / "public")["verified"]
-    assert {path.name for path in children(bucket / "secret")} == {"data", "run"} and not children(bucket / "code.work")
-    assert run(capsys, "package", bucket / "law.work" / "run", "--out", bucket / "law-2")["name"] == "law"
-    run(capsys, "merge", "--anchor", bucket / "anchor", bucket / "law", bucket / "code", "--out", bucket / "model")
+        assert run(
+            capsys,
+            "verify",
+            bucket / name,
+            "--anchor",
+            bucket / "anchor",
+            "--public",
+            bucket / "public",
+        )["verified"]
+    assert {path.name for path in children(bucket / "secret")} == {"data", "run"} and not children(
+        bucket / "code.work"
+    )
+    assert (
+        run(capsys, "package", bucket / "law.work" / "run", "--out", bucket / "law-2")["name"]
+        == "law"
+    )
+    run(
+        capsys,
+        "merge",
+        "--anchor",
+        bucket / "anchor",
+        bucket / "law",
+        bucket / "code",
+        "--out",
+        bucket / "model",
+    )
     run(capsys, "opt-out", bucket / "model", "--expert", "law", "--out", bucket / "model-2")
     scores = run(capsys, "eval", bucket / "model-2", "--data", bucket / "public", "--limit", 8)
-    assert 0 < scores["bits_per_byte"]["public"] < 8 and set(scores["routing"]["public"]) == {"anchor", "code"}
-    assert run(capsys, "generate", bucket / "model-2", "--prompt", "the river", "--max-new-tokens", 2)["completions"]
-    assert run(capsys, "embed-domain", "--anchor", bucket / "anchor", "--input", public, "--out", bucket / "row.npy")["dim"] == 32
+    assert 0 < scores["bits_per_byte"]["public"] < 8 and set(scores["routing"]["public"]) == {
+        "anchor",
+        "code",
+    }
+    assert run(
+        capsys, "generate", bucket / "model-2", "--prompt", "the river", "--max-new-tokens", 2
+    )["completions"]
+    assert (
+        run(
+            capsys,
+            "embed-domain",
+            "--anchor",
+            bucket / "anchor",
+            "--input",
+            public,
+            "--out",
+            bucket / "row.npy",
+        )["dim"]
+        == 32
+    )
     assert not [path for path in empty_disk.rglob("*") if path.is_file()]
 
 
-def test_a_damaged_checkpoint_in_a_bucket_is_set_aside_and_the_run_goes_on_from_the_one_before(bucket, prepared, capsys):
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside_and_the_run_goes_on_from_the_one_before(
+    bucket, prepared, capsys
+):
     config = run_config("anchor", prepared["public"], "train.steps=8", "train.save_every=4")
-    for name, text in ((".unfinished", ""), ("config.yaml", "run: pair")):  # of a process that was killed before the run was one
+    # of a process that was killed before the run was one
+    for name, text in ((".unfinished", ""), ("config.yaml", "run: pair")):
         (bucket / "run" / name).write_text(text)
     pretrain(config, bucket / "run")
     whole, checkpoints = bits(bucket / "run"), bucket / "run" / "checkpoints"
-    largest = max((name for name in listing(checkpoints / "8") if "/d/" in name), key=lambda name: listing(checkpoints / "8")[name].size)
+    largest = max(
+        (name for name in listing(checkpoints / "8") if "/d/" in name),
+        key=lambda name: listing(checkpoints / "8")[name].size,
+    )
     content = bytearray((checkpoints / "8" / largest).read_bytes())
     content[len(content) // 2] ^= 1
     (checkpoints / "8" / largest).write_bytes(bytes(content))
     with pytest.raises(UserError, match=r"checkpoint .*/8 is damaged: default/"):
         open_artifact(bucket / "run").params()
     assert pretrain(config, bucket / "run")["step"] == 8
-    assert "going back to the one before it" in (told := capsys.readouterr().err) and "from step 4" in told
-    assert (bucket / "run" / "damaged" / "8" / largest).read_bytes() == content and bits(bucket / "run") == whole
+    assert (
+        "going back to the one before it" in (told := capsys.readouterr().err)
+        and "from step 4" in told
+    )
+    assert (bucket / "run" / "damaged" / "8" / largest).read_bytes() == content and bits(
+        bucket / "run"
+    ) == whole
 
 
-def test_the_newest_checkpoints_and_the_best_are_kept_in_a_bucket_and_no_file_of_them_is_read_again(bucket, monkeypatch):
+def test_the_newest_checkpoints_and_the_best_are_kept_in_a_bucket_and_no_file_of_them_is_read_again(
+    bucket, monkeypatch
+):
     monkeypatch.delattr(checkpoint, "open_to_read")
     with StepCheckpoints(bucket / "c", keep=2) as checkpoints:
         for step, loss in enumerate((3.0, 1.0, 2.0, 5.0, 4.0), 1):
             checkpoints.save(step, {"params": {"a": np.full(3, step)}}, loss)
     with StepCheckpoints(bucket / "c") as checkpoints:
         assert checkpoints.steps() == [5, 4, 2] and checkpoints.choose("best") == 2
-        assert checkpoints.restore_part("params", {"a": np.zeros(3, int)}, 4)["a"].tolist() == [4, 4, 4]
+        assert checkpoints.restore_part("params", {"a": np.zeros(3, int)}, 4)["a"].tolist() == [
+            4,
+            4,
+            4,
+        ]
 
 
 def test_a_run_copied_out_of_a_bucket_or_into_one_keeps_its_digests(bucket, tmp_path):
@@ -158,7 +252,9 @@ def test_a_run_copied_out_of_a_bucket_or_into_one_keeps_its_digests(bucket, tmp_
     (bucket / "b" / "1" / "commit_success.txt").write_text("copied")
     for place in (tmp_path / "b", bucket / "b"):
         with StepCheckpoints(place) as checkpoints:
-            (restored,) = checkpoints.restore_part("params", {"a": np.zeros(5, int)}, checkpoints.choose("last")).values()
+            (restored,) = checkpoints.restore_part(
+                "params", {"a": np.zeros(5, int)}, checkpoints.choose("last")
+            ).values()
             np.testing.assert_array_equal(restored, np.arange(5))
         digests = json.loads((place / "1" / DIGESTS).read_text())
         name = next(name for name in digests if "/d/" in name)
@@ -177,7 +273,8 @@ def test_metrics_in_a_bucket_are_added_now_and_then_and_cut_off_behind_the_resto
         writer.flush()
         writer.write(3, {"loss": 0.25})
     assert [row["step"] for row in read_metrics(bucket)] == [1, 2, 3]
-    (bucket / "metrics.jsonl").write_text((bucket / "metrics.jsonl").read_text() * 2)  # an object store that was asked again
+    # an object store that was asked again
+    (bucket / "metrics.jsonl").write_text((bucket / "metrics.jsonl").read_text() * 2)
     with MetricsWriter(bucket, 2):
         assert [row["step"] for row in read_metrics(bucket)] == [1, 2]
     events = [name for name in listing(bucket) if name.startswith("tensorboard/")]
@@ -185,7 +282,9 @@ def test_metrics_in_a_bucket_are_added_now_and_then_and_cut_off_behind_the_resto
     assert listing(bucket).keys() == {"metrics.jsonl", *events}
 
 
-def test_events_that_cannot_be_written_for_a_while_do_not_stop_a_run_and_are_not_lost(bucket, monkeypatch, capsys):
+def test_events_that_cannot_be_written_for_a_while_do_not_stop_a_run_and_are_not_lost(
+    bucket, monkeypatch, capsys
+):
     def fail(path: Path, content: bytes) -> None:
         raise OSError("Forbidden: for a while")
 
@@ -200,8 +299,13 @@ def test_events_that_cannot_be_written_for_a_while_do_not_stop_a_run_and_are_not
     assert (bucket / events).read_bytes().count(b"loss") == 39
 
 
-def test_records_in_a_bucket_are_those_on_the_disk_and_only_those_asked_for_are_read(bucket, prepared, monkeypatch):
-    there, here = open_records(upload(prepared["public"], bucket / "public"), "train"), open_records(prepared["public"], "train")
+def test_records_in_a_bucket_are_those_on_the_disk_and_only_those_asked_for_are_read(
+    bucket, prepared, monkeypatch
+):
+    there, here = (
+        open_records(upload(prepared["public"], bucket / "public"), "train"),
+        open_records(prepared["public"], "train"),
+    )
     read, sizes = arrays.read_range, []
 
     def counted(file: Path, start: int, end: int) -> bytes:
@@ -213,7 +317,9 @@ def test_records_in_a_bucket_are_those_on_the_disk_and_only_those_asked_for_are_
     for key in batches[0]:
         np.testing.assert_array_equal(batches[0][key], batches[1][key])
     assert sizes == [SEQ_LEN * 2] * 32  # tokens and segments, uint16
-    (bucket / "public" / "train.tokens.npy").write_bytes((prepared["public"] / "train.tokens.npy").read_bytes()[:-64])
+    (bucket / "public" / "train.tokens.npy").write_bytes(
+        (prepared["public"] / "train.tokens.npy").read_bytes()[:-64]
+    )
     with pytest.raises(UserError, match="ended while it was read"):
         there[len(there) - 1]
     with pytest.raises(UserError, match="an incomplete copy"):
@@ -226,13 +332,17 @@ def test_token_files_in_a_bucket_are_those_on_the_disk(bucket, tiny_tokenizer, t
     (tmp_path / "b.npy").write_bytes(tokens.astype(np.uint32).tobytes())
     (tmp_path / "c.bin").write_bytes(b"")
     upload(tmp_path, bucket)
-    here, there = (open_data(place, tiny_tokenizer, SEQ_LEN, "train") for place in (tmp_path, bucket))
+    here, there = (
+        open_data(place, tiny_tokenizer, SEQ_LEN, "train") for place in (tmp_path, bucket)
+    )
     assert len(here) == len(there) == 62
     for i in (0, 30, 31, 61):
         np.testing.assert_array_equal(here[i]["tokens"], there[i]["tokens"])
 
 
-def test_documents_of_every_kind_in_a_bucket_are_prepared_into_any_cache(bucket, corpora, tiny_tokenizer, tmp_path, monkeypatch):
+def test_documents_of_every_kind_in_a_bucket_are_prepared_into_any_cache(
+    bucket, corpora, tiny_tokenizer, tmp_path, monkeypatch
+):
     import gzip
 
     import pyarrow
@@ -244,66 +354,130 @@ def test_documents_of_every_kind_in_a_bucket_are_prepared_into_any_cache(bucket,
     (tmp_path / "d" / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "d" / "b.jsonl.zst").write_bytes(zstandard.compress(corpora["code"].read_bytes()))
     (tmp_path / "d" / "deep" / "c.txt").write_text("a text")
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d" / "deep" / "d.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), tmp_path / "d" / "deep" / "d.parquet"
+    )
     prepare([tmp_path / "d"], tiny_tokenizer, SEQ_LEN, tmp_path / "whole" / "d")
     for cache in (tmp_path / "cache", bucket / "cache"):
         monkeypatch.setenv("FLEXOLMO_CACHE", str(cache))
         for _ in range(2):
-            records = open_data(upload(tmp_path / "d", bucket / "d"), tiny_tokenizer, SEQ_LEN, "train")
+            records = open_data(
+                upload(tmp_path / "d", bucket / "d"), tiny_tokenizer, SEQ_LEN, "train"
+            )
         assert str(records.path).startswith(str(cache)) and len(children(cache / "prepared")) == 1
-        contents = [{name: (place / name).read_bytes() for name in listing(place)} for place in (records.path, tmp_path / "whole" / "d")]
+        contents = [
+            {name: (place / name).read_bytes() for name in listing(place)}
+            for place in (records.path, tmp_path / "whole" / "d")
+        ]
         assert contents[0] == contents[1]
 
 
 @pytest.mark.slow
 def test_paths_inside_a_config_may_be_in_a_bucket(bucket, prepared, anchor, model):
-    for name, path in {"public": prepared["public"], "code": prepared["code"], "anchor": anchor, "model": model}.items():
+    for name, path in {
+        "public": prepared["public"],
+        "code": prepared["code"],
+        "anchor": anchor,
+        "model": model,
+    }.items():
         upload(path, bucket / name)
     two = ("train.steps=2", "train.eval_records=8")
-    pair = pair_config(bucket / "anchor", bucket / "code", "code", *two, f"pair.public={bucket}/public", f"data.tokenizer={bucket}/public")
+    pair = pair_config(
+        bucket / "anchor",
+        bucket / "code",
+        "code",
+        *two,
+        f"pair.public={bucket}/public",
+        f"data.tokenizer={bucket}/public",
+    )
     train_pair(pair, bucket / "pair")
     assert open_artifact(bucket / "pair").base().path == bucket / "anchor"
     assert open_artifact(bucket / "pair").description["base"] == str(bucket / "anchor")
-    train_router(run_config("router", bucket / "public", *two, router={"model": str(bucket / "model")}), bucket / "router")
-    pretrain(run_config("anchor", bucket / "public", *two, f"train.init={bucket}/anchor"), bucket / "continued")
+    train_router(
+        run_config("router", bucket / "public", *two, router={"model": str(bucket / "model")}),
+        bucket / "router",
+    )
+    pretrain(
+        run_config("anchor", bucket / "public", *two, f"train.init={bucket}/anchor"),
+        bucket / "continued",
+    )
     for kind in ("pair", "router", "continued"):
         assert all(len(values) for values in bits(bucket / kind).values())
 
 
 def test_hugging_face_checkpoints_go_out_of_a_bucket_and_into_one(bucket, model, capsys):
     upload(model, bucket / "model")
-    run(capsys, "export-hf", bucket / "model", bucket / "hf", "--drop-bias", "--max-shard-size", "50KB")
+    run(
+        capsys,
+        "export-hf",
+        bucket / "model",
+        bucket / "hf",
+        "--drop-bias",
+        "--max-shard-size",
+        "50KB",
+    )
     assert sum(name.endswith(".safetensors") for name in listing(bucket / "hf")) > 1
     run(capsys, "import-hf", bucket / "hf", bucket / "back")
     there, here = bits(bucket / "back"), bits(model)
-    assert {name: there[name] for name in there} == {name: here[name] for name in there} and len(there) >= 10
+    assert {name: there[name] for name in there} == {name: here[name] for name in there} and len(
+        there
+    ) >= 10
 
 
-def test_private_records_do_not_go_into_a_bucket_that_the_documents_are_not_from(bucket, anchor, corpora, capsys):
-    arguments = ["contribute", "--anchor", anchor, "--documents", corpora["law"], "--name", "law", "--out", bucket / "law"]
+def test_private_records_do_not_go_into_a_bucket_that_the_documents_are_not_from(
+    bucket, anchor, corpora, capsys
+):
+    arguments = [
+        "contribute",
+        "--anchor",
+        anchor,
+        "--documents",
+        corpora["law"],
+        "--name",
+        "law",
+        "--out",
+        bucket / "law",
+    ]
     assert cli.main([*map(str, arguments)]) == 2
     told = capsys.readouterr().err
-    assert f"your records would be written to {bucket}/law.work" in told and "give --work" in told and told.count("\n") == 1
+    assert (
+        f"your records would be written to {bucket}/law.work" in told
+        and "give --work" in told
+        and told.count("\n") == 1
+    )
     assert not children(bucket)
 
 
-def test_keys_that_are_trusted_may_lie_in_a_bucket_and_private_ones_may_not(bucket, tmp_path, capsys):
+def test_keys_that_are_trusted_may_lie_in_a_bucket_and_private_ones_may_not(
+    bucket, tmp_path, capsys
+):
     public = keygen(tmp_path / "hospital")
     (bucket / "keys" / "hospital.pub").write_bytes((tmp_path / "hospital.pub").read_bytes())
     assert Trust.of(bucket / "keys").keys == {public: "hospital"}
-    for arguments in (["keygen", f"{bucket}/key"], ["package", "run", "--sign-key", f"{bucket}/key", "--out", f"{bucket}/out"]):
+    for arguments in (
+        ["keygen", f"{bucket}/key"],
+        ["package", "run", "--sign-key", f"{bucket}/key", "--out", f"{bucket}/out"],
+    ):
         assert cli.main(arguments) == 2
         assert (
             capsys.readouterr().err
-            == f"flexolmo: got {bucket}/key, expected a path of this machine: private keys do not belong in buckets\n"
+            == f"flexolmo: got {bucket}/key, expected a path of this machine: private keys do not"
+            " belong in buckets\n"
         )
     assert [path.name for path in children(bucket)] == ["keys"]
 
 
-# Verbs that read what is in the bucket PLACE or on the disk HERE, and would write into the bucket OUT.
+# Verbs that read what is in the bucket PLACE or on the disk HERE, and would write into the bucket
+# OUT.
 MISTAKES = (
-    "data prepare --input HERE/public.jsonl --tokenizer HERE/tokenizer.json --seq-len 32 --out OUT/data",
-    "data prepare --input PLACE/public.jsonl --tokenizer HERE/tokenizer.json --seq-len 32 --out OUT/data",
+    (
+        "data prepare --input HERE/public.jsonl --tokenizer HERE/tokenizer.json --seq-len 32 --out"
+        " OUT/data"
+    ),
+    (
+        "data prepare --input PLACE/public.jsonl --tokenizer HERE/tokenizer.json --seq-len 32 --out"
+        " OUT/data"
+    ),
     "tokenizer train --input HERE/public.jsonl --vocab-size 300 --out OUT/tokenizer.json",
     "train HERE/run.yaml --out OUT/run",
     "train PLACE/run.yaml --out OUT/run",
@@ -350,13 +524,21 @@ def test_a_bucket_that_cannot_be_used_is_told_in_one_line_and_nothing_is_made(
     names = {"PLACE": place, "OUT": out, "HERE": str(tmp_path)}
     mistakes = [[_filled(word, names) for word in line.split()] for line in MISTAKES]
     with forbidding(object_store, reading=kind == "forbidden to read") as environment:
-        environment = (environment if kind != "no such bucket" else os.environ) | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = (environment if kind != "no such bucket" else os.environ) | {
+            "PYTHONPATH": str(Path(__file__).parents[1])
+        }
         command = [sys.executable, "-c", EACH, json.dumps(mistakes)]
-        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
     assert result.returncode == 0, result.stderr
     for arguments, status, told in map(json.loads, result.stdout.splitlines()):
-        lines = [line for line in told.splitlines() if not re.match(r"[a-z .]+: \d+%", line)]  # but of progress
-        assert status == 2 and len(lines) == 1 and lines[0].startswith("flexolmo: "), (arguments, told)
+        # but of progress
+        lines = [line for line in told.splitlines() if not re.match(r"[a-z .]+: \d+%", line)]
+        assert status == 2 and len(lines) == 1 and lines[0].startswith("flexolmo: "), (
+            arguments,
+            told,
+        )
     assert len(result.stdout.splitlines()) == len(MISTAKES)
     assert listing(bucket) == before and set(tmp_path.rglob("*")) == here
 
@@ -372,10 +554,24 @@ def test_a_path_in_a_bucket_without_gcsfs_is_told_in_one_line(bucket, monkeypatc
     paths.file_system.cache_clear()
     assert cli.main(["verify", str(bucket)]) == 2
     told = capsys.readouterr().err
-    assert told == "flexolmo: paths in buckets (gs://) need gcsfs; install it: pip install 'flexolmo-jax[gcs]'\n"
+    assert (
+        told == "flexolmo: paths in buckets (gs://) need gcsfs; install it: pip install"
+        " 'flexolmo-jax[gcs]'\n"
+    )
 
 
-@pytest.mark.parametrize("path", ["gs:/bucket/x", "g://bucket/x", "gcs://bucket/x", "s3://bucket/x", "gs://", "gs://Bucket/x", "gs:///x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gs:/bucket/x",
+        "g://bucket/x",
+        "gcs://bucket/x",
+        "s3://bucket/x",
+        "gs://",
+        "gs://Bucket/x",
+        "gs:///x",
+    ],
+)
 def test_a_misspelt_path_is_told_in_one_line(path, capsys):
     assert cli.main(["verify", path]) == 2
     told = capsys.readouterr().err

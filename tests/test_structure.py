@@ -1,4 +1,5 @@
-"""Which room may do what, where an import contract cannot tell: by the calls that stand in the source."""
+"""Which room may do what, where an import contract cannot tell: by the calls that stand in the
+source."""
 
 import ast
 from collections.abc import Iterator
@@ -7,11 +8,23 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flexolmo_jax"
-# Calls that take something away or give it another name, on modules of the standard library and on paths.
-CHANGES = {"rmtree", "unlink", "rename", "renames", "replace", "remove", "removedirs", "rmdir", "move"}
+# Calls that take something away or give it another name, on modules of the standard library and on
+# paths.
+CHANGES = {
+    "rmtree",
+    "unlink",
+    "rename",
+    "renames",
+    "replace",
+    "remove",
+    "removedirs",
+    "rmdir",
+    "move",
+}
 CHANGES |= {"link", "symlink", "hardlink_to", "symlink_to"}
 OF_MODULES = {"os", "shutil"}
-ON_PATHS = CHANGES - {"replace", "remove", "move"}  # these three are methods of strings, lists and others too
+# these three are methods of strings, lists and others too
+ON_PATHS = CHANGES - {"replace", "remove", "move"}
 
 
 def modules(*without: str) -> list[Path]:
@@ -31,20 +44,41 @@ def calls(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, f".{name}"
 
 
-@pytest.mark.parametrize("path", modules("storage"), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "path", modules("storage"), ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
 def test_nothing_outside_storage_removes_renames_or_links(path: Path):
     assert list(calls(path)) == []
 
 
 def test_the_check_sees_each_kind_of_call(tmp_path: Path):
     source = tmp_path / "module.py"
-    lines = ("os.replace(a, b)", "shutil.rmtree(a)", "(a / b).unlink()", "a.rename(b)", "os.link(a, b)", "'a'.replace('b', 'c')")
+    lines = (
+        "os.replace(a, b)",
+        "shutil.rmtree(a)",
+        "(a / b).unlink()",
+        "a.rename(b)",
+        "os.link(a, b)",
+        "'a'.replace('b', 'c')",
+    )
     source.write_text("\n".join(lines))
-    assert [name for _, name in calls(source)] == ["os.replace", "shutil.rmtree", ".unlink", ".rename", "os.link"]
-    assert {name for _, name in calls(PACKAGE / "storage" / "files.py")} >= {"os.replace", "shutil.rmtree", ".unlink", "os.link"}
+    assert [name for _, name in calls(source)] == [
+        "os.replace",
+        "shutil.rmtree",
+        ".unlink",
+        ".rename",
+        "os.link",
+    ]
+    assert {name for _, name in calls(PACKAGE / "storage" / "files.py")} >= {
+        "os.replace",
+        "shutil.rmtree",
+        ".unlink",
+        "os.link",
+    }
 
 
-# Where files are opened beside `storage/` and `exchange/`, and why no stranger's file comes in there unchecked.
+# Where files are opened beside `storage/` and `exchange/`, and why no stranger's file comes in
+# there unchecked.
 READERS = {
     "plain_yaml.py": "the one reader of YAML: regular files of bounded size",
     "data/arrays.py": "maps records whose header and size have been checked",
@@ -78,7 +112,9 @@ def is_reader(path: Path) -> bool:
     return any(name == reader or name.startswith(f"{reader}/") for reader in READERS)
 
 
-@pytest.mark.parametrize("path", modules("storage", "exchange"), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize(
+    "path", modules("storage", "exchange"), ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
 def test_strangers_files_are_opened_in_storage_and_exchange_only(path: Path):
     found = [] if is_reader(path) else list(openings(path))
     assert found == [], "use storage/untrusted.py, or storage/paths.py for long ones"

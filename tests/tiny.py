@@ -1,6 +1,8 @@
-"""The whole story in miniature, for tests: four domains of made-up text, an anchor, three experts, their merge.
+"""The whole story in miniature, for tests: four domains of made-up text, an anchor, three experts,
+their merge.
 
-Real files made by the real functions, once for all tests of a process: a model of 2 layers and width 32 trained for 20 steps.
+Real files made by the real functions, once for all tests of a process: a model of 2 layers and
+width 32 trained for 20 steps.
 """
 
 import json
@@ -21,14 +23,32 @@ from flexolmo_jax.owner.pair import train_pair
 from flexolmo_jax.train.pretrain import pretrain
 
 SEQ_LEN = 32
-MODEL: dict[str, Any] = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64, max_seq_len=64)
+MODEL: dict[str, Any] = dict(
+    d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64, max_seq_len=64
+)
 DOMAINS = ("code", "law", "care")
 # Subjects, verbs and objects that no two domains share.
 WORDS = {
-    "public": ("the river,a farmer,our village,the old mill", "feeds,crosses,remembers,paints", "the valley,two bridges,the winter"),
-    "code": ("def parse(),class Queue,self.buffer", "returns,raises,yields,asserts", "None,ValueError(x),list[int],{key: 0}"),
-    "law": ("the tenant,said Party,a Court", "shall waive,may appeal,hereby grants,must indemnify", "Clause 7,all liability,the deed"),
-    "care": ("the patient,Dr. Osei,a nurse", "reports,administers,denies,monitors", "chest pain,5 mg heparin,acute fever,the biopsy"),
+    "public": (
+        "the river,a farmer,our village,the old mill",
+        "feeds,crosses,remembers,paints",
+        "the valley,two bridges,the winter",
+    ),
+    "code": (
+        "def parse(),class Queue,self.buffer",
+        "returns,raises,yields,asserts",
+        "None,ValueError(x),list[int],{key: 0}",
+    ),
+    "law": (
+        "the tenant,said Party,a Court",
+        "shall waive,may appeal,hereby grants,must indemnify",
+        "Clause 7,all liability,the deed",
+    ),
+    "care": (
+        "the patient,Dr. Osei,a nurse",
+        "reports,administers,denies,monitors",
+        "chest pain,5 mg heparin,acute fever,the biopsy",
+    ),
 }
 
 
@@ -40,7 +60,10 @@ def documents(domain: str, count: int, seed: int = 0) -> list[str]:
     def sentence() -> str:
         return f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(objects)}."
 
-    return [f"{domain} {i}: " + " ".join(sentence() for _ in range(rng.integers(1, 7))) for i in range(count)]
+    return [
+        f"{domain} {i}: " + " ".join(sentence() for _ in range(rng.integers(1, 7)))
+        for i in range(count)
+    ]
 
 
 def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
@@ -49,7 +72,8 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 
 def run_config(kind: str, train: Path, *overrides: str, **sections: Any) -> RunConfig:
-    """A run of 20 steps of 8 records on one device. `overrides` are `a.b=c`; `sections` are whole sections (pair, router)."""
+    """A run of 20 steps of 8 records on one device. `overrides` are `a.b=c`; `sections` are whole
+    sections (pair, router)."""
     tree = {
         "run": kind,
         "model": MODEL,
@@ -64,7 +88,12 @@ def run_config(kind: str, train: Path, *overrides: str, **sections: Any) -> RunC
 
 def pair_config(anchor: Path, train: Path, name: str, *overrides: str) -> RunConfig:
     return run_config(
-        "pair", train, "optim.weight_decay=0", "optim.router_z_loss=1e-3", *overrides, pair={"anchor": str(anchor), "name": name}
+        "pair",
+        train,
+        "optim.weight_decay=0",
+        "optim.router_z_loss=1e-3",
+        *overrides,
+        pair={"anchor": str(anchor), "name": name},
     )
 
 
@@ -77,7 +106,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpora(tiny: Path) -> dict[str, Path]:
     """A JSONL file of 160 documents for each domain, "public" among them."""
-    return {domain: write_jsonl(tiny / f"{domain}.jsonl", documents(domain, 160)) for domain in WORDS}
+    return {
+        domain: write_jsonl(tiny / f"{domain}.jsonl", documents(domain, 160)) for domain in WORDS
+    }
 
 
 @pytest.fixture(scope="session")
@@ -114,13 +145,18 @@ def anchor32(tiny: Path, anchor_run: Path, corpora: dict[str, Path]) -> Path:
 @pytest.fixture(scope="session")
 def pair_runs(tiny: Path, anchor: Path, prepared: dict[str, Path]) -> dict[str, Path]:
     for domain in DOMAINS:
-        train_pair(pair_config(anchor, prepared[domain], domain, "train.steps=8"), tiny / "pairs" / domain)
+        train_pair(
+            pair_config(anchor, prepared[domain], domain, "train.steps=8"), tiny / "pairs" / domain
+        )
     return {domain: tiny / "pairs" / domain for domain in DOMAINS}
 
 
 @pytest.fixture(scope="session")
 def contributions(tiny: Path, pair_runs: dict[str, Path]) -> dict[str, Path]:
-    return {domain: package(run, tiny / "contributions" / domain).path for domain, run in pair_runs.items()}
+    return {
+        domain: package(run, tiny / "contributions" / domain).path
+        for domain, run in pair_runs.items()
+    }
 
 
 @pytest.fixture(scope="session")

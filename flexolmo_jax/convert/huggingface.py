@@ -1,11 +1,12 @@
 """Hugging Face's OLMo 2 (dense) and FlexOlmo: the config and the name of every tensor, both ways.
 
-`key_table` is the whole correspondence: one entry for each tensor of a Hugging Face checkpoint, in that checkpoint's order,
-with its place in our parameters. Ours stack layers and experts and store matrices as [in, out]; Hugging Face has one matrix a
-layer and expert, as [out, in]. `to_hf` and `from_hf` apply the table in memory, importing.py and exporting.py to files, tensor by tensor.
+`key_table` is the whole correspondence: one entry for each tensor of a Hugging Face checkpoint, in
+that checkpoint's order, with its place in our parameters. Ours stack layers and experts and store
+matrices as [in, out]; Hugging Face has one matrix a layer and expert, as [out, in]. `to_hf` and
+`from_hf` apply the table in memory, importing.py and exporting.py to files, tensor by tensor.
 
-A dense model is written as `olmo2` (which has no router: its one row has no influence) and a merged one as `flex_olmo`.
-Names checked against transformers 5.23 (`models/olmo2`, `models/flex_olmo`).
+A dense model is written as `olmo2` (which has no router: its one row has no influence) and a merged
+one as `flex_olmo`. Names checked against transformers 5.23 (`models/olmo2`, `models/flex_olmo`).
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ Architecture = Literal["olmo2", "flex_olmo"]
 
 CLASSES: dict[Architecture, str] = {"olmo2": "Olmo2ForCausalLM", "flex_olmo": "FlexOlmoForCausalLM"}
 
-# What our model computes and has no setting for. A key that is absent has this value in transformers too.
+# What our model computes and has no setting for. A key that is absent has this value in
+# transformers too.
 FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -39,7 +41,8 @@ FIXED: dict[str, Any] = {
 }
 
 
-BLOCKS = 1 << 15  # FFNs of all layers and experts: a model's description has room for the digests of fewer
+# FFNs of all layers and experts: a model's description has room for the digests of fewer
+BLOCKS = 1 << 15
 TILE = 256  # rows and columns
 TOGETHER = "check that config.json and the weights belong together"
 
@@ -79,7 +82,8 @@ class FlexOlmoFields(Olmo2Fields):
 
 
 class Entry(NamedTuple):
-    """One tensor of a Hugging Face checkpoint: element `index` of our leaf at `path`, transposed where it is a linear map."""
+    """One tensor of a Hugging Face checkpoint: element `index` of our leaf at `path`, transposed
+    where it is a linear map."""
 
     name: str
     shape: tuple[int, ...]  # in the Hugging Face checkpoint
@@ -89,15 +93,19 @@ class Entry(NamedTuple):
 
 
 def architecture_of(config: ModelConfig) -> Architecture:
-    """What a model is written as: dense models as OLMo 2, those with several experts as FlexOlmo."""
+    """What a model is written as: dense models as OLMo 2, those with several experts as
+    FlexOlmo."""
     return "olmo2" if config.n_experts == 1 else "flex_olmo"
 
 
 def key_table(config: ModelConfig, architecture: Architecture | None = None) -> list[Entry]:
-    """Every tensor of this model's Hugging Face checkpoint. Raises UserError for OLMo 2 with several experts: it is dense."""
+    """Every tensor of this model's Hugging Face checkpoint. Raises UserError for OLMo 2 with
+    several experts: it is dense."""
     architecture = architecture or architecture_of(config)
     if architecture == "olmo2" and config.n_experts > 1:
-        raise UserError(f"olmo2 is a dense model; got {config.n_experts} experts; write it as flex_olmo")
+        raise UserError(
+            f"olmo2 is a dense model; got {config.n_experts} experts; write it as flex_olmo"
+        )
     V, D, F, E = config.vocab_size, config.d_model, config.d_ffn, config.n_experts
     q_size, kv_size = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
     layers = ("trunk", "layers")
@@ -107,17 +115,55 @@ def key_table(config: ModelConfig, architecture: Architecture | None = None) -> 
     for l in range(config.n_layers):
         hf = f"model.layers.{l}"
         for name, shape in projections.items():
-            table.append(Entry(f"{hf}.self_attn.{name}_proj.weight", shape, (*layers, "attention", name, "kernel"), (l,), True))
-        table.append(Entry(f"{hf}.self_attn.q_norm.weight", (q_size,), (*layers, "attention", "q_norm", "scale"), (l,)))
-        table.append(Entry(f"{hf}.self_attn.k_norm.weight", (kv_size,), (*layers, "attention", "k_norm", "scale"), (l,)))
-        table.append(Entry(f"{hf}.post_attention_layernorm.weight", (D,), (*layers, "attention_norm", "scale"), (l,)))
-        table.append(Entry(f"{hf}.post_feedforward_layernorm.weight", (D,), (*layers, "ffn_norm", "scale"), (l,)))
+            table.append(
+                Entry(
+                    f"{hf}.self_attn.{name}_proj.weight",
+                    shape,
+                    (*layers, "attention", name, "kernel"),
+                    (l,),
+                    True,
+                )
+            )
+        table.append(
+            Entry(
+                f"{hf}.self_attn.q_norm.weight",
+                (q_size,),
+                (*layers, "attention", "q_norm", "scale"),
+                (l,),
+            )
+        )
+        table.append(
+            Entry(
+                f"{hf}.self_attn.k_norm.weight",
+                (kv_size,),
+                (*layers, "attention", "k_norm", "scale"),
+                (l,),
+            )
+        )
+        table.append(
+            Entry(
+                f"{hf}.post_attention_layernorm.weight",
+                (D,),
+                (*layers, "attention_norm", "scale"),
+                (l,),
+            )
+        )
+        table.append(
+            Entry(
+                f"{hf}.post_feedforward_layernorm.weight",
+                (D,),
+                (*layers, "ffn_norm", "scale"),
+                (l,),
+            )
+        )
         if architecture == "flex_olmo":
             table.append(Entry(f"{hf}.mlp.gate.weight", (E, D), ("experts", "row"), (l,)))
         for e in range(E):
             mlp = f"{hf}.mlp.experts.{e}" if architecture == "flex_olmo" else f"{hf}.mlp"
             for name, shape in ffn.items():
-                table.append(Entry(f"{mlp}.{name}_proj.weight", shape, ("experts", name), (l, e), True))
+                table.append(
+                    Entry(f"{mlp}.{name}_proj.weight", shape, ("experts", name), (l, e), True)
+                )
     table.append(Entry("model.norm.weight", (D,), ("trunk", "norm", "scale")))
     table.append(Entry("lm_head.weight", (V, D), ("trunk", "head", "kernel"), (), True))
     return table
@@ -131,10 +177,14 @@ def hf_config(
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """The contents of `config.json`. Token ids are written even where None: transformers' defaults are AllenAI's tokenizer's."""
+    """The contents of `config.json`. Token ids are written even where None: transformers' defaults
+    are AllenAI's tokenizer's."""
     architecture = architecture or architecture_of(config)
     if config.vocab_size <= 0:
-        raise UserError("model.vocab_size is not set; expected the size that the weights have; use the config saved beside them")
+        raise UserError(
+            "model.vocab_size is not set; expected the size that the weights have; use the config"
+            " saved beside them"
+        )
     tree: dict[str, Any] = {
         "architectures": [CLASSES[architecture]],
         "model_type": architecture,
@@ -171,28 +221,45 @@ def hf_config(
 
 
 def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
-    """Our config from the contents of a `config.json`. Raises UserError, naming the key, for what our model does not compute.
+    """Our config from the contents of a `config.json`. Raises UserError, naming the key, for what
+    our model does not compute.
 
     FlexOlmo has no router bias, so the result has none either.
     """
     kind = hf_config.get("model_type")
     if not isinstance(kind, str) or kind not in CLASSES:
-        raise UserError(f"model_type is {kind!r:.80}; expected one of {', '.join(CLASSES)}; other architectures cannot be imported")
+        raise UserError(
+            f"model_type is {kind!r:.80}; expected one of {', '.join(CLASSES)}; other architectures"
+            " cannot be imported"
+        )
     for key, value in FIXED.items():
         if hf_config.get(key, value) != value:
-            raise UserError(f"{key} is {hf_config[key]!r:.80}; expected {value!r}; a model with another value cannot be imported")
+            raise UserError(
+                f"{key} is {hf_config[key]!r:.80}; expected {value!r}; a model with another value"
+                " cannot be imported"
+            )
     schema = FlexOlmoFields if kind == "flex_olmo" else Olmo2Fields
-    fields = {field.name: hf_config[field.name] for field in dataclasses.fields(schema) if field.name in hf_config}
+    fields = {
+        field.name: hf_config[field.name]
+        for field in dataclasses.fields(schema)
+        if field.name in hf_config
+    }
     try:
         conform(schema, fields)
     except ValueError as error:
         raise UserError(f"{error}, in config.json; such a model cannot be imported") from None
     experts = fields.get("num_experts", 1)
     if (blocks := fields["num_hidden_layers"] * experts) > BLOCKS:
-        raise UserError(f"num_hidden_layers x num_experts is {blocks}; expected at most {BLOCKS}; such a model cannot be imported")
+        raise UserError(
+            f"num_hidden_layers x num_experts is {blocks}; expected at most {BLOCKS}; such a model"
+            " cannot be imported"
+        )
     theta = (fields.get("rope_parameters") or {}).get("rope_theta") or fields.get("rope_theta")
     if theta is None:
-        raise UserError("rope_theta is missing from config.json; expected it in every OLMo 2 or FlexOlmo config; add it")
+        raise UserError(
+            "rope_theta is missing from config.json; expected it in every OLMo 2 or FlexOlmo"
+            " config; add it"
+        )
     config = ModelConfig(
         vocab_size=fields["vocab_size"],
         d_model=fields["hidden_size"],
@@ -211,58 +278,91 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     config.check()
     head_size = fields.get("head_dim")
     if head_size is not None and head_size != config.d_head:
-        raise UserError(f"head_dim is {head_size!r}; expected {config.d_head} (hidden_size / num_attention_heads); it cannot be imported")
+        raise UserError(
+            f"head_dim is {head_size!r}; expected {config.d_head} (hidden_size /"
+            " num_attention_heads); it cannot be imported"
+        )
     return config
 
 
 def to_hf(
-    config: ModelConfig, params: Params, architecture: Architecture | None = None, *, drop_bias: bool = False
+    config: ModelConfig,
+    params: Params,
+    architecture: Architecture | None = None,
+    *,
+    drop_bias: bool = False,
 ) -> dict[str, np.ndarray]:
-    """The tensors of the Hugging Face checkpoint, by name, contiguous and of the parameters' dtypes.
+    """The tensors of the Hugging Face checkpoint, by name, contiguous and of the parameters'
+    dtypes.
 
-    Raises UserError for a pair, and for a router bias that matters (one below 0 of an expert other than the anchor's) unless it
-    is to be dropped: the format has no place for it, so the exported model would route otherwise.
+    Raises UserError for a pair, and for a router bias that matters (one below 0 of an expert other
+    than the anchor's) unless it is to be dropped: the format has no place for it, so the exported
+    model would route otherwise.
     """
     if "expert" in params:
-        raise UserError("got a pair, whose new expert is stored apart; expected an anchor or a merged model; merge it first")
+        raise UserError(
+            "got a pair, whose new expert is stored apart; expected an anchor or a merged model;"
+            " merge it first"
+        )
     check_bias(params["experts"].get("bias", np.zeros((1, 1))), drop_bias)
-    leaf = functools.lru_cache(None)(lambda path: np.asarray(_at(params, path)))  # one copy from the device a leaf
+    # one copy from the device a leaf
+    leaf = functools.lru_cache(None)(lambda path: np.asarray(_at(params, path)))
     tensors = {}
     for entry in key_table(config, architecture):
         value = leaf(entry.path)[entry.index]
         value = np.ascontiguousarray(value.T if entry.transpose else value)
         if value.shape != entry.shape:
-            raise UserError(f"{'/'.join(entry.path)} gives {entry.name} shape {value.shape}; expected {entry.shape} by the config")
+            raise UserError(
+                f"{'/'.join(entry.path)} gives {entry.name} shape {value.shape}; expected"
+                f" {entry.shape} by the config"
+            )
         tensors[entry.name] = value
     return tensors
 
 
 def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Parameters from the tensors of an OLMo 2 or FlexOlmo checkpoint (told apart by the router), in the tensors' dtypes.
+    """Parameters from the tensors of an OLMo 2 or FlexOlmo checkpoint (told apart by the router),
+    in the tensors' dtypes.
 
-    What the checkpoint lacks is zero: the router row of OLMo 2 and, where the config has them, biases.
-    Raises UserError naming tensors that are missing, unexpected or of another shape than the config's.
+    What the checkpoint lacks is zero: the router row of OLMo 2 and, where the config has them,
+    biases. Raises UserError naming tensors that are missing, unexpected or of another shape than
+    the config's.
     """
-    architecture = "flex_olmo" if config.n_experts > 1 or "model.layers.0.mlp.gate.weight" in tensors else "olmo2"
+    architecture = (
+        "flex_olmo"
+        if config.n_experts > 1 or "model.layers.0.mlp.gate.weight" in tensors
+        else "olmo2"
+    )
     table = key_table(config, architecture)
     _check_tensors(table, tensors)
     stacks: dict[tuple[str, ...], list[np.ndarray]] = {}
     for entry in table:  # layers and, within them, experts come in order
-        stacks.setdefault(entry.path, []).append(tensors[entry.name].T if entry.transpose else tensors[entry.name])
+        stacks.setdefault(entry.path, []).append(
+            tensors[entry.name].T if entry.transpose else tensors[entry.name]
+        )
     dtype = stacks["experts", "gate"][0].dtype
 
     def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         parts = stacks.get(tuple(key.key for key in path))
-        return jnp.zeros(leaf.shape, dtype) if parts is None else jnp.asarray(np.stack(parts).reshape(leaf.shape))
+        return (
+            jnp.zeros(leaf.shape, dtype)
+            if parts is None
+            else jnp.asarray(np.stack(parts).reshape(leaf.shape))
+        )
 
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(functools.partial(init_params, config), jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(
+        fill, jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    )
 
 
 def check_bias(bias: np.ndarray, drop: bool) -> None:
     """Raises UserError for router biases [L, E] that matter, unless they are to be dropped."""
     lowest = float(np.min(np.asarray(bias, np.float32)[:, 1:], initial=0))
     if lowest < 0 and not drop:
-        raise UserError(f"router biases (down to {lowest:.3g}) have no place in Hugging Face's format; --drop-bias leaves them out")
+        raise UserError(
+            f"router biases (down to {lowest:.3g}) have no place in Hugging Face's format;"
+            " --drop-bias leaves them out"
+        )
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
@@ -280,9 +380,14 @@ def _check_tensors(table: Sequence[Entry], tensors: Mapping[str, np.ndarray]) ->
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
     if missing:
-        raise UserError(f"missing tensors: {some(missing)}; expected all that config.json describes; {TOGETHER}")
+        raise UserError(
+            f"missing tensors: {some(missing)}; expected all that config.json describes; {TOGETHER}"
+        )
     if extra:
-        raise UserError(f"unexpected tensors: {some(extra)}; expected only those that config.json describes; {TOGETHER}")
+        raise UserError(
+            f"unexpected tensors: {some(extra)}; expected only those that config.json describes;"
+            f" {TOGETHER}"
+        )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             got = tuple(tensors[name].shape)

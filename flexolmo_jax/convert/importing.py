@@ -1,7 +1,9 @@
-"""`flexolmo import-hf`: a Hugging Face checkpoint of OLMo 2 or FlexOlmo becomes a model here, tensor by tensor.
+"""`flexolmo import-hf`: a Hugging Face checkpoint of OLMo 2 or FlexOlmo becomes a model here,
+tensor by tensor.
 
-The files are read through the key table of huggingface.py, in our order, wherever a tensor lies: in one file, in several with or
-without an index, one matrix an expert or, as transformers 5 holds them in memory, all experts of a layer in one. Nothing is unpickled.
+The files are read through the key table of huggingface.py, in our order, wherever a tensor lies: in
+one file, in several with or without an index, one matrix an expert or, as transformers 5 holds them
+in memory, all experts of a layer in one. Nothing is unpickled.
 """
 
 import hashlib
@@ -42,11 +44,12 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
-    """Writes a model: a dense one of OLMo 2; of FlexOlmo one whose expert 0 is its anchor and whose others have these names
-    (default: expert1, expert2, ...).
+    """Writes a model: a dense one of OLMo 2; of FlexOlmo one whose expert 0 is its anchor and whose
+    others have these names (default: expert1, expert2, ...).
 
-    Memory: a few tensors. Raises UserError, naming the config's key, tensor or file, for what our model does not compute and for
-    files that are not what config.json describes. Values that are not finite are noted, with the tensor's name.
+    Memory: a few tensors. Raises UserError, naming the config's key, tensor or file, for what our
+    model does not compute and for files that are not what config.json describes. Values that are
+    not finite are noted, with the tensor's name.
     """
     check_new(out)
     clear(out)
@@ -55,12 +58,19 @@ def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     experts = _names(names, config.n_experts)
     tokenizer = Tokenizer.load(source)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{source} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size {config.vocab_size}; {TOGETHER}")
+        raise UserError(
+            f"{source} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size"
+            f" {config.vocab_size}; {TOGETHER}"
+        )
     with ExitStack() as files:
         checkpoint = _Checkpoint(source, files)
-        tensors = checkpoint.locate(key_table(config, fields["model_type"]), tied=bool(fields.get("tie_word_embeddings")))
+        tensors = checkpoint.locate(
+            key_table(config, fields["model_type"]), tied=bool(fields.get("tie_word_embeddings"))
+        )
         shapes = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
-        stored = {path: {"dtype": checkpoint.dtype, "shape": list(a.shape)} for path, a in shapes.items()}
+        stored = {
+            path: {"dtype": checkpoint.dtype, "shape": list(a.shape)} for path, a in shapes.items()
+        }
         target = layouts(config, stored)
         with new_directory(out) as directory:
             tokenizer.save(directory / "tokenizer.json")
@@ -77,7 +87,10 @@ def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
                 "tensors": stored,
             }
             write_description(directory, description)
-    note(f"imported {out}: {sum(a.size for a in shapes.values()):,} parameters in {checkpoint.dtype}, experts {', '.join(experts)}")
+    note(
+        f"imported {out}: {sum(a.size for a in shapes.values()):,} parameters in"
+        f" {checkpoint.dtype}, experts {', '.join(experts)}"
+    )
     return open_artifact(out)
 
 
@@ -85,7 +98,9 @@ def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
 class _Index:
     """What is read of INDEX."""
 
-    weight_map: dict[str, Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$")]]
+    weight_map: dict[
+        str, Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$")]
+    ]
 
 
 class _Source(NamedTuple):
@@ -111,21 +126,34 @@ class _Checkpoint:
         self._directory = directory
         self._files: dict[str, TensorFile] = {}  # by tensor
         for path in _tensor_files(directory):
-            file = opened.enter_context(TensorFile(absolute(path), with_metadata=True))  # a hub's cache is of links
+            # a hub's cache is of links
+            file = opened.enter_context(TensorFile(absolute(path), with_metadata=True))
             for name in file.entries:
                 if name in self._files:
-                    raise UserError(f"{name} is in {self._files[name].path} and in {path}; remove the file that does not belong there")
+                    raise UserError(
+                        f"{name} is in {self._files[name].path} and in {path}; remove the file that"
+                        " does not belong there"
+                    )
                 self._files[name] = file
             if len(self._files) > TENSORS:
-                raise UserError(f"{directory} has more than {TENSORS} tensors; expected those of an OLMo 2 or FlexOlmo model")
+                raise UserError(
+                    f"{directory} has more than {TENSORS} tensors; expected those of an OLMo 2 or"
+                    " FlexOlmo model"
+                )
         dtypes = {str(file.entries[name].dtype): name for name, file in self._files.items()}
         if len(dtypes) != 1:
-            found = " and ".join(f"{name} is {dtype}" for dtype, name in sorted(dtypes.items())) or "no tensors"
-            raise UserError(f"{directory} has {found}; expected all tensors in one dtype; save the model in one")
+            found = (
+                " and ".join(f"{name} is {dtype}" for dtype, name in sorted(dtypes.items()))
+                or "no tensors"
+            )
+            raise UserError(
+                f"{directory} has {found}; expected all tensors in one dtype; save the model in one"
+            )
         self.dtype = next(iter(dtypes))
 
     def locate(self, table: Sequence[Entry], tied: bool) -> dict[str, list[_Source]]:
-        """By our leaf's path, in the order of its index. Raises UserError naming tensors that are missing, too many or of another shape."""
+        """By our leaf's path, in the order of its index. Raises UserError naming tensors that are
+        missing, too many or of another shape."""
         found: dict[str, list[_Source]] = defaultdict(list)
         missing, used = [], set()
         experts = 1 + max((entry.index[1] for entry in table if len(entry.index) == 2), default=0)
@@ -140,17 +168,24 @@ class _Checkpoint:
                 continue
             file = self._files[name]
             if file.entries[name].shape != shape:
-                raise UserError(f"{file.path}: {name} has shape {file.entries[name].shape}; expected {shape} by config.json; {TOGETHER}")
+                raise UserError(
+                    f"{file.path}: {name} has shape {file.entries[name].shape}; expected {shape} by"
+                    f" config.json; {TOGETHER}"
+                )
             found["/".join(entry.path)].append(_Source(file, name, start, entry))
             used.add(name)
-        for what, names in (("misses", missing), ("has unexpected", sorted(self._files.keys() - used))):
+        for what, names in (
+            ("misses", missing),
+            ("has unexpected", sorted(self._files.keys() - used)),
+        ):
             if names:
                 raise UserError(f"{self._directory} {what} tensors: {some(names)}; {TOGETHER}")
         return found
 
 
 def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | None:
-    """The tensor of all experts of a layer that this one is a part of: its name, where the part starts, and its shape."""
+    """The tensor of all experts of a layer that this one is a part of: its name, where the part
+    starts, and its shape."""
     match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", entry.name)
     if not match:
         return None
@@ -158,13 +193,23 @@ def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | Non
     rows, columns = entry.shape
     if kind == "down":
         return f"{at}.down_proj", expert * rows * columns, (experts, rows, columns)
-    return f"{at}.gate_up_proj", (2 * expert + (kind == "up")) * rows * columns, (experts, 2 * rows, columns)  # gate on top of up
+    # gate on top of up
+    return (
+        f"{at}.gate_up_proj",
+        (2 * expert + (kind == "up")) * rows * columns,
+        (experts, 2 * rows, columns),
+    )
 
 
 def _write(
-    directory: Path, config: ModelConfig, target: Mapping[str, Layout], tensors: Mapping[str, list[_Source]], experts: Sequence[str]
+    directory: Path,
+    config: ModelConfig,
+    target: Mapping[str, Layout],
+    tensors: Mapping[str, list[_Source]],
+    experts: Sequence[str],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Writes the weights; returns what a model's description has of its anchor and of its members."""
+    """Writes the weights; returns what a model's description has of its anchor and of its
+    members."""
     anchor: dict[str, Any] = {}
     by_layer: list[dict[str, Any]] = [{} for _ in experts]
 
@@ -176,7 +221,9 @@ def _write(
             entry = {"dtype": str(values.dtype), "shape": list(values.shape), "sha256": digest}
             by_layer[index[1]][name_of_tensor(path, index[0])] = entry
 
-    total = sum(np.prod(layout.shape) * np.dtype(layout.dtype).itemsize for layout in target.values())
+    total = sum(
+        np.prod(layout.shape) * np.dtype(layout.dtype).itemsize for layout in target.values()
+    )
     with bar("import", float(total), in_bytes=True) as advance, Writer(directory, target) as writer:
         for path, layout in target.items():
             of_anchor = hashlib.sha256()
@@ -185,21 +232,42 @@ def _write(
                 if path.startswith("experts/") and len(index) < 2:  # rows of all experts and layers
                     for expert in range(values.shape[1]):
                         for layer in range(values.shape[0]):
-                            keep(path, (layer, expert), np.ascontiguousarray(values[layer, expert]), of_anchor)
+                            keep(
+                                path,
+                                (layer, expert),
+                                np.ascontiguousarray(values[layer, expert]),
+                                of_anchor,
+                            )
                 else:
                     keep(path, index, values, of_anchor)
                 advance(values.nbytes)
-            shape = [layout.shape[0], 1, *layout.shape[2:]] if path.startswith("experts/") else list(layout.shape)
+            shape = (
+                [layout.shape[0], 1, *layout.shape[2:]]
+                if path.startswith("experts/")
+                else list(layout.shape)
+            )
             anchor[path] = {"dtype": layout.dtype, "shape": shape, "sha256": of_anchor.hexdigest()}
-    rest = {"owner": "", "domain": "", "licence": "", "expires": None, "router_bias": False, "privacy": "none", "manifest": None}
+    rest = {
+        "owner": "",
+        "domain": "",
+        "licence": "",
+        "expires": None,
+        "router_bias": False,
+        "privacy": "none",
+        "manifest": None,
+    }
     members = [
-        {"name": name, **rest, "tensors": tensors, "training": {"imported": True}} for name, tensors in zip(experts, by_layer, strict=True)
+        {"name": name, **rest, "tensors": tensors, "training": {"imported": True}}
+        for name, tensors in zip(experts, by_layer, strict=True)
     ]
     return anchor, members[1:]
 
 
-def _slices(layout: Layout, sources: Sequence[_Source]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """A leaf in parts, each contiguous: matrices one by one, vectors of all layers at once; zeros where the checkpoint has none."""
+def _slices(
+    layout: Layout, sources: Sequence[_Source]
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """A leaf in parts, each contiguous: matrices one by one, vectors of all layers at once; zeros
+    where the checkpoint has none."""
     if not sources:
         yield (), np.zeros(layout.shape, layout.dtype)
     elif sources[0].entry.transpose or not sources[0].entry.index:
@@ -212,7 +280,10 @@ def _slices(layout: Layout, sources: Sequence[_Source]) -> Iterator[tuple[tuple[
 def _names(names: Sequence[str], experts: int) -> tuple[str, ...]:
     chosen = tuple(names) or tuple(f"expert{i}" for i in range(1, experts))
     if len(chosen) != experts - 1 or len(set(chosen)) != len(chosen):
-        raise UserError(f"--names are {', '.join(chosen) or 'none'}; expected {experts - 1} different ones: expert 0 is the anchor")
+        raise UserError(
+            f"--names are {', '.join(chosen) or 'none'}; expected {experts - 1} different ones:"
+            " expert 0 is the anchor"
+        )
     for name in chosen:
         check_expert_name(name)
     return ("anchor", *chosen)
@@ -228,19 +299,26 @@ def _tensor_files(directory: Path) -> list[Path]:
         try:
             conform(_Index, weights)
         except ValueError as error:
-            raise UserError(f"{directory / INDEX} has no weight_map from tensors to files beside it ({error}); download it again") from None
+            raise UserError(
+                f"{directory / INDEX} has no weight_map from tensors to files beside it ({error});"
+                " download it again"
+            ) from None
         expected = sorted(set(weights["weight_map"].values()))
     elif found and (match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", found[0])):
-        expected = [f"{match[1]}-{i:05}-of-{match[2]}.safetensors" for i in range(1, int(match[2]) + 1)]
+        expected = [
+            f"{match[1]}-{i:05}-of-{match[2]}.safetensors" for i in range(1, int(match[2]) + 1)
+        ]
     if missing := sorted(set(expected) - set(found)):
         raise UserError(f"{directory} misses {some(missing)}; download the whole checkpoint")
     if not expected:
         if pickles := [name for name in present if name.endswith(PICKLES)]:
             raise UserError(
-                f"{directory} has its weights in {pickles[0]}, a pickle, which may run any program when loaded; "
-                "have its owner save it as safetensors"
+                f"{directory} has its weights in {pickles[0]}, a pickle, which may run any program"
+                " when loaded; have its owner save it as safetensors"
             )
-        raise UserError(f"{directory} has no *.safetensors; expected a checkpoint as save_pretrained writes it")
+        raise UserError(
+            f"{directory} has no *.safetensors; expected a checkpoint as save_pretrained writes it"
+        )
     return [directory / name for name in expected]
 
 
@@ -248,7 +326,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = parse_json(read_bytes(absolute(path)), SIGNS)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {reason(error)}; expected the directory of a Hugging Face checkpoint") from None
+        raise UserError(
+            f"cannot read {path}: {reason(error)}; expected the directory of a Hugging Face"
+            " checkpoint"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error!s:.120}; download it again") from None
     if not isinstance(fields, dict):

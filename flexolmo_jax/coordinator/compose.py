@@ -1,7 +1,9 @@
-"""Writing weights whose trunk and whose experts lie elsewhere: first a plan, a line for every file, then its execution.
+"""Writing weights whose trunk and whose experts lie elsewhere: first a plan, a line for every file,
+then its execution.
 
-All sources have one layout (weights.py), so that a file of theirs is a file of ours: it is linked, cloned or copied as it is. Through
-memory goes what crosses the border between a disk and a bucket, and what `instead` says.
+All sources have one layout (weights.py), so that a file of theirs is a file of ours: it is linked,
+cloned or copied as it is. Through memory goes what crosses the border between a disk and a bucket,
+and what `instead` says.
 """
 
 from collections import Counter
@@ -25,7 +27,8 @@ class Source(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One file to be written: shard `index` of an array is shard `at` of the same array in other weights. None: it comes from memory."""
+    """One file to be written: shard `index` of an array is shard `at` of the same array in other
+    weights. None: it comes from memory."""
 
     path: str
     index: Index
@@ -33,8 +36,11 @@ class Step(NamedTuple):
     at: Index
 
 
-def plan(target: Mapping[str, Layout], trunk: Path, experts: Sequence[Source], given: Sequence[str] = ()) -> Iterator[Step]:
-    """A step for every file of the target. `given`: arrays that come from memory; so do biases that a source does not have."""
+def plan(
+    target: Mapping[str, Layout], trunk: Path, experts: Sequence[Source], given: Sequence[str] = ()
+) -> Iterator[Step]:
+    """A step for every file of the target. `given`: arrays that come from memory; so do biases that
+    a source does not have."""
     readers = {source.weights: Reader(source.weights) for source in experts}
     for path, layout in target.items():
         for index in layout.indices():
@@ -46,7 +52,9 @@ def plan(target: Mapping[str, Layout], trunk: Path, experts: Sequence[Source], g
                 layer, expert, *rest = index
                 source = experts[expert]
                 has = readers[source.weights].has(path)
-                yield Step(path, index, source.weights if has else None, (layer, source.index, *rest))
+                yield Step(
+                    path, index, source.weights if has else None, (layer, source.index, *rest)
+                )
 
 
 def compose(
@@ -59,19 +67,28 @@ def compose(
 ) -> dict[str, int]:
     """Writes weights of these experts, in this order; returns how many files came which way.
 
-    The ways "link", "reflink" and "copy" move whole files; "stream" goes through memory, a shard at a time. `instead` has arrays that are
-    written in the place of what lies there. Raises UserError for data that cannot be read, and for a way that a bucket has not.
+    The ways "link", "reflink" and "copy" move whole files; "stream" goes through memory, a shard at
+    a time. `instead` has arrays that are written in the place of what lies there. Raises UserError
+    for data that cannot be read, and for a way that a bucket has not.
     """
     if in_bucket(directory) and not {"copy", "stream"} & set(ways):
-        raise UserError(f"{directory} is in a bucket, which has no {' and no '.join(ways)}; try --by auto")
+        raise UserError(
+            f"{directory} is in a bucket, which has no {' and no '.join(ways)}; try --by auto"
+        )
     instead, taken = instead or {}, Counter[str]()
-    readers = {weights: Reader(weights) for weights in (trunk, *(source.weights for source in experts))}
+    readers = {
+        weights: Reader(weights) for weights in (trunk, *(source.weights for source in experts))
+    }
     copies: list[tuple[Path, Path]] = []  # within buckets: many at once
     with Writer(directory, target) as writer:
         for path, index, source, at in plan(target, trunk, experts, tuple(instead)):
             box = target[path].box(index)
             if source is None:
-                values = instead[path][box] if path in instead else np.zeros(target[path].shard, target[path].dtype)
+                values = (
+                    instead[path][box]
+                    if path in instead
+                    else np.zeros(target[path].shard, target[path].dtype)
+                )
                 writer.write(path, index, values)
             elif "stream" in ways or in_bucket(source) != in_bucket(directory):
                 if at != index:  # another expert: there may be more of them there than here

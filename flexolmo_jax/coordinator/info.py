@@ -1,4 +1,5 @@
-"""`flexolmo info`: what a run, anchor, contribution, model, store or prepared directory is; of a contribution, what leaves its owner."""
+"""`flexolmo info`: what a run, anchor, contribution, model, store or prepared directory is; of a
+contribution, what leaves its owner."""
 
 import math
 from pathlib import Path
@@ -21,8 +22,16 @@ def info(path: Path) -> dict[str, Any]:
         return _contribution(path)
     if (path / "index.json").exists() and not (path / DESCRIPTION).exists():
         index = Index.read(path)
-        splits = {name: {"records": s.records, "documents": s.documents, "tokens": s.tokens} for name, s in index.splits.items()}
-        return {"kind": "prepared data", "seq_len": index.seq_len, "tokenizer": index.tokenizer_digest, **splits}
+        splits = {
+            name: {"records": s.records, "documents": s.documents, "tokens": s.tokens}
+            for name, s in index.splits.items()
+        }
+        return {
+            "kind": "prepared data",
+            "seq_len": index.seq_len,
+            "tokenizer": index.tokenizer_digest,
+            **splits,
+        }
     if (path / STORE_FILE).exists():
         return Store.existing(path).info()
     artifact = open_artifact(path)
@@ -30,7 +39,11 @@ def info(path: Path) -> dict[str, Any]:
     described = {key: artifact.description[key] for key in keep if key in artifact.description}
     if "members" in described:
         described["members"] = [_member(member) for member in described["members"]]
-    sizes = {"stored_parameters": sum(math.prod(t["shape"]) for t in artifact.description["tensors"].values())}
+    sizes = {
+        "stored_parameters": sum(
+            math.prod(t["shape"]) for t in artifact.description["tensors"].values()
+        )
+    }
     row = last_row(path) if artifact.kind == "run" else None
     last = {"last_metrics": row} if row else {}
     return {
@@ -46,7 +59,12 @@ def info(path: Path) -> dict[str, Any]:
 def _member(member: dict[str, Any]) -> dict[str, Any]:
     if (manifest := manifest_of(member)) is None:
         return {"name": member["name"], **told(member), "manifest": member["manifest"]}
-    return {"name": member["name"], **told(manifest), "manifest": manifest["sha256"], "signed": member["signature"] is not None}
+    return {
+        "name": member["name"],
+        **told(manifest),
+        "manifest": manifest["sha256"],
+        "signed": member["signature"] is not None,
+    }
 
 
 def _contribution(path: Path) -> dict[str, Any]:
@@ -58,8 +76,10 @@ def _contribution(path: Path) -> dict[str, Any]:
         **{key: manifest[key] for key in ("format", "name", "anchor", "dtype")},
         **told(manifest),
         "leaves_the_owner": {
-            TENSORS: f"{len(manifest['tensors'])} tensors, {parameters:,} {manifest['dtype']} numbers: expert weights, router rows"
-            + (" and biases" if contribution.has_bias else ""),
+            TENSORS: (
+                f"{len(manifest['tensors'])} tensors, {parameters:,} {manifest['dtype']} numbers:"
+                " expert weights, router rows" + (" and biases" if contribution.has_bias else "")
+            ),
             MANIFEST: "names, digests, the model config and the training summary shown here",
             **({SIGNATURE: "a public key and a signature"} if contribution.signature else {}),
             "documents": "none",

@@ -1,6 +1,8 @@
-"""Router tuning: after a merge, router rows and biases alone are trained on public text and proxies, every expert active.
+"""Router tuning: after a merge, router rows and biases alone are trained on public text and
+proxies, every expert active.
 
-Rows bear a trace of whoever was there, so each tuning starts from the rows that were contributed: who leaves is left out of the next.
+Rows bear a trace of whoever was there, so each tuning starts from the rows that were contributed:
+who leaves is left out of the next.
 """
 
 import dataclasses
@@ -44,22 +46,32 @@ def tune(
     store_path: Path | None = None,
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Tunes a merged model's router, from the rows that were contributed, on a uniform mix of experts' proxies and public text.
+    """Tunes a merged model's router, from the rows that were contributed, on a uniform mix of
+    experts' proxies and public text.
 
-    `proxies` are documents by the expert's name. `config` is a router run's YAML, whose model and data are filled in; `work` is where
-    the run goes (default: `<out>.work`), from where it resumes. Raises UserError for proxies of an expert that the model has not.
+    `proxies` are documents by the expert's name. `config` is a router run's YAML, whose model and
+    data are filled in; `work` is where the run goes (default: `<out>.work`), from where it resumes.
+    Raises UserError for proxies of an expert that the model has not.
     """
     check_new(out)
     model = open_model(model_path)
     model.check_experts(list(proxies))
     work = work or out.with_name(out.name + ".work")
     store_path = store_path or absolute(model.path).parent / STORE
-    tree: dict[str, Any] = read_yaml(config) if config else {"optim": {"lr": 2e-3, "weight_decay": 0.1}}
+    tree: dict[str, Any] = (
+        read_yaml(config) if config else {"optim": {"lr": 2e-3, "weight_decay": 0.1}}
+    )
     start = work / "contributed" if "router" in model.description else model.path
-    sources: list[dict[str, Any]] = [{"path": str(path), "name": name, "weight": 1.0} for name, path in proxies.items()]
+    sources: list[dict[str, Any]] = [
+        {"path": str(path), "name": name, "weight": 1.0} for name, path in proxies.items()
+    ]
     sources += [{"path": str(path), "weight": 1.0 / len(public)} for path in public]
     tree |= {"run": "router", "router": {"model": str(start)}}
-    tree["data"] = {"seq_len": min(1024, model.config.max_seq_len)} | section_of(tree, "data") | {"train": sources, "eval": []}
+    tree["data"] = (
+        {"seq_len": min(1024, model.config.max_seq_len)}
+        | section_of(tree, "data")
+        | {"train": sources, "eval": []}
+    )
     run = resolve(tree, overrides)  # every mistake in the config shows before any document is read
     for path in (*proxies.values(), *public):
         has_documents(path)  # raises where there is nothing at all
@@ -67,9 +79,18 @@ def tune(
         undo_tuning(model.path, start, store_path=store_path, ways=ways)
     _check_start(open_artifact(start), model, work)
     if not says(tree, overrides, "train", "steps"):
-        records = sum(len(open_data(path, model.tokenizer, run.data.seq_len, "train")) for path in proxies.values())
+        records = sum(
+            len(open_data(path, model.tokenizer, run.data.seq_len, "train"))
+            for path in proxies.values()
+        )
         share = len(proxies) / (len(proxies) + 1)
-        run = resolve(tree, [*overrides, f"train.steps={max(1, round(EPOCHS * records / (run.data.batch_size * share)))}"])
+        run = resolve(
+            tree,
+            [
+                *overrides,
+                f"train.steps={max(1, round(EPOCHS * records / (run.data.batch_size * share)))}",
+            ],
+        )
     train_router(run, work / "run")
     return apply_tuning(work / "run", out, store_path=store_path, ways=ways)
 
@@ -82,7 +103,8 @@ def _check_start(start: Artifact, model: Artifact, work: Path) -> None:
 
 
 def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
-    """Runs a router config; see `train.loop.train`. Raises UserError for a model without experts."""
+    """Runs a router config; see `train.loop.train`. Raises UserError for a model without
+    experts."""
     assert run.router is not None  # checked by RunConfig
     model = open_model(path_of(run.router.model))
     if model.config.n_experts == 1:
@@ -92,13 +114,24 @@ def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
 
     def initial(placement):
         params = flatten(model.params(placement=placement))
-        return unflatten({path: a.astype("float32") if is_trained(path) else a for path, a in params.items()})
+        return unflatten(
+            {path: a.astype("float32") if is_trained(path) else a for path, a in params.items()}
+        )
 
     job = Job(
-        run, model.config, initial, is_trained, model.experts, model.tokenizer, batches, heldout,
+        run,
+        model.config,
+        initial,
+        is_trained,
+        model.experts,
+        model.tokenizer,
+        batches,
+        heldout,
         base={
-            "base": str(absolute(model.path)), "fingerprint": model.fingerprint, "base_sha256": model.description["sha256"],
+            "base": str(absolute(model.path)),
+            "fingerprint": model.fingerprint,
+            "base_sha256": model.description["sha256"],
             "data": [d.title for d in run.data.train],
         },
-    )  # fmt: skip
+    )
     return train(job, out)

@@ -1,16 +1,19 @@
-"""The store: every anchor and expert that was taken in, once, verified on the way in and never changed after.
+"""The store: every anchor and expert that was taken in, once, verified on the way in and never
+changed after.
 
-    STORE/store.json                  says that this is a store, and which: only this program writes it, and nothing is done without it
-    STORE/objects/<key>/object.json   what an object holds, and of which files, with their sizes, inodes and times
-    STORE/objects/<key>/weights/      an anchor's, or one expert's as a model's with that expert alone; laid out as in weights.py
+    STORE/store.json                  which store this is; only this program writes it
+    STORE/objects/<key>/object.json   what an object holds: its files, their sizes and times
+    STORE/objects/<key>/weights/      an anchor's, or those of a model of one expert (weights.py)
     STORE/models/<digest>.json        where the models are that were composed of objects
 
-An object is named by what it holds. Models are composed of its files (compose.py). A model stands on its own: removing the store, or an
-object that `gc` finds no model to need, changes none. Before an object is used its files are compared with its record; whatever differs is
-read again, whole. Nothing is removed but objects whose files are exactly those of their record, and what bears the mark of files.py.
+An object is named by what it holds. Models are composed of its files (compose.py). A model stands
+on its own: removing the store, or an object that `gc` finds no model to need, changes none. Before
+an object is used its files are compared with its record; whatever differs is read again, whole.
+Nothing is removed but objects whose files are exactly those of their record, and what bears the
+mark of files.py.
 
-In a bucket the same files come by copies that the object store makes itself. It has no locks: there `gc` leaves alone what changed within
-the last hour, and should not run while somebody merges.
+In a bucket the same files come by copies that the object store makes itself. It has no locks: there
+`gc` leaves alone what changed within the last hour, and should not run while somebody merges.
 """
 
 import contextlib
@@ -51,7 +54,8 @@ from .objects import OBJECT_FILE, Record, check_object, key_of, take_anchor, tak
 
 STORE = "flexolmo-store"
 FORMAT = 1
-_TEMPORARY_ENTRY = re.compile(r"\.[0-9a-f]{16}\.json\.\d+\.tmp")  # what a killed `write_text` leaves
+# what a killed `write_text` leaves
+_TEMPORARY_ENTRY = re.compile(r"\.[0-9a-f]{16}\.json\.\d+\.tmp")
 
 
 class Held(NamedTuple):
@@ -63,17 +67,20 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """A directory. `shared` and `alone` hold its lock: composing needs objects to stay, `gc` needs nobody to compose."""
+    """A directory. `shared` and `alone` hold its lock: composing needs objects to stay, `gc` needs
+    nobody to compose."""
 
     path: Path
 
     @classmethod
     def at(cls, path: Path) -> "Store":
-        """A store, or a place for a new one. Raises UserError for a directory that holds anything else."""
+        """A store, or a place for a new one. Raises UserError for a directory that holds anything
+        else."""
         store = cls(absolute(path))
         if not store._is_known() and children(store.path):
             raise UserError(
-                f"{path} is not a store of this version: it has no {STORE_FILE}; give --store a new or empty directory, or the store itself"
+                f"{path} is not a store of this version: it has no {STORE_FILE}; give --store a new"
+                " or empty directory, or the store itself"
             )
         return store
 
@@ -82,7 +89,10 @@ class Store:
         """Raises UserError where there is none."""
         store = cls(absolute(path))
         if not store._is_known():
-            raise UserError(f"{path} is not a store: it has no {STORE_FILE}; expected what `flexolmo merge` made (flexolmo-store)")
+            raise UserError(
+                f"{path} is not a store: it has no {STORE_FILE}; expected what `flexolmo merge`"
+                " made (flexolmo-store)"
+            )
         return store
 
     @property
@@ -94,23 +104,35 @@ class Store:
         return self.path / "models"
 
     def _is_known(self) -> bool:
-        """Whether this is a store. Raises UserError for one of another version, and for a damaged one."""
+        """Whether this is a store. Raises UserError for one of another version, and for a damaged
+        one."""
         try:
             said = read_sealed(self.path / STORE_FILE)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path / STORE_FILE} is damaged ({error!s:.80}); restore it, or give another --store") from None
+            raise UserError(
+                f"{self.path / STORE_FILE} is damaged ({error!s:.80}); restore it, or give another"
+                " --store"
+            ) from None
         if said.get("kind") != "store" or said.get("format") != FORMAT:
-            raise UserError(f"{self.path} has the format {said.get('format')!r:.20}; this version reads {FORMAT}; give another --store")
+            raise UserError(
+                f"{self.path} has the format {said.get('format')!r:.20}; this version reads"
+                f" {FORMAT}; give another --store"
+            )
         for folder in () if in_bucket(self.path) else (self._objects, self._models):
-            if folder.is_symlink() or not folder.is_dir():  # a link may lead to what another store holds, a pipe would wait for ever
-                raise UserError(f"{folder} is not a directory; expected the store's own, and no link; restore it, or give another --store")
+            if (
+                folder.is_symlink() or not folder.is_dir()
+            ):  # a link may lead to what another store holds, a pipe would wait for ever
+                raise UserError(
+                    f"{folder} is not a directory; expected the store's own, and no link; restore it, or give another --store"
+                )
         return True
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Makes the store where there is none. One that was made for nothing goes with the error, unless somebody else uses it by then."""
+        """Makes the store where there is none. One that was made for nothing goes with the error,
+        unless somebody else uses it by then."""
         is_new = not self._is_known()
         if is_new:
             try:
@@ -135,10 +157,14 @@ class Store:
         with new_directory(self.path) as directory:
             for name in () if in_bucket(directory) else ("objects", "models"):
                 (directory / name).mkdir()
-            write_text(directory / STORE_FILE, sealed_json({"kind": "store", "format": FORMAT, "id": uuid.uuid4().hex}))
+            write_text(
+                directory / STORE_FILE,
+                sealed_json({"kind": "store", "format": FORMAT, "id": uuid.uuid4().hex}),
+            )
 
     def _unmake(self) -> None:
-        """Takes away what was begun here, but nothing that a model is made of, and nothing of anybody else's."""
+        """Takes away what was begun here, but nothing that a model is made of, and nothing of
+        anybody else's."""
         for entry, model in self._registered().items():
             if not model.exists():
                 remove_file(entry)
@@ -157,13 +183,21 @@ class Store:
             yield
 
     def anchor(self, anchor: Artifact) -> Held:
-        """A published anchor, taken in if it is not here yet. Raises UserError for bytes that are not the published ones."""
+        """A published anchor, taken in if it is not here yet. Raises UserError for bytes that are
+        not the published ones."""
         anchor.ensure()
-        return self._object(anchor_key(anchor.description["tensors"]), lambda directory: take_anchor(anchor, directory))
+        return self._object(
+            anchor_key(anchor.description["tensors"]),
+            lambda directory: take_anchor(anchor, directory),
+        )
 
     def expert(self, contribution: Contribution) -> Held:
-        """A contribution, taken in if it is not here yet. Raises UserError as `Contribution.tensors` does."""
-        key, claim = expert_key(contribution.manifest["tensors"]), f"contribution {contribution.manifest['sha256']}"
+        """A contribution, taken in if it is not here yet. Raises UserError as
+        `Contribution.tensors` does."""
+        key, claim = (
+            expert_key(contribution.manifest["tensors"]),
+            f"contribution {contribution.manifest['sha256']}",
+        )
         if not is_whole(self._objects / key):
             held = self._object(key, lambda directory: take_expert(contribution, directory))
             verified.remember(contribution.path, claim)
@@ -176,7 +210,8 @@ class Store:
         """An object that was taken in earlier. Raises UserError where it is not here (any more)."""
         if not self.holds(key):
             raise UserError(
-                f"the store {self.path} does not hold {what}; give the one that the model was merged with (--store), or merge again"
+                f"the store {self.path} does not hold {what}; give the one that the model was"
+                " merged with (--store), or merge again"
             )
         return self._checked(key)
 
@@ -184,7 +219,9 @@ class Store:
         """Remembers where a model is about to be. Raises UserError for one inside the store, and for one around it."""
         model = absolute(model)
         if model == self.path or model in self.path.parents or self.path in model.parents:
-            raise UserError(f"{model} and the store {self.path} lie in each other; give --out or --store another place")
+            raise UserError(
+                f"{model} and the store {self.path} lie in each other; give --out or --store another place"
+            )
         entry = self._models / f"{hashlib.sha256(str(model).encode()).hexdigest()[:16]}.json"
         write_text(entry, sealed_json({"path": str(model)}))
 
@@ -202,9 +239,12 @@ class Store:
         return self._is_known() and is_whole(self._objects / key)
 
     def verify(self) -> int:
-        """Reads every object; returns how many. Raises UserError naming the first that is not what its name says. Writes nothing."""
+        """Reads every object; returns how many. Raises UserError naming the first that is not what
+        its name says. Writes nothing."""
         self._registered()
-        with contextlib.nullcontext() if in_bucket(self.path) else locked(self._objects, shared=True):
+        with (
+            contextlib.nullcontext() if in_bucket(self.path) else locked(self._objects, shared=True)
+        ):
             objects = self._whole()
             for path in objects:
                 check_object(path)
@@ -218,7 +258,8 @@ class Store:
         return {"kind": "store", "objects": len(objects), "bytes": size, "models": models}
 
     def gc(self) -> dict[str, Any]:
-        """Removes objects that no registered model is made of, and what killed processes left, here and beside those models.
+        """Removes objects that no registered model is made of, and what killed processes left, here
+        and beside those models.
 
         An object that holds anything but the files of its record is left alone, and named.
         """
@@ -241,7 +282,13 @@ class Store:
                     remove_file(path)
             kept = [path.name for path in children(self._objects)]
         foreign = [path.name for path in unneeded if path not in removed]
-        told = {"store": str(self.path), "removed": [p.name for p in removed], "leftovers": len(left), "bytes": size, "kept": kept}
+        told = {
+            "store": str(self.path),
+            "removed": [p.name for p in removed],
+            "leftovers": len(left),
+            "bytes": size,
+            "kept": kept,
+        }
         return told | ({"left_alone": foreign} if foreign else {})
 
     def _unneeded(self) -> list[Path]:
@@ -249,9 +296,13 @@ class Store:
         needed: set[str] = set()
         for model in self._registered().values():
             try:
-                needed |= set(keys_of(open_artifact(model)) if (model / DESCRIPTION).exists() else ())
+                needed |= set(
+                    keys_of(open_artifact(model)) if (model / DESCRIPTION).exists() else ()
+                )
             except UserError as error:
-                raise UserError(f"{error}; until then nothing is removed from {self.path}, which may hold its parts") from None
+                raise UserError(
+                    f"{error}; until then nothing is removed from {self.path}, which may hold its parts"
+                ) from None
         return [path for path in self._whole() if path.name not in needed]
 
     def _is_ours(self, path: Path) -> bool:
@@ -262,7 +313,11 @@ class Store:
 
     def _whole(self) -> list[Path]:
         """The objects that are there, and not what somebody is writing."""
-        return [path for path in children(self._objects) if not path.name.startswith(".") and is_whole(path)]
+        return [
+            path
+            for path in children(self._objects)
+            if not path.name.startswith(".") and is_whole(path)
+        ]
 
     def _registered(self) -> dict[Path, Path]:
         found = {}
@@ -272,7 +327,9 @@ class Store:
             try:
                 found[entry] = path_of(read_sealed(entry)["path"])
             except (OSError, ValueError, TypeError, KeyError, UserError) as error:
-                raise UserError(f"{entry} is damaged ({error!s:.80}); remove it: it only says where a model is") from None
+                raise UserError(
+                    f"{entry} is damaged ({error!s:.80}); remove it: it only says where a model is"
+                ) from None
         return found
 
     def _object(self, key: str, take: Callable[[Path], Record]) -> Held:
@@ -287,7 +344,8 @@ class Store:
         return self._checked(key)
 
     def _checked(self, key: str) -> Held:
-        """An object whose files are those of its record; if they are not, whose bytes are still what its name says."""
+        """An object whose files are those of its record; if they are not, whose bytes are still
+        what its name says."""
         path = self._objects / key
         record = Record.read(path)
         if record.key != key or not record.matches(path):
@@ -303,7 +361,10 @@ def keys_of(artifact: Artifact) -> list[str]:
     description = artifact.description
     if artifact.kind != "model" or "anchor" not in description:
         return []
-    return [anchor_key(anchor_tensors(description)), *(expert_key(tensors_of(member)) for member in description["members"])]
+    return [
+        anchor_key(anchor_tensors(description)),
+        *(expert_key(tensors_of(member)) for member in description["members"]),
+    ]
 
 
 def anchor_key(tensors: Mapping[str, Any]) -> str:

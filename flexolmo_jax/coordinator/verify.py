@@ -1,7 +1,9 @@
-"""`flexolmo verify`: every digest of a contribution, an anchor, a model, a store or prepared data, recomputed, one shard at a time.
+"""`flexolmo verify`: every digest of a contribution, an anchor, a model, a store or prepared data,
+recomputed, one shard at a time.
 
-Of a model also what its members claim: each manifest is one of this anchor, its digests are those of the expert's tensors, and its
-signature is right. Nothing is remembered from before, and nothing is written.
+Of a model also what its members claim: each manifest is one of this anchor, its digests are those
+of the expert's tensors, and its signature is right. Nothing is remembered from before, and nothing
+is written.
 """
 
 from collections.abc import Mapping
@@ -17,7 +19,13 @@ from flexolmo_jax.exchange.admission import admission, admit
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import MANIFEST, open_contribution, recorded
 from flexolmo_jax.exchange.signature import ANY, Trust, check_signature
-from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, anchor_tensors, check_model, manifest_of
+from flexolmo_jax.integrity import (
+    RECEIPT,
+    RECEIPT_SIGNATURE,
+    anchor_tensors,
+    check_model,
+    manifest_of,
+)
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import STORE_FILE
 from flexolmo_jax.storage.paths import reason
@@ -30,37 +38,67 @@ from .store import Store
 
 SIGNATURE_LIMIT = 1 << 12  # bytes
 # By the file that says what a directory is, the first that is there. What does not belong beside it is refused by its reader.
-_KINDS = {MANIFEST: "contribution", DESCRIPTION: "artifact", STORE_FILE: "store", INDEX_FILE: "prepared data"}
+_KINDS = {
+    MANIFEST: "contribution",
+    DESCRIPTION: "artifact",
+    STORE_FILE: "store",
+    INDEX_FILE: "prepared data",
+}
 
 
 def verify(
-    path: Path, anchor_path: Path | None = None, trust: Trust = ANY, public: Path | None = None, *, refuse: bool = False
+    path: Path,
+    anchor_path: Path | None = None,
+    trust: Trust = ANY,
+    public: Path | None = None,
+    *,
+    refuse: bool = False,
 ) -> dict[str, Any]:
     """What was checked. Raises UserError naming the first thing that is wrong.
 
-    With an anchor, a contribution or a model must also have been made from that very one. `trust` is of contributions, and of the members
-    of a model; `public`, held-out text for the admission report, of contributions: its findings are warnings, or with `refuse` errors.
+    With an anchor, a contribution or a model must also have been made from that very one. `trust`
+    is of contributions, and of the members of a model; `public`, held-out text for the admission
+    report, of contributions: its findings are warnings, or with `refuse` errors.
     """
     if refuse and not public:
-        raise UserError("there is nothing to refuse by: the admission report needs public text; give --public")
+        raise UserError(
+            "there is nothing to refuse by: the admission report needs public text; give --public"
+        )
     if public and not (anchor_path and (path / MANIFEST).exists()):
-        raise UserError("the admission report is of a contribution tried with its anchor; give --anchor too")
+        raise UserError(
+            "the admission report is of a contribution tried with its anchor; give --anchor too"
+        )
     anchor = open_anchor(anchor_path) if anchor_path else None
     what = next((kind for name, kind in _KINDS.items() if (path / name).exists()), "contribution")
     if what in ("store", "prepared data"):
-        _check_asked(path, what, {"--anchor": anchor is not None, "--signed or --trust": trust.signed})
+        _check_asked(
+            path, what, {"--anchor": anchor is not None, "--signed or --trust": trust.signed}
+        )
     if what == "prepared data":
         open_records(path, "train").check_digests()
         return {"path": str(path), "kind": what, "verified": True}
     if what == "store":
-        return {"path": str(path), "kind": what, "verified": True, "objects": Store.existing(path).verify()}
+        return {
+            "path": str(path),
+            "kind": what,
+            "verified": True,
+            "objects": Store.existing(path).verify(),
+        }
     if what == "contribution":
         return _verify_contribution(path, anchor, trust, public, refuse)
     artifact = open_artifact(path)
     if artifact.kind == "run":
-        raise UserError(f"{path} is a run; expected a contribution, an anchor or a model (`flexolmo package` or `publish` makes one)")
+        raise UserError(
+            f"{path} is a run; expected a contribution, an anchor or a model (`flexolmo package` or"
+            " `publish` makes one)"
+        )
     _check_anchor(artifact, anchor)
-    told: dict[str, Any] = {"path": str(path), "kind": artifact.kind, "verified": True, "tensors": len(artifact.description["tensors"])}
+    told: dict[str, Any] = {
+        "path": str(path),
+        "kind": artifact.kind,
+        "verified": True,
+        "tensors": len(artifact.description["tensors"]),
+    }
     if artifact.kind == "anchor":
         _check_asked(path, "anchor", {"--signed or --trust": trust.signed})
         integrity.check(path, artifact.description, artifact.config)
@@ -71,10 +109,14 @@ def verify(
 def _check_asked(path: Path, what: str, asked: Mapping[str, bool]) -> None:
     """Raises UserError for an option that cannot be held against such a thing: without a word it would seem to have been."""
     for option in (option for option, is_given in asked.items() if is_given):
-        raise UserError(f"{path} is no contribution and no model, but {what}, of which {option} says nothing; leave that out")
+        raise UserError(
+            f"{path} is no contribution and no model, but {what}, of which {option} says nothing; leave that out"
+        )
 
 
-def _verify_contribution(path: Path, anchor: Artifact | None, trust: Trust, public: Path | None, refuse: bool) -> dict[str, Any]:
+def _verify_contribution(
+    path: Path, anchor: Artifact | None, trust: Trust, public: Path | None, refuse: bool
+) -> dict[str, Any]:
     contribution = open_contribution(path)
     signer = contribution.check(anchor, trust)
     report = {}
@@ -103,22 +145,35 @@ def _judge(path: Path, findings: list[str], refuse: bool) -> None:
 
 
 def _check_anchor(artifact: Artifact, anchor: Artifact | None) -> None:
-    """Raises UserError unless the artifact is, or stands on, this anchor: every digest, not only the fingerprint."""
+    """Raises UserError unless the artifact is, or stands on, this anchor: every digest, not only
+    the fingerprint."""
     if anchor is None:
         return
     if artifact.fingerprint != anchor.fingerprint:
-        raise UserError(f"{artifact.path} was made from the anchor {artifact.fingerprint}; {anchor.path} is {anchor.fingerprint}")
+        raise UserError(
+            f"{artifact.path} was made from the anchor {artifact.fingerprint}; {anchor.path} is"
+            f" {anchor.fingerprint}"
+        )
     check_model(artifact.path, artifact.description["model"], anchor.description["model"])
-    own = artifact.description["tensors"] if artifact.kind == "anchor" else anchor_tensors(artifact.description)
+    own = (
+        artifact.description["tensors"]
+        if artifact.kind == "anchor"
+        else anchor_tensors(artifact.description)
+    )
     for path, entry in anchor.description["tensors"].items():
         if own.get(path) != entry:
-            raise UserError(f"{artifact.path} names the fingerprint of {anchor.path} but has another {path}; do not use it")
+            raise UserError(
+                f"{artifact.path} names the fingerprint of {anchor.path} but has another {path}; do"
+                " not use it"
+            )
 
 
 def verify_model(model: Artifact, trust: Trust = ANY) -> list[dict[str, Any]]:
-    """Who made each member. Raises UserError naming the first file, tensor or claim that is not what was merged.
+    """Who made each member. Raises UserError naming the first file, tensor or claim that is not
+    what was merged.
 
-    A member of an imported model, or of a model of format 1, has no manifest: `trust` refuses it, if it asks for signatures.
+    A member of an imported model, or of a model of format 1, has no manifest: `trust` refuses it,
+    if it asks for signatures.
     """
     if (model.path / RECEIPT).exists():
         read_receipt(model.path / RECEIPT)
@@ -129,24 +184,37 @@ def verify_model(model: Artifact, trust: Trust = ANY) -> list[dict[str, Any]]:
         signer = None
         if (manifest := manifest_of(member)) is None:
             if trust.signed:
-                raise UserError(f"{where} has no manifest that somebody signed; merge it again from a signed contribution")
+                raise UserError(
+                    f"{where} has no manifest that somebody signed; merge it again from a signed"
+                    " contribution"
+                )
         else:
             claimed = recorded(model.path, manifest, member["signature"])
             if claimed.name != member["name"]:
-                raise UserError(f"{where} has the manifest of {claimed.name!r}; do not use the model")
+                raise UserError(
+                    f"{where} has the manifest of {claimed.name!r}; do not use the model"
+                )
             signer = claimed.check_origin(model, trust)
             if claimed.expired:
                 note(f"warning: the licence of {where} expired on {claimed.expired}")
-        members.append({"name": member["name"], "manifest": manifest["sha256"] if manifest else None, "signed_by": signer})
+        members.append(
+            {
+                "name": member["name"],
+                "manifest": manifest["sha256"] if manifest else None,
+                "signed_by": signer,
+            }
+        )
     integrity.check(model.path, model.description, model.config)
     check_sketches(model)
     return members
 
 
 def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str, Any]:
-    """Reads all of a model's bytes. The grade is that of this model: a router that was retuned without those who left has no trace of them.
+    """Reads all of a model's bytes. The grade is that of this model: a router that was retuned
+    without those who left has no trace of them.
 
-    Raises UserError where it holds one of the removed experts, or is not the merge without them, or nobody trusted signed the receipt.
+    Raises UserError where it holds one of the removed experts, or is not the merge without them, or
+    nobody trusted signed the receipt.
     """
     receipt = read_receipt(path)
     signer = _signer(path, trust)
@@ -154,7 +222,10 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
     if model.kind != "model" or "anchor" not in model.description:
         raise UserError(f"{model_path} is a {model.kind}; expected a merged model")
     if model.fingerprint != receipt["anchor"]:
-        raise UserError(f"{model_path} stands on the anchor {model.fingerprint}; the receipt is of a model on {receipt['anchor']}")
+        raise UserError(
+            f"{model_path} stands on the anchor {model.fingerprint}; the receipt is of a model on"
+            f" {receipt['anchor']}"
+        )
     _check_leavers(path, receipt)
     _check_members(model, receipt)
     _check_weights(model, receipt)
@@ -162,7 +233,14 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
     names = [expert["name"] for expert in receipt["removed"]]
     now = grade(names, model.description.get("router", {}).get("tuned_with", ()))
     digests = sum(len(expert["digests"]) for expert in receipt["removed"])
-    return {"path": str(model_path), "verified": True, "removed": names, "digests": digests, "grade": now, "signed_by": signer}
+    return {
+        "path": str(model_path),
+        "verified": True,
+        "removed": names,
+        "digests": digests,
+        "grade": now,
+        "signed_by": signer,
+    }
 
 
 def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
@@ -175,7 +253,10 @@ def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
         raise UserError(f"cannot read {signature}: {reason(error)}") from None
     signer = check_signature(read_bytes(path), signed, trust, path)
     if signer is None:
-        note(f"warning: nobody signed {path}: anybody may have written it; ask the coordinator for a signed one (opt-out --sign-key)")
+        note(
+            f"warning: nobody signed {path}: anybody may have written it; ask the coordinator for a"
+            " signed one (opt-out --sign-key)"
+        )
     return signer
 
 
@@ -188,9 +269,13 @@ def _check_leavers(path: Path, receipt: Mapping[str, Any]) -> None:
         claimed = recorded(path, gone["manifest"], gone["signature"])
         claimed.check_origin()
         if claimed.name != gone["name"] or claimed.fingerprint != receipt["anchor"]:
-            raise UserError(f"{where} has the manifest of {claimed.name!r}, or of another anchor; do not believe the receipt")
+            raise UserError(
+                f"{where} has the manifest of {claimed.name!r}, or of another anchor; do not believe the receipt"
+            )
         if digests_of(gone) != set(gone["digests"]):
-            raise UserError(f"{where} has other digests than its manifest; do not believe the receipt")
+            raise UserError(
+                f"{where} has other digests than its manifest; do not believe the receipt"
+            )
 
 
 def _check_members(model: Artifact, receipt: Mapping[str, Any]) -> None:
@@ -198,11 +283,21 @@ def _check_members(model: Artifact, receipt: Mapping[str, Any]) -> None:
     for member in model.members:
         for gone in receipt["removed"]:
             if digests_of(member) == set(gone["digests"]):
-                raise UserError(f"{model.path} still holds {gone['name']!r}, which the receipt says is removed, as {member['name']!r}")
-    members = [{"name": member["name"], "manifest": manifest_digest(member)} for member in model.members]
+                raise UserError(
+                    f"{model.path} still holds {gone['name']!r}, which the receipt says is removed,"
+                    f" as {member['name']!r}"
+                )
+    members = [
+        {"name": member["name"], "manifest": manifest_digest(member)} for member in model.members
+    ]
     if members != list(receipt["remaining"]):
-        got, expected = (", ".join(m["name"] for m in each) or "none" for each in (members, receipt["remaining"]))
-        raise UserError(f"{model.path} is made of other contributions ({got}) than the receipt says remain ({expected})")
+        got, expected = (
+            ", ".join(m["name"] for m in each) or "none" for each in (members, receipt["remaining"])
+        )
+        raise UserError(
+            f"{model.path} is made of other contributions ({got}) than the receipt says remain"
+            f" ({expected})"
+        )
 
 
 def _check_weights(model: Artifact, receipt: Mapping[str, Any]) -> None:
@@ -214,6 +309,11 @@ def _check_weights(model: Artifact, receipt: Mapping[str, Any]) -> None:
             try:
                 removed = decoded(gone["sketch"], model.config)
             except ValueError as error:
-                raise UserError(f"the receipt's sketch of {gone['name']!r} is damaged: {error}") from None
+                raise UserError(
+                    f"the receipt's sketch of {gone['name']!r} is damaged: {error}"
+                ) from None
             if is_copy(here, removed):
-                raise UserError(f"{model.path} still holds {gone['name']!r}, or nearly, which the receipt says is removed: as {name!r}")
+                raise UserError(
+                    f"{model.path} still holds {gone['name']!r}, or nearly, which the receipt says"
+                    f" is removed: as {name!r}"
+                )

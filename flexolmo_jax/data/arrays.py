@@ -1,7 +1,9 @@
-"""Arrays of NumPy's in files: mapped into memory where they lie on a disk, read by ranges where they lie in a bucket.
+"""Arrays of NumPy's in files: mapped into memory where they lie on a disk, read by ranges where
+they lie in a bucket.
 
-A bucket takes tens of milliseconds to answer, whatever is asked for; records are therefore asked for many at once (`read_records`), and
-nothing is kept: memory holds the records that somebody waits for.
+A bucket takes tens of milliseconds to answer, whatever is asked for; records are therefore asked
+for many at once (`read_records`), and nothing is kept: memory holds the records that somebody waits
+for.
 """
 
 import os
@@ -35,7 +37,8 @@ class Header(NamedTuple):
 
 
 class BucketArray:
-    """A part of an object as an array [N, ...] in C order, of which rows are read when they are asked for."""
+    """A part of an object as an array [N, ...] in C order, of which rows are read when they are
+    asked for."""
 
     def __init__(self, file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...]):
         self.dtype, self.shape = dtype, shape
@@ -46,27 +49,41 @@ class BucketArray:
         return self.shape[0]
 
     def __getitem__(self, index: int | slice) -> np.ndarray:
-        """A row, or rows that follow each other. Raises UserError where the object is not as long as it was."""
-        first, last, _ = index.indices(len(self)) if isinstance(index, slice) else (index, index + 1, 1)
+        """A row, or rows that follow each other. Raises UserError where the object is not as long
+        as it was."""
+        first, last, _ = (
+            index.indices(len(self)) if isinstance(index, slice) else (index, index + 1, 1)
+        )
         rows = max(0, last - first)
-        data = read_range(self._file, self._start + first * self._row, self._start + last * self._row) if rows else b""
+        data = (
+            read_range(self._file, self._start + first * self._row, self._start + last * self._row)
+            if rows
+            else b""
+        )
         if len(data) != rows * self._row:
             raise UserError(f"{self._file} ended while it was read; is somebody changing it?")
         array = np.frombuffer(data, self.dtype).reshape(rows, *self.shape[1:])
         return array if isinstance(index, slice) else array[0]
 
 
-def map_array(file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...]) -> np.ndarray | BucketArray:
+def map_array(
+    file: Path, dtype: np.dtype, start: int, shape: tuple[int, ...]
+) -> np.ndarray | BucketArray:
     """The array whose values lie in a file from byte `start` on."""
     if 0 in shape:  # nothing to map, which mmap refuses
         return np.zeros(shape, dtype)
-    return BucketArray(file, dtype, start, shape) if in_bucket(file) else np.memmap(file, dtype, "r", start, shape)
+    return (
+        BucketArray(file, dtype, start, shape)
+        if in_bucket(file)
+        else np.memmap(file, dtype, "r", start, shape)
+    )
 
 
 def read_header(file: Path) -> tuple[Header | None, int]:
     """Of a .npy, None where the file does not begin like one; and the file's bytes.
 
-    Raises OSError for what is no regular file (nor a link to one), ValueError for a header that is damaged or cut off.
+    Raises OSError for what is no regular file (nor a link to one), ValueError for a header that is
+    damaged or cut off.
     """
     if in_bucket(file):
         return parse_header(read_range(file, 0, _HEADER)), size_of(file)
@@ -75,10 +92,12 @@ def read_header(file: Path) -> tuple[Header | None, int]:
 
 
 def parse_header(beginning: bytes) -> Header | None:
-    """As `read_header`, of bytes that a file begins with. NumPy's own reader evaluates the header, and warns of what it guesses."""
+    """As `read_header`, of bytes that a file begins with. NumPy's own reader evaluates the header,
+    and warns of what it guesses."""
     if not beginning.startswith(MAGIC):
         return None
-    width = 2 if beginning[6:7] == b"\1" else 4  # bytes that the length of the header takes, by the version of the format
+    # bytes that the length of the header takes, by the version of the format
+    width = 2 if beginning[6:7] == b"\1" else 4
     start = 8 + width + int.from_bytes(beginning[8 : 8 + width], "little")
     text = beginning[8 + width : start]
     fields = _FIELDS.fullmatch(text)
@@ -92,8 +111,11 @@ def parse_header(beginning: bytes) -> Header | None:
     return Header(shape, fields["fortran"] == b"True", dtype, start)
 
 
-def read_records(get: Callable[[int], dict[str, np.ndarray]], indices: Sequence[int], *, at_once: bool) -> Iterator[dict[str, np.ndarray]]:
-    """`get` of each index, in order; many at the same time where they come out of a bucket (`at_once`)."""
+def read_records(
+    get: Callable[[int], dict[str, np.ndarray]], indices: Sequence[int], *, at_once: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """`get` of each index, in order; many at the same time where they come out of a bucket
+    (`at_once`)."""
     if not at_once:
         yield from map(get, indices)
         return

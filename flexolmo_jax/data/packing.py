@@ -1,8 +1,10 @@
-"""Documents of any length -> records of one length: best-fit packing with a bounded number of open records.
+"""Documents of any length -> records of one length: best-fit packing with a bounded number of open
+records.
 
-A document goes into the open record that it fills best and opens a new one where it fits in none; when too many are open, the
-fullest is closed. A document that fits in a record is never split; a longer one is cut into whole records and a tail, which is
-packed like a document. The result depends on the order of the documents and on nothing else.
+A document goes into the open record that it fills best and opens a new one where it fits in none;
+when too many are open, the fullest is closed. A document that fits in a record is never split; a
+longer one is cut into whole records and a tail, which is packed like a document. The result depends
+on the order of the documents and on nothing else.
 """
 
 from bisect import bisect_left, insort
@@ -21,7 +23,8 @@ class Packer:
     def __init__(self, seq_len: int, open_records: int = OPEN_RECORDS):
         self.seq_len = seq_len
         self.open_records = open_records
-        self._rooms: list[tuple[int, int]] = []  # (free tokens, record number), sorted: the best fit is a bisection away
+        # (free tokens, record number), sorted: the best fit is a bisection away
+        self._rooms: list[tuple[int, int]] = []
         self._pieces: dict[int, Pieces] = {}
         self._opened = 0
 
@@ -58,10 +61,13 @@ class Packer:
 
 
 def lay_out(pieces: Pieces, seq_len: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """One record as tokens int [T] (padding: `pad_id`) and segments uint16 [T] (padding: 0; pieces: 1, 2, ...)."""
+    """One record as tokens int [T] (padding: `pad_id`) and segments uint16 [T] (padding: 0; pieces:
+    1, 2, ...)."""
     tokens = np.full(seq_len, pad_id, pieces[0].dtype)
     segments = np.zeros(seq_len, np.uint16)
     filled = np.concatenate(pieces)
     tokens[: len(filled)] = filled
-    segments[: len(filled)] = np.repeat(np.arange(1, len(pieces) + 1, dtype=np.uint16), [len(piece) for piece in pieces])
+    segments[: len(filled)] = np.repeat(
+        np.arange(1, len(pieces) + 1, dtype=np.uint16), [len(piece) for piece in pieces]
+    )
     return tokens, segments

@@ -1,11 +1,11 @@
 """Prepared data: fixed-length records on disk, and which of their tokens count.
 
-A prepared directory holds, per split (train, heldout), `<split>.tokens.npy` uint16 or uint32 [R, T] and
-`<split>.segments.npy` uint16 [R, T] (0 is padding; 1, 2, ... are the documents in a record), the tokenizer, and `index.json`,
-which says what all of it is. `prepare.py` writes it.
+A prepared directory holds, per split (train, heldout), `<split>.tokens.npy` uint16 or uint32 [R, T]
+and `<split>.segments.npy` uint16 [R, T] (0 is padding; 1, 2, ... are the documents in a record),
+the tokenizer, and `index.json`, which says what all of it is. `prepare.py` writes it.
 
-Scored is every token of a document except its first one in each record it spans; EOS and padding are not. Bits per byte are
-the -log2 p of the scored tokens over their UTF-8 bytes.
+Scored is every token of a document except its first one in each record it spans; EOS and padding
+are not. Bits per byte are the -log2 p of the scored tokens over their UTF-8 bytes.
 """
 
 import hashlib
@@ -36,12 +36,14 @@ Token = Annotated[int, Field(ge=0, lt=2**24)]
 Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 INPUTS = 100_000  # files of documents; an index of more would be longer than untrusted.JSON_LIMIT
-SIGNS, KEYS = 4 * INPUTS + 1000, 32  # commas and brackets of an index, and keys of each object in it
+# commas and brackets of an index, and keys of each object in it
+SIGNS, KEYS = 4 * INPUTS + 1000, 32
 
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """What a split holds. `scored_bytes`: UTF-8 bytes of exactly the scored tokens; `fill`: the share that is not padding."""
+    """What a split holds. `scored_bytes`: UTF-8 bytes of exactly the scored tokens; `fill`: the
+    share that is not padding."""
 
     records: Count
     documents: Count
@@ -53,7 +55,8 @@ class SplitIndex:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file that documents were read from; its name without the path, which is nobody else's business."""
+    """A file that documents were read from; its name without the path, which is nobody else's
+    business."""
 
     name: Name
     bytes: Count
@@ -76,27 +79,42 @@ class Index:
     inputs: Annotated[list[InputFile], Field(max_length=INPUTS), FailFast()]
     duplicates_removed: Count
     empty_removed: Count
-    files: dict[Annotated[str, Field(pattern=FILES)], Digest]  # SHA-256 of every other file in the directory
+    # SHA-256 of every other file in the directory
+    files: dict[Annotated[str, Field(pattern=FILES)], Digest]
 
     @classmethod
     def read(cls, path: Path) -> "Index":
-        """The index of a prepared directory. Raises UserError where there is none or it is not one of ours."""
+        """The index of a prepared directory. Raises UserError where there is none or it is not one
+        of ours."""
         file = path / INDEX_FILE
         try:
             fields = parse_json(read_bytes(absolute(file)), SIGNS, KEYS)
-            if isinstance(fields, dict) and type(found := fields.get("format")) is int and found != FORMAT:
-                raise UserError(f"{file} has format {found!s:.20}, this version reads {FORMAT}: prepare the data again")
+            if (
+                isinstance(fields, dict)
+                and type(found := fields.get("format")) is int
+                and found != FORMAT
+            ):
+                raise UserError(
+                    f"{file} has format {found!s:.20}, this version reads {FORMAT}: prepare the"
+                    " data again"
+                )
             conform(cls, fields)
             fields["splits"] = {split: SplitIndex(**fields["splits"][split]) for split in SPLITS}
             fields["inputs"] = [InputFile(**entry) for entry in fields["inputs"]]
             return cls(**fields)
         except (FileNotFoundError, NotADirectoryError) as error:
-            message = f"{path} is not a prepared directory (no {INDEX_FILE} in it): make one with `flexolmo data prepare`"
+            message = (
+                f"{path} is not a prepared directory (no {INDEX_FILE} in it): make one with"
+                " `flexolmo data prepare`"
+            )
             raise UserError(message) from error
         except OSError as error:
             raise UserError(f"cannot read {file}: {reason(error)}") from error
         except (ValueError, KeyError) as error:
-            raise UserError(f"{file} is damaged or not an index of prepared data ({error!s:.200}): prepare the data again") from error
+            raise UserError(
+                f"{file} is damaged or not an index of prepared data ({error!s:.200}): prepare the"
+                " data again"
+            ) from error
 
     def write(self, path: Path) -> None:
         """Writes `index.json` into a directory."""
@@ -104,7 +122,8 @@ class Index:
 
 
 class Records:
-    """One split of a prepared directory, memory-mapped, or read out of a bucket record by record: `len(records)`, `records[i]`."""
+    """One split of a prepared directory, memory-mapped, or read out of a bucket record by record:
+    `len(records)`, `records[i]`."""
 
     def __init__(self, path: Path, split: Split):
         if split not in SPLITS:
@@ -140,13 +159,20 @@ class Records:
 
     def __getitem__(self, index: int) -> Record:
         """One record as "tokens" and "segments", int32 [T]."""
-        return {"tokens": self._tokens[index].astype(np.int32), "segments": self._segments[index].astype(np.int32)}
+        return {
+            "tokens": self._tokens[index].astype(np.int32),
+            "segments": self._segments[index].astype(np.int32),
+        }
 
     def check_digests(self) -> None:
-        """Reads every file of the directory and raises UserError naming the first one that is not what the index says."""
+        """Reads every file of the directory and raises UserError naming the first one that is not
+        what the index says."""
         for name, digest in self.index.files.items():
             if sha256_of(self.path / name) != digest:
-                raise UserError(f"{self.path / name} is not the file that was prepared (its SHA-256 differs): prepare it again")
+                raise UserError(
+                    f"{self.path / name} is not the file that was prepared (its SHA-256 differs):"
+                    " prepare it again"
+                )
 
     def _map(self, kind: str, dtype: np.dtype) -> np.ndarray | BucketArray:
         file = self.path / f"{self.split}.{kind}.npy"
@@ -154,7 +180,9 @@ class Records:
         try:
             header, size = read_header(file)
         except OSError as error:
-            raise UserError(f"cannot read {file}: {reason(error)}; prepare the data again") from error
+            raise UserError(
+                f"cannot read {file}: {reason(error)}; prepare the data again"
+            ) from error
         except ValueError as error:
             raise UserError(f"{file} is not a NumPy file: prepare the data again") from error
         if header is None:
@@ -162,14 +190,16 @@ class Records:
         expected = header.start + shape[0] * shape[1] * dtype.itemsize
         if header[:3] != (shape, False, dtype) or size != expected:
             raise UserError(
-                f"{file} holds {header.shape} {header.dtype} in {size} bytes, its index says {shape} {dtype} in "
-                f"{expected}: an incomplete copy, or files of two preparations; copy or prepare it again"
+                f"{file} holds {header.shape} {header.dtype} in {size} bytes, its index says"
+                f" {shape} {dtype} in {expected}: an incomplete copy, or files of two preparations;"
+                " copy or prepare it again"
             )
         return map_array(file, dtype, header.start, shape)
 
 
 def open_records(path: Path, split: Split) -> Records:
-    """Opens a split of a prepared directory. Raises UserError where it is none, or a file is not as large as the index says."""
+    """Opens a split of a prepared directory. Raises UserError where it is none, or a file is not as
+    large as the index says."""
     return Records(path, split)
 
 
@@ -179,22 +209,27 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def positions(segments: np.ndarray) -> np.ndarray:
-    """int [.., T] -> int32 [.., T]: each token's position in its document, from where that starts in the record; padding: 0."""
+    """int [.., T] -> int32 [.., T]: each token's position in its document, from where that starts
+    in the record; padding: 0."""
     at = np.arange(segments.shape[-1], dtype=np.int32)
     starts = np.zeros(segments.shape, bool)
     starts[..., 1:] = segments[..., 1:] != segments[..., :-1]
-    return np.where(segments != 0, at - np.maximum.accumulate(np.where(starts, at, 0), axis=-1), 0).astype(np.int32)
+    return np.where(
+        segments != 0, at - np.maximum.accumulate(np.where(starts, at, 0), axis=-1), 0
+    ).astype(np.int32)
 
 
 def loss_targets(segments: np.ndarray) -> np.ndarray:
-    """int [.., T] -> bool [.., T]: the tokens to learn to predict: all of a document but its first in the record; EOS too."""
+    """int [.., T] -> bool [.., T]: the tokens to learn to predict: all of a document but its first
+    in the record; EOS too."""
     targets = np.zeros(segments.shape, bool)
     targets[..., 1:] = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != 0)
     return targets
 
 
 def scored_targets(tokens: np.ndarray, segments: np.ndarray, eos_id: int) -> np.ndarray:
-    """int [.., T] twice -> bool [.., T]: the tokens that count in bits per byte: `loss_targets` without EOS."""
+    """int [.., T] twice -> bool [.., T]: the tokens that count in bits per byte: `loss_targets`
+    without EOS."""
     return loss_targets(segments) & (tokens != eos_id)
 
 

@@ -1,7 +1,9 @@
-"""Byte-level BPE tokenizers: loading published ones, training small ones, and how many bytes of text each token stands for.
+"""Byte-level BPE tokenizers: loading published ones, training small ones, and how many bytes of
+text each token stands for.
 
-The file is the `tokenizer.json` of the `tokenizers` package. Only byte-level tokenizers are accepted: in them every token stands
-for a known number of UTF-8 bytes and no text is lost, which is what makes bits per byte comparable between models.
+The file is the `tokenizer.json` of the `tokenizers` package. Only byte-level tokenizers are
+accepted: in them every token stands for a known number of UTF-8 bytes and no text is lost, which is
+what makes bits per byte comparable between models.
 """
 
 import hashlib
@@ -28,47 +30,65 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 MOST = 1 << 21  # tokens: a tokenizer.json of more would be longer than is read
 EOS_NAMES = (EOS, "</s>", "<eos>")
 PAD_NAMES = (PAD, "<|padding|>", "<pad>")
-BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())  # the 256 characters that stand for bytes in a vocabulary
+# the 256 characters that stand for bytes in a vocabulary
+BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
 
 # 0xC0, 0xC1 and 0xF5 to 0xFF, as those characters; GPT-NeoX's vocabulary leaves them out.
 _NEVER_IN_UTF8 = frozenset("\u00c0\u00c1") | {chr(byte) for byte in range(0xF5, 0x100)}
 
-# How dolma2 cuts text before BPE: contractions, words with the character before them, up to three digits, punctuation, line ends,
-# spaces.
-PRE_TOKENS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How dolma2 cuts text before BPE: contractions, words with the character before them, up to three
+# digits, punctuation, line ends, spaces.
+PRE_TOKENS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer. No text becomes a special token, and encoding adds none: whoever wants an EOS appends `eos_id`.
+    """A byte-level BPE tokenizer. No text becomes a special token, and encoding adds none: whoever
+    wants an EOS appends `eos_id`.
 
     Attributes:
         vocab_size: the largest token id plus one.
-        eos_id, pad_id: the end of a document, and what fills a record (`eos_id` where the vocabulary has no padding token).
+        eos_id, pad_id: the end of a document, and what fills a record (`eos_id` where the
+            vocabulary has no padding token).
         digest: SHA-256 (hex) of the content, whatever its layout on disk.
-        byte_lengths: uint16 [V], the UTF-8 bytes each token stands for; 0 for special tokens and unused ids.
+        byte_lengths: uint16 [V], the UTF-8 bytes each token stands for; 0 for special tokens and
+            unused ids.
     """
 
     def __init__(self, content: str, source: str = "the tokenizer"):
-        """Takes the content of a tokenizer.json; `source` names it in errors. Raises UserError where it is no byte-level BPE."""
+        """Takes the content of a tokenizer.json; `source` names it in errors. Raises UserError
+        where it is no byte-level BPE."""
         try:
             fields = read_tokenizer(content)
-            fields["truncation"] = fields["padding"] = None  # settings of somebody's pipeline, not of the tokenizer
-            added: dict[str, dict[str, Any]] = {token["content"]: token for token in fields["added_tokens"]}
+            # settings of somebody's pipeline, not of the tokenizer
+            fields["truncation"] = fields["padding"] = None
+            added: dict[str, dict[str, Any]] = {
+                token["content"]: token for token in fields["added_tokens"]
+            }
             _check_byte_level(fields, added, source)
             for name in (*EOS_NAMES, *PAD_NAMES):
                 if name in added:
-                    added[name]["special"] = True  # some published files forget; as plain tokens, text could end a document
+                    # some published files forget; as plain tokens, text could end a document
+                    added[name]["special"] = True
             with no_panic(source):
                 self._backend = Backend.from_str(json.dumps(fields))
-                vocab = self._backend.get_vocab()  # not the file's: added tokens that leave a gap in the ids are moved
+                # not the file's: added tokens that leave a gap in the ids are moved
+                vocab = self._backend.get_vocab()
         except UserError:
             raise
         except Exception as error:  # the backend raises bare Exception
-            raise UserError(f"{source} is not a tokenizer.json of the tokenizers package: {error}") from error
+            raise UserError(
+                f"{source} is not a tokenizer.json of the tokenizers package: {error}"
+            ) from error
         self._backend.encode_special_tokens = True  # that is: as the plain text they are
         eos = next((name for name in EOS_NAMES if name in added), None)
         if eos is None:
-            raise UserError(f"{source} has no end-of-document token: expected an added token {' or '.join(EOS_NAMES)}")
+            raise UserError(
+                f"{source} has no end-of-document token: expected an added token"
+                f" {' or '.join(EOS_NAMES)}"
+            )
         self._content, self._source = content, source
         self.vocab_size: int = max(vocab.values()) + 1
         self.eos_id: int = vocab[eos]
@@ -83,18 +103,23 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """From a tokenizer.json or a directory with one. Raises UserError where there is none or it is no byte-level BPE."""
+        """From a tokenizer.json or a directory with one. Raises UserError where there is none or it
+        is no byte-level BPE."""
         file = path / TOKENIZER_FILE if path.is_dir() else path
         try:
             return cls(read_bytes(absolute(file), LIMIT).decode("utf-8"), str(file))
         except OSError as error:
-            message = f"cannot read {file}: {reason(error)}; expected a tokenizer.json or a directory that holds one"
+            message = (
+                f"cannot read {file}: {reason(error)}; expected a tokenizer.json or a directory"
+                " that holds one"
+            )
             raise UserError(message) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not a tokenizer.json: it is not UTF-8 text") from error
 
     def save(self, path: Path) -> None:
-        """Writes the file as it was loaded: to `path`, or to tokenizer.json inside it where it is a directory."""
+        """Writes the file as it was loaded: to `path`, or to tokenizer.json inside it where it is a
+        directory."""
         write_text(path / TOKENIZER_FILE if path.is_dir() else path, self._content)
 
     def token(self, index: int) -> str:
@@ -112,16 +137,27 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
         with no_panic(self._source):
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [
+                encoding.ids
+                for encoding in self._backend.encode_batch_fast(
+                    list(texts), add_special_tokens=False
+                )
+            ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that token ids stand for: nothing for special tokens, U+FFFD for bytes that are no UTF-8."""
+        """The text that token ids stand for: nothing for special tokens, U+FFFD for bytes that are
+        no UTF-8."""
         with no_panic(self._source):
             return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 def train_tokenizer(
-    files: Sequence[Path], vocab_size: int, out: Path, *, heldout: float = HELDOUT, sample_bytes: int = 1 << 28
+    files: Sequence[Path],
+    vocab_size: int,
+    out: Path,
+    *,
+    heldout: float = HELDOUT,
+    sample_bytes: int = 1 << 28,
 ) -> Tokenizer:
     """Trains a byte-level BPE on documents and writes it; the same files give the same tokenizer.
 
@@ -129,13 +165,18 @@ def train_tokenizer(
 
     Args:
         files: document files or directories of them.
-        vocab_size: with the two special tokens and the 256 bytes. Too little text gives a smaller one, and a note says so.
-        heldout: the share of documents that are not learnt from, because models are evaluated on them (as in `prepare`).
-        out: a new file that ends in .json, or a new or empty directory, which gets a tokenizer.json.
-        sample_bytes: how much text to learn from: the first part of every file, in proportion to its size.
+        vocab_size: with the two special tokens and the 256 bytes. Too little text gives a smaller
+            one, and a note says so.
+        heldout: the share of documents that are not learnt from, because models are evaluated on
+            them (as in `prepare`).
+        out: a new file that ends in .json, or a new or empty directory, which gets a
+            tokenizer.json.
+        sample_bytes: how much text to learn from: the first part of every file, in proportion to
+            its size.
 
     Raises:
-        UserError: a vocabulary smaller than 258 or larger than MOST, no text, an output that exists, or documents that cannot be read.
+        UserError: a vocabulary smaller than 258 or larger than MOST, no text, an output that
+            exists, or documents that cannot be read.
     """
     if not len(BYTES) + 2 <= vocab_size <= MOST:
         told = f"{len(BYTES) + 2} or more (256 bytes, {EOS}, {PAD}), {MOST} at most"
@@ -153,25 +194,35 @@ def train_tokenizer(
         ]
     )
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=sorted(BYTES), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=sorted(BYTES),
+        show_progress=False,
+    )
     backend.train_from_iterator(_sample(inputs, heldout, sample_bytes), trainer)
     tokenizer = Tokenizer(backend.to_str())
     if tokenizer.vocab_size < vocab_size:
-        note(f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little of it for more")
+        note(
+            f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little"
+            " of it for more"
+        )
     make_folder(file.parent)
     tokenizer.save(file)
     return tokenizer
 
 
 def _sample(files: Sequence[Path], heldout: float, sample_bytes: int) -> Iterator[str]:
-    """The first part of every file, in proportion to its size on disk. Raises UserError where that is no text at all."""
+    """The first part of every file, in proportion to its size on disk. Raises UserError where that
+    is no text at all."""
     sizes = [size_of(file) for file in files]
     any_text = False
     with bar("tokenizer", min(sample_bytes, sum(sizes)), in_bytes=True) as advance:
         for file, size in zip(files, sizes, strict=True):
             left = max(1, sample_bytes * size // max(1, sum(sizes)))
             for text in read_training_documents(file, heldout):
-                text = text[:left]  # a character is a byte or more: cuts only what is too much anyway
+                # a character is a byte or more: cuts only what is too much anyway
+                text = text[:left]
                 any_text = any_text or bool(text)
                 yield text
                 taken = len(text.encode())
@@ -181,7 +232,8 @@ def _sample(files: Sequence[Path], heldout: float, sample_bytes: int) -> Iterato
                     break
     if not any_text:
         raise UserError(
-            f"no text in {', '.join(str(file) for file in files) or 'no files'}: expected documents to learn from that are not held out"
+            f"no text in {', '.join(str(file) for file in files) or 'no files'}: expected documents"
+            " to learn from that are not held out"
         )
 
 
@@ -189,15 +241,30 @@ def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], source: str
     model, steps = fields["model"], fields["pre_tokenizer"] or {}
     kinds = [step["type"] for step in steps.get("pretokenizers", [steps]) if step]
     if model["type"] != "BPE" or "ByteLevel" not in kinds:
-        raise UserError(f"{source} is a {model['type']} with pre-tokenizer {kinds or None}: expected a byte-level BPE")
+        raise UserError(
+            f"{source} is a {model['type']} with pre-tokenizer {kinds or None}: expected a"
+            " byte-level BPE"
+        )
     if missing := BYTES - _NEVER_IN_UTF8 - model["vocab"].keys():
-        raise UserError(f"{source} lacks tokens for {len(missing)} bytes and would lose text: expected a byte-level BPE")
-    if foreign := next((name for name in model["vocab"] if name not in added and not BYTES.issuperset(name)), None):
-        raise UserError(f"{source} has the token {foreign!r}, which does not spell bytes: expected a byte-level BPE")
+        raise UserError(
+            f"{source} lacks tokens for {len(missing)} bytes and would lose text: expected a"
+            " byte-level BPE"
+        )
+    if foreign := next(
+        (name for name in model["vocab"] if name not in added and not BYTES.issuperset(name)), None
+    ):
+        raise UserError(
+            f"{source} has the token {foreign!r}, which does not spell bytes: expected a"
+            " byte-level BPE"
+        )
 
 
 def _digest(fields: dict[str, Any]) -> str:
     # Older files join the two halves of a merge by a space.
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in fields["model"]["merges"]]
+    merges = [
+        pair.split(" ") if isinstance(pair, str) else pair for pair in fields["model"]["merges"]
+    ]
     canonical = fields | {"model": fields["model"] | {"merges": merges}}
-    return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(canonical, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

@@ -1,8 +1,9 @@
-"""A stranger's tokenizer.json, checked before the library sees it: nothing in it may take memory, or time, that its size does not tell.
+"""A stranger's tokenizer.json, checked before the library sees it: nothing in it may take memory,
+or time, that its size does not tell.
 
 ids             below 2**24: the library makes room for all up to the largest
 replacements    together at most 64 times as long as what they replace
-expressions     no group is repeated that has alternatives, or repetitions of its own, in it: matching them may take for ever
+expressions     no repeated group has alternatives or repetitions in it: matching may never end
 the BPE model   nothing that the library falls back on and that is not there
 """
 
@@ -13,29 +14,46 @@ from typing import Any, NoReturn
 from flexolmo_jax.storage.untrusted import parse_json
 
 LIMIT = 1 << 26  # bytes of the file
-SIGNS = 1 << 22  # commas and brackets in it; 200,000 tokens and 450,000 merges, written as pairs, have 1.6 million
+# commas and brackets in it; 200,000 tokens and 450,000 merges, written as pairs, have 1.6 million
+SIGNS = 1 << 22
 IDS = 1 << 24
 EXPANSION = 64  # how many times as long a text may become before it is cut into tokens
 STEPS = 64  # of normalizers, pre-tokenizers and decoders
 EXPRESSION = 4000  # characters of a regular expression
 TOKEN = 65_535  # bytes that one token may stand for
-GROWTH = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}  # of normalizers and pre-tokenizers: as Unicode has it, at most
-# A group's beginning, an escape, a set of characters, a repetition, or a single sign of a regular expression.
-_SIGN = re.compile(r"\((?:\?(?:[a-zA-Z-]*:|[=!>]|<[=!]))?|\\[pP]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)
+# of normalizers and pre-tokenizers: as Unicode has it, at most
+GROWTH = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}
+# A group's beginning, an escape, a set of characters, a repetition, or a single sign of a regular
+# expression.
+_SIGN = re.compile(
+    r"\((?:\?(?:[a-zA-Z-]*:|[=!>]|<[=!]))?|\\[pP]\{[^}]*\}|\\."
+    r"|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.",
+    re.DOTALL,
+)
 _REPEATS = re.compile(r"[*+]|\{\d*,?\d*\}")
 _EXACTLY = re.compile(r"\{\d+\}")
 _NEIGHBOURS = 2  # repetitions of unknown length, one behind the other
 
 
 def read_tokenizer(content: str) -> dict[str, Any]:
-    """The fields of a tokenizer.json. Raises ValueError for what is none, and for what would take more than its size tells."""
+    """The fields of a tokenizer.json. Raises ValueError for what is none, and for what would take
+    more than its size tells."""
     fields = parse_json(content, SIGNS)
-    if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict) or not isinstance(fields.get("added_tokens"), list):
+    if (
+        not isinstance(fields, dict)
+        or not isinstance(fields.get("model"), dict)
+        or not isinstance(fields.get("added_tokens"), list)
+    ):
         raise ValueError("it has no model, or no list of added_tokens")
     model, added = fields["model"], fields["added_tokens"]
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise ValueError(f"its model is a {model.get('type')!r:.40} without a vocabulary and merges; expected a byte-level BPE")
-    if not all(isinstance(token, dict) and isinstance(token.get("content"), str) for token in added):
+        raise ValueError(
+            f"its model is a {model.get('type')!r:.40} without a vocabulary and merges; expected a"
+            " byte-level BPE"
+        )
+    if not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) for token in added
+    ):
         raise ValueError("an added token has no content")
     for index in (*model["vocab"].values(), *(token.get("id") for token in added)):
         if type(index) is not int or not 0 <= index < IDS:
@@ -60,7 +78,10 @@ def _check_steps(fields: dict[str, Any]) -> None:
             steps += 1
             kind = step.get("type")
             if kind == "Precompiled":
-                raise ValueError("it has a Precompiled normalizer, of which nobody can tell what it makes of a text")
+                raise ValueError(
+                    "it has a Precompiled normalizer, of which nobody can tell what it makes of a"
+                    " text"
+                )
             if part in ("normalizer", "pre_tokenizer") and isinstance(kind, str):
                 expansion *= GROWTH.get(kind, 1)
             for key in ("content", "prepend", "replacement"):
@@ -70,7 +91,10 @@ def _check_steps(fields: dict[str, Any]) -> None:
             if isinstance(pattern, dict) and "Regex" in pattern:
                 _check_expression(pattern["Regex"])
     if steps > STEPS or expansion > EXPANSION:
-        raise ValueError(f"it makes text up to {expansion} times as long in {steps} steps; expected at most {EXPANSION} times in {STEPS}")
+        raise ValueError(
+            f"it makes text up to {expansion} times as long in {steps} steps; expected at most"
+            f" {EXPANSION} times in {STEPS}"
+        )
 
 
 def _steps(value: Any) -> Iterator[dict[str, Any]]:
@@ -84,18 +108,24 @@ def _steps(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_expression(expression: Any) -> None:
-    """Raises ValueError for what may take more than the square of a text's length to match, or for ever."""
+    """Raises ValueError for what may take more than the square of a text's length to match, or for
+    ever."""
     if not isinstance(expression, str) or len(expression) > EXPRESSION:
         raise ValueError(f"it has an expression that is no text of at most {EXPRESSION} characters")
 
     def refuse(why: str) -> NoReturn:
         raise ValueError(f"its expression {expression!r:.80} {why}")
 
-    groups: list[bool] = []  # of each group that is open: whether it has alternatives, or parts that may be of several lengths
-    closed = plain = False  # whether such a group has just ended; whether a sign has just come that nothing repeats
+    # of each group that is open: whether it has alternatives, or parts that may be of several
+    # lengths
+    groups: list[bool] = []
+    # whether such a group has just ended; whether a sign has just come that nothing repeats
+    closed = plain = False
     neighbours = 0
     for sign in _SIGN.findall(expression):
-        if re.fullmatch(r"\\[gk1-9]", sign) or (sign.startswith("(?<") and sign not in ("(?<=", "(?<!")):
+        if re.fullmatch(r"\\[gk1-9]", sign) or (
+            sign.startswith("(?<") and sign not in ("(?<=", "(?<!")
+        ):
             refuse("refers to its own groups")
         if _REPEATS.fullmatch(sign):
             if closed:

@@ -1,11 +1,15 @@
-"""Token files as OLMo-core trains on them: flat arrays of token ids, an EOS behind each document, nothing else.
+"""Token files as OLMo-core trains on them: flat arrays of token ids, an EOS behind each document,
+nothing else.
 
-They are mapped, in a bucket read by ranges, and cut where they lie: record i is the i-th run of T tokens of the files in sorted order,
-and what is left over at the end of a file is not used. A document goes on in the next record where it does not fit, as one cut by
-packing does. Nothing is deduplicated, and nothing held out: a token file is wholly what it is named for, training or evaluation.
+They are mapped, in a bucket read by ranges, and cut where they lie: record i is the i-th run of T
+tokens of the files in sorted order, and what is left over at the end of a file is not used. A
+document goes on in the next record where it does not fit, as one cut by packing does. Nothing is
+deduplicated, and nothing held out: a token file is wholly what it is named for, training or
+evaluation.
 
-A file's name ends in `.npy` or `.bin`. It has NumPy's header or none (AllenAI's `.npy` files have none); one without is of the type that
-the vocabulary asks for, uint16 up to 65,536 tokens and uint32 above; uint16 of which every second one is 0 is uint32.
+A file's name ends in `.npy` or `.bin`. It has NumPy's header or none (AllenAI's `.npy` files have
+none); one without is of the type that the vocabulary asks for, uint16 up to 65,536 tokens and
+uint32 above; uint16 of which every second one is 0 is uint32.
 """
 
 from bisect import bisect_right
@@ -32,10 +36,11 @@ def has_tokens(path: Path) -> bool:
 
 
 class TokenRecords:
-    """Token files as records of `seq_len` tokens: `len(records)`, `records[i]`. Ids are checked when they are read.
+    """Token files as records of `seq_len` tokens: `len(records)`, `records[i]`. Ids are checked
+    when they are read.
 
-    Raises UserError where a file cannot be read, is not of uint16 or uint32, has ids that the tokenizer does not, or where all of
-    them are shorter than a record.
+    Raises UserError where a file cannot be read, is not of uint16 or uint32, has ids that the
+    tokenizer does not, or where all of them are shorter than a record.
     """
 
     split: Split = "train"
@@ -48,7 +53,10 @@ class TokenRecords:
         self._files = [(file, _map(file, tokenizer.vocab_size)) for file in _files(self.path)]
         self._ends = list(accumulate(len(tokens) // seq_len for _, tokens in self._files))
         if not self._ends[-1]:
-            raise UserError(f"{path} has no file of {seq_len} tokens, the length of a record; set data.seq_len or give longer files")
+            raise UserError(
+                f"{path} has no file of {seq_len} tokens, the length of a record; set data.seq_len"
+                " or give longer files"
+            )
         for file, tokens in self._files:
             self._check(file, tokens[:_SAMPLE])
 
@@ -71,8 +79,9 @@ class TokenRecords:
     def _check(self, file: Path, tokens: np.ndarray) -> None:
         if len(tokens) and int(tokens.max()) >= self._vocab_size:
             raise UserError(
-                f"{file} has token {int(tokens.max())}, the tokenizer {self._vocab_size} of them; it was written with another tokenizer, "
-                "or as another type than uint16 (to 65,536 tokens) or uint32 (above); give its own, or save it with NumPy's header"
+                f"{file} has token {int(tokens.max())}, the tokenizer {self._vocab_size} of them;"
+                " it was written with another tokenizer, or as another type than uint16 (to 65,536"
+                " tokens) or uint32 (above); give its own, or save it with NumPy's header"
             )
 
 
@@ -95,12 +104,23 @@ def _map(file: Path, vocab_size: int) -> np.ndarray | BucketArray:
         raise UserError(f"{file} is not a whole NumPy file: {error}; copy it again") from error
     if header is not None:
         if len(header.shape) != 1 or header.dtype not in (np.uint16, np.uint32):
-            raise UserError(f"{file} holds {header.dtype} {header.shape}; expected a flat array of uint16 or uint32")
+            raise UserError(
+                f"{file} holds {header.dtype} {header.shape}; expected a flat array of uint16 or"
+                " uint32"
+            )
         if size != header.start + header.shape[0] * header.dtype.itemsize:
-            raise UserError(f"{file} is not a whole NumPy file: it has {size} bytes for {header.shape[0]} {header.dtype}; copy it again")
+            raise UserError(
+                f"{file} is not a whole NumPy file: it has {size} bytes for {header.shape[0]}"
+                f" {header.dtype}; copy it again"
+            )
         return map_array(file, header.dtype, header.start, header.shape)
     if size % dtype.itemsize:
-        raise UserError(f"{file} has {size} bytes, which is no whole number of {dtype.name}; is the file complete?")
+        raise UserError(
+            f"{file} has {size} bytes, which is no whole number of {dtype.name}; is the file"
+            " complete?"
+        )
     tokens = map_array(file, dtype, 0, (size // dtype.itemsize,))
-    is_wide = dtype == np.uint16 and size % 4 == 0 and size >= 64 and not tokens[:_SAMPLE][1::2].any()
+    is_wide = (
+        dtype == np.uint16 and size % 4 == 0 and size >= 64 and not tokens[:_SAMPLE][1::2].any()
+    )
     return map_array(file, np.dtype(np.uint32), 0, (size // 4,)) if is_wide else tokens

@@ -16,7 +16,8 @@ from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.runtime.sharding import put_batch
 from flexolmo_jax.train.evaluate import make_scorer, score_records
 
-RAW_SEQ_LEN = 1024  # records that raw documents are packed into, where no prepared directory says otherwise
+# records that raw documents are packed into, where no prepared directory says otherwise
+RAW_SEQ_LEN = 1024
 
 
 def evaluate(
@@ -29,18 +30,32 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """The held-out records of prepared directories or raw documents, and all of token files, scored.
+    """The held-out records of prepared directories or raw documents, and all of token files,
+    scored.
 
-    Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data: {expert: share}},
-    "routing_by_layer": {data: {expert: [share of each layer]}}}; `limit` reads the first records of each only.
+    Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data:
+    {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}}; `limit` reads
+    the first records of each only.
     """
     k, allowed = model.selection(without, active)
     model.check_rows(batch_size)
     scorer = make_scorer(model.config, k, mesh=model.mesh)
-    put = jnp.asarray if model.mesh is None else functools.partial(put_batch, model.mesh, range(batch_size), batch_size)
-    result: dict[str, Any] = {"bits_per_byte": {}, "tokens": {}, "bytes": {}, "routing": {}, "routing_by_layer": {}}
+    put = (
+        jnp.asarray
+        if model.mesh is None
+        else functools.partial(put_batch, model.mesh, range(batch_size), batch_size)
+    )
+    result: dict[str, Any] = {
+        "bits_per_byte": {},
+        "tokens": {},
+        "bytes": {},
+        "routing": {},
+        "routing_by_layer": {},
+    }
     for path in data:
-        records = open_heldout(path, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len), split)
+        records = open_heldout(
+            path, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len), split
+        )
         name = name_of(path)
         if name in result["tokens"]:
             raise UserError(f"two data sets are called {name!r}; rename one of them")
@@ -60,5 +75,7 @@ def evaluate(
         result["tokens"][name], result["bytes"][name] = score.tokens, score.bytes
         by_layer = dict(zip(model.experts, score.routing.T.tolist(), strict=True))
         result["routing_by_layer"][name] = by_layer
-        result["routing"][name] = {expert: sum(shares) / len(shares) for expert, shares in by_layer.items()}
+        result["routing"][name] = {
+            expert: sum(shares) / len(shares) for expert, shares in by_layer.items()
+        }
     return result

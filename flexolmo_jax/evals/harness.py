@@ -1,9 +1,11 @@
 """EleutherAI's lm-evaluation-harness on our models: `pip install 'flexolmo-jax[eval]'`.
 
     from flexolmo_jax.evals.harness import harness_model
-    lm_eval.simple_evaluate(harness_model(flexolmo_jax.load("model")), tasks=["my_task"], task_manager=...)
+    lm_eval.simple_evaluate(harness_model(flexolmo_jax.load("model")), tasks=["my_task"],
+    task_manager=...)
 
-`eval --tasks ... --harness` runs our own tasks through it: the same requests, scored by other people's code.
+`eval --tasks ... --harness` runs our own tasks through it: the same requests, scored by other
+people's code.
 """
 
 import functools
@@ -29,39 +31,67 @@ NEW_TOKENS = 256  # where a task does not say how many
 
 
 def evaluate_through_harness(model: Any, tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
-    """{task: the harness's results} of multiple choice tasks, which are written into a folder in its form.
+    """{task: the harness's results} of multiple choice tasks, which are written into a folder in
+    its form.
 
-    Raises UserError without the harness, and for a task whose choices differ in more than what follows the context.
+    Raises UserError without the harness, and for a task whose choices differ in more than what
+    follows the context.
     """
     lm_eval, task_manager = _harness()
     for task in tasks:
         _write_task(task, folder)
     manager = task_manager(include_path=str(folder), include_defaults=False)
-    found = lm_eval.simple_evaluate(model, tasks=[task.name for task in tasks], task_manager=manager, bootstrap_iters=0, log_samples=False)
+    found = lm_eval.simple_evaluate(
+        model,
+        tasks=[task.name for task in tasks],
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
     return {
-        name: {key.removesuffix(",none"): value for key, value in result.items() if isinstance(value, float)}
+        name: {
+            key.removesuffix(",none"): value
+            for key, value in result.items()
+            if isinstance(value, float)
+        }
         for name, result in found["results"].items()
     }
 
 
-def harness_model(model: LoadedModel, *, without: Sequence[str] = (), active: int | None = None, batch_size: int = 16) -> Any:
-    """An `lm_eval.api.model.LM`. Raises UserError without the harness, and as `LoadedModel.selection` does."""
+def harness_model(
+    model: LoadedModel,
+    *,
+    without: Sequence[str] = (),
+    active: int | None = None,
+    batch_size: int = 16,
+) -> Any:
+    """An `lm_eval.api.model.LM`. Raises UserError without the harness, and as
+    `LoadedModel.selection` does."""
     _harness()
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
     k, allowed = model.selection(without, active)
-    run, context, encode = _scores(model.config, k), model.config.max_seq_len, model.tokenizer.encode
+    run, context, encode = (
+        _scores(model.config, k),
+        model.config.max_seq_len,
+        model.tokenizer.encode,
+    )
 
     def score(queries: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """Of ids the last so many: their log-probability, and whether each is the likeliest."""
         result: list[tuple[float, bool]] = [(0.0, True)] * len(queries)
         with bar("lm-eval", len(queries)) as advance:
             for chosen, tokens, segments in batches([ids for ids, _ in queries], batch_size):
-                log_p, likeliest = (np.asarray(a) for a in run(model.params, tokens, segments, allowed))
+                log_p, likeliest = (
+                    np.asarray(a) for a in run(model.params, tokens, segments, allowed)
+                )
                 for row, i in enumerate(chosen):
                     ids, count = queries[i]
                     of_row = slice(len(ids) - count, len(ids))
-                    result[i] = float(log_p[row, of_row].sum(dtype=np.float64)), bool(likeliest[row, of_row].all())
+                    result[i] = (
+                        float(log_p[row, of_row].sum(dtype=np.float64)),
+                        bool(likeliest[row, of_row].all()),
+                    )
                 advance(len(chosen))
         return result
 
@@ -71,7 +101,9 @@ def harness_model(model: LoadedModel, *, without: Sequence[str] = (), active: in
             for request in requests:
                 before, after = request.args
                 continuation = encode(after)[-context:]
-                ids = ([model.tokenizer.eos_id, *encode(before)] if not before else encode(before)) + continuation
+                ids = (
+                    [model.tokenizer.eos_id, *encode(before)] if not before else encode(before)
+                ) + continuation
                 queries.append((ids[-(context + 1) :], len(continuation)))
             return score(queries)
 
@@ -83,7 +115,12 @@ def harness_model(model: LoadedModel, *, without: Sequence[str] = (), active: in
                 windows = []
                 for end in range(context + 1, len(ids) + context, context):
                     taken = min(end, len(ids))
-                    windows.append((ids[max(0, taken - context - 1) : taken], min(context, taken - (end - context))))
+                    windows.append(
+                        (
+                            ids[max(0, taken - context - 1) : taken],
+                            min(context, taken - (end - context)),
+                        )
+                    )
                 sums.append(sum(total for total, _ in score(windows)))
             return sums
 
@@ -97,7 +134,13 @@ def harness_model(model: LoadedModel, *, without: Sequence[str] = (), active: in
                 text = model.tokenizer.decode(
                     [
                         int(i)
-                        for i in model.generate([ids], new, without=without, active=active, temperature=options.get("temperature", 0.0))[0]
+                        for i in model.generate(
+                            [ids],
+                            new,
+                            without=without,
+                            active=active,
+                            temperature=options.get("temperature", 0.0),
+                        )[0]
                     ]
                 )
                 for stop in [stops] if isinstance(stops, str) else stops:
@@ -111,13 +154,19 @@ def harness_model(model: LoadedModel, *, without: Sequence[str] = (), active: in
 def _write_task(task: Task, folder: Path) -> None:
     documents: dict[int, dict[str, Any]] = {}
     for request in task.requests:
-        document = documents.setdefault(request.document, {"context": request.context, "choices": {}, "label": request.label})
+        document = documents.setdefault(
+            request.document, {"context": request.context, "choices": {}, "label": request.label}
+        )
         if document["context"] != request.context or task.metric == "bpb":
             raise UserError(
-                f"{task.name} is no multiple choice after one context, which is all that runs through the harness; leave out --harness"
+                f"{task.name} is no multiple choice after one context, which is all that runs"
+                " through the harness; leave out --harness"
             )
         document["choices"][request.choice] = request.continuation
-    lines = [{**of, "choices": [text for _, text in sorted(of["choices"].items())]} for of in documents.values()]
+    lines = [
+        {**of, "choices": [text for _, text in sorted(of["choices"].items())]}
+        for of in documents.values()
+    ]
     data = folder / f"{task.name}.jsonl"
     write_text(data, "".join(json.dumps(line) + "\n" for line in lines))
     form = {
@@ -130,7 +179,10 @@ def _write_task(task: Task, folder: Path) -> None:
         "doc_to_choice": "choices",
         "doc_to_target": "label",
         "target_delimiter": "",
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True}
+            for name in ("acc", "acc_norm")
+        ],
         "metadata": {"version": 1},
     }
     write_text(folder / f"{task.name}.yaml", json.dumps(form, indent=1) + "\n")
@@ -139,11 +191,15 @@ def _write_task(task: Task, folder: Path) -> None:
 @functools.lru_cache
 def _scores(config: ModelConfig, active: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
     @jax.jit
-    def scores(params: Params, tokens: jax.Array, segments: jax.Array, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def scores(
+        params: Params, tokens: jax.Array, segments: jax.Array, allowed: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         logits = forward(config, params, tokens, segments, active=active, allowed=allowed).logits
         targets = jnp.roll(tokens, -1, axis=1)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        return jnp.roll(log_p, 1, axis=1), jnp.roll(jnp.argmax(logits, axis=-1) == targets, 1, axis=1)
+        return jnp.roll(log_p, 1, axis=1), jnp.roll(
+            jnp.argmax(logits, axis=-1) == targets, 1, axis=1
+        )
 
     return scores
 

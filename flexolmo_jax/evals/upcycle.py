@@ -1,7 +1,10 @@
-"""Mixtures that other methods start from: dense models become experts, and are then trained together.
+"""Mixtures that other methods start from: dense models become experts, and are then trained
+together.
 
-- Branch-Train-MiX (Sukhbaatar et al., arXiv 2403.07816): FFNs of dense models become experts, everything else is their average.
-- Unrestricted joint training from an anchor: every expert starts as the anchor's FFN (sparse upcycling).
+- Branch-Train-MiX (Sukhbaatar et al., arXiv 2403.07816): FFNs of dense models become experts,
+  everything else is their average.
+- Unrestricted joint training from an anchor: every expert starts as the anchor's FFN (sparse
+  upcycling).
 """
 
 import dataclasses
@@ -21,34 +24,65 @@ from flexolmo_jax.train.flops import step_flops
 
 
 def assemble(dense: Mapping[str, Path], out: Path, *, active: int, seed: int = 0) -> Artifact:
-    """Writes a mixture, in float32, of dense models' FFNs by the names of its experts: to be trained on (`train.init` of a joint run).
+    """Writes a mixture, in float32, of dense models' FFNs by the names of its experts: to be
+    trained on (`train.init` of a joint run).
 
-    Other weights are the models' average, router rows are random. Raises UserError for models that are not dense or do not fit together.
+    Other weights are the models' average, router rows are random. Raises UserError for models that
+    are not dense or do not fit together.
     """
     check_new(out)
     artifacts = [open_artifact(path) for path in dense.values()]
     first = artifacts[0]
     for artifact in artifacts:
         if artifact.config.n_experts != 1 or artifact.is_pair:
-            raise UserError(f"{artifact.path} has experts {', '.join(artifact.experts)}; expected a dense model")
+            raise UserError(
+                f"{artifact.path} has experts {', '.join(artifact.experts)}; expected a dense model"
+            )
         if artifact.config != first.config or artifact.tokenizer.digest != first.tokenizer.digest:
-            raise UserError(f"{artifact.path} has another architecture or tokenizer than {first.path}; their weights do not fit together")
-    config = dataclasses.replace(first.config, n_experts=len(artifacts), n_active=active, router_bias=False)
+            raise UserError(
+                f"{artifact.path} has another architecture or tokenizer than {first.path}; their"
+                " weights do not fit together"
+            )
+    config = dataclasses.replace(
+        first.config, n_experts=len(artifacts), n_active=active, router_bias=False
+    )
     config.check()
     opened = {artifact.path: artifact.arrays() for artifact in artifacts}
-    each = [{path: np.asarray(a[...], np.float32) for path, a in opened[artifact.path].items()} for artifact in artifacts]
-    rows = np.random.default_rng(seed).normal(0, config.init_std, (config.n_layers, len(each), config.d_model)).astype(np.float32)
+    each = [
+        {path: np.asarray(a[...], np.float32) for path, a in opened[artifact.path].items()}
+        for artifact in artifacts
+    ]
+    rows = (
+        np.random.default_rng(seed)
+        .normal(0, config.init_std, (config.n_layers, len(each), config.d_model))
+        .astype(np.float32)
+    )
     params = {
-        path: np.concatenate([a[path] for a in each], 1) if path.startswith("experts/") else _mean([a[path] for a in each])
+        path: (
+            np.concatenate([a[path] for a in each], 1)
+            if path.startswith("experts/")
+            else _mean([a[path] for a in each])
+        )
         for path in each[0]
     }
     params["experts/row"] = rows
     with new_directory(out) as directory:
         first.tokenizer.save(directory / "tokenizer.json")
         digests = weights.save(directory / "weights", params, flatten(logical_axes(config)))
-        tensors = {path: {"dtype": "float32", "shape": list(a.shape), "sha256": digests[path]} for path, a in params.items()}
-        description = {"kind": "model", "model": to_dict(config), "experts": list(dense), "members": [], "fingerprint": None}
-        write_description(directory, description | {"tensors": tensors, "tokenizer": first.tokenizer.digest})
+        tensors = {
+            path: {"dtype": "float32", "shape": list(a.shape), "sha256": digests[path]}
+            for path, a in params.items()
+        }
+        description = {
+            "kind": "model",
+            "model": to_dict(config),
+            "experts": list(dense),
+            "members": [],
+            "fingerprint": None,
+        }
+        write_description(
+            directory, description | {"tensors": tensors, "tokenizer": first.tokenizer.digest}
+        )
     return open_artifact(out)
 
 

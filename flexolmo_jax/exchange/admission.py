@@ -1,12 +1,14 @@
-"""What a coordinator should know of an expert before merging it: does it look like one, and what would it do to public text?
+"""What a coordinator should know of an expert before merging it: does it look like one, and what
+would it do to public text?
 
-Digests and signatures say who made an expert, not that it is good. There are two answers, a cheap one and a full one:
+Digests and signatures say who made an expert, not that it is good. There are two answers, a cheap
+one and a full one:
 
-    admit(contribution, anchor)                 # part of every merge: are its norms sane, and what it computes finite? raises UserError
-    admission(contribution, anchor, public)     # a report: weights beside the anchor's, routing and bits per byte of public text
+    admit(contribution, anchor)                 # part of every merge: sane norms, finite results
+    admission(contribution, anchor, public)     # a report on weights, routing and public text
 
-Both compare weights with the anchor's, from which every expert starts, and try anchor and expert together. `admit` holds one layer at
-a time. Whatever is out of the policy's bounds is a finding.
+Both compare weights with the anchor's, from which every expert starts, and try anchor and expert
+together. `admit` holds one layer at a time. Whatever is out of the policy's bounds is a finding.
 """
 
 import dataclasses
@@ -40,63 +42,114 @@ from .contribution import Contribution
 
 RECORDS = 64  # of public text, at most
 ITERATIONS = 16  # of the power method: the largest singular value to a few percent
-TRIED = 2, 64  # records and tokens of each: so many of random tokens, and as many of the anchor's public text
+# records and tokens of each: so many of random tokens, and as many of the anchor's public text
+TRIED = 2, 64
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Bounds for what is merged without a second look. The four experts of `make demo` are in brackets."""
+    """Bounds for what is merged without a second look. The four experts of `make demo` are in
+    brackets."""
 
-    norm: float = 3.0  # an expert's Frobenius norm is at most so many times the anchor's, and at least that part of it (1.4 to 1.6)
+    # an expert's Frobenius norm is at most so many times the anchor's, and at least that part of it
+    # (1.4 to 1.6)
+    norm: float = 3.0
     spectral: float = 4.0  # the same of the largest singular value (1.0 to 1.7)
-    cosine: float = 0.2  # of the angle between an expert's matrix and the anchor's, at least (0.63 to 0.79)
-    row_norm: float = 25.0  # a router row is at most so many times as long as the anchor's (4.1 to 7.4)
-    public_share: float = 0.75  # of the routing weight on public text that the expert may take beside the anchor, on average (0.11 to 0.29)
-    public_loss: float = 0.05  # by this part may bits per byte of public text get worse (0.007 to 0.012)
+    # of the angle between an expert's matrix and the anchor's, at least (0.63 to 0.79)
+    cosine: float = 0.2
+    # a router row is at most so many times as long as the anchor's (4.1 to 7.4)
+    row_norm: float = 25.0
+    # of the routing weight on public text that the expert may take beside the anchor, on average
+    # (0.11 to 0.29)
+    public_share: float = 0.75
+    # by this part may bits per byte of public text get worse (0.007 to 0.012)
+    public_loss: float = 0.05
 
 
 DEFAULT = Policy()
-# A merge refuses only what is so many times further out than the policy's norms. Those are for a second look, which a merge has not, and
-# norms grow with training: an expert of the demo would have to grow eightfold. It is still enough: inputs of every layer are bounded, as
-# every branch is normed, so that no product of three matrices 12 times as large comes near the largest number (3e38).
+# A merge refuses only what is so many times further out than the policy's norms. Those are for a
+# second look, which a merge has not, and norms grow with training: an expert of the demo would have
+# to grow eightfold. It is still enough: inputs of every layer are bounded, as every branch is
+# normed, so that no product of three matrices 12 times as large comes near the largest number
+# (3e38).
 MARGIN = 4.0
 
 
 def admit(contribution: Contribution, anchor: Artifact) -> None:
-    """Refuses an expert whose weights are of another size than any trained one's, or that makes anything but finite numbers.
+    """Refuses an expert whose weights are of another size than any trained one's, or that makes
+    anything but finite numbers.
 
-    `anchor` may be a model that stands on it. Reads and checks every tensor of the contribution, once: files that were admitted and have
-    not changed since are not read again. In memory are one layer of both as stored, and its matrices in float32.
-    Raises UserError as `Contribution.tensors` does, and for findings.
+    `anchor` may be a model that stands on it. Reads and checks every tensor of the contribution,
+    once: files that were admitted and have not changed since are not read again. In memory are one
+    layer of both as stored, and its matrices in float32. Raises UserError as `Contribution.tensors`
+    does, and for findings.
     """
-    claim = f"admitted {contribution.manifest['sha256']} to {anchor.fingerprint} within {MARGIN} {DEFAULT}"
+    claim = (
+        f"admitted {contribution.manifest['sha256']} to {anchor.fingerprint} within {MARGIN}"
+        f" {DEFAULT}"
+    )
     verified.once(contribution.path, claim, lambda: _admit(contribution, anchor))
 
 
 def _admit(contribution: Contribution, anchor: Artifact) -> None:
-    config = dataclasses.replace(anchor.config, n_experts=1, n_active=1, router_bias=contribution.has_bias)
+    config = dataclasses.replace(
+        anchor.config, n_experts=1, n_active=1, router_bias=contribution.has_bias
+    )
     leaves = (*MATRICES, "row", *(["bias"] if contribution.has_bias else []))
-    theirs = contribution.tensors(order=[name_of_tensor(leaf, layer) for layer in range(config.n_layers) for leaf in leaves])
+    theirs = contribution.tensors(
+        order=[name_of_tensor(leaf, layer) for layer in range(config.n_layers) for leaf in leaves]
+    )
     ours: dict[str, Stored] = anchor.arrays()
     tokens, segments = _texts(anchor)
     x = _embedded(anchor, tokens)
     for layer in range(config.n_layers):
-        x, findings = _try_layer(config, layer, ours, {leaf: _on_device(next(theirs)[1][None]) for leaf in leaves}, x, segments)
+        x, findings = _try_layer(
+            config,
+            layer,
+            ours,
+            {leaf: _on_device(next(theirs)[1][None]) for leaf in leaves},
+            x,
+            segments,
+        )
         if findings:
-            raise UserError(f"{contribution.path} is not admitted: {'; '.join(findings)}; ask its owner for an expert that works")
+            raise UserError(
+                f"{contribution.path} is not admitted: {'; '.join(findings)}; ask its owner for an"
+                " expert that works"
+            )
 
 
 def _try_layer(
-    config: ModelConfig, layer: int, ours: Mapping[str, Stored], expert: Params, x: np.ndarray, segments: np.ndarray
+    config: ModelConfig,
+    layer: int,
+    ours: Mapping[str, Stored],
+    expert: Params,
+    x: np.ndarray,
+    segments: np.ndarray,
 ) -> tuple[np.ndarray, list[str]]:
-    """What a layer makes of its input, and findings. Its weights are let go before the next layer's are read."""
+    """What a layer makes of its input, and findings. Its weights are let go before the next layer's
+    are read."""
     stacked = "trunk/layers/"
-    trunk = {path.removeprefix(stacked): _on_device(a[layer]) for path, a in ours.items() if path.startswith(stacked)}
-    anchors = {name: _on_device(ours[f"experts/{name}"][layer, slice(0, 1)]) for name in (*MATRICES, "row")}
-    findings = _size_findings(layer, {name: (_norm(expert[name]), _norm(anchors[name])) for name in anchors})
-    y = np.asarray(_step(config)({"layer": unflatten(trunk), "experts": anchors, "expert": expert}, x, segments))
+    trunk = {
+        path.removeprefix(stacked): _on_device(a[layer])
+        for path, a in ours.items()
+        if path.startswith(stacked)
+    }
+    anchors = {
+        name: _on_device(ours[f"experts/{name}"][layer, slice(0, 1)]) for name in (*MATRICES, "row")
+    }
+    findings = _size_findings(
+        layer, {name: (_norm(expert[name]), _norm(anchors[name])) for name in anchors}
+    )
+    y = np.asarray(
+        _step(config)(
+            {"layer": unflatten(trunk), "experts": anchors, "expert": expert}, x, segments
+        )
+    )
     if broken := int((~np.isfinite(y).all(axis=-1) & (segments != 0)).sum()):
-        made = f"layer {layer} makes numbers that are not finite of {broken} of {np.count_nonzero(segments)} tokens; expected none"
+        made = (
+            f"layer {layer} makes numbers that are not finite of {broken} of"
+            f" {np.count_nonzero(segments)} tokens; expected none"
+        )
         findings = findings or [made]
     return y, findings
 
@@ -105,9 +158,15 @@ def _size_findings(layer: int, sizes: Mapping[str, tuple[float, float]]) -> list
     """`sizes`: norms of the expert's tensors and the anchor's."""
     found = []
     for name, (theirs, ours) in sizes.items():
-        ratio, bound = theirs / max(ours, 1e-12), MARGIN * (DEFAULT.row_norm if name == "row" else DEFAULT.norm)
+        ratio, bound = (
+            theirs / max(ours, 1e-12),
+            MARGIN * (DEFAULT.row_norm if name == "row" else DEFAULT.norm),
+        )
         if not ratio <= bound:
-            found.append(f"the norm of {name_of_tensor(name, layer)} is {ratio:.3g} times the anchor's; expected at most {bound:.0f} times")
+            found.append(
+                f"the norm of {name_of_tensor(name, layer)} is {ratio:.3g} times the anchor's;"
+                f" expected at most {bound:.0f} times"
+            )
     return found
 
 
@@ -128,22 +187,33 @@ def _norm(array: jax.Array) -> float:
 
 @jax.jit
 def _scaled_norm(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A power of two, and the norm of the array times it: squares of large weights overflow float32, as their inverses underflow."""
+    """A power of two, and the norm of the array times it: squares of large weights overflow
+    float32, as their inverses underflow."""
     scale = jnp.where(jnp.max(jnp.abs(array)) > 2.0**30, 2.0**-80, 1.0)
     rows = jnp.linalg.norm(array.astype(jnp.float32) * scale, axis=-1)
-    return scale, jnp.linalg.norm(rows)  # row by row: one sum of all squares would lose the small ones
+    # row by row: one sum of all squares would lose the small ones
+    return scale, jnp.linalg.norm(rows)
 
 
 def _texts(anchor: Artifact) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments [B, T] to try an expert on: random tokens, the same every time, and public text where the anchor carries some."""
+    """Tokens and segments [B, T] to try an expert on: random tokens, the same every time, and
+    public text where the anchor carries some."""
     B, T = TRIED[0], min(TRIED[1], anchor.config.max_seq_len)
     tokens, segments = np.zeros((2 * B, T), np.int32), np.zeros((2 * B, T), np.int32)
-    tokens[:B], segments[:B] = np.random.default_rng(0).integers(0, anchor.tokenizer.vocab_size, (B, T)), 1
+    tokens[:B], segments[:B] = (
+        np.random.default_rng(0).integers(0, anchor.tokenizer.vocab_size, (B, T)),
+        1,
+    )
     if (anchor.path / "public" / INDEX_FILE).exists():
         records = open_records(anchor.path / "public", "train")
-        for place, record in zip(range(B, 2 * B), (records[i] for i in range(len(records))), strict=False):
+        for place, record in zip(
+            range(B, 2 * B), (records[i] for i in range(len(records))), strict=False
+        ):
             length = min(T, records.seq_len)
-            tokens[place, :length], segments[place, :length] = record["tokens"][:T], record["segments"][:T]
+            tokens[place, :length], segments[place, :length] = (
+                record["tokens"][:T],
+                record["segments"][:T],
+            )
     used = segments.any(axis=1)
     return tokens[used], segments[used]
 
@@ -153,14 +223,19 @@ def _embedded(anchor: Artifact, tokens: np.ndarray) -> np.ndarray:
     x = np.zeros((*tokens.shape, anchor.config.d_model), np.float32)
     path = "trunk/embedding"
     table: Stored = anchor.arrays()[path]
-    for rows, columns in layouts(anchor.config, {path: anchor.description["tensors"][path]})[path].boxes():
+    for rows, columns in layouts(anchor.config, {path: anchor.description["tensors"][path]})[
+        path
+    ].boxes():
         here = (rows.start <= tokens) & (tokens < rows.stop)
         x[here] = table[rows, columns][tokens[here] - rows.start]
     return x
 
 
-def admission(contribution: Contribution, anchor: Artifact, public: Path, policy: Policy = DEFAULT) -> dict[str, Any]:
-    """Measures and findings. Reads and checks every tensor; needs the memory of the anchor and one expert.
+def admission(
+    contribution: Contribution, anchor: Artifact, public: Path, policy: Policy = DEFAULT
+) -> dict[str, Any]:
+    """Measures and findings. Reads and checks every tensor; needs the memory of the anchor and one
+    expert.
 
     Raises UserError as `Contribution.tensors` does, and for public data without held-out records.
     """
@@ -174,26 +249,41 @@ def admission(contribution: Contribution, anchor: Artifact, public: Path, policy
         leaf, layer = leaf_of(name)
         expert[leaf.removeprefix("experts/")][layer, 0] = tensor
     weights = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
-    norms = [np.linalg.norm(a[:, 0].astype(np.float64), axis=1) for a in (expert["row"], ours["row"])]
+    norms = [
+        np.linalg.norm(a[:, 0].astype(np.float64), axis=1) for a in (expert["row"], ours["row"])
+    ]
     trial = _trial(contribution, model, expert, public)
-    report = {"weights": weights, "row_norm_of_the_anchors": _range(norms[0] / np.maximum(norms[1], 1e-12)), **trial}
-    return _in_json(report | {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)})
+    report = {
+        "weights": weights,
+        "row_norm_of_the_anchors": _range(norms[0] / np.maximum(norms[1], 1e-12)),
+        **trial,
+    }
+    return _in_json(
+        report | {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)}
+    )
 
 
-def _trial(contribution: Contribution, model: Any, expert: Mapping[str, np.ndarray], public: Path) -> dict[str, Any]:
+def _trial(
+    contribution: Contribution, model: Any, expert: Mapping[str, np.ndarray], public: Path
+) -> dict[str, Any]:
     records = open_heldout(public, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len))
     if not len(records):
         raise UserError(f"{public} has no held-out records; give more public text")
     pair = model.params | {"expert": {name: jnp.asarray(a) for name, a in expert.items()}}
     config = dataclasses.replace(model.config, router_bias=contribution.has_bias)
-    before = score_records(make_scorer(model.config), model.params, records, model.tokenizer, limit=RECORDS)
+    before = score_records(
+        make_scorer(model.config), model.params, records, model.tokenizer, limit=RECORDS
+    )
     after = score_records(make_scorer(config), pair, records, model.tokenizer, limit=RECORDS)
     by_layer = after.routing[:, 1]
     return {
         "public_tokens": after.tokens,
         "public_share": float(by_layer.mean()),
         "public_share_by_layer": by_layer.tolist(),
-        "public_bits_per_byte": {"anchor": before.bits_per_byte, "with_the_expert": after.bits_per_byte},
+        "public_bits_per_byte": {
+            "anchor": before.bits_per_byte,
+            "with_the_expert": after.bits_per_byte,
+        },
     }
 
 
@@ -202,15 +292,24 @@ def _compare(expert: np.ndarray, anchor: np.ndarray) -> dict[str, dict[str, floa
     norm, spectral, cosine = [], [], []
     for theirs, ours in zip(expert, anchor, strict=True):
         (theirs, scale), (ours, our_scale) = _scaled(theirs), _scaled(ours)
-        scale, sizes = scale / our_scale, (float(np.linalg.norm(theirs)), float(np.linalg.norm(ours)))
+        scale, sizes = (
+            scale / our_scale,
+            (
+                float(np.linalg.norm(theirs)),
+                float(np.linalg.norm(ours)),
+            ),
+        )
         norm.append(scale * sizes[0] / max(sizes[1], 1e-12))
-        spectral.append(scale * _largest_singular_value(theirs) / max(_largest_singular_value(ours), 1e-12))
+        spectral.append(
+            scale * _largest_singular_value(theirs) / max(_largest_singular_value(ours), 1e-12)
+        )
         cosine.append(np.vdot(theirs, ours) / max(sizes[0] * sizes[1], 1e-12))
     return {"Frobenius": _range(norm), "spectral": _range(spectral), "cosine": _range(cosine)}
 
 
 def _scaled(matrix: np.ndarray) -> tuple[np.ndarray, float]:
-    """A float32 matrix whose largest magnitude is 1, and what it was: squares of large weights overflow float32."""
+    """A float32 matrix whose largest magnitude is 1, and what it was: squares of large weights
+    overflow float32."""
     matrix = matrix.astype(np.float32)
     largest = float(np.abs(matrix).max()) or 1.0
     return matrix / largest, largest
@@ -243,21 +342,30 @@ def _findings(report: Mapping[str, Any], policy: Policy) -> list[str]:
             least, most = measures[measure]["least"], measures[measure]["most"]
             if not 1 / bound <= least <= most <= bound:
                 found.append(
-                    f"the {measure} norm of {name} is {least:.2f} to {most:.2f} of the anchor's; expected {1 / bound:.2f} to {bound:.2f}"
+                    f"the {measure} norm of {name} is {least:.2f} to {most:.2f} of the anchor's;"
+                    f" expected {1 / bound:.2f} to {bound:.2f}"
                 )
         if not measures["cosine"]["least"] >= policy.cosine:
             found.append(
-                f"{name} has little in common with the anchor's (cosine {measures['cosine']['least']:.2f}; expected {policy.cosine})"
+                f"{name} has little in common with the anchor's (cosine"
+                f" {measures['cosine']['least']:.2f}; expected {policy.cosine})"
             )
     rows = report["row_norm_of_the_anchors"]
     if not rows["most"] <= policy.row_norm:
-        found.append(f"a router row is {rows['most']:.1f} times as long as the anchor's; expected at most {policy.row_norm:.1f} times")
+        found.append(
+            f"a router row is {rows['most']:.1f} times as long as the anchor's; expected at most"
+            f" {policy.row_norm:.1f} times"
+        )
     if not report["public_share"] <= policy.public_share:
         found.append(
-            f"it takes {report['public_share']:.0%} of the routing weight on public text; expected at most {policy.public_share:.0%}"
+            f"it takes {report['public_share']:.0%} of the routing weight on public text; expected"
+            f" at most {policy.public_share:.0%}"
         )
     bits = report["public_bits_per_byte"]
     worse = bits["with_the_expert"] / bits["anchor"] - 1
     if not worse <= policy.public_loss:
-        found.append(f"bits per byte of public text get {worse:.1%} worse with it; expected at most {policy.public_loss:.0%}")
+        found.append(
+            f"bits per byte of public text get {worse:.1%} worse with it; expected at most"
+            f" {policy.public_loss:.0%}"
+        )
     return found

@@ -1,9 +1,11 @@
-"""Publishing an anchor: a checkpoint becomes the frozen public model that every owner trains against.
+"""Publishing an anchor: a checkpoint becomes the frozen public model that every owner trains
+against.
 
-The weights are cast once to the release dtype, optimiser state is left behind, router row 0 becomes the mean domain embedding of
-public text, and tokenizer, embedder and a sample of packed public text are written beside them. The fingerprint is a digest over
-every tensor's name, dtype, shape and bytes (router row 0 among them), the architecture, the tokenizer, the embedder and the sample
-of public text: an expert belongs to exactly one fingerprint.
+The weights are cast once to the release dtype, optimiser state is left behind, router row 0 becomes
+the mean domain embedding of public text, and tokenizer, embedder and a sample of packed public text
+are written beside them. The fingerprint is a digest over every tensor's name, dtype, shape and
+bytes (router row 0 among them), the architecture, the tokenizer, the embedder and the sample of
+public text: an expert belongs to exactly one fingerprint.
 """
 
 import dataclasses
@@ -41,19 +43,24 @@ def publish(
     heldout: float = HELDOUT,
     checkpoint_name: str = "last",
 ) -> Artifact:
-    """Makes an anchor of a dense run or model, or of the first expert of an imported model, which keeps its router rows.
+    """Makes an anchor of a dense run or model, or of the first expert of an imported model, which
+    keeps its router rows.
 
-    `public` are documents: the embedder is fitted on them, row 0 comes from them, and they travel with the anchor as packed records
-    of `seq_len` tokens (default: the run's), so that owners have public text to contrast their own with. A share of them, `heldout`, is
-    for evaluation only.
-    Models are read a shard at a time. Raises UserError for a source that has an anchor, and for an unknown dtype.
+    `public` are documents: the embedder is fitted on them, row 0 comes from them, and they travel
+    with the anchor as packed records of `seq_len` tokens (default: the run's), so that owners have
+    public text to contrast their own with. A share of them, `heldout`, is for evaluation only.
+    Models are read a shard at a time. Raises UserError for a source that has an anchor, and for an
+    unknown dtype.
     """
     if dtype not in RELEASE_DTYPES:
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
     artifact = open_artifact(source)
     is_imported = artifact.kind == "model" and artifact.fingerprint is None
     if artifact.is_pair or (artifact.config.n_experts != 1 and not is_imported):
-        raise UserError(f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a dense run or model")
+        raise UserError(
+            f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a"
+            " dense run or model"
+        )
     config = dataclasses.replace(artifact.config, n_experts=1, n_active=1)
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory / "tokenizer.json")
@@ -62,12 +69,17 @@ def publish(
         fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
         fitted.save(directory / "embedder")
         # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
-        row = domain_embedding(load_embedder(directory / "embedder", allow_hub=True), _documents(public, heldout))
+        row = domain_embedding(
+            load_embedder(directory / "embedder", allow_hub=True), _documents(public, heldout)
+        )
         arrays = artifact.arrays(checkpoint_name)
         if artifact.config.n_experts == 1:
             arrays["experts/row"] = np.broadcast_to(row, arrays["experts/row"].shape)
         else:
-            arrays = {path: dataclasses.replace(a, expert=0) if path.startswith("experts/") else a for path, a in arrays.items()}
+            arrays = {
+                path: dataclasses.replace(a, expert=0) if path.startswith("experts/") else a
+                for path, a in arrays.items()
+            }
         released = {path: a.astype(dtype) for path, a in arrays.items()}
         tensors = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in released.items()}
         axes = flatten(logical_axes(config))
@@ -86,30 +98,44 @@ def publish(
             "experts": ["anchor"],
             "tensors": tensors,
             "tokenizer": parts["tokenizer"],
-            "embedder": {"name": fitted.name, "version": fitted.version, "sha256": parts["embedder"]},
+            "embedder": {
+                "name": fitted.name,
+                "version": fitted.version,
+                "sha256": parts["embedder"],
+            },
             "public": [name_of(path) for path in public],
             "public_sha256": parts["public"],
             "fingerprint": fingerprint_of(parts),
         }
         write_description(directory, description)
     parameters = sum(a.size for a in released.values())
-    note(f"published {out}: fingerprint {description['fingerprint'][:16]}, {parameters:,} parameters in {dtype}")
+    note(
+        f"published {out}: fingerprint {description['fingerprint'][:16]}, {parameters:,} parameters"
+        f" in {dtype}"
+    )
     anchor = open_artifact(out)
     anchor.remember()
     return anchor
 
 
 def open_anchor(path: Path) -> Artifact:
-    """Opens a published anchor for use: its bytes are those of its fingerprint. Raises UserError for anything else."""
+    """Opens a published anchor for use: its bytes are those of its fingerprint. Raises UserError
+    for anything else."""
     artifact = open_artifact(path)
     if artifact.kind != "anchor":
-        raise UserError(f"{path} is a {artifact.kind}; expected a published anchor (`flexolmo publish` makes one)")
+        raise UserError(
+            f"{path} is a {artifact.kind}; expected a published anchor (`flexolmo publish` makes"
+            " one)"
+        )
     artifact.ensure()
     return artifact
 
 
-def embed_domain(anchor_path: Path, documents: Sequence[Path], out: Path, *, allow_hub: bool = False) -> np.ndarray:
-    """Writes (as .npy) and returns the mean embedding, float32 [D], of a domain by the anchor's embedder, see `load_embedder`."""
+def embed_domain(
+    anchor_path: Path, documents: Sequence[Path], out: Path, *, allow_hub: bool = False
+) -> np.ndarray:
+    """Writes (as .npy) and returns the mean embedding, float32 [D], of a domain by the anchor's
+    embedder, see `load_embedder`."""
     anchor = open_anchor(anchor_path)
     check_new_file(out)
     embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)

@@ -1,12 +1,15 @@
-"""What an owner hands over: the expert's tensors and a manifest, in a directory with nothing else in it. Never data.
+"""What an owner hands over: the expert's tensors and a manifest, in a directory with nothing else
+in it. Never data.
 
-    expert.safetensors   layers.<l>.ffn.{gate,up,down}  layers.<l>.router.row  layers.<l>.router.bias (where trained with one)
-    manifest.json        canonical JSON: owner, name, anchor fingerprint, model config, digests, training summary, ... (manifest.py)
+    expert.safetensors   layers.<l>.ffn.{gate,up,down}  layers.<l>.router.row
+    layers.<l>.router.bias (where trained with one) manifest.json        canonical JSON: owner,
+    name, anchor fingerprint, model config, digests, training summary, ... (manifest.py)
     manifest.sig         optional: an Ed25519 signature over the manifest's bytes
 
-docs/contribution-format.md is the specification. Checking one reads the manifest first: another anchor, an untrusted key or an expired
-licence is refused before any tensor is touched. The manifest has the digest of every tensor, of the header before them and, in its last
-key, of itself: a byte that changed on the way is found wherever it is.
+docs/contribution-format.md is the specification. Checking one reads the manifest first: another
+anchor, an untrusted key or an expired licence is refused before any tensor is touched. The manifest
+has the digest of every tensor, of the header before them and, in its last key, of itself: a byte
+that changed on the way is found wherever it is.
 """
 
 import datetime
@@ -41,7 +44,8 @@ HEADER_OF_TENSOR = 512  # bytes of a tensors' header for each tensor, at most; t
 
 @dataclass(frozen=True)
 class Contribution:
-    """A contribution whose manifest has been read; `check` decides on it, `tensors` reads and checks the rest."""
+    """A contribution whose manifest has been read; `check` decides on it, `tensors` reads and
+    checks the rest."""
 
     path: Path
     manifest: dict[str, Any]
@@ -66,45 +70,73 @@ class Contribution:
         return self.manifest["router_bias"]
 
     def check(self, anchor: Artifact | None = None, trust: Trust = ANY) -> dict[str, Any] | None:
-        """Whether it may be used (with this anchor, or a model that stands on it), by its manifest alone; returns who signed it.
+        """Whether it may be used (with this anchor, or a model that stands on it), by its manifest
+        alone; returns who signed it.
 
-        Raises UserError for one made from another anchor, a signature that is wrong, missing, or of a key that may not sign it, and an
-        expired licence.
+        Raises UserError for one made from another anchor, a signature that is wrong, missing, or of
+        a key that may not sign it, and an expired licence.
         """
         signer = self.check_origin(anchor, trust)
         if (expires := self.expired) is not None:
-            raise UserError(f"the licence of {self.path} expired on {expires}; ask its owner for a new one")
+            raise UserError(
+                f"the licence of {self.path} expired on {expires}; ask its owner for a new one"
+            )
         return signer
 
     @property
     def expired(self) -> str | None:
         """The last day of a licence that is over."""
-        expires, today = self.manifest["expires"], datetime.datetime.now(datetime.UTC).date().isoformat()
+        expires, today = (
+            self.manifest["expires"],
+            datetime.datetime.now(datetime.UTC).date().isoformat(),
+        )
         return expires if expires is not None and expires < today else None
 
-    def check_origin(self, anchor: Artifact | None = None, trust: Trust = ANY) -> dict[str, Any] | None:
+    def check_origin(
+        self, anchor: Artifact | None = None, trust: Trust = ANY
+    ) -> dict[str, Any] | None:
         """As `check`, whatever the licence says."""
         if anchor is not None and self.fingerprint != anchor.fingerprint:
             raise UserError(
-                f"{self.path} was made from the anchor {self.fingerprint[:16]}; {anchor.path} is {str(anchor.fingerprint)[:16]}; "
-                "experts only fit the anchor they were trained against"
+                f"{self.path} was made from the anchor {self.fingerprint[:16]}; {anchor.path} is"
+                f" {str(anchor.fingerprint)[:16]}; experts only fit the anchor they were trained"
+                " against"
             )
         if anchor is not None:
-            ours, theirs = ({**model, **dict.fromkeys(OF_MERGES, 0)} for model in (self.manifest["model"], anchor.description["model"]))
-            for key, same in (("model", ours == theirs), ("dtype", self.manifest["dtype"] == anchor.dtype)):
+            ours, theirs = (
+                {**model, **dict.fromkeys(OF_MERGES, 0)}
+                for model in (self.manifest["model"], anchor.description["model"])
+            )
+            for key, same in (
+                ("model", ours == theirs),
+                ("dtype", self.manifest["dtype"] == anchor.dtype),
+            ):
                 if not same:
-                    raise UserError(f"{self.path} names the fingerprint of {anchor.path} but has another {key}; ask its owner for it again")
-        return check_signature(self.text, self.signature, trust, self.path, name=self.name, owner=self.manifest["owner"])
+                    raise UserError(
+                        f"{self.path} names the fingerprint of {anchor.path} but has another {key};"
+                        " ask its owner for it again"
+                    )
+        return check_signature(
+            self.text,
+            self.signature,
+            trust,
+            self.path,
+            name=self.name,
+            owner=self.manifest["owner"],
+        )
 
     def tensors(
-        self, into: Callable[[str], np.ndarray | None] = lambda name: None, order: Sequence[str] | None = None
+        self,
+        into: Callable[[str], np.ndarray | None] = lambda name: None,
+        order: Sequence[str] | None = None,
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Each tensor by name, checked; one at a time is in memory. `into` may give bytes to read one into.
+        """Each tensor by name, checked; one at a time is in memory. `into` may give bytes to read
+        one into.
 
         They come in the order of the file, or in this `order`.
 
-        Raises UserError naming the first tensor that is missing, unknown, of another shape or dtype, not finite, or whose bytes
-        are not those of the manifest.
+        Raises UserError naming the first tensor that is missing, unknown, of another shape or
+        dtype, not finite, or whose bytes are not those of the manifest.
         """
         with self._tensor_file() as file:
             for name in order or file.entries:
@@ -113,7 +145,8 @@ class Contribution:
                 yield name, tensor
 
     def check_tensors(self) -> int:
-        """Reads and checks every tensor, in the memory of a block whatever their sizes; returns how many. Raises as `tensors` does."""
+        """Reads and checks every tensor, in the memory of a block whatever their sizes; returns how
+        many. Raises as `tensors` does."""
         with self._tensor_file() as file:
             for name in file.entries:
                 self._check_tensor(name, *file.check(name))
@@ -130,13 +163,26 @@ class Contribution:
             ):
                 if names:
                     shown = ", ".join(sorted(names)[:3])[:200]
-                    raise UserError(f"{path} {kind} tensors: {shown!r}; ask its owner for a whole contribution")
+                    raise UserError(
+                        f"{path} {kind} tensors: {shown!r}; ask its owner for a whole contribution"
+                    )
             for name, entry in file.entries.items():
-                got, expected = (str(entry.dtype), list(entry.shape)), (declared[name]["dtype"], declared[name]["shape"])
+                got, expected = (
+                    (str(entry.dtype), list(entry.shape)),
+                    (
+                        declared[name]["dtype"],
+                        declared[name]["shape"],
+                    ),
+                )
                 if got != expected:
-                    raise UserError(f"{path}: {name} is {got[0]} {got[1]}; expected {expected[0]} {expected[1]}")
+                    raise UserError(
+                        f"{path}: {name} is {got[0]} {got[1]}; expected {expected[0]} {expected[1]}"
+                    )
             if file.header_sha256 != self.manifest["header"]:
-                raise UserError(f"{path} does not have the header of the manifest (its SHA-256 differs); ask its owner for it again")
+                raise UserError(
+                    f"{path} does not have the header of the manifest (its SHA-256 differs); ask"
+                    " its owner for it again"
+                )
         except UserError:
             file.close()
             raise
@@ -145,7 +191,10 @@ class Contribution:
     def _check_tensor(self, name: str, digest: str, finite: bool) -> None:
         path = self.path / TENSORS
         if digest != self.manifest["tensors"][name]["sha256"]:
-            raise UserError(f"{path}: the bytes of {name} are not those of the manifest; ask its owner for the contribution again")
+            raise UserError(
+                f"{path}: the bytes of {name} are not those of the manifest; ask its owner for the"
+                " contribution again"
+            )
         if not finite:
             raise UserError(f"{path}: {name} has values that are not finite; the expert is broken")
 
@@ -153,25 +202,40 @@ class Contribution:
 def tensor_shapes(config: ModelConfig, has_bias: bool) -> dict[str, tuple[int, ...]]:
     """Every tensor of a contribution to an anchor of this architecture."""
     D, F = config.d_model, config.d_ffn
-    per_layer = {"ffn.gate": (D, F), "ffn.up": (D, F), "ffn.down": (F, D), "router.row": (D,)} | ({"router.bias": ()} if has_bias else {})
-    return {f"layers.{layer}.{name}": shape for layer in range(config.n_layers) for name, shape in per_layer.items()}
+    per_layer = {"ffn.gate": (D, F), "ffn.up": (D, F), "ffn.down": (F, D), "router.row": (D,)} | (
+        {"router.bias": ()} if has_bias else {}
+    )
+    return {
+        f"layers.{layer}.{name}": shape
+        for layer in range(config.n_layers)
+        for name, shape in per_layer.items()
+    }
 
 
 def open_contribution(path: Path) -> Contribution:
-    """Reads the manifest and the signature. Raises UserError for anything else than a contribution with nothing else in it."""
+    """Reads the manifest and the signature. Raises UserError for anything else than a contribution
+    with nothing else in it."""
     path = path_of(path)
     try:
         names = {child.name for child in children(path)}
     except OSError as error:
-        raise UserError(f"{path} is not a contribution: {reason(error)}; expected a directory with a {MANIFEST}") from None
+        raise UserError(
+            f"{path} is not a contribution: {reason(error)}; expected a directory with a {MANIFEST}"
+        ) from None
     if MANIFEST not in names:
         raise UserError(f"{path} is not a contribution: it has no {MANIFEST}")
     if unknown := names - {TENSORS, MANIFEST, SIGNATURE}:
         found = ", ".join(repr(name) for name in sorted(unknown)[:3])
-        raise UserError(f"{path} holds {found}; a contribution is {TENSORS}, {MANIFEST} and perhaps {SIGNATURE}, and nothing else")
+        raise UserError(
+            f"{path} holds {found}; a contribution is {TENSORS}, {MANIFEST} and perhaps"
+            f" {SIGNATURE}, and nothing else"
+        )
     for name in names:
         if not in_bucket(path) and not stat.S_ISREG((path / name).lstat().st_mode):
-            raise UserError(f"{path / name} is not a regular file; a contribution has no links and no folders in it")
+            raise UserError(
+                f"{path / name} is not a regular file; a contribution has no links and no folders"
+                " in it"
+            )
     try:
         text = read_bytes(path / MANIFEST, MANIFEST_LIMIT)
         signature = read_bytes(path / SIGNATURE, SIGNATURE_LIMIT) if SIGNATURE in names else None
@@ -182,30 +246,42 @@ def open_contribution(path: Path) -> Contribution:
     except UserError as error:
         raise UserError(f"{path / MANIFEST}: {error}") from None
     except ValueError as error:
-        raise UserError(f"{path / MANIFEST} is damaged ({error!s:.300}); ask its owner for it again") from None
+        raise UserError(
+            f"{path / MANIFEST} is damaged ({error!s:.300}); ask its owner for it again"
+        ) from None
     return Contribution(path, manifest, text, signature)
 
 
 def recorded(path: Path, manifest: dict[str, Any], signature: str | None) -> Contribution:
-    """A contribution of which a model kept the manifest and the signature. `path` is the model's. Raises UserError for a wrong manifest."""
+    """A contribution of which a model kept the manifest and the signature. `path` is the model's.
+    Raises UserError for a wrong manifest."""
     text = (canonical_json(manifest) + "\n").encode()
     try:
         checked = read_manifest(text)
     except (UserError, ValueError) as error:
-        raise UserError(f"{path}: the manifest of {manifest.get('name')!r:.70} is damaged: {error!s:.100}; do not use it") from None
+        raise UserError(
+            f"{path}: the manifest of {manifest.get('name')!r:.70} is damaged: {error!s:.100}; do"
+            " not use it"
+        ) from None
     return Contribution(path, checked, text, None if signature is None else signature.encode())
 
 
 def check_expert_name(name: str) -> None:
     """Names become parts of paths and of command lines. Raises UserError for one that cannot."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name) or name == "anchor":
-        raise UserError(f"the expert's name is {name!r}; expected up to 64 letters, digits, and _ . - inside, and not 'anchor'")
+        raise UserError(
+            f"the expert's name is {name!r}; expected up to 64 letters, digits, and _ . - inside,"
+            " and not 'anchor'"
+        )
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:
     """A manifest's file: canonical JSON with the digest of everything else in it."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return (canonical_json(rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()}) + "\n").encode()
+    return (
+        canonical_json(rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()})
+        + "\n"
+    ).encode()
 
 
 def read_manifest(text: bytes) -> dict[str, Any]:
@@ -213,7 +289,10 @@ def read_manifest(text: bytes) -> dict[str, Any]:
     manifest = parse_json(text, MANIFEST_SIGNS)
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if type(found) is not int or found not in SCHEMAS:
-        raise UserError(f"the format is {found!r:.40}; this version reads 1 to {FORMAT}; upgrade flexolmo-jax where it is newer")
+        raise UserError(
+            f"the format is {found!r:.40}; this version reads 1 to {FORMAT}; upgrade flexolmo-jax"
+            " where it is newer"
+        )
     conform(SCHEMAS[found], manifest)
     if text != sealed(manifest):
         raise ValueError("its bytes are not those that its own digest was taken of")
@@ -222,7 +301,10 @@ def read_manifest(text: bytes) -> dict[str, Any]:
     config.check()
     shapes = tensor_shapes(config, manifest["router_bias"])
     if declared.keys() != shapes.keys():
-        raise ValueError(f"its {len(declared)} tensors are not the {len(shapes)} of a model of {config.n_layers} layers")
+        raise ValueError(
+            f"its {len(declared)} tensors are not the {len(shapes)} of a model of {config.n_layers}"
+            " layers"
+        )
     for name, shape in shapes.items():
         got = declared[name]["dtype"], declared[name]["shape"]
         if got != (manifest["dtype"], list(shape)):

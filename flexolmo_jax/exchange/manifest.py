@@ -1,7 +1,7 @@
 """What a manifest may say: one schema a version, and which of it was measured.
 
-Format 2 adds `sequence`, which rises with every contribution of an expert. Format 1 is still read, as one with sequence 0.
-docs/contribution-format.md has a table of the keys.
+Format 2 adds `sequence`, which rises with every contribution of an expert. Format 1 is still read,
+as one with sequence 0. docs/contribution-format.md has a table of the keys.
 """
 
 import datetime
@@ -16,7 +16,10 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import manifest_of
 
 FORMAT = 2
-MEASURED_BY = "the program that packaged it, on the owner's machine; `flexolmo verify --public` measures again"
+MEASURED_BY = (
+    "the program that packaged it, on the owner's machine; `flexolmo verify --public` measures"
+    " again"
+)
 STATED_BY = "the owner; not checked"
 
 
@@ -49,13 +52,16 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Training:
-    """Which keys are there depends on where the expert comes from: a pair's run, or an imported model."""
+    """Which keys are there depends on where the expert comes from: a pair's run, or an imported
+    model."""
 
     steps: Count = 0
     tokens: Count = 0
     public_share: Share = 0.0
     # Of the anchor and of the pair, by data set.
-    bits_per_byte: dict[Literal["anchor", "pair"], Annotated[dict[Line, NotNegative], Field(max_length=1000)]] = field(default_factory=dict)
+    bits_per_byte: dict[
+        Literal["anchor", "pair"], Annotated[dict[Line, NotNegative], Field(max_length=1000)]
+    ] = field(default_factory=dict)
     imported: Line = ""
 
 
@@ -77,7 +83,9 @@ class Manifest1:
     model: ModelConfig
     router_bias: bool
     dtype: Dtype
-    tensors: Annotated[dict[Annotated[str, Field(max_length=40)], Tensor], Field(max_length=5 * LAYERS)]
+    tensors: Annotated[
+        dict[Annotated[str, Field(max_length=40)], Tensor], Field(max_length=5 * LAYERS)
+    ]
     header: Digest
     training: Training
     privacy: Literal["none"] | Privacy
@@ -94,7 +102,8 @@ SCHEMAS: dict[int, type] = {1: Manifest1, 2: Manifest2}
 
 
 def told(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest, or what a model keeps of one, says of an expert: what was measured apart from what is only said."""
+    """What a manifest, or what a model keeps of one, says of an expert: what was measured apart
+    from what is only said."""
     stated = ("owner", "domain", "licence", "expires", "sequence", "privacy", "tool")
     return {
         "measured": {"by": MEASURED_BY, **manifest["training"]},
@@ -103,14 +112,17 @@ def told(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_newer(member: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Whether a contribution may take the place of a model's member: it is that very one, or a later one.
+    """Whether a contribution may take the place of a model's member: it is that very one, or a
+    later one.
 
-    Raises UserError for another one whose sequence is not higher: whoever kept an old contribution could hand it over again.
+    Raises UserError for another one whose sequence is not higher: whoever kept an old contribution
+    could hand it over again.
     """
     known = manifest_of(member) or {}
     before, now = known.get("sequence", 0), manifest.get("sequence", 0)
     if now <= before and manifest["sha256"] != known.get("sha256"):
         raise UserError(
-            f"the contribution of {manifest['name']!r} has sequence {now}; expected more than the model's, {before}; ask its owner for the "
-            "newest one (pair.sequence raises it), or give --allow-older"
+            f"the contribution of {manifest['name']!r} has sequence {now}; expected more than the"
+            f" model's, {before}; ask its owner for the newest one (pair.sequence raises it), or"
+            " give --allow-older"
         )

@@ -1,7 +1,9 @@
-"""What an owner says of somebody else's expert: a verdict, signed like a contribution. docs/screening.md is the specification.
+"""What an owner says of somebody else's expert: a verdict, signed like a contribution.
+docs/screening.md is the specification.
 
-A coordinator has public text only. An expert that does nothing to that, and ruins another owner's domain, is seen by that owner alone:
-who tries it on their own text (owner/screen.py) and hands back one number. Nothing of the text is in a verdict.
+A coordinator has public text only. An expert that does nothing to that, and ruins another owner's
+domain, is seen by that owner alone: who tries it on their own text (owner/screen.py) and hands back
+one number. Nothing of the text is in a verdict.
 """
 
 import datetime
@@ -34,7 +36,8 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is signed. `change`: of bits per byte by the candidate, as a part of what they were; 0.03 is 3 % worse."""
+    """What is signed. `change`: of bits per byte by the candidate, as a part of what they were;
+    0.03 is 3 % worse."""
 
     kind: Literal["flexolmo screening verdict"]
     format: Literal[1]
@@ -49,12 +52,23 @@ class Verdict:
     verdict: Literal["pass", "fail"]
 
 
-def make_verdict(*, anchor: str, candidate: str, model: str, tokens: int, bytes: int, change: float, max_worse: float) -> Verdict:
+def make_verdict(
+    *,
+    anchor: str,
+    candidate: str,
+    model: str,
+    tokens: int,
+    bytes: int,
+    change: float,
+    max_worse: float,
+) -> Verdict:
     """Of today; the change is rounded, and decides."""
     change = round(change, DIGITS)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     verdict = "pass" if change <= max_worse else "fail"
-    return Verdict(KIND, FORMAT, today, anchor, candidate, model, tokens, bytes, change, max_worse, verdict)
+    return Verdict(
+        KIND, FORMAT, today, anchor, candidate, model, tokens, bytes, change, max_worse, verdict
+    )
 
 
 def write_verdict(verdict: Verdict, key: Ed25519PrivateKey | None, out: Path) -> None:
@@ -65,7 +79,8 @@ def write_verdict(verdict: Verdict, key: Ed25519PrivateKey | None, out: Path) ->
 
 
 def read_verdict(path: Path, trust: Trust) -> tuple[Verdict, str | None]:
-    """A verdict and the public key that signed it. Raises UserError for what is none, and for what the policy does not let in."""
+    """A verdict and the public key that signed it. Raises UserError for what is none, and for what
+    the policy does not let in."""
     try:
         text = read_bytes(path, LIMIT)
         both = parse_json(text)
@@ -75,41 +90,70 @@ def read_verdict(path: Path, trust: Trust) -> tuple[Verdict, str | None]:
         conform(Verdict, value)
         verdict = Verdict(**value)
         if verdict.verdict != ("pass" if verdict.change <= verdict.max_worse else "fail"):
-            raise ValueError(f"the change is {verdict.change}, at most {verdict.max_worse}, and the verdict {verdict.verdict}")
+            raise ValueError(
+                f"the change is {verdict.change}, at most {verdict.max_worse}, and the verdict"
+                f" {verdict.verdict}"
+            )
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"cannot read the verdict {path}: {reason(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a verdict of `flexolmo screen` ({error!s:.100}); ask its owner for it again") from None
+        raise UserError(
+            f"{path} is not a verdict of `flexolmo screen` ({error!s:.100}); ask its owner for it"
+            " again"
+        ) from None
     content = canonical_json(value).encode()
-    signer = check_signature(content, None if signature is None else (canonical_json(signature) + "\n").encode(), trust, path)
+    signer = check_signature(
+        content,
+        None if signature is None else (canonical_json(signature) + "\n").encode(),
+        trust,
+        path,
+    )
     return verdict, _key(signer)
 
 
-def check_screening(contributions: Sequence[Contribution], verdict_paths: Sequence[Path], trust: Trust) -> None:
-    """Whether all the others have passed each contribution: every key of `trust` but the one that signed it.
+def check_screening(
+    contributions: Sequence[Contribution], verdict_paths: Sequence[Path], trust: Trust
+) -> None:
+    """Whether all the others have passed each contribution: every key of `trust` but the one that
+    signed it.
 
-    `verdict_paths` are files, or directories of `*.json`; a verdict `fail` refuses, whatever else its owner has signed. Raises UserError
-    for verdicts that are missing, damaged, unsigned or by others, and where `trust` lists no keys.
+    `verdict_paths` are files, or directories of `*.json`; a verdict `fail` refuses, whatever else
+    its owner has signed. Raises UserError for verdicts that are missing, damaged, unsigned or by
+    others, and where `trust` lists no keys.
     """
     if trust.keys is None:
-        raise UserError("screening is by the owners whose keys are listed; give --trust DIR, the directory of their public keys")
+        raise UserError(
+            "screening is by the owners whose keys are listed; give --trust DIR, the directory of"
+            " their public keys"
+        )
     verdicts = [(path, *read_verdict(path, trust)) for path in _files(verdict_paths)]
     for contribution in contributions:
         others = trust.keys.keys() - {_key(contribution.check(trust=trust))}
         if not others:
-            raise UserError(f"nobody could have screened {contribution.path}: --trust lists no other key than that of its owner")
-        of_it = [v for v in verdicts if v[1].candidate == contribution.manifest["sha256"] and v[2] in others]
+            raise UserError(
+                f"nobody could have screened {contribution.path}: --trust lists no other key than"
+                " that of its owner"
+            )
+        of_it = [
+            v
+            for v in verdicts
+            if v[1].candidate == contribution.manifest["sha256"] and v[2] in others
+        ]
         for path, verdict, key in of_it:
             if verdict.verdict == "fail":
                 raise UserError(
-                    f"{contribution.path} is refused by {trust.keys[str(key)]}: it makes their text {verdict.change:.1%} worse, at most "
-                    f"{verdict.max_worse:.1%} is expected ({path}); leave it out, or ask its owner for another"
+                    f"{contribution.path} is refused by {trust.keys[str(key)]}: it makes their text"
+                    f" {verdict.change:.1%} worse, at most {verdict.max_worse:.1%} is expected"
+                    f" ({path}); leave it out, or ask its owner for another"
                 )
         if missing := others - {key for _, verdict, key in of_it if verdict.anchor == contribution.fingerprint}:
             names = ", ".join(sorted(trust.keys[key] for key in missing))
-            raise UserError(f"{contribution.path} is not screened by {names}; ask them for a verdict (`flexolmo screen`)")
+            raise UserError(
+                f"{contribution.path} is not screened by {names}; ask them for a verdict (`flexolmo"
+                " screen`)"
+            )
 
 
 def _key(signer: Mapping[str, Any] | None) -> str | None:
@@ -119,9 +163,15 @@ def _key(signer: Mapping[str, Any] | None) -> str | None:
 def _files(paths: Sequence[Path]) -> list[Path]:
     files = []
     for path in paths:
-        found = [child for child in children(path) if child.name.endswith(".json")] if path.is_dir() else [path]
+        found = (
+            [child for child in children(path) if child.name.endswith(".json")]
+            if path.is_dir()
+            else [path]
+        )
         if not found:
-            raise UserError(f"{path} holds no verdicts; expected files *.json (`flexolmo screen` writes them)")
+            raise UserError(
+                f"{path} holds no verdicts; expected files *.json (`flexolmo screen` writes them)"
+            )
         files += found
     return files
 

@@ -1,11 +1,14 @@
 """Who made a contribution: an Ed25519 signature over the manifest's exact bytes, in `manifest.sig`.
 
-The manifest has the digest of every tensor and of the tensors' header, so that the signature covers all that is handed over. Keys are
-PEM files: `flexolmo keygen OUT` writes OUT (the private one, PKCS 8) and OUT.pub (SubjectPublicKeyInfo), which openssl reads too.
+The manifest has the digest of every tensor and of the tensors' header, so that the signature covers
+all that is handed over. Keys are PEM files: `flexolmo keygen OUT` writes OUT (the private one, PKCS
+8) and OUT.pub (SubjectPublicKeyInfo), which openssl reads too.
 
-A coordinator's directory of public keys says who may sign what. The key FILE.pub may sign experts called FILE, unless `policy.yaml` says:
+A coordinator's directory of public keys says who may sign what. The key FILE.pub may sign experts
+called FILE, unless `policy.yaml` says:
 
-    hospital: {names: [cardiology, oncology], owners: [St. Mary's Hospital]}    # hospital.pub may sign these, and nothing else
+    # hospital.pub may sign these, and nothing else
+    hospital: {names: [cardiology, oncology], owners: [St. Mary's Hospital]}
     press: {owners: [The Press]}                                                # any name
 """
 
@@ -54,7 +57,11 @@ class Rule:
 
     def __str__(self) -> str:
         kinds = {"called": self.names, "of the owner": self.owners}
-        told = [f"{kind} {' or '.join(map(repr, allowed)) or 'nothing'}" for kind, allowed in kinds.items() if allowed is not None]
+        told = [
+            f"{kind} {' or '.join(map(repr, allowed)) or 'nothing'}"
+            for kind, allowed in kinds.items()
+            if allowed is not None
+        ]
         return f"experts {', '.join(told)}" if told else "anything"
 
 
@@ -67,7 +74,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class Trust:
-    """Which contributions are let in: any (a signature that is there must still be right), signed ones, or those of listed keys."""
+    """Which contributions are let in: any (a signature that is there must still be right), signed
+    ones, or those of listed keys."""
 
     signed: bool = False
     keys: dict[str, str] | None = None  # public key -> the name of its file
@@ -75,8 +83,8 @@ class Trust:
 
     @classmethod
     def of(cls, directory: Path | None, signed: bool = False) -> "Trust":
-        """The public keys of a directory, `*.pub`, and its policy. Raises UserError where it has no keys, something that is none, a key
-        twice, or a policy that is none."""
+        """The public keys of a directory, `*.pub`, and its policy. Raises UserError where it has no
+        keys, something that is none, a key twice, or a policy that is none."""
         if directory is None:
             return cls(signed)
         paths = children(directory)
@@ -85,14 +93,24 @@ class Trust:
             if path.name.endswith(PUBLIC):
                 name, public = path.name.removesuffix(PUBLIC), _encoded(_load_public(path))
                 if public in keys:
-                    raise UserError(f"{path} is the key of {keys[public]}{PUBLIC} too; keep one, and list what it may sign in {POLICY}")
+                    raise UserError(
+                        f"{path} is the key of {keys[public]}{PUBLIC} too; keep one, and list what"
+                        f" it may sign in {POLICY}"
+                    )
                 keys[public] = name
             elif path.name.lower().lstrip(".").startswith("polic") and path.name != POLICY:
-                raise UserError(f"{path} is not read; expected {POLICY}; rename it, or move it elsewhere")
+                raise UserError(
+                    f"{path} is not read; expected {POLICY}; rename it, or move it elsewhere"
+                )
         if not keys:
-            raise UserError(f"{directory} holds no public keys; expected files *{PUBLIC} (`flexolmo keygen` writes them)")
+            raise UserError(
+                f"{directory} holds no public keys; expected files *{PUBLIC} (`flexolmo keygen`"
+                " writes them)"
+            )
         has_policy = POLICY in {path.name for path in paths}
-        return cls(True, keys, _read_policy(directory / POLICY, set(keys.values())) if has_policy else None)
+        return cls(
+            True, keys, _read_policy(directory / POLICY, set(keys.values())) if has_policy else None
+        )
 
     def check(self, key: str, name: str, owner: str, where: Path) -> None:
         """Raises UserError unless a listed key may sign this expert of this owner."""
@@ -103,12 +121,15 @@ class Trust:
             allowed = f"experts called {key!r}, of no owner whom another key is named for"
         else:
             rule = self.rules.get(key, Rule([]))
-            is_allowed = (rule.names is None or name in rule.names) and (rule.owners is None or owner in rule.owners)
+            is_allowed = (rule.names is None or name in rule.names) and (
+                rule.owners is None or owner in rule.owners
+            )
             allowed = f"{rule!s:.200}"
         if not is_allowed:
             raise UserError(
-                f"{where} is the expert {name!r} of the owner {owner!r:.80}, signed by the key {key}{PUBLIC}, which may sign {allowed}; "
-                f"if it may sign this one too, say so in {POLICY} beside the key"
+                f"{where} is the expert {name!r} of the owner {owner!r:.80}, signed by the key"
+                f" {key}{PUBLIC}, which may sign {allowed}; if it may sign this one too, say so in"
+                f" {POLICY} beside the key"
             )
 
 
@@ -116,38 +137,57 @@ ANY = Trust()
 
 
 def keygen(out: Path) -> str:
-    """Writes a new private key, readable by its owner only, and the public one beside it, or none; returns the public key in base 64.
+    """Writes a new private key, readable by its owner only, and the public one beside it, or none;
+    returns the public key in base 64.
 
     Raises UserError where one of both files exists, where they cannot be written, and inside an anchor, a contribution and their like.
     """
     check_new_file(out)
     key = Ed25519PrivateKey.generate()
     encoding = serialization.Encoding.PEM
-    private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    public = key.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+    private = key.private_bytes(
+        encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = key.public_key().public_bytes(
+        encoding, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
     write_together({out.with_name(out.name + PUBLIC): (public, 0o644), out: (private, 0o600)})
     return _encoded(key.public_key())
 
 
 def load_key(path: Path) -> Ed25519PrivateKey:
-    """A private key. Raises UserError where there is none, and for one that somebody else owns or can read."""
+    """A private key. Raises UserError where there is none, and for one that somebody else owns or
+    can read."""
     try:
         with open_regular(absolute(path)) as file:
             status, text = os.fstat(file.fileno()), file.read(KEY_LIMIT + 1)
     except OSError as error:
-        raise UserError(f"cannot read the key {path}: {reason(error)}; expected a regular file") from None
+        raise UserError(
+            f"cannot read the key {path}: {reason(error)}; expected a regular file"
+        ) from None
     try:
         if len(text) > KEY_LIMIT:
             raise ValueError(f"it has more than {KEY_LIMIT} bytes")
         key = serialization.load_pem_private_key(text, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise UserError(f"{path} is not a private key without a password in PEM; make one with `flexolmo keygen`") from None
+        raise UserError(
+            f"{path} is not a private key without a password in PEM; make one with `flexolmo"
+            " keygen`"
+        ) from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise UserError(f"{path} is a key of another kind; expected Ed25519 (`flexolmo keygen` makes one)")
+        raise UserError(
+            f"{path} is a key of another kind; expected Ed25519 (`flexolmo keygen` makes one)"
+        )
     if status.st_uid != os.geteuid():
-        raise UserError(f"the key {path} belongs to another user (uid {status.st_uid}), who can read it; make one of your own")
+        raise UserError(
+            f"the key {path} belongs to another user (uid {status.st_uid}), who can read it; make"
+            " one of your own"
+        )
     if (mode := stat.S_IMODE(status.st_mode)) & 0o077:
-        raise UserError(f"the key {path} can be read or changed by others (mode {mode:o}); expected 600; run: chmod 600 {path}")
+        raise UserError(
+            f"the key {path} can be read or changed by others (mode {mode:o}); expected 600; run:"
+            f" chmod 600 {path}"
+        )
     return key
 
 
@@ -157,10 +197,16 @@ def sign(manifest: bytes, key: Ed25519PrivateKey) -> bytes:
 
 
 def check_signature(
-    manifest: bytes, signature: bytes | None, trust: Trust, where: Path, *, name: str | None = None, owner: str = ""
+    manifest: bytes,
+    signature: bytes | None,
+    trust: Trust,
+    where: Path,
+    *,
+    name: str | None = None,
+    owner: str = "",
 ) -> dict[str, Any] | None:
-    """Who signed a manifest, which is of this expert of this owner: the public key, and the name it is listed under. Other files are of
-    no expert.
+    """Who signed a manifest, which is of this expert of this owner: the public key, and the name it
+    is listed under. Other files are of no expert.
 
     Raises UserError for what is not let in.
     """
@@ -174,20 +220,27 @@ def check_signature(
         public, signed = fields["public_key"], fields["signature"]
         if signature != _spelled(public, signed):
             raise ValueError("not the canonical spelling")
-        raw_public, raw_signed = (base64.b64decode(text, validate=True) for text in (public, signed))
+        raw_public, raw_signed = (
+            base64.b64decode(text, validate=True) for text in (public, signed)
+        )
         if (_base64(raw_public), _base64(raw_signed)) != (public, signed):
             raise ValueError("not canonical base 64")
         key = Ed25519PublicKey.from_public_bytes(raw_public)
     except ValueError as error:
-        raise UserError(f"the signature of {where} is damaged ({error!s:.120}); ask its owner for it again") from None
+        raise UserError(
+            f"the signature of {where} is damaged ({error!s:.120}); ask its owner for it again"
+        ) from None
     if trust.keys is not None and public not in trust.keys:
         listed = ", ".join(sorted(trust.keys.values()))
-        raise UserError(f"{where} is signed by the key {public}; expected one of the listed ones: {listed}")
+        raise UserError(
+            f"{where} is signed by the key {public}; expected one of the listed ones: {listed}"
+        )
     try:
         key.verify(raw_signed, manifest)
     except InvalidSignature:
         raise UserError(
-            f"the signature of {where} is not one of its manifest; it was changed, or signed for another contribution"
+            f"the signature of {where} is not one of its manifest; it was changed, or signed for"
+            " another contribution"
         ) from None
     if trust.keys is None:
         return {"public_key": public}
@@ -202,7 +255,10 @@ def _as_read(name: str) -> str:
 
 
 def _spelled(public: str, signature: str) -> bytes:
-    return (canonical_json({"algorithm": ALGORITHM, "public_key": public, "signature": signature}) + "\n").encode()
+    return (
+        canonical_json({"algorithm": ALGORITHM, "public_key": public, "signature": signature})
+        + "\n"
+    ).encode()
 
 
 def _read_policy(path: Path, keys: set[str]) -> dict[str, Rule]:
@@ -210,9 +266,15 @@ def _read_policy(path: Path, keys: set[str]) -> dict[str, Rule]:
         rules = parse_yaml(read_bytes(absolute(path), POLICY_LIMIT), strings=True)
         conform(Policy, {"rules": rules})
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no policy: {reason(error):.200}; expected lines as `key: {{names: [...], owners: [...]}}`") from None
+        raise UserError(
+            f"{path} is no policy: {reason(error):.200}; expected lines as `key: {{names: [...],"
+            " owners: [...]}`"
+        ) from None
     if unknown := sorted(rules.keys() - keys):
-        raise UserError(f"{path} has a rule for {unknown[0]!r:.80}, but there is no such key; expected names of {', '.join(sorted(keys))}")
+        raise UserError(
+            f"{path} has a rule for {unknown[0]!r:.80}, but there is no such key; expected names of"
+            f" {', '.join(sorted(keys))}"
+        )
     return {key: Rule(**rule) for key, rule in rules.items()}
 
 
@@ -220,11 +282,17 @@ def _load_public(path: Path) -> Ed25519PublicKey:
     try:
         key = serialization.load_pem_public_key(read_bytes(absolute(path), KEY_LIMIT))
     except OSError as error:
-        raise UserError(f"cannot read the key {path}: {reason(error)}; expected a regular file") from None
+        raise UserError(
+            f"cannot read the key {path}: {reason(error)}; expected a regular file"
+        ) from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise UserError(f"{path} is not a public key in PEM; `flexolmo keygen` writes one") from None
+        raise UserError(
+            f"{path} is not a public key in PEM; `flexolmo keygen` writes one"
+        ) from None
     if not isinstance(key, Ed25519PublicKey):
-        raise UserError(f"{path} is a key of another kind; expected Ed25519 (`flexolmo keygen` makes one)")
+        raise UserError(
+            f"{path} is a key of another kind; expected Ed25519 (`flexolmo keygen` makes one)"
+        )
     return key
 
 

@@ -1,4 +1,5 @@
-"""The model: `init_params` makes a tree of arrays, `forward` and `decode` run it. Knows nothing of training or data."""
+"""The model: `init_params` makes a tree of arrays, `forward` and `decode` run it. Knows nothing of
+training or data."""
 
 from .layers import CACHE, KVCache
 from .moe import RouterOutput

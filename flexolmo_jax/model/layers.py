@@ -1,7 +1,9 @@
-"""The parts of an OLMo 2 layer that are not experts: RMSNorm, rotary positions, attention with QK-norm.
+"""The parts of an OLMo 2 layer that are not experts: RMSNorm, rotary positions, attention with
+QK-norm.
 
-Dims (used everywhere): B batch, T time, S key time, D model, H heads, K kv heads, C head size, F ffn, E experts, A active
-experts, V vocabulary, L layers. Each parameter names its logical axes; `sharding.py` maps them to the mesh.
+Dims (used everywhere): B batch, T time, S key time, D model, H heads, K kv heads, C head size, F
+ffn, E experts, A active experts, V vocabulary, L layers. Each parameter names its logical axes;
+`sharding.py` maps them to the mesh.
 """
 
 from typing import NamedTuple
@@ -16,7 +18,8 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.attention import attention, masked_attention
 from flexolmo_jax.runtime import sharding
 
-QUERIES, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)  # logical axes of activations
+# logical axes of activations
+QUERIES, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
 
 
 CACHE = ("layers", "batch", "kv_heads", None, None)
@@ -32,11 +35,20 @@ class KVCache(NamedTuple):
 class Linear(nnx.Module):
     """`x @ kernel`, no bias; the kernel is cast to the activations' dtype.
 
-    On rows: the kernel's gradient of a batch with two axes is a product that XLA transposes both sides of (CPU: 1.7 times the time).
+    On rows: the kernel's gradient of a batch with two axes is a product that XLA transposes both
+    sides of (CPU: 1.7 times the time).
     """
 
-    def __init__(self, shape: tuple[int, int], axes: tuple[str | None, str | None], config: ModelConfig, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape), axes=axes)
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        axes: tuple[str | None, str | None],
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(
+            config.init_std * jax.random.normal(rngs.params(), shape), axes=axes
+        )
 
     def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
         rows = x.reshape(-1, x.shape[-1])
@@ -44,30 +56,36 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * scale`, computed in float32 (OLMo 2 multiplies by the scale before casting back)."""
+    """`x / rms(x) * scale`, computed in float32 (OLMo 2 multiplies by the scale before casting
+    back)."""
 
     def __init__(self, size: int, axis: str | None, config: ModelConfig):
         self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
         self.eps = config.norm_eps
 
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
-        x32 = x.astype(jnp.float32)  # the mean of squares of a bfloat16 vector loses all of its digits
+        # the mean of squares of a bfloat16 vector loses all of its digits
+        x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rotate(x: Float[Array, "B T H C"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H C"]:
+def rotate(
+    x: Float[Array, "B T H C"], positions: Int[Array, "B T"], theta: float
+) -> Float[Array, "B T H C"]:
     """Rotary position embedding, half-split layout (HF's), cos and sin in float32."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # float32: positions in the thousands need more than 8 bits
+    # float32: positions in the thousands need more than 8 bits
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """Multi-head (or grouped-query) attention with RMSNorm over the whole query and key projections."""
+    """Multi-head (or grouped-query) attention with RMSNorm over the whole query and key
+    projections."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, C = config.d_model, config.d_head
@@ -92,7 +110,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Without a cache `visible` is the tokens' segments: attention is causal within each.
 
-        With one this call's keys and values are written at `slot` of this layer's part, and `visible` masks all its slots.
+        With one this call's keys and values are written at `slot` of this layer's part, and
+        `visible` masks all its slots.
         """
         B, T, _ = x.shape
         K, C, theta = self.config.n_kv_heads, self.config.d_head, self.config.rope_theta
@@ -101,12 +120,21 @@ class Attention(nnx.Module):
         v = self.v(x).reshape(B, T, K, C)
         if cache is None:
             # A custom call where there is one: the compiler does not partition it over a mesh.
-            attend = sharding.on_each_shard(mesh, _causal, (QUERIES, KEYS, KEYS, ("batch", None)), QUERIES)
+            attend = sharding.on_each_shard(
+                mesh, _causal, (QUERIES, KEYS, KEYS, ("batch", None)), QUERIES
+            )
             mixed = attend(q, k, v, visible)
         else:
-            # The whole cache goes from layer to layer, so that a step writes its own slots and copies nothing.
-            heads_first = ((old, new.transpose(0, 2, 1, 3)[None].astype(old.dtype)) for old, new in zip(cache, (k, v), strict=True))
-            written = (jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, slot, 0)) for old, new in heads_first)
+            # The whole cache goes from layer to layer, so that a step writes its own slots and
+            # copies nothing.
+            heads_first = (
+                (old, new.transpose(0, 2, 1, 3)[None].astype(old.dtype))
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+            written = (
+                jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, slot, 0))
+                for old, new in heads_first
+            )
             cache = KVCache(*written)
             mixed = masked_attention(q, cache.keys[layer], cache.values[layer], visible)
         return self.o(mixed.reshape(B, T, -1)), cache

@@ -1,9 +1,11 @@
 """OLMo 2 with experts in place of the FFN, as Flax NNX modules run by plain JAX on trees of arrays.
 
-    h = x + norm(attention(x));  y = h + norm(mixture(h))        ("reordered norm": the norm is on the branch, not on the input)
+    h = x + norm(attention(x));  y = h + norm(mixture(h))
 
-Layers are stacked and scanned. Parameters are a nested dict of arrays with three branches, whose paths are the same in
-configs, checkpoints and manifests:
+The norm is on the branch, not on the input ("reordered norm").
+
+Layers are stacked and scanned. Parameters are a nested dict of arrays with three branches, whose
+paths are the same in configs, checkpoints and manifests:
 
     trunk/...      embeddings, attention, norms, head
     experts/...    gate, up, down [L, E, ...], row [L, E, D], bias [L, E]: the anchor's expert first
@@ -29,7 +31,8 @@ Params = dict  # nested dict of arrays, see above
 
 
 class Output(NamedTuple):
-    """What comes before the logits, so that a loss may make them in parts; `router` has a leading layer axis."""
+    """What comes before the logits, so that a loss may make them in parts; `router` has a leading
+    layer axis."""
 
     hidden: Float[Array, "B T D"]
     head: Float[Array, "D V"]
@@ -43,7 +46,8 @@ class Output(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """Attention and the two norms; the experts come from outside, as they are stored and trained apart from the trunk."""
+    """Attention and the two norms; the experts come from outside, as they are stored and trained
+    apart from the trunk."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs)
@@ -65,32 +69,43 @@ class Layer(nnx.Module):
         slot: Int[Array, ""] | int = 0,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterOutput]:
-        """With a cache, `index` says which layer this is, and the experts' matrices are those of all layers."""
+        """With a cache, `index` says which layer this is, and the experts' matrices are those of
+        all layers."""
         with jax.named_scope("attention"):
-            attended, cache = self.attention(x, positions, visible, cache, 0 if index is None else index, slot, mesh)
+            attended, cache = self.attention(
+                x, positions, visible, cache, 0 if index is None else index, slot, mesh
+            )
             h = x + self.attention_norm(attended)
         with jax.named_scope("mixture"):
-            mixed, router = mixture(h, experts, active, allowed, noise, mesh, None if cache is None else index)
+            mixed, router = mixture(
+                h, experts, active, allowed, noise, mesh, None if cache is None else index
+            )
             return h + self.ffn_norm(mixed), cache, router
 
 
 class Trunk(nnx.Module):
-    """Everything of the anchor but its FFN and router: embeddings, stacked layers, final norm, head."""
+    """Everything of the anchor but its FFN and router: embeddings, stacked layers, final norm,
+    head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.d_model
-        self.embedding = nnx.Param(config.init_std * jax.random.normal(rngs.params(), (V, D)), axes=("vocab", "embed"))
+        self.embedding = nnx.Param(
+            config.init_std * jax.random.normal(rngs.params(), (V, D)), axes=("vocab", "embed")
+        )
         self.layers = nnx.vmap(functools.partial(Layer, config))(rngs.split(config.n_layers))
         self.norm = RMSNorm(D, None, config)
         self.head = Linear((D, V), ("embed", "vocab"), config, rngs)
 
 
 class Transformer(nnx.Module):
-    """A dense model, a merged model (`n_experts` > 1) or, with `pair`, the anchor beside one new expert."""
+    """A dense model, a merged model (`n_experts` > 1) or, with `pair`, the anchor beside one new
+    expert."""
 
     def __init__(self, config: ModelConfig, pair: bool, rngs: nnx.Rngs):
         def stack(num_experts: int, has_bias: bool) -> Experts:
-            return nnx.vmap(functools.partial(Experts, config, num_experts, has_bias))(rngs.split(config.n_layers))
+            return nnx.vmap(functools.partial(Experts, config, num_experts, has_bias))(
+                rngs.split(config.n_layers)
+            )
 
         self.config = config
         self.trunk = Trunk(config, rngs)
@@ -115,30 +130,50 @@ class Transformer(nnx.Module):
         """`visible`: segments, or a mask over the cache, as `Attention` takes them."""
         trunk = self.trunk
         graph, layers = nnx.split(trunk.layers)
-        # The scan hands each layer a copy of its slice. Decoding is too short for that: there a layer gets the matrices of all layers
-        # and takes what its tokens choose, mostly a few experts.
+        # The scan hands each layer a copy of its slice. Decoding is too short for that: there a
+        # layer gets the matrices of all layers and takes what its tokens choose, mostly a few
+        # experts.
         whole = Experts.is_matrix if cache is not None else nnx.Nothing()
-        groups = [nnx.split(group, whole, ...) for group in (self.experts, self.expert) if group is not None]
+        groups = [
+            nnx.split(group, whole, ...)
+            for group in (self.experts, self.expert)
+            if group is not None
+        ]
 
         def layer_step(carry, xs):
             x, cache = carry
             state, states, index, noise = xs
             layer = nnx.merge(graph, state)
-            experts = tuple(nnx.merge(graph, whole, state) for (graph, whole, _), state in zip(groups, states, strict=True))
+            experts = tuple(
+                nnx.merge(graph, whole, state)
+                for (graph, whole, _), state in zip(groups, states, strict=True)
+            )
             y, cache, router = layer(
-                x, experts, positions, visible,
-                active=active, allowed=allowed, noise=noise, cache=cache, index=index, slot=slot, mesh=mesh,
-            )  # fmt: skip
+                x,
+                experts,
+                positions,
+                visible,
+                active=active,
+                allowed=allowed,
+                noise=noise,
+                cache=cache,
+                index=index,
+                slot=slot,
+                mesh=mesh,
+            )
             return (y, cache), router
 
         x = trunk.embedding[...][tokens].astype(dtype)
         step, index = rematerialised(layer_step, remat), jnp.arange(self.config.n_layers)
-        (x, cache), router = jax.lax.scan(step, (x, cache), (layers, [state for *_, state in groups], index, router_noise))
+        (x, cache), router = jax.lax.scan(
+            step, (x, cache), (layers, [state for *_, state in groups], index, router_noise)
+        )
         return Output(trunk.norm(x), trunk.head.kernel[...].astype(x.dtype), router, cache)
 
 
 def rematerialised(step, policy: str):
-    """What the backward pass recomputes: nothing, everything but the layer's input, or all but matrix products."""
+    """What the backward pass recomputes: nothing, everything but the layer's input, or all but
+    matrix products."""
     if policy == "none":
         return step
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -163,31 +198,53 @@ def forward(
     mesh: Mesh | None = None,
     router_noise: Float[Array, "L B T E"] | None = None,
 ) -> Output:
-    """Whole sequences. `segments` marks packed documents (0 is padding): no token attends outside its own.
+    """Whole sequences. `segments` marks packed documents (0 is padding): no token attends outside
+    its own.
 
-    `active` defaults to the config's for a merged model and to all experts for a pair. `allowed` excludes experts at run time.
-    `mesh` is the one that parameters and batch are spread over, where they are.
-    `router_noise` is added to the routers' logits where they weight experts, not to what is reported of them.
+    `active` defaults to the config's for a merged model and to all experts for a pair. `allowed`
+    excludes experts at run time. `mesh` is the one that parameters and batch are spread over, where
+    they are. `router_noise` is added to the routers' logits where they weight experts, not to what
+    is reported of them.
     """
     if segments is None:
         segments = jnp.ones(tokens.shape, jnp.int32)
     active, allowed = _all_experts(config, params, active, allowed)
     model, positions = bind(config, params), document_positions(segments)
     return model(
-        tokens, positions, segments, active=active, allowed=allowed, dtype=dtype, remat=remat, mesh=mesh, router_noise=router_noise,
-    )  # fmt: skip
+        tokens,
+        positions,
+        segments,
+        active=active,
+        allowed=allowed,
+        dtype=dtype,
+        remat=remat,
+        mesh=mesh,
+        router_noise=router_noise,
+    )
 
 
-def forward_layer(config: ModelConfig, params: Params, x: Float[Array, "B T D"], segments: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """One layer of a pair, for models of which only a layer fits the memory; both experts are active.
+def forward_layer(
+    config: ModelConfig, params: Params, x: Float[Array, "B T D"], segments: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """One layer of a pair, for models of which only a layer fits the memory; both experts are
+    active.
 
-    `params` are that layer's, without their axis of layers: `layer` (of the trunk), `experts` and `expert`. `x` comes from the layer
-    before: at first the embeddings of the tokens.
+    `params` are that layer's, without their axis of layers: `layer` (of the trunk), `experts` and
+    `expert`. `x` comes from the layer before: at first the embeddings of the tokens.
     """
     modules = _abstract(config, True)
     parts = {"layer": modules.trunk.layers, "experts": modules.experts, "expert": modules.expert}
-    layer, *experts = (nnx.merge(nnx.split(module)[0], params[name]) for name, module in parts.items())
-    return layer(x, tuple(experts), document_positions(segments), segments, active=2, allowed=jnp.ones(2, bool))[0]
+    layer, *experts = (
+        nnx.merge(nnx.split(module)[0], params[name]) for name, module in parts.items()
+    )
+    return layer(
+        x,
+        tuple(experts),
+        document_positions(segments),
+        segments,
+        active=2,
+        allowed=jnp.ones(2, bool),
+    )[0]
 
 
 def decode(
@@ -204,13 +261,26 @@ def decode(
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
 ) -> Output:
-    """One step over a KV cache of S slots: `tokens` are written at `slot` and attend wherever `mask` says (prefill and decode alike)."""
+    """One step over a KV cache of S slots: `tokens` are written at `slot` and attend wherever
+    `mask` says (prefill and decode alike)."""
     active, allowed = _all_experts(config, params, active, allowed)
     model = bind(config, params)
-    return model(tokens, positions, mask, active=active, allowed=allowed, cache=cache, slot=slot, dtype=dtype, mesh=mesh)
+    return model(
+        tokens,
+        positions,
+        mask,
+        active=active,
+        allowed=allowed,
+        cache=cache,
+        slot=slot,
+        dtype=dtype,
+        mesh=mesh,
+    )
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
+def empty_cache(
+    config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32
+) -> KVCache:
     shape = (config.n_layers, batch, config.n_kv_heads, slots, config.d_head)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -221,9 +291,12 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
 
 
 def document_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each token within its own document: a packed document sees the positions it would have alone."""
+    """Position of each token within its own document: a packed document sees the positions it would
+    have alone."""
     index = jnp.arange(segments.shape[1])
-    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
+    starts = jnp.concatenate(
+        [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
+    )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
@@ -233,7 +306,8 @@ def num_experts(config: ModelConfig, params: Params) -> int:
 
 
 def logical_axes(config: ModelConfig, *, pair: bool = False) -> Params:
-    """The logical axis names of every parameter, in the shape of the parameter tree; stacked ones start with "layers"."""
+    """The logical axis names of every parameter, in the shape of the parameter tree; stacked ones
+    start with "layers"."""
     axes = {}
     for path, variable in nnx.to_flat_state(nnx.state(_abstract(config, pair))):
         names = variable.get_metadata()["axes"]
@@ -246,7 +320,10 @@ def logical_axes(config: ModelConfig, *, pair: bool = False) -> Params:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its path. Nothing is allocated."""
-    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(nnx.state(_abstract(config, False)))}
+    return {
+        "/".join(map(str, path)): variable.shape
+        for path, variable in nnx.to_flat_state(nnx.state(_abstract(config, False)))
+    }
 
 
 @functools.lru_cache
@@ -259,8 +336,11 @@ def _graph(config: ModelConfig, pair: bool) -> nnx.GraphDef:
     return nnx.split(_abstract(config, pair))[0]
 
 
-def _all_experts(config: ModelConfig, params: Params, active: int | None, allowed: Array | None) -> tuple[int, Array]:
-    """Defaults: every expert allowed; the config's number of active ones, both of them in a pair."""
+def _all_experts(
+    config: ModelConfig, params: Params, active: int | None, allowed: Array | None
+) -> tuple[int, Array]:
+    """Defaults: every expert allowed; the config's number of active ones, both of them in a
+    pair."""
     E = num_experts(config, params)
     if active is None:
         active = E if "expert" in params else config.n_active

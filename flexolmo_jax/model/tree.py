@@ -1,4 +1,5 @@
-"""Parameter trees as flat dicts by path ("trunk/layers/attention/q/kernel") and back; picking parts of them by path."""
+"""Parameter trees as flat dicts by path ("trunk/layers/attention/q/kernel") and back; picking parts
+of them by path."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key in sorted(tree):
         value = tree[key]
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= (
+            flatten(value, f"{prefix}{key}/")
+            if isinstance(value, Mapping)
+            else {prefix + key: value}
+        )
     return flat
 
 
@@ -24,10 +29,14 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def partition(tree: Mapping[str, Any], belongs: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+def partition(
+    tree: Mapping[str, Any], belongs: Callable[[str], bool]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parts of a tree whose paths belong, and the rest."""
     flat = flatten(tree)
-    return unflatten({k: v for k, v in flat.items() if belongs(k)}), unflatten({k: v for k, v in flat.items() if not belongs(k)})
+    return unflatten({k: v for k, v in flat.items() if belongs(k)}), unflatten(
+        {k: v for k, v in flat.items() if not belongs(k)}
+    )
 
 
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:

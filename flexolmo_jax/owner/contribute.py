@@ -1,6 +1,8 @@
-"""An owner's one command: documents -> prepared records -> pair training -> evaluation -> contribution. Resumes where it stopped.
+"""An owner's one command: documents -> prepared records -> pair training -> evaluation ->
+contribution. Resumes where it stopped.
 
-The work (private records, checkpoints) stays in `<out>.work`, or another place of the owner's; only `out` is handed over.
+The work (private records, checkpoints) stays in `<out>.work`, or another place of the owner's; only
+`out` is handed over.
 """
 
 from collections.abc import Sequence
@@ -39,10 +41,11 @@ def contribute(
 ) -> Contribution:
     """Trains an expert on documents against an anchor and packages it.
 
-    `config` is a pair's YAML whose anchor, name and data are filled in here; without it the defaults of a pair run apply. `sign_key` is
-    the owner's private key; `work` is where private records and checkpoints go (default: `<out>.work`). `allow_hub`: see `load_embedder`.
-    Raises UserError where a document file cannot be read, `out` holds something, the anchor is none, or `<out>.work` is in a bucket from
-    which the documents do not come: others may read there.
+    `config` is a pair's YAML whose anchor, name and data are filled in here; without it the
+    defaults of a pair run apply. `sign_key` is the owner's private key; `work` is where private
+    records and checkpoints go (default: `<out>.work`). `allow_hub`: see `load_embedder`. Raises
+    UserError where a document file cannot be read, `out` holds something, the anchor is none, or
+    `<out>.work` is in a bucket from which the documents do not come: others may read there.
     """
     anchor = open_anchor(anchor_path)
     check_new(out)
@@ -50,15 +53,25 @@ def contribute(
         load_key(sign_key)  # hours before it is used
     if work is None:
         work = out.with_name(out.name + ".work")
-        if in_bucket(work) and any(not in_bucket(path) or bucket_of(path) != bucket_of(work) for path in documents):
+        if in_bucket(work) and any(
+            not in_bucket(path) or bucket_of(path) != bucket_of(work) for path in documents
+        ):
             raise UserError(
-                f"your records would be written to {work}, in a bucket that the documents are not from; give --work, a place of your own"
+                f"your records would be written to {work}, in a bucket that the documents are not"
+                " from; give --work, a place of your own"
             )
     for path in documents:
         if not has_documents(path):
-            raise UserError(f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a directory of them)")
-    tree: dict[str, Any] = read_yaml(config) if config else {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
-    pair = {"anchor": str(anchor_path), "name": name} | ({"allow_hub_embedder": True} if allow_hub else {})
+            raise UserError(
+                f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a"
+                " directory of them)"
+            )
+    tree: dict[str, Any] = (
+        read_yaml(config) if config else {"optim": {"weight_decay": 0.0, "router_z_loss": 1e-3}}
+    )
+    pair = {"anchor": str(anchor_path), "name": name} | (
+        {"allow_hub_embedder": True} if allow_hub else {}
+    )
     tree |= {"run": "pair", "pair": section_of(tree, "pair") | pair}
     data = {"seq_len": Index.read(anchor.path / "public").seq_len} | section_of(tree, "data")
     tree["data"] = data | {"train": [{"path": str(work / "data"), "name": name}], "eval": []}
@@ -71,10 +84,14 @@ def contribute(
             remove_if_empty(work)  # an earlier run's directory stays
             raise
     elif Index.read(work / "data").inputs != _inputs(documents):
-        raise UserError(f"{work} was made of other documents; delete it to start anew, or give a new --out")
+        raise UserError(
+            f"{work} was made of other documents; delete it to start anew, or give a new --out"
+        )
     if not says(tree, overrides, "train", "steps"):
         records = len(open_records(work / "data", "train"))
-        steps = max(1, round(EPOCHS * records / (run.data.batch_size * (1 - run.pair.public_share))))
+        steps = max(
+            1, round(EPOCHS * records / (run.data.batch_size * (1 - run.pair.public_share)))
+        )
         run = resolve(tree, [*overrides, f"train.steps={steps}"])
     train_pair(run, work / "run")
     return package(work / "run", out, sign_key=sign_key)

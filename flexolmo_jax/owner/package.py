@@ -1,4 +1,5 @@
-"""Packaging: an owner's pair run becomes a contribution, evaluated as it is handed over; or an expert of an imported model does."""
+"""Packaging: an owner's pair run becomes a contribution, evaluated as it is handed over; or an
+expert of an imported model does."""
 
 import dataclasses
 import hashlib
@@ -40,11 +41,14 @@ from flexolmo_jax.train.evaluate import make_scorer, score_records
 from flexolmo_jax.train.sources import evaluation_sets
 
 
-def package(source: Path, out: Path, which: str = "last", sign_key: Path | None = None) -> Contribution:
-    """Makes a contribution of a pair's run: cast to the anchor's dtype first, then evaluated: what is merged is what was measured.
+def package(
+    source: Path, out: Path, which: str = "last", sign_key: Path | None = None
+) -> Contribution:
+    """Makes a contribution of a pair's run: cast to the anchor's dtype first, then evaluated: what
+    is merged is what was measured.
 
-    `sign_key` is an owner's private key. Raises UserError for a source that is no pair's run, a key that is none, and scores that
-    are not finite.
+    `sign_key` is an owner's private key. Raises UserError for a source that is no pair's run, a key
+    that is none, and scores that are not finite.
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
@@ -73,25 +77,36 @@ def package(source: Path, out: Path, which: str = "last", sign_key: Path | None 
         },
         "sequence": config.pair.sequence,
     }
-    return _hand_over(out, anchor, fields, "bias" in released, lambda leaf, layer: released[leaf][layer, 0], key)
+    return _hand_over(
+        out, anchor, fields, "bias" in released, lambda leaf, layer: released[leaf][layer, 0], key
+    )
 
 
-def package_imported(source: Path, name: str, anchor_path: Path, out: Path, sign_key: Path | None = None) -> Contribution:
-    """Makes a contribution of an expert of an imported model, to the anchor that was published of that model, a tensor at a time.
+def package_imported(
+    source: Path, name: str, anchor_path: Path, out: Path, sign_key: Path | None = None
+) -> Contribution:
+    """Makes a contribution of an expert of an imported model, to the anchor that was published of
+    that model, a tensor at a time.
 
-    Its values are the model's, cast to the anchor's dtype. Raises UserError for a model that was not imported, an expert it does not
-    have, and another anchor than its own.
+    Its values are the model's, cast to the anchor's dtype. Raises UserError for a model that was
+    not imported, an expert it does not have, and another anchor than its own.
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
     model, anchor = open_artifact(source), open_anchor(anchor_path)
     if model.kind != "model" or model.fingerprint is not None:
-        raise UserError(f"{source} is not an imported model; expected one that `flexolmo import-hf` made, or a pair's run without --expert")
+        raise UserError(
+            f"{source} is not an imported model; expected one that `flexolmo import-hf` made, or a"
+            " pair's run without --expert"
+        )
     model.check_experts([name])
     arrays = {path: array.astype(anchor.dtype) for path, array in model.arrays().items()}
     for path, entry in anchor.description["tensors"].items():
         if _digest(model, path, arrays[path], anchor.dtype) != entry["sha256"]:
-            raise UserError(f"{anchor_path} is not the anchor of {source}: {path} differs; give what `flexolmo publish` made of {source}")
+            raise UserError(
+                f"{anchor_path} is not the anchor of {source}: {path} differs; give what `flexolmo"
+                f" publish` made of {source}"
+            )
     index = model.experts.index(name)
     fields = {
         "name": name,
@@ -102,7 +117,9 @@ def package_imported(source: Path, name: str, anchor_path: Path, out: Path, sign
         "training": {"imported": model.description["imported"]},
         "sequence": 1,
     }
-    return _hand_over(out, anchor, fields, False, lambda leaf, layer: arrays[f"experts/{leaf}"][layer, index], key)
+    return _hand_over(
+        out, anchor, fields, False, lambda leaf, layer: arrays[f"experts/{leaf}"][layer, index], key
+    )
 
 
 def _hand_over(
@@ -113,7 +130,8 @@ def _hand_over(
     tensor: Callable[[str, int], np.ndarray],
     key: Ed25519PrivateKey | None,
 ) -> Contribution:
-    """Writes a contribution; `tensor` gives a leaf of a layer. `fields` are those of the manifest that say who and how."""
+    """Writes a contribution; `tensor` gives a leaf of a layer. `fields` are those of the manifest
+    that say who and how."""
     shapes = dict(sorted(tensor_shapes(anchor.config, has_bias).items()))
     entries: dict[str, Any] = {}
 
@@ -121,11 +139,19 @@ def _hand_over(
         for name in shapes:
             path, layer = leaf_of(name)
             values = np.asarray(tensor(path.removeprefix("experts/"), layer))
-            entries[name] = {"dtype": str(values.dtype), "shape": list(values.shape), "sha256": tensor_digest(values)}
+            entries[name] = {
+                "dtype": str(values.dtype),
+                "shape": list(values.shape),
+                "sha256": tensor_digest(values),
+            }
             yield values
 
     with new_directory(out) as directory:
-        write_tensors(directory / TENSORS, {name: (anchor.dtype, shape) for name, shape in shapes.items()}, tensors())
+        write_tensors(
+            directory / TENSORS,
+            {name: (anchor.dtype, shape) for name, shape in shapes.items()},
+            tensors(),
+        )
         with TensorFile(directory / TENSORS) as file:
             header = file.header_sha256
         manifest = fields | {
@@ -153,31 +179,47 @@ def _hand_over(
 
 
 def _digest(model: Artifact, path: str, array: Stored, dtype: str) -> str:
-    """Of the anchor's part of an array, in this dtype: read only where the model's own digest is of another one."""
+    """Of the anchor's part of an array, in this dtype: read only where the model's own digest is of
+    another one."""
     if model.dtype == dtype:
         return anchor_tensors(model.description)[path]["sha256"]
     anchors = dataclasses.replace(array, expert=0) if path.startswith("experts/") else array
     digest = hashlib.sha256()
-    for box in layouts(model.config, {path: {"dtype": dtype, "shape": anchors.shape}})[path].boxes():
+    for box in layouts(model.config, {path: {"dtype": dtype, "shape": anchors.shape}})[
+        path
+    ].boxes():
         digest.update(np.ascontiguousarray(anchors[box]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
-def _evaluate(run: Artifact, anchor: Artifact, params: Params, released: dict[str, np.ndarray], config: RunConfig) -> dict[str, Any]:
-    """Held-out bits per byte of the anchor and of the pair as it is handed over, on the owner's text and on public text."""
+def _evaluate(
+    run: Artifact,
+    anchor: Artifact,
+    params: Params,
+    released: dict[str, np.ndarray],
+    config: RunConfig,
+) -> dict[str, Any]:
+    """Held-out bits per byte of the anchor and of the pair as it is handed over, on the owner's
+    text and on public text."""
     assert config.pair is not None
     public = Dataset(path=config.pair.public or str(anchor.path / "public"), name="public")
     heldout = {d.title: d.path for d in evaluation_sets(config.data, [public])}
     pair = params | {"expert": {name: jnp.asarray(a) for name, a in released.items()}}
     dense = {name: branch for name, branch in params.items() if name != "expert"}
-    scorers = {"anchor": (make_scorer(anchor.config), dense), "pair": (make_scorer(run.config), pair)}
+    scorers = {
+        "anchor": (make_scorer(anchor.config), dense),
+        "pair": (make_scorer(run.config), pair),
+    }
     scores: dict[str, Any] = {who: {} for who in scorers}
     for name, path in heldout.items():
-        # Records are scored whatever their length: an owner's need not be as long as the anchor's public ones.
+        # Records are scored whatever their length: an owner's need not be as long as the anchor's
+        # public ones.
         records = open_heldout(path_of(path), run.tokenizer, config.data.seq_len)
         if len(records):
             for who, (scorer, weights) in scorers.items():
-                score = score_records(scorer, weights, records, run.tokenizer, limit=config.train.eval_records)
+                score = score_records(
+                    scorer, weights, records, run.tokenizer, limit=config.train.eval_records
+                )
                 scores[who][name] = round(score.bits_per_byte, 6)
     return scores
 

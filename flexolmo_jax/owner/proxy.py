@@ -1,10 +1,12 @@
-"""Proxies: public documents that resemble an owner's private ones, chosen by the owner, for tuning the router after a merge.
+"""Proxies: public documents that resemble an owner's private ones, chosen by the owner, for tuning
+the router after a merge.
 
-A classifier, private against public, is trained on an embedder's vectors of both (FlexOlmo, arXiv 2507.07024, section 3.3), scores the
-public documents, and the most private-like are kept. It is trained twice, on one half of the documents each, and every document is
-scored by the classifier that has not seen it. What leaves are public documents, ordered by their digests; which of them, by design,
-tells something about the private ones, as a domain's name does. A document that is both private and public is neither learnt from nor
-kept: to choose it would tell that the owner has it.
+A classifier, private against public, is trained on an embedder's vectors of both (FlexOlmo, arXiv
+2507.07024, section 3.3), scores the public documents, and the most private-like are kept. It is
+trained twice, on one half of the documents each, and every document is scored by the classifier
+that has not seen it. What leaves are public documents, ordered by their digests; which of them, by
+design, tells something about the private ones, as a domain's name does. A document that is both
+private and public is neither learnt from nor kept: to choose it would tell that the owner has it.
 """
 
 import json
@@ -25,13 +27,17 @@ from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.storage.files import check_new_file, write_new
 
 SHARE = 0.01  # of the public documents
-FEWEST, MOST = 10, 250_000  # documents of each kind that the classifier is trained on (the paper: 500k, balanced)
+# documents of each kind that the classifier is trained on (the paper: 500k, balanced)
+FEWEST, MOST = 10, 250_000
 GROUP = 4096  # candidates among which diverse ones are chosen at once
-RIDGE = 1e-3  # of a document's own likelihood: that much of it is like no other, so that more can be chosen than vectors are wide
+# of a document's own likelihood: that much of it is like no other, so that more can be chosen than
+# vectors are wide
+RIDGE = 1e-3
 
 
 class Proxies(NamedTuple):
-    """What was chosen, and how well the classifier tells private from public documents that it was not trained on."""
+    """What was chosen, and how well the classifier tells private from public documents that it was
+    not trained on."""
 
     documents: int
     of: int  # public documents that were scored
@@ -56,19 +62,25 @@ def select_proxies(
 ) -> Proxies:
     """Writes a share of the public documents, those most like the private ones, as a .jsonl.
 
-    `diversity`: above 1, chosen from so many times as many of the most private-like, greedily by a determinantal point process, which
-    weighs likeness to the private documents against likeness to what is chosen already. Documents that are held out for evaluation
-    are neither learnt from nor chosen. The text of the private documents and of the candidates is in memory, that of the others is not.
-    `allow_hub`: see `load_embedder`.
-    Raises UserError for an output that exists or is no .jsonl, and where there are too few documents of either kind.
+    `diversity`: above 1, chosen from so many times as many of the most private-like, greedily by a
+    determinantal point process, which weighs likeness to the private documents against likeness to
+    what is chosen already. Documents that are held out for evaluation are neither learnt from nor
+    chosen. The text of the private documents and of the candidates is in memory, that of the others
+    is not. `allow_hub`: see `load_embedder`. Raises UserError for an output that exists or is no
+    .jsonl, and where there are too few documents of either kind.
     """
     if out.suffix != ".jsonl":
         raise UserError(f"--out is {out}; expected a new file that ends in .jsonl")
     check_new_file(out)
     if not 0 < share < 1 or diversity < 1:
-        raise UserError(f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and 1 or more")
+        raise UserError(
+            f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and"
+            " 1 or more"
+        )
     anchor = open_anchor(anchor_path)
-    embedder = widened(load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub))
+    embedder = widened(
+        load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    )
     own = {digest_of(text): text for text in _documents(private, heldout)}
     both, seen = set[bytes](), set[bytes]()
     for text in _documents(public, heldout):
@@ -78,13 +90,18 @@ def select_proxies(
     count = min(len(own), len(seen), MOST)
     if count < FEWEST:
         raise UserError(
-            f"there are {len(own)} private and {len(seen)} public documents to learn from ({len(both)} are both, held-out ones are not "
-            f"counted); expected at least {FEWEST} of each"
+            f"there are {len(own)} private and {len(seen)} public documents to learn from"
+            f" ({len(both)} are both, held-out ones are not counted); expected at least {FEWEST} of"
+            " each"
         )
     learnt_from = {digest: own[digest] for digest in list(own)[:count]}
-    learnt_from |= {digest_of(text): text for text in _distinct(public, heldout, set(sorted(seen)[:count]))}
+    learnt_from |= {
+        digest_of(text): text for text in _distinct(public, heldout, set(sorted(seen)[:count]))
+    }
     digests = sorted(learnt_from)
-    vectors = _embed(embedder, [learnt_from[digest] for digest in digests], "embedding what is learnt from")
+    vectors = _embed(
+        embedder, [learnt_from[digest] for digest in digests], "embedding what is learnt from"
+    )
     labels = np.array([digest in own for digest in digests], np.float32)
     classifiers = Classifiers.fit(digests, vectors, labels)
     accuracy = float(np.mean((classifiers.logits(digests, vectors) > 0) == (labels > 0)))
@@ -93,14 +110,22 @@ def select_proxies(
     with bar("scoring public documents", len(seen)) as advance:
         for chunk in _chunks(_distinct(public, heldout, seen)):
             digests = [digest_of(text) for text in chunk]
-            scored += zip(classifiers.logits(digests, embedder.embed(chunk)).tolist(), digests, strict=True)
+            scored += zip(
+                classifiers.logits(digests, embedder.embed(chunk)).tolist(), digests, strict=True
+            )
             advance(len(chunk))
     scored.sort(key=lambda one: (-one[0], one[1]))
     count = max(1, round(share * len(scored)))
     candidates = {digest: score for score, digest in scored[: count * diversity]}
     texts = {digest_of(text): text for text in _distinct(public, heldout, set(candidates))}
     kept = sorted(candidates) if diversity == 1 else _diverse(embedder, texts, candidates, count)
-    write_new(out, "".join(json.dumps({"text": texts[digest]}, ensure_ascii=False) + "\n" for digest in sorted(kept)).encode())
+    write_new(
+        out,
+        "".join(
+            json.dumps({"text": texts[digest]}, ensure_ascii=False) + "\n"
+            for digest in sorted(kept)
+        ).encode(),
+    )
     return Proxies(len(kept), len(scored), accuracy, int(labels.sum()))
 
 
@@ -110,7 +135,9 @@ class Classifiers(NamedTuple):
     each: tuple["Classifier", "Classifier"]
 
     @classmethod
-    def fit(cls, digests: Sequence[bytes], vectors: np.ndarray, labels: np.ndarray) -> "Classifiers":
+    def fit(
+        cls, digests: Sequence[bytes], vectors: np.ndarray, labels: np.ndarray
+    ) -> "Classifiers":
         halves = np.array([_half(digest) for digest in digests])
         first, second = (fit(vectors[halves == half], labels[halves == half]) for half in (0, 1))
         return cls((first, second))
@@ -129,13 +156,16 @@ class Classifier(NamedTuple):
 
 
 def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier:
-    """Logistic regression of labels 0 and 1 on vectors [n, F] (weights have a Gaussian prior of deviation 1), by L-BFGS."""
+    """Logistic regression of labels 0 and 1 on vectors [n, F] (weights have a Gaussian prior of
+    deviation 1), by L-BFGS."""
     n = len(labels)
     scale = np.float32(np.sqrt(vectors.shape[1]))  # unit vectors: entries of about 1
 
     def loss(model):
         logits = vectors @ (scale * model[0]) + model[1]
-        return jnp.mean(jnp.logaddexp(0, logits) - labels * logits) + jnp.sum((scale * model[0]) ** 2) / (2 * n)
+        return jnp.mean(jnp.logaddexp(0, logits) - labels * logits) + jnp.sum(
+            (scale * model[0]) ** 2
+        ) / (2 * n)
 
     solver = optax.lbfgs()
 
@@ -147,7 +177,9 @@ def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier
         def step(_, carry):
             model, state = carry
             value, gradient = value_and_gradient(model, state=state)
-            updates, state = solver.update(gradient, state, model, value=value, grad=gradient, value_fn=loss)
+            updates, state = solver.update(
+                gradient, state, model, value=value, grad=gradient, value_fn=loss
+            )
             return optax.apply_updates(model, updates), state
 
         return jax.lax.fori_loop(0, steps, step, (model, solver.init(model)))[0]
@@ -157,9 +189,11 @@ def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier
 
 
 def diverse(vectors: np.ndarray, quality: np.ndarray, count: int) -> list[int]:
-    """The likeliest set of so many items under a determinantal point process, greedily (Chen et al., arXiv 1709.05135), in order.
+    """The likeliest set of so many items under a determinantal point process, greedily (Chen et
+    al., arXiv 1709.05135), in order.
 
-    Its kernel is quality_i * quality_j * cosine of vectors i and j: a set is the likelier the better its items and the less alike.
+    Its kernel is quality_i * quality_j * cosine of vectors i and j: a set is the likelier the
+    better its items and the less alike.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     left = quality.astype(np.float64) ** 2 * (1 + RIDGE)
@@ -175,11 +209,15 @@ def diverse(vectors: np.ndarray, quality: np.ndarray, count: int) -> list[int]:
     return chosen
 
 
-def _diverse(embedder: Embedder, texts: dict[bytes, str], scores: dict[bytes, float], count: int) -> list[bytes]:
+def _diverse(
+    embedder: Embedder, texts: dict[bytes, str], scores: dict[bytes, float], count: int
+) -> list[bytes]:
     """In groups of some thousands, each of which gives the same share."""
     order = sorted(texts)
     groups = np.array_split(np.arange(len(order)), -(-len(order) // GROUP))
-    ends = np.round(np.cumsum([0, *(len(group) for group in groups)]) * count / len(order)).astype(int)
+    ends = np.round(np.cumsum([0, *(len(group) for group in groups)]) * count / len(order)).astype(
+        int
+    )
     kept = []
     for group, start, end in zip(groups, ends[:-1], ends[1:], strict=True):
         digests = [order[i] for i in group]
@@ -210,7 +248,9 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _documents(paths: Sequence[Path], heldout: float) -> Iterator[str]:
-    return (text for path in paths for text in read_training_documents(path, heldout) if text.strip())
+    return (
+        text for path in paths for text in read_training_documents(path, heldout) if text.strip()
+    )
 
 
 def _distinct(paths: Sequence[Path], heldout: float, wanted: set[bytes]) -> Iterator[str]:

@@ -1,6 +1,8 @@
-"""`flexolmo screen`: what somebody else's contribution would do to one's own text, told to nobody but by one number.
+"""`flexolmo screen`: what somebody else's contribution would do to one's own text, told to nobody
+but by one number.
 
-The model as it is, and the same with the candidate appended, in memory, are scored on the held-out records of the owner's documents.
+The model as it is, and the same with the candidate appended, in memory, are scored on the held-out
+records of the owner's documents.
 """
 
 import dataclasses
@@ -37,13 +39,18 @@ def screen(
     sign_key: Path | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the verdict and returns it, with the bits per byte that it came from, which are not in it.
+    """Writes the verdict and returns it, with the bits per byte that it came from, which are not in
+    it.
 
-    `model_path` is a merged model on this anchor, or the anchor; `documents` are the owner's, or prepared directories of them.
-    Raises UserError for a candidate that does not fit, text with nothing held out, and numbers that are not finite.
+    `model_path` is a merged model on this anchor, or the anchor; `documents` are the owner's, or
+    prepared directories of them. Raises UserError for a candidate that does not fit, text with
+    nothing held out, and numbers that are not finite.
     """
     if not 0 <= max_worse < math.inf:
-        raise UserError(f"--max-worse is {max_worse}; expected a part of bits per byte, as 0.02, and not below 0")
+        raise UserError(
+            f"--max-worse is {max_worse}; expected a part of bits per byte, as 0.02, and not"
+            " below 0"
+        )
     check_new_file(out)
     key = load_key(sign_key) if sign_key else None
     anchor, candidate = open_anchor(anchor_path), open_contribution(candidate_path)
@@ -53,7 +60,10 @@ def screen(
     without = _bits(model, documents, limit)
     with_it = _bits(appended(model, candidate), documents, limit)
     if not math.isfinite(with_it["bits"]):
-        raise UserError(f"{candidate.path} makes numbers that are not finite of your text; it is broken: refuse it")
+        raise UserError(
+            f"{candidate.path} makes numbers that are not finite of your text; it is broken:"
+            " refuse it"
+        )
     verdict = make_verdict(
         anchor=str(anchor.fingerprint),
         candidate=candidate.manifest["sha256"],
@@ -64,39 +74,66 @@ def screen(
         max_worse=max_worse,
     )
     write_verdict(verdict, key, out)
-    private = {"without": without["bits"] / without["bytes"], "with_the_candidate": with_it["bits"] / with_it["bytes"]}
+    private = {
+        "without": without["bits"] / without["bytes"],
+        "with_the_candidate": with_it["bits"] / with_it["bytes"],
+    }
     told = {"out": str(out), "signed": key is not None, **dataclasses.asdict(verdict)}
     return told | {"not_in_the_verdict": {"bits_per_byte": private}}
 
 
 def appended(model: LoadedModel, candidate: Contribution) -> LoadedModel:
-    """The model that `flexolmo append` would write, in memory. Raises UserError as `Contribution.tensors` does."""
-    experts, has_bias = dict(model.params["experts"]), model.config.router_bias or candidate.has_bias
+    """The model that `flexolmo append` would write, in memory. Raises UserError as
+    `Contribution.tensors` does."""
+    experts, has_bias = (
+        dict(model.params["experts"]),
+        model.config.router_bias or candidate.has_bias,
+    )
     L, E, dtype = model.config.n_layers, len(model.experts), experts["row"].dtype
     if has_bias and "bias" not in experts:
         experts["bias"] = jnp.zeros((L, E), dtype)
-    new = {name: np.zeros((L, 1, *experts[name].shape[2:]), dtype) for name in (*MATRICES, "row", *(["bias"] if has_bias else []))}
+    new = {
+        name: np.zeros((L, 1, *experts[name].shape[2:]), dtype)
+        for name in (*MATRICES, "row", *(["bias"] if has_bias else []))
+    }
     for name, tensor in candidate.tensors():
         leaf, layer = leaf_of(name)
         new[leaf.removeprefix("experts/")][layer, 0] = tensor
     joined = {name: jnp.concatenate([array, new[name]], axis=1) for name, array in experts.items()}
     active = active_among(model.config, E + 1)
-    config = dataclasses.replace(model.config, n_experts=E + 1, n_active=active, router_bias=has_bias)
-    artifact = dataclasses.replace(model.artifact, config=config, experts=(*model.experts, candidate.name))
+    config = dataclasses.replace(
+        model.config, n_experts=E + 1, n_active=active, router_bias=has_bias
+    )
+    artifact = dataclasses.replace(
+        model.artifact, config=config, experts=(*model.experts, candidate.name)
+    )
     return LoadedModel(artifact, model.params | {"experts": joined})
 
 
 def _check_model(model: Artifact, anchor: Artifact, candidate: Contribution) -> None:
     if model.kind == "run":
-        raise UserError(f"{model.path} is a run; expected a merged model, or the anchor (`flexolmo merge --anchor ANCHOR MINE` makes one)")
+        raise UserError(
+            f"{model.path} is a run; expected a merged model, or the anchor (`flexolmo merge"
+            " --anchor ANCHOR MINE` makes one)"
+        )
     if model.fingerprint != anchor.fingerprint:
-        raise UserError(f"{model.path} stands on the anchor {str(model.fingerprint)[:16]}; {anchor.path} is {str(anchor.fingerprint)[:16]}")
+        raise UserError(
+            f"{model.path} stands on the anchor {str(model.fingerprint)[:16]}; {anchor.path} is"
+            f" {str(anchor.fingerprint)[:16]}"
+        )
     if candidate.name in model.experts:
-        raise UserError(f"{model.path} already has an expert {candidate.name!r}; give the model without it (`flexolmo opt-out`)")
+        raise UserError(
+            f"{model.path} already has an expert {candidate.name!r}; give the model without it"
+            " (`flexolmo opt-out`)"
+        )
 
 
 def _bits(model: LoadedModel, documents: Sequence[Path], limit: int | None) -> dict[str, Any]:
     """Bits, tokens and bytes of all documents together."""
     scores = evaluate(model, documents, limit=limit)
     bits = sum(scores["bits_per_byte"][name] * count for name, count in scores["bytes"].items())
-    return {"bits": bits, "tokens": sum(scores["tokens"].values()), "bytes": sum(scores["bytes"].values())}
+    return {
+        "bits": bits,
+        "tokens": sum(scores["tokens"].values()),
+        "bytes": sum(scores["bytes"].values()),
+    }

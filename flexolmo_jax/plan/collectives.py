@@ -1,10 +1,12 @@
 """What a compiled program moves between devices, read from its HLO text.
 
-Every collective is counted as often as the loops around it run. The compiler overlaps many gathers and reductions with the products
-that they feed: as rings of `collective-permute` in a loop of their own, counted here as the gather or reduction that they are, move by
-move; or as one gather whose parts are spread over another loop, a chain of one channel. A gather over a whole torus is written
-as an all-reduce of arrays that are 0 but for each device's own part, a reduce-scatter as an all-reduce of which each device cuts out its
-part. They count as what they are too, and say so. Between slices the runtime does the exchange: the program only sends to it and receives.
+Every collective is counted as often as the loops around it run. The compiler overlaps many gathers
+and reductions with the products that they feed: as rings of `collective-permute` in a loop of their
+own, counted here as the gather or reduction that they are, move by move; or as one gather whose
+parts are spread over another loop, a chain of one channel. A gather over a whole torus is written
+as an all-reduce of arrays that are 0 but for each device's own part, a reduce-scatter as an
+all-reduce of which each device cuts out its part. They count as what they are too, and say so.
+Between slices the runtime does the exchange: the program only sends to it and receives.
 """
 
 import dataclasses
@@ -16,13 +18,31 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all", "collective-broadcast")
+KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "collective-permute",
+    "all-to-all",
+    "collective-broadcast",
+)
 _WIDTHS = {"pred": 1, "token": 0, "opaque": 0, "f8e4m3fn": 1, "f8e5m2": 1}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([0-9,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
-_COPIES = ("copy", "copy-start", "copy-done", "bitcast", "convert", "reshape", "transpose", "optimization-barrier")
+_COPIES = (
+    "copy",
+    "copy-start",
+    "copy-done",
+    "bitcast",
+    "convert",
+    "reshape",
+    "transpose",
+    "optimization-barrier",
+)
 _RING = re.compile(r"windowed_dot_general_body_(ag|rs)")
-_BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x[^"]*",_xla_megascale_transfer_type="(\w+)"')
+_BETWEEN_SLICES = re.compile(
+    r'_xla_megascale_target="\{([\d,:]+)\}x[^"]*",_xla_megascale_transfer_type="(\w+)"'
+)
 _RINGS = {"ag": "all-gather", "rs": "reduce-scatter"}
 
 
@@ -33,9 +53,12 @@ class Collective:
     kind: str  # one of KINDS
     axes: tuple[str, ...]  # mesh axes that it runs over
     size: int  # devices that take part together
-    bytes: float  # each device receives in one run: an all-reduce counts twice, as a reduce-scatter and a gather
+    # each device receives in one run: an all-reduce counts twice, as a reduce-scatter and a gather
+    bytes: float
     runs: int  # times a step
-    form: str  # "" as it stands; "ring": a move of a ring that is overlapped with a product; "all-reduce": written as one
+    # "" as it stands; "ring": a move of a ring that is overlapped with a product; "all-reduce":
+    # written as one
+    form: str
     source: str  # what it comes from: the operation's name in the traced program
     operand: str  # the first operand's HLO type, as f32[4096,256]
 
@@ -68,10 +91,11 @@ class _Computation:
 
 
 def collectives(hlo: str, mesh: Mapping[str, int], *, one_pass: bool = False) -> list[Collective]:
-    """All collectives of a partitioned program, a start and its done as one. `mesh`: axis sizes in the order of its devices.
+    """All collectives of a partitioned program, a start and its done as one. `mesh`: axis sizes in
+    the order of its devices.
 
-    `one_pass`: of the program's own loop, whose length its arguments decide, count one pass. Raises ValueError for any other loop around a
-    collective whose length the text does not tell.
+    `one_pass`: of the program's own loop, whose length its arguments decide, count one pass. Raises
+    ValueError for any other loop around a collective whose length the text does not tell.
     """
     computations, entry = _parse(hlo)
     found: dict[tuple[str, int], Collective] = {}
@@ -89,7 +113,11 @@ def collectives(hlo: str, mesh: Mapping[str, int], *, one_pass: bool = False) ->
         chained = "chain_id=" in instruction.rest and instruction.attribute("channel_id")
         name = chained or f"{computation.name}/{instruction.name}"
         op = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.rest)
-        operands = instruction.operands[:1] if kind == "collective-permute" or between else instruction.operands
+        operands = (
+            instruction.operands[:1]
+            if kind == "collective-permute" or between
+            else instruction.operands
+        )
         for i, operand in enumerate(operands):
             meaning, form = _meaning(computations, computation, instruction, kind, i)
             type_ = computation.instructions[operand].type
@@ -103,7 +131,8 @@ def collectives(hlo: str, mesh: Mapping[str, int], *, one_pass: bool = False) ->
                 source=op[1].replace("\\'", "'") if op else "",
                 operand=_array(type_),
             )
-            if (name, i) not in found or runs < found[name, i].runs:  # the parts of a chain run more often than it starts
+            # the parts of a chain run more often than it starts
+            if (name, i) not in found or runs < found[name, i].runs:
                 found[name, i] = one
     # The first and last moves of a ring stand outside of its loop.
     rings: dict[str, set[str]] = {}
@@ -111,9 +140,11 @@ def collectives(hlo: str, mesh: Mapping[str, int], *, one_pass: bool = False) ->
         if one.form == "ring":
             rings.setdefault(one.source, set()).add(one.kind)
     return [
-        dataclasses.replace(one, kind=next(iter(rings[one.source])), form="ring")
-        if one.kind == "collective-permute" and len(rings.get(one.source, ())) == 1
-        else one
+        (
+            dataclasses.replace(one, kind=next(iter(rings[one.source])), form="ring")
+            if one.kind == "collective-permute" and len(rings.get(one.source, ())) == 1
+            else one
+        )
         for one in found.values()
     ]
 
@@ -129,11 +160,18 @@ def _kind(instruction: _Instruction) -> str | None:
 
 def _count(text: str) -> int:
     """Of numbers and ranges: 0,2:4 are four."""
-    return sum(int(last or first) - int(first) + 1 for first, _, last in (part.partition(":") for part in text.split(",")))
+    return sum(
+        int(last or first) - int(first) + 1
+        for first, _, last in (part.partition(":") for part in text.split(","))
+    )
 
 
 def _meaning(
-    computations: dict[str, _Computation], computation: _Computation, instruction: _Instruction, kind: str, operand: int
+    computations: dict[str, _Computation],
+    computation: _Computation,
+    instruction: _Instruction,
+    kind: str,
+    operand: int,
 ) -> tuple[str, str]:
     """(kind, form) of what a collective does to one of its operands."""
     if kind == "collective-permute":
@@ -159,11 +197,17 @@ def _origin(computations: dict[str, _Computation], computation: _Computation, na
     return instruction.opcode
 
 
-def _users(computation: _Computation, instruction: _Instruction, output: int) -> list[tuple[_Instruction, str]]:
+def _users(
+    computation: _Computation, instruction: _Instruction, output: int
+) -> list[tuple[_Instruction, str]]:
     """Who reads an output of an instruction, with the name they read it by."""
     names = {instruction.name}
     if instruction.type.startswith("("):
-        elements = [i for i in computation.instructions.values() if i.opcode == "get-tuple-element" and instruction.name in i.operands]
+        elements = [
+            i
+            for i in computation.instructions.values()
+            if i.opcode == "get-tuple-element" and instruction.name in i.operands
+        ]
         names = {i.name for i in elements if i.attribute("index") == str(output)}
     found = []
     for other in computation.instructions.values():
@@ -200,7 +244,8 @@ def _received(kind: str, operand: int, size: int) -> float:
 def _walk(
     computations: dict[str, _Computation], name: str, runs: int, one_pass: bool = False
 ) -> Iterator[tuple[_Instruction, _Computation, int]]:
-    """Every instruction that runs, where it stands, and how often it runs. `one_pass`: of the loops that stand here."""
+    """Every instruction that runs, where it stands, and how often it runs. `one_pass`: of the loops
+    that stand here."""
     computation = computations[name]
     for instruction in computation.instructions.values():
         yield instruction, computation, runs
@@ -210,13 +255,22 @@ def _walk(
                 count = 1 if one_pass else _trip_count(computations, computation, instruction)
                 yield from _walk(computations, body, runs * count)
             continue
-        for key in ("calls", "to_apply", "true_computation", "false_computation", "branch_computations", "called_computations"):
+        for key in (
+            "calls",
+            "to_apply",
+            "true_computation",
+            "false_computation",
+            "branch_computations",
+            "called_computations",
+        ):
             match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", instruction.rest)
             for called in _NAME.findall(match[1]) if match else ():
                 yield from _walk(computations, called, runs)
 
 
-def _has_collectives(computations: dict[str, _Computation], name: str, seen: set[str] | None = None) -> bool:
+def _has_collectives(
+    computations: dict[str, _Computation], name: str, seen: set[str] | None = None
+) -> bool:
     seen = set() if seen is None else seen
     if name in seen or name not in computations:
         return False
@@ -224,12 +278,17 @@ def _has_collectives(computations: dict[str, _Computation], name: str, seen: set
     for instruction in computations[name].instructions.values():
         if _kind(instruction):
             return True
-        if any(_has_collectives(computations, called, seen) for called in _NAME.findall(instruction.rest)):
+        if any(
+            _has_collectives(computations, called, seen)
+            for called in _NAME.findall(instruction.rest)
+        ):
             return True
     return False
 
 
-def _trip_count(computations: dict[str, _Computation], around: _Computation, loop: _Instruction) -> int:
+def _trip_count(
+    computations: dict[str, _Computation], around: _Computation, loop: _Instruction
+) -> int:
     """How often a loop runs, of the kind `for (i = start; i < end; i += step)`."""
     known = re.search(r"known_trip_count[^0-9]*(\d+)", loop.rest)
     if known:
@@ -244,7 +303,12 @@ def _trip_count(computations: dict[str, _Computation], around: _Computation, loo
     else:
         sides = [_resolve(condition, name) for name in compare.operands]
     direction = compare.attribute("direction")
-    if compare.opcode == "compare" and direction == "LT" and sides[0].opcode == "get-tuple-element" and sides[1].opcode == "constant":
+    if (
+        compare.opcode == "compare"
+        and direction == "LT"
+        and sides[0].opcode == "get-tuple-element"
+        and sides[1].opcode == "constant"
+    ):
         index, end = int(sides[0].attribute("index") or -1), int(sides[1].arguments)
         start = _integer(computations, around, _element(around, loop.operands[0], index), {})
         root = body.instructions[body.root]
@@ -259,7 +323,9 @@ def _trip_count(computations: dict[str, _Computation], around: _Computation, loo
 def _through(computation: _Computation, name: str, operands: list[_Instruction]) -> _Instruction:
     """What a name inside a fusion stands for, outside of it where it is a parameter."""
     instruction = _resolve(computation, name)
-    return operands[int(instruction.arguments)] if instruction.opcode == "parameter" else instruction
+    return (
+        operands[int(instruction.arguments)] if instruction.opcode == "parameter" else instruction
+    )
 
 
 def _resolve(computation: _Computation, name: str) -> _Instruction:
@@ -276,25 +342,43 @@ def _element(computation: _Computation, name: str, index: int) -> str:
     return instruction.operands[index] if instruction.opcode == "tuple" else name
 
 
-def _integer(computations: dict[str, _Computation], computation: _Computation, name: str, known: dict) -> int | None:
-    """The value of an integer scalar made of constants and of what is known; None where it is made of anything else."""
+def _integer(
+    computations: dict[str, _Computation], computation: _Computation, name: str, known: dict
+) -> int | None:
+    """The value of an integer scalar made of constants and of what is known; None where it is made
+    of anything else."""
     instruction = _resolve(computation, name)
     match instruction.opcode:
         case "constant":
-            return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
+            return (
+                int(instruction.arguments)
+                if re.fullmatch(r"-?\d+", instruction.arguments)
+                else None
+            )
         case "get-tuple-element":
             return known.get((instruction.operands[0], int(instruction.attribute("index") or -1)))
         case "parameter":
             return known.get(instruction.name)
         case "add" | "subtract" | "multiply":
-            a, b = (_integer(computations, computation, operand, known) for operand in instruction.operands)
+            a, b = (
+                _integer(computations, computation, operand, known)
+                for operand in instruction.operands
+            )
             if a is None or b is None:
                 return None
             return {"add": a + b, "subtract": a - b, "multiply": a * b}[instruction.opcode]
         case "fusion":
             inner = computations[instruction.attribute("calls") or ""]
-            values = [_integer(computations, computation, operand, known) for operand in instruction.operands]
-            return _integer(computations, inner, inner.root, {inner.parameters[i]: value for i, value in enumerate(values)})
+            values = [
+                _integer(computations, computation, operand, known)
+                for operand in instruction.operands
+            ]
+            return _integer(
+                computations,
+                inner,
+                inner.root,
+                {inner.parameters[i]: value for i, value in enumerate(values)},
+            )
     return None
 
 
@@ -303,7 +387,11 @@ def _groups(instruction: _Instruction, devices: int) -> list[list[int]]:
     if instruction.opcode.startswith("collective-permute"):
         match = re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", instruction.rest)
         return _lists(match[1]) if match else [[0, 0]]
-    match = re.search(r"replica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\] \{.*?\})", instruction.rest)
+    match = re.search(
+        r"replica_groups=(\{\{.*?\}\}|\{\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\]"
+        r" \{.*?\})",
+        instruction.rest,
+    )
     text = match[1] if match else "{}"
     if text == "{}":
         return [list(range(devices))]
@@ -313,9 +401,15 @@ def _groups(instruction: _Instruction, devices: int) -> list[list[int]]:
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", text)}
         over = re.findall(r"'(\w+)'", text.rpartition("{")[2])
         order = [*(name for name in sizes if name not in over), *over]
-        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values())).transpose([list(sizes).index(n) for n in order])
+        places = (
+            np.arange(math.prod(sizes.values()))
+            .reshape(tuple(sizes.values()))
+            .transpose([list(sizes).index(n) for n in order])
+        )
         return places.reshape(-1, math.prod(sizes[name] for name in over)).tolist()
-    shape, dims, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()  # type: ignore[union-attr]
+    shape, dims, order = re.fullmatch(
+        r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    ).groups()  # type: ignore[union-attr]
     places = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
     return places.transpose(_numbers(order) if order else None).reshape(_numbers(shape)).tolist()
 
@@ -364,7 +458,8 @@ def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
             if header:
                 current = computations[header[2]] = _Computation(header[2])
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}") and not line.startswith("}}"):  # "}}" closes attributes that hold line breaks
+        # "}}" closes attributes that hold line breaks
+        elif line.startswith("}") and not line.startswith("}}"):
             current = None
         elif instruction := _instruction(line):
             current.instructions[instruction.name] = instruction
@@ -382,11 +477,17 @@ def _instruction(line: str) -> _Instruction | None:
         return None
     text = re.sub(r"/\*.*?\*/", "", line[match.end() :])
     end = _closing(text) if text.startswith("(") else text.index(" ")
-    type_, rest = (text[: end + 1], text[end + 2 :]) if text.startswith("(") else (text[:end], text[end + 1 :])
+    type_, rest = (
+        (text[: end + 1], text[end + 2 :])
+        if text.startswith("(")
+        else (text[:end], text[end + 1 :])
+    )
     opcode, _, rest = rest.partition("(")
     close = _closing("(" + rest) - 1
     arguments = rest[:close]
-    return _Instruction(match[1], type_, opcode.strip(), _NAME.findall(arguments), rest[close + 1 :], arguments)
+    return _Instruction(
+        match[1], type_, opcode.strip(), _NAME.findall(arguments), rest[close + 1 :], arguments
+    )
 
 
 def _closing(text: str) -> int:

@@ -6,11 +6,16 @@ from flexolmo_jax.config import RunConfig, to_dict
 
 
 def program_of(run: RunConfig) -> dict[str, Any]:
-    """The part of a config that its program depends on: where two configs agree here, one plan holds for both.
+    """The part of a config that its program depends on: where two configs agree here, one plan
+    holds for both.
 
-    That is as far as a config says it: a pair's and a router run's architecture is that of their anchor or model.
+    That is as far as a config says it: a pair's and a router run's architecture is that of their
+    anchor or model.
     """
-    pair = run.pair and {"contrast": run.pair.is_contrasted, "router_noise": run.pair.router_noise > 0}
+    pair = run.pair and {
+        "contrast": run.pair.is_contrasted,
+        "router_noise": run.pair.router_noise > 0,
+    }
     return {
         "run": run.run,
         "model": to_dict(run.model),

@@ -1,6 +1,8 @@
-"""`flexolmo plan`: compiles a step for a TPU slice on a machine without one, and tells what it takes.
+"""`flexolmo plan`: compiles a step for a TPU slice on a machine without one, and tells what it
+takes.
 
-The compiler is libtpu's own. It places every collective and every buffer, and refuses what does not fit; nothing is run.
+The compiler is libtpu's own. It places every collective and every buffer, and refuses what does not
+fit; nothing is run.
 """
 
 import dataclasses
@@ -28,8 +30,11 @@ from .steps import DECODING_MESH, Step, architecture, decoding_step, fsdp_minimu
 GIB = 2**30
 
 
-def plan_training(run: RunConfig, slice_: Slice, slices: int = 1, is_trained: Callable[[str], bool] | None = None) -> dict[str, Any]:
-    """The report of a run's training step. Raises UserError for a mesh or a batch that does not fit the slice's devices.
+def plan_training(
+    run: RunConfig, slice_: Slice, slices: int = 1, is_trained: Callable[[str], bool] | None = None
+) -> dict[str, Any]:
+    """The report of a run's training step. Raises UserError for a mesh or a batch that does not fit
+    the slice's devices.
 
     `is_trained`: by path, where it is not the run's own.
     """
@@ -41,24 +46,47 @@ def plan_training(run: RunConfig, slice_: Slice, slices: int = 1, is_trained: Ca
     step = training_step(run, model, mesh, is_trained)
     report = _compile(step, slice_, mesh, flops.hardware, tokens)
     if report["fits"]:
-        more = {"fsdp_minimum_bytes": run.train.accumulate * fsdp_minimum(step, run.train.compute_dtype)}
+        more = {
+            "fsdp_minimum_bytes": run.train.accumulate * fsdp_minimum(step, run.train.compute_dtype)
+        }
     else:
         more = {"change": _training_advice(run, slice_, slices, mesh, report)}
-    return _head(slice_, slices, mesh) | {"program": program, "model_flops": flops.model} | report | more
+    return (
+        _head(slice_, slices, mesh)
+        | {"program": program, "model_flops": flops.model}
+        | report
+        | more
+    )
 
 
-def plan_decoding(model: ModelConfig, slice_: Slice, batch: int, context: int, mesh: MeshConfig = DECODING_MESH) -> dict[str, Any]:
-    """The report of one decoding step: a token for each of `batch` rows, over a cache of `context` slots, in bfloat16."""
+def plan_decoding(
+    model: ModelConfig, slice_: Slice, batch: int, context: int, mesh: MeshConfig = DECODING_MESH
+) -> dict[str, Any]:
+    """The report of one decoding step: a token for each of `batch` rows, over a cache of `context`
+    slots, in bfloat16."""
     where = _mesh(mesh, slice_, 1)
     flops = batch * sum(forward_flops(model, model.n_active, context))
     report = _compile(decoding_step(model, where, batch, context), slice_, where, flops, batch)
-    advice = {} if report["fits"] else {"change": _larger(slice_, report, "fewer rows or a shorter context (--decode ROWSxCONTEXT), or ")}
-    what = {"model": to_dict(model), "mesh": to_dict(mesh), "decode": {"batch": batch, "context": context}}
+    advice = (
+        {}
+        if report["fits"]
+        else {
+            "change": _larger(
+                slice_, report, "fewer rows or a shorter context (--decode ROWSxCONTEXT), or "
+            )
+        }
+    )
+    what = {
+        "model": to_dict(model),
+        "mesh": to_dict(mesh),
+        "decode": {"batch": batch, "context": context},
+    }
     return _head(slice_, 1, where) | {"program": what, "model_flops": flops} | report | advice
 
 
 def compile_step(step: Step, mesh: Mesh) -> Any:
-    """The compiled program. Raises jax.errors.JaxRuntimeError, RESOURCE_EXHAUSTED, where it does not fit."""
+    """The compiled program. Raises jax.errors.JaxRuntimeError, RESOURCE_EXHAUSTED, where it does
+    not fit."""
     # Kernels ask which TPU they are traced for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return step.function.lower(*step.arguments).compile()
@@ -66,16 +94,22 @@ def compile_step(step: Step, mesh: Mesh) -> Any:
 
 def size_of(tree: Any) -> int:
     """Bytes on each device."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    return sum(
+        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree)
+    )
 
 
 def _mesh(config: MeshConfig, slice_: Slice, slices: int, run: RunConfig | None = None) -> Mesh:
-    """The mesh over all devices of the slices, checked before there is any need of a compiler for them."""
+    """The mesh over all devices of the slices, checked before there is any need of a compiler for
+    them."""
     devices = slice_.devices * slices
     sizes = config.sizes(devices, slices)
     if math.prod(sizes.values()) != devices:
         shown = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
-        raise UserError(f"mesh {shown} does not fill the {devices} devices of {slices} x {slice_.name}; set one axis to -1")
+        raise UserError(
+            f"mesh {shown} does not fill the {devices} devices of {slices} x {slice_.name}; set one"
+            " axis to -1"
+        )
     if run is not None:
         check_microbatch(run, sizes)
     return sharding.make_mesh(config, _devices(slice_, slices))
@@ -85,15 +119,18 @@ def _devices(slice_: Slice, slices: int) -> list[Any]:
     """Devices that can be compiled for. Raises UserError where there is no compiler for them."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "flexolmo plan needs libtpu, the TPU's compiler, in an environment of its own: "
-            "python3 -m venv .venv-tpu && .venv-tpu/bin/pip install 'flexolmo-jax[tpu]' && .venv-tpu/bin/flexolmo plan ..."
+            "flexolmo plan needs libtpu, the TPU's compiler, in an environment of its own: python3"
+            " -m venv .venv-tpu && .venv-tpu/bin/pip install 'flexolmo-jax[tpu]' &&"
+            " .venv-tpu/bin/flexolmo plan ..."
         )
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if slice_.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices)
+    return list(
+        topologies.get_topology_desc(platform="tpu", topology_name=slice_.name, **options).devices
+    )
 
 
 def _head(slice_: Slice, slices: int, mesh: Mesh) -> dict[str, Any]:
@@ -116,9 +153,16 @@ def _compile(step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int) -
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"fits": False, "hbm_bytes": limit, "peak_bytes": _needed(str(error)), **sizes, "flops": flops}
+        return {
+            "fits": False,
+            "hbm_bytes": limit,
+            "peak_bytes": _needed(str(error)),
+            **sizes,
+            "flops": flops,
+        }
     memory = compiled.memory_analysis()
-    # What the compiler compares with the memory there is: its temporaries, of which some share the arguments' place, do not add up to it.
+    # What the compiler compares with the memory there is: its temporaries, of which some share the
+    # arguments' place, do not add up to it.
     peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = collectives(compiled.as_text(), dict(mesh.shape), one_pass="cache" in step.kinds)
@@ -144,8 +188,8 @@ def _compile(step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int) -
 def _needed(message: str) -> int:
     """Bytes a device would need, arguments included, by the compiler's refusal.
 
-    It speaks of "HLO temporaries", but means all of it: a decoding step that takes 28.6 GiB in all on a v6e is refused with 32.5 and
-    36.5 G where its cache is 2 and 4 GiB longer.
+    It speaks of "HLO temporaries", but means all of it: a decoding step that takes 28.6 GiB in all
+    on a v6e is refused with 32.5 and 36.5 G where its cache is 2 and 4 GiB longer.
     """
     units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     found = re.search(r"(?:Used|memory required[^(]*\() *([0-9.]+)([KMGT]?)", message)
@@ -154,11 +198,16 @@ def _needed(message: str) -> int:
     return int(float(found[1]) * units[found[2]])
 
 
-def _training_advice(run: RunConfig, slice_: Slice, slices: int, mesh: Mesh, report: dict[str, Any]) -> str:
+def _training_advice(
+    run: RunConfig, slice_: Slice, slices: int, mesh: Mesh, report: dict[str, Any]
+) -> str:
     ways = sharding.batch_ways(mesh)
     records = run.data.batch_size // run.train.accumulate // ways
     if records > 1:
-        return f"--set train.accumulate={run.data.batch_size // ways} (a device holds {records} records at once; then it holds 1)"
+        return (
+            f"--set train.accumulate={run.data.batch_size // ways} (a device holds {records}"
+            " records at once; then it holds 1)"
+        )
     if run.train.remat != "full":
         return "--set train.remat=full"
     return _larger(slice_, report, "" if slices > 1 else "more slices or ")
@@ -166,8 +215,16 @@ def _training_advice(run: RunConfig, slice_: Slice, slices: int, mesh: Mesh, rep
 
 def _larger(slice_: Slice, report: dict[str, Any], other: str) -> str:
     need = report["peak_bytes"] * slice_.chips
-    larger = [s for s in slices_of(slice_.chip.name) if s.chips > slice_.chips and need / s.chips < slice_.chip.usable_gib * GIB]
-    return f"{other}a larger slice, such as {larger[0].name}" if larger else f"{other}another type of TPU with more memory"
+    larger = [
+        s
+        for s in slices_of(slice_.chip.name)
+        if s.chips > slice_.chips and need / s.chips < slice_.chip.usable_gib * GIB
+    ]
+    return (
+        f"{other}a larger slice, such as {larger[0].name}"
+        if larger
+        else f"{other}another type of TPU with more memory"
+    )
 
 
 def show(report: dict[str, Any]) -> str:
@@ -181,31 +238,51 @@ def show(report: dict[str, Any]) -> str:
     used, limit = report["peak_bytes"], report["hbm_bytes"]
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
     lines = [
-        f"{slices}{report['topology']}: {report['chips']} chips, {report['devices']} devices, {mesh}",
+        (
+            f"{slices}{report['topology']}: {report['chips']} chips, {report['devices']} devices,"
+            f" {mesh}"
+        ),
         f"{verdict}: {gib(used)} of {gib(limit)} a device ({used / limit:.0%})",
     ]
     if "change" in report:
         lines.append(f"to change: {report['change']}")
     lines.append("memory, a device:")
     names = {
-        "parameters_bytes": "trained parameters", "frozen_bytes": "frozen parameters", "optimizer_bytes": "optimiser state",
-        "cache_bytes": "KV cache", "batch_bytes": "batch", "temporary_bytes": "temporaries", "result_bytes": "results",
-    }  # fmt: skip
-    lines += [f"  {name:<20}{gib(report[key]):>12}" for key, name in names.items() if report.get(key, 0) >= 2**20]
-    lines.append(f"work: {report['flops']:.3g} FLOPs a step, {report['model_flops']:.3g} of them the model's")
+        "parameters_bytes": "trained parameters",
+        "frozen_bytes": "frozen parameters",
+        "optimizer_bytes": "optimiser state",
+        "cache_bytes": "KV cache",
+        "batch_bytes": "batch",
+        "temporary_bytes": "temporaries",
+        "result_bytes": "results",
+    }
+    lines += [
+        f"  {name:<20}{gib(report[key]):>12}"
+        for key, name in names.items()
+        if report.get(key, 0) >= 2**20
+    ]
+    lines.append(
+        f"work: {report['flops']:.3g} FLOPs a step, {report['model_flops']:.3g} of them the model's"
+    )
     if "collectives" in report:
-        lines.append(f"collectives, received by a device in a step: {gib(report['collective_bytes'])}")
+        lines.append(
+            f"collectives, received by a device in a step: {gib(report['collective_bytes'])}"
+        )
         if "fsdp_minimum_bytes" in report:
             lines[-1] += f"; weights and gradients alone take {gib(report['fsdp_minimum_bytes'])}"
         forms = {"": "", "ring": " (in rings)", "all-reduce": " (written as an all-reduce)"}
         for row in report["collectives"]:
             if row["bytes"] >= 2**20:
-                lines.append(f"  {row['kind'] + forms[row['form']]:<40}{row['axes']:<16}{gib(row['bytes']):>12}")
+                kind = row["kind"] + forms[row["form"]]
+                lines.append(f"  {kind:<40}{row['axes']:<16}{gib(row['bytes']):>12}")
         times, (low, high) = report["seconds"], report["tokens_per_second"]
         lines.append(
-            f"a step takes at least {times['overlapped']:.3g} s ({times['bound']}), about {times['in_turn']:.3g} s where nothing overlaps: "
-            f"{low:,.0f} to {high:,.0f} tokens/s"
+            f"a step takes at least {times['overlapped']:.3g} s ({times['bound']}), about"
+            f" {times['in_turn']:.3g} s where nothing overlaps: {low:,.0f} to {high:,.0f} tokens/s"
         )
-        lines.append(f"  products {times['compute']:.3g} s, HBM {times['memory']:.3g} s, links {times['network']:.3g} s")
+        lines.append(
+            f"  products {times['compute']:.3g} s, HBM {times['memory']:.3g} s, links"
+            f" {times['network']:.3g} s"
+        )
         lines.append(f"  assumed: {report['assumptions']}")
     return "\n".join(lines)

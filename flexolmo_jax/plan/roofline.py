@@ -1,8 +1,10 @@
 """How long a step takes at least, by what the chips can do.
 
-Three times: of the products at the peak of the matrix units, of reading and writing what lies in HBM from step to step once, and of the
-collectives over the links that their devices share. A step takes at least the longest of the three (all overlapped), and about their
-sum where nothing is. No kernel reaches its peak, and activations and gathered weights pass through HBM too: real steps are slower.
+Three times: of the products at the peak of the matrix units, of reading and writing what lies in
+HBM from step to step once, and of the collectives over the links that their devices share. A step
+takes at least the longest of the three (all overlapped), and about their sum where nothing is. No
+kernel reaches its peak, and activations and gathered weights pass through HBM too: real steps are
+slower.
 """
 
 import math
@@ -17,12 +19,15 @@ from flexolmo_jax.runtime.tpus import Slice
 from .collectives import Collective
 
 ASSUMPTIONS = (
-    "matrix products at the chip's bfloat16 peak; in HBM arguments and results once; links at their full rate, in both directions of a "
-    "ring (one, where a dimension of the slice does not wrap); figures per chip of Google's TPU pages, November 2026"
+    "matrix products at the chip's bfloat16 peak; in HBM arguments and results once; links at their"
+    " full rate, in both directions of a ring (one, where a dimension of the slice does not wrap);"
+    " figures per chip of Google's TPU pages, November 2026"
 )
 
 
-def roofline(slice_: Slice, mesh: Mesh, flops: float, in_hbm: int, moved: Sequence[Collective]) -> dict[str, Any]:
+def roofline(
+    slice_: Slice, mesh: Mesh, flops: float, in_hbm: int, moved: Sequence[Collective]
+) -> dict[str, Any]:
     """Seconds of a step: {"compute", "memory", "network", "overlapped", "in_turn", "bound"}.
 
     `flops`: over all devices; `in_hbm`: bytes per device that are read or written.
@@ -32,14 +37,18 @@ def roofline(slice_: Slice, mesh: Mesh, flops: float, in_hbm: int, moved: Sequen
     memory = in_hbm / (1e9 * chip.hbm_gbs / chip.devices)
     network = sum(one.total / bandwidth(slice_, mesh, one.axes) for one in moved)
     times = {"compute": compute, "memory": memory, "network": network}
-    return times | {"overlapped": max(times.values()), "in_turn": sum(times.values()), "bound": max(times, key=lambda name: times[name])}
+    return times | {
+        "overlapped": max(times.values()),
+        "in_turn": sum(times.values()),
+        "bound": max(times, key=lambda name: times[name]),
+    }
 
 
 def bandwidth(slice_: Slice, mesh: Mesh, axes: Sequence[str]) -> float:
     """Bytes a second that a device can receive in a collective over these mesh axes.
 
-    The members of its group differ in some dimensions of the torus; the links along those are theirs. Across slices it is the
-    network of the data centre.
+    The members of its group differ in some dimensions of the torus; the links along those are
+    theirs. Across slices it is the network of the data centre.
     """
     group = _group(mesh, axes)
     chip = slice_.chip
@@ -50,7 +59,8 @@ def bandwidth(slice_: Slice, mesh: Mesh, axes: Sequence[str]) -> float:
     for extent, size in zip((len(set(column)) for column in places.T), slice_.shape, strict=True):
         if extent > 1:
             links += 2 if extent == size and size >= chip.wraps_at else 1
-    # The devices of one chip share its links; without any the group is one chip, whose devices are joined at least as well.
+    # The devices of one chip share its links; without any the group is one chip, whose devices are
+    # joined at least as well.
     return 1e9 * chip.link_gbs * (links or 2 * chip.dimensions) / chip.devices
 
 

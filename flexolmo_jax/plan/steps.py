@@ -1,4 +1,5 @@
-"""The programs that are planned: a training step, a decoding step; with their arguments as shapes that know where they lie."""
+"""The programs that are planned: a training step, a decoding step; with their arguments as shapes
+that know where they lie."""
 
 import functools
 import math
@@ -11,7 +12,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flexolmo_jax.artifact import open_artifact
-from flexolmo_jax.config import MeshConfig, ModelConfig, RunConfig, build, check_microbatch, load_config, override, to_dict
+from flexolmo_jax.config import (
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    build,
+    check_microbatch,
+    load_config,
+    override,
+    to_dict,
+)
 from flexolmo_jax.coordinator.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Request, State, programs
@@ -25,12 +35,17 @@ from flexolmo_jax.train.optimizer import abstract_state, make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step
 
 RELEASED = "bfloat16"  # what a published anchor and a merged model are stored in
-DECODING_MESH = MeshConfig(data=1, fsdp=1, tensor=-1, expert=1)  # nothing is gathered: every device reads its own part of every weight
-IS_TRAINED: dict[str, Callable[[str], bool]] = {"pair": is_trained_in_a_pair, "router": is_trained_in_a_router_run}
+# nothing is gathered: every device reads its own part of every weight
+DECODING_MESH = MeshConfig(data=1, fsdp=1, tensor=-1, expert=1)
+IS_TRAINED: dict[str, Callable[[str], bool]] = {
+    "pair": is_trained_in_a_pair,
+    "router": is_trained_in_a_router_run,
+}
 
 
 class Step(NamedTuple):
-    """A jitted function and the arguments it is compiled for, by what they are: parameters, optimizer, cache, batch."""
+    """A jitted function and the arguments it is compiled for, by what they are: parameters,
+    optimizer, cache, batch."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -38,7 +53,8 @@ class Step(NamedTuple):
 
 
 def architecture(run: RunConfig) -> ModelConfig:
-    """What a run trains: of a pair and a router run, what is at its path, or `model` where that is said and nothing is there yet.
+    """What a run trains: of a pair and a router run, what is at its path, or `model` where that is
+    said and nothing is there yet.
 
     Raises UserError where neither is.
     """
@@ -49,87 +65,130 @@ def architecture(run: RunConfig) -> ModelConfig:
     if run.model.vocab_size == 0:
         where = f"{source} is not there and " if source else ""
         raise UserError(
-            f"{where}model.vocab_size is not said; a plan needs the architecture: --set model.preset=7b, or the keys of `model`"
+            f"{where}model.vocab_size is not said; a plan needs the architecture: --set"
+            " model.preset=7b, or the keys of `model`"
         )
     if run.run == "router" and run.model.n_experts == 1:
-        raise UserError(f"{source} is not there, and model.n_experts is 1; say how many experts are merged: --set model.n_experts=7")
+        raise UserError(
+            f"{source} is not there, and model.n_experts is 1; say how many experts are merged:"
+            " --set model.n_experts=7"
+        )
     return run.model
 
 
 def decoded(path: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, MeshConfig]:
-    """The architecture of a config or of a model, and the mesh to decode on, which is none of a config's unless `overrides` say it."""
+    """The architecture of a config or of a model, and the mesh to decode on, which is none of a
+    config's unless `overrides` say it."""
     meshes = [override for override in overrides if override.startswith("mesh.")]
     others = [override for override in overrides if override not in meshes]
     mesh = build(MeshConfig, override({"mesh": to_dict(DECODING_MESH)}, meshes)["mesh"], "mesh")
     mesh.check()
     if path.is_dir():
         if others:
-            raise UserError(f"--set got {others[0]!r}, but {path} is a model, whose architecture is given; only mesh.* may be set")
+            raise UserError(
+                f"--set got {others[0]!r}, but {path} is a model, whose architecture is given; only"
+                " mesh.* may be set"
+            )
         return open_artifact(path).config, mesh
     return architecture(load_config(path, others)), mesh
 
 
-def training_step(run: RunConfig, model: ModelConfig, mesh: Mesh, is_trained: Callable[[str], bool] | None = None) -> Step:
-    """The step that `flexolmo train` runs: trained parameters in float32, frozen ones as they are released.
+def training_step(
+    run: RunConfig, model: ModelConfig, mesh: Mesh, is_trained: Callable[[str], bool] | None = None
+) -> Step:
+    """The step that `flexolmo train` runs: trained parameters in float32, frozen ones as they are
+    released.
 
     `is_trained`: by path, where it is not the run's own.
     """
     check_microbatch(run, mesh.shape)
     is_trained = is_trained or IS_TRAINED.get(run.run, lambda _: True)
-    params = parameters(model, mesh, pair=run.pair is not None, dtype=lambda path: "float32" if is_trained(path) else RELEASED)
+    params = parameters(
+        model,
+        mesh,
+        pair=run.pair is not None,
+        dtype=lambda path: "float32" if is_trained(path) else RELEASED,
+    )
     trained, frozen = partition(params, is_trained)
     optimizer = make_optimizer(run.optim, run.train.steps)
     state = TrainState(trained, abstract_state(optimizer, trained, sharding.replicated(mesh)))
     B, T = run.data.batch_size, run.data.seq_len
-    records = {"tokens": ((B, T), "int32"), "segments": ((B, T), "int32"), "targets": ((B, T), "bool")}
+    records = {
+        "tokens": ((B, T), "int32"),
+        "segments": ((B, T), "int32"),
+        "targets": ((B, T), "bool"),
+    }
     if run.pair and run.pair.is_contrasted:
         records |= {"expert": ((B,), "int32"), "expert_weight": ((B,), "float32")}
     placed = sharding.batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, (shape, dtype) in records.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        for name, (shape, dtype) in records.items()
+    }
     number = jax.ShapeDtypeStruct((), "int32", sharding=sharding.replicated(mesh))
     kinds = {"parameters": trained, "frozen": frozen, "optimizer": state.optimizer, "batch": batch}
     return Step(make_step(model, run, optimizer, mesh), (state, frozen, batch, number), kinds)
 
 
 def fsdp_minimum(step: Step, dtype: str) -> int:
-    """Bytes that each device has to receive for one microbatch, whatever the compiler: every weight that is spread out is gathered for the
-    forward pass and again for the backward pass (the embedding is not), and gradients of what is trained are reduced and
-    scattered once; all of it in the dtype of activations.
+    """Bytes that each device has to receive for one microbatch, whatever the compiler: every weight
+    that is spread out is gathered for the forward pass and again for the backward pass (the
+    embedding is not), and gradients of what is trained are reduced and scattered once; all of it in
+    the dtype of activations.
     """
     width, total = jnp.dtype(dtype).itemsize, 0
     for tree, gradients in ((step.kinds["parameters"], 1), (step.kinds["frozen"], 0)):
         for path, a in flatten(tree).items():
-            others = math.prod(a.sharding.shard_shape(a.shape)) * (sharding.ways_gathered(a.sharding) - 1)
+            others = math.prod(a.sharding.shard_shape(a.shape)) * (
+                sharding.ways_gathered(a.sharding) - 1
+            )
             total += width * others * ((1 if path == "trunk/embedding" else 2) + gradients)
     return total
 
 
 def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> Step:
-    """The loop that `flexolmo generate` runs, each pass of which chooses a token for every row, over a cache of `context` slots."""
+    """The loop that `flexolmo generate` runs, each pass of which chooses a token for every row,
+    over a cache of `context` slots."""
     params = parameters(model, mesh, pair=False, dtype=lambda _: RELEASED)
     everywhere = sharding.replicated(mesh)
 
     def of(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
-    cache = jax.eval_shape(functools.partial(empty_cache, model, batch, context, jnp.dtype(RELEASED)))
+    cache = jax.eval_shape(
+        functools.partial(empty_cache, model, batch, context, jnp.dtype(RELEASED))
+    )
     placed = sharding.parameter_sharding(mesh, CACHE, cache.keys.shape)
     cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), cache)
     state = State(cache, of(batch), of(batch, dtype=bool), of(), of(batch, context // 2))
     request = Request(
-        of(batch), of(), of(model.n_experts, dtype=bool), of(dtype=jnp.float32), of(), of(dtype=jnp.float32), of(dtype=jnp.uint32)
+        of(batch),
+        of(),
+        of(model.n_experts, dtype=bool),
+        of(dtype=jnp.float32),
+        of(),
+        of(dtype=jnp.float32),
+        of(dtype=jnp.uint32),
     )
     _, run = programs(model, model.n_active, model.vocab_size, True, RELEASED, mesh)
     kinds = {"frozen": params, "cache": cache, "batch": (state._replace(cache=None), request)}
     return Step(run, (params, state, request, of()), kinds)
 
 
-def parameters(model: ModelConfig, mesh: Mesh, *, pair: bool, dtype: Callable[[str], str]) -> Params:
+def parameters(
+    model: ModelConfig, mesh: Mesh, *, pair: bool, dtype: Callable[[str], str]
+) -> Params:
     axes = flatten(logical_axes(model, pair=pair))
-    shapes = flatten(jax.eval_shape(functools.partial(init_params, model, pair=pair), jax.random.key(0)))
+    shapes = flatten(
+        jax.eval_shape(functools.partial(init_params, model, pair=pair), jax.random.key(0))
+    )
     return unflatten(
         {
-            path: jax.ShapeDtypeStruct(a.shape, dtype(path), sharding=sharding.parameter_sharding(mesh, axes[path], a.shape))
+            path: jax.ShapeDtypeStruct(
+                a.shape,
+                dtype(path),
+                sharding=sharding.parameter_sharding(mesh, axes[path], a.shape),
+            )
             for path, a in shapes.items()
         }
     )

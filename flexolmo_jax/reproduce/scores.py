@@ -1,4 +1,5 @@
-"""The rows of a study's table: every model and ensemble on every domain's held-out text, and on mixed documents."""
+"""The rows of a study's table: every model and ensemble on every domain's held-out text, and on
+mixed documents."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,7 +13,16 @@ from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.evals.extraction import extract
 from flexolmo_jax.evals.mixed import mixed_documents
-from flexolmo_jax.evals.predictors import BranchTrainMerge, OfModel, Predictor, PromptRouting, Remembered, Soup, WeightedSoup, bits_per_byte
+from flexolmo_jax.evals.predictors import (
+    BranchTrainMerge,
+    OfModel,
+    Predictor,
+    PromptRouting,
+    Remembered,
+    Soup,
+    WeightedSoup,
+    bits_per_byte,
+)
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.embedder import domain_embedding, load_embedder
 from flexolmo_jax.loaded import LoadedModel, load
@@ -29,7 +39,8 @@ class Row(NamedTuple):
 
 
 def write(trial: Trial, group: str) -> None:
-    """Scores a group of rows into `scores/<group>.json`: {row: {column: bits per byte}}. Rows that were scored before a kill are kept."""
+    """Scores a group of rows into `scores/<group>.json`: {row: {column: bits per byte}}. Rows that
+    were scored before a kill are kept."""
     columns, tokenizer = heldout(trial), open_anchor(trial.path / "anchor").tokenizer
     folder = trial.path / "scores" / group
     rows = {}
@@ -38,7 +49,10 @@ def write(trial: Trial, group: str) -> None:
         if not file.exists():
             note(f"scoring {row.name}")
             predictor = row.predictor()
-            figures = {name: bits_per_byte(predictor, records, tokenizer, trial.spec.score_batch) for name, records in columns.items()}
+            figures = {
+                name: bits_per_byte(predictor, records, tokenizer, trial.spec.score_batch)
+                for name, records in columns.items()
+            }
             write_json(file, figures)
         rows[row.name] = json.loads(file.read_text())
     if group == "merged":
@@ -47,7 +61,8 @@ def write(trial: Trial, group: str) -> None:
 
 
 def write_extraction(trial: Trial) -> None:
-    """The extraction attack on documents of the first private domain, by model, into `scores/extraction.json`."""
+    """The extraction attack on documents of the first private domain, by model, into
+    `scores/extraction.json`."""
     documents, domain = trial.attacked_documents(), trial.spec.domains[0]
     merged = load(trial.path / "merged")
     E = len(merged.experts)
@@ -68,14 +83,21 @@ def write_extraction(trial: Trial) -> None:
 
 
 def heldout(trial: Trial) -> dict[str, list[Record]]:
-    """What is scored, by column: evenly spaced records, for they lie in the order of their sources."""
-    sources = {name: open_records(trial.data(name), "heldout") for name in ("public", *trial.spec.domains)}
-    columns = {name: _evenly(source, trial.spec.heldout_records) for name, source in sources.items()}
+    """What is scored, by column: evenly spaced records, for they lie in the order of their
+    sources."""
+    sources = {
+        name: open_records(trial.data(name), "heldout") for name in ("public", *trial.spec.domains)
+    }
+    columns = {
+        name: _evenly(source, trial.spec.heldout_records) for name, source in sources.items()
+    }
     tokenizer = open_anchor(trial.path / "anchor").tokenizer
     mixed = [
         record
         for first, second in trial.pairs_of_domains()
-        for record in mixed_documents(sources[first], sources[second], tokenizer, trial.spec.mixed_documents)
+        for record in mixed_documents(
+            sources[first], sources[second], tokenizer, trial.spec.mixed_documents
+        )
     ]
     return columns | {MIXED: mixed}
 
@@ -92,7 +114,13 @@ def routing(trial: Trial) -> dict[str, Any]:
     found = {}
     for name in ("merged", "tuned"):
         model = load(trial.path / name)
-        result = evaluate(model, paths, active=len(model.experts), limit=trial.spec.heldout_records, batch_size=trial.spec.score_batch)
+        result = evaluate(
+            model,
+            paths,
+            active=len(model.experts),
+            limit=trial.spec.heldout_records,
+            batch_size=trial.spec.score_batch,
+        )
         found[name] = result["routing_by_layer"]
     return found
 
@@ -101,12 +129,20 @@ def _models(trial: Trial) -> Iterator[Row]:
     yield Row("anchor", lambda: OfModel(load(trial.path / "anchor")))
     yield Row("anchor+public", lambda: OfModel(load(trial.path / "control")))
     for domain in trial.spec.domains:
-        yield Row(f"pair:{domain}", lambda domain=domain: OfModel(load(trial.path / "pairs" / f"{domain}.run")))
-        yield Row(f"dense:{domain}", lambda domain=domain: OfModel(load(trial.path / f"dense-{domain}")))
+        yield Row(
+            f"pair:{domain}",
+            lambda domain=domain: OfModel(load(trial.path / "pairs" / f"{domain}.run")),
+        )
+        yield Row(
+            f"dense:{domain}", lambda domain=domain: OfModel(load(trial.path / f"dense-{domain}"))
+        )
 
 
 def _ensembles(trial: Trial) -> Iterator[Row]:
-    dense = [load(trial.path / name) for name in ("anchor", *(f"dense-{domain}" for domain in trial.spec.domains))]
+    dense = [
+        load(trial.path / name)
+        for name in ("anchor", *(f"dense-{domain}" for domain in trial.spec.domains))
+    ]
     each = [Remembered(OfModel(model)) for model in dense]
     yield Row("soup", lambda: Soup(dense))
     yield Row("weighted soup", lambda: WeightedSoup(dense))
@@ -125,10 +161,16 @@ def _merged(trial: Trial) -> Iterator[Row]:
         yield Row(f"merged:k={k}", lambda k=k: OfModel(merged, active=k))
         yield Row(f"merged+tuned:k={k}", lambda k=k: OfModel(tuned, active=k))
     for domain in trial.spec.domains:
-        yield Row(f"merged-{domain}", lambda domain=domain: OfModel(merged, without=[domain], active=E - 1))
+        yield Row(
+            f"merged-{domain}",
+            lambda domain=domain: OfModel(merged, without=[domain], active=E - 1),
+        )
     for n in range(1, E - 1):  # with all of them it is `merged`, with none the anchor
         without = trial.spec.domains[n:]
-        yield Row(f"merged:experts={n}", lambda n=n, without=without: OfModel(merged, without=without, active=n + 1))
+        yield Row(
+            f"merged:experts={n}",
+            lambda n=n, without=without: OfModel(merged, without=without, active=n + 1),
+        )
 
 
 def _joint(trial: Trial) -> Iterator[Row]:
@@ -139,9 +181,15 @@ def _joint(trial: Trial) -> Iterator[Row]:
 def _ablations(trial: Trial) -> Iterator[Row]:
     E = len(trial.spec.domains) + 1
     for variant in trial.spec.ablations:
-        yield Row(variant, lambda variant=variant: OfModel(load(trial.path / f"merged-{variant}"), active=E))
+        yield Row(
+            variant,
+            lambda variant=variant: OfModel(load(trial.path / f"merged-{variant}"), active=E),
+        )
     for variant in trial.spec.tuned_ablations:
-        yield Row(f"{variant}+tuned", lambda variant=variant: OfModel(load(trial.path / f"tuned-{variant}"), active=E))
+        yield Row(
+            f"{variant}+tuned",
+            lambda variant=variant: OfModel(load(trial.path / f"tuned-{variant}"), active=E),
+        )
 
 
 ROWS: dict[str, Callable[[Trial], Iterator[Row]]] = {
@@ -154,11 +202,16 @@ ROWS: dict[str, Callable[[Trial], Iterator[Row]]] = {
 
 
 def nearest_domain(trial: Trial, anchor: LoadedModel) -> Callable[[Any], int]:
-    """A prompt's domain by the nearest mean embedding: all that a server has to know of the owners' text."""
+    """A prompt's domain by the nearest mean embedding: all that a server has to know of the owners'
+    text."""
     embedder = load_embedder(trial.path / "anchor" / "embedder")
     means = []
     for names in (trial.spec.public, *((domain,) for domain in trial.spec.domains)):
-        texts = (text for name in names for text in read_training_documents(trial.root / "text" / f"{name}.jsonl"))
+        texts = (
+            text
+            for name in names
+            for text in read_training_documents(trial.root / "text" / f"{name}.jsonl")
+        )
         mean = domain_embedding(embedder, texts)
         means.append(mean / np.linalg.norm(mean))
 

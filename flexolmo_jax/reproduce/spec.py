@@ -1,4 +1,5 @@
-"""What a study is: its domains, sizes and seeds, and the runs that it is made of. One YAML; see configs/reproduce/."""
+"""What a study is: its domains, sizes and seeds, and the runs that it is made of. One YAML; see
+configs/reproduce/."""
 
 import dataclasses
 import json
@@ -13,7 +14,8 @@ from flexolmo_jax.plain_yaml import read_yaml
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A study. Sections named for runs are those of a run's YAML, without what the study fills in: paths, names, seeds."""
+    """A study. Sections named for runs are those of a run's YAML, without what the study fills in:
+    paths, names, seeds."""
 
     title: str = ""
     domains: tuple[str, ...] = ()  # private ones, each of which trains an expert
@@ -32,31 +34,58 @@ class Spec:
     model: dict = dataclasses.field(default_factory=dict)
     anchor: dict = dataclasses.field(default_factory=dict)
     pair: dict = dataclasses.field(default_factory=dict)
-    dense: dict = dataclasses.field(default_factory=dict)  # individual models, and the control on public text
+    # individual models, and the control on public text
+    dense: dict = dataclasses.field(default_factory=dict)
     joint: dict = dataclasses.field(default_factory=dict)
     btx: dict = dataclasses.field(default_factory=dict)
     router: dict = dataclasses.field(default_factory=dict)
-    overfit: dict = dataclasses.field(default_factory=dict)  # the extraction attack's control: the anchor on the attacked documents alone
+    # the extraction attack's control: the anchor on the attacked documents alone
+    overfit: dict = dataclasses.field(default_factory=dict)
     extraction_documents: int = 32  # of the first private domain
     extraction_prefix: int = 32  # tokens that are given of each
     extraction_tokens: int = 96  # that are sampled
-    ablations: dict = dataclasses.field(default_factory=dict)  # name -> overrides of the pairs, as {"pair.contrast": 0}
+    # name -> overrides of the pairs, as {"pair.contrast": 0}
+    ablations: dict = dataclasses.field(default_factory=dict)
     tuned_ablations: tuple[str, ...] = ()  # those whose router is tuned too
 
     def check(self) -> None:
-        if len(self.domains) < 2 or len(set(self.domains) | set(self.public)) < len(self.domains) + len(self.public) or not self.public:
-            raise UserError(f"domains are {', '.join(self.domains) or 'none'} and public {', '.join(self.public) or 'none'}; expected two "
-                            "private ones or more and a public one, all different")  # fmt: skip
-        for name in ("seeds", "workers", "heldout_records", "mixed_documents", "score_batch", "proxy_diversity", "extraction_documents"):
+        if (
+            len(self.domains) < 2
+            or len(set(self.domains) | set(self.public)) < len(self.domains) + len(self.public)
+            or not self.public
+        ):
+            raise UserError(
+                f"domains are {', '.join(self.domains) or 'none'} and public"
+                f" {', '.join(self.public) or 'none'}; expected two private ones or more and a"
+                " public one, all different"
+            )
+        for name in (
+            "seeds",
+            "workers",
+            "heldout_records",
+            "mixed_documents",
+            "score_batch",
+            "proxy_diversity",
+            "extraction_documents",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if unknown := set(self.tuned_ablations) - set(self.ablations):
             raise UserError(
-                f"tuned_ablations has {', '.join(sorted(unknown))}; expected some of {', '.join(self.ablations) or 'no ablations'}"
+                f"tuned_ablations has {', '.join(sorted(unknown))}; expected some of"
+                f" {', '.join(self.ablations) or 'no ablations'}"
             )
 
-    def run(self, kind: str, section: Mapping[str, Any], train: Sequence[Mapping[str, Any]], seed: int, **overrides: Any) -> RunConfig:
-        """A run of the study on these sources, from a section; `overrides` are keys as `pair.contrast`."""
+    def run(
+        self,
+        kind: str,
+        section: Mapping[str, Any],
+        train: Sequence[Mapping[str, Any]],
+        seed: int,
+        **overrides: Any,
+    ) -> RunConfig:
+        """A run of the study on these sources, from a section; `overrides` are keys as
+        `pair.contrast`."""
         tree = {"run": kind, **section}
         tree["data"] = {**section.get("data", {}), "train": list(train), "seq_len": self.seq_len}
         tree["train"] = {**section.get("train", {}), "seed": seed}

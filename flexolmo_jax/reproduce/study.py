@@ -1,8 +1,11 @@
-"""`flexolmo reproduce`: runs a study's cells, each in a process of its own, and makes its tables of what they left.
+"""`flexolmo reproduce`: runs a study's cells, each in a process of its own, and makes its tables of
+what they left.
 
-    DIR/spec.yaml   DIR/text   DIR/data   DIR/seed0 ...   DIR/logs/<cell>.log   DIR/results.json   DIR/results.md   DIR/report.html
+    DIR/spec.yaml   DIR/text   DIR/data   DIR/seed0 ...   DIR/logs/<cell>.log   DIR/results.json
+    DIR/results.md   DIR/report.html
 
-Stopped or killed at any time and started again it goes on: a cell is done when its output is there, a run has its checkpoints.
+Stopped or killed at any time and started again it goes on: a cell is done when its output is there,
+a run has its checkpoints.
 """
 
 import collections
@@ -28,17 +31,23 @@ SPEC, SECONDS = "spec.yaml", "seconds.jsonl"
 
 
 def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
-    """Runs a study in a directory and returns its results. Raises UserError for one that holds another, RunError where a cell fails."""
+    """Runs a study in a directory and returns its results. Raises UserError for one that holds
+    another, RunError where a cell fails."""
     spec = load_spec(spec_path)
     content = spec_path.read_text()
     make_folder(root)
     kept = root / SPEC
     if not kept.exists():
         if others := sorted(path.name for path in root.iterdir()):
-            raise UserError(f"{root} exists and holds {others[0]}, but no study; give a new or empty directory")
+            raise UserError(
+                f"{root} exists and holds {others[0]}, but no study; give a new or empty directory"
+            )
         write_text(kept, content)
     elif load_spec(kept) != spec:
-        raise UserError(f"{root} holds another study; give a new --out, or the file that it was started with ({kept})")
+        raise UserError(
+            f"{root} holds another study; give a new --out, or the file that it was started with"
+            f" ({kept})"
+        )
     try:
         with locked(kept, wait=False):
             run_cells(cells(spec, root), root, spec.workers)
@@ -50,7 +59,8 @@ def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
 
 
 def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int) -> None:
-    """As many at a time as there are workers. Raises RunError, with the end of its log, where one fails; others that run are stopped."""
+    """As many at a time as there are workers. Raises RunError, with the end of its log, where one
+    fails; others that run are stopped."""
     (root / "logs").mkdir(exist_ok=True)
     waiting = collections.deque(name for name, cell in all_cells.items() if not cell.is_done)
     running: dict[str, tuple[subprocess.Popen, float]] = {}
@@ -58,12 +68,19 @@ def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int) -> None:
         advance(len(all_cells) - len(waiting))
         try:
             while waiting or running:
-                ready = [name for name in waiting if all(all_cells[need].is_done for need in all_cells[name].needs)]
+                ready = [
+                    name
+                    for name in waiting
+                    if all(all_cells[need].is_done for need in all_cells[name].needs)
+                ]
                 for name in ready[: workers - len(running)]:
                     waiting.remove(name)
                     running[name] = _start(name, root, workers), time.monotonic()
                 if waiting and not running:
-                    raise RunError(f"{waiting[0]} waits for what no cell makes: {', '.join(all_cells[waiting[0]].needs)}")
+                    raise RunError(
+                        f"{waiting[0]} waits for what no cell makes:"
+                        f" {', '.join(all_cells[waiting[0]].needs)}"
+                    )
                 time.sleep(0.2)
                 for name, (process, start) in list(running.items()):
                     if process.poll() is None:
@@ -71,7 +88,10 @@ def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int) -> None:
                     del running[name]
                     _close(process)
                     if process.returncode or not all_cells[name].is_done:
-                        raise RunError(f"{name} ended with status {process.returncode}: {_last_line(root, name)}; see {_log(root, name)}")
+                        raise RunError(
+                            f"{name} ended with status {process.returncode}:"
+                            f" {_last_line(root, name)}; see {_log(root, name)}"
+                        )
                     seconds = {"cell": name, "seconds": round(time.monotonic() - start, 1)}
                     append_bytes(root / SECONDS, (json.dumps(seconds) + "\n").encode())
                     advance(1, text=name)
@@ -83,16 +103,23 @@ def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int) -> None:
 
 
 def _start(name: str, root: Path, workers: int) -> subprocess.Popen:
-    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ  # which saves a tenth of a step on a CPU
+    # which saves a tenth of a step on a CPU
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
     environment |= {
-        "JAX_COMPILATION_CACHE_DIR": str((root / ".compiled").absolute()),  # one compiled program serves many cells
+        # one compiled program serves many cells
+        "JAX_COMPILATION_CACHE_DIR": str((root / ".compiled").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    if workers > 1 and environment.get("JAX_PLATFORMS") == "cpu":  # several get further with one thread each
-        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+    # several get further with one thread each
+    if workers > 1 and environment.get("JAX_PLATFORMS") == "cpu":
+        environment["XLA_FLAGS"] = (
+            f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+        )
     command = [sys.executable, "-m", "flexolmo_jax.reproduce.study", str(root), name]
     with _log(root, name).open("a") as log:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment
+        )
 
 
 def _close(process: subprocess.Popen) -> None:
@@ -107,12 +134,15 @@ def _log(root: Path, name: str) -> Path:
 
 
 def _last_line(root: Path, name: str) -> str:
-    lines = [line for line in _log(root, name).read_text(errors="replace").splitlines() if line.strip()]
+    lines = [
+        line for line in _log(root, name).read_text(errors="replace").splitlines() if line.strip()
+    ]
     return lines[-1].removeprefix("flexolmo: ") if lines else "it wrote nothing"
 
 
 def _end_with_parent() -> None:
-    """A cell whose study was killed must not go on beside its next start: the pipe to it ends with the study."""
+    """A cell whose study was killed must not go on beside its next start: the pipe to it ends with
+    the study."""
 
     def wait() -> None:
         os.read(0, 1)  # not sys.stdin's lock, which an ending interpreter wants

@@ -1,8 +1,10 @@
 """Ctrl-C at any moment of a command: an end in one line, whatever code it comes upon.
 
-Python raises KeyboardInterrupt wherever its main thread stands. Two places do not bear that. Amid an import, compiled modules turn it into
-other errors, or end the process: while a verb still imports what it needs nothing has begun, and the process ends at once; amid any other
-import the interrupt waits. And what the collector or C calls back throws it away: then it comes again. Before `catch`, Python itself ends.
+Python raises KeyboardInterrupt wherever its main thread stands. Two places do not bear that. Amid
+an import, compiled modules turn it into other errors, or end the process: while a verb still
+imports what it needs nothing has begun, and the process ends at once; amid any other import the
+interrupt waits. And what the collector or C calls back throws it away: then it comes again. Before
+`catch`, Python itself ends.
 """
 
 import os
@@ -24,10 +26,14 @@ _raised = threading.Event()
 def catch(command: Sequence[str]) -> None:
     """From now on Ctrl-C raises KeyboardInterrupt in the main thread where it can be borne.
 
-    `command`: the source files that choose what to do and do nothing themselves; what they import is imported before anything has begun.
-    Where the parent has the signal ignored, as of jobs in the background, it stays so.
+    `command`: the source files that choose what to do and do nothing themselves; what they import
+    is imported before anything has begun. Where the parent has the signal ignored, as of jobs in
+    the background, it stays so.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
         return
     signal.signal(signal.SIGINT, lambda _, frame: _interrupt(frame, command))
     report = sys.unraisablehook
@@ -42,7 +48,8 @@ def catch(command: Sequence[str]) -> None:
 
 
 def was_raised() -> bool:
-    """Whether a KeyboardInterrupt has been raised: an error that comes up afterwards may be what other code has made of it."""
+    """Whether a KeyboardInterrupt has been raised: an error that comes up afterwards may be what
+    other code has made of it."""
     return _raised.is_set()
 
 

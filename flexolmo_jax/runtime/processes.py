@@ -1,8 +1,11 @@
-"""Many processes of one run: how they find each other, agree, stop at the same step, and end when one of them is gone.
+"""Many processes of one run: how they find each other, agree, stop at the same step, and end when
+one of them is gone.
 
-Every process runs the same program; JAX joins their devices. The first of them alone writes small files and speaks. A process that dies is
-missed within `HEARTBEAT` seconds by JAX's coordination service, which ends the others (exit status 134), where their own next exchange with
-it has not failed before that (75). A step that hangs although all processes live is ended by the watchdog of the training loop.
+Every process runs the same program; JAX joins their devices. The first of them alone writes small
+files and speaks. A process that dies is missed within `HEARTBEAT` seconds by JAX's coordination
+service, which ends the others (exit status 134), where their own next exchange with it has not
+failed before that (75). A step that hangs although all processes live is ended by the watchdog of
+the training loop.
 """
 
 import importlib.util
@@ -24,7 +27,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import interrupts, progress
 from flexolmo_jax.runtime.interrupts import INTERRUPTED
 
-PREEMPTED, PEER_LOST = 42, 75  # exit statuses after which the same command goes on from the last checkpoint
+# exit statuses after which the same command goes on from the last checkpoint
+PREEMPTED, PEER_LOST = 42, 75
 HEARTBEAT = 10  # seconds without a sign of life after which a process is taken for dead
 GOODBYE = 8  # seconds that one which ends waits for the others to end too
 PATIENCE = 600  # seconds to wait for all others at the start
@@ -44,19 +48,31 @@ class Place(NamedTuple):
     process: int | None
 
 
-def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, look: bool = True) -> None:
+def join(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    look: bool = True,
+) -> None:
     """Joins the other processes of this run, if there are any. To be called before JAX is used.
 
     Args:
-        coordinator, processes, process: host:port that the first process listens on, how many there are, and which this is; all or none.
-        look: without them, whether to look for what a TPU pod, GKE, Slurm or JAX_COORDINATOR_ADDRESS says.
+        coordinator, processes, process: host:port that the first process listens on, how many there
+            are, and which this is; all or none.
+        look: without them, whether to look for what a TPU pod, GKE, Slurm or
+            JAX_COORDINATOR_ADDRESS says.
 
-    Raises UserError where these do not fit together; SystemExit with 75 where the others cannot be reached.
+    Raises UserError where these do not fit together; SystemExit with 75 where the others cannot be
+    reached.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     if missing := [name for name, value in given.items() if value is None]:
         if len(missing) < 3:
-            raise UserError(f"{' and '.join(missing)} not given; expected all of {', '.join(given)}, or none of them")
+            raise UserError(
+                f"{' and '.join(missing)} not given; expected all of {', '.join(given)}, or none of"
+                " them"
+            )
         place = detect(os.environ) if look else None
     else:
         place = _checked(str(coordinator), int(processes or 0), int(process or 0))
@@ -64,18 +80,31 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         return
     import jax
 
-    # XLA's CPU products are cut up, and summed, by its number of threads: the same one however devices are shared out gives the same bits.
+    # XLA's CPU products are cut up, and summed, by its number of threads: the same one however
+    # devices are shared out gives the same bits.
     total = (place.processes or 1) * int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1)
     os.environ.setdefault("PJRT_NPROC", str(max(THREADS, total)))
-    options = {} if place.coordinator is None else {"cluster_detection_method": "deactivate", "local_device_ids": None}
+    options = (
+        {}
+        if place.coordinator is None
+        else {"cluster_detection_method": "deactivate", "local_device_ids": None}
+    )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
-            place.coordinator, place.processes, place.process,
-            initialization_timeout=PATIENCE, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=GOODBYE, **options,
-        )  # fmt: skip
+            place.coordinator,
+            place.processes,
+            place.process,
+            initialization_timeout=PATIENCE,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=GOODBYE,
+            **options,
+        )
     except (RuntimeError, ValueError, OSError) as error:
-        told = f"cannot join the other processes ({place.coordinator or 'as the environment says'}): {' '.join(str(error).split())[:200]}"
+        told = (
+            f"cannot join the other processes ({place.coordinator or 'as the environment says'}):"
+            f" {' '.join(str(error).split())[:200]}"
+        )
         if not isinstance(error, RuntimeError):
             raise UserError(told) from error
         print(f"flexolmo: {told}", file=sys.stderr)
@@ -93,7 +122,9 @@ def detect(environment: Mapping[str, str]) -> Place | None:
 
     def need(*names: str, of: str, hint: str) -> None:
         if missing := [name for name in names if not environment.get(name)]:
-            raise UserError(f"{of}, but {missing[0]} is not set; {hint}, or --distributed none for one process")
+            raise UserError(
+                f"{of}, but {missing[0]} is not set; {hint}, or --distributed none for one process"
+            )
 
     if environment.get("JAX_COORDINATOR_ADDRESS"):
         names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -101,16 +132,24 @@ def detect(environment: Mapping[str, str]) -> Place | None:
         try:
             processes, process = (int(environment[name]) for name in names)
         except ValueError:
-            raise UserError(f"{' and '.join(f'{name}={environment[name]}' for name in names)}; expected two integers") from None
+            raise UserError(
+                f"{' and '.join(f'{name}={environment[name]}' for name in names)}; expected two"
+                " integers"
+            ) from None
         return _checked(environment["JAX_COORDINATOR_ADDRESS"], processes, process)
     if int(environment.get("SLURM_NTASKS") or 1) > 1:
         names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
         need(*names, of=f"SLURM_NTASKS is {environment['SLURM_NTASKS']}", hint="start it with srun")
         return Place(None, None, None)
-    if len((environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")) > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
+    if len((environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")) > 1 or environment.get(
+        "MEGASCALE_COORDINATOR_ADDRESS"
+    ):
         return Place(None, None, None)  # GKE
-    # A TPU VM: its metadata server knows its pod. What is compiled for a TPU that is not there asks nobody.
-    has_tpu = importlib.util.find_spec("libtpu") and any(any(Path("/dev").glob(name)) for name in ("accel[0-9]*", "vfio/[0-9]*"))
+    # A TPU VM: its metadata server knows its pod. What is compiled for a TPU that is not there asks
+    # nobody.
+    has_tpu = importlib.util.find_spec("libtpu") and any(
+        any(Path("/dev").glob(name)) for name in ("accel[0-9]*", "vfio/[0-9]*")
+    )
     if has_tpu and not environment.get("TPU_SKIP_MDS_QUERY"):
         return Place(None, None, None)
     return None
@@ -119,14 +158,20 @@ def detect(environment: Mapping[str, str]) -> Place | None:
 def _checked(coordinator: str, processes: int, process: int) -> Place:
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdigit()):
-        raise UserError(f"the coordinator is {coordinator!r}; expected HOST:PORT of the first process")
+        raise UserError(
+            f"the coordinator is {coordinator!r}; expected HOST:PORT of the first process"
+        )
     if not 0 <= process < processes:
-        raise UserError(f"this is process {process} of {processes}; expected one of 0 to {processes - 1}")
+        raise UserError(
+            f"this is process {process} of {processes}; expected one of 0 to {processes - 1}"
+        )
     if process != 0:
         try:
             socket.getaddrinfo(host.strip("[]"), int(port))
         except OSError as error:
-            raise UserError(f"the coordinator's host {host!r} is not known here: {error.strerror or error}") from None
+            raise UserError(
+                f"the coordinator's host {host!r} is not known here: {error.strerror or error}"
+            ) from None
     return Place(coordinator, processes, process)
 
 
@@ -145,9 +190,11 @@ def is_first() -> bool:
 
 
 def by_the_first(function: Callable[[], Any]) -> Any:
-    """What `function`, called by the first process alone, returns or raises, on every process. All have to call this, in the same order.
+    """What `function`, called by the first process alone, returns or raises, on every process. All
+    have to call this, in the same order.
 
-    What it returns has to be made of JSON's types. Called by `function` itself it is a plain call. Raises UserError if that does.
+    What it returns has to be made of JSON's types. Called by `function` itself it is a plain call.
+    Raises UserError if that does.
     """
     global _alone
     if not _joined or _alone:
@@ -178,17 +225,26 @@ def _store() -> Any:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], int | None]]:
-    """Yields a function to be called once after every step with its number: the exit status to stop with after this step, or None.
+    """Yields a function to be called once after every step with its number: the exit status to stop
+    with after this step, or None.
 
-    SIGTERM asks for it, and Ctrl-C; a second Ctrl-C kills as usual. With several processes it is enough that one of them is asked: all
-    get the answer at the same step. Threads cannot catch signals.
+    SIGTERM asks for it, and Ctrl-C; a second Ctrl-C kills as usual. With several processes it is
+    enough that one of them is asked: all get the answer at the same step. Threads cannot catch
+    signals.
     """
     if _joined:
         from jax.experimental import multihost_utils
 
         # JAX catches SIGTERM itself, and agrees on a step with the others.
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))}
-        request: Callable[[int], int | None] = lambda step: PREEMPTED if multihost_utils.reached_preemption_sync_point(step) else None  # noqa: E731
+        before = {
+            signal.SIGINT: signal.signal(
+                signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM)
+            )
+        }
+
+        def request(step: int) -> int | None:
+            return PREEMPTED if multihost_utils.reached_preemption_sync_point(step) else None
+
     else:
         statuses = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
         caught: list[int] = []
@@ -200,7 +256,10 @@ def stop_requests() -> Iterator[Callable[[int], int | None]]:
 
         in_main = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, catch) for number in statuses} if in_main else {}
-        request = lambda _: caught[0] if caught else None  # noqa: E731
+
+        def request(step: int) -> int | None:
+            return caught[0] if caught else None
+
     try:
         yield request
     finally:
@@ -211,10 +270,11 @@ def stop_requests() -> Iterator[Callable[[int], int | None]]:
 def ending(run: Callable[[], int], *, whole: bool = False) -> int:
     """The exit status of `run()`, which may end in SystemExit and KeyboardInterrupt too.
 
-    `whole`: this is all that the process is for, and it ends here. So does one that has joined others, with all of them where they can
-    still be reached. Neither goes through Python's own ending. That waits for processes that are gone. It also takes modules apart
-    while their threads run, and frees last what somebody still holds: an exception with the compiled modules in its frames was a
-    segmentation fault in two of five interrupted processes.
+    `whole`: this is all that the process is for, and it ends here. So does one that has joined
+    others, with all of them where they can still be reached. Neither goes through Python's own
+    ending. That waits for processes that are gone. It also takes modules apart while their threads
+    run, and frees last what somebody still holds: an exception with the compiled modules in its
+    frames was a segmentation fault in two of five interrupted processes.
     """
     try:
         status = run()
@@ -236,7 +296,11 @@ def _status_of(error: BaseException) -> int:
         print(interrupts.TOLD, file=sys.stderr)
         return INTERRUPTED
     if _joined and _is_loss(error):
-        print(f"flexolmo: another process, or the way to it, is lost: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        print(
+            "flexolmo: another process, or the way to it, is lost:"
+            f" {' '.join(str(error).split())[:300]}",
+            file=sys.stderr,
+        )
         return PEER_LOST
     traceback.print_exception(error)
     return 1
@@ -249,7 +313,8 @@ def _is_loss(error: BaseException) -> bool:
 
 
 def _leave(status: int) -> None:
-    """Ends this process, with all that it printed. Verbs have closed what they opened and waited for what they started, errors or not."""
+    """Ends this process, with all that it printed. Verbs have closed what they opened and waited
+    for what they started, errors or not."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over
     logging.shutdown()
@@ -259,7 +324,8 @@ def _leave(status: int) -> None:
     if _joined and status != PEER_LOST:
         import jax
 
-        # Whoever leaves first takes the others with it; so all wait for each other, but not for ever.
+        # Whoever leaves first takes the others with it; so all wait for each other, but not for
+        # ever.
         leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leaving.start()
         leaving.join(GOODBYE + 2)

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from flexolmo_jax.errors import printable
 
@@ -21,11 +29,14 @@ def note(message: str) -> None:
 
 
 @contextlib.contextmanager
-def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields `advance(n=1, text="")`, where text is shown after the bar (a loss). Bytes are shown with their rate.
+def bar(
+    description: str, total: float | None, *, in_bytes: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A progress bar; yields `advance(n=1, text="")`, where text is shown after the bar (a loss).
+    Bytes are shown with their rate.
 
-    On a terminal it is drawn and redrawn. Where stderr is a file or a pipe, one line is written about every tenth of the way. A quiet
-    console shows nothing.
+    On a terminal it is drawn and redrawn. Where stderr is a file or a pipe, one line is written
+    about every tenth of the way. A quiet console shows nothing.
     """
     if console.quiet:
         yield lambda n=1, text="": None
@@ -33,7 +44,10 @@ def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Ite
     description = printable(description)
     if console.is_terminal:
         count = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
-        told = [TextColumn(template, markup=False) for template in ("{task.description}", "{task.fields[text]}")]
+        told = [
+            TextColumn(template, markup=False)
+            for template in ("{task.description}", "{task.fields[text]}")
+        ]
         columns = (told[0], BarColumn(), *count, TimeRemainingColumn(), told[1])
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(description, total=total, text="")
@@ -56,6 +70,10 @@ def bar(description: str, total: float | None, *, in_bytes: bool = False) -> Ite
             if in_bytes:
                 rate = done / max(time.monotonic() - start, 1e-3)
                 text = f"of {decimal(int(total))}, {decimal(int(rate))}/s {text or ''}"
-            print(f"{description}: {min(done / total, 1):.0%} {printable(text or '')}".rstrip(), file=sys.stderr, flush=True)
+            print(
+                f"{description}: {min(done / total, 1):.0%} {printable(text or '')}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
 
     yield write

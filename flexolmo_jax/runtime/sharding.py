@@ -1,6 +1,8 @@
-"""Mesh axes, and the one table from a parameter's logical axes to them. The only file that names a mesh axis.
+"""Mesh axes, and the one table from a parameter's logical axes to them. The only file that names a
+mesh axis.
 
-data: replicas (across slices); fsdp: parameters and batch; tensor: heads, ffn, vocabulary; expert: experts and batch.
+data: replicas (across slices); fsdp: parameters and batch; tensor: heads, ffn, vocabulary; expert:
+experts and batch.
 """
 
 import math
@@ -35,7 +37,8 @@ LOGICAL_TO_MESH: dict[str | None, Any] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of the config's shape over all devices (`jax.Device`s), or over the first of them if the config asks for fewer.
+    """A mesh of the config's shape over all devices (`jax.Device`s), or over the first of them if
+    the config asks for fewer.
 
     Raises UserError for a mesh that does not fit the devices: see `MeshConfig.sizes`.
     """
@@ -44,18 +47,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = list(config.sizes(len(devices), slices).values())
     needed = math.prod(sizes)
     if needed < len(devices) and len({device.process_index for device in devices}) > 1:
-        raise UserError(f"mesh {config} has {needed} devices; expected all {len(devices)} of several processes; set one axis to -1")
+        raise UserError(
+            f"mesh {config} has {needed} devices; expected all {len(devices)} of several processes;"
+            " set one axis to -1"
+        )
     # Auto: the compiler places the collectives; parameters and batch carry their shardings.
-    return Mesh(_arranged(devices[:needed], sizes, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        _arranged(devices[:needed], sizes, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
 
 
 def _arranged(devices: Sequence[Any], sizes: list[int], slices: int) -> np.ndarray:
-    """Devices [data, fsdp, tensor, expert]: neighbours in a TPU's torus side by side, and slices apart on the data axis."""
+    """Devices [data, fsdp, tensor, expert]: neighbours in a TPU's torus side by side, and slices
+    apart on the data axis."""
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
     if slices > 1:
         within = (sizes[0] // slices, *sizes[1:])
-        return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
@@ -76,11 +87,13 @@ def batch_ways(mesh: Mesh) -> int:
 def local_rows(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a batch the devices of this process hold, in order."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    return sorted({row for (index,) in slices for row in range(rows)[index]})  # type: ignore[misc]  # one index a dimension
+    # One index a dimension, and there is one.
+    return sorted({row for (index,) in slices for row in range(rows)[index]})  # type: ignore[misc]
 
 
 def put_batch(mesh: Mesh, rows: Sequence[int], count: int, array: np.ndarray) -> jax.Array:
-    """A batch of `count` rows over the mesh, of which this process has these, in order, in `array`."""
+    """A batch of `count` rows over the mesh, of which this process has these, in order, in
+    `array`."""
     place = {row: i for i, row in enumerate(rows)}
 
     def shard(index: Any) -> Any:
@@ -91,14 +104,20 @@ def put_batch(mesh: Mesh, rows: Sequence[int], count: int, array: np.ndarray) ->
 
 
 def constrain(mesh: Mesh | None, tree: Any, axes: Axes) -> Any:
-    """The arrays of a tree, laid out by their logical axes ("batch" among them) inside a jitted function."""
+    """The arrays of a tree, laid out by their logical axes ("batch" among them) inside a jitted
+    function."""
     if mesh is None:
         return tree
-    return jax.tree.map(lambda a: jax.lax.with_sharding_constraint(a, parameter_sharding(mesh, axes, a.shape)), tree)
+    return jax.tree.map(
+        lambda a: jax.lax.with_sharding_constraint(a, parameter_sharding(mesh, axes, a.shape)), tree
+    )
 
 
-def parameter_sharding(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of one parameter (or of what else has logical axes); an axis that its mesh axis does not divide stays whole.
+def parameter_sharding(
+    mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> NamedSharding:
+    """The sharding of one parameter (or of what else has logical axes); an axis that its mesh axis
+    does not divide stays whole.
 
     Experts whose number the expert axis does not divide are spread over it along "embed" instead.
     """
@@ -106,22 +125,40 @@ def parameter_sharding(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], 
     if "expert" in axes and "embed" in axes and shape[axes.index("expert")] % mesh.shape["expert"]:
         names[axes.index("embed")] = ("fsdp", "expert")
     ways = [math.prod(mesh.shape[name] for name in _as_tuple(entry)) for entry in names]
-    return NamedSharding(mesh, PartitionSpec(*(n if size % w == 0 else None for n, w, size in zip(names, ways, shape, strict=True))))
+    return NamedSharding(
+        mesh,
+        PartitionSpec(
+            *(n if size % w == 0 else None for n, w, size in zip(names, ways, shape, strict=True))
+        ),
+    )
 
 
 def ways_gathered(placement: NamedSharding) -> int:
-    """Over how many devices a parameter is spread all of which need the whole of it: those along `fsdp`."""
-    return math.prod(placement.mesh.shape[axis] for entry in placement.spec if "fsdp" in _as_tuple(entry) for axis in _as_tuple(entry))
+    """Over how many devices a parameter is spread all of which need the whole of it: those along
+    `fsdp`."""
+    return math.prod(
+        placement.mesh.shape[axis]
+        for entry in placement.spec
+        if "fsdp" in _as_tuple(entry)
+        for axis in _as_tuple(entry)
+    )
 
 
 def on_each_shard(
-    mesh: Mesh | None, function: Callable[..., Any], axes: Sequence[Axes], out: Any, *, batch_only: bool = False
+    mesh: Mesh | None,
+    function: Callable[..., Any],
+    axes: Sequence[Axes],
+    out: Any,
+    *,
+    batch_only: bool = False,
 ) -> Callable[..., Any]:
-    """`function`, run by every device on its own shard of the arguments, whose logical axes are given ("batch" among them).
+    """`function`, run by every device on its own shard of the arguments, whose logical axes are
+    given ("batch" among them).
 
-    For what the compiler cannot partition, such as a Pallas kernel, or partitions badly, such as a sum over chunks. A name
-    whose mesh axes do not divide everything that bears it stays whole. `batch_only` leaves the mesh's other axes to the
-    compiler, inside too. Without a mesh, or on one device, this is `function` itself.
+    For what the compiler cannot partition, such as a Pallas kernel, or partitions badly, such as a
+    sum over chunks. A name whose mesh axes do not divide everything that bears it stays whole.
+    `batch_only` leaves the mesh's other axes to the compiler, inside too. Without a mesh, or on one
+    device, this is `function` itself.
     """
     if mesh is None or mesh.size == 1:
         return function
@@ -136,25 +173,32 @@ def on_each_shard(
                     whole.add(to_mesh[name])
 
         def spec(names: Axes) -> PartitionSpec:
-            return PartitionSpec(*(None if to_mesh.get(name) in whole else to_mesh.get(name) for name in names))
+            return PartitionSpec(
+                *(None if to_mesh.get(name) in whole else to_mesh.get(name) for name in names)
+            )
 
         specs = tuple(spec(names) for names in axes)
         # Varying axes are not checked: the kernels of JAX's library do not declare them.
         manual = {"axis_names": set(_as_tuple(BATCH[0]))} if batch_only else {}
         out_specs = jax.tree.map(spec, out, is_leaf=_is_axes)
-        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False, **manual)(*args)
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False, **manual
+        )(*args)
 
     return sharded
 
 
 def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function((tokens, layer), gate, up, down, first)` summed over experts: each device runs its own, of which `first` is the first.
+    """`function((tokens, layer), gate, up, down, first)` summed over experts: each device runs its
+    own, of which `first` is the first.
 
-    `tokens` is a tree of arrays [N, ...] spread over the batch's axes, `layer` the same integer, or None, on all devices; `gate` and `up`
-    are [..., E, D, F], `down` is [..., E, F, D]; the result is [N, D]. The devices that share out the experts gather each other's tokens
-    and scatter the sums of their results back: 2 N D numbers for the N tokens of such a group, wherever they are routed. Nothing is
-    dropped. Experts that do not divide are filled up behind the last with empty ones, which no token can choose; so are an expert's units.
-    Without a mesh, or on one device, `function` runs as it is.
+    `tokens` is a tree of arrays [N, ...] spread over the batch's axes, `layer` the same integer, or
+    None, on all devices; `gate` and `up` are [..., E, D, F], `down` is [..., E, F, D]; the result
+    is [N, D]. The devices that share out the experts gather each other's tokens and scatter the
+    sums of their results back: 2 N D numbers for the N tokens of such a group, wherever they are
+    routed. Nothing is dropped. Experts that do not divide are filled up behind the last with empty
+    ones, which no token can choose; so are an expert's units. Without a mesh, or on one device,
+    `function` runs as it is.
     """
     if mesh is None or mesh.size == 1:
         return lambda *args: function(*args, 0)
@@ -162,19 +206,37 @@ def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Calla
     def on_device(inputs: Any, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
         tokens, layer = inputs
         tokens = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), tokens)
-        out = function((tokens, layer), gate, up, down, jax.lax.axis_index("expert") * gate.shape[-3])
+        out = function(
+            (tokens, layer), gate, up, down, jax.lax.axis_index("expert") * gate.shape[-3]
+        )
         return jax.lax.psum_scatter(jax.lax.psum(out, "tensor"), "expert", tiled=True)
 
     def spread(inputs: Any, *weights: jax.Array) -> jax.Array:
-        matrices = (("expert", None, "tensor"), ("expert", None, "tensor"), ("expert", "tensor", None))
-        specs = [PartitionSpec(*(None,) * (w.ndim - 3), *axes) for w, axes in zip(weights, matrices, strict=True)]
+        matrices = (
+            ("expert", None, "tensor"),
+            ("expert", None, "tensor"),
+            ("expert", "tensor", None),
+        )
+        specs = [
+            PartitionSpec(*(None,) * (w.ndim - 3), *axes)
+            for w, axes in zip(weights, matrices, strict=True)
+        ]
         filled = (
-            jnp.pad(w, [(0, -size % mesh.shape[axis] if axis else 0) for size, axis in zip(w.shape, spec, strict=True)])
+            jnp.pad(
+                w,
+                [
+                    (0, -size % mesh.shape[axis] if axis else 0)
+                    for size, axis in zip(w.shape, spec, strict=True)
+                ],
+            )
             for w, spec in zip(weights, specs, strict=True)
         )
-        # Varying axes are not checked: loops over a traced number of blocks would have to declare those of what they carry.
+        # Varying axes are not checked: loops over a traced number of blocks would have to declare
+        # those of what they carry.
         in_specs = ((BATCH, PartitionSpec()), *specs)
-        return jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False)(inputs, *filled)
+        return jax.shard_map(
+            on_device, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False
+        )(inputs, *filled)
 
     return spread
 

@@ -1,11 +1,13 @@
 """Orbax, and nothing else touches it: training checkpoints by step.
 
-Training checkpoints are asynchronous; the newest few and the best are kept. Orbax restores a flipped bit without a word, so each step
-carries digests of its files; reading a step checks them, and a run that goes on falls back over damaged ones with a note.
-Published weights are Orbax checkpoints too, written by weights.py and read by loading.py without it.
+Training checkpoints are asynchronous; the newest few and the best are kept. Orbax restores a
+flipped bit without a word, so each step carries digests of its files; reading a step checks them,
+and a run that goes on falls back over damaged ones with a note. Published weights are Orbax
+checkpoints too, written by weights.py and read by loading.py without it.
 
-On a disk a step gets its name when all of it is there. In a bucket, where nothing can be renamed, it is complete when Orbax has written
-`commit_success.txt`; the digests are those that the object store keeps of every object, so that no byte is read again to seal or check.
+On a disk a step gets its name when all of it is there. In a bucket, where nothing can be renamed,
+it is complete when Orbax has written `commit_success.txt`; the digests are those that the object
+store keeps of every object, so that no byte is read again to seal or check.
 """
 
 import functools
@@ -29,14 +31,18 @@ from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 
 DIGESTS = "_DIGESTS"
 COMMIT = "commit_success.txt"  # Orbax's, in a bucket
-UNSEALED = {DIGESTS, COMMIT, "_CHECKPOINT_METADATA"}  # the last two Orbax writes last into a step's directory: times, no state
-ALGORITHMS = {64: "sha256", 32: "md5"}  # of digests, by their length in hex: sealed on a disk, sealed in a bucket
-METRICS = "metrics/metrics"  # where Orbax writes the metrics of a checkpoint that was saved with some
+# the last two Orbax writes last into a step's directory: times, no state
+UNSEALED = {DIGESTS, COMMIT, "_CHECKPOINT_METADATA"}
+# of digests, by their length in hex: sealed on a disk, sealed in a bucket
+ALGORITHMS = {64: "sha256", 32: "md5"}
+# where Orbax writes the metrics of a checkpoint that was saved with some
+METRICS = "metrics/metrics"
 Tree = dict[str, Any]
 
 
 class StepCheckpoints:
-    """The checkpoints of one run. A context manager: leaving it waits for the save that is under way.
+    """The checkpoints of one run. A context manager: leaving it waits for the save that is under
+    way.
 
     Without `keep`, the number of newest ones that stay, it only reads.
     """
@@ -47,7 +53,12 @@ class StepCheckpoints:
         if keep is None:
             return
         by_the_first(self._tidy)
-        best = managers.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = managers.BestN(
+            get_metric_fn=lambda m: m["loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
@@ -62,7 +73,9 @@ class StepCheckpoints:
         make_folder(self._directory)
         for path in children(self._directory):
             if path.name.isdigit() and not _is_committed(path):
-                discard(path)  # what a killed save, or a killed removal, left; on a disk it has another name, and goes by Orbax
+                # what a killed save, or a killed removal, left; on a disk it has another name, and
+                # goes by Orbax
+                discard(path)
             elif path.name.isdigit() and not (_is_step(path.name) and _is_complete(path)):
                 note(f"warning: checkpoint {path} is incomplete; it is set aside")
                 self._set_aside(path.name)
@@ -84,7 +97,8 @@ class StepCheckpoints:
         self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
 
     def _seal(self) -> None:
-        """Puts digests into the step that Orbax is about to finish: it calls this before it gives the directory its name, or its mark."""
+        """Puts digests into the step that Orbax is about to finish: it calls this before it gives
+        the directory its name, or its mark."""
         if is_first():
             for path in children(self._directory):
                 is_finished = path.name.isdigit() and _is_committed(path)
@@ -99,13 +113,22 @@ class StepCheckpoints:
 
     def steps(self) -> list[int]:
         """The complete ones, newest first."""
-        return sorted((int(p.name) for p in children(self._directory) if _is_step(p.name) and _is_complete(p)), reverse=True)
+        return sorted(
+            (
+                int(p.name)
+                for p in children(self._directory)
+                if _is_step(p.name) and _is_complete(p)
+            ),
+            reverse=True,
+        )
 
     def choose(self, which: str) -> int:
         """The step that "last", "best" or a number names."""
         steps = self.steps()
         if not steps:
-            raise UserError(f"{self._directory} holds no complete checkpoint; let the run reach its first one")
+            raise UserError(
+                f"{self._directory} holds no complete checkpoint; let the run reach its first one"
+            )
         if which == "last":
             return steps[0]
         if which == "best":
@@ -115,20 +138,37 @@ class StepCheckpoints:
                 _check(self._directory / str(step), [METRICS])
             losses = {step: _json(path)["loss"] for step, path in metrics.items()}
             if not losses:
-                raise UserError(f"{self._directory} keeps no best checkpoint: the run never evaluated; set train.eval_every")
+                raise UserError(
+                    f"{self._directory} keeps no best checkpoint: the run never evaluated; set"
+                    " train.eval_every"
+                )
             return min(losses, key=lambda step: losses[step])
         if not _is_step(which) or int(which) not in steps:
-            raise UserError(f"no checkpoint {which!r} in {self._directory}; expected last, best or one of {', '.join(map(str, steps))}")
+            raise UserError(
+                f"no checkpoint {which!r} in {self._directory}; expected last, best or one of"
+                f" {', '.join(map(str, steps))}"
+            )
         return int(which)
 
     def restore(self, target: Tree, step: int) -> Tree:
-        """`target`: ShapeDtypeStructs with shardings. Raises UserError for a damaged or missing checkpoint."""
-        return self._restore(ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)), step)
+        """`target`: ShapeDtypeStructs with shardings. Raises UserError for a damaged or missing
+        checkpoint."""
+        return self._restore(
+            ocp.args.PyTreeRestore(
+                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+            ),
+            step,
+        )
 
     def restore_part(self, key: str, target: Tree, step: int) -> Tree:
-        """Only the branch `key` of what was saved, without reading the rest (an optimiser's state, say)."""
+        """Only the branch `key` of what was saved, without reading the rest (an optimiser's state,
+        say)."""
         target = {key: target}
-        args = ocp.args.PyTreeRestore(target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
+        args = ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
         return self._restore(args, step)[key]
 
     def _restore(self, args: ocp.args.PyTreeRestore, step: int) -> Any:
@@ -140,10 +180,13 @@ class StepCheckpoints:
         except Exception as error:  # Orbax raises bare Exception for data that it cannot read
             if joined():  # the files are right: what failed is this process, or the way to another
                 raise
-            raise UserError(f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}") from error
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}"
+            ) from error
 
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
-        """The newest checkpoint that restores, None where there is none. Damaged newer ones are noted and set aside, in `damaged/`."""
+        """The newest checkpoint that restores, None where there is none. Damaged newer ones are
+        noted and set aside, in `damaged/`."""
         for step in by_the_first(self.steps):
             try:
                 return step, self.restore(target, step)
@@ -167,7 +210,8 @@ def _is_step(name: str) -> bool:
 
 
 def _is_complete(step: Path) -> bool:
-    """Whether everything that says what a checkpoint is can be read: Orbax lists, and trips over, anything named like a step."""
+    """Whether everything that says what a checkpoint is can be read: Orbax lists, and trips over,
+    anything named like a step."""
     metrics = step / METRICS
     if not _is_committed(step):
         return False
@@ -185,17 +229,20 @@ def _is_complete(step: Path) -> bool:
 
 
 def _json(path: Path) -> Any:
-    """Raises OSError, ValueError or UserError for what is no JSON in a regular file of a bounded size."""
+    """Raises OSError, ValueError or UserError for what is no JSON in a regular file of a bounded
+    size."""
     return parse_json(read_bytes(path, JSON_LIMIT))
 
 
 def _is_committed(step: Path) -> bool:
-    """Whether a save into a directory with a step's name has finished, and nobody has begun to remove it. On a disk the name says so."""
+    """Whether a save into a directory with a step's name has finished, and nobody has begun to
+    remove it. On a disk the name says so."""
     return not in_bucket(step) or (is_whole(step) and (step / COMMIT).exists())
 
 
 def _digests(step: Path, algorithm: str, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Of a step's files, or these of them, by name: as the object store tells them, where it does."""
+    """Of a step's files, or these of them, by name: as the object store tells them, where it
+    does."""
     found = listing(step)
 
     def of(name: str) -> tuple[str, str]:
@@ -213,18 +260,31 @@ def _check(step: Path, names: Iterable[str] | None = None) -> None:
     try:
         expected = _json(step / DIGESTS)
         found = _digests(step, ALGORITHMS[len(next(iter(expected.values())))], names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, UserError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+        UserError,
+    ) as error:
         raise UserError(f"checkpoint {step} cannot be read: {_first_line(error)}") from None
     expected = expected if names is None else {name: expected.get(name) for name in found}
-    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+    if wrong := sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    ):
         raise UserError(f"checkpoint {step} is damaged: {wrong[0]} is not what was saved")
 
 
 def abstract(tree: Tree, sharding: jax.sharding.Sharding | None = None) -> Tree:
     """ShapeDtypeStructs of a tree of arrays, each with its own sharding or with the one given."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or a.sharding), tree)
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or a.sharding), tree
+    )
 
 
 def _first_line(error: BaseException) -> str:
-    error = error.__cause__ or error  # what TensorStore said, without Orbax's page of JSON around it
+    # what TensorStore said, without Orbax's page of JSON around it
+    error = error.__cause__ or error
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,12 +1,14 @@
-"""Writing files and directories that are either whole or not there: on this machine, and in buckets, where nothing can be renamed.
+"""Writing files and directories that are either whole or not there: on this machine, and in
+buckets, where nothing can be renamed.
 
 A directory on this machine is written beside its place, synced, and renamed:
 
-    .out.1a2b3c4d.tmp/.unfinished   the mark: this program made the folder, and what is in it may go when nobody holds its lock
-    .out.1a2b3c4d.tmp/content/      becomes out/
+    .out.1a2b3c4d.tmp/.unfinished   the mark: this program made the folder, and what is in it may go
+    when nobody holds its lock .out.1a2b3c4d.tmp/content/      becomes out/
 
-One in a bucket is written in its place, with the mark in it that is there before everything else and goes last: what has the mark is not
-there yet, for whoever asks `is_whole`. What bears no mark of ours is never removed.
+One in a bucket is written in its place, with the mark in it that is there before everything else
+and goes last: what has the mark is not there yet, for whoever asks `is_whole`. What bears no mark
+of ours is never removed.
 """
 
 import contextlib
@@ -35,20 +37,31 @@ from flexolmo_jax.storage.paths import (
 )
 
 UNFINISHED = ".unfinished"  # the mark ...
-MARK = b"flexolmo-jax is writing here, or was stopped while it did. What lies here may be removed.\n"  # ... and what it says
+# ... and what it says
+MARK = (
+    b"flexolmo-jax is writing here, or was stopped while it did. What lies here may be removed.\n"
+)
 STORE_FILE = "store.json"  # in a directory that has it, a store, nobody but the store writes
 CONTENT = "content"
 # What a directory is that holds exactly its own files, by names that are in it.
-_CLOSED = {"store": [STORE_FILE], "anchor or model": ["flexolmo.json", "weights"], "contribution": ["manifest.json", "expert.safetensors"]}
-GRACE = 3600.0  # seconds without a change after which nobody is taken to be writing something in a bucket, which has no locks
+_CLOSED = {
+    "store": [STORE_FILE],
+    "anchor or model": ["flexolmo.json", "weights"],
+    "contribution": ["manifest.json", "expert.safetensors"],
+}
+# seconds without a change after which nobody is taken to be writing something in a bucket, which
+# has no locks
+GRACE = 3600.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
-observer: Callable[[str, Path], None] | None = None  # told of every change to come; tests fail or die there
+# told of every change to come; tests fail or die there
+observer: Callable[[str, Path], None] | None = None
 
 
 def before_change(operation: str, path: Path) -> None:
-    """Called before every write, link, sync, rename and removal of what must be whole or not there."""
+    """Called before every write, link, sync, rename and removal of what must be whole or not
+    there."""
     if observer is not None:
         observer(operation, path)
 
@@ -57,8 +70,9 @@ def before_change(operation: str, path: Path) -> None:
 def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yields a temporary directory that is `out` at the end, or vanishes with any error.
 
-    What a killed process leaves of it is found by `abandoned`. `shared`: all who write it write the same, and may do so at once.
-    Raises UserError where `out` holds something already, cannot be made, and for a full disk.
+    What a killed process leaves of it is found by `abandoned`. `shared`: all who write it write the
+    same, and may do so at once. Raises UserError where `out` holds something already, cannot be
+    made, and for a full disk.
     """
     out = absolute(out)
     check_new(out, inside_a_store=shared)
@@ -71,7 +85,9 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
         temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
         temporary.mkdir()
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose a place that can be written") from error
+        raise UserError(
+            f"cannot write {out}: {error.strerror}; choose a place that can be written"
+        ) from error
     try:
         with locked(temporary):
             (temporary / UNFINISHED).write_bytes(MARK)
@@ -80,7 +96,10 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
             _put_in_place(temporary / CONTENT, out, inside_a_store=shared)
     except Exception as error:
         if is_disk_full(error):
-            raise UserError(f"no space left on the disk while writing {out}; nothing was kept; free some and run it again") from error
+            raise UserError(
+                f"no space left on the disk while writing {out}; nothing was kept; free some and"
+                " run it again"
+            ) from error
         raise
     finally:
         _remove_temporary(temporary)
@@ -104,7 +123,8 @@ def _put_in_place(content: Path, out: Path, *, inside_a_store: bool) -> None:
 
 
 def _remove_temporary(temporary: Path) -> None:
-    """A folder that this program made empty; the mark goes last, so that whoever is stopped on the way leaves it."""
+    """A folder that this program made empty; the mark goes last, so that whoever is stopped on the
+    way leaves it."""
     shutil.rmtree(temporary / CONTENT, ignore_errors=True)
     with contextlib.suppress(OSError):
         (temporary / UNFINISHED).unlink(missing_ok=True)
@@ -152,7 +172,10 @@ def is_whole(directory: Path) -> bool:
 
 def is_settled(directory: Path) -> bool:
     """Whether nobody can be at work on what lies there, as far as a bucket lets one know."""
-    return not in_bucket(directory) or max((f.modified for f in listing(directory).values()), default=0.0) < time.time() - GRACE
+    return (
+        not in_bucket(directory)
+        or max((f.modified for f in listing(directory).values()), default=0.0) < time.time() - GRACE
+    )
 
 
 def clear(out: Path) -> None:
@@ -162,7 +185,8 @@ def clear(out: Path) -> None:
 
 
 def abandoned(directory: Path, name: str | None = None) -> list[Path]:
-    """What processes that are no longer there left in a directory, on the way to `name` or anything: what bears the mark, and no more."""
+    """What processes that are no longer there left in a directory, on the way to `name` or
+    anything: what bears the mark, and no more."""
     if in_bucket(directory):
         places = [directory / name] if name else children(directory)
         return [path for path in places if is_settled(path) and _is_marked(path)]
@@ -194,7 +218,8 @@ def remove_abandoned(path: Path) -> None:
 def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[None]:
     """Holds the lock of a file or directory, which ends with the process at the latest.
 
-    Without `wait`, raises OSError where another has it. File systems that have no locks, and buckets, are worked on without.
+    Without `wait`, raises OSError where another has it. File systems that have no locks, and
+    buckets, are worked on without.
     """
     if in_bucket(path):
         yield
@@ -202,7 +227,10 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[N
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(
+                descriptor,
+                (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB),
+            )
         except OSError as error:
             if not wait or error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
@@ -212,17 +240,22 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[N
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether that is what an error tells. TensorStore and safetensors, which are not Python, give the system's message and no number."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+    """Whether that is what an error tells. TensorStore and safetensors, which are not Python, give
+    the system's message and no number."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(
+        errno.ENOSPC
+    ) in str(error)
 
 
 def check_new(out: Path, *, inside_a_store: bool = False) -> None:
-    """Raises UserError unless `out` does not exist or is an empty directory, and not the one that this process works in; and inside what
-    holds exactly its own files."""
+    """Raises UserError unless `out` does not exist or is an empty directory, and not the one that
+    this process works in; and inside what holds exactly its own files."""
     if is_whole(out) and (not out.is_dir() or children(out)):
         raise UserError(f"{out} exists and is not empty; give a new or empty directory")
     if not in_bucket(out) and out.is_dir() and out.samefile("."):
-        raise UserError(f"{out} is the working directory, whose place nothing can take; give a new directory in it")
+        raise UserError(
+            f"{out} is the working directory, whose place nothing can take; give a new directory in it"
+        )
     if not inside_a_store:
         _check_outside(out)
 
@@ -238,7 +271,9 @@ def _check_outside(out: Path) -> None:
     for parent in absolute(out).parents:
         for what, names in _CLOSED.items():
             if all((parent / name).exists() for name in names):
-                raise UserError(f"{out} lies inside the {what} {parent}; give a place outside of it")
+                raise UserError(
+                    f"{out} lies inside the {what} {parent}; give a place outside of it"
+                )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -264,7 +299,9 @@ def _write_at_once(path: Path, content: bytes) -> None:
         sync(temporary)
         before_change("rename", path)
         os.replace(temporary, path)
-        sync(path.parent)  # else a power cut may take the new name back: a store would forget a model that it was told of
+        # else a power cut may take the new name back: a store would forget a model that it was told
+        # of
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -277,17 +314,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
-    """Writes small files of this machine, each with its mode, beside each other: all of them or none, and never over what is there.
+    """Writes small files of this machine, each with its mode, beside each other: all of them or
+    none, and never over what is there.
 
     Raises UserError where one exists already, for a full disk, and where they cannot be written.
     """
-    temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in files}
+    temporaries = {
+        path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in files
+    }
     try:
         for path, temporary in temporaries.items():
             make_folder(path.parent)
             content, mode = files[path]
             before_change("write", path)
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            with os.fdopen(
+                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb"
+            ) as file:
                 file.write(content)
             sync(temporary)
         for path, temporary in temporaries.items():
@@ -302,7 +344,9 @@ def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
                     path.unlink()
         if isinstance(error, OSError):
             names, told = " and ".join(map(str, files)), reason(error)
-            raise UserError(f"cannot write {names}: {told}; nothing was written; choose another name or place") from error
+            raise UserError(
+                f"cannot write {names}: {told}; nothing was written; choose another name or place"
+            ) from error
         raise
     finally:
         for temporary in temporaries.values():
@@ -311,18 +355,24 @@ def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Writes an object. Raises UserError where that is refused: such are the first of all that is written into a bucket."""
+    """Writes an object. Raises UserError where that is refused: such are the first of all that is
+    written into a bucket."""
     before_change("write", path)
     try:
         path.write_bytes(content)
     except FileNotFoundError:
-        raise UserError(f"cannot write {path}: there is no such bucket; give the name of one that is there") from None
+        raise UserError(
+            f"cannot write {path}: there is no such bucket; give the name of one that is there"
+        ) from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {reason(error)}; choose a place that can be written") from error
+        raise UserError(
+            f"cannot write {path}: {reason(error)}; choose a place that can be written"
+        ) from error
 
 
 def append_bytes(path: Path, content: bytes) -> None:
-    """Adds to the end of a file, which may be new. An object cannot grow: its store joins it and what is added to one in its place."""
+    """Adds to the end of a file, which may be new. An object cannot grow: its store joins it and
+    what is added to one in its place."""
     before_change("write", path)
     if not in_bucket(path):
         with path.open("ab") as file:
@@ -343,7 +393,8 @@ def make_folder(path: Path) -> None:
 
 
 def discard(directory: Path) -> None:
-    """Takes away a directory that this program made: at once, as far as anybody sees. The caller knows that nothing else lies in it."""
+    """Takes away a directory that this program made: at once, as far as anybody sees. The caller
+    knows that nothing else lies in it."""
     before_change("remove", directory)
     if in_bucket(directory):
         _put(directory / UNFINISHED, MARK)
@@ -370,13 +421,15 @@ def remove_if_empty(directory: Path) -> None:
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Puts a file of this machine in the place of what may lie at `target`, on the same file system."""
+    """Puts a file of this machine in the place of what may lie at `target`, on the same file
+    system."""
     before_change("rename", target)
     os.replace(source, target)
 
 
 def move(directory: Path, target: Path) -> None:
-    """Gives a directory another name. In a bucket it is at both places for a while. Raises UserError where something has that name."""
+    """Gives a directory another name. In a bucket it is at both places for a while. Raises
+    UserError where something has that name."""
     check_new(target)
     make_folder(target.parent)
     before_change("rename", target)

@@ -1,8 +1,10 @@
-"""Weights from where they lie onto devices, through the one reader that verifying and merging use too.
+"""Weights from where they lie onto devices, through the one reader that verifying and merging use
+too.
 
-Every device gets its own part of each array, and a process reads the parts of its devices only. A part is read in pieces of a few shards,
-some ahead of the one that is being placed; host memory holds those, however large a model is. Nothing is left under way: what was
-started is waited for, whatever ends the loading.
+Every device gets its own part of each array, and a process reads the parts of its devices only. A
+part is read in pieces of a few shards, some ahead of the one that is being placed; host memory
+holds those, however large a model is. Nothing is left under way: what was started is waited for,
+whatever ends the loading.
 """
 
 import contextlib
@@ -40,13 +42,18 @@ class _Piece(NamedTuple):
     @property
     def place(self) -> Box:
         """Of the box in its part."""
-        return tuple(slice(b.start - p.start, b.stop - p.start) for b, p in zip(self.box, self.part, strict=True))
+        return tuple(
+            slice(b.start - p.start, b.stop - p.start)
+            for b, p in zip(self.box, self.part, strict=True)
+        )
 
 
 def load(reader: Reader, target: dict[str, Any]) -> dict[str, Any]:
-    """Reads parameters into the shapes, dtypes and shardings of `target`, a tree of ShapeDtypeStructs.
+    """Reads parameters into the shapes, dtypes and shardings of `target`, a tree of
+    ShapeDtypeStructs.
 
-    Raises UserError for data that is not what was written, and for arrays that are not as the target says.
+    Raises UserError for data that is not what was written, and for arrays that are not as the
+    target says.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
     named = {"/".join(key.key for key in keys): leaf for keys, leaf in leaves}
@@ -55,14 +62,19 @@ def load(reader: Reader, target: dict[str, Any]) -> dict[str, Any]:
     pieces = (piece for path, leaf in named.items() for piece in _pieces(reader, path, leaf))
     placed: dict[str, list[jax.Array]] = {path: [] for path in named}
     room: _OnHost | _OnDevices | None = None
-    with contextlib.closing(_ahead(lambda piece: reader.read(piece.path, piece.box), pieces)) as read:
+    with contextlib.closing(
+        _ahead(lambda piece: reader.read(piece.path, piece.box), pieces)
+    ) as read:
         for piece, values in read:
             room = room or _room(piece, values.dtype)
             room.put(piece.place, values)
             if piece.last:
                 placed[piece.path] += room.arrays()
                 room = None
-    arrays = [jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed[path]) for path, leaf in named.items()]
+    arrays = [
+        jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, placed[path])
+        for path, leaf in named.items()
+    ]
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -70,7 +82,10 @@ def _check(reader: Reader, path: str, leaf: jax.ShapeDtypeStruct) -> None:
     shape, dtype = reader.shape_and_dtype(path)
     if (shape, dtype) != (leaf.shape, leaf.dtype) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
         expected = f"expected {leaf.dtype} {list(leaf.shape)}"
-        raise UserError(f"the weights {path} in {reader.directory} are {dtype} {list(shape)}; {expected}; fetch them again")
+        raise UserError(
+            f"the weights {path} in {reader.directory} are {dtype} {list(shape)}; {expected}; fetch"
+            " them again"
+        )
 
 
 def _pieces(reader: Reader, path: str, leaf: jax.ShapeDtypeStruct) -> Iterator[_Piece]:
@@ -87,7 +102,8 @@ def _pieces(reader: Reader, path: str, leaf: jax.ShapeDtypeStruct) -> Iterator[_
 
 
 def _cut(part: Box, chunk: tuple[int, ...], itemsize: int) -> Iterator[Box]:
-    """Boxes of whole chunks and at most PIECE bytes, where a chunk is no larger, that fill a part of an array."""
+    """Boxes of whole chunks and at most PIECE bytes, where a chunk is no larger, that fill a part
+    of an array."""
     size = [s.stop - s.start for s in part]
     for axis, n in enumerate(chunk):
         excess = math.prod(size) * itemsize / PIECE
@@ -96,7 +112,9 @@ def _cut(part: Box, chunk: tuple[int, ...], itemsize: int) -> Iterator[Box]:
         size[axis] = min(size[axis], max(int(size[axis] / excess) // n * n, n))
     starts = (range(s.start, s.stop, max(n, 1)) for s, n in zip(part, size, strict=True))
     for corner in itertools.product(*starts):
-        yield tuple(slice(at, min(at + n, s.stop)) for at, n, s in zip(corner, size, part, strict=True))
+        yield tuple(
+            slice(at, min(at + n, s.stop)) for at, n, s in zip(corner, size, part, strict=True)
+        )
 
 
 def _room(piece: _Piece, dtype: np.dtype) -> "_OnHost | _OnDevices":
@@ -107,7 +125,8 @@ def _room(piece: _Piece, dtype: np.dtype) -> "_OnHost | _OnDevices":
 
 
 class _OnHost:
-    """Host memory, which CPU devices then use as their own; for other devices only what is one piece."""
+    """Host memory, which CPU devices then use as their own; for other devices only what is one
+    piece."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: tuple[Any, ...]):
         self._devices = devices
@@ -121,7 +140,9 @@ class _OnHost:
 
     def arrays(self) -> list[jax.Array]:
         """One for each device. No transfer is left under way."""
-        return jax.block_until_ready([jax.device_put(self._values, device) for device in self._devices])
+        return jax.block_until_ready(
+            [jax.device_put(self._values, device) for device in self._devices]
+        )
 
 
 class _OnDevices:
@@ -132,7 +153,9 @@ class _OnDevices:
 
     def put(self, place: Box, values: np.ndarray) -> None:
         start = [s.start for s in place]
-        self._parts = [_put_into(part, jax.device_put(values, part.sharding), start) for part in self._parts]
+        self._parts = [
+            _put_into(part, jax.device_put(values, part.sharding), start) for part in self._parts
+        ]
         jax.block_until_ready(self._parts)  # then nobody needs `values` any more
 
     def arrays(self) -> list[jax.Array]:
@@ -144,9 +167,14 @@ def _put_into(part: jax.Array, values: jax.Array, start: list[int]) -> jax.Array
     return jax.lax.dynamic_update_slice(part, values, start)  # in place: the part is donated
 
 
-def _ahead(read: Callable[[Asked], Read], asked: Iterable[Asked]) -> Generator[tuple[Asked, Read], None, None]:
+def _ahead(
+    read: Callable[[Asked], Read], asked: Iterable[Asked]
+) -> Generator[tuple[Asked, Read], None, None]:
     """(what was asked for, what was read), in order. Closing it waits for what is being read."""
-    pool, waiting = ThreadPoolExecutor(AHEAD, thread_name_prefix="weights"), deque[tuple[Asked, Future[Read]]]()
+    pool, waiting = (
+        ThreadPoolExecutor(AHEAD, thread_name_prefix="weights"),
+        deque[tuple[Asked, Future[Read]]](),
+    )
     try:
         for one in asked:
             waiting.append((one, pool.submit(read, one)))

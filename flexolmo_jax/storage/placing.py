@@ -1,6 +1,8 @@
-"""Having a file's bytes in a second place: by another name of the same file, by a clone that shares its blocks, or by a copy.
+"""Having a file's bytes in a second place: by another name of the same file, by a clone that shares
+its blocks, or by a copy.
 
-A file gets a second name only while nobody can write to it: through one of its names it would be changed under all the others.
+A file gets a second name only while nobody can write to it: through one of its names it would be
+changed under all the others.
 """
 
 import errno
@@ -15,14 +17,25 @@ from flexolmo_jax.errors import UserError
 
 from .files import before_change, make_folder
 
-READ_ONLY, WRITABLE = 0o444, 0o222  # modes: of files that several directories may share; the bits that it lacks
+# modes: of files that several directories may share; the bits that it lacks
+READ_ONLY, WRITABLE = 0o444, 0o222
 WAYS = ("link", "reflink", "copy")  # to have a file's bytes in a second place, the cheapest first
 _CLONE = 0x40049409  # Linux's FICLONE
-_NOT_HERE = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
+_NOT_HERE = (
+    errno.EXDEV,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EMLINK,
+    errno.EOPNOTSUPP,
+    errno.ENOTTY,
+    errno.EINVAL,
+    errno.ENOSYS,
+)
 
 
 def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
-    """Puts a file's bytes in a second place: the first of the ways that the file system has. Returns which.
+    """Puts a file's bytes in a second place: the first of the ways that the file system has.
+    Returns which.
 
     Raises UserError where it has none of them.
     """
@@ -38,14 +51,21 @@ def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
             if error.errno not in _NOT_HERE:
                 raise
             if way == ways[-1]:
-                raise UserError(f"{target} cannot be made of {source} by {way}: {error.strerror}; try --by auto") from error
+                raise UserError(
+                    f"{target} cannot be made of {source} by {way}: {error.strerror}; try --by auto"
+                ) from error
     raise ValueError(f"{ways!r} names no way")
 
 
 def _link(source: Path, target: Path) -> None:
-    """Raises EPERM for a file that is not ours or may be written: through one of its names it would be changed in all the others."""
+    """Raises EPERM for a file that is not ours or may be written: through one of its names it would
+    be changed in all the others."""
     status = os.lstat(source)
-    if not stat.S_ISREG(status.st_mode) or status.st_mode & WRITABLE or status.st_uid != os.geteuid():
+    if (
+        not stat.S_ISREG(status.st_mode)
+        or status.st_mode & WRITABLE
+        or status.st_uid != os.geteuid()
+    ):
         raise OSError(errno.EPERM, "its file may be changed under another name", str(source))
     os.link(source, target, follow_symlinks=False)
 

@@ -1,9 +1,11 @@
 """Safetensors files, tensor by tensor: reading, trusting nothing in them, and writing.
 
-    u64 little-endian: bytes of the header | header: JSON {name: {dtype, shape, data_offsets}} | data: the tensors, without gaps
+    u64 little-endian: bytes of the header | header: JSON {name: {dtype, shape, data_offsets}} |
+    data: the tensors, without gaps
 
-A header is read whole; a tensor is read in blocks that are digested while they are in the cache. Nothing is allocated that the
-file's size does not cover. What the safetensors library refuses is refused here: https://huggingface.co/docs/safetensors
+A header is read whole; a tensor is read in blocks that are digested while they are in the cache.
+Nothing is allocated that the file's size does not cover. What the safetensors library refuses is
+refused here: https://huggingface.co/docs/safetensors
 """
 
 import hashlib
@@ -23,13 +25,21 @@ from flexolmo_jax.storage.files import before_change
 from flexolmo_jax.storage.paths import open_regular, open_to_write, reason
 from flexolmo_jax.storage.untrusted import parse_json
 
-NAMES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+NAMES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
 DTYPES = {dtype: name for name, dtype in NAMES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 NAME_LIMIT = 1000  # characters of a tensor's name
 SIGNS_LIMIT = 1 << 19  # commas and brackets in a header: 65,000 matrices have fewer
 BLOCK = 1 << 22  # bytes read and digested at a time
-_INFINITY = {"bfloat16": (np.uint16, 0x7FFF, 0x7F80), "float16": (np.uint16, 0x7FFF, 0x7C00), "float32": (np.uint32, 2**31 - 1, 0x7F800000)}
+_INFINITY = {
+    "bfloat16": (np.uint16, 0x7FFF, 0x7F80),
+    "float16": (np.uint16, 0x7FFF, 0x7C00),
+    "float32": (np.uint32, 2**31 - 1, 0x7F800000),
+}
 
 
 @dataclass(frozen=True)
@@ -43,16 +53,21 @@ class Entry:
 
 
 class TensorFile:
-    """An open file; a context manager. `entries` in the order of the data; `header_sha256` of the length and the header."""
+    """An open file; a context manager. `entries` in the order of the data; `header_sha256` of the
+    length and the header."""
 
-    def __init__(self, path: Path, *, with_metadata: bool = False, header_limit: int = HEADER_LIMIT):
-        """Raises UserError for anything that is not a whole, regular safetensors file; for one with `__metadata__`, unless allowed; and
-        for a header of more bytes than `header_limit`."""
+    def __init__(
+        self, path: Path, *, with_metadata: bool = False, header_limit: int = HEADER_LIMIT
+    ):
+        """Raises UserError for anything that is not a whole, regular safetensors file; for one with
+        `__metadata__`, unless allowed; and for a header of more bytes than `header_limit`."""
         self.path, self._with_metadata, self._header_limit = path, with_metadata, header_limit
         try:
             self._file = open_regular(path)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {reason(error)}; expected a regular file") from None
+            raise UserError(
+                f"cannot read {path}: {reason(error)}; expected a regular file"
+            ) from None
         try:
             self.entries, self.header_sha256 = self._read_header(self._file.seek(0, os.SEEK_END))
         except BaseException:
@@ -69,7 +84,8 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str, into: np.ndarray | None = None) -> tuple[np.ndarray, str, bool]:
-        """A tensor, the SHA-256 of its bytes, and whether all its values are finite. `into`: bytes to lay it in, at least its size."""
+        """A tensor, the SHA-256 of its bytes, and whether all its values are finite. `into`: bytes
+        to lay it in, at least its size."""
         entry = self.entries[name]
         size = entry.end - entry.begin
         data = np.empty(size, np.uint8) if into is None else into[:size]
@@ -111,28 +127,49 @@ class TensorFile:
         start = self._file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            raise UserError(f"{self.path} cannot be read as safetensors: its header is said to be {length} bytes long, in a file of {size}")
+            raise UserError(
+                f"{self.path} cannot be read as safetensors: its header is said to be {length}"
+                f" bytes long, in a file of {size}"
+            )
         if length > self._header_limit:
             raise UserError(
-                f"{self.path} cannot be read as safetensors: its header has {length} bytes; expected at most {self._header_limit}"
+                f"{self.path} cannot be read as safetensors: its header has {length} bytes;"
+                f" expected at most {self._header_limit}"
             )
         text = self._file.read(length)
         try:
             entries = _parse(text, 8 + length, self._with_metadata)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{self.path} cannot be read as safetensors: {type(error).__name__} in its header: {error!s:.80}") from None
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise UserError(
+                f"{self.path} cannot be read as safetensors: {type(error).__name__} in its header:"
+                f" {error!s:.80}"
+            ) from None
         end = 8 + length
         for name, entry in entries.items():
             if entry.begin != end:
-                raise UserError(f"{self.path} cannot be read as safetensors: {name!r:.80} starts at byte {entry.begin}; expected {end}")
+                raise UserError(
+                    f"{self.path} cannot be read as safetensors: {name!r:.80} starts at byte"
+                    f" {entry.begin}; expected {end}"
+                )
             end = entry.end
         if end != size:
-            raise UserError(f"{self.path} cannot be read as safetensors: it has {size} bytes, its header tells of {end}")
+            raise UserError(
+                f"{self.path} cannot be read as safetensors: it has {size} bytes, its header tells"
+                f" of {end}"
+            )
         return entries, hashlib.sha256(start + text).hexdigest()
 
 
 class FiniteCheck:
-    """Whether bytes of whole numbers, block after block, are finite ones: by their exponent bits, several times as fast as isfinite."""
+    """Whether bytes of whole numbers, block after block, are finite ones: by their exponent bits,
+    several times as fast as isfinite."""
 
     def __init__(self, dtype: np.dtype):
         self.holds = True
@@ -143,7 +180,9 @@ class FiniteCheck:
         numbers = block.view(self._kind)
         if self._scratch.size < numbers.size:
             self._scratch = np.empty(numbers.size, self._kind)
-        magnitudes = np.bitwise_and(numbers, self._kind(self._mask), out=self._scratch[: numbers.size])
+        magnitudes = np.bitwise_and(
+            numbers, self._kind(self._mask), out=self._scratch[: numbers.size]
+        )
         self.holds = self.holds and (not magnitudes.size or int(magnitudes.max()) < self._infinity)
 
 
@@ -153,12 +192,17 @@ def write_tensors(
     tensors: Iterable[np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a file of tensors that come one by one, in the order in which `entries` tells their dtypes and shapes."""
+    """Writes a file of tensors that come one by one, in the order in which `entries` tells their
+    dtypes and shapes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in entries.items():
         begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": DTYPES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": DTYPES[np.dtype(dtype)],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data is aligned
     before_change("write", path)
@@ -176,7 +220,9 @@ def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
         if name == "__metadata__":
             if not with_metadata:
                 raise ValueError("it has __metadata__; nothing but tensors is expected")
-            if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
+            if not isinstance(fields, dict) or not all(
+                isinstance(value, str) for value in fields.values()
+            ):
                 raise ValueError("its __metadata__ is not of strings")
             continue
         if len(name) > NAME_LIMIT:
@@ -186,11 +232,17 @@ def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
         kind, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         if not isinstance(kind, str) or kind not in NAMES:
             raise ValueError(f"{name!r:.80} has dtype {kind!r:.20}; expected {', '.join(NAMES)}")
-        if not (_are_sizes(shape) and len(shape) <= 8 and _are_sizes(offsets) and len(offsets) == 2):
+        if not (
+            _are_sizes(shape) and len(shape) <= 8 and _are_sizes(offsets) and len(offsets) == 2
+        ):
             raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
         (begin, end), dtype = offsets, NAMES[kind]
-        # Sizes of 0 count as 1 in the bound: the library multiplies them in their order, and refuses what is beyond 64 bits on the way.
-        if end - begin != math.prod(shape) * dtype.itemsize or math.prod(n or 1 for n in shape) >= 2**60:
+        # Sizes of 0 count as 1 in the bound: the library multiplies them in their order, and
+        # refuses what is beyond 64 bits on the way.
+        if (
+            end - begin != math.prod(shape) * dtype.itemsize
+            or math.prod(n or 1 for n in shape) >= 2**60
+        ):
             raise ValueError(f"{name!r:.80} has {end - begin} bytes for {dtype} {shape!r:.80}")
         entries[name] = Entry(dtype, tuple(shape), data + begin, data + end)
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
@@ -201,7 +253,9 @@ def _objects(text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
         raise ValueError("it is no JSON object with nothing but spaces behind")
     if len(text) > HEADER_LIMIT // 4 and not (text.isascii() and b"\\u" not in text):
-        raise ValueError("it is long and has characters beyond ASCII, which take four bytes each in memory")
+        raise ValueError(
+            "it is long and has characters beyond ASCII, which take four bytes each in memory"
+        )
     return parse_json(text, SIGNS_LIMIT)
 
 

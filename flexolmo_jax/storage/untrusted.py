@@ -1,10 +1,11 @@
 """Files of strangers: read within bounds, parsed strictly, checked against one schema each.
 
     text = read_bytes(path, limit)          # a regular file, no link, of so many bytes at most
-    value = parse_json(text)                # every key once, finite numbers, few levels, Unicode that can be written again
-    conform(Schema, value)                  # a dataclass says which keys there are, of which types, within which bounds
+    value = parse_json(text)                # every key once, finite numbers, few levels
+    conform(Schema, value)                  # a dataclass: which keys, types and bounds
 
-Nothing is allocated before the size of it is known, and whatever is wrong raises `UserError`, OSError or ValueError.
+Nothing is allocated before the size of it is known, and whatever is wrong raises `UserError`,
+OSError or ValueError.
 """
 
 import functools
@@ -18,12 +19,14 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import open_regular, size_of
 
-JSON_LIMIT = 1 << 24  # bytes of a description; one of 64 experts, 100 layers and all digests has 6 MB
+# bytes of a description; one of 64 experts, 100 layers and all digests has 6 MB
+JSON_LIMIT = 1 << 24
 DEPTH = 32  # levels of nesting
 
 
 def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
-    """All of a small file. Raises OSError for what is no regular file, UserError for one of more than `limit` bytes."""
+    """All of a small file. Raises OSError for what is no regular file, UserError for one of more
+    than `limit` bytes."""
     with open_regular(path) as file:
         text = file.read(limit + 1)
     if len(text) > limit:
@@ -32,10 +35,12 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
 
 
 def parse_json(text: bytes | str, signs: int | None = None, keys: int | None = None) -> Any:
-    """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting, numbers that are not finite.
+    """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting,
+    numbers that are not finite.
 
-    `signs` is how many commas and brackets it may have: each may take 500 bytes of memory, which no limit on the file's own bytes tells.
-    `keys` is how many an object may have: a schema takes a kilobyte for each that does not belong.
+    `signs` is how many commas and brackets it may have: each may take 500 bytes of memory, which no
+    limit on the file's own bytes tells. `keys` is how many an object may have: a schema takes a
+    kilobyte for each that does not belong.
     """
     if signs is not None:
         marks = (b",", b"{", b"[") if isinstance(text, bytes) else (",", "{", "[")
@@ -65,25 +70,37 @@ def parse_json(text: bytes | str, signs: int | None = None, keys: int | None = N
         return value
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite, parse_int=whole)
+        value = json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_constant=refuse,
+            parse_float=finite,
+            parse_int=whole,
+        )
     except RecursionError:
         raise ValueError(f"it has more than {DEPTH} levels") from None
     level = [value]
     for _ in range(DEPTH):
-        groups = [outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, dict | list)]
+        groups = [
+            outer.values() if isinstance(outer, dict) else outer
+            for outer in level
+            if isinstance(outer, dict | list)
+        ]
         level = [inner for group in groups for inner in group]
         if not level:
             break
     else:
         raise ValueError(f"it has more than {DEPTH} levels")
     if "\\ud" in text or "\\uD" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no Unicode; UnicodeEncodeError is a ValueError
+        # half a surrogate pair is no Unicode; UnicodeEncodeError is a ValueError
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 @contextmanager
 def no_panic(what: str) -> Iterator[None]:
-    """Around calls of libraries written in Rust. Their panics, which are no Exception of Python's, become a UserError that names `what`."""
+    """Around calls of libraries written in Rust. Their panics, which are no Exception of Python's,
+    become a UserError that names `what`."""
     try:
         yield
     except BaseException as error:
@@ -93,9 +110,11 @@ def no_panic(what: str) -> Iterator[None]:
 
 
 def conform(schema: type, value: Any) -> None:
-    """Raises ValueError, in one line, unless a value of JSON's types is what a dataclass says: its keys and no others, types, bounds.
+    """Raises ValueError, in one line, unless a value of JSON's types is what a dataclass says: its
+    keys and no others, types, bounds.
 
-    Bounds are written as pydantic's: `Annotated[int, Field(ge=1)]`. Types are taken strictly: "1" and true are no integers.
+    Bounds are written as pydantic's: `Annotated[int, Field(ge=1)]`. Types are taken strictly: "1"
+    and true are no integers.
     """
     import pydantic
 
@@ -103,10 +122,15 @@ def conform(schema: type, value: Any) -> None:
         _adapter(schema).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         if (mistakes := error.error_count()) > 1000:
-            raise ValueError(f"it has {mistakes} keys and values that do not belong") from None  # to list them would take a minute
+            # to list them would take a minute
+            raise ValueError(f"it has {mistakes} keys and values that do not belong") from None
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "it"  # pydantic's own words have brackets
-        where, message = where[:120] if where.isprintable() else repr(where[:120]), first["msg"].removeprefix("Value error, ")
+        # pydantic's own words have brackets
+        where = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "it"
+        where, message = (
+            where[:120] if where.isprintable() else repr(where[:120]),
+            first["msg"].removeprefix("Value error, "),
+        )
         got = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r:.40}"
         raise ValueError(f"{where}: {message[:120]}{got}") from None
 

@@ -1,12 +1,15 @@
-"""Weights on disk: a directory that any Orbax restores, with any sharding, written by TensorStore a shard at a time.
+"""Weights on disk: a directory that any Orbax restores, with any sharding, written by TensorStore a
+shard at a time.
 
-Each parameter is a Zarr 3 array. A shard, which is a file, holds one slice of the leading axes: one layer's matrix, of one expert. So
-experts are files: merging and taking out experts moves files and leaves their bytes alone. Inside a shard lie chunks that split
-the "embed" axis, so that a device which holds a part of it reads that part; each has a CRC-32C, so that a flipped
-bit is an error and not a weight.
+Each parameter is a Zarr 3 array. A shard, which is a file, holds one slice of the leading axes: one
+layer's matrix, of one expert. So experts are files: merging and taking out experts moves files and
+leaves their bytes alone. Inside a shard lie chunks that split the "embed" axis, so that a device
+which holds a part of it reads that part; each has a CRC-32C, so that a flipped bit is an error and
+not a weight.
 
-    <parameter path, with dots>/zarr.json   <parameter>/c/<index of the shard>   _METADATA  _CHECKPOINT_METADATA (Orbax's)
-    commit_success.txt   (Orbax's too: written last, because in a bucket it takes a checkpoint without it for one that is being written)
+    <parameter path, with dots>/zarr.json   <parameter>/c/<index of the shard>   _METADATA
+    _CHECKPOINT_METADATA (Orbax's) commit_success.txt   (Orbax's too: written last, because in a
+    bucket it takes a checkpoint without it for one that is being written)
 """
 
 import dataclasses
@@ -28,7 +31,8 @@ from flexolmo_jax.storage.files import before_change, write_bytes
 from flexolmo_jax.storage.paths import in_bucket, kvstore
 
 CHUNK = 1 << 21  # bytes at most of a chunk, where its axis can be halved so far
-PIECES = 16  # chunks at least of a shard, so that as many devices read only their own, where that leaves ...
+# chunks at least of a shard, so that as many devices read only their own, where that leaves ...
+PIECES = 16
 SMALL = 1 << 18  # ... so many bytes a chunk
 COMMIT = "commit_success.txt"
 SHARD = 1 << 26  # bytes at most of a shard, where its first axis can
@@ -48,16 +52,22 @@ class Layout:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: str, axes: tuple[str | None, ...]) -> "Layout":
-        """For a parameter with these logical axes: one shard an expert and, of matrices, a layer."""
+        """For a parameter with these logical axes: one shard an expert and, of matrices, a
+        layer."""
         inside = [axis not in ("layers", "expert") for axis in axes]
-        shard = [n if within or (axis == "layers" and sum(inside) < 2) else 1 for n, axis, within in zip(shape, axes, inside, strict=True)]
+        shard = [
+            n if within or (axis == "layers" and sum(inside) < 2) else 1
+            for n, axis, within in zip(shape, axes, inside, strict=True)
+        ]
         size = math.prod(shard) * np.dtype(dtype).itemsize
         first = inside.index(True) if any(inside) else 0
         while size > SHARD and shard[first] % 2 == 0:
             shard[first], size = shard[first] // 2, size // 2
         chunk = list(shard)
         split = axes.index("embed") if "embed" in axes else first
-        while chunk[split] % 2 == 0 and (size > CHUNK or (shard[split] // chunk[split] < PIECES and size >= 2 * SMALL)):
+        while chunk[split] % 2 == 0 and (
+            size > CHUNK or (shard[split] // chunk[split] < PIECES and size >= 2 * SMALL)
+        ):
             chunk[split], size = chunk[split] // 2, size // 2
         return cls(shape, dtype, tuple(shard), tuple(chunk))
 
@@ -68,7 +78,8 @@ class Layout:
 
     @property
     def shard_bytes(self) -> int:
-        """Of the file of a shard: chunks, each with a CRC-32C, and an index of them with another."""
+        """Of the file of a shard: chunks, each with a CRC-32C, and an index of them with
+        another."""
         chunks = math.prod(self.shard) // math.prod(self.chunk)
         return math.prod(self.shard) * np.dtype(self.dtype).itemsize + 4 * chunks + 16 * chunks + 4
 
@@ -78,16 +89,22 @@ class Layout:
 
     def box(self, index: Index) -> Box:
         """The part of the array that a shard holds."""
-        return tuple(slice(i * n, min((i + 1) * n, end)) for i, n, end in zip(index, self.shard, self.shape, strict=True))
+        return tuple(
+            slice(i * n, min((i + 1) * n, end))
+            for i, n, end in zip(index, self.shard, self.shape, strict=True)
+        )
 
     def whole(self) -> list[Box]:
-        """All of it at once: for small arrays, whose shards need not follow each other in the array."""
+        """All of it at once: for small arrays, whose shards need not follow each other in the
+        array."""
         return [tuple(slice(0, n) for n in self.shape)]
 
     def boxes(self, **at: int) -> Iterator[Box]:
-        """All parts; with `layer` or `expert` only what belongs to it. Those two are the first axes of what is stacked.
+        """All parts; with `layer` or `expert` only what belongs to it. Those two are the first axes
+        of what is stacked.
 
-        They follow each other in the array, except those of several experts' rows, which come expert by expert.
+        They follow each other in the array, except those of several experts' rows, which come
+        expert by expert.
         """
         chosen = {("layer", "expert").index(name): i for name, i in at.items()}
         for index in self.indices():
@@ -114,7 +131,8 @@ class Layout:
 
 
 class Writer:
-    """Writes the arrays of one directory. A context manager: leaving it without an error waits for all and completes the checkpoint."""
+    """Writes the arrays of one directory. A context manager: leaving it without an error waits for
+    all and completes the checkpoint."""
 
     def __init__(self, directory: Path, layouts: Mapping[str, Layout]):
         self.directory, self.layouts = directory, layouts
@@ -141,7 +159,8 @@ class Writer:
             write_bytes(self.directory / COMMIT, self._metadata[COMMIT])
 
     def write(self, path: str, index: Index, values: np.ndarray) -> None:
-        """Starts writing one shard when the one before it is done; until then `values` must stay as they are."""
+        """Starts writing one shard when the one before it is done; until then `values` must stay as
+        they are."""
         if self._writing is not None:
             self._writing.result()
         if path not in self._arrays:
@@ -149,7 +168,9 @@ class Writer:
         self._written.append(self.file(path, index))
         before_change("write", self._written[-1])
         array = self._arrays[path][self.layouts[path].box(index)]
-        self._writing = array.write(values.reshape(array.shape), can_reference_source_data_indefinitely=True)
+        self._writing = array.write(
+            values.reshape(array.shape), can_reference_source_data_indefinitely=True
+        )
 
     def write_slice(self, path: str, prefix: Index, values: np.ndarray) -> None:
         """As `write`, for what the leading axes select, which may be several shards."""
@@ -181,7 +202,9 @@ class Reader:
         """SHA-256 of the values (row-major, little-endian) of parts that follow each other."""
         digest = hashlib.sha256()
         for box in boxes:
-            digest.update(np.ascontiguousarray(self.read(path, box)).reshape(-1).view(np.uint8).data)
+            digest.update(
+                np.ascontiguousarray(self.read(path, box)).reshape(-1).view(np.uint8).data
+            )
         return digest.hexdigest()
 
     def read(self, path: str, box: Box) -> np.ndarray:
@@ -209,12 +232,16 @@ class Reader:
         try:
             yield
         except (ValueError, OSError, IndexError) as error:
-            raise UserError(f"the weights {path} in {self.directory} cannot be read: {str(error).splitlines()[0]:.200}") from None
+            raise UserError(
+                f"the weights {path} in {self.directory} cannot be read:"
+                f" {str(error).splitlines()[0]:.200}"
+            ) from None
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An array on the disk where one in memory is expected: what is indexed is read, and cast. `expert`: only that one of several."""
+    """An array on the disk where one in memory is expected: what is indexed is read, and cast.
+    `expert`: only that one of several."""
 
     reader: Reader
     path: str
@@ -237,13 +264,17 @@ class Stored:
         """`index`: integers or slices without steps. Raises UserError as `Reader.read` does."""
         index = list(index if isinstance(index, tuple) else (index,))
         if self.expert is not None and len(index) > 1:
-            index[1] = slice(self.expert, self.expert + 1) if isinstance(index[1], slice) else self.expert
+            index[1] = (
+                slice(self.expert, self.expert + 1) if isinstance(index[1], slice) else self.expert
+            )
         elif self.expert is not None:
             index.append(slice(self.expert, self.expert + 1))
         return self.reader.read(self.path, tuple(index)).astype(self.dtype, copy=False)
 
 
-def save(directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, str]:
+def save(
+    directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]
+) -> dict[str, str]:
     """Writes arrays by path and returns their SHA-256s."""
     layouts = {path: Layout.of(a.shape, str(a.dtype), axes[path]) for path, a in params.items()}
     digests = {}
@@ -260,8 +291,12 @@ def save(directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[st
 
 def metadata_files(layouts: Mapping[str, Layout]) -> dict[str, bytes]:
     """Everything in a directory of weights but the shards, by name."""
-    arrays = {f"{path.replace('/', '.')}/zarr.json": layout.metadata() for path, layout in layouts.items()}
-    return {name: _canonical(content) for name, content in (arrays | orbax_metadata(layouts)).items()} | {COMMIT: b"complete\n"}
+    arrays = {
+        f"{path.replace('/', '.')}/zarr.json": layout.metadata() for path, layout in layouts.items()
+    }
+    return {
+        name: _canonical(content) for name, content in (arrays | orbax_metadata(layouts)).items()
+    } | {COMMIT: b"complete\n"}
 
 
 def array_directory(directory: Path, path: str) -> Path:
@@ -274,11 +309,13 @@ def shard_name(path: str, index: Index) -> str:
 
 
 def open_array(directory: Path) -> ts.TensorStore:
-    """Without a cache, and without a sync a file: whoever completes the directory syncs all of it."""
+    """Without a cache, and without a sync a file: whoever completes the directory syncs all of
+    it."""
     spec = {
         "driver": "zarr3",
         "kvstore": kvstore(directory),
-        "store_data_equal_to_fill_value": True,  # a shard of zeros is a file too: a missing one is then an error
+        # a shard of zeros is a file too: a missing one is then an error
+        "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,  # ... for whoever reads as well
         "recheck_cached_data": False,
     }
@@ -286,12 +323,16 @@ def open_array(directory: Path) -> ts.TensorStore:
 
 
 def orbax_metadata(layouts: Mapping[str, Layout]) -> dict[str, Any]:
-    """What makes arrays a checkpoint of Orbax: its files, by name. They hold no times: equal weights are equal files."""
+    """What makes arrays a checkpoint of Orbax: its files, by name. They hold no times: equal
+    weights are equal files."""
     leaves = {}
     for path, layout in sorted(layouts.items()):
         keys = path.split("/")
         value = {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": layout.shape}
-        leaves[str(tuple(keys))] = {"key_metadata": [{"key": key, "key_type": 2} for key in keys], "value_metadata": value}
+        leaves[str(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": value,
+        }
     handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
     return {
         "_METADATA": {

@@ -1,7 +1,8 @@
 """Where the time of a run goes, and how much of what its chips can do it uses.
 
 goodput    seconds spent in steps / seconds since the run was started
-MFU        FLOPs that the model's mathematics needs (flops.py) / (seconds of a step x what its devices could do at most, in bfloat16)
+MFU        FLOPs that the model's mathematics needs (flops.py) / FLOPs that the devices could do at
+           most in a step's time, in bfloat16
 """
 
 import time
@@ -11,8 +12,10 @@ from typing import Any
 
 from flexolmo_jax.runtime.tpus import CHIPS
 
-PHASES = ("init", "restore", "compile", "data", "step", "eval", "save")  # what is none of these is the loop's own
-GPUS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}  # 10^12 bfloat16 FLOPs a second, dense; of NVIDIA's data sheets
+# what is none of these is the loop's own
+PHASES = ("init", "restore", "compile", "data", "step", "eval", "save")
+# 10^12 bfloat16 FLOPs a second, dense; of NVIDIA's data sheets
+GPUS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
 
 
 class Accounting:
@@ -41,8 +44,12 @@ class Accounting:
 
 
 def peak_flops(device: Any) -> float | None:
-    """Bfloat16 FLOPs a second that a device can do at most; None where that is not known, as for CPUs."""
+    """Bfloat16 FLOPs a second that a device can do at most; None where that is not known, as for
+    CPUs."""
     kind = device.device_kind
     if device.platform == "tpu":
-        return next((1e12 * chip.tflops / chip.devices for chip in CHIPS.values() if kind in chip.kinds), None)
+        return next(
+            (1e12 * chip.tflops / chip.devices for chip in CHIPS.values() if kind in chip.kinds),
+            None,
+        )
     return next((1e12 * tflops for name, tflops in GPUS.items() if name in kind), None)

@@ -1,7 +1,7 @@
 """Bits per byte and routing on prepared records, in the training loop and outside of it.
 
-Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Scored is every token of a document but
-its first in each record it spans; EOS and padding are not.
+Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Scored is
+every token of a document but its first in each record it spans; EOS and padding are not.
 """
 
 import functools
@@ -37,7 +37,8 @@ class Score:
     bits: float
     tokens: int
     bytes: int
-    routing: np.ndarray  # [L, E] share of the chosen experts' weight that each had, over scored tokens
+    # [L, E] share of the chosen experts' weight that each had, over scored tokens
+    routing: np.ndarray
 
     @property
     def bits_per_byte(self) -> float:
@@ -45,17 +46,29 @@ class Score:
 
 
 @functools.lru_cache
-def make_scorer(config: ModelConfig, active: int | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> Scorer:
-    """A jitted function from (params, tokens, segments, scored, allowed) to the sums of nats and of routing weights [L, E]."""
+def make_scorer(
+    config: ModelConfig, active: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
+) -> Scorer:
+    """A jitted function from (params, tokens, segments, scored, allowed) to the sums of nats and of
+    routing weights [L, E]."""
 
     @jax.jit
-    def score(params: Params, tokens: jax.Array, segments: jax.Array, scored: jax.Array, allowed: jax.Array | None):
-        output = forward(config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype, mesh=mesh)
+    def score(
+        params: Params,
+        tokens: jax.Array,
+        segments: jax.Array,
+        scored: jax.Array,
+        allowed: jax.Array | None,
+    ):
+        output = forward(
+            config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype, mesh=mesh
+        )
         losses, _ = token_losses(output.hidden, output.head, tokens, mesh)
         counted = predicts(scored).astype(jnp.float32)
         shares = output.router.weights / jnp.sum(output.router.weights, axis=-1, keepdims=True)
         sums = jnp.sum(losses * counted), jnp.einsum("lbte,bt->le", shares, counted)
-        return sums if mesh is None else jax.lax.with_sharding_constraint(sums, replicated(mesh))  # every process reads them
+        # every process reads them
+        return sums if mesh is None else jax.lax.with_sharding_constraint(sums, replicated(mesh))
 
     return score
 
@@ -74,7 +87,8 @@ def score_records(
 ) -> Score:
     """Scores the first `limit` records (all by default). `put` places a batch on the devices.
 
-    Raises UserError where the records were made with another tokenizer or hold nothing that can be scored.
+    Raises UserError where the records were made with another tokenizer or hold nothing that can be
+    scored.
     """
     check_tokenizer(records, tokenizer)
     count = min(len(records), limit or len(records))
@@ -83,7 +97,9 @@ def score_records(
         places = range(start, min(start + batch_size, count))
         rows = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
         # The last batch is filled up with padding, so that one compiled program serves all.
-        tokens, segments = (_stack([row[key] for row in rows], batch_size) for key in ("tokens", "segments"))
+        tokens, segments = (
+            _stack([row[key] for row in rows], batch_size) for key in ("tokens", "segments")
+        )
         scored = scored_targets(tokens, segments, tokenizer.eos_id)
         nats, weights = scorer(params, put(tokens), put(segments), put(scored), allowed)
         bits += float(nats) / math.log(2)
@@ -92,7 +108,10 @@ def score_records(
         n_bytes += int(tokenizer.byte_lengths[tokens[scored]].sum())
         advance(len(rows))
     if n_bytes == 0:
-        raise UserError(f"{records.path} has no held-out text to score; prepare more documents or a larger --heldout share")
+        raise UserError(
+            f"{records.path} has no held-out text to score; prepare more documents or a larger"
+            " --heldout share"
+        )
     return Score(bits, n_tokens, n_bytes, routing / n_tokens)
 
 
@@ -100,8 +119,8 @@ def check_tokenizer(records: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError where the records were prepared with another tokenizer."""
     if records.tokenizer_digest != tokenizer.digest:
         raise UserError(
-            f"{records.path} was prepared with tokenizer {records.tokenizer_digest[:12]}; the model has {tokenizer.digest[:12]}; "
-            "prepare the documents with the model's tokenizer"
+            f"{records.path} was prepared with tokenizer {records.tokenizer_digest[:12]}; the model"
+            f" has {tokenizer.digest[:12]}; prepare the documents with the model's tokenizer"
         )
 
 

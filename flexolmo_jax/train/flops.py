@@ -1,7 +1,8 @@
-"""Floating-point operations of a step, counted from shapes: a product of [m, k] and [k, n] is 2 m k n.
+"""Floating-point operations of a step, counted from shapes: a product of [m, k] and [k, n] is 2 m k
+n.
 
-Counted are matrix products: of the layers, of the attention's scores (causal: half of the square) and of the logits. Norms, softmax and
-rotations, some percent of them, are not.
+Counted are matrix products: of the layers, of the attention's scores (causal: half of the square)
+and of the logits. Norms, softmax and rotations, some percent of them, are not.
 """
 
 from typing import NamedTuple
@@ -12,20 +13,28 @@ from flexolmo_jax.config import ModelConfig, RunConfig
 class Flops(NamedTuple):
     """Of one step over all devices."""
 
-    model: float  # what the mathematics needs: the forward pass, gradients of activations, gradients of trained weights
+    # what the mathematics needs: the forward pass, gradients of activations, gradients of trained
+    # weights
+    model: float
     hardware: float  # ... and what `train.remat` computes anew
 
 
 def forward_flops(model: ModelConfig, experts: int, context: float) -> tuple[float, float, float]:
-    """(attention, experts, head): of one token, which attends to `context` tokens on average and runs through `experts` experts."""
+    """(attention, experts, head): of one token, which attends to `context` tokens on average and
+    runs through `experts` experts."""
     L, D, C, H, K = model.n_layers, model.d_model, model.d_head, model.n_heads, model.n_kv_heads
     projections = 2 * D * C * (2 * H + 2 * K)  # q and o, k and v
     scores = 2 * 2 * context * C * H  # q k and p v
-    return L * (projections + scores), L * experts * 2 * 3 * D * model.d_ffn, 2 * D * model.vocab_size
+    return (
+        L * (projections + scores),
+        L * experts * 2 * 3 * D * model.d_ffn,
+        2 * D * model.vocab_size,
+    )
 
 
 def step_flops(run: RunConfig, model: ModelConfig) -> Flops:
-    """Of a training step. Every kind of run takes gradients of activations; which weights have gradients depends on it."""
+    """Of a training step. Every kind of run takes gradients of activations; which weights have
+    gradients depends on it."""
     running = {"pair": 2, "router": model.n_experts}.get(run.run, model.n_active)
     T = run.data.seq_len
     attention, experts, head = forward_flops(model, running, T / 2)
@@ -36,6 +45,10 @@ def step_flops(run: RunConfig, model: ModelConfig) -> Flops:
     # A gradient of q k or p v is taken with respect to both sides.
     needed = 2 * (attention + experts + head) + scores + of_weights
     # Always twice: the logits, and q k, which no implementation of attention keeps.
-    again = {"none": 0.0, "dots": scores, "full": attention + experts}[run.train.remat] + head + scores / 2
+    again = (
+        {"none": 0.0, "dots": scores, "full": attention + experts}[run.train.remat]
+        + head
+        + scores / 2
+    )
     tokens = run.data.batch_size * T
     return Flops(tokens * needed, tokens * (needed + again))

@@ -1,7 +1,9 @@
-"""The one training loop. It knows nothing of FlexOlmo: a job is initial parameters, and which of them are trained.
+"""The one training loop. It knows nothing of FlexOlmo: a job is initial parameters, and which of
+them are trained.
 
-In the order of events: place parameters on the mesh; restore the newest good checkpoint; for each step take its batch (a pure
-function of the step), dispatch, then read the metrics of the step before; evaluate and save now and then; always at the end.
+In the order of events: place parameters on the mesh; restore the newest good checkpoint; for each
+step take its batch (a pure function of the step), dispatch, then read the metrics of the step
+before; evaluate and save now and then; always at the end.
 """
 
 import functools
@@ -21,7 +23,14 @@ import optax
 from jax.sharding import Mesh
 
 from flexolmo_jax.artifact import DESCRIPTION, Placement, describe, open_artifact, write_description
-from flexolmo_jax.config import ModelConfig, RunConfig, check_microbatch, dump_yaml, load_config, to_dict
+from flexolmo_jax.config import (
+    ModelConfig,
+    RunConfig,
+    check_microbatch,
+    dump_yaml,
+    load_config,
+    to_dict,
+)
 from flexolmo_jax.data.mixture import Batches
 from flexolmo_jax.data.records import Record, loss_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -51,21 +60,27 @@ class Job:
 
     config: RunConfig
     model: ModelConfig
-    initial: Callable[[Placement], Params]  # makes or reads the whole parameter tree, each tensor where the placement says
-    is_trained: Callable[[str], bool]  # by path; the rest is frozen: no gradient, no optimiser state, not in checkpoints
+    # makes or reads the whole parameter tree, each tensor where the placement says
+    initial: Callable[[Placement], Params]
+    # by path; the rest is frozen: no gradient, no optimiser state, not in checkpoints
+    is_trained: Callable[[str], bool]
     experts: tuple[str, ...]  # names, the anchor's first
     tokenizer: Tokenizer
     batches: Batches
     heldout: dict[str, Source]
-    contrast: tuple[tuple[int, float], ...] = ()  # for each source of the mixture: (expert its tokens belong to, weight in the loss)
-    base: dict[str, Any] = field(default_factory=dict)  # pair, router: {"base": path, "fingerprint": digest, ...}
+    # for each source of the mixture: (expert its tokens belong to, weight in the loss)
+    contrast: tuple[tuple[int, float], ...] = ()
+    # pair, router: {"base": path, "fingerprint": digest, ...}
+    base: dict[str, Any] = field(default_factory=dict)
 
 
 def train(job: Job, out: Path) -> dict[str, Any]:
-    """Runs the job to its last step in the directory `out`, from its newest checkpoint if it has one.
+    """Runs the job to its last step in the directory `out`, from its newest checkpoint if it has
+    one.
 
-    Returns the last evaluation: {"step", "tokens", "bits_per_byte": {name: x}}. Raises UserError where `out` holds another
-    run, RunError where the loss is not finite; SystemExit after a signal, with everything saved.
+    Returns the last evaluation: {"step", "tokens", "bits_per_byte": {name: x}}. Raises UserError
+    where `out` holds another run, RunError where the loss is not finite; SystemExit after a signal,
+    with everything saved.
     """
     run = job.config
     accounting = Accounting()
@@ -82,7 +97,9 @@ def train(job: Job, out: Path) -> dict[str, Any]:
             by_the_first(lambda: _describe(job, out, trained))
             step = make_step(job.model, run, optimizer, mesh)
             evaluate = _evaluator(job, mesh)
-            checkpoints = stack.enter_context(checkpoint.StepCheckpoints(out / "checkpoints", keep=run.train.keep))
+            checkpoints = stack.enter_context(
+                checkpoint.StepCheckpoints(out / "checkpoints", keep=run.train.keep)
+            )
         with accounting.spent("restore"):
             restored = checkpoints.restore_latest(checkpoint.abstract(state._asdict()))
         start, scores = 0, {}
@@ -91,7 +108,15 @@ def train(job: Job, out: Path) -> dict[str, Any]:
             state = TrainState(**saved)
             note(f"{out} goes on from step {start}")
         metrics = stack.enter_context(MetricsWriter(out, start)) if is_first() else None
-        log = _Log(job, out, mesh, accounting, metrics, stack.enter_context(bar(f"train {out.name}", run.train.steps)), checkpoints)
+        log = _Log(
+            job,
+            out,
+            mesh,
+            accounting,
+            metrics,
+            stack.enter_context(bar(f"train {out.name}", run.train.steps)),
+            checkpoints,
+        )
         log.advance(start)
         stop_status = stack.enter_context(stop_requests())
         profile = stack.enter_context(Profile(run.train.profiled, out))
@@ -101,16 +126,21 @@ def train(job: Job, out: Path) -> dict[str, Any]:
 
         pending = None  # the metrics of step n are read after step n + 1 is dispatched
         for number in range(start + 1, run.train.steps + 1):
-            watchdog.expect(f"step {number}", run.train.watchdog if number > start + 1 else 0)  # the first is compiled
+            # the first is compiled
+            watchdog.expect(f"step {number}", run.train.watchdog if number > start + 1 else 0)
             with accounting.spent("data"):
                 batch = {
-                    name: sharding.put_batch(mesh, rows, run.data.batch_size, a) for name, a in _with_targets(job, next(batches)).items()
+                    name: sharding.put_batch(mesh, rows, run.data.batch_size, a)
+                    for name, a in _with_targets(job, next(batches)).items()
                 }
             if number == start + 1:
                 with accounting.spent("compile"):
                     compile_for_all(step, state, frozen, batch, number)
             profile.before(number)
-            with accounting.spent("step"), jax.profiler.StepTraceAnnotation("train", step_num=number):
+            with (
+                accounting.spent("step"),
+                jax.profiler.StepTraceAnnotation("train", step_num=number),
+            ):
                 state, values = step(state, frozen, batch, number)
                 if pending is not None:
                     log.read(*pending)
@@ -128,19 +158,35 @@ def train(job: Job, out: Path) -> dict[str, Any]:
                 if scored:
                     with accounting.spent("eval"):
                         scores = evaluate(state.params, frozen)
-                log.write(number, ({"bits_per_byte": scores} if scored else {}) | {"seconds": accounting.seconds()}, flush=True)
+                log.write(
+                    number,
+                    ({"bits_per_byte": scores} if scored else {})
+                    | {"seconds": accounting.seconds()},
+                    flush=True,
+                )
                 with accounting.spent("save"):
-                    checkpoints.save(number, state._asdict(), loss=sum(scores.values()) / len(scores) if scored and scores else None)
+                    checkpoints.save(
+                        number,
+                        state._asdict(),
+                        loss=sum(scores.values()) / len(scores) if scored and scores else None,
+                    )
                 log.clock = time.perf_counter()
             if stop is not None and not last:
                 with accounting.spent("save"):
                     checkpoints.wait()
                 by_the_first(lambda: None)  # until it is complete for all
-                note(f"stopped by a signal at step {number}, saved in {out}; the same command goes on from there")
+                note(
+                    f"stopped by a signal at step {number}, saved in {out}; the same command goes"
+                    " on from there"
+                )
                 sys.exit(stop)
         if start == run.train.steps:
             scores = evaluate(state.params, frozen)
-    result = {"step": run.train.steps, "tokens": run.train.steps * run.data.batch_size * run.data.seq_len, "bits_per_byte": scores}
+    result = {
+        "step": run.train.steps,
+        "tokens": run.train.steps * run.data.batch_size * run.data.seq_len,
+        "bits_per_byte": scores,
+    }
     summary = result | {"seconds": accounting.seconds()}
     by_the_first(lambda: write_text(out / "summary.json", json.dumps(summary) + "\n"))
     return result
@@ -160,12 +206,18 @@ class _Log:
         checkpoints: checkpoint.StepCheckpoints,
     ):
         self._out = out
-        self._job, self._accounting, self._metrics, self._checkpoints = job, accounting, metrics, checkpoints
+        self._job, self._accounting, self._metrics, self._checkpoints = (
+            job,
+            accounting,
+            metrics,
+            checkpoints,
+        )
         self.advance = advance
         self.clock = time.perf_counter()
         self._tokens = job.config.data.batch_size * job.config.data.seq_len
         peak = peak_flops(mesh.devices.flat[0])
-        self._peak = peak and step_flops(job.config, job.model).model / (peak * mesh.size)  # seconds of a step at best
+        # seconds of a step at best
+        self._peak = peak and step_flops(job.config, job.model).model / (peak * mesh.size)
 
     def read(self, number: int, values: dict[str, jax.Array]) -> None:
         """Waits for a step. Raises RunError where its loss is not finite."""
@@ -173,17 +225,24 @@ class _Log:
         if not (math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])):
             self._checkpoints.wait()
             good = next(iter(self._checkpoints.steps()), None)
-            kept = f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
+            kept = (
+                f"the last good checkpoint is step {good}" if good else "there is no checkpoint yet"
+            )
             raise RunError(
-                f"loss {row['loss']}, gradient norm {row['gradient_norm']} at step {number} of {self._out}; {kept}; "
-                "start a new --out with a lower optim.lr, or look at the data of this step"
+                f"loss {row['loss']}, gradient norm {row['gradient_norm']} at step {number} of"
+                f" {self._out}; {kept}; start a new --out with a lower optim.lr, or look at the"
+                " data of this step"
             )
         now = time.perf_counter()
         took, self.clock = now - self.clock, now
         self.advance(1, text=f"loss {row['loss']:.3f}  {self._tokens / took:,.0f} tokens/s")
         if number % self._job.config.train.log_every == 0:
             row["router_share"] = dict(zip(self._job.experts, row["router_share"], strict=True))
-            row |= {"tokens": number * self._tokens, "tokens_per_second": self._tokens / took, "goodput": self._accounting.goodput()}
+            row |= {
+                "tokens": number * self._tokens,
+                "tokens_per_second": self._tokens / took,
+                "goodput": self._accounting.goodput(),
+            }
             self.write(number, row | ({"mfu": self._peak / took} if self._peak else {}))
 
     def write(self, number: int, row: dict[str, Any], flush: bool = False) -> None:
@@ -194,7 +253,8 @@ class _Log:
 
 
 def compile_for_all(function: Any, *arguments: Any) -> None:
-    """Compiles a jitted function for these arguments, and waits until all processes have: their first exchange does not wait long."""
+    """Compiles a jitted function for these arguments, and waits until all processes have: their
+    first exchange does not wait long."""
     function.lower(*arguments).compile()
     by_the_first(lambda: None)
 
@@ -218,7 +278,9 @@ def _placement(job: Job, mesh: Mesh) -> Placement:
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh) -> Any:
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(optimizer, trained, sharding.replicated(mesh)))
+    shardings = jax.tree.map(
+        lambda a: a.sharding, abstract_state(optimizer, trained, sharding.replicated(mesh))
+    )
     return jax.jit(optimizer.init, out_shardings=shardings)(trained)
 
 
@@ -242,7 +304,13 @@ def _evaluator(job: Job, mesh: Mesh) -> Callable[[Params, Params], dict[str, flo
         params, scores = combine(trained, frozen), {}
         for name, records in job.heldout.items():
             of_set = score_records(
-                scorer, params, records, job.tokenizer, batch_size=batch_size, limit=job.config.train.eval_records, put=put
+                scorer,
+                params,
+                records,
+                job.tokenizer,
+                batch_size=batch_size,
+                limit=job.config.train.eval_records,
+                put=put,
             )
             scores[name] = of_set.bits_per_byte
         return scores
@@ -251,40 +319,68 @@ def _evaluator(job: Job, mesh: Mesh) -> Callable[[Params, Params], dict[str, flo
 
 
 def _claim(job: Job, out: Path) -> None:
-    """Makes the run's directory, or checks that it holds this very run. Raises UserError otherwise."""
+    """Makes the run's directory, or checks that it holds this very run. Raises UserError
+    otherwise."""
     by_the_first(lambda: _make_or_check(job, out))
     if not (out / "config.yaml").exists():
-        raise UserError(f"{out} is not the same place for all processes of this run; give a directory that all of them see, or a bucket")
+        raise UserError(
+            f"{out} is not the same place for all processes of this run; give a directory that all"
+            " of them see, or a bucket"
+        )
 
 
 def _make_or_check(job: Job, out: Path) -> None:
     path = out / "config.yaml"
     if not (is_whole(out) and path.exists()):
-        with new_directory(out) as directory:  # a kill in between must not leave a directory that no run may claim
+        # a kill in between must not leave a directory that no run may claim
+        with new_directory(out) as directory:
             job.tokenizer.save(directory / "tokenizer.json")
             write_text(directory / "config.yaml", dump_yaml(job.config))
         return
-    before, now = (_identity(config) for config in (to_dict(load_config(path)), to_dict(job.config)))
+    before, now = (
+        _identity(config) for config in (to_dict(load_config(path)), to_dict(job.config))
+    )
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
-        raise UserError(f"{out} holds a run with another {', '.join(changed)}; give a new --out, or the config it was started with")
+        raise UserError(
+            f"{out} holds a run with another {', '.join(changed)}; give a new --out, or the config"
+            " it was started with"
+        )
     if (out / DESCRIPTION).exists():
         kept = open_artifact(out).description
         for key in ("fingerprint", "base_sha256"):
             before, now = kept.get(key), job.base.get(key)
-            if before != now and (before is not None or key == "fingerprint"):  # earlier versions kept no base_sha256
+            # earlier versions kept no base_sha256
+            if before != now and (before is not None or key == "fingerprint"):
                 raise UserError(
-                    f"{out} was trained against {before}; {job.base['base']} is now {now}; restore that one or give a new --out"
+                    f"{out} was trained against {before}; {job.base['base']} is now {now}; restore"
+                    " that one or give a new --out"
                 )
     write_text(path, dump_yaml(job.config))
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What makes two configs the same run: everything but the mesh, how often to look at it, and what an owner states of it."""
-    flat = flatten({key: value for key, value in config.items() if value is not None and key != "mesh"})
-    free = {"eval_every", "eval_records", "save_every", "keep", "log_every", "remat", "watchdog", "profile"}
+    """What makes two configs the same run: everything but the mesh, how often to look at it, and
+    what an owner states of it."""
+    flat = flatten(
+        {key: value for key, value in config.items() if value is not None and key != "mesh"}
+    )
+    free = {
+        "eval_every",
+        "eval_records",
+        "save_every",
+        "keep",
+        "log_every",
+        "remat",
+        "watchdog",
+        "profile",
+    }
     free |= {"owner", "domain", "licence", "expires", "sequence", "allow_hub_embedder"}
-    return {key.replace("/", "."): value for key, value in flat.items() if key.split("/")[-1] not in free}
+    return {
+        key.replace("/", "."): value
+        for key, value in flat.items()
+        if key.split("/")[-1] not in free
+    }
 
 
 def _describe(job: Job, out: Path, trained: Params) -> None:

@@ -1,6 +1,8 @@
-"""The training loss: next-token cross entropy, its z-loss, the routers' z-loss and, for joint runs, load balancing.
+"""The training loss: next-token cross entropy, its z-loss, the routers' z-loss and, for joint runs,
+load balancing.
 
-Which tokens count is decided by the data (`data.records.loss_targets`): all of a document but its first token in a record.
+Which tokens count is decided by the data (`data.records.loss_targets`): all of a document but its
+first token in a record.
 """
 
 from typing import NamedTuple
@@ -23,7 +25,8 @@ class Contrast(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Sums over tokens, so that microbatches add up to their batch: divide by the batch's number of targets."""
+    """Sums over tokens, so that microbatches add up to their batch: divide by the batch's number of
+    targets."""
 
     total: Float[Array, ""]  # what is minimised
     cross_entropy: Float[Array, ""]  # nats
@@ -32,18 +35,27 @@ class LossSums(NamedTuple):
 
 
 def token_losses(
-    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], tokens: Int[Array, "B T"], mesh: Mesh | None = None
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "B T"],
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """At each position -ln p of the token after it, and the logsumexp of its logits. The last position predicts nothing: leave it out."""
+    """At each position -ln p of the token after it, and the logsumexp of its logits. The last
+    position predicts nothing: leave it out."""
 
     def of_shard(hidden: Array, targets: Array, head: Array) -> tuple[Array, Array]:
-        losses, log_z = cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
+        losses, log_z = cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1)
+        )
         return losses.reshape(targets.shape), log_z.reshape(targets.shape)
 
-    # The tokens are shifted, not the hidden states: every position keeps its place. Each device goes through its own tokens, so
-    # that the head is gathered, and its gradient summed over devices, once and not once a chunk.
+    # The tokens are shifted, not the hidden states: every position keeps its place. Each device
+    # goes through its own tokens, so that the head is gathered, and its gradient summed over
+    # devices, once and not once a chunk.
     axes = (("batch", None, None), ("batch", None), (None, None))
-    run = sharding.on_each_shard(mesh, of_shard, axes, (("batch", None), ("batch", None)), batch_only=True)
+    run = sharding.on_each_shard(
+        mesh, of_shard, axes, (("batch", None), ("batch", None)), batch_only=True
+    )
     return run(hidden, jnp.roll(tokens, -1, axis=1), head)
 
 
@@ -71,12 +83,27 @@ def loss_sums(
         total += optim.router_z_loss * jnp.sum(jnp.mean(jnp.square(router.log_z), axis=0) * mask)
     share = jnp.einsum("lbte,bt->le", router.weights, mask.astype(jnp.float32))
     if optim.load_balance and E > 1:
-        # Switch Transformer's: E * sum of (share of the choices that e got) * (share of the weight), 1 when balanced.
-        chosen = jnp.einsum("lbte,bt->le", (router.weights > 0).astype(jnp.float32), mask.astype(jnp.float32))
-        choices, weight = (s / jnp.maximum(jnp.sum(s, axis=-1, keepdims=True), 1e-9) for s in (chosen, share))
-        total += optim.load_balance * E * jnp.mean(jnp.sum(choices * weight, axis=-1)) * jnp.sum(mask)
+        # Switch Transformer's: E * sum of (share of the choices that e got) * (share of the
+        # weight), 1 when balanced.
+        chosen = jnp.einsum(
+            "lbte,bt->le", (router.weights > 0).astype(jnp.float32), mask.astype(jnp.float32)
+        )
+        choices, weight = (
+            s / jnp.maximum(jnp.sum(s, axis=-1, keepdims=True), 1e-9) for s in (chosen, share)
+        )
+        total += (
+            optim.load_balance * E * jnp.mean(jnp.sum(choices * weight, axis=-1)) * jnp.sum(mask)
+        )
     if contrast is not None:
-        chosen = jnp.take_along_axis(router.weights, contrast.expert[None, :, None, None], axis=-1)[..., 0]
-        surprise = -jnp.log(jnp.maximum(chosen, 1e-20))  # the weights are all of the probabilities: in a pair every expert is active
+        chosen = jnp.take_along_axis(router.weights, contrast.expert[None, :, None, None], axis=-1)[
+            ..., 0
+        ]
+        # the weights are all of the probabilities: in a pair every expert is active
+        surprise = -jnp.log(jnp.maximum(chosen, 1e-20))
         total += jnp.sum(jnp.mean(surprise, axis=0) * contrast.weight[:, None] * mask)
-    return LossSums(total, cross_entropy, jnp.mean(share, axis=0), jnp.sum(jnp.mean(router.entropy, axis=0) * mask))
+    return LossSums(
+        total,
+        cross_entropy,
+        jnp.mean(share, axis=0),
+        jnp.sum(jnp.mean(router.entropy, axis=0) * mask),
+    )

@@ -1,6 +1,8 @@
-"""A run's metrics: one JSON object a line in metrics.jsonl, and the same numbers as TensorBoard events.
+"""A run's metrics: one JSON object a line in metrics.jsonl, and the same numbers as TensorBoard
+events.
 
-On a disk a row is there at once. In a bucket rows are added now and then, and before every checkpoint.
+On a disk a row is there at once. In a bucket rows are added now and then, and before every
+checkpoint.
 """
 
 import json
@@ -24,7 +26,8 @@ SECONDS = 30.0  # between two additions to an object
 
 
 class MetricsWriter:
-    """A context manager. Rows after `step`, left by a run that was killed past its last checkpoint, are cut off first."""
+    """A context manager. Rows after `step`, left by a run that was killed past its last checkpoint,
+    are cut off first."""
 
     def __init__(self, directory: Path, step: int):
         self._path = directory / "metrics.jsonl"
@@ -32,12 +35,19 @@ class MetricsWriter:
         write_text(self._path, "".join(line + "\n" for line in kept))
         self._rows: list[str] = []
         self._wait, self._flushed = SECONDS if in_bucket(directory) else 0.0, time.monotonic()
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self._events = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=step + 1, flush_secs=30
+        )
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.flush()
         self._events.close()
 
@@ -50,14 +60,16 @@ class MetricsWriter:
             self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """To be called before a checkpoint is saved: a run that goes on from there has no other place to take these rows from."""
+        """To be called before a checkpoint is saved: a run that goes on from there has no other
+        place to take these rows from."""
         if self._rows:
             append_bytes(self._path, "".join(self._rows).encode())
         self._rows, self._flushed = [], time.monotonic()
 
 
 class _BucketEvents:
-    """What tensorboardX writes events to, for paths in buckets; its own holds all of a run's and uploads all of them each time."""
+    """What tensorboardX writes events to, for paths in buckets; its own holds all of a run's and
+    uploads all of them each time."""
 
     def __init__(self, path: str):
         self._path, self._content = path_of(path), b""
@@ -66,7 +78,8 @@ class _BucketEvents:
         self._content += content
 
     def flush(self) -> None:
-        """What cannot be written is kept for the next time: an error would end tensorboardX's thread, and the run wait for it for ever."""
+        """What cannot be written is kept for the next time: an error would end tensorboardX's
+        thread, and the run wait for it for ever."""
         try:
             if self._content:
                 append_bytes(self._path, self._content)
@@ -89,7 +102,8 @@ register_writer_factory("gs", _BucketEventsFactory())
 
 
 def read_lines(path: Path) -> list[str]:
-    """Whole lines only: the last may have been cut by a kill. Each once: an object store that was asked again may have added it twice.
+    """Whole lines only: the last may have been cut by a kill. Each once: an object store that was
+    asked again may have added it twice.
 
     Raises UserError where they cannot be read.
     """
@@ -98,7 +112,9 @@ def read_lines(path: Path) -> list[str]:
     try:
         *lines, _ = read_bytes(path, METRICS_LIMIT).decode().split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {reason(error)}; restore it, or remove it: a run goes on without") from None
+        raise UserError(
+            f"cannot read {path}: {reason(error)}; restore it, or remove it: a run goes on without"
+        ) from None
     return list(dict.fromkeys(lines))
 
 
@@ -122,7 +138,9 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in read_lines(path)]
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error!s:.80}); restore it, or remove the line") from None
+        raise UserError(
+            f"{path} is damaged ({error!s:.80}); restore it, or remove the line"
+        ) from None
 
 
 def _scalars(values: dict[str, Any], prefix: str = ""):

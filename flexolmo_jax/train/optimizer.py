@@ -1,4 +1,5 @@
-"""AdamW with linear warm-up, a cosine and clipping by global norm: upstream's optimiser and schedule."""
+"""AdamW with linear warm-up, a cosine and clipping by global norm: upstream's optimiser and
+schedule."""
 
 from typing import Any
 
@@ -11,7 +12,8 @@ from flexolmo_jax.model.tree import flatten, unflatten
 
 
 def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
-    """Warm-up from 0, then a cosine to `final_fraction` at `schedule_steps` (a run may stop before its end)."""
+    """Warm-up from 0, then a cosine to `final_fraction` at `schedule_steps` (a run may stop before
+    its end)."""
     end = optim.schedule_steps or steps
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -23,7 +25,8 @@ def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Its state has the shapes of what it is initialised with: the trained parameters, nothing frozen."""
+    """Its state has the shapes of what it is initialised with: the trained parameters, nothing
+    frozen."""
     return optax.chain(
         optax.clip_by_global_norm(optim.clip),
         optax.adamw(
@@ -37,13 +40,24 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     )
 
 
-def abstract_state(optimizer: optax.GradientTransformation, trained: Params, replicated: jax.sharding.Sharding) -> Any:
-    """The optimiser's state as ShapeDtypeStructs: moments lie where their parameters (arrays, or ShapeDtypeStructs) do."""
+def abstract_state(
+    optimizer: optax.GradientTransformation, trained: Params, replicated: jax.sharding.Sharding
+) -> Any:
+    """The optimiser's state as ShapeDtypeStructs: moments lie where their parameters (arrays, or
+    ShapeDtypeStructs) do."""
     state = jax.eval_shape(optimizer.init, trained)
     shardings = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, parameter: parameter.sharding, state, trained, transform_non_params=lambda _: replicated
+        optimizer,
+        lambda _, parameter: parameter.sharding,
+        state,
+        trained,
+        transform_non_params=lambda _: replicated,
     )
-    return jax.tree.map(lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state, shardings)
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
 
 
 def _decayed(params: dict) -> dict:

@@ -1,4 +1,5 @@
-"""Anchor and joint runs: every weight trained, from random initial values or from those of an earlier model (`train.init`)."""
+"""Anchor and joint runs: every weight trained, from random initial values or from those of an
+earlier model (`train.init`)."""
 
 import dataclasses
 import functools
@@ -24,7 +25,10 @@ def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
     tokenizer = choose_tokenizer(run.data)
     vocab_size = run.model.vocab_size or -(-tokenizer.vocab_size // 128) * 128
     if vocab_size < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size is {vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}")
+        raise UserError(
+            f"model.vocab_size is {vocab_size}; expected at least the tokenizer's"
+            f" {tokenizer.vocab_size}"
+        )
     model = dataclasses.replace(run.model, vocab_size=vocab_size)
     initialise = functools.partial(init_params, model)
 
@@ -41,7 +45,8 @@ def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
     source = open_artifact(run.train.init)
     if source.is_pair or (source.config.n_experts > 1) != (run.run == "joint"):
         raise UserError(
-            f"train.init {source.path} is a {source.kind} of {len(source.experts)} experts; run: {run.run} cannot start from it"
+            f"train.init {source.path} is a {source.kind} of {len(source.experts)} experts; run:"
+            f" {run.run} cannot start from it"
         )
 
     def initial(placement: Placement) -> Params:
@@ -55,4 +60,6 @@ def _start(run, model, tokenizer, initial, out: Path) -> dict[str, Any]:
     run = dataclasses.replace(run, model=model)
     batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
-    return train(Job(run, model, initial, lambda path: True, experts, tokenizer, batches, heldout), out)
+    return train(
+        Job(run, model, initial, lambda path: True, experts, tokenizer, batches, heldout), out
+    )

@@ -13,7 +13,8 @@ PLACE = "profile"  # in a run's directory: plugins/profile/<when>/<host>.xplane.
 
 
 class Profile:
-    """A context manager: leaving it ends a trace that is under way. Every process writes its own."""
+    """A context manager: leaving it ends a trace that is under way. Every process writes its
+    own."""
 
     def __init__(self, steps: tuple[int, int] | None, out: Path):
         self._steps, self._out = steps, out / PLACE
@@ -42,7 +43,10 @@ class Profile:
         """To be called after a step, of the last after it has ended."""
         if self.ends(number):
             self._stop()
-            note(f"a profile up to step {number} is in {self._out}; see it with xprof --logdir {self._out}")
+            note(
+                f"a profile up to step {number} is in {self._out}; see it with xprof --logdir"
+                f" {self._out}"
+            )
 
     def _stop(self) -> None:
         if not self._running:
@@ -52,5 +56,7 @@ class Profile:
         if self._local is not None:
             for file in Path(self._local.name).rglob("*"):
                 if file.is_file():
-                    write_bytes(self._out / str(file.relative_to(self._local.name)), file.read_bytes())
+                    write_bytes(
+                        self._out / str(file.relative_to(self._local.name)), file.read_bytes()
+                    )
             self._local.cleanup()

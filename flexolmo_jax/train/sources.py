@@ -22,19 +22,34 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
         path = path_of(dataset.path)
         if not has_tokens(path) and not has_documents(path):  # raises where there is nothing at all
             return Tokenizer.load(path)
-    raise UserError("data.tokenizer is empty and no data.train path is a prepared directory that carries one; set data.tokenizer")
+    raise UserError(
+        "data.tokenizer is empty and no data.train path is a prepared directory that carries one;"
+        " set data.tokenizer"
+    )
 
 
 def evaluation_sets(data: DataConfig, extra: Sequence[Dataset] = ()) -> list[Dataset]:
-    """What a run is evaluated on: `data.eval`, or else its training sources, and `extra`; but no token files that it trains on."""
-    return [*data.eval, *(d for d in (*(() if data.eval else data.train), *extra) if not has_tokens(path_of(d.path)))]
+    """What a run is evaluated on: `data.eval`, or else its training sources, and `extra`; but no
+    token files that it trains on."""
+    return [
+        *data.eval,
+        *(
+            d
+            for d in (*(() if data.eval else data.train), *extra)
+            if not has_tokens(path_of(d.path))
+        ),
+    ]
 
 
-def open_sources(data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Sequence[Dataset] = ()) -> tuple[Batches, dict[str, Source]]:
-    """The training mixture, and the held-out records of `data.eval` (of the training sources, if that is empty) and `extra`.
+def open_sources(
+    data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Sequence[Dataset] = ()
+) -> tuple[Batches, dict[str, Source]]:
+    """The training mixture, and the held-out records of `data.eval` (of the training sources, if
+    that is empty) and `extra`.
 
-    `extra` joins the training mixture too. Raw documents are prepared into a cache. Sources without held-out records are left out;
-    token files, which hold nothing out, are wholly what they are named for. Raises UserError where they are named for both.
+    `extra` joins the training mixture too. Raw documents are prepared into a cache. Sources without
+    held-out records are left out; token files, which hold nothing out, are wholly what they are
+    named for. Raises UserError where they are named for both.
     """
 
     def opened(dataset: Dataset, split: Split) -> Source:
@@ -51,12 +66,17 @@ def open_sources(data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Seque
     training = [(opened(d, "train"), d.weight) for d in (*data.train, *extra)]
     unsplit = {d.path for d in (*data.train, *extra) if has_tokens(path_of(d.path))}
     if both := sorted(unsplit & {d.path for d in data.eval}):
-        raise UserError(f"{both[0]} is in data.train and in data.eval; token files are one or the other: give others to evaluate on")
+        raise UserError(
+            f"{both[0]} is in data.train and in data.eval; token files are one or the other: give"
+            " others to evaluate on"
+        )
     heldout: dict[str, Source] = {}
     for dataset in heldout_sets:
         records = opened(dataset, "heldout")
         if dataset.title in heldout:
-            raise UserError(f"two evaluation sets are called {dataset.title!r}; give one of them another name")
+            raise UserError(
+                f"two evaluation sets are called {dataset.title!r}; give one of them another name"
+            )
         if len(records):
             heldout[dataset.title] = records
     return mixture(training, data.batch_size, seed), heldout

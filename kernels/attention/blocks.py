@@ -1,10 +1,12 @@
-"""Attention in blocks of queries, plain XLA: each block multiplies only the keys up to its end, and no block's scores are kept.
+"""Attention in blocks of queries, plain XLA: each block multiplies only the keys up to its end, and
+no block's scores are kept.
 
-    forward    P = exp(Q K^T - max);  l = sum P;  O = P V / l;  z = max + log l             (saved: inputs, O and z)
-    backward   P = exp(Q K^T - z);  dV = P^T dO;  dS = P (dO V^T - <dO, O>);  dQ = dS K;  dK = dS^T Q
+    forward    P = exp(Q K^T - max);  l = sum P;  O = P V / l;  z = max + log l
+    backward   P = exp(Q K^T - z);  dV = P^T dO;  dS = P (dO V^T - <dO, O>);  dQ = dS K
+               dK = dS^T Q                                  saved: inputs, O and z
 
-(Dao et al., FlashAttention, arXiv 2205.14135, section 3, without blocks of keys.) Besides memory, half of the products and of the
-exponentials fall above the diagonal and are left out.
+(Dao et al., FlashAttention, arXiv 2205.14135, section 3, without blocks of keys.) Besides memory,
+half of the products and of the exponentials fall above the diagonal and are left out.
 """
 
 import jax
@@ -14,25 +16,35 @@ from jaxtyping import Array, Bool, Float, Int
 from . import reference
 
 BLOCK = 64  # of 32, 64, 128 and 256, fastest on CPU at T = 256
-STRIPES = 4  # blocks whose keys end at the same place; longer sequences have more blocks in each, one after the other
+# blocks whose keys end at the same place; longer sequences have more blocks in each, one after the
+# other
+STRIPES = 4
 MASKED_BLOCK = 512
 MASKED = float(jnp.finfo(jnp.float32).min)
 
 
 @jax.custom_vjp
 def attention(
-    q: Float[Array, "B T H C"], k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], segments: Int[Array, "B T"]
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    segments: Int[Array, "B T"],
 ) -> Float[Array, "B T H C"]:
     """Causal, within segments."""
     return _forward(q, k, v, segments)[0]
 
 
 def masked_attention(
-    q: Float[Array, "B T H C"], k: Float[Array, "B K S C"], v: Float[Array, "B K S C"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B K S C"],
+    v: Float[Array, "B K S C"],
+    mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H C"]:
     """Wherever `mask` says: prefill's long prompts in blocks, decoding's few queries at once."""
     spans = [slice(i, i + MASKED_BLOCK) for i in range(0, q.shape[1], MASKED_BLOCK)]
-    return jnp.concatenate([reference.masked_attention(q[:, at], k, v, mask[:, at]) for at in spans], axis=1)
+    return jnp.concatenate(
+        [reference.masked_attention(q[:, at], k, v, mask[:, at]) for at in spans], axis=1
+    )
 
 
 def _forward(q, k, v, segments):
@@ -46,10 +58,20 @@ def _forward(q, k, v, segments):
             largest = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - largest)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            mixed = jnp.einsum("bkgts,bksc->bkgtc", weights.astype(v.dtype), V[:, :, :end], preferred_element_type=jnp.float32)
+            mixed = jnp.einsum(
+                "bkgts,bksc->bkgtc",
+                weights.astype(v.dtype),
+                V[:, :, :end],
+                preferred_element_type=jnp.float32,
+            )
             return None, ((mixed / total).astype(q.dtype), largest + jnp.log(total))
 
-        _, (out, log_z) = _over_blocks(block, None, (Q[:, :, :, start:end], ids[:, start:end], jnp.arange(start, end)), (3, 1, 0))
+        _, (out, log_z) = _over_blocks(
+            block,
+            None,
+            (Q[:, :, :, start:end], ids[:, start:end], jnp.arange(start, end)),
+            (3, 1, 0),
+        )
         outs.append(out)
         log_zs.append(log_z)
     out = _unsplit(jnp.concatenate(outs, axis=3))[:, : q.shape[1]]
@@ -61,7 +83,11 @@ def _backward(saved, d_out):
     T, heads, scale = q.shape[1], k.shape[2], q.shape[-1] ** -0.5
     Q, K, V, ids = _prepared(q, k, v, segments)
     dO = _queries(_padded(d_out), heads)
-    along = jnp.sum(_queries(_padded(out), heads).astype(jnp.float32) * dO.astype(jnp.float32), axis=-1, keepdims=True)
+    along = jnp.sum(
+        _queries(_padded(out), heads).astype(jnp.float32) * dO.astype(jnp.float32),
+        axis=-1,
+        keepdims=True,
+    )
     dQ, dK, dV = [], jnp.zeros(K.shape, jnp.float32), jnp.zeros(V.shape, jnp.float32)
 
     def product(letters, a, b):
@@ -73,11 +99,18 @@ def _backward(saved, d_out):
             Qb, dOb, zb, alongb, idb, rows = xs
             weights = jnp.exp(_scores(Qb, idb, rows, K, ids, end) - zb)
             d_scores = weights * (product("bkgtc,bksc->bkgts", dOb, V[:, :, :end]) - alongb)
-            d_keys, d_values = product("bkgts,bkgtc->bksc", d_scores, Qb), product("bkgts,bkgtc->bksc", weights, dOb)
+            d_keys, d_values = (
+                product("bkgts,bkgtc->bksc", d_scores, Qb),
+                product("bkgts,bkgtc->bksc", weights, dOb),
+            )
             dQb = (product("bkgts,bksc->bkgtc", d_scores, K[:, :, :end]) * scale).astype(q.dtype)
             return (sums[0] + d_keys, sums[1] + d_values), (dQb,)
 
-        xs = (*(a[:, :, :, start:end] for a in (Q, dO, log_z, along)), ids[:, start:end], jnp.arange(start, end))
+        xs = (
+            *(a[:, :, :, start:end] for a in (Q, dO, log_z, along)),
+            ids[:, start:end],
+            jnp.arange(start, end),
+        )
         sums, (dQs,) = _over_blocks(block, (dK[:, :, :end], dV[:, :, :end]), xs, (3, 3, 3, 3, 1, 0))
         dQ.append(dQs)
         dK, dV = (a.at[:, :, :end].set(b) for a, b in zip((dK, dV), sums, strict=True))
@@ -99,7 +132,8 @@ def _stripes(length: int) -> list[tuple[int, int]]:
 
 
 def _over_blocks(function, carry, xs: tuple[Array, ...], axes: tuple[int, ...]):
-    """`function(carry, xs)` for each block of a stripe in turn (a loop: unrolled, XLA keeps all of their scores at once).
+    """`function(carry, xs)` for each block of a stripe in turn (a loop: unrolled, XLA keeps all of
+    their scores at once).
 
     `axes` says where the queries are in each of `xs`; in the results they are at 3.
     """
@@ -108,14 +142,17 @@ def _over_blocks(function, carry, xs: tuple[Array, ...], axes: tuple[int, ...]):
         return function(carry, xs)
     n = length // BLOCK
     blocks = tuple(
-        jnp.moveaxis(a.reshape(*a.shape[:at], n, BLOCK, *a.shape[at + 1 :]), at, 0) for a, at in zip(xs, axes, strict=True)
-    )  # fmt: skip
+        jnp.moveaxis(a.reshape(*a.shape[:at], n, BLOCK, *a.shape[at + 1 :]), at, 0)
+        for a, at in zip(xs, axes, strict=True)
+    )
     carry, ys = jax.lax.scan(function, carry, blocks)
     ys = (jnp.moveaxis(y, 0, 3) for y in ys)
     return carry, tuple(y.reshape(*y.shape[:3], length, *y.shape[5:]) for y in ys)
 
 
-def _scores(Qb: Array, idb: Array, rows: Array, K: Array, ids: Array, end: int) -> Float[Array, "B K G block end"]:
+def _scores(
+    Qb: Array, idb: Array, rows: Array, K: Array, ids: Array, end: int
+) -> Float[Array, "B K G block end"]:
     """Of a block of queries, given with their segments and places, and the first `end` keys."""
     scores = jnp.einsum("bkgtc,bksc->bkgts", Qb, K[:, :, :end], preferred_element_type=jnp.float32)
     mask = (rows[:, None] >= jnp.arange(end)) & (idb[:, :, None] == ids[:, None, :end])
@@ -129,7 +166,8 @@ def _prepared(q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, Arr
 
 
 def _padded(a: Array) -> Array:
-    """A sequence of several blocks a stripe, filled up to whole ones behind its last token, where no token looks."""
+    """A sequence of several blocks a stripe, filled up to whole ones behind its last token, where
+    no token looks."""
     short = a.shape[1] <= STRIPES * BLOCK
     return a if short else jnp.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK), *((0, 0),) * (a.ndim - 2)))
 

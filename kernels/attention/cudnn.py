@@ -1,4 +1,5 @@
-"""Attention on NVIDIA GPUs: cuDNN's fused kernel through `jax.nn.dot_product_attention`; float16 and bfloat16 only."""
+"""Attention on NVIDIA GPUs: cuDNN's fused kernel through `jax.nn.dot_product_attention`; float16
+and bfloat16 only."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,10 @@ from jaxtyping import Array, Float, Int
 
 
 def attention(
-    q: Float[Array, "B T H C"], k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], segments: Int[Array, "B T"]
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    segments: Int[Array, "B T"],
 ) -> Float[Array, "B T H C"]:
     """Causal, within segments. cuDNN reads the segments as a bias [B, 1, T, T]."""
     same = (segments[:, :, None] == segments[:, None, :])[:, None]
@@ -14,11 +18,14 @@ def attention(
 
 
 def accepts(q: Array, k: Array, v: Array, segments: Array) -> bool:
-    """Whether JAX can trace this for cuDNN here. It asks the installed cuDNN and GPU, so only where a CUDA backend is installed."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[1] % 2:  # the gradient under a bias needs an even length
+    """Whether JAX can trace this for cuDNN here. It asks the installed cuDNN and GPU, so only where
+    a CUDA backend is installed."""
+    # the gradient under a bias needs an even length
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[1] % 2:
         return False
     try:
         jax.eval_shape(attention, q, k, v, segments)
-    except (RuntimeError, NotImplementedError, ValueError):  # no cuDNN; a head size it lacks; a layout it lacks
+    # no cuDNN; a head size it lacks; a layout it lacks
+    except (RuntimeError, NotImplementedError, ValueError):
         return False
     return True

@@ -1,4 +1,5 @@
-"""Attention on TPU: JAX's own splash kernels (jax.experimental.pallas.ops.tpu.splash_attention), which skip what is above the diagonal."""
+"""Attention on TPU: JAX's own splash kernels (jax.experimental.pallas.ops.tpu.splash_attention),
+which skip what is above the diagonal."""
 
 from typing import Any
 
@@ -20,7 +21,8 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H C"]:
-    """Causal, within segments. Any length: the last block is filled up behind the last token, where no token looks."""
+    """Causal, within segments. Any length: the last block is filled up behind the last token, where
+    no token looks."""
     T, H, C = q.shape[1:]
     block, length = _blocks(T)
 
@@ -29,19 +31,30 @@ def attention(
 
     causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * H)
     sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
-    )  # fmt: skip
-    kernel = splash.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash.make_splash_mha(
+        causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
 
-    def one_record(q: Array, k: Array, v: Array, segments: Array) -> Any:  # its type allows for residuals too, not asked for here
+    # its type allows for residuals too, not asked for here
+    def one_record(q: Array, k: Array, v: Array, segments: Array) -> Any:
         return kernel(q, k, v, segment_ids=splash.SegmentIds(segments, segments))
 
     segments = jnp.pad(segments, ((0, 0), (0, length - T)))
-    out = jax.vmap(one_record)(heads_in_front(q * C**-0.5), heads_in_front(k), heads_in_front(v), segments)
+    out = jax.vmap(one_record)(
+        heads_in_front(q * C**-0.5), heads_in_front(k), heads_in_front(v), segments
+    )
     return out.transpose(0, 2, 1, 3)[:, :T]
 
 
 def _blocks(length: int) -> tuple[int, int]:
-    """The size of a block, and the length filled up to a multiple of it: the largest block that adds no more than 128 would."""
+    """The size of a block, and the length filled up to a multiple of it: the largest block that
+    adds no more than 128 would."""
     length = -(-length // LANES) * LANES
     return next(b for b in (LARGEST_BLOCK, LARGEST_BLOCK // 2, LANES) if length % b == 0), length

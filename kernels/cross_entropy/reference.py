@@ -11,6 +11,7 @@ def cross_entropy(
     """(losses, logsumexps)."""
     logits = jnp.einsum("nd,dv->nv", x, head, preferred_element_type=jnp.float32)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    # A comparison fuses into the pass over the logits, forward and backward, where a gather's gradient is a scatter.
+    # A comparison fuses into the pass over the logits, forward and backward, where a gather's
+    # gradient is a scatter.
     hit = targets[:, None] == jnp.arange(logits.shape[-1])
     return log_z - jnp.sum(jnp.where(hit, logits, 0), axis=-1), log_z

@@ -1,4 +1,5 @@
-"""The expert FFN over groups of rows: one grouped SwiGLU for every platform, with a gradient of its own."""
+"""The expert FFN over groups of rows: one grouped SwiGLU for every platform, with a gradient of its
+own."""
 
 from .api import Implementation, expert_ffn
 

@@ -1,10 +1,14 @@
 """The public function: the SwiGLU of each row with its group's expert, scaled by the row's weight.
 
-    h = w * silu(x gate_e) * (x up_e)      out = h down_e         for the rows of group e; rows behind the last group 0
+    h = w * silu(x gate_e) * (x up_e)      out = h down_e
 
-The weight goes in before the second product. The router's gradient is then `dw = <dout down_e^T, silu(x gate_e) * (x up_e)>`, a sum
-over what the backward pass holds anyway, and no expert's output is stored (the idea is SonicMoE's). Saved for the backward pass: the
-inputs and the pre-activations `x gate_e` and `x up_e`; to compute these again would cost two of the nine products of a training step.
+for the rows of group e; 0 for those behind the last group.
+
+The weight goes in before the second product. The router's gradient is then `dw = <dout down_e^T,
+silu(x gate_e) * (x up_e)>`, a sum over what the backward pass holds anyway, and no expert's output
+is stored (the idea is SonicMoE's). Saved for the backward pass: the inputs and the pre-activations
+`x gate_e` and `x up_e`; to compute these again would cost two of the nine products of a training
+step.
 """
 
 import functools
@@ -36,31 +40,40 @@ def expert_ffn(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M D"]:
-    """Rows `sizes[0]` of expert 0, then `sizes[1]` of expert 1 and so on. Differentiable in all but `sizes`.
+    """Rows `sizes[0]` of expert 0, then `sizes[1]` of expert 1 and so on. Differentiable in all but
+    `sizes`.
 
-    An expert without rows is never read and has a gradient of exactly 0. Products accumulate in float32, weight gradients over all
-    rows of a group too, whatever the dtype.
+    An expert without rows is never read and has a gradient of exactly 0. Products accumulate in
+    float32, weight gradients over all rows of a group too, whatever the dtype.
 
     `implementation` None chooses by the platform that the program is lowered for:
     - CPU: `blocks`, a loop over blocks of rows (`lax.ragged_dot` costs E times the work there);
-    - TPU: `ragged_dot` from jax 0.12 on, `megablox` below, where ragged_dot's weight gradient is dense;
-    - GPU: `ragged_dot` from jax 0.11 on, a loop over all experts (`reference`) below, which fits few experts. Not measured here.
+    - TPU: `ragged_dot` from jax 0.12 on, `megablox` below, where ragged_dot's weight gradient is
+      dense;
+    - GPU: `ragged_dot` from jax 0.11 on, a loop over all experts (`reference`) below, which fits
+      few experts. Not measured here.
 
     Raises ValueError for an unknown implementation; a known one is used or fails.
     """
     if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(f"implementation must be None or one of {', '.join(get_args(Implementation))}; got {implementation!r}")
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(get_args(Implementation))}; got"
+            f" {implementation!r}"
+        )
     return _expert_ffn(x, weights, sizes, gate, up, down, implementation)
 
 
 def _by_platform(part: int, implementation: Implementation | None, *args):
-    """The forward (0) or backward (1) pass of the implementation, or of the platform's where none is named."""
+    """The forward (0) or backward (1) pass of the implementation, or of the platform's where none
+    is named."""
     if implementation is not None:
         return _MODULES[implementation][part](*args)
     version = jax.__version_info__
     tpu = "ragged_dot" if version >= (0, 12) else "megablox"
     gpu = "ragged_dot" if version >= (0, 11) else "reference"
-    return jax.lax.platform_dependent(*args, cpu=_MODULES["blocks"][part], tpu=_MODULES[tpu][part], default=_MODULES[gpu][part])
+    return jax.lax.platform_dependent(
+        *args, cpu=_MODULES["blocks"][part], tpu=_MODULES[tpu][part], default=_MODULES[gpu][part]
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -1,12 +1,15 @@
 """The expert FFN for CPUs: loops over blocks of rows that belong to one expert.
 
-`lax.ragged_dot` is dense on CPU. Here a group is cut into blocks of `block` rows and one rest; rests have a few sizes to choose from,
-so that little is multiplied in vain, and there is one loop with a traced number of turns for each size:
+`lax.ragged_dot` is dense on CPU. Here a group is cut into blocks of `block` rows and one rest;
+rests have a few sizes to choose from, so that little is multiplied in vain, and there is one loop
+with a traced number of turns for each size:
 
-    block size R:   for every block of that size:   rows start .. start + R of one expert, those outside the group masked
+    block size R:   for every block of that size:   rows start .. start + R of one expert, those
+    outside the group masked
 
-A `lax.switch` over the sizes inside one loop would copy every array it carries on each turn (seen in XLA's output of jax 0.10);
-a loop updates them in place. Blocks come in any order, so rows outside the group keep what they hold.
+A `lax.switch` over the sizes inside one loop would copy every array it carries on each turn (seen
+in XLA's output of jax 0.10); a loop updates them in place. Blocks come in any order, so rows
+outside the group keep what they hold.
 """
 
 import functools
@@ -35,7 +38,9 @@ def forward(x, weights, sizes, gate, up, down):
         y = _times(swiglu.weighted(g, u, rows(weights)).astype(x.dtype), down[expert])
         return rows.set(out, y, mask), rows.set(gated, g, mask), rows.set(upped, u, mask)
 
-    return _for_all_blocks(sizes, M, block, (jnp.zeros_like(x), jnp.zeros((M, F), x.dtype), jnp.zeros((M, F), x.dtype)))
+    return _for_all_blocks(
+        sizes, M, block, (jnp.zeros_like(x), jnp.zeros((M, F), x.dtype), jnp.zeros((M, F), x.dtype))
+    )
 
 
 def backward(x, weights, sizes, gate, up, down, gated, upped, dout):
@@ -45,7 +50,9 @@ def backward(x, weights, sizes, gate, up, down, gated, upped, dout):
         dx, dweights, dgate, dup, ddown = carry
         xb, doutb = _only(rows(x), mask), _only(rows(dout), mask)
         dhidden = _times_transposed(doutb, down[expert])
-        h, dw, dg, du = swiglu.gradient(rows(gated).astype(jnp.float32), rows(upped).astype(jnp.float32), rows(weights), dhidden)
+        h, dw, dg, du = swiglu.gradient(
+            rows(gated).astype(jnp.float32), rows(upped).astype(jnp.float32), rows(weights), dhidden
+        )
         # Masked after the arithmetic: 0 times a NaN of the next group is NaN.
         h, dg, du = (_only(a, mask).astype(x.dtype) for a in (h, dg, du))
         dxb = _times_transposed(dg, gate[expert]) + _times_transposed(du, up[expert])
@@ -57,14 +64,24 @@ def backward(x, weights, sizes, gate, up, down, gated, upped, dout):
             ddown.at[expert].add(_outer(h, doutb)),
         )
 
-    # Weight gradients are summed over blocks in float32: in bfloat16 the sum soon swallows what a block adds.
-    zeros = (jnp.zeros_like(x), jnp.zeros_like(weights), *(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down)))
+    # Weight gradients are summed over blocks in float32: in bfloat16 the sum soon swallows what a
+    # block adds.
+    zeros = (
+        jnp.zeros_like(x),
+        jnp.zeros_like(weights),
+        *(jnp.zeros(w.shape, jnp.float32) for w in (gate, up, down)),
+    )
     dx, dweights, *dmatrices = _for_all_blocks(sizes, x.shape[0], block, zeros)
-    return dx, dweights, *(d.astype(w.dtype) for d, w in zip(dmatrices, (gate, up, down), strict=True))
+    return (
+        dx,
+        dweights,
+        *(d.astype(w.dtype) for d, w in zip(dmatrices, (gate, up, down), strict=True)),
+    )
 
 
 def block_sizes(M: int, E: int) -> tuple[int, ...]:
-    """The sizes of rests, ascending; the last is also that of full blocks. From the expected rows of an expert, M / E."""
+    """The sizes of rests, ascending; the last is also that of full blocks. From the expected rows
+    of an expert, M / E."""
     full = min(256 if M < 256 * E else 512, M)
     step = min(max(STEP, full // REST_SIZES), full)
     return (*range(step, full, step), full)
@@ -87,7 +104,8 @@ class _Rows:
 
 
 def _for_all_blocks(sizes: Int[Array, " E"], M: int, block, carry):
-    """Runs `carry = block(rows, expert, mask, carry)` for all blocks; `mask` is None where all rows belong to the expert."""
+    """Runs `carry = block(rows, expert, mask, carry)` for all blocks; `mask` is None where all rows
+    belong to the expert."""
     rests = np.array(block_sizes(M, sizes.shape[0]))
     full = int(rests[-1])
     starts = jnp.cumsum(sizes) - sizes
@@ -109,7 +127,8 @@ def _for_all_blocks(sizes: Int[Array, " E"], M: int, block, carry):
         expert = experts[i]
         end = starts[expert] + sizes[expert]
         first = end - rest[expert]
-        start = jnp.minimum(first, M - size)  # the last block of all may reach back into rows that are not its own
+        # the last block of all may reach back into rows that are not its own
+        start = jnp.minimum(first, M - size)
         row = start + jnp.arange(size)
         return block(_Rows(start, size), expert, (row >= first) & (row < end), carry)
 

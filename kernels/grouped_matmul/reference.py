@@ -1,4 +1,5 @@
-"""Every expert on every row, masked: plain XLA, E times the work. What the other implementations are tested against."""
+"""Every expert on every row, masked: plain XLA, E times the work. What the other implementations
+are tested against."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,13 +21,27 @@ def backward(x, weights, sizes, gate, up, down, gated, upped, dout):
     dhidden = _each_expert(dout, down.swapaxes(1, 2), sizes)
     parts = swiglu.gradient(gated.astype(jnp.float32), upped.astype(jnp.float32), weights, dhidden)
     hidden, dgated, dupped = (parts[i].astype(x.dtype) for i in (0, 2, 3))
-    dx = _each_expert(dgated, gate.swapaxes(1, 2), sizes) + _each_expert(dupped, up.swapaxes(1, 2), sizes)
-    dgate, dup, ddown = _each_gradient(x, dgated, sizes), _each_gradient(x, dupped, sizes), _each_gradient(hidden, dout, sizes)
+    dx = _each_expert(dgated, gate.swapaxes(1, 2), sizes) + _each_expert(
+        dupped, up.swapaxes(1, 2), sizes
+    )
+    dgate, dup, ddown = (
+        _each_gradient(x, dgated, sizes),
+        _each_gradient(x, dupped, sizes),
+        _each_gradient(hidden, dout, sizes),
+    )
     dweights = jnp.where(used, parts[1], 0).astype(weights.dtype)
-    return dx.astype(x.dtype), dweights, dgate.astype(gate.dtype), dup.astype(up.dtype), ddown.astype(down.dtype)
+    return (
+        dx.astype(x.dtype),
+        dweights,
+        dgate.astype(gate.dtype),
+        dup.astype(up.dtype),
+        ddown.astype(down.dtype),
+    )
 
 
-def _each_expert(x: Float[Array, "M K"], w: Float[Array, "E K N"], sizes: Int[Array, " E"]) -> Float[Array, "M N"]:
+def _each_expert(
+    x: Float[Array, "M K"], w: Float[Array, "E K N"], sizes: Int[Array, " E"]
+) -> Float[Array, "M N"]:
     out = jnp.zeros((x.shape[0], w.shape[2]), jnp.float32)
     for e, rows in enumerate(_rows(x.shape[0], sizes)):
         # `where`, never a product with 0: NaN in another expert, or in another row, must not leak.
@@ -34,9 +49,18 @@ def _each_expert(x: Float[Array, "M K"], w: Float[Array, "E K N"], sizes: Int[Ar
     return out
 
 
-def _each_gradient(x: Float[Array, "M K"], dy: Float[Array, "M N"], sizes: Int[Array, " E"]) -> Float[Array, "E K N"]:
+def _each_gradient(
+    x: Float[Array, "M K"], dy: Float[Array, "M N"], sizes: Int[Array, " E"]
+) -> Float[Array, "E K N"]:
     masks = _rows(x.shape[0], sizes)
-    return jnp.stack([jnp.matmul(jnp.where(m, x, 0).T, jnp.where(m, dy, 0), preferred_element_type=jnp.float32) for m in masks])
+    return jnp.stack(
+        [
+            jnp.matmul(
+                jnp.where(m, x, 0).T, jnp.where(m, dy, 0), preferred_element_type=jnp.float32
+            )
+            for m in masks
+        ]
+    )
 
 
 def _rows(M: int, sizes: Int[Array, " E"]) -> list[Array]:

@@ -1,8 +1,10 @@
-"""`permute` and `combine` as Pallas kernels for TPU: one DMA a row, the rows of many slots in flight at once.
+"""`permute` and `combine` as Pallas kernels for TPU: one DMA a row, the rows of many slots in
+flight at once.
 
-A single row of a [N, D] array is no whole tile in TPU memory and cannot be copied alone; of the view [N, D/128, 128] it can.
-`permute` reads a token once, into VMEM, and copies it from there to each of its rows. `combine` copies a token's rows into one
-half of a buffer while it sums those in the other half.
+A single row of a [N, D] array is no whole tile in TPU memory and cannot be copied alone; of the
+view [N, D/128, 128] it can. `permute` reads a token once, into VMEM, and copies it from there to
+each of its rows. `combine` copies a token's rows into one half of a buffer while it sums those in
+the other half.
 """
 
 import functools
@@ -22,7 +24,13 @@ TOKENS = 128  # a block: at D = 4096 in float32, 2 MiB
 GROUP = 8  # tokens whose rows `combine` has in flight together
 
 
-def permute(x: Float[Array, "N D"], plan: DispatchPlan, *, interpret: Interpret = False, tokens: int = TOKENS) -> Float[Array, "M D"]:
+def permute(
+    x: Float[Array, "N D"],
+    plan: DispatchPlan,
+    *,
+    interpret: Interpret = False,
+    tokens: int = TOKENS,
+) -> Float[Array, "M D"]:
     """`reference.permute`, `tokens` a block. Raises ValueError where rows are no whole lanes."""
     (N, D), A = x.shape, plan.rows.shape[1]
     x = _lanes(x)
@@ -40,8 +48,15 @@ def permute(x: Float[Array, "N D"], plan: DispatchPlan, *, interpret: Interpret 
     return out.reshape(N * A, D)
 
 
-def combine(rows: Float[Array, "M D"], plan: DispatchPlan, *, interpret: Interpret = False, tokens: int = TOKENS) -> Float[Array, "N D"]:
-    """`reference.combine`, `tokens` a block (a multiple of `GROUP`). Raises ValueError where rows are no whole lanes."""
+def combine(
+    rows: Float[Array, "M D"],
+    plan: DispatchPlan,
+    *,
+    interpret: Interpret = False,
+    tokens: int = TOKENS,
+) -> Float[Array, "N D"]:
+    """`reference.combine`, `tokens` a block (a multiple of `GROUP`). Raises ValueError where rows
+    are no whole lanes."""
     (N, A), D = plan.rows.shape, rows.shape[1]
     rows = _lanes(rows)
     y = jax.ShapeDtypeStruct((N, *rows.shape[1:]), rows.dtype)
@@ -51,7 +66,10 @@ def combine(rows: Float[Array, "M D"], plan: DispatchPlan, *, interpret: Interpr
         in_specs=[_slots(tokens * A), pl.BlockSpec(memory_space=pl.ANY)],
         out_specs=_tokens(y, tokens),
         out_shape=y,
-        scratch_shapes=[pltpu.VMEM((2, GROUP * A, *rows.shape[1:]), rows.dtype), pltpu.SemaphoreType.DMA((2,))],
+        scratch_shapes=[
+            pltpu.VMEM((2, GROUP * A, *rows.shape[1:]), rows.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="combine",
@@ -74,7 +92,11 @@ def _permute_kernel(rows_ref, used_ref, x_ref, out_ref, zero_ref, arrived):
 
             @pl.when(row < M)
             def _():
-                act(pltpu.make_async_copy(x_ref.at[jax.lax.div(slot, active)], out_ref.at[row], arrived))
+                act(
+                    pltpu.make_async_copy(
+                        x_ref.at[jax.lax.div(slot, active)], out_ref.at[row], arrived
+                    )
+                )
 
         @pl.loop(*unused)
         def _(row):
@@ -96,7 +118,11 @@ def _combine_kernel(slots_ref, rows_ref, y_ref, buffer_ref, arrived, *, active: 
 
             @pl.when(row < M)
             def _():
-                act(pltpu.make_async_copy(rows_ref.at[row], buffer_ref.at[half, i], arrived.at[half]))
+                act(
+                    pltpu.make_async_copy(
+                        rows_ref.at[row], buffer_ref.at[half, i], arrived.at[half]
+                    )
+                )
 
     for_all_copies(0, lambda copy: copy.start())
 
@@ -120,14 +146,19 @@ def _combine_kernel(slots_ref, rows_ref, y_ref, buffer_ref, arrived, *, active: 
 
 def _lanes(rows: Array) -> Float[Array, "rows lanes 128"]:
     if rows.shape[1] % LANES:
-        raise ValueError(f"Pallas copies rows of whole lanes: D must be a multiple of {LANES}, got {rows.shape[1]}; use 'xla'")
+        raise ValueError(
+            f"Pallas copies rows of whole lanes: D must be a multiple of {LANES}, got"
+            f" {rows.shape[1]}; use 'xla'"
+        )
     return rows.reshape(rows.shape[0], -1, LANES)
 
 
 def _blocks(rows: Int[Array, "N A"], tokens: int) -> Int[Array, "blocks 1 slots"]:
     """The rows of each block's slots; slots of the last block that no token has get no row."""
     N, A = rows.shape
-    return jnp.pad(rows, ((0, -N % tokens), (0, 0)), constant_values=N * A).reshape(-1, 1, tokens * A)
+    return jnp.pad(rows, ((0, -N % tokens), (0, 0)), constant_values=N * A).reshape(
+        -1, 1, tokens * A
+    )
 
 
 def _slots(slots: int) -> pl.BlockSpec:

@@ -1,4 +1,5 @@
-"""The public functions: which experts a token uses, with what weight, and which row each of its slots gets.
+"""The public functions: which experts a token uses, with what weight, and which row each of its
+slots gets.
 
     logits = rows . h + min(bias, 0)          (float32; excluded experts at -inf BEFORE the softmax)
     p      = softmax(logits) over ALL experts
@@ -20,12 +21,18 @@ Implementation = Literal["xla", "pallas", "pallas_interpret"]
 
 
 def route_topk(
-    logits: Float[Array, "N E"], active: int, allowed: Bool[Array, " E"] | None = None, *, implementation: Implementation | None = None
+    logits: Float[Array, "N E"],
+    active: int,
+    allowed: Bool[Array, " E"] | None = None,
+    *,
+    implementation: Implementation | None = None,
 ) -> Routing:
-    """Chooses `active` experts for each token; differentiable in the logits through the weights and `log_z`.
+    """Chooses `active` experts for each token; differentiable in the logits through the weights and
+    `log_z`.
 
-    Where fewer than `active` experts are allowed, the excess slots have weight 0; their ids mean nothing. The gradient keeps only
-    logits, ids and logsumexp. None is XLA on every platform (see the README's count of bytes); a named implementation is used or raises.
+    Where fewer than `active` experts are allowed, the excess slots have weight 0; their ids mean
+    nothing. The gradient keeps only logits, ids and logsumexp. None is XLA on every platform (see
+    the README's count of bytes); a named implementation is used or raises.
     """
     E = logits.shape[1]
     if not 1 <= active <= E:
@@ -34,16 +41,23 @@ def route_topk(
 
 
 def dispatch_plan(
-    ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_experts: int, *, implementation: Implementation | None = None
+    ids: Int[Array, "N A"],
+    chosen: Bool[Array, "N A"],
+    num_experts: int,
+    *,
+    implementation: Implementation | None = None,
 ) -> DispatchPlan:
-    """The rows of all chosen slots in expert order, as a stable sort by expert would give them, by counting.
+    """The rows of all chosen slots in expert order, as a stable sort by expert would give them, by
+    counting.
 
     `chosen` (weight > 0) says which slots get a row. `implementation` as in `route_topk`.
     """
     implementation = check(implementation)
     if implementation == "xla":
         return reference.dispatch_plan(ids, chosen, num_experts)
-    return pallas_tpu.dispatch_plan(ids, chosen, num_experts, interpret=implementation == "pallas_interpret")
+    return pallas_tpu.dispatch_plan(
+        ids, chosen, num_experts, interpret=implementation == "pallas_interpret"
+    )
 
 
 def check(implementation: str | None) -> Implementation:
@@ -53,7 +67,10 @@ def check(implementation: str | None) -> Implementation:
             return "xla"
         case "xla" | "pallas" | "pallas_interpret":
             return implementation
-    raise ValueError(f"implementation must be None, 'xla', 'pallas' or 'pallas_interpret'; got {implementation!r}")
+    raise ValueError(
+        "implementation must be None, 'xla', 'pallas' or 'pallas_interpret'; got"
+        f" {implementation!r}"
+    )
 
 
 def _run(logits: Float[Array, "N E"], active: int, implementation: Implementation) -> Routing:
@@ -72,7 +89,9 @@ def _backward(active, implementation, saved, cotangents: Routing):
     if implementation == "xla":
         backward = reference.route_backward
     else:
-        backward = functools.partial(pallas_tpu.route_backward, interpret=implementation == "pallas_interpret")
+        backward = functools.partial(
+            pallas_tpu.route_backward, interpret=implementation == "pallas_interpret"
+        )
     return (backward(logits, ids, log_z, cotangents.weights, cotangents.log_z),)
 
 

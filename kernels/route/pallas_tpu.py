@@ -1,8 +1,9 @@
 """Routing and the dispatch plan as Pallas kernels for TPU.
 
-Experts lie on sublanes (padded to 8) and tokens on lanes (padded to 128), so that a softmax is a reduction over sublanes and no
-lane is wasted on experts that do not exist. There is no sort, cumsum or gather: the top k are k maxima, ranks are a product with
-a triangular matrix, prefix sums are carried from tile to tile.
+Experts lie on sublanes (padded to 8) and tokens on lanes (padded to 128), so that a softmax is a
+reduction over sublanes and no lane is wasted on experts that do not exist. There is no sort, cumsum
+or gather: the top k are k maxima, ranks are a product with a triangular matrix, prefix sums are
+carried from tile to tile.
 """
 
 import functools
@@ -19,13 +20,18 @@ Interpret = bool | pltpu.InterpretParams
 
 LANES, SUBLANES = 128, 8
 TOKENS = 1024  # a block of the routing kernels
-TILE = 256  # slots a tile of the plan: the triangular matrix fills the matrix unit of v6e and tpu7x once
+# slots a tile of the plan: the triangular matrix fills the matrix unit of v6e and tpu7x once
+TILE = 256
 CHUNK = 1024  # slots whose rows lie in scalar memory at once when the plan is inverted
 EXACT = 2**24  # whole numbers below it are exact in float32
-SCALARS = 2**17  # numbers of the inverse that fit into scalar memory (1 MiB on all of v5e, v5p, v6e, tpu7x) with room to spare
+# numbers of the inverse that fit into scalar memory (1 MiB on all of v5e, v5p, v6e, tpu7x) with
+# room to spare
+SCALARS = 2**17
 
 
-def route_forward(logits: Float[Array, "N E"], active: int, *, interpret: Interpret = False) -> Routing:
+def route_forward(
+    logits: Float[Array, "N E"], active: int, *, interpret: Interpret = False
+) -> Routing:
     """`reference.route_forward`."""
     N = logits.shape[0]
     columns, block = _columns(logits)
@@ -59,11 +65,20 @@ def route_backward(
     A = ids.shape[1]
     columns, block = _columns(logits)
     tokens = columns.shape[1]
-    slots = [jnp.pad(a.T, ((0, 0), (0, tokens - N))) for a in (ids, dweights, log_z[:, None], dlog_z[:, None])]
+    slots = [
+        jnp.pad(a.T, ((0, 0), (0, tokens - N)))
+        for a in (ids, dweights, log_z[:, None], dlog_z[:, None])
+    ]
     dlogits = pl.pallas_call(
         _backward_kernel,
         grid=(tokens // block,),
-        in_specs=[_block(columns.shape[0], block), _block(A, block), _block(A, block), _block(1, block), _block(1, block)],
+        in_specs=[
+            _block(columns.shape[0], block),
+            _block(A, block),
+            _block(A, block),
+            _block(1, block),
+            _block(1, block),
+        ],
         out_specs=_block(columns.shape[0], block),
         out_shape=jax.ShapeDtypeStruct(columns.shape, jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
@@ -73,12 +88,21 @@ def route_backward(
     return dlogits[:E, :N].T
 
 
-def dispatch_plan(ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_experts: int, *, interpret: Interpret = False) -> DispatchPlan:
+def dispatch_plan(
+    ids: Int[Array, "N A"],
+    chosen: Bool[Array, "N A"],
+    num_experts: int,
+    *,
+    interpret: Interpret = False,
+) -> DispatchPlan:
     """`reference.dispatch_plan`. Raises ValueError for more slots than scalar memory holds."""
     N, A = ids.shape
     M, E = N * A, num_experts
     if M > SCALARS:
-        raise ValueError(f"the plan's Pallas kernel holds at most {SCALARS} slots in scalar memory, got {N} tokens x {A}; use 'xla'")
+        raise ValueError(
+            f"the plan's Pallas kernel holds at most {SCALARS} slots in scalar memory, got {N}"
+            f" tokens x {A}; use 'xla'"
+        )
     experts = _rounded(E, SUBLANES)
     expert = jnp.where(chosen, ids, -1).reshape(1, M)
     expert = jnp.pad(expert, ((0, 0), (0, -M % TILE)), constant_values=-1)
@@ -91,7 +115,10 @@ def dispatch_plan(ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_expert
             pl.BlockSpec((1, TILE), lambda phase, tile: (0, phase * tile)),
             pl.BlockSpec((experts, LANES), lambda phase, tile: (0, 0)),
         ],
-        out_shape=[jax.ShapeDtypeStruct(expert.shape, jnp.int32), jax.ShapeDtypeStruct((experts, LANES), jnp.int32)],
+        out_shape=[
+            jax.ShapeDtypeStruct(expert.shape, jnp.int32),
+            jax.ShapeDtypeStruct((experts, LANES), jnp.int32),
+        ],
         scratch_shapes=[pltpu.VMEM((experts, LANES), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
         interpret=interpret,
@@ -101,8 +128,11 @@ def dispatch_plan(ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_expert
     return DispatchPlan(sizes, rows.reshape(N, A), _inverse(rows, jnp.sum(sizes), interpret))
 
 
-def _inverse(rows: Int[Array, " M"], used: Int[Array, ""], interpret: Interpret) -> Int[Array, " M"]:
-    """The slot of each row, M behind the last one: scalar stores, for a vector store cannot reach scattered places."""
+def _inverse(
+    rows: Int[Array, " M"], used: Int[Array, ""], interpret: Interpret
+) -> Int[Array, " M"]:
+    """The slot of each row, M behind the last one: scalar stores, for a vector store cannot reach
+    scattered places."""
     M = rows.size
     chunks = jnp.pad(rows, (0, -M % CHUNK), constant_values=M).reshape(-1, 1, CHUNK)
     return pl.pallas_call(
@@ -128,12 +158,18 @@ def _forward_kernel(logits_ref, weights_ref, ids_ref, log_z_ref, *, active: int)
     # Indices as float32: vector units reduce floats everywhere, whole numbers not.
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0).astype(jnp.float32)
     free = jnp.ones(logits.shape, jnp.float32)
-    # NaN compares equal to nothing; as the largest logit it is chosen first, as by lax.top_k, and its weight is NaN through log_z.
+    # NaN compares equal to nothing; as the largest logit it is chosen first, as by lax.top_k, and
+    # its weight is NaN through log_z.
     score = jnp.where(logits == logits, logits, jnp.inf)
     for a in range(active):
         best = jnp.max(jnp.where(free > 0, score, -jnp.inf), axis=0, keepdims=True)
-        # Among free ones only, so that excess slots, which find nothing but -inf, take one excluded expert each.
-        id = jnp.min(jnp.where((score == best) & (free > 0), index, float(logits.shape[0])), axis=0, keepdims=True)
+        # Among free ones only, so that excess slots, which find nothing but -inf, take one excluded
+        # expert each.
+        id = jnp.min(
+            jnp.where((score == best) & (free > 0), index, float(logits.shape[0])),
+            axis=0,
+            keepdims=True,
+        )
         weights_ref[a : a + 1, :] = jnp.exp(best - log_z)
         ids_ref[a : a + 1, :] = id.astype(jnp.int32)
         free = jnp.where(index == id, 0.0, free)
@@ -150,11 +186,14 @@ def _backward_kernel(logits_ref, ids_ref, dweights_ref, log_z_ref, dlog_z_ref, d
 
 
 def _plan_kernel(expert_ref, rows_ref, sizes_ref, taken_ref, *, no_row: int):
-    """`taken_ref`: rows taken by each expert so far (counting), the next row of each expert (placing); alike in all lanes."""
+    """`taken_ref`: rows taken by each expert so far (counting), the next row of each expert
+    (placing); alike in all lanes."""
     phase, tile = pl.program_id(0), pl.program_id(1)
     experts = taken_ref.shape[0]
     expert = expert_ref[...]
-    one_hot = (jax.lax.broadcasted_iota(jnp.int32, (experts, TILE), 0) == expert).astype(jnp.float32)
+    one_hot = (jax.lax.broadcasted_iota(jnp.int32, (experts, TILE), 0) == expert).astype(
+        jnp.float32
+    )
     counts = jnp.sum(one_hot, axis=1, keepdims=True)
 
     @pl.when((phase == 0) & (tile == 0))
@@ -165,9 +204,12 @@ def _plan_kernel(expert_ref, rows_ref, sizes_ref, taken_ref, *, no_row: int):
     def _():
         sizes = taken_ref[...]
         sizes_ref[...] = sizes.astype(jnp.int32)
-        # "highest": sizes have more digits than bfloat16, in which the matrix unit multiplies float32 otherwise.
+        # "highest": sizes have more digits than bfloat16, in which the matrix unit multiplies
+        # float32 otherwise.
         smaller = _before(experts, axis=1)
-        taken_ref[...] = jnp.dot(smaller, sizes, precision="highest", preferred_element_type=jnp.float32)
+        taken_ref[...] = jnp.dot(
+            smaller, sizes, precision="highest", preferred_element_type=jnp.float32
+        )
 
     @pl.when(phase == 1)
     def _():
@@ -198,12 +240,15 @@ def _inverse_kernel(rows_ref, used_ref, slots_ref):
 
 def _before(size: int, axis: int) -> Float[Array, "size size"]:
     """1 where the index along `axis` is smaller than the other one."""
-    earlier, later = (jax.lax.broadcasted_iota(jnp.int32, (size, size), i) for i in (axis, 1 - axis))
+    earlier, later = (
+        jax.lax.broadcasted_iota(jnp.int32, (size, size), i) for i in (axis, 1 - axis)
+    )
     return (earlier < later).astype(jnp.float32)
 
 
 def _columns(logits: Float[Array, "N E"]) -> tuple[Float[Array, "E N"], int]:
-    """Logits with experts on sublanes and tokens on lanes, padded to whole blocks, and the tokens of a block."""
+    """Logits with experts on sublanes and tokens on lanes, padded to whole blocks, and the tokens
+    of a block."""
     N, E = logits.shape
     block = min(TOKENS, _rounded(N, LANES))
     columns = jnp.pad(logits.T, ((0, -E % SUBLANES), (0, 0)), constant_values=-jnp.inf)

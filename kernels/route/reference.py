@@ -1,16 +1,20 @@
-"""Routing and the dispatch plan in plain XLA: the definition that every other implementation is tested against.
+"""Routing and the dispatch plan in plain XLA: the definition that every other implementation is
+tested against.
 
     p              = softmax(logits) over ALL experts
     (weights, ids) = top-k of p, not renormalised; the lowest index wins ties
 
-The largest logits are taken instead of the largest probabilities: the same experts, but no rounding of the softmax can tie two
-of them, so that every implementation chooses alike bit for bit.
+The largest logits are taken instead of the largest probabilities: the same experts, but no rounding
+of the softmax can tie two of them, so that every implementation chooses alike bit for bit.
 
-The plan sorts slots by expert without a sort: the row of a slot is the number of slots that come before it,
+The plan sorts slots by expert without a sort: the row of a slot is the number of slots that come
+before it,
 
-    row = (slots of smaller experts) + (same expert, earlier tiles) + (same expert, earlier in its tile)
+    row = (slots of smaller experts) + (same expert, earlier tiles) + (same expert, earlier in its
+    tile)
 
-three counts, of which the last is a product of a strictly lower triangular matrix of ones with the tile's one-hot matrix.
+three counts, of which the last is a product of a strictly lower triangular matrix of ones with the
+tile's one-hot matrix.
 """
 
 from typing import NamedTuple
@@ -23,7 +27,8 @@ TILE = 64  # slots a tile; the triangular product costs TILE * E multiplications
 
 
 class Routing(NamedTuple):
-    """The `A` experts chosen for each of `N` tokens, and the logsumexp of its router logits (for the z-loss)."""
+    """The `A` experts chosen for each of `N` tokens, and the logsumexp of its router logits (for
+    the z-loss)."""
 
     weights: Float[Array, "N A"]
     ids: Int[Array, "N A"]
@@ -31,9 +36,11 @@ class Routing(NamedTuple):
 
 
 class DispatchPlan(NamedTuple):
-    """Where each of the `M = N * A` slots of all tokens goes when rows are grouped by expert, and back.
+    """Where each of the `M = N * A` slots of all tokens goes when rows are grouped by expert, and
+    back.
 
-    `M` in `rows` is a slot without a row (its weight is 0); `M` in `slots` is a row without a slot, behind the last group.
+    `M` in `rows` is a slot without a row (its weight is 0); `M` in `slots` is a row without a slot,
+    behind the last group.
     """
 
     sizes: Int[Array, "E"]
@@ -62,7 +69,9 @@ def masked(logits: Float[Array, "N E"], allowed: Bool[Array, " E"] | None) -> Fl
     return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
 
 
-def by_expert(slots: Float[Array, "N A"], ids: Int[Array, "N A"], num_experts: int) -> Float[Array, "N E"]:
+def by_expert(
+    slots: Float[Array, "N A"], ids: Int[Array, "N A"], num_experts: int
+) -> Float[Array, "N E"]:
     """One value for each chosen expert, laid out by expert, 0 elsewhere."""
     chosen = ids[:, :, None] == jnp.arange(num_experts)
     return jnp.sum(jnp.where(chosen, slots[:, :, None], 0.0), axis=1)
@@ -82,15 +91,19 @@ def route_backward(
     dweights: Float[Array, "N A"],
     dlog_z: Float[Array, " N"],
 ) -> Float[Array, "N E"]:
-    """`dlogits = p * (g - sum_i dw_i w_i + dlog_z)`, g being dw laid out by expert. The weights are p again: nothing of them is saved."""
+    """`dlogits = p * (g - sum_i dw_i w_i + dlog_z)`, g being dw laid out by expert. The weights are
+    p again: nothing of them is saved."""
     p = jnp.exp(logits - log_z[:, None])
-    # `where`, never a product with 0: whatever arrives at a slot of an excluded expert must not leak.
+    # `where`, never a product with 0: whatever arrives at a slot of an excluded expert must not
+    # leak.
     g = jnp.where(p > 0, by_expert(dweights, ids, logits.shape[1]), 0)
     inner = jnp.sum(p * g, axis=1, keepdims=True)
     return jnp.where(p > 0, p * (g - inner + dlog_z[:, None]), 0)
 
 
-def dispatch_plan(ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_experts: int) -> DispatchPlan:
+def dispatch_plan(
+    ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_experts: int
+) -> DispatchPlan:
     """Rows in expert order, in slot order inside an expert: what a stable sort by expert gives."""
     N, A = ids.shape
     M, E = N * A, num_experts

@@ -13,7 +13,8 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "7b": Shape(tokens=8192, experts=8, active=4, d_model=4096),  # the paper's: the anchor and seven owners, two records of 4096
+    # the paper's: the anchor and seven owners, two records of 4096
+    "7b": Shape(tokens=8192, experts=8, active=4, d_model=4096),
     "7b-top2": Shape(tokens=8192, experts=8, active=2, d_model=4096),
     "1b": Shape(tokens=8192, experts=5, active=4, d_model=2048),
     "64-experts": Shape(tokens=4096, experts=64, active=8, d_model=2048),

@@ -1,4 +1,5 @@
-"""Descriptions that contradict themselves. The promise: what a model says of itself fits together, or nobody uses it."""
+"""Descriptions that contradict themselves. The promise: what a model says of itself fits together,
+or nobody uses it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,20 +13,40 @@ from flexolmo_jax.loaded import load
 from tests.attacks.test_what_runs import copied, redescribed
 
 
-@pytest.mark.parametrize(("key", "value"), [("rope_theta", 777.0), ("norm_eps", 0.5), ("n_heads", 8), ("max_seq_len", 32)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rope_theta", 777.0), ("norm_eps", 0.5), ("n_heads", 8), ("max_seq_len", 32)],
+)
 def test_a_model_runs_with_the_architecture_of_its_fingerprint(model, anchor, tmp_path, key, value):
-    """The fingerprint covers the anchor's config; what runs must be that one, but for what a merge decides."""
+    """The fingerprint covers the anchor's config; what runs must be that one, but for what a merge
+    decides."""
     fake = redescribed(copied(model, tmp_path / "fake"), lambda d: d["model"].update({key: value}))
-    for use in (lambda: verify(fake), lambda: verify(fake, anchor), lambda: load(fake), lambda: opt_out(fake, ["law"], tmp_path / "out")):
+    for use in (
+        lambda: verify(fake),
+        lambda: verify(fake, anchor),
+        lambda: load(fake),
+        lambda: opt_out(fake, ["law"], tmp_path / "out"),
+    ):
         with pytest.raises(UserError, match=f"model.{key}|has the shape"):
             use()
 
 
 def flattened(description: dict[str, Any]) -> None:
     """Members without manifests, as imported models have them."""
-    keys = ("owner", "domain", "licence", "expires", "router_bias", "tensors", "training", "privacy")
+    keys = (
+        "owner",
+        "domain",
+        "licence",
+        "expires",
+        "router_bias",
+        "tensors",
+        "training",
+        "privacy",
+    )
     members = [member["manifest"] for member in description["members"]]
-    description["members"] = [{"name": m["name"], "manifest": None, **{k: m[k] for k in keys}} for m in members]
+    description["members"] = [
+        {"name": m["name"], "manifest": None, **{k: m[k] for k in keys}} for m in members
+    ]
 
 
 CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -47,10 +68,17 @@ CONTRADICTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("what", CONTRADICTIONS)
-def test_a_description_that_contradicts_itself_is_refused_by_every_reader(model, anchor, tmp_path, what):
+def test_a_description_that_contradicts_itself_is_refused_by_every_reader(
+    model, anchor, tmp_path, what
+):
     """Each of these once ended some verb in a traceback, or let a claim through unchecked."""
     fake = redescribed(copied(model, tmp_path / "fake"), CONTRADICTIONS[what])
-    for use in (lambda: verify(fake), lambda: verify(fake, anchor), lambda: load(fake), lambda: opt_out(fake, ["law"], tmp_path / "out")):
+    for use in (
+        lambda: verify(fake),
+        lambda: verify(fake, anchor),
+        lambda: load(fake),
+        lambda: opt_out(fake, ["law"], tmp_path / "out"),
+    ):
         with pytest.raises(UserError) as error:
             use()
         assert "\n" not in str(error.value)

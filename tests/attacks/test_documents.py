@@ -1,4 +1,5 @@
-"""Documents of strangers, as public text is. The promise: no file takes more memory than a document may."""
+"""Documents of strangers, as public text is. The promise: no file takes more memory than a document
+may."""
 
 import gzip
 import resource

@@ -1,6 +1,8 @@
-"""Files of strangers other than contributions: Hugging Face checkpoints, prepared data, embedders, configs.
+"""Files of strangers other than contributions: Hugging Face checkpoints, prepared data, embedders,
+configs.
 
-Whatever they hold, the outcome is a `UserError` in one line or a correct result, soon and in little memory.
+Whatever they hold, the outcome is a `UserError` in one line or a correct result, soon and in little
+memory.
 """
 
 import copy
@@ -38,18 +40,31 @@ from flexolmo_jax.model import init_params
 from flexolmo_jax.plain_yaml import parse_yaml
 from tests.tiny import run_config
 
-MODEL = ModelConfig(vocab_size=384, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, d_ffn=8, n_experts=2, n_active=2, router_bias=False)
+MODEL = ModelConfig(
+    vocab_size=384,
+    d_model=16,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    d_ffn=8,
+    n_experts=2,
+    n_active=2,
+    router_bias=False,
+)
 ODD = [
-    None, True, False, -1, 0, 1, 1.5, -0.5, 1e300, 10**9, 2**63, 10**400, float("nan"), "", "x", "12", "x" * 10_000, "\0", "\ud800",
+    None, True, False, -1, 0, 1, 1.5, -0.5, 1e300, 10**9, 2**63, 10**400, float("nan"), "", "x",
+    "12", "x" * 10_000, "\0", "\ud800",
     "\x1b[2J", "\u202e", "../x", "/dev/zero",
-    [], {}, [1], [[]], {"a": 1}, [None], {"": {"": {}}}, [{}] * 1000, {f"k{i}": i for i in range(1000)},
+    [], {}, [1], [[]], {"a": 1}, [None], {"": {"": {}}}, [{}] * 1000,
+    {f"k{i}": i for i in range(1000)},
 ]  # fmt: skip
 DEEP = 200  # levels
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, prepared, tiny_tokenizer) -> dict[str, Path]:
-    """A good one of each: a checkpoint in Hugging Face's form, prepared records, an embedder, a run's config."""
+    """A good one of each: a checkpoint in Hugging Face's form, prepared records, an embedder, a
+    run's config."""
     root = tmp_path_factory.mktemp("foreign")
     checkpoint, fitted = root / "hf", root / "embedder"
     checkpoint.mkdir()
@@ -57,12 +72,24 @@ def sources(tmp_path_factory, prepared, tiny_tokenizer) -> dict[str, Path]:
     tensors = to_hf(MODEL, jax.tree.map(np.asarray, init_params(MODEL, jax.random.key(0))))
     save_file(tensors, checkpoint / "model.safetensors")
     (checkpoint / "config.json").write_text(json.dumps(hf_config(MODEL)))
-    (checkpoint / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    (checkpoint / INDEX).write_text(
+        json.dumps(
+            {
+                "metadata": {"total_size": 1},
+                "weight_map": dict.fromkeys(tensors, "model.safetensors"),
+            }
+        )
+    )
     tiny_tokenizer.save(checkpoint)
     fit_embedder("tfidf", ["the river feeds the valley", "a farmer paints"], 16).save(fitted)
     config = root / "config.yaml"
     config.write_text(dump_yaml(run_config("anchor", prepared["public"])))
-    return {"hf": checkpoint, "prepared": Path(shutil.copytree(prepared["public"], root / "prepared")), "embedder": fitted, "run": config}
+    return {
+        "hf": checkpoint,
+        "prepared": Path(shutil.copytree(prepared["public"], root / "prepared")),
+        "embedder": fitted,
+        "run": config,
+    }
 
 
 def read_prepared(path: Path) -> None:
@@ -88,14 +115,21 @@ FILES: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The way to every value inside a value of JSON's types; of long ones, the first few."""
     yield at
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, other in list(inner)[:30]:
         yield from places(other, (*at, key))
 
 
 @st.composite
 def changed(draw, value: Any) -> str:
-    """The text of a file with one thing changed: a value replaced, taken out, added or nested, anywhere in it."""
+    """The text of a file with one thing changed: a value replaced, taken out, added or nested,
+    anywhere in it."""
     value = copy.deepcopy(value)
     *way, last = draw(st.sampled_from(list(places(value))[1:]))
     inside = value
@@ -108,7 +142,9 @@ def changed(draw, value: Any) -> str:
         del inside[last]
     elif change == "add":
         inside = inside if isinstance(inside, dict) else value
-        inside[draw(st.sampled_from(["surprise", "", "\ud800", "../x", "x" * 5000]))] = draw(st.sampled_from(ODD))
+        inside[draw(st.sampled_from(["surprise", "", "\ud800", "../x", "x" * 5000]))] = draw(
+            st.sampled_from(ODD)
+        )
     elif change == "nest":
         inside[last] = "DEEP"
     text = json.dumps(value).replace('"DEEP"', "[" * DEEP + "]" * DEEP)
@@ -125,17 +161,33 @@ def in_a_line(error: UserError) -> None:
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.function_scoped_fixture,
+    ],
 )
 @given(data=st.data())
-def test_a_file_with_anything_changed_is_refused_in_a_line_or_read_right(name, sources, tmp_path_factory, data):
+def test_a_file_with_anything_changed_is_refused_in_a_line_or_read_right(
+    name, sources, tmp_path_factory, data
+):
     """Promise: nothing a stranger sends crashes. An odd type once was a traceback."""
     kind, read = FILES[name]
     root = tmp_path_factory.mktemp("changed")
     source = sources[kind]
-    target = Path(shutil.copytree(source, root / "x") if source.is_dir() else shutil.copy(source, root))
+    target = Path(
+        shutil.copytree(source, root / "x") if source.is_dir() else shutil.copy(source, root)
+    )
     file = target / name if target.is_dir() else target
-    file.write_text(data.draw(changed(parse_yaml(source.read_bytes()) if name == "config.yaml" else json.loads(file.read_text()))))
+    file.write_text(
+        data.draw(
+            changed(
+                parse_yaml(source.read_bytes())
+                if name == "config.yaml"
+                else json.loads(file.read_text())
+            )
+        )
+    )
     try:
         read(target, root / "out")
     except UserError as error:
@@ -194,32 +246,72 @@ def laughs(levels: int) -> str:
     return "\n".join(lines)
 
 
-# What lies where, and in which way it is bad. Each once hung, took gigabytes or ended in a traceback.
+# What lies where, and in which way it is bad. Each once hung, took gigabytes or ended in a
+# traceback.
 WORST: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     **{f"{name}, a pipe": (kind, name, pipe) for name, (kind, _) in FILES.items()},
-    **{f"{name}, a device": (kind, name, lambda path: link(path, "/dev/zero")) for name, (kind, _) in FILES.items()},
+    **{
+        f"{name}, a device": (kind, name, lambda path: link(path, "/dev/zero"))
+        for name, (kind, _) in FILES.items()
+    },
     **{f"{name}, a folder": (kind, name, folder) for name, (kind, _) in FILES.items()},
     **{f"{name}, 8 GB": (kind, name, sparse) for name, (kind, _) in FILES.items()},
     **{f"{name}, deep": (kind, name, holding("[" * 200_000)) for name, (kind, _) in FILES.items()},
     "a billion layers": ("hf", "config.json", setting(num_hidden_layers=10**9)),
     "a billion experts": ("hf", "config.json", setting(num_experts=10**9)),
-    "as many as each may be": ("hf", "config.json", setting(num_hidden_layers=1024, num_experts=4096)),
+    "as many as each may be": (
+        "hf",
+        "config.json",
+        setting(num_hidden_layers=1024, num_experts=4096),
+    ),
     "a map to a device": ("hf", INDEX, holding('{"weight_map": {"a": "/dev/zero"}}')),
-    "a map out of the folder": ("hf", INDEX, holding('{"weight_map": {"a": "../../x.safetensors"}}')),
+    "a map out of the folder": (
+        "hf",
+        INDEX,
+        holding('{"weight_map": {"a": "../../x.safetensors"}}'),
+    ),
     "a map of millions": ("hf", INDEX, holding(b'{"weight_map": [' + b"{}," * 5_000_000 + b"{}]}")),
-    "objects in a config": ("hf", "config.json", setting(vocab_size=0, x=[{}] * (convert.SIGNS // 2 - 50))),
-    "tensors without a file": ("hf", INDEX, holding(json.dumps({"weight_map": {f"{i}": 0 for i in range(convert.SIGNS - 10)}}))),
-    "inputs that are none": ("prepared", "index.json", setting(inputs=[{}] * (records.SIGNS // 2 - 50))),
-    "files that are none": ("prepared", "index.json", setting(files={f"{i}": 0 for i in range(records.SIGNS - 100)})),
-    "words that are none": ("embedder", "embedder.json", setting(words=[{}] * (embedder.SIGNS // 2 - 50))),
+    "objects in a config": (
+        "hf",
+        "config.json",
+        setting(vocab_size=0, x=[{}] * (convert.SIGNS // 2 - 50)),
+    ),
+    "tensors without a file": (
+        "hf",
+        INDEX,
+        holding(json.dumps({"weight_map": {f"{i}": 0 for i in range(convert.SIGNS - 10)}})),
+    ),
+    "inputs that are none": (
+        "prepared",
+        "index.json",
+        setting(inputs=[{}] * (records.SIGNS // 2 - 50)),
+    ),
+    "files that are none": (
+        "prepared",
+        "index.json",
+        setting(files={f"{i}": 0 for i in range(records.SIGNS - 100)}),
+    ),
+    "words that are none": (
+        "embedder",
+        "embedder.json",
+        setting(words=[{}] * (embedder.SIGNS // 2 - 50)),
+    ),
     "weights, a pipe": ("hf", "model.safetensors", pipe),
     "weights, a device": ("hf", "model.safetensors", lambda path: link(path, "/dev/zero")),
-    "records named out of the folder": ("prepared", "index.json", setting(files={"../../../../../../../dev/zero": "0" * 64})),
+    "records named out of the folder": (
+        "prepared",
+        "index.json",
+        setting(files={"../../../../../../../dev/zero": "0" * 64}),
+    ),
     "records named by a device": ("prepared", "index.json", setting(files={"/dev/zero": "0" * 64})),
     "records, a pipe": ("prepared", "train.tokens.npy", pipe),
     "records, a device": ("prepared", "train.tokens.npy", lambda path: link(path, "/dev/zero")),
     "held-out records, a pipe": ("prepared", "heldout.segments.npy", pipe),
-    "a header that nests": ("prepared", "train.tokens.npy", holding(b"\x93NUMPY\x01\x00\xff\x7f" + b"(" * 0x7FFF)),
+    "a header that nests": (
+        "prepared",
+        "train.tokens.npy",
+        holding(b"\x93NUMPY\x01\x00\xff\x7f" + b"(" * 0x7FFF),
+    ),
     "embedder.npz, a bomb": ("embedder", "embedder.npz", bomb),
     "embedder.npz, a crowd": ("embedder", "embedder.npz", crowd),
     "embedder.npz, a pipe": ("embedder", "embedder.npz", pipe),
@@ -255,35 +347,53 @@ READERS = {kind: read for kind, read in FILES.values()}
 
 
 def test_the_worst_files_cost_neither_memory_nor_time(sources, tmp_path):
-    """Promise: nothing a stranger sends hangs or fills the machine. These once took gigabytes, or for ever."""
+    """Promise: nothing a stranger sends hangs or fills the machine. These once took gigabytes, or
+    for ever."""
     cases = {}
     for number, (name, (kind, file, spoil)) in enumerate(WORST.items()):
         source, target = sources[kind], tmp_path / f"{number}"
-        target = Path(shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target))
+        target = Path(
+            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        )
         spoil(target / file if target.is_dir() else target)
         cases[name] = (kind, str(target))
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     result = subprocess.run(
-        [sys.executable, "-c", READ_ALL, str(tmp_path / "cases.json")], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", READ_ALL, str(tmp_path / "cases.json")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     outcomes = json.loads(result.stdout.splitlines()[-1])
     assert outcomes.keys() == WORST.keys()
     for name, (outcome, seconds, megabytes) in outcomes.items():
-        assert outcome.startswith("UserError ") and "\n" not in outcome and len(outcome) < 1500, (name, outcome[:2000])
-        assert seconds < 10 and megabytes < 150, (name, seconds, megabytes)  # JAX and the package take 300 of their own
+        assert outcome.startswith("UserError ") and "\n" not in outcome and len(outcome) < 1500, (
+            name,
+            outcome[:2000],
+        )
+        # JAX and the package take 300 of their own
+        assert seconds < 10 and megabytes < 150, (name, seconds, megabytes)
 
 
 @pytest.mark.parametrize(
     ("compression", "members", "cut", "message"),
     [
         (zipfile.ZIP_DEFLATED, ["idf.npy", "signs.npy"], 0, "idf.npy is compressed"),
-        (zipfile.ZIP_STORED, ["idf.npy", "signs.npy", "more.npy"], 100, "no zip file of two arrays"),
+        (
+            zipfile.ZIP_STORED,
+            ["idf.npy", "signs.npy", "more.npy"],
+            100,
+            "no zip file of two arrays",
+        ),
         (zipfile.ZIP_STORED, ["idf.npy", "other.npy"], 0, "signs.npy"),
         (zipfile.ZIP_STORED, ["idf.npy", "signs.npy"], 4, "idf.npy is no array of float32"),
     ],
 )
-def test_arrays_of_an_embedder_are_unpacked_only_as_they_were_written(compression, members, cut, message, sources, tmp_path):
+def test_arrays_of_an_embedder_are_unpacked_only_as_they_were_written(
+    compression, members, cut, message, sources, tmp_path
+):
     """Promise: nothing a stranger sends fills the machine. 6 MB once unpacked to 6 GB."""
     copied = Path(shutil.copytree(sources["embedder"], tmp_path / "copy"))
     with zipfile.ZipFile(copied / "embedder.npz") as good:
@@ -319,7 +429,14 @@ def test_a_checkpoint_may_be_of_links_as_a_hub_cache_is(sources, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [laughs(9).replace("\n", ", ").join("{}"), "[" * 100 + "]" * 100, "!!python/name:os.system", "x: {y: 1, y: 2}", "1: 2:"]
+    "value",
+    [
+        laughs(9).replace("\n", ", ").join("{}"),
+        "[" * 100 + "]" * 100,
+        "!!python/name:os.system",
+        "x: {y: 1, y: 2}",
+        "1: 2:",
+    ],
 )
 def test_an_override_is_yaml_within_the_same_bounds(value):
     """Promise: nothing a stranger has somebody paste fills the machine."""
@@ -334,20 +451,40 @@ def test_values_of_yaml_are_those_of_yaml_1_1_and_strings_where_asked_for():
     assert {key: str(value) for key, value in parse_yaml(text).items()} == {
         "a": "1", "b": "1.5", "c": "True", "d": "2027-12-31", "e": "None", "f": "1e-3",
     }  # fmt: skip
-    assert parse_yaml(text, strings=True) == {"a": "1", "b": "1.5", "c": "yes", "d": "2027-12-31", "e": "null", "f": "1e-3"}
+    assert parse_yaml(text, strings=True) == {
+        "a": "1",
+        "b": "1.5",
+        "c": "yes",
+        "d": "2027-12-31",
+        "e": "null",
+        "f": "1e-3",
+    }
 
 
 @pytest.mark.parametrize(
-    "text", ["a: 2020-13-45", "a: 0x_", "a: 1\na: 2", "a: !!int x", "{[a]: b}", "=", 'a: "\\UFFFFFFFF"', "--- 1\n--- 2", "\0"]
+    "text",
+    [
+        "a: 2020-13-45",
+        "a: 0x_",
+        "a: 1\na: 2",
+        "a: !!int x",
+        "{[a]: b}",
+        "=",
+        'a: "\\UFFFFFFFF"',
+        "--- 1\n--- 2",
+        "\0",
+    ],
 )
 def test_yaml_that_is_none_is_a_value_error(text):
-    """Promise: nothing a stranger sends crashes. Some of these were other exceptions of the library's."""
+    """Promise: nothing a stranger sends crashes. Some of these were other exceptions of the
+    library's."""
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         parse_yaml(text)
 
 
 def test_more_experts_than_a_description_has_room_for_are_refused_before_any_are_counted():
-    """Promise: nothing a stranger sends fills the machine. A table of 12 million tensors once took gigabytes."""
+    """Promise: nothing a stranger sends fills the machine. A table of 12 million tensors once took
+    gigabytes."""
     fields = hf_config(MODEL) | {"num_hidden_layers": 1024}
     with pytest.raises(UserError, match=f"is {1024 * 33}; expected at most {BLOCKS}"):
         model_config(fields | {"num_experts": 33})
@@ -355,7 +492,14 @@ def test_more_experts_than_a_description_has_room_for_are_refused_before_any_are
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((3, 4), "<u2"), np.zeros(5, ">u4"), np.zeros((), "f4"), np.zeros((2, 3), order="F"), np.zeros((0, 1), bool)]
+    "array",
+    [
+        np.zeros((3, 4), "<u2"),
+        np.zeros(5, ">u4"),
+        np.zeros((), "f4"),
+        np.zeros((2, 3), order="F"),
+        np.zeros((0, 1), bool),
+    ],
 )
 @pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
 def test_headers_of_arrays_are_read_as_numpy_writes_them(array, version, tmp_path):
@@ -363,13 +507,20 @@ def test_headers_of_arrays_are_read_as_numpy_writes_them(array, version, tmp_pat
     with (tmp_path / "a.npy").open("wb") as file:
         np.lib.format.write_array(file, array, version)
     content = (tmp_path / "a.npy").read_bytes()
-    assert parse_header(content) == (array.shape, np.isfortran(array), array.dtype, len(content) - array.nbytes)
+    assert parse_header(content) == (
+        array.shape,
+        np.isfortran(array),
+        array.dtype,
+        len(content) - array.nbytes,
+    )
 
 
 def test_a_header_is_never_evaluated(tmp_path, tiny_tokenizer):
     """Promise: nothing a stranger sends runs."""
     text = b"{'descr': '|O', 'fortran_order': False, 'shape': (3,), }\n"
-    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(24))
+    (tmp_path / "x.npy").write_bytes(
+        b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(24)
+    )
     with pytest.raises(UserError, match="not a whole NumPy file"):
         TokenRecords(tmp_path / "x.npy", tiny_tokenizer, 2)
 
@@ -401,5 +552,9 @@ def test_yaml_is_read_in_one_place_and_numpy_unpacks_nothing():
     """Promise: a bound that holds for one file holds for all."""
     package = Path(flexolmo_jax.__file__).parent
     others = [path for path in package.rglob("*.py") if path.name != "plain_yaml.py"]
-    found = [f"{path.name}: {call}" for path in others for call in re.findall(r"yaml\.\w*load\w*|np\.load\b|read_array", path.read_text())]
+    found = [
+        f"{path.name}: {call}"
+        for path in others
+        for call in re.findall(r"yaml\.\w*load\w*|np\.load\b|read_array", path.read_text())
+    ]
     assert not found

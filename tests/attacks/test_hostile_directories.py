@@ -1,7 +1,9 @@
-"""Directories of every kind, changed as a stranger could change them. The promise: a line of error, or the right result; never a crash.
+"""Directories of every kind, changed as a stranger could change them. The promise: a line of error,
+or the right result; never a crash.
 
-An example takes a whole contribution, anchor, model, store, run, receipt or Hugging Face folder, changes one thing in it (and seals what
-has a digest of its own anew), and gives it to every verb that would read it. None may take 10 seconds, and all of them together not 500 MB.
+An example takes a whole contribution, anchor, model, store, run, receipt or Hugging Face folder,
+changes one thing in it (and seals what has a digest of its own anew), and gives it to every verb
+that would read it. None may take 10 seconds, and all of them together not 500 MB.
 """
 
 import json
@@ -38,13 +40,16 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_s
 SECONDS, BYTES = 10, 500_000_000
 SEALED = {"flexolmo.json", "receipt.json", "object.json", "store.json"}
 ODD = [
-    None, True, -1, 0, 1, 2**31, 10**30, 1e308, 0.5, "", "x", "x" * 100_000, "\x1b[2J\u202e", "../../../etc/passwd", "/dev/zero", "\ud800",
+    None, True, -1, 0, 1, 2**31, 10**30, 1e308, 0.5, "", "x", "x" * 100_000, "\x1b[2J\u202e",
+    "../../../etc/passwd", "/dev/zero", "\ud800",
     [], {}, [[]], {"a": {}}, [0] * 50_000, json.loads("[" * 60 + "]" * 60),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def whole(tiny, anchor, contributions, model, anchor_run, pair_runs, tmp_path_factory) -> dict[str, Path]:
+def whole(
+    tiny, anchor, contributions, model, anchor_run, pair_runs, tmp_path_factory
+) -> dict[str, Path]:
     """One of each kind."""
     place = tmp_path_factory.mktemp("whole")
     merged = merge(anchor, [contributions["code"], contributions["law"]], place / "merged").path
@@ -65,10 +70,34 @@ def whole(tiny, anchor, contributions, model, anchor_run, pair_runs, tmp_path_fa
 def uses(kind: str, anchor: Path, whole: dict[str, Path], out: Path) -> list[Callable[[Path], Any]]:
     """What reads such a directory."""
     return {
-        "contribution": [verify, info, lambda path: verify(path, anchor), lambda path: merge(anchor, [path], out, admission=False)],
-        "anchor": [verify, info, open_anchor, load, lambda path: load_embedder(path / "embedder"), lambda path: merge(path, [], out)],
-        "model": [verify, info, load, lambda path: verify(path, anchor), lambda path: opt_out(path, ["code"], out)],
-        "store": [verify, info, lambda path: merge(anchor, [whole["contribution"]], out, store_path=path, admission=False)],
+        "contribution": [
+            verify,
+            info,
+            lambda path: verify(path, anchor),
+            lambda path: merge(anchor, [path], out, admission=False),
+        ],
+        "anchor": [
+            verify,
+            info,
+            open_anchor,
+            load,
+            lambda path: load_embedder(path / "embedder"),
+            lambda path: merge(path, [], out),
+        ],
+        "model": [
+            verify,
+            info,
+            load,
+            lambda path: verify(path, anchor),
+            lambda path: opt_out(path, ["code"], out),
+        ],
+        "store": [
+            verify,
+            info,
+            lambda path: merge(
+                anchor, [whole["contribution"]], out, store_path=path, admission=False
+            ),
+        ],
         "run": [info, load],
         "pair": [info, load],
         "receipt": [lambda path: verify_receipt(path / "receipt.json", whole["receipt"])],
@@ -93,16 +122,32 @@ def in_time() -> Iterator[None]:
 def change(directory: Path, data: st.DataObject) -> str:
     """Changes one thing; says what."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    texts = [path for path in files if path.suffix == ".json" or path.name in ("_METADATA", "_CHECKPOINT_METADATA", "_DIGESTS")]
+    texts = [
+        path
+        for path in files
+        if path.suffix == ".json" or path.name in ("_METADATA", "_CHECKPOINT_METADATA", "_DIGESTS")
+    ]
     file = data.draw(st.sampled_from(files), label="file")
-    how = data.draw(st.sampled_from(["json"] * 6 + ["cut", "flip", "empty", "link", "device", "pipe", "folder", "gone", "more", "swap"]))
+    how = data.draw(
+        st.sampled_from(
+            ["json"] * 6
+            + ["cut", "flip", "empty", "link", "device", "pipe", "folder", "gone", "more", "swap"]
+        )
+    )
     if how == "json" and texts:
         file = data.draw(st.sampled_from(texts), label="JSON")
         change_json(file, data)
         return f"json in {file}"
     content = bytearray(file.read_bytes())
     if how == "more":
-        (file.parent / data.draw(st.sampled_from(["x", "manifest.ocdbt", "model.safetensors", ".unfinished", "\x1b[2J"]))).write_text("x")
+        (
+            file.parent
+            / data.draw(
+                st.sampled_from(
+                    ["x", "manifest.ocdbt", "model.safetensors", ".unfinished", "\x1b[2J"]
+                )
+            )
+        ).write_text("x")
         return f"more beside {file}"
     file.unlink()
     if how == "cut":
@@ -120,7 +165,9 @@ def change(directory: Path, data: st.DataObject) -> str:
     elif how == "folder":
         file.mkdir()
     elif how == "swap":
-        file.write_bytes(data.draw(st.sampled_from([path for path in files if path != file])).read_bytes())
+        file.write_bytes(
+            data.draw(st.sampled_from([path for path in files if path != file])).read_bytes()
+        )
     elif how != "gone":
         file.write_bytes(b"")
     return f"{how} of {file}"
@@ -133,9 +180,20 @@ def change_json(file: Path, data: st.DataObject) -> None:
     key: Any = ""
     while True:
         inner = node[key]
-        if not inner or not isinstance(inner, dict | list) or (node is not holder and data.draw(st.integers(0, 3)) == 0):
+        if (
+            not inner
+            or not isinstance(inner, dict | list)
+            or (node is not holder and data.draw(st.integers(0, 3)) == 0)
+        ):
             break
-        node, key = inner, data.draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else list(range(len(inner)))))
+        node, key = (
+            inner,
+            data.draw(
+                st.sampled_from(
+                    sorted(inner) if isinstance(inner, dict) else list(range(len(inner)))
+                )
+            ),
+        )
     odd = data.draw(st.sampled_from(ODD), label="value")
     if odd == "" and isinstance(node, dict) and key != "":
         del node[key]
@@ -146,12 +204,18 @@ def change_json(file: Path, data: st.DataObject) -> None:
         if file.name == MANIFEST and isinstance(root, dict):
             file.write_bytes(sealed(root))
         else:
-            file.write_text(sealed_json(root) if file.name in SEALED and isinstance(root, dict) else json.dumps(root))
+            file.write_text(
+                sealed_json(root)
+                if file.name in SEALED and isinstance(root, dict)
+                else json.dumps(root)
+            )
     except (UnicodeEncodeError, ValueError):
         file.write_text("{")
 
 
-def check(whole: dict[str, Path], anchor: Path, right: dict[str, dict[str, bytes]], data: st.DataObject) -> None:
+def check(
+    whole: dict[str, Path], anchor: Path, right: dict[str, dict[str, bytes]], data: st.DataObject
+) -> None:
     kind = data.draw(st.sampled_from(sorted(whole)), label="kind")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(whole[kind], Path(folder) / kind))
@@ -166,26 +230,45 @@ def check(whole: dict[str, Path], anchor: Path, right: dict[str, dict[str, bytes
                 assert "\n" not in str(error), what
                 continue
             except Exception as error:
-                raise AssertionError(f"{what}: use {number} of a {kind} ended with {type(error).__name__}: {error}") from error
+                raise AssertionError(
+                    f"{what}: use {number} of a {kind} ended with {type(error).__name__}: {error}"
+                ) from error
             finally:
                 shutil.rmtree(Path(folder) / "out", ignore_errors=True)
             if use is load:
-                assert {path: np.asarray(a).tobytes() for path, a in flatten(result.params).items()} == right[kind], what
+                assert {
+                    path: np.asarray(a).tobytes() for path, a in flatten(result.params).items()
+                } == right[kind], what
 
 
 @pytest.fixture(scope="session")
 def right(whole) -> dict[str, dict[str, bytes]]:
     """What loads."""
     kinds = ("anchor", "model", "run", "pair")
-    return {kind: {path: np.asarray(a).tobytes() for path, a in flatten(open_artifact(whole[kind]).params()).items()} for kind in kinds}
+    return {
+        kind: {
+            path: np.asarray(a).tobytes()
+            for path, a in flatten(open_artifact(whole[kind]).params()).items()
+        }
+        for kind in kinds
+    }
 
 
-many = settings(deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=SLOW)
+many = settings(
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=SLOW,
+)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
 @pytest.mark.parametrize("examples", [200, pytest.param(5000, marks=pytest.mark.slow)])
-def test_a_changed_directory_of_any_kind_is_told_in_a_line_or_read_right(whole, anchor, right, examples):
+def test_a_changed_directory_of_any_kind_is_told_in_a_line_or_read_right(
+    whole, anchor, right, examples
+):
     for use in (info, load):
         use(whole["model"])  # what is imported and compiled counts for nobody
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,5 @@
-"""An anchor names its embedder. The promise: no owner's machine fetches and runs a stranger's model because an anchor says so."""
+"""An anchor names its embedder. The promise: no owner's machine fetches and runs a stranger's model
+because an anchor says so."""
 
 import json
 import shutil
@@ -45,20 +46,42 @@ def hostile(anchor, tmp_path) -> Path:
     copy = Path(shutil.copytree(anchor, tmp_path / "anchor"))
     shutil.rmtree(copy / "embedder")
     (copy / "embedder").mkdir()
-    saved = {"format": 1, "projection_seed": PROJECTION_SEED, "name": "attacker/model", "version": "1", "dim": 32}
+    saved = {
+        "format": 1,
+        "projection_seed": PROJECTION_SEED,
+        "name": "attacker/model",
+        "version": "1",
+        "dim": 32,
+    }
     (copy / "embedder" / "embedder.json").write_text(json.dumps(saved))
     description = json.loads((copy / "flexolmo.json").read_text())
-    description["embedder"] = {"name": "attacker/model", "version": "1", "sha256": embedder_digest(copy / "embedder")}
+    description["embedder"] = {
+        "name": "attacker/model",
+        "version": "1",
+        "sha256": embedder_digest(copy / "embedder"),
+    }
     write_description(copy, description | {"fingerprint": fingerprint_of(parts_of(description))})
     return copy
 
 
 @pytest.mark.parametrize("verb", ["contribute", "embed-domain", "proxy"])
-def test_no_model_of_a_hub_is_loaded_without_the_owners_word(hostile, corpora, fetched, tmp_path, capsys, verb):
-    """Each verb that embeds an owner's documents refuses in a line that names the model and the flag."""
+def test_no_model_of_a_hub_is_loaded_without_the_owners_word(
+    hostile, corpora, fetched, tmp_path, capsys, verb
+):
+    """Each verb that embeds an owner's documents refuses in a line that names the model and the
+    flag."""
     code, public = str(corpora["code"]), str(corpora["public"])
     arguments = {
-        "contribute": ["--documents", code, "--name", "code", "--set", "train.steps=1", "--out", str(tmp_path / "out")],
+        "contribute": [
+            "--documents",
+            code,
+            "--name",
+            "code",
+            "--set",
+            "train.steps=1",
+            "--out",
+            str(tmp_path / "out"),
+        ],
         "embed-domain": ["--input", code, "--out", str(tmp_path / "row.npy")],
         "proxy": ["--private", code, "--public", public, "--out", str(tmp_path / "p.jsonl")],
     }[verb]
@@ -67,7 +90,19 @@ def test_no_model_of_a_hub_is_loaded_without_the_owners_word(hostile, corpora, f
     assert "attacker/model" in told and "--allow-hub-embedder" in told and fetched == []
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/x", "../a/b", "~/.ssh", "https://evil.example/x", "a" * 300, "a/b/c", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./nowhere",
+        "/nowhere/x",
+        "../a/b",
+        "~/.ssh",
+        "https://evil.example/x",
+        "a" * 300,
+        "a/b/c",
+        "",
+    ],
+)
 def test_a_name_that_is_none_of_a_hub_is_loaded_by_nobody(fetched, name):
     """A path or an address, whether there is anything or not."""
     with pytest.raises(UserError, match="expected tfidf, minilm or a hub's name"):
@@ -76,6 +111,7 @@ def test_a_name_that_is_none_of_a_hub_is_loaded_by_nobody(fetched, name):
 
 
 def test_with_the_owners_word_it_is_loaded_without_remote_code(hostile, fetched):
-    with pytest.raises(UserError, match="the anchor was published with 1"):  # another version than the anchor's
+    # another version than the anchor's
+    with pytest.raises(UserError, match="the anchor was published with 1"):
         load_embedder(hostile / "embedder", allow_hub=True)
     assert fetched == [("attacker/model", {"trust_remote_code": False})]

@@ -1,4 +1,5 @@
-"""Attacks on what lies on a coordinator's disk. The promise: nothing of the user's is ever removed, changed or merged unseen."""
+"""Attacks on what lies on a coordinator's disk. The promise: nothing of the user's is ever removed,
+changed or merged unseen."""
 
 import errno
 import os
@@ -26,13 +27,16 @@ from tests.recorder import Recorder
 def everything(directory: Path) -> dict[str, bytes | str]:
     """Names and contents of all that lies there."""
     return {
-        str(p.relative_to(directory)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else "folder"
+        str(p.relative_to(directory)): (
+            os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else "folder"
+        )
         for p in sorted(directory.rglob("*"))
     }
 
 
 def users_folder(path: Path) -> Path:
-    """What somebody may have: documents, a git repository's folder, names that look like a store's."""
+    """What somebody may have: documents, a git repository's folder, names that look like a
+    store's."""
     (path / "objects" / "ab").mkdir(parents=True)
     (path / "objects" / ("e" * 64) / "weights").mkdir(parents=True)
     (path / "models").mkdir()
@@ -43,7 +47,9 @@ def users_folder(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("verb", ["merge", "opt-out", "append", "replace", "gc", "tune"])
-def test_a_folder_that_is_no_store_is_neither_written_nor_emptied(anchor, contributions, model, corpora, tmp_path, capsys, verb):
+def test_a_folder_that_is_no_store_is_neither_written_nor_emptied(
+    anchor, contributions, model, corpora, tmp_path, capsys, verb
+):
     """A wrong --store costs nothing, whatever the merge then does."""
     folder = users_folder(tmp_path / "documents")
     before = everything(folder)
@@ -54,7 +60,16 @@ def test_a_folder_that_is_no_store_is_neither_written_nor_emptied(anchor, contri
         "append": ["append", str(model), law],
         "replace": ["replace", str(model), law],
         "gc": ["gc", str(folder)],
-        "tune": ["tune", str(model), "--proxy", f"code={corpora['code']}", "--public", str(corpora["public"]), "--set", "train.steps=1"],
+        "tune": [
+            "tune",
+            str(model),
+            "--proxy",
+            f"code={corpora['code']}",
+            "--public",
+            str(corpora["public"]),
+            "--set",
+            "train.steps=1",
+        ],
     }[verb]
     if verb != "gc":
         arguments += ["--store", str(folder), "--out", str(tmp_path / "out")]
@@ -64,12 +79,28 @@ def test_a_folder_that_is_no_store_is_neither_written_nor_emptied(anchor, contri
     assert everything(folder) == before and not (tmp_path / "out").exists()
 
 
-def test_a_merge_that_fails_leaves_the_working_directory_alone(anchor, contributions, tmp_path, monkeypatch, capsys):
+def test_a_merge_that_fails_leaves_the_working_directory_alone(
+    anchor, contributions, tmp_path, monkeypatch, capsys
+):
     """`--store .` once deleted it."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("years of work")
     monkeypatch.chdir(tmp_path / "work")
-    assert main(["merge", "--anchor", str(anchor), str(contributions["code"]), "--store", ".", "--out", "../out"]) == 2
+    assert (
+        main(
+            [
+                "merge",
+                "--anchor",
+                str(anchor),
+                str(contributions["code"]),
+                "--store",
+                ".",
+                "--out",
+                "../out",
+            ]
+        )
+        == 2
+    )
     assert everything(tmp_path) == {"work": "folder", "work/thesis.txt": b"years of work"}
 
 
@@ -91,8 +122,11 @@ def test_a_new_store_is_undone_file_by_file(anchor, contributions, tmp_path):
     assert [p.name for p in (tmp_path / "store" / "objects").iterdir()] == ["thesis.txt"]
 
 
-def test_a_failing_merge_removes_nothing_of_one_that_succeeded_meanwhile(anchor, contributions, tmp_path):
-    """Two coordinators' processes begin the same new store; the second succeeds before the first fails."""
+def test_a_failing_merge_removes_nothing_of_one_that_succeeded_meanwhile(
+    anchor, contributions, tmp_path
+):
+    """Two coordinators' processes begin the same new store; the second succeeds before the first
+    fails."""
     done = False
 
     def fails_late(operation: str, path: Path) -> None:
@@ -100,10 +134,16 @@ def test_a_failing_merge_removes_nothing_of_one_that_succeeded_meanwhile(anchor,
         if path.name == "flexolmo.json" and not done:
             done = True
             program = (
-                "import sys; from pathlib import Path; from flexolmo_jax.coordinator.merge import merge\n"
-                "anchor, law, out, store = map(Path, sys.argv[1:]); merge(anchor, [law], out, store_path=store)\n"
+                "import sys; from pathlib import Path; from flexolmo_jax.coordinator.merge import"
+                " merge\nanchor, law, out, store = map(Path, sys.argv[1:]); merge(anchor, [law],"
+                " out, store_path=store)\n"
             )
-            other = [sys.executable, "-c", program, *map(str, (anchor, contributions["law"], tmp_path / "other", tmp_path / "store"))]
+            other = [
+                sys.executable,
+                "-c",
+                program,
+                *map(str, (anchor, contributions["law"], tmp_path / "other", tmp_path / "store")),
+            ]
             subprocess.run(other, check=True, env=os.environ)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -113,17 +153,30 @@ def test_a_failing_merge_removes_nothing_of_one_that_succeeded_meanwhile(anchor,
             merge(anchor, [contributions["code"]], tmp_path / "out", store_path=tmp_path / "store")
     finally:
         files.observer = None
-    assert verify(tmp_path / "store")["objects"] == 2  # the anchor and law; code went with the merge that failed
+    # the anchor and law; code went with the merge that failed
+    assert verify(tmp_path / "store")["objects"] == 2
     assert verify(tmp_path / "other")["verified"] and contents(
-        opt_out(tmp_path / "other", ["law"], tmp_path / "none", untuned=True, store_path=tmp_path / "store").path
+        opt_out(
+            tmp_path / "other",
+            ["law"],
+            tmp_path / "none",
+            untuned=True,
+            store_path=tmp_path / "store",
+        ).path
     )
 
 
 def test_gc_leaves_what_the_store_has_no_record_of(anchor, contributions, tmp_path):
-    """Objects with a foreign file in them, folders named like objects, files named like leftovers beside a model."""
+    """Objects with a foreign file in them, folders named like objects, files named like leftovers
+    beside a model."""
     model = merge(anchor, [contributions["code"]], tmp_path / "model").path
     store, objects = Store.existing(tmp_path / STORE), tmp_path / STORE / "objects"
-    mine = [tmp_path / ".model.backup.tmp", tmp_path / ".model.0123abcd.tmp", objects / ("e" * 64), objects / "notes"]
+    mine = [
+        tmp_path / ".model.backup.tmp",
+        tmp_path / ".model.0123abcd.tmp",
+        objects / ("e" * 64),
+        objects / "notes",
+    ]
     for path in mine:
         path.mkdir()
         (path / "thesis.txt").write_text("years of work")
@@ -141,18 +194,29 @@ def test_no_model_is_written_into_a_store(anchor, contributions, tmp_path):
     merge(anchor, [contributions["code"]], tmp_path / "model")
     for place in ("objects/mine", "models/mine", "mine"):
         with pytest.raises(UserError, match="lies inside the store"):
-            merge(anchor, [contributions["code"]], tmp_path / STORE / place, store_path=tmp_path / "other")
+            merge(
+                anchor,
+                [contributions["code"]],
+                tmp_path / STORE / place,
+                store_path=tmp_path / "other",
+            )
     assert not (tmp_path / "other").exists()
 
 
-def test_nothing_is_written_into_what_holds_exactly_its_own_files(anchor, contributions, model, tmp_path):
+def test_nothing_is_written_into_what_holds_exactly_its_own_files(
+    anchor, contributions, model, tmp_path
+):
     """It would be refused by everybody from then on."""
     for place in (anchor, model, contributions["law"], anchor / "public"):
         with pytest.raises(UserError, match=r"lies inside the (anchor or model|contribution)"):
             merge(anchor, [contributions["code"]], place / "mine", store_path=tmp_path / "store")
     with pytest.raises(UserError, match="lies inside the anchor or model"):
         merge(anchor, [contributions["code"]], tmp_path / "out", store_path=anchor / "store")
-    assert verify(anchor)["verified"] and verify(model)["verified"] and verify(contributions["law"])["verified"]
+    assert (
+        verify(anchor)["verified"]
+        and verify(model)["verified"]
+        and verify(contributions["law"])["verified"]
+    )
 
 
 def test_a_store_of_another_version_is_refused_by_name(anchor, contributions, tmp_path):
@@ -160,13 +224,20 @@ def test_a_store_of_another_version_is_refused_by_name(anchor, contributions, tm
     merge(anchor, [contributions["code"]], tmp_path / "model")
     (tmp_path / STORE / "store.json").unlink()
     before = everything(tmp_path / STORE)
-    for use in (lambda: Store.existing(tmp_path / STORE), lambda: merge(anchor, [contributions["law"]], tmp_path / "other")):
+    for use in (
+        lambda: Store.existing(tmp_path / STORE),
+        lambda: merge(anchor, [contributions["law"]], tmp_path / "other"),
+    ):
         with pytest.raises(UserError, match=r"no store\.json"):
             use()
-    (tmp_path / STORE / "store.json").write_text(sealed_json({"kind": "store", "format": 9, "id": "0"}))
+    (tmp_path / STORE / "store.json").write_text(
+        sealed_json({"kind": "store", "format": 9, "id": "0"})
+    )
     with pytest.raises(UserError, match="has the format 9"):
         merge(anchor, [contributions["law"]], tmp_path / "other")
-    (tmp_path / STORE / "store.json").write_text(sealed_json({"kind": "model", "format": 1, "id": "0"}))
+    (tmp_path / STORE / "store.json").write_text(
+        sealed_json({"kind": "model", "format": 1, "id": "0"})
+    )
     with pytest.raises(UserError, match="give another --store"):
         merge(anchor, [contributions["law"]], tmp_path / "other")
     (tmp_path / STORE / "store.json").unlink()
@@ -182,22 +253,33 @@ def test_verifying_writes_nothing(tmp_path):
     assert everything(folder) == before
 
 
-def test_what_comes_from_outside_shares_no_file_with_store_or_models(anchor, contributions, tmp_path):
-    """A downloaded anchor's files stay writable: a plain `cp` over one of them must not change any model."""
+def test_what_comes_from_outside_shares_no_file_with_store_or_models(
+    anchor, contributions, tmp_path
+):
+    """A downloaded anchor's files stay writable: a plain `cp` over one of them must not change any
+    model."""
     downloaded = Path(shutil.copytree(anchor, tmp_path / "anchor"))
     for file in downloaded.rglob("*"):
         if file.is_file():
             file.chmod(0o644)
     model = merge(downloaded, [contributions["code"]], tmp_path / "model").path
     outside = {file.stat().st_ino for file in downloaded.rglob("*") if file.is_file()}
-    inside = [file for folder in (model, tmp_path / STORE) for file in folder.rglob("*") if file.is_file()]
+    inside = [
+        file for folder in (model, tmp_path / STORE) for file in folder.rglob("*") if file.is_file()
+    ]
     assert not outside & {file.stat().st_ino for file in inside}
     shards = [file for file in inside if "/c/" in str(file)]
     assert shards and all(stat.S_IMODE(file.stat().st_mode) == 0o444 for file in shards)
     before = contents(model)
-    shard = next(file for file in sorted(downloaded.rglob("weights/experts.up/c/**/*")) if file.is_file())
+    shard = next(
+        file for file in sorted(downloaded.rglob("weights/experts.up/c/**/*")) if file.is_file()
+    )
     shard.write_bytes(bytes(shard.stat().st_size))
-    assert contents(model) == before and verify(model)["verified"] and verify(tmp_path / STORE)["verified"]
+    assert (
+        contents(model) == before
+        and verify(model)["verified"]
+        and verify(tmp_path / STORE)["verified"]
+    )
     with pytest.raises(UserError, match=r"bytes of|cannot be read"):
         merge(downloaded, [contributions["law"]], tmp_path / "again")
 
@@ -209,16 +291,23 @@ def test_a_models_files_are_linked_only_while_nobody_can_write_to_them(model, tm
         if file.is_file():
             file.chmod(0o644)
     without = opt_out(downloaded, ["law"], tmp_path / "without").path
-    inodes = [{file.stat().st_ino for file in each.rglob("*") if file.is_file()} for each in (downloaded, without)]
+    inodes = [
+        {file.stat().st_ino for file in each.rglob("*") if file.is_file()}
+        for each in (downloaded, without)
+    ]
     assert not inodes[0] & inodes[1]
 
 
-def test_bytes_that_change_under_a_shared_name_are_found_at_the_next_use(anchor, contributions, tmp_path):
+def test_bytes_that_change_under_a_shared_name_are_found_at_the_next_use(
+    anchor, contributions, tmp_path
+):
     """Root may write to a read-only file: siblings share it, and the first load of each says so."""
     model = merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "model").path
     sibling = opt_out(model, ["law"], tmp_path / "sibling").path
     load(sibling)
-    shard = next(file for file in sorted(model.glob("weights/experts.up/c/0/1/**/*")) if file.is_file())
+    shard = next(
+        file for file in sorted(model.glob("weights/experts.up/c/0/1/**/*")) if file.is_file()
+    )
     content = bytearray(shard.read_bytes())
     content[8] ^= 1
     shard.chmod(0o644)
@@ -249,7 +338,9 @@ def test_an_object_that_was_replaced_is_not_merged(anchor, contributions, tmp_pa
     other.write_bytes(first)
     for names in (["code"], ["law"], ["code", "law"]):
         try:
-            made = merge(anchor, [contributions[name] for name in names], tmp_path / "-".join(names)).path
+            made = merge(
+                anchor, [contributions[name] for name in names], tmp_path / "-".join(names)
+            ).path
         except UserError as error:
             assert "is damaged" in str(error)
         else:
@@ -270,7 +361,9 @@ def test_a_store_that_was_copied_is_read_again_and_used(anchor, contributions, t
 
 
 @pytest.mark.parametrize("admission", [True, False])
-def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(anchor, contributions, tmp_path, admission):
+def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(
+    anchor, contributions, tmp_path, admission
+):
     """What lies in the store is whole; what was given is not what its manifest says."""
     copy = Path(shutil.copytree(contributions["code"], tmp_path / "code"))
     merge(anchor, [copy], tmp_path / "model")
@@ -283,7 +376,9 @@ def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(anc
 
 def test_opting_out_of_a_damaged_model_is_refused(model, tmp_path):
     """It once exited 0 and wrote a model that did not verify."""
-    for number, name in enumerate(("weights/experts.up", "weights/trunk.embedding", "tokenizer.json")):
+    for number, name in enumerate(
+        ("weights/experts.up", "weights/trunk.embedding", "tokenizer.json")
+    ):
         copy = Path(shutil.copytree(model, tmp_path / str(number)))
         file = next(p for p in (copy / name, *sorted((copy / name).rglob("c/**/*"))) if p.is_file())
         file.chmod(0o644)
@@ -307,13 +402,20 @@ print(len(store.gc()["removed"]), flush=True)
 
 
 def test_gc_waits_for_a_merge_of_another_process(anchor, contributions, tmp_path):
-    """Promise: nothing of the user's is removed. An object that was taken in is needed before the model that needs it is there."""
+    """Promise: nothing of the user's is removed. An object that was taken in is needed before the
+    model that needs it is there."""
     merge(anchor, [], tmp_path / "first")
     waiting: list[subprocess.Popen[bytes]] = []
 
     def collect_meanwhile(operation: str, path: Path) -> None:
         if operation == "link" and "model" in str(path) and not waiting:
-            waiting.append(subprocess.Popen([sys.executable, "-c", GC, str(tmp_path / STORE)], stdout=subprocess.PIPE, env=os.environ))
+            waiting.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", GC, str(tmp_path / STORE)],
+                    stdout=subprocess.PIPE,
+                    env=os.environ,
+                )
+            )
             assert waiting[0].stdout and waiting[0].stdout.readline() == b"begun\n"
             with pytest.raises(subprocess.TimeoutExpired):
                 waiting[0].wait(1)
@@ -328,26 +430,42 @@ def test_gc_waits_for_a_merge_of_another_process(anchor, contributions, tmp_path
     assert verify(model)["verified"] and verify(tmp_path / STORE)["objects"] == 2
 
 
-def test_what_a_store_holds_and_knows_is_on_the_disk_before_it_is_seen(anchor, contributions, tmp_path, monkeypatch):
-    """Promise: what is verified is what runs. After a power cut there is no object, record or model whose bytes were only in memory."""
+def test_what_a_store_holds_and_knows_is_on_the_disk_before_it_is_seen(
+    anchor, contributions, tmp_path, monkeypatch
+):
+    """Promise: what is verified is what runs. After a power cut there is no object, record or model
+    whose bytes were only in memory."""
     with monkeypatch.context() as patch:
         recorder = Recorder(patch)
         model = merge(anchor, [contributions["code"]], tmp_path / "model").path
-    objects, models = sorted((tmp_path / STORE / "objects").iterdir()), sorted((tmp_path / STORE / "models").iterdir())
+    objects, models = (
+        sorted((tmp_path / STORE / "objects").iterdir()),
+        sorted((tmp_path / STORE / "models").iterdir()),
+    )
     assert len(objects) == 2 and len(models) == 1
     for path in (*objects, *models, model):
         recorder.expect_durable(path)
-    assert recorder.renamed.index(models[0]) < recorder.renamed.index(model)  # the store knows of it before it is there
+    # the store knows of it before it is there
+    assert recorder.renamed.index(models[0]) < recorder.renamed.index(model)
     recorder.expect_durable(tmp_path / STORE, [tmp_path / STORE / "store.json"])
 
 
-def test_a_store_that_does_not_know_where_its_models_are_removes_nothing(anchor, contributions, tmp_path):
-    """Promise: nothing of the user's is removed. A damaged entry may be of a model that needs every object here."""
+def test_a_store_that_does_not_know_where_its_models_are_removes_nothing(
+    anchor, contributions, tmp_path
+):
+    """Promise: nothing of the user's is removed. A damaged entry may be of a model that needs every
+    object here."""
     model = merge(anchor, [contributions["code"]], tmp_path / "model").path
     (entry,) = (tmp_path / STORE / "models").iterdir()
     text = entry.read_text()
     before = everything(tmp_path / STORE / "objects")
-    for damaged in ("", "{}", text.replace("model", "other"), sealed_json({"path": 3}), sealed_json({"path": "elsewhere:/x"})):
+    for damaged in (
+        "",
+        "{}",
+        text.replace("model", "other"),
+        sealed_json({"path": 3}),
+        sealed_json({"path": "elsewhere:/x"}),
+    ):
         entry.write_text(damaged)
         with pytest.raises(UserError, match=r"is damaged .*; remove it"):
             Store.existing(tmp_path / STORE).gc()
@@ -356,8 +474,11 @@ def test_a_store_that_does_not_know_where_its_models_are_removes_nothing(anchor,
     assert Store.existing(tmp_path / STORE).gc()["removed"] == [] and verify(model)["verified"]
 
 
-def test_a_merge_that_fails_takes_nothing_from_a_store_that_was_there(anchor, contributions, tmp_path):
-    """Promise: nothing of the user's is removed. What no model needs is for `gc` to remove, when somebody asks for it."""
+def test_a_merge_that_fails_takes_nothing_from_a_store_that_was_there(
+    anchor, contributions, tmp_path
+):
+    """Promise: nothing of the user's is removed. What no model needs is for `gc` to remove, when
+    somebody asks for it."""
     shutil.rmtree(merge(anchor, [contributions["code"]], tmp_path / "model").path)
     before = everything(tmp_path / STORE)
 
@@ -375,29 +496,46 @@ def test_a_merge_that_fails_takes_nothing_from_a_store_that_was_there(anchor, co
 
 
 def test_an_object_under_the_name_of_another_is_not_merged(anchor, contributions, tmp_path):
-    """Promise: what is verified is what runs. Both are whole, and each is what the other's name says."""
+    """Promise: what is verified is what runs. Both are whole, and each is what the other's name
+    says."""
     merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "model", ways=("copy",))
-    objects = [path for path in (tmp_path / STORE / "objects").iterdir() if '"kind": "expert"' in (path / "object.json").read_text()]
+    objects = [
+        path
+        for path in (tmp_path / STORE / "objects").iterdir()
+        if '"kind": "expert"' in (path / "object.json").read_text()
+    ]
     one, other = objects
     one.rename(tmp_path / "away")
     other.rename(one)
     (tmp_path / "away").rename(other)
-    for use in (lambda: verify(tmp_path / STORE), lambda: merge(anchor, [contributions["code"]], tmp_path / "again")):
+    for use in (
+        lambda: verify(tmp_path / STORE),
+        lambda: merge(anchor, [contributions["code"]], tmp_path / "again"),
+    ):
         with pytest.raises(UserError, match="it is not what it is named by"):
             use()
     assert not (tmp_path / "again").exists()
 
 
-def test_gc_forgets_models_that_are_gone_and_removes_no_file_that_only_looks_like_an_entry(anchor, contributions, tmp_path):
-    """Promise: nothing of the user's is removed. What a killed process left of an entry has one form of name, and goes."""
-    model, other = (merge(anchor, [contributions["code"]], tmp_path / name).path for name in ("model", "other"))
+def test_gc_forgets_models_that_are_gone_and_removes_no_file_that_only_looks_like_an_entry(
+    anchor, contributions, tmp_path
+):
+    """Promise: nothing of the user's is removed. What a killed process left of an entry has one
+    form of name, and goes."""
+    model, other = (
+        merge(anchor, [contributions["code"]], tmp_path / name).path for name in ("model", "other")
+    )
     entries, left = tmp_path / STORE / "models", f".{'0' * 16}.json.123.tmp"
     for name in (left, ".notes.json.tmp", "notes.txt", f"{'0' * 16}.json.bak"):
         (entries / name).write_text("mine")
     shutil.rmtree(other)
     assert Store.existing(tmp_path / STORE).gc()["removed"] == []
     assert len(list(entries.glob("*.json"))) == 1 and not (entries / left).exists()
-    assert {path.name for path in entries.iterdir()} >= {".notes.json.tmp", "notes.txt", f"{'0' * 16}.json.bak"}
+    assert {path.name for path in entries.iterdir()} >= {
+        ".notes.json.tmp",
+        "notes.txt",
+        f"{'0' * 16}.json.bak",
+    }
     assert list(Store.existing(tmp_path / STORE).info()["models"]) == [str(model)]
 
 

@@ -15,7 +15,15 @@ from flexolmo_jax.convert.exporting import _card
 from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.runtime.progress import bar, note
 
-ATTACKS = ("\x1b[2J\x1b[31m", "\u202egpj.exe", "a\nflexolmo: all is well", "\x07\x08\x9b31m", "\u2028next", "\ud800", "\u200b\u2066")
+ATTACKS = (
+    "\x1b[2J\x1b[31m",
+    "\u202egpj.exe",
+    "a\nflexolmo: all is well",
+    "\x07\x08\x9b31m",
+    "\u2028next",
+    "\ud800",
+    "\u200b\u2066",
+)
 EVIL = "".join(ATTACKS)
 
 
@@ -42,7 +50,12 @@ def test_notes_bars_and_errors_are_one_line_without_effect(tmp_path, capsys):
     place = tmp_path / "\x1b[2Jmodel\nx"
     place.mkdir()
     (place / "flexolmo.json").write_text(json.dumps({EVIL[:5]: 1}))
-    for arguments in (["info", str(place)], ["verify", str(place)], ["eval", str(place), "--data", str(place)], ["info", "\x1b[2J"]):
+    for arguments in (
+        ["info", str(place)],
+        ["verify", str(place)],
+        ["eval", str(place), "--data", str(place)],
+        ["info", "\x1b[2J"],
+    ):
         assert cli.main(arguments) == 2
         told = capsys.readouterr().err
         assert is_shown(told) and len(told.splitlines()) == 1, told
@@ -79,7 +92,10 @@ def test_a_models_escapes_take_no_effect_on_a_terminal(monkeypatch):
 def test_a_model_card_has_no_markup_of_strangers(model):
     """Names, owners, licences and a fingerprint once reached the Hub's page as HTML and links."""
     artifact = open_artifact(model)
-    evil = "<img src=x onerror=alert(1)> [free](https://evil.example) www.evil.example ![x](y) `z` | a@evil.example \n# Heading \x1b[2J"
+    evil = (
+        "<img src=x onerror=alert(1)> [free](https://evil.example) www.evil.example ![x](y) `z` |"
+        " a@evil.example \n# Heading \x1b[2J"
+    )
     members = artifact.description["members"]
     members[0]["manifest"] |= dict.fromkeys(("owner", "domain", "licence"), evil)
     artifact.description["fingerprint"] = evil

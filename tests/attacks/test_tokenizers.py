@@ -1,4 +1,5 @@
-"""Attacks in a tokenizer.json. The promise: a stranger's tokenizer is refused in a line, or takes what its size tells."""
+"""Attacks in a tokenizer.json. The promise: a stranger's tokenizer is refused in a line, or takes
+what its size tells."""
 
 import json
 import re
@@ -36,35 +37,69 @@ def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(expression: str) -> dict[str, Any]:
-    steps = [{"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}]
-    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
+    steps = [
+        {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    ]
+    steps.append(
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    )
     return {"type": "Sequence", "pretokenizers": steps}
 
 
 ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a megabyte of a character": lambda f: f.update(normalizer=replace({"String": "e"}, "e" * 1_000_000)),
-    "twenty doublings": lambda f: f.update(normalizer=sequence(*[replace({"String": "e"}, "ee")] * 20)),
+    "a megabyte of a character": lambda f: f.update(
+        normalizer=replace({"String": "e"}, "e" * 1_000_000)
+    ),
+    "twenty doublings": lambda f: f.update(
+        normalizer=sequence(*[replace({"String": "e"}, "ee")] * 20)
+    ),
     "a long prefix": lambda f: f.update(normalizer={"type": "Prepend", "prepend": "x" * 100_000}),
     "a decoder that grows": lambda f: f.update(
-        decoder={"type": "Sequence", "decoders": [f["decoder"], replace({"String": "e"}, "e" * 999)]}
+        decoder={
+            "type": "Sequence",
+            "decoders": [f["decoder"], replace({"String": "e"}, "e" * 999)],
+        }
     ),
     "thousands of steps": lambda f: f.update(normalizer=sequence(*[{"type": "NFC"}] * 5000)),
     "repeats in repeats": lambda f: f.update(pre_tokenizer=split(r"(a+)+$")),
     "alternatives in repeats": lambda f: f.update(pre_tokenizer=split(r"(?:a|aa)+$|x")),
     "repeats far inside": lambda f: f.update(pre_tokenizer=split(r"((?:x(a*)y?)z?)*$")),
-    "a regular expression in a normaliser": lambda f: f.update(normalizer=replace({"Regex": "(a*)*b"}, "")),
+    "a regular expression in a normaliser": lambda f: f.update(
+        normalizer=replace({"Regex": "(a*)*b"}, "")
+    ),
     "a long expression": lambda f: f.update(pre_tokenizer=split("a?" * 5000)),
     "exact repeats of alternatives": lambda f: f.update(pre_tokenizer=split(r"(?:a|aa){40}$")),
     "optional parts in repeats": lambda f: f.update(pre_tokenizer=split(r"((a?a?)?(a?a?)?){9}$")),
-    "an expression that calls itself": lambda f: f.update(pre_tokenizer=split(r"(?<x>a\g<x>?\g<x>?c)")),
-    "neighbouring repeats": lambda f: f.update(pre_tokenizer=split(r"a*a*a*a*c?(?!a|b)")),
-    "neighbouring repeats in groups": lambda f: f.update(pre_tokenizer=split(r"(?:a*)(?:a*)(a*)[^ab]")),
-    "forty steps that double": lambda f: f.update(normalizer=sequence(*[{"type": "ByteLevel"}] * 40)),
-    "forty pre-tokenizers that double": lambda f: f["pre_tokenizer"].update(
-        type="Sequence", pretokenizers=[{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}] * 40
+    "an expression that calls itself": lambda f: f.update(
+        pre_tokenizer=split(r"(?<x>a\g<x>?\g<x>?c)")
     ),
-    "a compiled map": lambda f: f.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-    "a token of a megabyte": lambda f: f["model"]["vocab"].update({"a" * 1_000_000: len(f["model"]["vocab"]) + 9}),
+    "neighbouring repeats": lambda f: f.update(pre_tokenizer=split(r"a*a*a*a*c?(?!a|b)")),
+    "neighbouring repeats in groups": lambda f: f.update(
+        pre_tokenizer=split(r"(?:a*)(?:a*)(a*)[^ab]")
+    ),
+    "forty steps that double": lambda f: f.update(
+        normalizer=sequence(*[{"type": "ByteLevel"}] * 40)
+    ),
+    "forty pre-tokenizers that double": (
+        lambda f: f["pre_tokenizer"].update(
+            type="Sequence",
+            pretokenizers=[
+                {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": False,
+                }
+            ]
+            * 40,
+        )
+    ),
+    "a compiled map": lambda f: f.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    ),
+    "a token of a megabyte": (
+        lambda f: f["model"]["vocab"].update({"a" * 1_000_000: len(f["model"]["vocab"]) + 9})
+    ),
     "an id of 4e9": lambda f: f["model"]["vocab"].update({"the": 4_000_000_000}),
     "an added id of 4e9": lambda f: f["added_tokens"][0].update(id=4_000_000_000),
     "a negative id": lambda f: f["model"]["vocab"].update({"the": -1}),
@@ -82,7 +117,8 @@ ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_hostile_tokenizer_is_refused_before_it_is_used(fields, attack):
-    """Normalisers that multiply, expressions that never end, ids that ask for gigabytes, fallbacks that panic."""
+    """Normalisers that multiply, expressions that never end, ids that ask for gigabytes, fallbacks
+    that panic."""
     ATTACKS[attack](fields)
     start = time.process_time()
     with pytest.raises(UserError) as error:
@@ -111,7 +147,9 @@ def test_a_panic_of_the_library_is_an_error_of_ours(fields, tmp_path):
 
     class Panics:
         def encode_batch_fast(self, *_: object, **__: object) -> None:
-            raise type("PanicException", (BaseException,), {})("called `Option::unwrap()` on a `None` value")
+            raise type("PanicException", (BaseException,), {})(
+                "called `Option::unwrap()` on a `None` value"
+            )
 
     tokenizer._backend = Panics()  # type: ignore[assignment]
     with pytest.raises(UserError, match="theirs makes its library fail"):
@@ -119,29 +157,35 @@ def test_a_panic_of_the_library_is_an_error_of_ours(fields, tmp_path):
 
 
 def test_a_real_panic_is_told_in_a_line(tmp_path):
-    """The library's own, with an expression that its engine gives up on, where our check is not asked."""
+    """The library's own, with an expression that its engine gives up on, where our check is not
+    asked."""
     program = (
-        "from tokenizers import Regex, Tokenizer, models, normalizers\n"
-        "from flexolmo_jax.errors import UserError\n"
-        "from flexolmo_jax.storage.untrusted import no_panic\n"
-        "backend = Tokenizer(models.BPE()); backend.normalizer = normalizers.Replace(Regex('(a|aa)+$'), '')\n"
-        "try:\n"
-        "    with no_panic('it'): backend.encode('a' * 60 + 'b')\n"
-        "except UserError as error: print('told:', error)\n"
-        "except Exception as error: print('told:', type(error).__name__)\n"
-        "else: print('told: nothing')\n"
+        "from tokenizers import Regex, Tokenizer, models, normalizers\nfrom flexolmo_jax.errors"
+        " import UserError\nfrom flexolmo_jax.storage.untrusted import no_panic\nbackend ="
+        " Tokenizer(models.BPE()); backend.normalizer = normalizers.Replace(Regex('(a|aa)+$'),"
+        " '')\ntry:\n    with no_panic('it'): backend.encode('a' * 60 + 'b')\nexcept UserError as"
+        " error: print('told:', error)\nexcept Exception as error: print('told:',"
+        " type(error).__name__)\nelse: print('told: nothing')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and done.stdout.startswith("told: "), done.stderr[-500:]
 
 
 REAL = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "dolma2": PRE_TOKENS,
-    "o200k": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "o200k": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
     "digits": r"\d{1,3}(?=(?:\d{3})*\b)",
-    "deepseek": r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*",
+    "deepseek": (
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+        r" ?[\p{P}\p{S}]+[\r\n]*"
+    ),
 }
 
 
@@ -156,7 +200,13 @@ def test_a_large_vocabulary_is_read_in_seconds(fields):
     letters = [chr(0x61 + i) for i in range(26)]
     names = (a + b + c + d for a in letters for b in letters for c in letters for d in letters)
     start = max(vocab.values()) + 10
-    vocab.update({name: start + i for i, name in zip(range(150_000), names, strict=False) if name not in vocab})
+    vocab.update(
+        {
+            name: start + i
+            for i, name in zip(range(150_000), names, strict=False)
+            if name not in vocab
+        }
+    )
     content, begin = json.dumps(fields), time.process_time()
     assert Tokenizer(content).vocab_size > 150_000
     assert time.process_time() - begin < 15
@@ -164,25 +214,48 @@ def test_a_large_vocabulary_is_read_in_seconds(fields):
 
 @pytest.mark.parametrize("empty", ["[]", "{}"])
 def test_millions_of_empty_objects_are_refused_before_they_are_made(empty):
-    """A file of 62 MiB once took 3 GB and half a minute. The promise: a tokenizer takes what its size tells."""
-    content = '{"model": {"vocab": {}, "merges": [' + ",".join([empty] * 3_000_000) + ']}, "added_tokens": []}'
+    """A file of 62 MiB once took 3 GB and half a minute. The promise: a tokenizer takes what its
+    size tells."""
+    content = (
+        '{"model": {"vocab": {}, "merges": ['
+        + ",".join([empty] * 3_000_000)
+        + ']}, "added_tokens": []}'
+    )
     with pytest.raises(UserError, match="commas and brackets"):
         Tokenizer(content)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=SLOW)
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=SLOW,
+)
 @given(data=st.data())
-def test_odd_values_anywhere_in_a_tokenizer_are_told_in_a_line(tiny_tokenizer, tmp_path_factory, data):
+def test_odd_values_anywhere_in_a_tokenizer_are_told_in_a_line(
+    tiny_tokenizer, tmp_path_factory, data
+):
     path = tmp_path_factory.getbasetemp() / "odd-tokenizer.json"
     tiny_tokenizer.save(path)
     root = json.loads(path.read_text())
     node: Any = root
     while True:
-        key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node)))))
-        if not isinstance(node[key], dict | list) or not node[key] or data.draw(st.integers(0, 2)) == 0:
+        key = data.draw(
+            st.sampled_from(sorted(node) if isinstance(node, dict) else list(range(len(node))))
+        )
+        if (
+            not isinstance(node[key], dict | list)
+            or not node[key]
+            or data.draw(st.integers(0, 2)) == 0
+        ):
             break
         node = node[key]
-    node[key] = data.draw(st.sampled_from([None, True, -1, 2**31, 1e308, "", "x" * 1000, [], {}, [[]], {"type": "x"}, "\x1b[2J"]))
+    node[key] = data.draw(
+        st.sampled_from(
+            [None, True, -1, 2**31, 1e308, "", "x" * 1000, [], {}, [[]], {"type": "x"}, "\x1b[2J"]
+        )
+    )
     try:
         tokenizer = Tokenizer(json.dumps(root))
         tokenizer.decode(tokenizer.encode("the river, 12 bridges\n"))
@@ -193,4 +266,6 @@ def test_odd_values_anywhere_in_a_tokenizer_are_told_in_a_line(tiny_tokenizer, t
 def test_a_tokenizer_of_the_project_itself_passes(tiny_tokenizer: Tokenizer, tmp_path: Path):
     tiny_tokenizer.save(tmp_path / "tokenizer.json")
     again = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert again.digest == tiny_tokenizer.digest and again.encode(TEXT) == tiny_tokenizer.encode(TEXT)
+    assert again.digest == tiny_tokenizer.digest and again.encode(TEXT) == tiny_tokenizer.encode(
+        TEXT
+    )

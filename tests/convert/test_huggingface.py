@@ -1,4 +1,5 @@
-"""The key table of Hugging Face checkpoints: both ways, and what it refuses. Parity of the numbers is tested in tests/parity."""
+"""The key table of Hugging Face checkpoints: both ways, and what it refuses. Parity of the numbers
+is tested in tests/parity."""
 
 import dataclasses
 
@@ -29,7 +30,11 @@ def test_export_then_import_is_bitwise(merged, dtype):
     assert all(tensor.dtype == dtype and tensor.flags.c_contiguous for tensor in tensors.values())
     imported = from_hf(MERGED, tensors)
     assert jax.tree.structure(imported) == jax.tree.structure(params)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), imported, params)))
+    assert all(
+        jax.tree.leaves(
+            jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), imported, params)
+        )
+    )
 
 
 def test_a_table_covers_every_element_of_every_leaf_once(merged):
@@ -38,7 +43,9 @@ def test_a_table_covers_every_element_of_every_leaf_once(merged):
         leaf = leaves
         for key in entry.path:
             leaf = leaf[key]
-        assert leaf[entry.index].shape == (entry.shape[::-1] if entry.transpose else entry.shape), entry
+        assert leaf[entry.index].shape == (entry.shape[::-1] if entry.transpose else entry.shape), (
+            entry
+        )
         leaf[entry.index] += 1
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(leaves))
 
@@ -66,12 +73,17 @@ def test_a_bias_that_matters_is_refused_unless_dropped(merged):
     config = dataclasses.replace(MERGED, router_bias=True)
 
     def with_bias(*bias):
-        return merged | {"experts": merged["experts"] | {"bias": jnp.tile(jnp.asarray(bias, jnp.float32), (2, 1))}}
+        return merged | {
+            "experts": (
+                merged["experts"] | {"bias": jnp.tile(jnp.asarray(bias, jnp.float32), (2, 1))}
+            )
+        }
 
     with pytest.raises(UserError, match="biases"):
         to_hf(config, with_bias(0, 0, -0.1))
     without = to_hf(config, with_bias(0, 0, -0.1), drop_bias=True)
-    harmless = to_hf(config, with_bias(-1, 0, 0.5))  # the anchor's is ignored, and min(b, 0) of a positive one is 0
+    # the anchor's is ignored, and min(b, 0) of a positive one is 0
+    harmless = to_hf(config, with_bias(-1, 0, 0.5))
     assert without.keys() == harmless.keys() == to_hf(MERGED, merged).keys()
     assert not from_hf(config, without)["experts"]["bias"].any()
 
@@ -92,7 +104,10 @@ def test_tensors_that_are_missing_unexpected_or_misshaped_are_named(merged):
         from_hf(MERGED, tensors | {name: tensors[name].T})
 
 
-@pytest.mark.parametrize("config", [DENSE, MERGED, dataclasses.replace(MERGED, rope_theta=1e4, norm_eps=1e-5, init_std=0.1)])
+@pytest.mark.parametrize(
+    "config",
+    [DENSE, MERGED, dataclasses.replace(MERGED, rope_theta=1e4, norm_eps=1e-5, init_std=0.1)],
+)
 def test_a_config_survives_the_way_there_and_back(config):
     assert model_config(hf_config(config)) == config
 
@@ -101,7 +116,9 @@ def test_a_config_of_transformers_4_is_read():
     values = hf_config(DENSE)
     del values["rope_parameters"], values["num_key_value_heads"]
     values |= {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "bfloat16"}
-    assert model_config(values) == dataclasses.replace(DENSE, rope_theta=1e4, n_kv_heads=DENSE.n_heads)
+    assert model_config(values) == dataclasses.replace(
+        DENSE, rope_theta=1e4, n_kv_heads=DENSE.n_heads
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +131,10 @@ def test_a_config_of_transformers_4_is_read():
         ("sliding_window", 128),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 5e5, "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}),
+        (
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+        ),
         ("head_dim", 128),
         ("num_experts", None),
         ("hidden_size", "12"),

@@ -1,4 +1,5 @@
-"""Hugging Face checkpoints on disk, both ways: bit for bit, tensor by tensor, and every kind of bad input."""
+"""Hugging Face checkpoints on disk, both ways: bit for bit, tensor by tensor, and every kind of bad
+input."""
 
 import dataclasses
 import json
@@ -36,7 +37,15 @@ from flexolmo_jax.storage import files
 from tests.tiny import pair_config
 
 DENSE = ModelConfig(
-    vocab_size=384, d_model=24, n_layers=2, n_heads=3, n_kv_heads=1, d_ffn=20, max_seq_len=64, rope_theta=1e4, norm_eps=1e-5
+    vocab_size=384,
+    d_model=24,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=1,
+    d_ffn=20,
+    max_seq_len=64,
+    rope_theta=1e4,
+    norm_eps=1e-5,
 )
 MOE = dataclasses.replace(DENSE, n_experts=3, n_active=2, router_bias=False)
 NAMES = ("chemistry", "poetry")
@@ -45,12 +54,15 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny_tokenizer) -> Make:
-    """Writes a checkpoint as Hugging Face has it: `checkpoint(config, dtype, change=...)`, where `change` edits tensors and config."""
+    """Writes a checkpoint as Hugging Face has it: `checkpoint(config, dtype, change=...)`, where
+    `change` edits tensors and config."""
 
     def make(config=MOE, dtype=ml_dtypes.bfloat16, name="hf", change=None) -> Path:
         directory = tmp_path / name
         directory.mkdir()
-        params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), init_params(config, jax.random.key(1)))
+        params = jax.tree.map(
+            lambda a: np.asarray(a).astype(dtype), init_params(config, jax.random.key(1))
+        )
         tensors, fields = to_hf(config, params), hf_config(config, dtype=np.dtype(dtype).name)
         if change:
             change(tensors, fields)
@@ -80,12 +92,19 @@ def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> N
 def test_import_then_export_is_bitwise(checkpoint, config, dtype, tmp_path):
     source = checkpoint(config, dtype)
     model = import_hf(source, tmp_path / "model", NAMES[: config.n_experts - 1])
-    assert verify(model.path)["verified"] and model.experts == ("anchor", *NAMES)[: config.n_experts]
+    assert (
+        verify(model.path)["verified"] and model.experts == ("anchor", *NAMES)[: config.n_experts]
+    )
     export_hf(model.path, tmp_path / "back", max_shard_size=7_000)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 3
     assert_same(tensors_of(tmp_path / "back"), tensors_of(source))
-    theirs, ours = (json.loads((directory / "config.json").read_text()) for directory in (source, tmp_path / "back"))
-    assert {key: ours[key] for key in theirs if "token_id" not in key} == {key: theirs[key] for key in theirs if "token_id" not in key}
+    theirs, ours = (
+        json.loads((directory / "config.json").read_text())
+        for directory in (source, tmp_path / "back")
+    )
+    assert {key: ours[key] for key in theirs if "token_id" not in key} == {
+        key: theirs[key] for key in theirs if "token_id" not in key
+    }
     assert (tmp_path / "back/tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
     again = import_hf(tmp_path / "back", tmp_path / "again", NAMES[: config.n_experts - 1])
     assert {**again.description, "sha256": ""} == {**model.description, "sha256": ""}
@@ -95,7 +114,9 @@ def test_what_is_imported_computes_what_the_checkpoint_does(checkpoint, tmp_path
     model = load(import_hf(checkpoint(MOE, np.float32), tmp_path / "model").path)
     ids = np.random.default_rng(0).integers(300, size=(2, 17))
     params = init_params(MOE, jax.random.key(1))
-    np.testing.assert_allclose(model.logits(ids), forward(MOE, params, jnp.asarray(ids)).logits, atol=1e-6)
+    np.testing.assert_allclose(
+        model.logits(ids), forward(MOE, params, jnp.asarray(ids)).logits, atol=1e-6
+    )
     assert model.experts == ("anchor", "expert1", "expert2")
 
 
@@ -103,10 +124,19 @@ def test_fused_experts_tied_heads_and_indexless_shards_are_read(checkpoint, tmp_
     def fuse(tensors, fields):
         for l in range(MOE.n_layers):
             at = f"model.layers.{l}.mlp.experts"
-            gate, up, down = ([tensors.pop(f"{at}.{e}.{kind}_proj.weight") for e in range(3)] for kind in ("gate", "up", "down"))
-            tensors[f"{at}.gate_up_proj"], tensors[f"{at}.down_proj"] = np.concatenate([gate, up], axis=1), np.stack(down)
+            gate, up, down = (
+                [tensors.pop(f"{at}.{e}.{kind}_proj.weight") for e in range(3)]
+                for kind in ("gate", "up", "down")
+            )
+            tensors[f"{at}.gate_up_proj"], tensors[f"{at}.down_proj"] = (
+                np.concatenate([gate, up], axis=1),
+                np.stack(down),
+            )
 
-    plain, fused = import_hf(checkpoint(), tmp_path / "plain"), import_hf(checkpoint(name="hf2", change=fuse), tmp_path / "fused")
+    plain, fused = (
+        import_hf(checkpoint(), tmp_path / "plain"),
+        import_hf(checkpoint(name="hf2", change=fuse), tmp_path / "fused"),
+    )
     assert fused.description == plain.description
 
     def tie(tensors, fields):
@@ -114,7 +144,9 @@ def test_fused_experts_tied_heads_and_indexless_shards_are_read(checkpoint, tmp_
         fields["tie_word_embeddings"] = True
 
     tied = load(import_hf(checkpoint(DENSE, name="hf3", change=tie), tmp_path / "tied").path)
-    np.testing.assert_array_equal(tied.params["trunk"]["head"]["kernel"], tied.params["trunk"]["embedding"].T)
+    np.testing.assert_array_equal(
+        tied.params["trunk"]["head"]["kernel"], tied.params["trunk"]["embedding"].T
+    )
 
     export_hf(plain.path, tmp_path / "shards", max_shard_size=20_000)
     (tmp_path / "shards/model.safetensors.index.json").unlink()
@@ -124,7 +156,9 @@ def test_fused_experts_tied_heads_and_indexless_shards_are_read(checkpoint, tmp_
         import_hf(tmp_path / "shards", tmp_path / "none")
 
 
-def test_an_import_is_taken_apart_and_merged_with_a_new_expert(checkpoint, corpora, prepared, tmp_path):
+def test_an_import_is_taken_apart_and_merged_with_a_new_expert(
+    checkpoint, corpora, prepared, tmp_path
+):
     old = import_hf(checkpoint(), tmp_path / "old", NAMES)
     anchor = publish(old.path, [corpora["public"]], tmp_path / "anchor", seq_len=32)
     assert verify(anchor.path)["verified"]
@@ -136,7 +170,11 @@ def test_an_import_is_taken_apart_and_merged_with_a_new_expert(checkpoint, corpo
     assert_same(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "hf"))
 
     train_pair(pair_config(anchor.path, prepared["law"], "law", "train.steps=8"), tmp_path / "pair")
-    grown = load(append(again.path, package(tmp_path / "pair", tmp_path / "law").path, tmp_path / "grown").path)
+    grown = load(
+        append(
+            again.path, package(tmp_path / "pair", tmp_path / "law").path, tmp_path / "grown"
+        ).path
+    )
     ids = np.random.default_rng(0).integers(300, size=(2, 33))
     before = load(old.path).logits(ids)
     after = grown.logits(ids, without=["law"])
@@ -146,22 +184,32 @@ def test_an_import_is_taken_apart_and_merged_with_a_new_expert(checkpoint, corpo
     assert left.experts == ("anchor", "chemistry") and verify(left.path)["verified"]
 
 
-def test_an_anchor_in_another_dtype_takes_experts_cast_to_it_and_another_anchor_none(checkpoint, corpora, anchor, tmp_path):
+def test_an_anchor_in_another_dtype_takes_experts_cast_to_it_and_another_anchor_none(
+    checkpoint, corpora, anchor, tmp_path
+):
     old = import_hf(checkpoint(MOE, np.float16), tmp_path / "old", NAMES)
     released = publish(old.path, [corpora["public"]], tmp_path / "anchor", dtype="float32")
     part = package_imported(old.path, "poetry", released.path, tmp_path / "poetry")
     merged = load(merge(released.path, [part.path], tmp_path / "merged").path)
     np.testing.assert_array_equal(
-        merged.params["experts"]["up"][:, 1], np.asarray(load(old.path).params["experts"]["up"][:, 2], np.float32)
+        merged.params["experts"]["up"][:, 1],
+        np.asarray(load(old.path).params["experts"]["up"][:, 2], np.float32),
     )
     with pytest.raises(UserError, match="is not the anchor of"):
-        package_imported(import_hf(checkpoint(MOE, np.float32, "hf2"), tmp_path / "other").path, "expert1", anchor, tmp_path / "none")
+        package_imported(
+            import_hf(checkpoint(MOE, np.float32, "hf2"), tmp_path / "other").path,
+            "expert1",
+            anchor,
+            tmp_path / "none",
+        )
     with pytest.raises(UserError, match="is not an imported model"):
         package_imported(merged.artifact.path, "poetry", released.path, tmp_path / "none")
 
 
 @pytest.mark.parametrize("kind", ["anchor", "run", "pair", "merged"])
-def test_everything_we_make_exports_and_comes_back_bitwise(kind, anchor, anchor_run, pair_runs, model, tmp_path):
+def test_everything_we_make_exports_and_comes_back_bitwise(
+    kind, anchor, anchor_run, pair_runs, model, tmp_path
+):
     source = {"anchor": anchor, "run": anchor_run, "pair": pair_runs["code"], "merged": model}[kind]
     if kind in ("pair", "merged"):
         with pytest.raises(UserError, match="--drop-bias leaves them out"):
@@ -172,10 +220,16 @@ def test_everything_we_make_exports_and_comes_back_bitwise(kind, anchor, anchor_
     if kind == "pair":  # its new expert is cast to the anchor's dtype, as it is when it is packaged
         assert back.config.n_experts == back.config.n_active == 2
         old, new = params["experts"], params["expert"]
-        params = params | {"experts": {name: jnp.concatenate([a, new[name].astype(a.dtype)], 1) for name, a in old.items()}}
+        params = params | {
+            "experts": {
+                name: jnp.concatenate([a, new[name].astype(a.dtype)], 1) for name, a in old.items()
+            }
+        }
     for branch, name in (("experts", "gate"), ("experts", "down"), ("trunk", "embedding")):
         np.testing.assert_array_equal(back.params[branch][name], params[branch][name])
-    np.testing.assert_array_equal(back.params["trunk"]["head"]["kernel"], params["trunk"]["head"]["kernel"])
+    np.testing.assert_array_equal(
+        back.params["trunk"]["head"]["kernel"], params["trunk"]["head"]["kernel"]
+    )
     if kind == "merged":
         np.testing.assert_array_equal(back.params["experts"]["row"], params["experts"]["row"])
         assert "| code |" in (tmp_path / "hf/README.md").read_text() and back.config.n_active == 2
@@ -183,7 +237,17 @@ def test_everything_we_make_exports_and_comes_back_bitwise(kind, anchor, anchor_
 
 def test_dropping_biases_is_scored_before_and_after(model, prepared, tmp_path, capsys):
     data = str(prepared["public"])
-    command = ["export-hf", str(model), str(tmp_path / "hf"), "--drop-bias", "--eval-data", data, "--max-shard-size", "10KB", "--json"]
+    command = [
+        "export-hf",
+        str(model),
+        str(tmp_path / "hf"),
+        "--drop-bias",
+        "--eval-data",
+        data,
+        "--max-shard-size",
+        "10KB",
+        "--json",
+    ]
     assert cli.main(command) == 0
     scores = json.loads(capsys.readouterr().out)["bits_per_byte"]
     assert scores.keys() == {"with the router's biases", "without them"}
@@ -199,16 +263,31 @@ def bad(name: str):
         edit(directory, lambda tensors: tensors.pop("model.norm.weight"))
 
     def add(directory):
-        edit(directory, lambda tensors: tensors.update({"model.layers.7.bias": tensors["model.norm.weight"]}))
+        edit(
+            directory,
+            lambda tensors: tensors.update({"model.layers.7.bias": tensors["model.norm.weight"]}),
+        )
 
     def reshape(directory):
-        edit(directory, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"][:-1]}))
+        edit(
+            directory,
+            lambda tensors: tensors.update(
+                {"model.norm.weight": tensors["model.norm.weight"][:-1]}
+            ),
+        )
 
     def mix(directory):
-        edit(directory, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].astype(np.float32)}))
+        edit(
+            directory,
+            lambda tensors: tensors.update(
+                {"model.norm.weight": tensors["model.norm.weight"].astype(np.float32)}
+            ),
+        )
 
     def integers(directory):
-        edit(directory, lambda tensors: tensors.update({"model.norm.weight": np.ones(24, np.int64)}))
+        edit(
+            directory, lambda tensors: tensors.update({"model.norm.weight": np.ones(24, np.int64)})
+        )
 
     def truncate(directory):
         file = directory / "model.safetensors"
@@ -218,10 +297,14 @@ def bad(name: str):
         (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
     def shard(directory):
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-2.safetensors"}}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "model-2.safetensors"}})
+        )
 
     def escape(directory):
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "../model.safetensors"}})
+        )
 
     def edit(directory, change):
         tensors = load_file(directory / "model.safetensors")
@@ -245,11 +328,23 @@ def bad(name: str):
         "pickle": (pickle, "pytorch_model.bin, a pickle"),
         "missing shard": (shard, "misses model-2.safetensors"),
         "escape": (escape, "no weight_map from tensors to files beside it"),
-        "no weights": (lambda directory: (directory / "model.safetensors").unlink(), r"no \*.safetensors"),
-        "no config": (lambda directory: (directory / "config.json").unlink(), "cannot read .*config.json"),
+        "no weights": (
+            lambda directory: (directory / "model.safetensors").unlink(),
+            r"no \*.safetensors",
+        ),
+        "no config": (
+            lambda directory: (directory / "config.json").unlink(),
+            "cannot read .*config.json",
+        ),
         "no JSON": (lambda directory: (directory / "config.json").write_text("{"), "is not JSON"),
-        "no tokenizer": (lambda directory: (directory / "tokenizer.json").unlink(), "tokenizer.json"),
-        "rope scaling": (setting("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters"),
+        "no tokenizer": (
+            lambda directory: (directory / "tokenizer.json").unlink(),
+            "tokenizer.json",
+        ),
+        "rope scaling": (
+            setting("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+            "rope_parameters",
+        ),
         "attention bias": (setting("attention_bias", True), "attention_bias is True"),
         "activation": (setting("hidden_act", "gelu"), "hidden_act is 'gelu'"),
         "top k": (setting("norm_topk_prob", True), "norm_topk_prob is True"),
@@ -259,8 +354,10 @@ def bad(name: str):
 
 
 BAD = (
-    "missing key", "extra key", "shape", "two dtypes", "dtype", "truncated", "pickle", "missing shard", "escape", "no weights", "no config",
-    "no JSON", "no tokenizer", "rope scaling", "attention bias", "activation", "top k", "architecture", "vocabulary",
+    "missing key", "extra key", "shape", "two dtypes", "dtype", "truncated", "pickle",
+    "missing shard", "escape", "no weights", "no config",
+    "no JSON", "no tokenizer", "rope scaling", "attention bias", "activation", "top k",
+    "architecture", "vocabulary",
 )  # fmt: skip
 
 
@@ -280,7 +377,11 @@ def test_values_that_are_not_finite_are_noted_by_name(checkpoint, tmp_path, caps
 
     import_hf(checkpoint(change=spoil), tmp_path / "model")
     warning = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warning) == 1 and "model.layers.1.mlp.experts.2.up_proj.weight" in warning[0] and "not finite" in warning[0]
+    assert (
+        len(warning) == 1
+        and "model.layers.1.mlp.experts.2.up_proj.weight" in warning[0]
+        and "not finite" in warning[0]
+    )
 
 
 @pytest.mark.parametrize("names", [("one",), ("same", "same"), ("anchor", "b"), ("../a", "b")])
@@ -292,7 +393,10 @@ def test_names_must_be_as_many_as_experts_and_fit_to_be_paths(names, checkpoint,
 def test_a_full_disk_leaves_nothing_of_an_import_or_an_export(checkpoint, tmp_path, monkeypatch):
     source = checkpoint()
     good = import_hf(source, tmp_path / "good").path
-    for operation in (lambda: import_hf(source, tmp_path / "x"), lambda: export_hf(good, tmp_path / "x", max_shard_size=9_000)):
+    for operation in (
+        lambda: import_hf(source, tmp_path / "x"),
+        lambda: export_hf(good, tmp_path / "x", max_shard_size=9_000),
+    ):
         for place in range(1, 1000, 7):
             left = place
 
@@ -316,24 +420,35 @@ def test_a_full_disk_leaves_nothing_of_an_import_or_an_export(checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("verb", ["import_hf", "export_hf"])
-def test_a_killed_import_or_export_leaves_nothing_that_loads_and_a_rerun_finishes(verb, checkpoint, tmp_path):
+def test_a_killed_import_or_export_leaves_nothing_that_loads_and_a_rerun_finishes(
+    verb, checkpoint, tmp_path
+):
     """Killed before its every eleventh change to the disk, each time in another process."""
     source = checkpoint()
     whole = {"import_hf": source, "export_hf": import_hf(source, tmp_path / "good").path}[verb]
     out = tmp_path / "x"
     program = (
-        "import sys; from pathlib import Path; from tests.faults.kill_everywhere import killed_before\n"
-        "from flexolmo_jax.convert.importing import import_hf; from flexolmo_jax.convert.exporting import export_hf\n"
+        "import sys; from pathlib import Path; from tests.faults.kill_everywhere import"
+        " killed_before\n"
+        "from flexolmo_jax.convert.importing import import_hf; from flexolmo_jax.convert.exporting"
+        " import export_hf\n"
         "from flexolmo_jax.storage.files import clear\n"
         f"act, source, out = {verb}, Path(sys.argv[1]), Path(sys.argv[2])\n"
         "place = 1\n"
         "while killed_before(place, lambda: act(source, out)):\n"
-        "    if out.exists(): break\n"  # only its folder's entry was not synced: it must be whole, as is looked at below
+        # only its folder's entry was not synced: it must be whole, as is looked at below
+        "    if out.exists(): break\n"
         "    place += 11\n"
-        "clear(out)\n"  # of what the last kill may have left beside it, as the next to write there would
+        # of what the last kill may have left beside it, as the next to write there would
+        "clear(out)\n"
         "print(place)\n"
     )
-    result = subprocess.run([sys.executable, "-c", program, str(whole), str(out)], capture_output=True, text=True, env=os.environ)
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(whole), str(out)],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert int(result.stdout.split()[-1]) > 12
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "good", "x"}

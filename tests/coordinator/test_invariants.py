@@ -1,4 +1,5 @@
-"""What must always hold of anchors, experts and merges (DESIGN's invariants 1 to 6), on a real anchor and real contributions."""
+"""What must always hold of anchors, experts and merges (DESIGN's invariants 1 to 6), on a real
+anchor and real contributions."""
 
 import functools
 import itertools
@@ -29,11 +30,15 @@ from tests.tiny import DOMAINS, SEQ_LEN
 
 IDS = np.random.default_rng(0).integers(0, 300, (3, SEQ_LEN))
 # No shrinking: an example is seconds of reading and writing.
-settings.register_profile("files", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+settings.register_profile(
+    "files", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 few_examples = settings(settings.get_profile("files"), max_examples=3)
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
 # They are collected in whichever test comes next.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -45,12 +50,17 @@ def bits(tree: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...], b
 
 
 def files(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+    }
 
 
 def reordered(loaded: LoadedModel, order: Sequence[int]) -> dict[str, np.ndarray]:
     """Parameters with experts in another order."""
-    return {name: np.asarray(a)[:, order] if name.startswith("experts/") else np.asarray(a) for name, a in flatten(loaded.params).items()}
+    return {
+        name: np.asarray(a)[:, order] if name.startswith("experts/") else np.asarray(a)
+        for name, a in flatten(loaded.params).items()
+    }
 
 
 # ---- 1 ----
@@ -72,7 +82,9 @@ def test_dropping_an_expert_equals_never_merging_it(anchor, contributions, data)
     merged = order[: data.draw(st.integers(1, 3))]
     dropped = data.draw(st.sets(st.sampled_from(merged), min_size=1))
     with tempfile.TemporaryDirectory() as folder:
-        everything, without, never = (Path(folder) / name for name in ("everything", "without", "never"))
+        everything, without, never = (
+            Path(folder) / name for name in ("everything", "without", "never")
+        )
         merge(anchor, [contributions[name] for name in merged], everything)
         opt_out(everything, sorted(dropped), without)
         merge(anchor, [contributions[name] for name in merged if name not in dropped], never)
@@ -84,7 +96,9 @@ def test_dropping_an_expert_equals_never_merging_it(anchor, contributions, data)
         receipt.unlink()
         assert files(without) == files(never)
         assert len(files(never)) > 15
-        assert canonical_json(open_artifact(without).description) == canonical_json(open_artifact(never).description)
+        assert canonical_json(open_artifact(without).description) == canonical_json(
+            open_artifact(never).description
+        )
 
 
 # ---- 3 ----
@@ -96,7 +110,8 @@ def test_masking_an_expert_agrees_with_dropping_it(model, tmp_path):
         dropped = load(opt_out(model, without, tmp_path / "-".join(without)).path)
         expected, masked = dropped.logits(IDS), loaded.logits(IDS, without=without)
         np.testing.assert_allclose(masked, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-        assert np.abs(masked - loaded.logits(IDS)).max() > 1e-3 * np.abs(expected).max()  # it did take part before
+        # it did take part before
+        assert np.abs(masked - loaded.logits(IDS)).max() > 1e-3 * np.abs(expected).max()
 
 
 def test_nan_in_a_masked_expert_changes_no_bit(model):
@@ -104,22 +119,40 @@ def test_nan_in_a_masked_expert_changes_no_bit(model):
     for active in (1, 2, 3):
         clean = loaded.logits(IDS, without=("law",), active=active)
         index = loaded.experts.index("law")
-        broken = {n: a.at[:, index].set(np.nan) if n.startswith("experts/") else a for n, a in flatten(loaded.params).items()}
-        assert LoadedModel(loaded.artifact, unflatten(broken)).logits(IDS, without=("law",), active=active).tobytes() == clean.tobytes()
+        broken = {
+            n: a.at[:, index].set(np.nan) if n.startswith("experts/") else a
+            for n, a in flatten(loaded.params).items()
+        }
+        assert (
+            LoadedModel(loaded.artifact, unflatten(broken))
+            .logits(IDS, without=("law",), active=active)
+            .tobytes()
+            == clean.tobytes()
+        )
         assert np.isfinite(clean).all()
 
 
 # ---- 4 ----
 
 
-def test_permuting_contributions_permutes_expert_indices_and_nothing_else(anchor, contributions, model, tmp_path):
+def test_permuting_contributions_permutes_expert_indices_and_nothing_else(
+    anchor, contributions, model, tmp_path
+):
     names = list(contributions)
     logits = load(model).logits(IDS)
     for number, order in enumerate(itertools.islice(itertools.permutations(names), 1, 6, 2)):
-        other = load(merge(anchor, [contributions[name] for name in order], tmp_path / str(number), active=2).path)
+        other = load(
+            merge(
+                anchor, [contributions[name] for name in order], tmp_path / str(number), active=2
+            ).path
+        )
         assert other.experts == ("anchor", *order)
-        assert bits(reordered(other, [other.experts.index(name) for name in ("anchor", *names)])) == bits(tensors(model))
-        np.testing.assert_allclose(other.logits(IDS), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+        assert bits(
+            reordered(other, [other.experts.index(name) for name in ("anchor", *names)])
+        ) == bits(tensors(model))
+        np.testing.assert_allclose(
+            other.logits(IDS), logits, rtol=0, atol=1e-5 * np.abs(logits).max()
+        )
         ours, theirs = open_artifact(model).description, other.artifact.description
         by_name = {m["name"]: m for m in ours["members"]}
         assert theirs["members"] == [by_name[name] for name in order]
@@ -130,9 +163,13 @@ def test_permuting_contributions_permutes_expert_indices_and_nothing_else(anchor
 # ---- 5 ----
 
 
-def test_training_a_pair_leaves_trunk_and_anchor_expert_bitwise_unchanged_and_without_optimiser_state(anchor, pair_runs):
+def test_training_a_pair_leaves_trunk_and_anchor_expert_unchanged_and_without_optimiser_state(
+    anchor, pair_runs
+):
     frozen, pair = tensors(anchor), tensors(pair_runs["code"])
-    assert bits({name: a for name, a in pair.items() if not name.startswith("expert/")}) == bits(frozen)
+    assert bits({name: a for name, a in pair.items() if not name.startswith("expert/")}) == bits(
+        frozen
+    )
     start = frozen["experts/gate"].astype(np.float32)
     assert np.abs(pair["expert/gate"] - start).max() > 1e-4  # it did train
 
@@ -145,30 +182,45 @@ def test_training_a_pair_leaves_trunk_and_anchor_expert_bitwise_unchanged_and_wi
     assert {a.dtype for a in expert.values()} == {np.dtype(np.float32)}
     state = [np.asarray(a) for a in jax.tree.leaves(saved["optimizer"])]
     assert sum(a.nbytes for a in state if a.ndim) == 2 * size  # two moments
-    assert all(a.dtype == np.int32 for a in state if not a.ndim) and len([a for a in state if not a.ndim]) == 2  # counters
+    # counters
+    assert (
+        all(a.dtype == np.int32 for a in state if not a.ndim)
+        and len([a for a in state if not a.ndim]) == 2
+    )
     assert set(flatten(saved["params"])) == set(expert)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(saved)[0]]
+    names = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(saved)[0]
+    ]
     assert not [name for name in names if "trunk" in name or "'experts'" in name]
 
 
 def test_a_pairs_checkpoint_holds_no_copy_of_the_anchor_on_disk(anchor, pair_runs):
-    data = b"".join(p.read_bytes() for p in (pair_runs["code"] / "checkpoints").rglob("*") if p.is_file())
+    data = b"".join(
+        p.read_bytes() for p in (pair_runs["code"] / "checkpoints").rglob("*") if p.is_file()
+    )
     assert b"trunk" not in data and b"experts." not in data
-    expert = sum(a.nbytes for name, a in tensors(pair_runs["code"]).items() if name.startswith("expert/"))
+    expert = sum(
+        a.nbytes for name, a in tensors(pair_runs["code"]).items() if name.startswith("expert/")
+    )
     assert len(data) < 3 * expert + 60_000  # expert, two moments, Orbax's own descriptions
 
 
 # ---- 6 ----
 
 
-def test_a_contribution_to_another_anchor_is_refused_whatever_its_tensors_are(anchor32, contributions, tmp_path):
+def test_a_contribution_to_another_anchor_is_refused_whatever_its_tensors_are(
+    anchor32, contributions, tmp_path
+):
     other = open_anchor(anchor32)
     for content in (None, b"garbage"):
         copy = Path(shutil.copytree(contributions["code"], tmp_path / str(content)))
         (copy / TENSORS).unlink()
         if content:
             (copy / TENSORS).write_bytes(content)
-        for refuse in (lambda c=copy: open_contribution(c).check(other), lambda c=copy: merge(anchor32, [c], tmp_path / "m")):
+        for refuse in (
+            lambda c=copy: open_contribution(c).check(other),
+            lambda c=copy: merge(anchor32, [c], tmp_path / "m"),
+        ):
             with pytest.raises(UserError, match="was made from the anchor") as error:
                 refuse()
             assert other.fingerprint is not None and other.fingerprint[:16] in str(error.value)
@@ -183,13 +235,16 @@ def parts_of(contribution: Path) -> dict[str, tuple[str, range]]:
     return {
         "length of the header": (TENSORS, range(8)),
         "header": (TENSORS, range(8, header)),
-        "end of the header": (TENSORS, range(header - 8, header)),  # spaces: any white space is the same JSON
+        # spaces: any white space is the same JSON
+        "end of the header": (TENSORS, range(header - 8, header)),
         "data": (TENSORS, range(header, size)),
         "manifest": (MANIFEST, range((contribution / MANIFEST).stat().st_size)),
     }
 
 
-@pytest.mark.parametrize("part", ["length of the header", "header", "end of the header", "data", "manifest"])
+@pytest.mark.parametrize(
+    "part", ["length of the header", "header", "end of the header", "data", "manifest"]
+)
 @settings(settings.get_profile("files"), max_examples=8)
 @given(data=st.data())
 def test_a_changed_byte_anywhere_in_a_contribution_is_refused(anchor, contributions, part, data):
@@ -213,7 +268,9 @@ def test_an_intact_contribution_is_verified(anchor, contributions):
     assert verify(contributions["law"], anchor)["verified"]
 
 
-def test_a_changed_byte_in_the_weights_of_an_anchor_is_found_and_not_merged(anchor, contributions, tmp_path):
+def test_a_changed_byte_in_the_weights_of_an_anchor_is_found_and_not_merged(
+    anchor, contributions, tmp_path
+):
     rng = np.random.default_rng(1)
     chunks = [p for p in sorted((anchor / "weights").rglob("c/**/*")) if p.is_file()]
     assert len(chunks) >= 14
@@ -221,7 +278,8 @@ def test_a_changed_byte_in_the_weights_of_an_anchor_is_found_and_not_merged(anch
         copy = Path(shutil.copytree(anchor, tmp_path / str(number)))
         chunk = copy / chunks[rng.integers(len(chunks))].relative_to(anchor)
         content = bytearray(chunk.read_bytes())
-        content[rng.integers(20, len(content) - 4)] ^= 1 << int(rng.integers(8))  # behind the compressor's own header
+        # behind the compressor's own header
+        content[rng.integers(20, len(content) - 4)] ^= 1 << int(rng.integers(8))
         chunk.write_bytes(content)
         with pytest.raises(UserError, match=r"bytes of|cannot be read"):
             verify(copy)
@@ -244,8 +302,14 @@ def test_a_damaged_model_is_not_given_a_clean_bill_by_opting_out(model, tmp_path
 
 
 def test_plain_orbax_restores_a_merged_model(model):
-    with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as plain, ocp.StandardCheckpointer() as standard:
+    with (
+        warnings.catch_warnings(),
+        ocp.PyTreeCheckpointer() as plain,
+        ocp.StandardCheckpointer() as standard,
+    ):
         warnings.simplefilter("ignore")  # Orbax prefers to be told shardings
         for checkpointer in (plain, standard):
             restored = flatten(checkpointer.restore((model / "weights").absolute()))
-            assert bits({name: np.asarray(a) for name, a in restored.items()}) == bits(tensors(model))
+            assert bits({name: np.asarray(a) for name, a in restored.items()}) == bits(
+                tensors(model)
+            )

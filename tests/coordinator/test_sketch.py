@@ -47,6 +47,13 @@ def test_a_sketch_that_encoded_did_not_write_is_refused():
     config = ModelConfig(n_layers=2, d_model=32)
     assert decoded(encoded(OTHER), config).tolist() == OTHER.tolist()
     bad = np.full((6, 32), np.nan)
-    for text in (encoded(OTHER[:5]), encoded(np.ones((6, 33))), encoded(np.ones((6, 31))), "", "AAA", encoded(bad)):
+    for text in (
+        encoded(OTHER[:5]),
+        encoded(np.ones((6, 33))),
+        encoded(np.ones((6, 31))),
+        "",
+        "AAA",
+        encoded(bad),
+    ):
         with pytest.raises(ValueError, match=r"sketch|padding|buffer"):
             decoded(text, config)

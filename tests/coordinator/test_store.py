@@ -1,4 +1,5 @@
-"""The store and what is composed of it: every way gives the same bits, on any devices, and nothing is kept that nobody needs."""
+"""The store and what is composed of it: every way gives the same bits, on any devices, and nothing
+is kept that nobody needs."""
 
 import hashlib
 import json
@@ -37,7 +38,8 @@ from tests.tiny import SEQ_LEN, run_config
 
 
 def on_8_devices(directory: Path) -> dict[str, np.ndarray]:
-    """What plain Orbax restores over 8 devices, each array split along the first axis that 8 divides."""
+    """What plain Orbax restores over 8 devices, each array split along the first axis that 8
+    divides."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     with warnings.catch_warnings(), ocp.StandardCheckpointer() as plain:
         warnings.simplefilter("ignore")
@@ -47,7 +49,9 @@ def on_8_devices(directory: Path) -> dict[str, np.ndarray]:
         def target(array) -> jax.ShapeDtypeStruct:
             axis = next((i for i, n in enumerate(array.shape) if n % 8 == 0), None)
             spec = PartitionSpec(*("x" if i == axis else None for i in range(len(array.shape))))
-            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+            return jax.ShapeDtypeStruct(
+                array.shape, array.dtype, sharding=NamedSharding(mesh, spec)
+            )
 
         restored = plain.restore(directory.absolute(), jax.tree.map(target, dict(stored)))
     assert max(len(a.sharding.device_set) for a in jax.tree.leaves(restored)) == 8
@@ -59,8 +63,17 @@ def stacked(anchor: Path, contributions: list[Path]) -> dict[str, np.ndarray]:
     arrays = {name: np.asarray(a) for name, a in flatten(open_anchor(anchor).params()).items()}
     experts = [load_file(path / TENSORS) for path in contributions]
     L = arrays["experts/row"].shape[0]
-    for leaf, tensor in (("gate", "ffn.gate"), ("up", "ffn.up"), ("down", "ffn.down"), ("row", "router.row"), ("bias", "router.bias")):
-        added = [np.stack([e[f"layers.{layer}.{tensor}"] for layer in range(L)])[:, None] for e in experts]
+    for leaf, tensor in (
+        ("gate", "ffn.gate"),
+        ("up", "ffn.up"),
+        ("down", "ffn.down"),
+        ("row", "router.row"),
+        ("bias", "router.bias"),
+    ):
+        added = [
+            np.stack([e[f"layers.{layer}.{tensor}"] for layer in range(L)])[:, None]
+            for e in experts
+        ]
         own = arrays.get(f"experts/{leaf}", np.zeros_like(added[0]))
         arrays[f"experts/{leaf}"] = np.concatenate([own, *added], axis=1)
     return arrays
@@ -69,8 +82,12 @@ def stacked(anchor: Path, contributions: list[Path]) -> dict[str, np.ndarray]:
 def test_every_way_gives_the_same_bits_as_stacking_in_memory(anchor, contributions, tmp_path):
     paths = list(contributions.values())
     expected = stacked(anchor, paths)
-    with ocp.PyTreeCheckpointer() as checkpointer:  # the oracle's own checkpoint, as plain Orbax writes it
-        checkpointer.save((tmp_path / "oracle").absolute(), unflatten({k: jnp.asarray(v) for k, v in expected.items()}))
+    # the oracle's own checkpoint, as plain Orbax writes it
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(
+            (tmp_path / "oracle").absolute(),
+            unflatten({k: jnp.asarray(v) for k, v in expected.items()}),
+        )
     restored = {"oracle": on_8_devices(tmp_path / "oracle")}
     models = {}
     for way in ("link", "copy", "stream"):
@@ -79,19 +96,30 @@ def test_every_way_gives_the_same_bits_as_stacking_in_memory(anchor, contributio
     for way, arrays in restored.items():
         assert arrays.keys() == expected.keys()
         for name, array in arrays.items():
-            assert (array.dtype, array.shape, array.tobytes()) == (expected[name].dtype, expected[name].shape, expected[name].tobytes()), (
+            assert (array.dtype, array.shape, array.tobytes()) == (
+                expected[name].dtype,
+                expected[name].shape,
+                expected[name].tobytes(),
+            ), (
                 way,
                 name,
             )
     assert contents(models["link"]) == contents(models["copy"]) == contents(models["stream"])
-    dropped = [opt_out(models["link"], ["care"], tmp_path / f"without by {way}", ways=(way,)).path for way in models]
+    dropped = [
+        opt_out(models["link"], ["care"], tmp_path / f"without by {way}", ways=(way,)).path
+        for way in models
+    ]
     assert contents(dropped[0]) == contents(dropped[1]) == contents(dropped[2])
-    shard = next(p for p in sorted((models["link"] / "weights/experts.up/c").rglob("*")) if p.is_file())
+    shard = next(
+        p for p in sorted((models["link"] / "weights/experts.up/c").rglob("*")) if p.is_file()
+    )
     assert shard.stat().st_nlink >= 2 and stat.S_IMODE(shard.stat().st_mode) == 0o444
     assert (models["copy"] / shard.relative_to(models["link"])).stat().st_nlink == 1
 
 
-def test_where_links_cannot_be_made_files_are_copied(anchor, contributions, tmp_path, monkeypatch, capsys):
+def test_where_links_cannot_be_made_files_are_copied(
+    anchor, contributions, tmp_path, monkeypatch, capsys
+):
     import errno
     import os
 
@@ -108,25 +136,39 @@ def test_where_links_cannot_be_made_files_are_copied(anchor, contributions, tmp_
 
 
 def test_weights_in_another_layout_are_refused_by_name(anchor, tmp_path):
-    """As plain Orbax would have written them: one chunk an array, compressed. What verify read would not be what load reads."""
+    """As plain Orbax would have written them: one chunk an array, compressed. What verify read
+    would not be what load reads."""
     other = Path(shutil.copytree(anchor, tmp_path / "other"))
     shutil.rmtree(other / "weights")
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save((other / "weights").absolute(), args=ocp.args.PyTreeSave(open_anchor(anchor).params()))
+        checkpointer.save(
+            (other / "weights").absolute(), args=ocp.args.PyTreeSave(open_anchor(anchor).params())
+        )
     for use in (verify, load, open_anchor):
         with pytest.raises(UserError, match="another layout"):
             use(other)
 
 
 def test_a_restore_along_fsdp_reads_little_more_than_its_share(tmp_path):
-    config = ModelConfig(vocab_size=2048, d_model=1024, n_layers=1, n_heads=8, n_kv_heads=8, d_ffn=2816, n_experts=3, n_active=2)
+    config = ModelConfig(
+        vocab_size=2048,
+        d_model=1024,
+        n_layers=1,
+        n_heads=8,
+        n_kv_heads=8,
+        d_ffn=2816,
+        n_experts=3,
+        n_active=2,
+    )
     params = flatten(init_params(config, jax.random.key(0)))
     axes = flatten(logical_axes(config))
     weights.save(tmp_path / "weights", {path: np.asarray(a) for path, a in params.items()}, axes)
     mesh = sharding.make_mesh(MeshConfig(fsdp=8))
     target = {
-        path: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.parameter_sharding(mesh, axes[path], a.shape))
+        path: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=sharding.parameter_sharding(mesh, axes[path], a.shape)
+        )
         for path, a in params.items()
     }
     assert sum(1 for a in target.values() if a.sharding.spec.count("fsdp")) >= 7
@@ -136,7 +178,10 @@ def test_a_restore_along_fsdp_reads_little_more_than_its_share(tmp_path):
     read, size = bytes_read() - before, sum(a.nbytes for a in params.values())
     print(f"read {read / size:.3f} times the bytes of the model over 8 devices")
     assert size <= read <= 1.2 * size
-    assert all(np.asarray(a).tobytes() == np.asarray(params[path]).tobytes() for path, a in restored.items())
+    assert all(
+        np.asarray(a).tobytes() == np.asarray(params[path]).tobytes()
+        for path, a in restored.items()
+    )
 
 
 def bytes_read() -> int:
@@ -154,7 +199,11 @@ def test_gc_removes_what_no_model_is_made_of_and_nothing_else(anchor, contributi
     assert store.gc()["removed"] == []
     shutil.rmtree(both)
     collected = store.gc()
-    assert len(collected["removed"]) == 1 and collected["bytes"] > 10_000 and len(collected["kept"]) == 2
+    assert (
+        len(collected["removed"]) == 1
+        and collected["bytes"] > 10_000
+        and len(collected["kept"]) == 2
+    )
     assert verify(one)["verified"] and store.gc()["removed"] == []
     again = append(one, contributions["law"], tmp_path / "again").path  # taken in anew
     assert verify(again)["verified"] and len(store.gc()["kept"]) == 3
@@ -169,21 +218,33 @@ def test_a_receipt_names_what_is_gone_and_who_still_has_it(anchor, contributions
     receipt = read_sealed(one / "receipt.json")
     (removed,) = receipt["removed"]
     tensors = load_file(contributions["law"] / TENSORS)
-    assert set(removed["digests"]) == {hashlib.sha256(a.tobytes()).hexdigest() for name, a in tensors.items() if "bias" not in name}
-    assert removed["name"] == "law" and receipt["grade"] == "exact" and [m["name"] for m in receipt["remaining"]] == ["code"]
+    assert set(removed["digests"]) == {
+        hashlib.sha256(a.tobytes()).hexdigest() for name, a in tensors.items() if "bias" not in name
+    }
+    assert (
+        removed["name"] == "law"
+        and receipt["grade"] == "exact"
+        and [m["name"] for m in receipt["remaining"]] == ["code"]
+    )
     assert receipt["models_that_still_hold_it"] == ["both"] and receipt["store_still_holds_it"]
-    assert str(tmp_path) not in (one / "receipt.json").read_text()  # where things lie is the coordinator's business
+    # where things lie is the coordinator's business
+    assert str(tmp_path) not in (one / "receipt.json").read_text()
     assert verify_receipt(one / "receipt.json", one)["digests"] == 8
     for holder in (both, copy, append(one, contributions["law"], tmp_path / "back").path):
         with pytest.raises(UserError, match="still holds"):
             verify_receipt(one / "receipt.json", holder)
     with pytest.raises(UserError, match="other contributions"):
-        verify_receipt(one / "receipt.json", merge(anchor, [contributions["care"]], tmp_path / "care").path)
+        verify_receipt(
+            one / "receipt.json", merge(anchor, [contributions["care"]], tmp_path / "care").path
+        )
     shutil.rmtree(both)
     shutil.rmtree(tmp_path / "back")
     Store.existing(tmp_path / STORE).gc()
     last = read_sealed(
-        opt_out(merge(anchor, [contributions["law"]], tmp_path / "law").path, ["law"], tmp_path / "none").path / "receipt.json"
+        opt_out(
+            merge(anchor, [contributions["law"]], tmp_path / "law").path, ["law"], tmp_path / "none"
+        ).path
+        / "receipt.json"
     )
     assert last["models_that_still_hold_it"] == ["law"]
 
@@ -206,27 +267,40 @@ def test_a_forged_receipt_and_a_forged_model_are_refused(anchor, contributions, 
         verify_receipt(one / "receipt.json", forged)
 
 
-def test_an_expert_with_the_weights_of_one_that_leaves_has_to_leave_too(anchor, contributions, tmp_path):
+def test_an_expert_with_the_weights_of_one_that_leaves_has_to_leave_too(
+    anchor, contributions, tmp_path
+):
     from flexolmo_jax.exchange.contribution import MANIFEST, sealed
 
     twin = Path(shutil.copytree(contributions["law"], tmp_path / "twin"))
-    (twin / MANIFEST).write_bytes(sealed(json.loads((twin / MANIFEST).read_text()) | {"name": "twin"}))
+    (twin / MANIFEST).write_bytes(
+        sealed(json.loads((twin / MANIFEST).read_text()) | {"name": "twin"})
+    )
     model = merge(anchor, [contributions["law"], twin], tmp_path / "model").path
     with pytest.raises(UserError, match="'twin' is 'law', or nearly"):
         opt_out(model, ["law"], tmp_path / "out")
-    assert open_artifact(opt_out(model, ["law", "twin"], tmp_path / "out").path).experts == ("anchor",)
+    assert open_artifact(opt_out(model, ["law", "twin"], tmp_path / "out").path).experts == (
+        "anchor",
+    )
 
 
-def test_opting_out_of_a_tuned_router_keeps_the_tuned_rows_and_lowers_the_grade(model, prepared, tmp_path):
+def test_opting_out_of_a_tuned_router_keeps_the_tuned_rows_and_lowers_the_grade(
+    model, prepared, tmp_path
+):
     run = run_config("router", prepared["public"], "train.steps=3", router={"model": str(model)})
     train_router(run, tmp_path / "run")
     out = opt_out(tmp_path / "run", ["law"], tmp_path / "out", store_path=tmp_path / "store").path
     tuned, opted = load(tmp_path / "run"), load(out)
     kept = [i for i, name in enumerate(tuned.experts) if name != "law"]
     for leaf in ("row", "bias"):
-        expected = np.asarray(tuned.params["experts"][leaf]).astype(opted.params["experts"][leaf].dtype)[:, kept]
+        expected = np.asarray(tuned.params["experts"][leaf]).astype(
+            opted.params["experts"][leaf].dtype
+        )[:, kept]
         assert np.asarray(opted.params["experts"][leaf]).tobytes() == expected.tobytes()
-    assert np.asarray(opted.params["experts"]["row"]).tobytes() != np.asarray(load(model).params["experts"]["row"])[:, kept].tobytes()
+    assert (
+        np.asarray(opted.params["experts"]["row"]).tobytes()
+        != np.asarray(load(model).params["experts"]["row"])[:, kept].tobytes()
+    )
     assert read_sealed(out / "receipt.json")["grade"] == TUNED
     assert verify(out)["verified"] and verify_receipt(out / "receipt.json", out)["grade"] == TUNED
     again = opt_out(out, ["code"], tmp_path / "again", store_path=tmp_path / "store").path
@@ -254,7 +328,11 @@ def test_a_replaced_expert_is_the_newer_one_in_the_same_place(anchor, contributi
     both = merge(anchor, [contributions["code"], contributions["law"]], tmp_path / "both").path
     copy = Path(shutil.copytree(contributions["code"], tmp_path / "copy"))
     assert contents(replace(both, copy, tmp_path / "same").path) == contents(both)
-    assert contents(append(opt_out(both, ["law"], tmp_path / "one").path, contributions["law"], tmp_path / "again").path) == contents(both)
+    assert contents(
+        append(
+            opt_out(both, ["law"], tmp_path / "one").path, contributions["law"], tmp_path / "again"
+        ).path
+    ) == contents(both)
     with pytest.raises(UserError, match="no expert 'care'"):
         replace(both, contributions["care"], tmp_path / "no")
     with pytest.raises(UserError, match="two experts are called 'code'"):
@@ -264,15 +342,29 @@ def test_a_replaced_expert_is_the_newer_one_in_the_same_place(anchor, contributi
 
 @pytest.mark.parametrize(
     ("active", "of", "experts", "expected"),
-    [(4, 6, 7, 4), (6, 6, 7, 6), (6, 6, 5, 5), (3, 3, 5, 4), (3, 3, 2, 2), (2, 3, 2, 2), (1, 2, 3, 1), (4, 4, 5, 4), (5, 5, 6, 5)],
+    [
+        (4, 6, 7, 4),
+        (6, 6, 7, 6),
+        (6, 6, 5, 5),
+        (3, 3, 5, 4),
+        (3, 3, 2, 2),
+        (2, 3, 2, 2),
+        (1, 2, 3, 1),
+        (4, 4, 5, 4),
+        (5, 5, 6, 5),
+    ],
 )
-def test_a_number_of_active_experts_that_was_given_stays_and_one_that_was_not_goes_with_them(active, of, experts, expected):
+def test_a_number_of_active_experts_that_was_given_stays_and_one_that_was_not_goes_with_them(
+    active, of, experts, expected
+):
     """4, or all where there are fewer, is what nobody asked for."""
     assert active_among(ModelConfig(n_experts=of, n_active=active), experts) == expected
 
 
 @pytest.mark.parametrize("active", [-1, 0, 3])
-def test_more_active_experts_than_there_are_and_none_are_refused(anchor, contributions, tmp_path, active):
+def test_more_active_experts_than_there_are_and_none_are_refused(
+    anchor, contributions, tmp_path, active
+):
     with pytest.raises(UserError, match=f"--active is {active}; expected 1 to 2"):
         merge(anchor, [contributions["code"]], tmp_path / "out", active=active)
     assert not (tmp_path / "out").exists() and not (tmp_path / STORE).exists()

@@ -9,7 +9,23 @@ import pytest
 
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 
-WORDS = ["the", "cell", "merges", "an", "expert", "with", "naïve", "weights,", "1234", "—", "東京", "(yes);", "x", "+=", "1\n"]
+WORDS = [
+    "the",
+    "cell",
+    "merges",
+    "an",
+    "expert",
+    "with",
+    "naïve",
+    "weights,",
+    "1234",
+    "—",
+    "東京",
+    "(yes);",
+    "x",
+    "+=",
+    "1\n",
+]
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +34,10 @@ def made_up_documents() -> Callable[..., list[str]]:
 
     def make(count: int, seed: int, longest: int = 60) -> list[str]:
         rng = np.random.default_rng(seed)
-        return [f"{seed}.{i} " + " ".join(rng.choice(WORDS, rng.integers(1, longest + 1))) for i in range(count)]
+        return [
+            f"{seed}.{i} " + " ".join(rng.choice(WORDS, rng.integers(1, longest + 1)))
+            for i in range(count)
+        ]
 
     return make
 
@@ -28,14 +47,19 @@ def write_jsonl() -> Callable[[Path, Iterable[str]], Path]:
     """`write_jsonl(path, texts)`: writes documents as a JSONL file and returns its path."""
 
     def write(path: Path, texts: Iterable[str]) -> Path:
-        path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)), "utf-8")
+        path.write_text(
+            "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)),
+            "utf-8",
+        )
         return path
 
     return write
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory, made_up_documents: Callable, write_jsonl: Callable) -> Tokenizer:
+def tokenizer(
+    tmp_path_factory: pytest.TempPathFactory, made_up_documents: Callable, write_jsonl: Callable
+) -> Tokenizer:
     """A byte-level BPE of 400 tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
     corpus = write_jsonl(folder / "corpus.jsonl", made_up_documents(300, seed=0))

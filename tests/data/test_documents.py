@@ -1,4 +1,5 @@
-"""Reading documents: every format gives the same text, and what cannot be read is an error that names file and line."""
+"""Reading documents: every format gives the same text, and what cannot be read is an error that
+names file and line."""
 
 import builtins
 import gzip
@@ -13,21 +14,27 @@ TEXTS = ["plain", "two\nlines\r\n", "naïve 東京 🙂\u2028still one line", ""
 
 
 def as_jsonl(texts):
-    return "".join(json.dumps({"id": 3, "text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    return "".join(
+        json.dumps({"id": 3, "text": text}, ensure_ascii=False) + "\n" for text in texts
+    ).encode()
 
 
 def write(path, texts):
     """Writes documents in the format that the name says."""
     if path.name.endswith(".parquet"):
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=2)
+        parquet.write_table(
+            pyarrow.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=2
+        )
     elif path.name.endswith(".zst"):
         zstandard = pytest.importorskip("zstandard")
         data = as_jsonl(texts)
         middle = len(data) // 2  # two frames, as appending to a file makes them
         path.write_bytes(zstandard.compress(data[:middle]) + zstandard.compress(data[middle:]))
     else:
-        path.write_bytes(gzip.compress(as_jsonl(texts)) if path.name.endswith(".gz") else as_jsonl(texts))
+        path.write_bytes(
+            gzip.compress(as_jsonl(texts)) if path.name.endswith(".gz") else as_jsonl(texts)
+        )
     return path
 
 
@@ -118,7 +125,9 @@ def test_parquet_without_strings_named_text_is_an_error(tmp_path):
     assert 'b.parquet, row 2: "text" is a NoneType' in error_of(tmp_path / "b.parquet")
 
 
-@pytest.mark.parametrize(("suffix", "package"), [(".jsonl.zst", "zstandard"), (".parquet", "pyarrow")])
+@pytest.mark.parametrize(
+    ("suffix", "package"), [(".jsonl.zst", "zstandard"), (".parquet", "pyarrow")]
+)
 def test_a_missing_package_is_named(tmp_path, monkeypatch, suffix, package):
     path = write(tmp_path / f"a{suffix}", ["x"])
     real = builtins.__import__
@@ -135,7 +144,11 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, suffix, package):
 def test_missing_unknown_and_empty_paths_are_refused_before_anything_is_read(tmp_path):
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "empty").mkdir()
-    for name, complaint in [("nowhere.jsonl", "does not exist"), ("a.csv", "unknown kind"), ("empty", "holds no documents")]:
+    for name, complaint in [
+        ("nowhere.jsonl", "does not exist"),
+        ("a.csv", "unknown kind"),
+        ("empty", "holds no documents"),
+    ]:
         for function in (read_documents, document_files, has_documents):
             with pytest.raises(UserError, match=complaint):
                 function(tmp_path / name)

@@ -1,4 +1,5 @@
-"""Mixtures: a batch is a function of (seed, step), whatever the processes; shares match weights; epochs are complete."""
+"""Mixtures: a batch is a function of (seed, step), whatever the processes; shares match weights;
+epochs are complete."""
 
 import threading
 from itertools import islice
@@ -20,12 +21,16 @@ T = 16
 
 @pytest.fixture(scope="session")
 def make_records(tmp_path_factory, write_jsonl, tokenizer):
-    """`make_records(count, mark)`: a source of `count` records, each of one document that starts with `mark` and its number."""
+    """`make_records(count, mark)`: a source of `count` records, each of one document that starts
+    with `mark` and its number."""
 
     def make(count, mark, seq_len=T, tokenizer=tokenizer):
         folder = tmp_path_factory.mktemp("source")
-        full = [f"{mark}{i} ".ljust(seq_len - 1, "\x01") for i in range(count)]  # one fills a record with its EOS, or nearly
-        prepare([write_jsonl(folder / "a.jsonl", full)], tokenizer, seq_len, folder / mark, heldout=0)
+        # one fills a record with its EOS, or nearly
+        full = [f"{mark}{i} ".ljust(seq_len - 1, "\x01") for i in range(count)]
+        prepare(
+            [write_jsonl(folder / "a.jsonl", full)], tokenizer, seq_len, folder / mark, heldout=0
+        )
         records = open_records(folder / mark, "train")
         assert len(records) == len(origin(records)) == count
         return records
@@ -53,7 +58,11 @@ def origin(records):
 
 def test_a_batch_has_these_shapes_and_types(sources):
     batch = mixture(sources, 12, seed=0).at(3)
-    assert {key: array.shape for key, array in batch.items()} == {"tokens": (12, T), "segments": (12, T), "source": (12,)}
+    assert {key: array.shape for key, array in batch.items()} == {
+        "tokens": (12, T),
+        "segments": (12, T),
+        "source": (12,),
+    }
     assert all(array.dtype == np.int32 for array in batch.values())
 
 
@@ -65,10 +74,17 @@ def test_every_record_names_the_source_it_came_from(sources):
             assert tokens.tobytes() in origin(sources[source][0])
 
 
-@given(step=st.integers(0, 10**7), seed=st.integers(0, 2**40), processes=st.sampled_from([1, 2, 3, 4, 6, 12]))
+@given(
+    step=st.integers(0, 10**7),
+    seed=st.integers(0, 2**40),
+    processes=st.sampled_from([1, 2, 3, 4, 6, 12]),
+)
 def test_any_number_of_processes_sees_the_same_global_batch(sources, step, seed, processes):
     batches = mixture(sources, 12, seed)
-    parts = [batches.at(step, range(12)[i * 12 // processes : (i + 1) * 12 // processes]) for i in range(processes)]
+    parts = [
+        batches.at(step, range(12)[i * 12 // processes : (i + 1) * 12 // processes])
+        for i in range(processes)
+    ]
     whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     assert same(whole, batches.at(step))
 
@@ -100,7 +116,8 @@ def test_seeds_give_different_orders_and_one_seed_always_the_same(sources):
 
 
 def test_large_sources_keep_the_same_promises(sources, monkeypatch):
-    monkeypatch.setattr(module, "_FEW", 0)  # as if they were: shuffled by Grain's index shuffle, not by a permutation
+    # as if they were: shuffled by Grain's index shuffle, not by a permutation
+    monkeypatch.setattr(module, "_FEW", 0)
     test_one_epoch_of_one_source_shows_every_record_once_and_the_next_in_another_order(sources)
     test_seeds_give_different_orders_and_one_seed_always_the_same(sources)
 
@@ -116,7 +133,9 @@ def test_shares_match_weights_within_one_percent_over_any_long_window(sources, s
     keys = keys_of(mixture(sources, 10, seed=0), range(start, start + 300))
     for records, weight in sources:
         inside = origin(records)
-        assert sum(key in inside for key in keys) / len(keys) == pytest.approx(weight / 3.5, rel=0.01)
+        assert sum(key in inside for key in keys) / len(keys) == pytest.approx(
+            weight / 3.5, rel=0.01
+        )
 
 
 def readers():
@@ -149,11 +168,15 @@ def test_an_error_while_reading_is_raised_where_batches_are_consumed(sources, mo
     assert not readers()
 
 
-def test_sources_that_cannot_make_a_batch_are_refused(sources, make_records, tmp_path, write_jsonl, made_up_documents):
+def test_sources_that_cannot_make_a_batch_are_refused(
+    sources, make_records, tmp_path, write_jsonl, made_up_documents
+):
     records = sources[2][0]
     empty = open_records(records.path, "heldout")
     other_length = make_records(3, "d", seq_len=2 * T)
-    other = train_tokenizer([write_jsonl(tmp_path / "a.jsonl", made_up_documents(50, seed=8))], 300, tmp_path / "t")
+    other = train_tokenizer(
+        [write_jsonl(tmp_path / "a.jsonl", made_up_documents(50, seed=8))], 300, tmp_path / "t"
+    )
     for spoilt, batch_size, seed, complaint in [
         ([], 1, 0, "at least one source"),
         ([(records, 1.0)], 0, 0, "batch size of 0"),
@@ -162,7 +185,12 @@ def test_sources_that_cannot_make_a_batch_are_refused(sources, make_records, tmp
         ([(records, 0.0)], 1, 0, "has weight 0.0"),
         ([(records, float("nan"))], 1, 0, "has weight nan"),
         ([(records, 1.0), (other_length, 1.0)], 1, 0, "has records of 32 tokens"),
-        ([(records, 1.0), (make_records(3, "e", tokenizer=other), 1.0)], 1, 0, "different tokenizers"),
+        (
+            [(records, 1.0), (make_records(3, "e", tokenizer=other), 1.0)],
+            1,
+            0,
+            "different tokenizers",
+        ),
         ([(records, 1.0)], 1 + len(records), 0, "smaller than a batch"),
     ]:
         with pytest.raises(UserError, match=complaint):

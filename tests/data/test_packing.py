@@ -23,11 +23,15 @@ def numbered(lengths):
 
 
 @given(lengths=LENGTHS, seq_len=st.integers(1, 25), open_records=st.integers(1, 8))
-def test_every_document_can_be_put_together_again_and_none_that_fits_is_split(lengths, seq_len, open_records):
+def test_every_document_can_be_put_together_again_and_none_that_fits_is_split(
+    lengths, seq_len, open_records
+):
     documents = numbered(lengths)
     records = pack(documents, seq_len, open_records)
     pieces = Counter(tuple(piece) for record in records for piece in record)
-    expected = Counter(tuple(d[start : start + seq_len]) for d in documents for start in range(0, len(d), seq_len))
+    expected = Counter(
+        tuple(d[start : start + seq_len]) for d in documents for start in range(0, len(d), seq_len)
+    )
     assert pieces == expected
     assert all(0 < sum(map(len, record)) <= seq_len for record in records)
 

@@ -1,4 +1,5 @@
-"""Prepared data: what the documents were can be recomputed from it, mistakes are refused, and nothing half-written is left."""
+"""Prepared data: what the documents were can be recomputed from it, mistakes are refused, and
+nothing half-written is left."""
 
 import errno
 import hashlib
@@ -53,10 +54,16 @@ def files_of(path):
 
 def test_every_document_is_in_its_split_whole_or_in_record_long_pieces(prepared, texts, tokenizer):
     for split in ("train", "heldout"):
-        inside = [text for text in texts if is_heldout(hashlib.sha256(text.encode()).digest(), 0.2) == (split == "heldout")]
+        inside = [
+            text
+            for text in texts
+            if is_heldout(hashlib.sha256(text.encode()).digest(), 0.2) == (split == "heldout")
+        ]
         encoded = [[*tokenizer.encode(text), tokenizer.eos_id] for text in inside]
         assert any(len(tokens) > T for tokens in encoded)
-        expected = Counter(tuple(tokens[i : i + T]) for tokens in encoded for i in range(0, len(tokens), T))
+        expected = Counter(
+            tuple(tokens[i : i + T]) for tokens in encoded for i in range(0, len(tokens), T)
+        )
         assert Counter(pieces_of(prepared, split)) == expected
         assert open_records(prepared, split).stats.documents == len(inside)
 
@@ -69,20 +76,28 @@ def test_the_index_counts_what_the_records_hold(prepared, tokenizer):
         scored = [[token for token in piece[1:] if token != tokenizer.eos_id] for piece in pieces]
         assert stats.tokens == sum(map(len, pieces))
         assert stats.scored_tokens == sum(map(len, scored))
-        assert stats.scored_bytes == sum(int(tokenizer.byte_lengths[ids].sum()) for ids in scored if ids)
+        assert stats.scored_bytes == sum(
+            int(tokenizer.byte_lengths[ids].sum()) for ids in scored if ids
+        )
         assert stats.fill == pytest.approx(stats.tokens / (stats.records * T), abs=1e-6)
         assert stats.fill > 0.9
 
 
-def test_the_scored_bytes_of_whole_documents_are_their_text_without_the_first_token(tmp_path, write_jsonl, tokenizer):
+def test_the_scored_bytes_of_whole_documents_are_their_text_without_the_first_token(
+    tmp_path, write_jsonl, tokenizer
+):
     texts = ["naïve 東京", "one more document", "x"]
-    index = prepare([write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer, 512, tmp_path / "out", heldout=0)
+    index = prepare(
+        [write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer, 512, tmp_path / "out", heldout=0
+    )
     first = sum(int(tokenizer.byte_lengths[tokenizer.encode(text)[0]]) for text in texts)
     assert index.splits["train"].scored_bytes == sum(len(text.encode()) for text in texts) - first
 
 
 def test_the_directory_is_complete_and_names_no_path(prepared, corpus, tokenizer):
-    arrays = {f"{split}.{kind}.npy" for split in ("train", "heldout") for kind in ("tokens", "segments")}
+    arrays = {
+        f"{split}.{kind}.npy" for split in ("train", "heldout") for kind in ("tokens", "segments")
+    }
     assert files_of(prepared).keys() == arrays | {"index.json", "tokenizer.json"}
     assert str(corpus.parent) not in (prepared / "index.json").read_text()
     assert Index.read(prepared).inputs[0].sha256 == hashlib.sha256(corpus.read_bytes()).hexdigest()
@@ -104,10 +119,16 @@ def test_duplicates_and_empty_documents_are_dropped_and_counted(tmp_path, write_
     a = write_jsonl(tmp_path / "a.jsonl", ["x", "y", "x", ""])
     b = write_jsonl(tmp_path / "b.jsonl", ["y", "z", "x "])
     index = prepare([a, b], tokenizer, 8, tmp_path / "out", heldout=0)
-    assert (index.duplicates_removed, index.empty_removed, index.splits["train"].documents) == (2, 1, 4)
+    assert (index.duplicates_removed, index.empty_removed, index.splits["train"].documents) == (
+        2,
+        1,
+        4,
+    )
 
 
-def test_a_document_lands_on_the_same_side_in_every_corpus(tmp_path, write_jsonl, made_up_documents, tokenizer):
+def test_a_document_lands_on_the_same_side_in_every_corpus(
+    tmp_path, write_jsonl, made_up_documents, tokenizer
+):
     documents = made_up_documents(300, seed=2, longest=5)
     sides = []
     for name, part in (("first", documents[:200]), ("second", documents[:99:-1])):
@@ -130,10 +151,13 @@ def test_a_larger_share_holds_out_the_same_documents_and_more(digest, share, lar
 def test_the_held_out_share_is_the_one_asked_for(tmp_path, write_jsonl, tokenizer):
     corpus = write_jsonl(tmp_path / "a.jsonl", [f"document {i}" for i in range(4000)])
     index = prepare([corpus], tokenizer, T, tmp_path / "out", heldout=0.1)
-    assert index.splits["heldout"].documents == pytest.approx(400, abs=80)  # four standard deviations
+    # four standard deviations
+    assert index.splits["heldout"].documents == pytest.approx(400, abs=80)
 
 
-def test_a_split_without_documents_has_no_records_and_can_be_opened(tmp_path, write_jsonl, tokenizer):
+def test_a_split_without_documents_has_no_records_and_can_be_opened(
+    tmp_path, write_jsonl, tokenizer
+):
     prepare([write_jsonl(tmp_path / "a.jsonl", ["x"])], tokenizer, 8, tmp_path / "out", heldout=0)
     assert len(open_records(tmp_path / "out", "heldout")) == 0
     open_records(tmp_path / "out", "heldout").check_digests()
@@ -176,7 +200,9 @@ def test_bad_arguments_are_refused(tmp_path, corpus, tokenizer):
         prepare([corpus], tokenizer, T, tmp_path / "file" / "out")
 
 
-def test_an_empty_output_directory_is_filled_and_readable_by_others_like_any_other(tmp_path, corpus, tokenizer):
+def test_an_empty_output_directory_is_filled_and_readable_by_others_like_any_other(
+    tmp_path, corpus, tokenizer
+):
     (tmp_path / "out").mkdir()
     (tmp_path / "other").mkdir()
     prepare([corpus], tokenizer, T, tmp_path / "out")
@@ -191,7 +217,9 @@ def test_an_empty_output_directory_is_filled_and_readable_by_others_like_any_oth
         (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt, "Ctrl-C"),
     ],
 )
-def test_a_full_disk_and_an_interruption_leave_nothing(tmp_path, corpus, tokenizer, monkeypatch, failure, seen, complaint):
+def test_a_full_disk_and_an_interruption_leave_nothing(
+    tmp_path, corpus, tokenizer, monkeypatch, failure, seen, complaint
+):
     def fail(*_):
         raise failure
 
@@ -248,7 +276,13 @@ def test_what_is_not_a_prepared_directory_is_refused(copy, tmp_path, corpus):
     with pytest.raises(UserError, match="got split 'test'"):
         open_records(copy, "test")  # type: ignore[arg-type]
     index = json.loads((copy / "index.json").read_text())
-    for content in ("", "[]", "{}", json.dumps(index | {"surprise": 1}), json.dumps(index | {"splits": {}})):
+    for content in (
+        "",
+        "[]",
+        "{}",
+        json.dumps(index | {"surprise": 1}),
+        json.dumps(index | {"splits": {}}),
+    ):
         (copy / "index.json").write_text(content)
         with pytest.raises(UserError, match="damaged or not an index"):
             open_records(copy, "train")
@@ -268,8 +302,14 @@ TOKENS = np.array([[5, 6, 0, 7, 0, 9, 9], [0, 0, 5, 6, 7, 0, 8]])  # EOS is 0
 def test_positions_and_masks_are_these():
     assert positions(SEGMENTS).tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 0, 0, 1, 2, 3, 4]]
     assert positions(SEGMENTS).dtype == np.int32
-    assert loss_targets(SEGMENTS).astype(int).tolist() == [[0, 1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
-    assert scored_targets(TOKENS, SEGMENTS, 0).astype(int).tolist() == [[0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 1]]
+    assert loss_targets(SEGMENTS).astype(int).tolist() == [
+        [0, 1, 1, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 1],
+    ]
+    assert scored_targets(TOKENS, SEGMENTS, 0).astype(int).tolist() == [
+        [0, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 0, 1],
+    ]
 
 
 def test_masks_of_a_batch_are_the_masks_of_its_rows():
@@ -278,17 +318,23 @@ def test_masks_of_a_batch_are_the_masks_of_its_rows():
     assert (positions(SEGMENTS)[1] == positions(SEGMENTS[1])).all()
 
 
-def test_a_prepared_directory_is_its_own_cache_and_must_fit_the_run(prepared, tokenizer, tmp_path, write_jsonl, made_up_documents):
+def test_a_prepared_directory_is_its_own_cache_and_must_fit_the_run(
+    prepared, tokenizer, tmp_path, write_jsonl, made_up_documents
+):
     assert prepare_cached(prepared, tokenizer, T, tmp_path / "cache") == prepared
     with pytest.raises(UserError, match=f"records of {T} tokens, not 128"):
         prepare_cached(prepared, tokenizer, 128, tmp_path / "cache")
-    other = train_tokenizer([write_jsonl(tmp_path / "a.jsonl", made_up_documents(50, seed=9))], 300, tmp_path / "other")
+    other = train_tokenizer(
+        [write_jsonl(tmp_path / "a.jsonl", made_up_documents(50, seed=9))], 300, tmp_path / "other"
+    )
     with pytest.raises(UserError, match="another tokenizer"):
         prepare_cached(prepared, other, T, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_raw_documents_are_prepared_once_and_again_when_they_change(tmp_path, write_jsonl, tokenizer, monkeypatch):
+def test_raw_documents_are_prepared_once_and_again_when_they_change(
+    tmp_path, write_jsonl, tokenizer, monkeypatch
+):
     monkeypatch.setenv("FLEXOLMO_CACHE", str(tmp_path / "cache"))
     corpus = write_jsonl(tmp_path / "math.jsonl", ["one", "two"])
     first = prepare_cached(corpus, tokenizer, T)

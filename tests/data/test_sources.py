@@ -18,7 +18,10 @@ PRIVATE = ("code", "biomed", "legal", "drama")
 
 def _prose(topic: str, count: int, length: int = 300) -> list[str]:
     """Distinct documents of about `length` characters that share no passage."""
-    return [" ".join(f"{topic}{number}w{word}" for word in range(length // 10)) for number in range(count)]
+    return [
+        " ".join(f"{topic}{number}w{word}" for word in range(length // 10))
+        for number in range(count)
+    ]
 
 
 class Registry:
@@ -39,7 +42,12 @@ class Registry:
         name = text.replace("@", "==").split("==")[0]
         self.asked.append(name)
         if name in self.refused:
-            return subprocess.CompletedProcess(command, 1, "", f"WARNING: aside\nERROR: No matching distribution found for {name}\n")
+            return subprocess.CompletedProcess(
+                command,
+                1,
+                "",
+                f"WARNING: aside\nERROR: No matching distribution found for {name}\n",
+            )
         wheel = self.folder / f"{name}-1.0-py3-none-any.whl"
         (cwd / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
@@ -54,11 +62,17 @@ def registry(tmp_path, monkeypatch):
     """Two domains: `bees` from pip, `mixed` from two pip packages and one of npm."""
     (tmp_path / "registry").mkdir()
     fake = Registry(tmp_path / "registry")
-    bees, wasps, ants = (fake.publish("pip", name, _prose(name, 40)) for name in ("bees", "wasps", "ants"))
+    bees, wasps, ants = (
+        fake.publish("pip", name, _prose(name, 40)) for name in ("bees", "wasps", "ants")
+    )
     moths = fake.publish("npm", "moths", _prose("moths", 5))
     domains = {
         "bees": (Source("Bees", bees, _read),),
-        "mixed": (Source("Wasps", wasps, _read), Source("Ants", ants, _read), Source("Moths", moths, _read)),
+        "mixed": (
+            Source("Wasps", wasps, _read),
+            Source("Ants", ants, _read),
+            Source("Moths", moths, _read),
+        ),
     }
     monkeypatch.setattr(sources, "DOMAINS", domains)
     monkeypatch.setattr(sources.subprocess, "run", fake.run)
@@ -74,7 +88,11 @@ def _documents(path: Path) -> list[dict]:
 def test_each_domain_is_a_file_of_documents_that_name_their_source(registry, tmp_path):
     report = fetch(tmp_path / "out")
     documents = _documents(tmp_path / "out" / "mixed.jsonl")
-    assert {document["text"] for document in documents} == {*_prose("wasps", 40), *_prose("ants", 40), *_prose("moths", 5)}
+    assert {document["text"] for document in documents} == {
+        *_prose("wasps", 40),
+        *_prose("ants", 40),
+        *_prose("moths", 5),
+    }
     assert all(document["text"].startswith(document["source"].lower()) for document in documents)
     assert report["mixed"]["documents"] == 85 and report["mixed"]["missing"] == {}
     assert report["mixed"]["bytes"] == sum(len(document["text"].encode()) for document in documents)
@@ -83,7 +101,8 @@ def test_each_domain_is_a_file_of_documents_that_name_their_source(registry, tmp
 def test_documents_come_in_the_order_of_their_digests(registry, tmp_path):
     fetch(tmp_path / "out", ["mixed"])
     digests = [
-        hashlib.sha256(b"order\n" + document["text"].encode()).hexdigest() for document in _documents(tmp_path / "out" / "mixed.jsonl")
+        hashlib.sha256(b"order\n" + document["text"].encode()).hexdigest()
+        for document in _documents(tmp_path / "out" / "mixed.jsonl")
     ]
     assert digests == sorted(digests)
 
@@ -124,14 +143,21 @@ def test_an_interrupted_fetch_goes_on_with_what_it_has(registry, tmp_path, monke
     report = fetch(tmp_path / "out")
     assert calls == ["bees", "mixed", "mixed"] and registry.asked == []
     assert report["bees"]["documents"] == 40 and report["mixed"]["documents"] == 85
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".fetch.json", "bees.jsonl", "mixed.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".fetch.json",
+        "bees.jsonl",
+        "mixed.jsonl",
+    ]
 
 
 def test_a_package_with_a_wrong_digest_is_refused_and_the_others_go_on(registry, tmp_path):
     registry.publish("pip", "wasps", _prose("hornets", 40))
     report = fetch(tmp_path / "out", ["mixed"])["mixed"]
     assert "wrong digest" in report["missing"]["Wasps"] and list(report["missing"]) == ["Wasps"]
-    assert report["documents"] == 45 and "hornets" not in (tmp_path / "out" / "mixed.jsonl").read_text()
+    assert (
+        report["documents"] == 45
+        and "hornets" not in (tmp_path / "out" / "mixed.jsonl").read_text()
+    )
 
 
 def test_a_tampered_cache_is_not_used(registry, tmp_path):
@@ -148,7 +174,9 @@ def test_a_machine_without_npm_gets_the_rest_and_a_note(registry, tmp_path, monk
     monkeypatch.setattr(sources.progress, "note", notes.append)
     monkeypatch.setattr(sources.shutil, "which", lambda name: None)
     report = fetch(tmp_path / "out", ["mixed"])["mixed"]
-    assert report["missing"] == {"Moths": "npm is not on this machine"} and report["documents"] == 80
+    assert (
+        report["missing"] == {"Moths": "npm is not on this machine"} and report["documents"] == 80
+    )
     assert notes == ["npm moths 1.0: npm is not on this machine"]
 
 
@@ -179,7 +207,9 @@ def test_a_client_that_gives_no_answer_is_a_missing_source(registry, tmp_path, m
 
 def test_nothing_at_all_is_an_error_of_one_line(registry, tmp_path):
     registry.refused = {"bees", "wasps", "ants", "moths"}
-    with pytest.raises(UserError, match=r"no text could be had for bees, mixed: .*No matching distribution") as error:
+    with pytest.raises(
+        UserError, match=r"no text could be had for bees, mixed: .*No matching distribution"
+    ) as error:
         fetch(tmp_path / "out")
     assert "\n" not in str(error.value)
 
@@ -198,7 +228,10 @@ def test_an_archive_that_cannot_be_read_costs_its_source_only(registry, tmp_path
 def test_the_mistakes_of_a_user_are_told_in_one_line(registry, tmp_path):
     (tmp_path / "file").write_text("")
     for call, said in (
-        (lambda: fetch(tmp_path / "out", ["bees", "birds"]), "unknown domain birds: expected some of bees, mixed"),
+        (
+            lambda: fetch(tmp_path / "out", ["bees", "birds"]),
+            "unknown domain birds: expected some of bees, mixed",
+        ),
         (lambda: fetch(tmp_path / "file"), "is a file: expected a directory"),
         (lambda: fetch(tmp_path / "out", max_bytes=0), "expected more than 0"),
     ):
@@ -223,10 +256,16 @@ def test_the_limit_of_a_source_holds_without_a_budget(registry, tmp_path, monkey
 
 
 def test_text_is_normalised_and_repeats_are_dropped(registry, tmp_path, monkeypatch):
-    sentence = "This software is provided to {} as it is and without any warranty of any kind whatsoever. "
+    sentence = (
+        "This software is provided to {} as it is and without any warranty of any kind whatsoever. "
+    )
     licence = "".join(sentence.format(name) for name in ("Ann", "Bob", "Cid", "Dan"))
     variant = licence.replace("Cid", "Eve")
-    raw = "Cafe\u0301 and more\x00 of\u2028 it.\r\n\r\n\r\n\r\n\r\n" + "    indented words " * 20 + "  \n"
+    raw = (
+        "Cafe\u0301 and more\x00 of\u2028 it.\r\n\r\n\r\n\r\n\r\n"
+        + "    indented words " * 20
+        + "  \n"
+    )
     package = registry.publish("pip", "messy", [licence, licence, variant, raw, "too short"])
     monkeypatch.setitem(sources.DOMAINS, "messy", (Source("Messy", package, _read),))
     texts = [document["text"] for document in _documents_of(tmp_path, "messy")]
@@ -254,19 +293,28 @@ def test_apt_is_held_to_its_upstream_version_and_only_notes_another_build(tmp_pa
 
 
 def test_pieces_of_a_text_are_short_and_lose_nothing():
-    text = "\n\n".join(("First paragraph.", "line of text\n" * 2000, "a sentence of a long line. " * 2000, "last"))
+    text = "\n\n".join(
+        ("First paragraph.", "line of text\n" * 2000, "a sentence of a long line. " * 2000, "last")
+    )
     pieces = list(sources._pieces(text, 4000))
     assert max(map(len, pieces)) <= 8000
-    assert "".join("".join(pieces).split()).replace(".", "") == "".join(text.split()).replace(".", "")
+    assert "".join("".join(pieces).split()).replace(".", "") == "".join(text.split()).replace(
+        ".", ""
+    )
 
 
 def test_wikitext_becomes_plain_paragraphs():
     wikitext = (
-        "{{Infobox|a={{b|c}}}}'''Ants''' are [[insect|insects]] of [[Earth]].<ref name=x>A book</ref>"
-        "\n[[File:x.jpg|thumb|An [[ant]]]]{| class=t\n| cell\n|}\n== Nests ==\nSee [https://a.b the page].\n\n"
-        "== References ==\n* one"
+        "{{Infobox|a={{b|c}}}}'''Ants''' are [[insect|insects]] of [[Earth]].<ref name=x>A"
+        " book</ref>\n[[File:x.jpg|thumb|An [[ant]]]]{| class=t\n| cell\n|}\n== Nests ==\nSee"
+        " [https://a.b the page].\n\n== References ==\n* one"
     )
-    assert sources._plain(wikitext).strip().split("\n") == ["Ants are insects of Earth.", "", "Nests", "See the page."]
+    assert sources._plain(wikitext).strip().split("\n") == [
+        "Ants are insects of Earth.",
+        "",
+        "Nests",
+        "See the page.",
+    ]
 
 
 def test_the_catalogue_pins_every_package_and_keeps_public_to_pip():

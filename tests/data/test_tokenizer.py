@@ -1,4 +1,5 @@
-"""Tokenizers: no byte is lost or counted twice, no text becomes a special token, and only byte-level ones are accepted."""
+"""Tokenizers: no byte is lost or counted twice, no text becomes a special token, and only
+byte-level ones are accepted."""
 
 import json
 import os
@@ -15,7 +16,9 @@ from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
 
 UNICODE = st.text(st.characters(codec="utf-8"))
-WITH_SPECIALS = st.lists(st.sampled_from(["<|endoftext|>", "<|pad|>", "<|", " ", "a", "\n", "1"])).map("".join)
+WITH_SPECIALS = st.lists(
+    st.sampled_from(["<|endoftext|>", "<|pad|>", "<|", " ", "a", "\n", "1"])
+).map("".join)
 
 
 @pytest.fixture
@@ -42,8 +45,13 @@ def test_special_tokens_stand_for_no_bytes_and_no_text(tokenizer):
     assert tokenizer.eos_id != tokenizer.pad_id
     assert tokenizer.byte_lengths.shape == (tokenizer.vocab_size,)
     assert tokenizer.byte_lengths.dtype == np.uint16
-    assert np.flatnonzero(tokenizer.byte_lengths == 0).tolist() == sorted([tokenizer.eos_id, tokenizer.pad_id])
-    assert tokenizer.decode(np.array([tokenizer.eos_id, *tokenizer.encode("é"), tokenizer.pad_id])) == "é"
+    assert np.flatnonzero(tokenizer.byte_lengths == 0).tolist() == sorted(
+        [tokenizer.eos_id, tokenizer.pad_id]
+    )
+    assert (
+        tokenizer.decode(np.array([tokenizer.eos_id, *tokenizer.encode("é"), tokenizer.pad_id]))
+        == "é"
+    )
 
 
 def test_a_batch_encodes_like_its_texts(tokenizer, made_up_documents):
@@ -61,7 +69,12 @@ def test_saving_and_loading_changes_nothing_and_layout_does_not_matter(tokenizer
     assert again.digest == tokenizer.digest == Tokenizer.load(tmp_path / "tokenizer.json").digest
     joined = [" ".join(merge) for merge in fields["model"]["merges"]]
     fields["model"]["merges"] = joined
-    fields["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    fields["truncation"] = {
+        "direction": "Right",
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     other_layout = Tokenizer(json.dumps(dict(reversed(fields.items())), indent=3))
     assert other_layout.digest == tokenizer.digest
     assert other_layout.encode("naïve " * 20) == tokenizer.encode("naïve " * 20)
@@ -74,7 +87,13 @@ def test_another_merge_gives_another_digest(tokenizer, fields):
 
 
 def test_an_added_plain_token_counts_its_own_bytes(tokenizer, fields):
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    plain = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": False,
+    }
     fields["added_tokens"].append({"id": tokenizer.vocab_size + 5, "content": "|||É|||", **plain})
     extended = loaded(fields)
     ids = extended.encode("a |||É||| b")
@@ -91,7 +110,9 @@ def test_text_cannot_end_a_document_even_where_the_file_forgets_that_eos_is_spec
 
 
 def test_padding_falls_back_to_eos_and_other_names_are_known(fields):
-    fields["added_tokens"] = [token | {"content": "</s>"} for token in fields["added_tokens"] if token["id"] == 0]
+    fields["added_tokens"] = [
+        token | {"content": "</s>"} for token in fields["added_tokens"] if token["id"] == 0
+    ]
     del fields["model"]["vocab"]["<|pad|>"]
     fields["model"]["vocab"]["</s>"] = fields["model"]["vocab"].pop("<|endoftext|>")
     other = loaded(fields)
@@ -137,7 +158,9 @@ def test_a_missing_or_binary_tokenizer_is_refused(tmp_path):
         Tokenizer.load(tmp_path / "t.json")
 
 
-def test_training_again_in_another_process_gives_the_same_tokenizer(tmp_path, made_up_documents, write_jsonl):
+def test_training_again_in_another_process_gives_the_same_tokenizer(
+    tmp_path, made_up_documents, write_jsonl
+):
     corpus = write_jsonl(tmp_path / "corpus.jsonl", made_up_documents(200, seed=3))
     here = train_tokenizer([corpus], 350, tmp_path / "here")
     program = (
@@ -145,9 +168,13 @@ def test_training_again_in_another_process_gives_the_same_tokenizer(tmp_path, ma
         "train_tokenizer([pathlib.Path(sys.argv[1])], 350, pathlib.Path(sys.argv[2]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", program, corpus, tmp_path / "there"], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", program, corpus, tmp_path / "there"], check=True, env=environment
+    )
     assert here.vocab_size == 350
-    assert (tmp_path / "here" / "tokenizer.json").read_bytes() == (tmp_path / "there" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "here" / "tokenizer.json").read_bytes() == (
+        tmp_path / "there" / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_training_reads_no_more_than_the_sample_from_each_file(tmp_path, write_jsonl):
@@ -164,7 +191,9 @@ def test_too_little_text_gives_a_smaller_vocabulary_and_says_so(tmp_path, capfd,
     assert "not 5000" in capfd.readouterr().err
 
 
-def test_training_refuses_a_tiny_vocabulary_no_text_and_an_output_that_exists(tmp_path, write_jsonl):
+def test_training_refuses_a_tiny_vocabulary_no_text_and_an_output_that_exists(
+    tmp_path, write_jsonl
+):
     corpus = write_jsonl(tmp_path / "a.jsonl", ["some text"])
     with pytest.raises(UserError, match="expected 258 or more"):
         train_tokenizer([corpus], 257, tmp_path / "t")
@@ -177,8 +206,12 @@ def test_training_refuses_a_tiny_vocabulary_no_text_and_an_output_that_exists(tm
     assert not (tmp_path / "t").exists()
 
 
-def test_what_is_held_out_for_evaluation_is_not_learnt_from(tmp_path, made_up_documents, write_jsonl):
-    held_out = next(text for i in range(1000) if is_heldout(digest_of(text := f"{i} " + "qxyzzyq " * 200)))
+def test_what_is_held_out_for_evaluation_is_not_learnt_from(
+    tmp_path, made_up_documents, write_jsonl
+):
+    held_out = next(
+        text for i in range(1000) if is_heldout(digest_of(text := f"{i} " + "qxyzzyq " * 200))
+    )
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [*made_up_documents(50, seed=3), held_out])
     assert len(train_tokenizer([corpus], 400, tmp_path / "t").encode(" qxyzzyq")) == 8
     assert len(train_tokenizer([corpus], 400, tmp_path / "all", heldout=0).encode(" qxyzzyq")) == 1

@@ -1,4 +1,5 @@
-"""Token files: cut where they lie, boundaries from EOS alone, and refused where they cannot be the tokenizer's."""
+"""Token files: cut where they lie, boundaries from EOS alone, and refused where they cannot be the
+tokenizer's."""
 
 import math
 
@@ -22,12 +23,18 @@ from tests.tiny import run_config
 @pytest.fixture
 def stream(tokenizer, made_up_documents):
     """Tokens of documents, one after another, an EOS behind each."""
-    return np.concatenate([[*tokenizer.encode(text), tokenizer.eos_id] for text in made_up_documents(60, seed=3)])
+    return np.concatenate(
+        [[*tokenizer.encode(text), tokenizer.eos_id] for text in made_up_documents(60, seed=3)]
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-@pytest.mark.parametrize(("name", "is_raw"), [("part.npy", False), ("part.npy", True), ("part.bin", True)])
-def test_records_are_the_stream_cut_at_every_length(tokenizer, stream, tmp_path, name, is_raw, dtype):
+@pytest.mark.parametrize(
+    ("name", "is_raw"), [("part.npy", False), ("part.npy", True), ("part.bin", True)]
+)
+def test_records_are_the_stream_cut_at_every_length(
+    tokenizer, stream, tmp_path, name, is_raw, dtype
+):
     file = tmp_path / name
     stream.astype(dtype).tofile(file) if is_raw else np.save(file, stream.astype(dtype))
     records = open_data(file, tokenizer, 50, "train")
@@ -37,7 +44,9 @@ def test_records_are_the_stream_cut_at_every_length(tokenizer, stream, tmp_path,
         np.testing.assert_array_equal(record["tokens"], expected)
         ends = np.flatnonzero(expected == tokenizer.eos_id)
         np.testing.assert_array_equal(record["segments"], 1 + np.searchsorted(ends, np.arange(50)))
-        assert not loss_targets(record["segments"])[[0, *(end + 1 for end in ends if end < 49)]].any()
+        assert not loss_targets(record["segments"])[
+            [0, *(end + 1 for end in ends if end < 49)]
+        ].any()
     with pytest.raises(IndexError):
         records[len(records)]
 
@@ -56,7 +65,9 @@ def test_a_vocabulary_beyond_uint16_reads_uint32(tokenizer, tmp_path, monkeypatc
     monkeypatch.setattr(tokenizer, "vocab_size", 100_278)
     ids = np.random.default_rng(0).integers(100_278, size=64)
     ids.astype(np.uint32).tofile(tmp_path / "x.npy")
-    np.testing.assert_array_equal(TokenRecords(tmp_path / "x.npy", tokenizer, 32)[1]["tokens"], ids[32:])
+    np.testing.assert_array_equal(
+        TokenRecords(tmp_path / "x.npy", tokenizer, 32)[1]["tokens"], ids[32:]
+    )
 
 
 def test_training_takes_all_of_them_and_evaluation_only_others(tokenizer, stream, tmp_path):
@@ -64,18 +75,30 @@ def test_training_takes_all_of_them_and_evaluation_only_others(tokenizer, stream
         stream.astype(np.uint16).tofile(tmp_path / name)
     tokenizer.save(tmp_path / "tokenizer.json")
     train, valid = (Dataset(path=str(tmp_path / name)) for name in ("train.npy", "valid.npy"))
-    data = DataConfig(train=(train,), tokenizer=str(tmp_path / "tokenizer.json"), seq_len=50, batch_size=2)
+    data = DataConfig(
+        train=(train,), tokenizer=str(tmp_path / "tokenizer.json"), seq_len=50, batch_size=2
+    )
     batches, heldout = open_sources(data, choose_tokenizer(data), 0)
     assert not heldout
     seen = np.concatenate([batches.at(step)["tokens"] for step in range(len(stream) // 50 // 2)])
     cut = stream[: len(stream) // 50 * 50].reshape(-1, 50)
-    assert {row.tobytes() for row in seen} <= {row.astype(np.int32).tobytes() for row in cut} and len(seen) > 10
+    assert {row.tobytes() for row in seen} <= {
+        row.astype(np.int32).tobytes() for row in cut
+    } and len(seen) > 10
 
-    data = DataConfig(train=(train,), eval=(valid,), tokenizer=str(tmp_path / "tokenizer.json"), seq_len=50, batch_size=2)
+    data = DataConfig(
+        train=(train,),
+        eval=(valid,),
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        seq_len=50,
+        batch_size=2,
+    )
     _, heldout = open_sources(data, choose_tokenizer(data), 0)
     assert list(heldout) == ["valid"] and len(heldout["valid"]) == len(stream) // 50
     with pytest.raises(UserError, match=r"in data\.train and in data\.eval"):
-        open_sources(DataConfig(train=(train,), eval=(train,), seq_len=50, batch_size=2), tokenizer, 0)
+        open_sources(
+            DataConfig(train=(train,), eval=(train,), seq_len=50, batch_size=2), tokenizer, 0
+        )
     with pytest.raises(UserError, match=r"set data\.tokenizer"):
         choose_tokenizer(DataConfig(train=(train,)))
 
@@ -112,7 +135,10 @@ def test_a_run_and_an_evaluation_take_token_files(tokenizer, stream, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     for name in ("train.npy", "valid.npy"):
         stream.astype(np.uint16).tofile(tmp_path / name)
-    sources = {"train": [{"path": str(tmp_path / "train.npy")}], "eval": [{"path": str(tmp_path / "valid.npy")}]}
+    sources = {
+        "train": [{"path": str(tmp_path / "train.npy")}],
+        "eval": [{"path": str(tmp_path / "valid.npy")}],
+    }
     data = sources | {"tokenizer": str(tmp_path / "tokenizer.json"), "batch_size": 8, "seq_len": 32}
     pretrain(run_config("anchor", tmp_path, "train.steps=3", data=data), tmp_path / "run")
     assert "valid" in read_metrics(tmp_path / "run")[-1]["bits_per_byte"]
@@ -125,7 +151,9 @@ def test_a_run_and_an_evaluation_take_token_files(tokenizer, stream, tmp_path):
             piece = record["tokens"][record["segments"] == segment]
             log_p = jax.nn.log_softmax(model.logits(piece[None])[0, :-1])
             scored = piece[1:] != tokenizer.eos_id
-            bits -= float(np.asarray(log_p)[np.arange(len(piece) - 1), piece[1:]][scored].sum()) / math.log(2)
+            bits -= float(
+                np.asarray(log_p)[np.arange(len(piece) - 1), piece[1:]][scored].sum()
+            ) / math.log(2)
             size += int(tokenizer.byte_lengths[piece[1:][scored]].sum())
     assert score["bytes"]["valid.npy"] == size
     np.testing.assert_allclose(score["bits_per_byte"]["valid.npy"], bits / size, rtol=1e-5)

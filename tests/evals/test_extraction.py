@@ -1,4 +1,5 @@
-"""The extraction attack: it works where a model has learnt a text by heart, and its figures are those of their definitions."""
+"""The extraction attack: it works where a model has learnt a text by heart, and its figures are
+those of their definitions."""
 
 import json
 
@@ -28,8 +29,14 @@ def levenshtein(a: list[int], b: list[int]) -> int:
 def test_similarities_are_levenshtein_s():
     rng = np.random.default_rng(0)
     truths = rng.integers(0, 4, (30, 12))
-    completions = [rng.integers(0, 4, rng.integers(0, 15)).tolist() for _ in range(28)] + [truths[28].tolist(), truths[29, 1:].tolist()]
-    expected = [1 - levenshtein(c, t.tolist()) / max(len(c), 12) for c, t in zip(completions, truths, strict=True)]
+    completions = [rng.integers(0, 4, rng.integers(0, 15)).tolist() for _ in range(28)] + [
+        truths[28].tolist(),
+        truths[29, 1:].tolist(),
+    ]
+    expected = [
+        1 - levenshtein(c, t.tolist()) / max(len(c), 12)
+        for c, t in zip(completions, truths, strict=True)
+    ]
     np.testing.assert_allclose(similarities(completions, truths), expected, rtol=1e-12)
     assert expected[28] == 1 and expected[29] == pytest.approx(11 / 12)
     np.testing.assert_allclose(similarities([[]], truths[:1]), [0])
@@ -57,17 +64,41 @@ def control(anchor32, secrets, tmp_path_factory):
     """A model that has learnt them by heart."""
     folder = tmp_path_factory.mktemp("control")
     run = run_config(
-        "anchor", secrets, f"train.init={anchor32}", "train.steps=250", "optim.lr=1e-2", "optim.weight_decay=0", "train.log_every=50"
+        "anchor",
+        secrets,
+        f"train.init={anchor32}",
+        "train.steps=250",
+        "optim.lr=1e-2",
+        "optim.weight_decay=0",
+        "train.log_every=50",
     )
     pretrain(run, folder / "run")
     return folder / "run"
 
 
-def test_what_was_learnt_by_heart_is_extracted_and_what_was_never_seen_is_not(control, anchor32, secrets, capsys):
-    attack = ["--documents", str(secrets), "--limit", "8", "--prefix", str(PREFIX), "--tokens", str(TOKENS), "--samples", "4", "--json"]
+def test_what_was_learnt_by_heart_is_extracted_and_what_was_never_seen_is_not(
+    control, anchor32, secrets, capsys
+):
+    attack = [
+        "--documents",
+        str(secrets),
+        "--limit",
+        "8",
+        "--prefix",
+        str(PREFIX),
+        "--tokens",
+        str(TOKENS),
+        "--samples",
+        "4",
+        "--json",
+    ]
     assert main(["extract", str(control), *attack, "--batch-size", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["documents"] == 8 and found["rate"] >= 0.5 and found["low"] < found["rate"] <= found["high"]
+    assert (
+        found["documents"] == 8
+        and found["rate"] >= 0.5
+        and found["low"] < found["rate"] <= found["high"]
+    )
     assert main(["extract", str(anchor32), *attack, "--batch-size", "5"]) == 0
     assert json.loads(capsys.readouterr().out)["rate"] == 0
 
@@ -76,7 +107,9 @@ def test_a_sample_is_of_whole_different_documents_whatever_their_order(tiny_toke
     texts = documents("care", 40)
     chosen = sample_documents(texts, tiny_tokenizer, 5, PREFIX, TOKENS)
     assert chosen == sample_documents([*reversed(texts), *texts], tiny_tokenizer, 5, PREFIX, TOKENS)
-    assert len({tuple(ids) for ids in chosen}) == 5 and {len(ids) for ids in chosen} == {PREFIX + TOKENS}
+    assert len({tuple(ids) for ids in chosen}) == 5 and {len(ids) for ids in chosen} == {
+        PREFIX + TOKENS
+    }
     with pytest.raises(UserError, match="no document has 508 tokens"):
         sample_documents(texts, tiny_tokenizer, 5, PREFIX, 500)
     with pytest.raises(UserError, match="expected 1 or more"):
@@ -85,7 +118,10 @@ def test_a_sample_is_of_whole_different_documents_whatever_their_order(tiny_toke
 
 def test_experts_are_excluded_by_name(model, tiny_tokenizer):
     chosen = sample_documents(documents("law", 40), tiny_tokenizer, 4, PREFIX, TOKENS)
-    figures = [extract(load(model), chosen, prefix=PREFIX, samples=2, without=without, batch_size=4) for without in ((), ("law",))]
+    figures = [
+        extract(load(model), chosen, prefix=PREFIX, samples=2, without=without, batch_size=4)
+        for without in ((), ("law",))
+    ]
     assert figures[0].rate == figures[1].rate == 0 and 0 < figures[1].mean_similarity < 0.5
     with pytest.raises(UserError, match="no expert 'nobody'"):
         extract(load(model), chosen, prefix=PREFIX, without=["nobody"])

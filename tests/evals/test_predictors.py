@@ -1,4 +1,5 @@
-"""Ensembles: each against its definition written as a loop, and none knows a token before it has predicted it."""
+"""Ensembles: each against its definition written as a loop, and none knows a token before it has
+predicted it."""
 
 from collections.abc import Callable
 
@@ -8,7 +9,16 @@ import pytest
 
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.evals.predictors import BranchTrainMerge, OfModel, Predictor, PromptRouting, Remembered, Soup, WeightedSoup, bits_per_byte
+from flexolmo_jax.evals.predictors import (
+    BranchTrainMerge,
+    OfModel,
+    Predictor,
+    PromptRouting,
+    Remembered,
+    Soup,
+    WeightedSoup,
+    bits_per_byte,
+)
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.train.pretrain import pretrain
 from tests.tiny import run_config
@@ -21,7 +31,12 @@ def dense(anchor, prepared, tmp_path_factory) -> list[LoadedModel]:
     """The anchor, and two models that it became on text of their own."""
     folder = tmp_path_factory.mktemp("dense")
     for domain in ("code", "law"):
-        pretrain(run_config("anchor", prepared[domain], f"train.init={anchor}", "train.steps=6", "optim.lr=1e-2"), folder / domain)
+        pretrain(
+            run_config(
+                "anchor", prepared[domain], f"train.init={anchor}", "train.steps=6", "optim.lr=1e-2"
+            ),
+            folder / domain,
+        )
     return [load(anchor), load(folder / "code"), load(folder / "law")]
 
 
@@ -43,20 +58,33 @@ def batch(prepared) -> tuple[np.ndarray, np.ndarray]:
     rows = []
     for domain in ("code", "law"):
         records = open_records(prepared[domain], "train")
-        several = [i for i in range(len(records)) if (records[i]["segments"] == 2).sum() > PROMPT + 2]
+        several = [
+            i for i in range(len(records)) if (records[i]["segments"] == 2).sum() > PROMPT + 2
+        ]
         rows += [records[i] for i in (0, *several[:2])]
     return np.stack([row["tokens"] for row in rows]), np.stack([row["segments"] for row in rows])
 
 
 def test_bits_per_byte_are_those_of_eval(model, dense, prepared):
-    for loaded, selection in ((load(model), {}), (load(model), {"without": ["law"], "active": 1}), (dense[1], {})):
+    for loaded, selection in (
+        (load(model), {}),
+        (load(model), {"without": ["law"], "active": 1}),
+        (dense[1], {}),
+    ):
         records = open_records(prepared["law"], "heldout")
         expected = evaluate(loaded, [prepared["law"]], **selection)["bits_per_byte"]["law"]
-        ours = bits_per_byte(OfModel(loaded, **selection), [records[i] for i in range(len(records))], loaded.tokenizer, batch_size=4)
+        ours = bits_per_byte(
+            OfModel(loaded, **selection),
+            [records[i] for i in range(len(records))],
+            loaded.tokenizer,
+            batch_size=4,
+        )
         assert ours == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["model", "BTM", "BTM, top 2", "BTM, top 1", "prompt routing", "soup", "weighted soup"])
+@pytest.mark.parametrize(
+    "kind", ["model", "BTM", "BTM, top 2", "BTM, top 1", "prompt routing", "soup", "weighted soup"]
+)
 def test_what_comes_later_and_what_is_packed_beside_changes_nothing(kind, dense, batch):
     predictor = kinds(dense)[kind]
     tokens, segments = batch
@@ -65,18 +93,30 @@ def test_what_comes_later_and_what_is_packed_beside_changes_nothing(kind, dense,
     for t in (3, PROMPT + 1, T - 2):
         changed = tokens.copy()
         changed[:, t + 1 :] = rng.integers(0, 300, changed[:, t + 1 :].shape)
-        np.testing.assert_allclose(predictor.losses(changed, segments)[:, 1 : t + 1], losses[:, 1 : t + 1], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(
+            predictor.losses(changed, segments)[:, 1 : t + 1],
+            losses[:, 1 : t + 1],
+            rtol=2e-5,
+            atol=2e-5,
+        )
     row, second = next((row, s) for row, s in enumerate(segments) if s.max() > 1)
     start, end = np.flatnonzero(second == 2)[[0, -1]]
     alone = np.zeros((1, T), int), np.zeros((1, T), int)
     alone[0][0, : end + 1 - start], alone[1][0, : end + 1 - start] = tokens[row, start : end + 1], 1
-    np.testing.assert_allclose(predictor.losses(*alone)[0, 1 : end + 1 - start], losses[row, start + 1 : end + 1], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        predictor.losses(*alone)[0, 1 : end + 1 - start],
+        losses[row, start + 1 : end + 1],
+        rtol=2e-5,
+        atol=2e-5,
+    )
 
 
 @pytest.mark.parametrize("top", [1, 2, 3])
 def test_branch_train_merge_is_a_mixture_by_what_each_model_lost_before(top, dense, batch):
     each = [OfModel(model).losses(*batch) for model in dense]
-    losses = BranchTrainMerge([OfModel(model) for model in dense], top, temperature=2.0).losses(*batch)
+    losses = BranchTrainMerge([OfModel(model) for model in dense], top, temperature=2.0).losses(
+        *batch
+    )
     for row, segments in enumerate(batch[1]):
         for t in range(1, len(segments)):
             if segments[t] == 0 or segments[t] != segments[t - 1]:
@@ -85,7 +125,10 @@ def test_branch_train_merge_is_a_mixture_by_what_each_model_lost_before(top, den
             lost = np.array([own[row, start + 1 : t].sum() for own in each])
             best = sorted(range(3), key=lambda m: lost[m])[:top]
             posterior = np.exp(-(lost[best] - lost[best].min()) / 2.0)
-            mixed = sum(p * np.exp(-each[m][row, t]) for p, m in zip(posterior / posterior.sum(), best, strict=True))
+            mixed = sum(
+                p * np.exp(-each[m][row, t])
+                for p, m in zip(posterior / posterior.sum(), best, strict=True)
+            )
             assert losses[row, t] == pytest.approx(-np.log(mixed), rel=1e-4)
 
 
@@ -97,13 +140,20 @@ def test_prompt_routing_sends_a_document_to_the_model_of_its_prompt(dense, batch
         prompts.append(tuple(ids))
         return 2
 
-    losses = PromptRouting([OfModel(model) for model in dense], classify, PROMPT).losses(tokens, segments)
-    first, last = OfModel(dense[0]).losses(tokens, segments), OfModel(dense[2]).losses(tokens, segments)
+    losses = PromptRouting([OfModel(model) for model in dense], classify, PROMPT).losses(
+        tokens, segments
+    )
+    first, last = (
+        OfModel(dense[0]).losses(tokens, segments),
+        OfModel(dense[2]).losses(tokens, segments),
+    )
     long = 0
     for row, of_row in enumerate(segments):
         for segment in range(1, of_row.max() + 1):
             places = np.flatnonzero(of_row == segment)
-            np.testing.assert_array_equal(losses[row, places[1:PROMPT]], first[row, places[1:PROMPT]])
+            np.testing.assert_array_equal(
+                losses[row, places[1:PROMPT]], first[row, places[1:PROMPT]]
+            )
             np.testing.assert_array_equal(losses[row, places[PROMPT:]], last[row, places[PROMPT:]])
             if len(places) > PROMPT:
                 long += 1
@@ -119,15 +169,33 @@ def test_soups_are_models_of_averaged_weights(dense, batch):
     segments = batch[1]
 
     def soup(*shares: float):
-        return jax.tree.map(lambda *a: sum(s * x.astype(np.float32) for s, x in zip(shares, a, strict=True)), *(m.params for m in dense))
+        return jax.tree.map(
+            lambda *a: sum(s * x.astype(np.float32) for s, x in zip(shares, a, strict=True)),
+            *(m.params for m in dense),
+        )
 
-    np.testing.assert_allclose(Soup(dense).losses(*batch), losses_of(soup(1 / 3, 1 / 3, 1 / 3), dense[1])(*batch), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(Soup(dense, [0, 0, 1]).losses(*batch), OfModel(dense[2]).losses(*batch), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        Soup(dense).losses(*batch),
+        losses_of(soup(1 / 3, 1 / 3, 1 / 3), dense[1])(*batch),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        Soup(dense, [0, 0, 1]).losses(*batch),
+        OfModel(dense[2]).losses(*batch),
+        rtol=1e-5,
+        atol=1e-6,
+    )
     places = np.flatnonzero(segments[0] == 1)
     lost = np.array([OfModel(model).losses(*batch)[0, places[1:PROMPT]].sum() for model in dense])
     shares = np.exp(-(lost - lost.min()))
     expected = losses_of(soup(*(shares / shares.sum())), dense[1])(*batch)[0, places[PROMPT:]]
-    np.testing.assert_allclose(WeightedSoup(dense, PROMPT).losses(*batch)[0, places[PROMPT:]], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        WeightedSoup(dense, PROMPT).losses(*batch)[0, places[PROMPT:]],
+        expected,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_nonsense_is_refused(dense):

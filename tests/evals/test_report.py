@@ -1,4 +1,5 @@
-"""The report page: whole, standing alone, safe with any text, and saying every figure; and the table as text and Markdown."""
+"""The report page: whole, standing alone, safe with any text, and saying every figure; and the
+table as text and Markdown."""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -26,7 +27,10 @@ from flexolmo_jax.evals.report import (
 )
 
 EXPERTS = ["anchor", "code", "law"]
-HOSTILE = """<script>alert("x")</script>'"><img src=//evil.example/a onerror='b'>&amp;\x1b[31m\x00|**](http://evil.example)\ud800"""
+HOSTILE = (
+    """<script>alert("x")</script>'"><img src=//evil.example/a onerror='b'>&amp;\x1b[31m\x00|**]"""
+    "(http://evil.example)\ud800"
+)
 
 
 def table(**rows: dict[str, float | None]) -> Table:
@@ -44,9 +48,19 @@ def written(path, *, name: str = "code", **changes) -> str:
     arguments = {
         "title": f"A study of {name}",
         "intro": f"First {name}.\n\nSecond.",
-        "table": Table(["public", name], {"anchor": {"public": 1.4, name: 1.6}, f"pair:{name}": {"public": 1.5, name: 1.2}}, unit=name),
-        "checks": [Check(f"{name} is better", True, f"-25% on {name}"), Check("so is the rest", False, "+7%")],
-        "curves": {name: [(512 * step, 3 + 5 / step) for step in range(1, 900)], "short": [(512, 4.0)]},
+        "table": Table(
+            ["public", name],
+            {"anchor": {"public": 1.4, name: 1.6}, f"pair:{name}": {"public": 1.5, name: 1.2}},
+            unit=name,
+        ),
+        "checks": [
+            Check(f"{name} is better", True, f"-25% on {name}"),
+            Check("so is the rest", False, "+7%"),
+        ],
+        "curves": {
+            name: [(512 * step, 3 + 5 / step) for step in range(1, 900)],
+            "short": [(512, 4.0)],
+        },
         "routing": {name: rng.dirichlet(np.ones(3), 4), "public": rng.dirichlet(np.ones(3), 4)},
         "experts": ["anchor", name, "law"],
         "samples": [Sample(f"\n  {name}:\n\tdef", {f"without {name}": f"  two  spaces {name}\n"})],
@@ -89,15 +103,27 @@ def drawings(text: str) -> list[ElementTree.Element]:
 @pytest.mark.parametrize("name", ["code", HOSTILE])
 def test_the_page_loads_nothing_and_runs_nothing_whatever_its_texts_are(tmp_path, name):
     elements = Elements(written(tmp_path / "report.html", name=name))
-    known = "html head meta title style body main header footer section article figure figcaption h1 h2 h3 p b ul li div span small"
+    known = (
+        "html head meta title style body main header footer section article figure figcaption h1 h2"
+        " h3 p b ul li div span small"
+    )
     known += " table thead tbody tr th td svg g path line rect text"
     assert {tag for tag, _ in elements.tags} <= set(known.split())
     attributes = [(key, value or "") for _, found in elements.tags for key, value in found.items()]
-    assert not [key for key, _ in attributes if key in ("src", "href", "srcset", "action", "xlink:href") or key.startswith("on")]
+    assert not [
+        key
+        for key, _ in attributes
+        if key in ("src", "href", "srcset", "action", "xlink:href") or key.startswith("on")
+    ]
     styles = re.findall(r"<style>(.*?)</style>", (tmp_path / "report.html").read_text(), re.S)
     assert len(styles) == 1
-    assert not re.search(r"url\(|@import", " ".join([*styles, *(value for key, value in attributes if key == "style")]))
-    policies = [found["content"] for tag, found in elements.tags if tag == "meta" and "http-equiv" in found]
+    assert not re.search(
+        r"url\(|@import",
+        " ".join([*styles, *(value for key, value in attributes if key == "style")]),
+    )
+    policies = [
+        found["content"] for tag, found in elements.tags if tag == "meta" and "http-equiv" in found
+    ]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
@@ -107,7 +133,16 @@ def test_hostile_text_is_shown_as_text(tmp_path):
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text)
     shown = HOSTILE.replace("\x1b", "\ufffd").replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
     elements = Elements(text)
-    for around in ("A study of {}", "First {}.", "{} is better", "-25% on {}", "pair:{}", "without {}", "  two  spaces {}\n", "of {}\nand"):
+    for around in (
+        "A study of {}",
+        "First {}.",
+        "{} is better",
+        "-25% on {}",
+        "pair:{}",
+        "without {}",
+        "  two  spaces {}\n",
+        "of {}\nand",
+    ):
         assert around.format(shown) in elements.text
     assert shown in [found["data-column"] for _, found in elements.tags if "data-column" in found]
 
@@ -117,13 +152,23 @@ def test_every_drawing_is_well_formed(tmp_path, name):
     found = drawings(written(tmp_path / "report.html", name=name))
     # Two charts, two curves' keys, two maps and a scale.
     assert len(found) == 7
-    numbers = [value for svg in found for node in svg.iter() for key, value in node.items() if key in ("d", "x", "y", "x1", "y1")]
+    numbers = [
+        value
+        for svg in found
+        for node in svg.iter()
+        for key, value in node.items()
+        if key in ("d", "x", "y", "x1", "y1")
+    ]
     assert numbers and not [value for value in numbers if "nan" in value or "inf" in value]
 
 
 def test_every_figure_of_the_table_is_in_all_its_forms_with_its_change():
     made = table()
-    forms = [Elements(table_section(made)).text.replace("−", "-"), format_table(made), markdown_table(made)]
+    forms = [
+        Elements(table_section(made)).text.replace("−", "-"),
+        format_table(made),
+        markdown_table(made),
+    ]
     for form in forms:
         for figures in made.rows.values():
             for figure in figures.values():
@@ -142,7 +187,12 @@ def test_a_lower_figure_is_shaded_better_and_the_lowest_of_each_column_is_best()
     assert found["1.234"] == found["1.200"] == found["1.386"] == "best better"
     assert found["1.300"] == "better"
     assert found["1.600"] == found["1.500"] == ""
-    accuracy = Table(["law"], {"anchor": {"law": 0.4}, "merged": {"law": 0.5}, "soup": {"law": 0.3}}, "accuracy", lowest_is_best=False)
+    accuracy = Table(
+        ["law"],
+        {"anchor": {"law": 0.4}, "merged": {"law": 0.5}, "soup": {"law": 0.3}},
+        "accuracy",
+        lowest_is_best=False,
+    )
     assert classes(accuracy) == {"0.400": "", "0.500": "best better", "0.300": "worse"}
 
 
@@ -155,7 +205,9 @@ def test_a_larger_change_has_a_stronger_shade():
 
 def test_cells_without_a_figure_are_dashes_and_are_never_best():
     made = table(
-        joint={"public": float("nan"), "code": None, "law": float("-inf")}, soup={"public": float("inf")}, none={"public": 1.399999}
+        joint={"public": float("nan"), "code": None, "law": float("-inf")},
+        soup={"public": float("inf")},
+        none={"public": 1.399999},
     )
     text = format_table(made)
     assert re.search(r"^joint +nan +– +-inf *$", text, re.M)
@@ -177,13 +229,17 @@ def test_a_reference_without_a_usable_figure_gives_no_changes(reference):
 
 def test_a_table_without_its_reference_has_figures_and_no_changes():
     made = Table(["law"], {"merged": {"law": 1.2}, "soup": {"law": 1.3}})
-    assert format_table(made) == "bits per byte     law\nmerged         1.200*\nsoup           1.300\n* best of the column\n"
+    assert (
+        format_table(made)
+        == "bits per byte     law\nmerged         1.200*\nsoup           1.300\n* best of the"
+        " column\n"
+    )
     assert "change against" not in table_section(made)
 
 
 def test_the_text_table_is_aligned():
-    assert format_table(table()) == (
-        "bits per byte        public           code            law\n"
+    assert (
+        format_table(table()) == "bits per byte        public           code            law\n"
         "anchor         1.400         1.600          1.500\n"
         "pair:code      1.442  +3.0%  1.234* -22.8%  1.500    0.0%\n"
         "merged         1.386* -1.0%  1.300  -18.7%  1.200* -20.0%\n"
@@ -192,11 +248,17 @@ def test_the_text_table_is_aligned():
 
 
 def test_the_markdown_table_keeps_its_cells_with_hostile_names():
-    made = Table([HOSTILE, "law"], {"anchor": {"law": 1.5}, f"{HOSTILE}\nnext": {HOSTILE: 1.2, "law": 1.2}})
+    made = Table(
+        [HOSTILE, "law"], {"anchor": {"law": 1.5}, f"{HOSTILE}\nnext": {HOSTILE: 1.2, "law": 1.2}}
+    )
     lines = markdown_table(made).splitlines()
     assert len(lines) == 4
     assert [len(re.findall(r"(?<!\\)\|", line)) for line in lines] == [4] * 4
-    assert "<" not in markdown_table(made) and "\x1b" not in markdown_table(made) and "\x1b" not in format_table(made)
+    assert (
+        "<" not in markdown_table(made)
+        and "\x1b" not in markdown_table(made)
+        and "\x1b" not in format_table(made)
+    )
 
 
 def test_figures_outside_the_columns_are_refused():
@@ -205,7 +267,14 @@ def test_figures_outside_the_columns_are_refused():
 
 
 def test_empty_parts_have_no_section(tmp_path):
-    text = written(tmp_path / "new" / "report.html", checks=[], curves={}, routing={}, samples=[], table=Table([], {}))
+    text = written(
+        tmp_path / "new" / "report.html",
+        checks=[],
+        curves={},
+        routing={},
+        samples=[],
+        table=Table([], {}),
+    )
     assert "<section>" not in text and "A study of code" in text
 
 
@@ -228,7 +297,11 @@ def test_a_report_replaces_the_one_before_and_leaves_nothing_else(tmp_path):
 
 
 def test_losses_that_are_not_finite_are_counted_and_not_drawn():
-    curves = {"broken": [(1, 4.0), (2, float("nan")), (3, 3.0), (4, float("inf"))], "lost": [(1, float("nan"))], "empty": []}
+    curves = {
+        "broken": [(1, 4.0), (2, float("nan")), (3, 3.0), (4, float("inf"))],
+        "lost": [(1, float("nan"))],
+        "empty": [],
+    }
     text = curves_section(curves)
     assert "2 of 4 losses not finite" in text and "no finite loss, 1 of 1 losses not finite" in text
     assert not re.search(r'[" ML]-?(nan|inf)', line_chart(curves, 400, 300))
@@ -261,7 +334,9 @@ def test_smoothing_keeps_a_straight_line_and_quietens_noise():
     assert smooth(noise).std() < 0.3 * noise.std()
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (2.1, 4.9), (0, 6.14e6), (-3, 2e12), (1.0, 1.0001)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (2.1, 4.9), (0, 6.14e6), (-3, 2e12), (1.0, 1.0001)]
+)
 def test_ticks_lie_in_the_range_and_are_round(low, high):
     ticks = nice_ticks(low, high, 6)
     assert 3 <= len(ticks) <= 12
@@ -276,8 +351,16 @@ def test_a_map_shows_each_share_and_darker_where_it_is_larger():
     (svg,) = drawings(routing_map("law", shares, EXPERTS, most=0.8))
     words = [node.text for node in svg.iter("text") if not len(node)]
     assert words[-12:] == ["0", "70", "20", "10", "1", "50", "50", "–", "mean", "60", "35", "–"]
-    shades = [float(node.get("fill-opacity", 0)) for node in svg.iter("rect") if node.get("class") == "heat"]
-    np.testing.assert_allclose(np.array(shades) / shades[0], np.array([0.7, 0.2, 0.1, 0.5, 0.5, 0.6, 0.35]) / 0.7, atol=2e-3)
+    shades = [
+        float(node.get("fill-opacity", 0))
+        for node in svg.iter("rect")
+        if node.get("class") == "heat"
+    ]
+    np.testing.assert_allclose(
+        np.array(shades) / shades[0],
+        np.array([0.7, 0.2, 0.1, 0.5, 0.5, 0.6, 0.35]) / 0.7,
+        atol=2e-3,
+    )
 
 
 def test_long_expert_names_stay_distinguishable_and_whole_in_their_title():
@@ -289,7 +372,9 @@ def test_long_expert_names_stay_distinguishable_and_whole_in_their_title():
 
 
 def test_shares_of_other_experts_are_refused():
-    with pytest.raises(ValueError, match=r"routing of 'law' has shape \(4, 2\); expected \[layers, 3 experts\]"):
+    with pytest.raises(
+        ValueError, match=r"routing of 'law' has shape \(4, 2\); expected \[layers, 3 experts\]"
+    ):
         routing_section({"law": np.ones((4, 2))}, EXPERTS)
 
 

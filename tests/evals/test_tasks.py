@@ -1,4 +1,5 @@
-"""Multiple choice and gold answers: upstream's requests in upstream's form, each scored as if it were alone."""
+"""Multiple choice and gold answers: upstream's requests in upstream's form, each scored as if it
+were alone."""
 
 import gzip
 import json
@@ -14,7 +15,17 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.predictors import OfModel
-from flexolmo_jax.evals.tasks import FOLDER, Request, Scored, Task, evaluate_tasks, load_tasks, resolve, score, summarise
+from flexolmo_jax.evals.tasks import (
+    FOLDER,
+    Request,
+    Scored,
+    Task,
+    evaluate_tasks,
+    load_tasks,
+    resolve,
+    score,
+    summarise,
+)
 from flexolmo_jax.loaded import load
 
 FORMS = [
@@ -27,8 +38,20 @@ FORMS = [
 ]
 
 
-def line(document: int, choice: int, label: Any, continuation: str, context: str = "Question: what feeds the valley?\nAnswer:") -> dict:
-    return {"doc_id": document, "idx": choice, "label": label, "request": {"context": context, "continuation": continuation}, "doc": {}}
+def line(
+    document: int,
+    choice: int,
+    label: Any,
+    continuation: str,
+    context: str = "Question: what feeds the valley?\nAnswer:",
+) -> dict:
+    return {
+        "doc_id": document,
+        "idx": choice,
+        "label": label,
+        "request": {"context": context, "continuation": continuation},
+        "doc": {},
+    }
 
 
 @pytest.fixture
@@ -65,7 +88,9 @@ def test_a_name_means_one_form_and_upstreams_metric(name, form, metric):
     assert resolve(name, [form.replace("/", "_") for form in FORMS]) == (form, metric)
 
 
-def test_an_unknown_task_is_refused_with_near_ones_and_so_is_a_missing_package(package, monkeypatch):
+def test_an_unknown_task_is_refused_with_near_ones_and_so_is_a_missing_package(
+    package, monkeypatch
+):
     with pytest.raises(UserError, match=r"no task 'arc_eazy'; expected one as .*arc_easy"):
         load_tasks(["arc_eazy"])
 
@@ -81,21 +106,35 @@ def test_requests_without_a_context_are_passed_over_and_gold_answers_are_single(
     arc, gsm, sciq = load_tasks(["arc_easy", "gsm8k_bpb", "sciq_bpb"])
     assert len(arc.requests) == 15 and {r.label for r in arc.requests} == {0, 1, 2}
     assert len(gsm.requests) == 4 and {(r.choice, r.label) for r in gsm.requests} == {(0, 0)}
-    assert [r.continuation for r in sciq.requests] == [" the river", " two bridges", " a farmer remembers", " the river", " two bridges"]
+    assert [r.continuation for r in sciq.requests] == [
+        " the river",
+        " two bridges",
+        " a farmer remembers",
+        " the river",
+        " two bridges",
+    ]
     assert len(load_tasks(["arc_easy"], limit=2)[0].requests) == 6
 
 
 def test_a_score_is_the_log_probability_of_the_continuation_alone(package, model):
     loaded = load(model)
     (task,) = load_tasks(["arc_easy"])
-    scored = {(s.document, s.choice): s for s in score(OfModel(loaded), loaded.tokenizer, 64, task, batch_size=4)}
+    scored = {
+        (s.document, s.choice): s
+        for s in score(OfModel(loaded), loaded.tokenizer, 64, task, batch_size=4)
+    }
     assert len(scored) == 15
     for request in task.requests[:3]:
-        context, answer = loaded.tokenizer.encode(request.context), loaded.tokenizer.encode(request.continuation)
+        context, answer = (
+            loaded.tokenizer.encode(request.context),
+            loaded.tokenizer.encode(request.continuation),
+        )
         logits = loaded.logits(np.array([context + answer]))[0].astype(np.float64)
         log_p = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         expected = sum(log_p[len(context) + i - 1, token] for i, token in enumerate(answer))
-        assert scored[request.document, request.choice].log_likelihood == pytest.approx(expected, rel=1e-4)
+        assert scored[request.document, request.choice].log_likelihood == pytest.approx(
+            expected, rel=1e-4
+        )
 
 
 def test_what_does_not_fit_is_cut_off_at_its_start(model):
@@ -103,7 +142,9 @@ def test_what_does_not_fit_is_cut_off_at_its_start(model):
 
     def scored(context: str, size: int) -> float:
         task = Task("t", "acc", [Request(0, 0, context, " the river feeds", 0)])
-        return next(iter(score(OfModel(loaded), loaded.tokenizer, size, task, batch_size=1))).log_likelihood
+        return next(
+            iter(score(OfModel(loaded), loaded.tokenizer, size, task, batch_size=1))
+        ).log_likelihood
 
     long = "a farmer crosses the valley. " * 20
     ids = loaded.tokenizer.encode(long) + loaded.tokenizer.encode(" the river feeds")
@@ -114,10 +155,13 @@ def test_what_does_not_fit_is_cut_off_at_its_start(model):
 
 def test_the_best_choice_is_by_sum_or_by_character():
     def of(*figures: float, label: int) -> list[Scored]:
-        return [Scored(0, i, label, figure, " " + "x" * (4 * i + 1)) for i, figure in enumerate(figures)]
+        return [
+            Scored(0, i, label, figure, " " + "x" * (4 * i + 1)) for i, figure in enumerate(figures)
+        ]
 
     assert summarise("acc", of(-2.0, -3.0, label=0))["acc"] == 1
-    assert summarise("len_norm", of(-2.0, -3.0, label=0))["len_norm"] == 0  # -1 a character against -0.5
+    # -1 a character against -0.5
+    assert summarise("len_norm", of(-2.0, -3.0, label=0))["len_norm"] == 0
     both = summarise("acc", of(-2.0, -3.0, label=1))
     assert both["acc"] == 0 and both["bits_per_byte"] == pytest.approx(3 / 6 / math.log(2))
     assert both["soft"] == pytest.approx(math.exp(-3) / (math.exp(-2) + math.exp(-3)))
@@ -126,16 +170,45 @@ def test_the_best_choice_is_by_sum_or_by_character():
 
 
 def test_eval_takes_tasks_beside_data_or_alone(package, model, prepared, capsys, monkeypatch):
-    assert main(["eval", str(model), "--tasks", "arc_easy,gsm8k_bpb", "--without", "law", "--json"]) == 0
+    assert (
+        main(["eval", str(model), "--tasks", "arc_easy,gsm8k_bpb", "--without", "law", "--json"])
+        == 0
+    )
     tasks = json.loads(capsys.readouterr().out)["tasks"]
-    assert tasks["arc_easy"].keys() == {"metric", "acc", "soft", "bits_per_byte", "documents"} and tasks["arc_easy"]["documents"] == 5
+    assert (
+        tasks["arc_easy"].keys() == {"metric", "acc", "soft", "bits_per_byte", "documents"}
+        and tasks["arc_easy"]["documents"] == 5
+    )
     assert tasks["gsm8k_bpb"]["metric"] == "bpb" and tasks["gsm8k_bpb"]["bits_per_byte"] > 0
-    without = evaluate_tasks(OfModel(load(model), without=["law"]), load(model).tokenizer, 64, load_tasks(["arc_easy"]))
+    without = evaluate_tasks(
+        OfModel(load(model), without=["law"]), load(model).tokenizer, 64, load_tasks(["arc_easy"])
+    )
     assert without["arc_easy"] == pytest.approx(tasks["arc_easy"])
-    assert main(["eval", str(model), "--data", str(prepared["law"]), "--tasks", "sciq", "--limit", "2", "--json"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(model),
+                "--data",
+                str(prepared["law"]),
+                "--tasks",
+                "sciq",
+                "--limit",
+                "2",
+                "--json",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert result["tasks"]["sciq"]["documents"] == 2 and "law" in result["bits_per_byte"]
     assert main(["eval", str(model)]) == 2 and "nothing to evaluate on" in capsys.readouterr().err
-    assert main(["eval", str(model), "--data", str(prepared["law"]), "--harness"]) == 2 and "give --tasks too" in capsys.readouterr().err
+    assert (
+        main(["eval", str(model), "--data", str(prepared["law"]), "--harness"]) == 2
+        and "give --tasks too" in capsys.readouterr().err
+    )
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # not installed
-    assert main(["eval", str(model), "--tasks", "sciq", "--harness"]) == 2 and "pip install" in capsys.readouterr().err
+    assert (
+        main(["eval", str(model), "--tasks", "sciq", "--harness"]) == 2
+        and "pip install" in capsys.readouterr().err
+    )

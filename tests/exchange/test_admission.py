@@ -1,4 +1,5 @@
-"""The admission report finds hostile and broken experts, whose digests and signatures are right, and lets good ones in."""
+"""The admission report finds hostile and broken experts, whose digests and signatures are right,
+and lets good ones in."""
 
 import copy
 import functools
@@ -42,14 +43,28 @@ def forged(contribution: Path, out: Path, change: Callable[[Tensors], Tensors]) 
 def long_rows(tensors: Tensors) -> Tensors:
     """Router rows that decide everything they meet, and no bias to hold them."""
     return {
-        n: (a * 300).astype(a.dtype) if n.endswith("row") else np.zeros_like(a) if n.endswith("bias") else a for n, a in tensors.items()
+        n: (
+            (a * 300).astype(a.dtype)
+            if n.endswith("row")
+            else np.zeros_like(a)
+            if n.endswith("bias")
+            else a
+        )
+        for n, a in tensors.items()
     }
 
 
 def noise(tensors: Tensors) -> Tensors:
     """Weights that were never trained, as large as the trained ones."""
     rng = np.random.default_rng(0)
-    return {n: (rng.standard_normal(a.shape) * a.astype(np.float32).std()).astype(a.dtype) if "ffn" in n else a for n, a in tensors.items()}
+    return {
+        n: (
+            (rng.standard_normal(a.shape) * a.astype(np.float32).std()).astype(a.dtype)
+            if "ffn" in n
+            else a
+        )
+        for n, a in tensors.items()
+    }
 
 
 def too_large(tensors: Tensors) -> Tensors:
@@ -64,13 +79,23 @@ def test_good_experts_are_admitted(anchor, contributions, prepared):
         bits = report["public_bits_per_byte"]
         assert bits["with_the_expert"] != bits["anchor"] > 0
         for measures in report["weights"].values():
-            assert 0.9 < measures["Frobenius"]["least"] <= measures["Frobenius"]["most"] < 1.2 and measures["cosine"]["least"] > 0.9
+            assert (
+                0.9 < measures["Frobenius"]["least"] <= measures["Frobenius"]["most"] < 1.2
+                and measures["cosine"]["least"] > 0.9
+            )
 
 
 @pytest.mark.parametrize(
-    ("change", "finding"), [(long_rows, "router row"), (noise, "little in common"), (too_large, "Frobenius norm of gate is 8")]
+    ("change", "finding"),
+    [
+        (long_rows, "router row"),
+        (noise, "little in common"),
+        (too_large, "Frobenius norm of gate is 8"),
+    ],
 )
-def test_hostile_experts_are_found(anchor, contributions, prepared, tmp_path, capsys, change, finding):
+def test_hostile_experts_are_found(
+    anchor, contributions, prepared, tmp_path, capsys, change, finding
+):
     hostile = forged(contributions["code"], tmp_path / "hostile", change)
     report = verify(hostile, anchor, public=prepared["public"])["admission"]
     assert any(finding in found for found in report["findings"])
@@ -80,7 +105,9 @@ def test_hostile_experts_are_found(anchor, contributions, prepared, tmp_path, ca
     assert finding in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_expert_that_takes_public_text_for_itself_is_found(anchor, contributions, prepared, tmp_path):
+def test_an_expert_that_takes_public_text_for_itself_is_found(
+    anchor, contributions, prepared, tmp_path
+):
     """Its rows are what routers read of public text on average, longer."""
     run = pair_config(anchor, prepared["public"], "hostile", "pair.row=hidden")
     assert run.pair is not None
@@ -88,13 +115,25 @@ def test_an_expert_that_takes_public_text_for_itself_is_found(anchor, contributi
 
     def capture(tensors: Tensors) -> Tensors:
         captured = {
-            f"layers.{layer}.router.row": (20 * row).astype(np.asarray(tensors["layers.0.router.row"]).dtype)
+            f"layers.{layer}.router.row": (
+                (20 * row).astype(np.asarray(tensors["layers.0.router.row"]).dtype)
+            )
             for layer, row in enumerate(rows)
         }
-        return tensors | captured | {n: np.zeros_like(a) for n, a in tensors.items() if n.endswith("bias")}
+        return (
+            tensors
+            | captured
+            | {n: np.zeros_like(a) for n, a in tensors.items() if n.endswith("bias")}
+        )
 
-    report = verify(forged(contributions["code"], tmp_path / "hostile", capture), anchor, public=prepared["public"])["admission"]
-    assert report["public_share"] > 0.75 and any("of the routing weight on public text" in found for found in report["findings"])
+    report = verify(
+        forged(contributions["code"], tmp_path / "hostile", capture),
+        anchor,
+        public=prepared["public"],
+    )["admission"]
+    assert report["public_share"] > 0.75 and any(
+        "of the routing weight on public text" in found for found in report["findings"]
+    )
 
 
 def test_the_largest_singular_value_is_that_of_linear_algebra():
@@ -102,7 +141,9 @@ def test_the_largest_singular_value_is_that_of_linear_algebra():
 
     for shape in ((32, 64), (64, 32)):
         matrix = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
-        assert _largest_singular_value(matrix) == pytest.approx(np.linalg.svd(matrix)[1][0], rel=0.05)
+        assert _largest_singular_value(matrix) == pytest.approx(
+            np.linalg.svd(matrix)[1][0], rel=0.05
+        )
 
 
 def test_a_report_needs_the_anchor(contributions, prepared):
@@ -112,13 +153,17 @@ def test_a_report_needs_the_anchor(contributions, prepared):
         verify(contributions["code"], refuse=True)
 
 
-def test_every_honest_expert_is_admitted_to_the_anchor_and_to_models_on_it(anchor, model, contributions):
+def test_every_honest_expert_is_admitted_to_the_anchor_and_to_models_on_it(
+    anchor, model, contributions
+):
     for base in (anchor, model):
         for path in contributions.values():
             admit(open_contribution(path), open_artifact(base))
 
 
-def test_an_expert_up_to_four_times_out_of_the_policy_is_left_to_the_report(anchor, contributions, prepared, tmp_path):
+def test_an_expert_up_to_four_times_out_of_the_policy_is_left_to_the_report(
+    anchor, contributions, prepared, tmp_path
+):
     contribution = forged(contributions["code"], tmp_path / "large", too_large)
     admit(open_contribution(contribution), open_artifact(anchor))
     assert verify(contribution, anchor, public=prepared["public"])["admission"]["findings"]
@@ -134,7 +179,8 @@ def test_a_changed_byte_is_refused_by_admission_too(anchor, contributions, tmp_p
 
 
 def in_one_direction(tensors: Tensors) -> Tensors:
-    """Gates whose norm is in one singular value: twice as large as an honest one's, by the sum of their squares."""
+    """Gates whose norm is in one singular value: twice as large as an honest one's, by the sum of
+    their squares."""
 
     def bent(matrix: np.ndarray) -> np.ndarray:
         wide = matrix.astype(np.float32)
@@ -144,11 +190,16 @@ def in_one_direction(tensors: Tensors) -> Tensors:
     return {n: bent(a) if n.endswith("gate") else a for n, a in tensors.items()}
 
 
-def test_a_matrix_that_is_large_in_one_direction_is_found(anchor, contributions, prepared, tmp_path):
-    """Its Frobenius norm is within the policy; what it does to the inputs that it is made for is not."""
+def test_a_matrix_that_is_large_in_one_direction_is_found(
+    anchor, contributions, prepared, tmp_path
+):
+    """Its Frobenius norm is within the policy; what it does to the inputs that it is made for is
+    not."""
     hostile = forged(contributions["code"], tmp_path / "hostile", in_one_direction)
     findings = verify(hostile, anchor, public=prepared["public"])["admission"]["findings"]
-    assert any("the spectral norm of gate" in found for found in findings) and not any("Frobenius" in found for found in findings)
+    assert any("the spectral norm of gate" in found for found in findings) and not any(
+        "Frobenius" in found for found in findings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +212,11 @@ BOUNDS = {
     "Frobenius norm of up": (["weights", "up", "Frobenius", "most"], DEFAULT.norm, 1),
     "the Frobenius norm of up": (["weights", "up", "Frobenius", "least"], 1 / DEFAULT.norm, -1),
     "spectral norm of down": (["weights", "down", "spectral", "most"], DEFAULT.spectral, 1),
-    "the spectral norm of down": (["weights", "down", "spectral", "least"], 1 / DEFAULT.spectral, -1),
+    "the spectral norm of down": (
+        ["weights", "down", "spectral", "least"],
+        1 / DEFAULT.spectral,
+        -1,
+    ),
     "gate has little in common": (["weights", "gate", "cosine", "least"], DEFAULT.cosine, -1),
     "a router row is": (["row_norm_of_the_anchors", "most"], DEFAULT.row_norm, 1),
     "of the routing weight": (["public_share"], DEFAULT.public_share, 1),
@@ -171,18 +226,27 @@ BOUNDS = {
 
 @pytest.mark.parametrize("finding", BOUNDS)
 def test_each_bound_of_the_policy_is_one(report, finding):
-    """A measure on the right side of its bound is no finding; on the other side, or no number, it is one."""
+    """A measure on the right side of its bound is no finding; on the other side, or no number, it
+    is one."""
     assert _findings(report, DEFAULT) == []
     (*path, last), bound, outwards = BOUNDS[finding]
     bound = bound * report["public_bits_per_byte"]["anchor"] if last == "with_the_expert" else bound
-    for value, is_found in ((bound - outwards * 1e-6, False), (bound + outwards * 1e-6, True), (math.nan, True)):
+    for value, is_found in (
+        (bound - outwards * 1e-6, False),
+        (bound + outwards * 1e-6, True),
+        (math.nan, True),
+    ):
         changed = copy.deepcopy(report)
         functools.reduce(lambda node, key: node[key], path, changed)[last] = value
         found = _findings(changed, DEFAULT)
-        assert len(found) == is_found and all(finding.removeprefix("the ") in each for each in found)
+        assert len(found) == is_found and all(
+            finding.removeprefix("the ") in each for each in found
+        )
 
 
-def test_an_admission_counts_for_its_own_bounds_and_anchor_only(anchor, contributions, monkeypatch, tmp_path):
+def test_an_admission_counts_for_its_own_bounds_and_anchor_only(
+    anchor, contributions, monkeypatch, tmp_path
+):
     """It is remembered, so that files are read once: another policy is another question."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     large = open_contribution(forged(contributions["code"], tmp_path / "large", too_large))

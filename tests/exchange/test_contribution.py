@@ -1,4 +1,5 @@
-"""What is handed over: nothing but weights and a manifest, measured as released; and everything else is refused in one line."""
+"""What is handed over: nothing but weights and a manifest, measured as released; and everything
+else is refused in one line."""
 
 import datetime
 import hashlib
@@ -46,18 +47,25 @@ def copy(contributions, tmp_path) -> Path:
 
 
 def rewrite(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """What an owner with a broken tool would hand over: every digest is right, what they are taken of is not."""
+    """What an owner with a broken tool would hand over: every digest is right, what they are taken
+    of is not."""
     save_file(tensors, path / TENSORS)
     data = (path / TENSORS).read_bytes()
     header = data[: 8 + int.from_bytes(data[:8], "little")]
     manifest: dict[str, Any] = manifest_of(path) | {"header": hashlib.sha256(header).hexdigest()}
-    entries = {name: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": tensor_digest(t)} for name, t in tensors.items()}
-    manifest["tensors"] |= {name: entry for name, entry in entries.items() if name in manifest["tensors"]}
+    entries = {
+        name: {"dtype": str(t.dtype), "shape": list(t.shape), "sha256": tensor_digest(t)}
+        for name, t in tensors.items()
+    }
+    manifest["tensors"] |= {
+        name: entry for name, entry in entries.items() if name in manifest["tensors"]
+    }
     (path / MANIFEST).write_bytes(sealed(manifest))
 
 
 def test_what_is_merged_is_what_was_measured(anchor, contributions, prepared, tmp_path):
-    """The manifest's figures are of the weights as released: the merge of that one expert gives them again."""
+    """The manifest's figures are of the weights as released: the merge of that one expert gives
+    them again."""
     measured = manifest_of(contributions["code"])["training"]["bits_per_byte"]
     merged = load(merge(anchor, [contributions["code"]], tmp_path / "model").path)
     for name, path in (("code", prepared["code"]), ("public", anchor / "public")):
@@ -66,12 +74,16 @@ def test_what_is_merged_is_what_was_measured(anchor, contributions, prepared, tm
         assert pair == pytest.approx(measured["pair"][name], rel=2e-6)
         assert alone == pytest.approx(measured["anchor"][name], rel=2e-6)
     assert measured["pair"]["code"] < measured["anchor"]["code"]
-    assert {str(t.dtype) for t in load_file(contributions["code"] / TENSORS).values()} == {"bfloat16"}
+    assert {str(t.dtype) for t in load_file(contributions["code"] / TENSORS).values()} == {
+        "bfloat16"
+    }
 
 
 def test_info_says_exactly_what_leaves(contributions):
     told = info(contributions["code"])
-    assert set(told["leaves_the_owner"]) == {p.name for p in contributions["code"].iterdir()} | {"documents"}
+    assert set(told["leaves_the_owner"]) == {p.name for p in contributions["code"].iterdir()} | {
+        "documents"
+    }
     numbers = sum(t.size for t in load_file(contributions["code"] / TENSORS).values())
     assert f"{numbers:,} bfloat16 numbers" in told["leaves_the_owner"][TENSORS]
     assert told["leaves_the_owner"]["documents"] == "none" and told["measured"]["steps"] == 8
@@ -87,7 +99,11 @@ def test_no_private_text_is_in_a_contribution(contributions, corpora, prepared):
 
 def test_an_expert_of_the_same_name_is_refused(anchor, contributions, tmp_path):
     with pytest.raises(UserError, match="two experts are called 'code'"):
-        merge(anchor, [contributions["code"], contributions["law"], contributions["code"]], tmp_path / "model")
+        merge(
+            anchor,
+            [contributions["code"], contributions["law"], contributions["code"]],
+            tmp_path / "model",
+        )
 
 
 def test_a_file_that_does_not_belong_is_refused(copy):
@@ -101,12 +117,16 @@ BAD_TENSORS = {
     "unknown": lambda up: {"layers.1.ffn.up": up, "layers.2.ffn.up": up},
     "float16": lambda up: {"layers.1.ffn.up": up.astype(np.float16)},
     r"\[64\]": lambda up: {"layers.1.ffn.up": up[0]},
-    "has values that are not finite": lambda up: {"layers.1.ffn.up": np.where(np.arange(64) == 3, np.nan, up).astype(up.dtype)},
+    "has values that are not finite": lambda up: {
+        "layers.1.ffn.up": np.where(np.arange(64) == 3, np.nan, up).astype(up.dtype)
+    },
 }
 
 
 @pytest.mark.parametrize("message", BAD_TENSORS)
-def test_tensors_that_do_not_fit_are_refused_whatever_their_digests_say(anchor, copy, tmp_path, message):
+def test_tensors_that_do_not_fit_are_refused_whatever_their_digests_say(
+    anchor, copy, tmp_path, message
+):
     whole = load_file(copy / TENSORS)
     up = whole.pop("layers.1.ffn.up")
     rewrite(copy, whole | BAD_TENSORS[message](up))
@@ -125,7 +145,8 @@ def test_an_expired_licence_is_refused_on_the_day_after_its_last(anchor, copy, m
     today = datetime.datetime.now(datetime.UTC).date()
     assert verify(resealed(copy, expires=str(today + datetime.timedelta(1))), anchor)["verified"]
     resealed(copy, expires=str(today - datetime.timedelta(2)))
-    assert info(copy)["stated"]["expires"] == str(today - datetime.timedelta(2))  # may still be looked at
+    # may still be looked at
+    assert info(copy)["stated"]["expires"] == str(today - datetime.timedelta(2))
     without = opt_out(model, ["code"], tmp_path / "without").path
     for read in (
         lambda: verify(copy),
@@ -138,16 +159,32 @@ def test_an_expired_licence_is_refused_on_the_day_after_its_last(anchor, copy, m
     assert not (tmp_path / "out").exists()
 
 
-def test_what_an_owner_states_is_in_the_manifest_the_model_and_info_apart_from_what_was_measured(anchor, prepared, tmp_path):
-    stated_so = ("pair.owner=ACME", "pair.licence=ours", "pair.expires=2999-12-31", "pair.sequence=3")
+def test_what_an_owner_states_is_in_the_manifest_the_model_and_info_apart_from_what_was_measured(
+    anchor, prepared, tmp_path
+):
+    stated_so = (
+        "pair.owner=ACME",
+        "pair.licence=ours",
+        "pair.expires=2999-12-31",
+        "pair.sequence=3",
+    )
     config = pair_config(anchor, prepared["code"], "code", "train.steps=1", *stated_so)
     train_pair(config, tmp_path / "run")
     contribution = package(tmp_path / "run", tmp_path / "c").path
-    stated = {"owner": "ACME", "domain": "code", "licence": "ours", "expires": "2999-12-31", "sequence": 3, "privacy": "none"}
+    stated = {
+        "owner": "ACME",
+        "domain": "code",
+        "licence": "ours",
+        "expires": "2999-12-31",
+        "sequence": 3,
+        "privacy": "none",
+    }
     assert {key: manifest_of(contribution)[key] for key in stated} == stated
     (member,) = info(merge(anchor, [contribution], tmp_path / "model").path)["members"]
     for told in (info(contribution), member):
-        assert {key: told["stated"][key] for key in stated} == stated and "not checked" in told["stated"]["by"]
+        assert {key: told["stated"][key] for key in stated} == stated and "not checked" in told[
+            "stated"
+        ]["by"]
         assert told["measured"].keys() == {"by", *manifest_of(contribution)["training"]}
         assert not stated.keys() & (told["measured"].keys() | told.keys())
 
@@ -165,14 +202,28 @@ def test_format_1_is_still_read_and_its_privacy_shown_as_stated(anchor, copy, tm
     assert old.sequence == 0 and verify(copy, anchor)["verified"]
     (member,) = info(merge(anchor, [copy], tmp_path / "model").path)["members"]
     for told in (info(copy), member):
-        assert told["stated"]["privacy"] == privacy and told["stated"]["by"] == "the owner; not checked"
+        assert (
+            told["stated"]["privacy"] == privacy
+            and told["stated"]["by"] == "the owner; not checked"
+        )
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": 2, "sequence": None}, {"format": 1, "sequence": 1}, {"format": 3}, {"format": True}, {"format": 2.0}]
+    "change",
+    [
+        {"format": 2, "sequence": None},
+        {"format": 1, "sequence": 1},
+        {"format": 3},
+        {"format": True},
+        {"format": 2.0},
+    ],
 )
 def test_each_format_has_its_own_keys(copy, change):
-    manifest = {key: value for key, value in (manifest_of(copy) | change).items() if value is not None or key == "expires"}
+    manifest = {
+        key: value
+        for key, value in (manifest_of(copy) | change).items()
+        if value is not None or key == "expires"
+    }
     (copy / MANIFEST).write_bytes(sealed(manifest))
     with pytest.raises(UserError, match=r"sequence|the format is"):
         open_contribution(copy)
@@ -180,17 +231,32 @@ def test_each_format_has_its_own_keys(copy, change):
 
 def test_a_manifest_of_the_largest_model_is_within_the_limits(copy):
     manifest = manifest_of(copy)
-    largest = {"n_layers": LAYERS, **{key: LARGEST[key] for key in ("d_model", "d_ffn")}, "n_heads": 1024, "n_kv_heads": 1024}
+    largest = {
+        "n_layers": LAYERS,
+        **{key: LARGEST[key] for key in ("d_model", "d_ffn")},
+        "n_heads": 1024,
+        "n_kv_heads": 1024,
+    }
     model = manifest["model"] | largest
     tensors = {
         name: {"dtype": "bfloat16", "sha256": "f" * 64, "shape": list(shape)}
         for name, shape in tensor_shapes(ModelConfig(**model), manifest["router_bias"]).items()
     }
     scores = {f"{i}{'x' * 200}": 1.234567 for i in range(1000)}
-    training = {"steps": 2**62, "tokens": 2**62, "public_share": 0.3, "bits_per_byte": {"anchor": scores, "pair": scores}}
-    text = sealed(manifest | {"model": model, "tensors": tensors, "training": training, "licence": "x" * 1000})
+    training = {
+        "steps": 2**62,
+        "tokens": 2**62,
+        "public_share": 0.3,
+        "bits_per_byte": {"anchor": scores, "pair": scores},
+    }
+    text = sealed(
+        manifest | {"model": model, "tensors": tensors, "training": training, "licence": "x" * 1000}
+    )
     assert read_manifest(text)["model"] == model and len(text) < MANIFEST_LIMIT / 2
-    header = {name: {"dtype": "BF16", "shape": t["shape"], "data_offsets": [2**47, 2**47]} for name, t in tensors.items()}
+    header = {
+        name: {"dtype": "BF16", "shape": t["shape"], "data_offsets": [2**47, 2**47]}
+        for name, t in tensors.items()
+    }
     assert len(json.dumps(header)) < HEADER_OF_TENSOR * len(tensors) / 2
 
 
@@ -201,7 +267,10 @@ def test_a_contribution_replaces_an_older_one_only_unless_asked(anchor, copy, tm
     second = replace(model, newer, tmp_path / "second").path
     assert replace(second, newer, tmp_path / "same").path  # the very one
     for older in (copy, equal, as_format_1(Path(shutil.copytree(copy, tmp_path / "first")))):
-        with pytest.raises(UserError, match=r"has sequence [012]; expected more than the model's, 2; .* --allow-older"):
+        with pytest.raises(
+            UserError,
+            match=r"has sequence [012]; expected more than the model's, 2; .* --allow-older",
+        ):
             replace(second, older, tmp_path / "no")
     assert not (tmp_path / "no").exists()
     assert replace(second, copy, tmp_path / "back", allow_older=True).path
@@ -210,16 +279,33 @@ def test_a_contribution_replaces_an_older_one_only_unless_asked(anchor, copy, tm
 def test_what_is_stated_can_change_without_training_anew(anchor, prepared, tmp_path):
     """An owner renews a licence: the same weights, a higher sequence."""
     for sequence, out in ((1, "first"), (2, "second")):
-        config = pair_config(anchor, prepared["code"], "code", "train.steps=1", f"pair.sequence={sequence}", f"pair.licence={out}")
+        config = pair_config(
+            anchor,
+            prepared["code"],
+            "code",
+            "train.steps=1",
+            f"pair.sequence={sequence}",
+            f"pair.licence={out}",
+        )
         train_pair(config, tmp_path / "run")
         package(tmp_path / "run", tmp_path / out)
     first, second = (manifest_of(tmp_path / out) for out in ("first", "second"))
-    assert first["tensors"] == second["tensors"] and (second["sequence"], second["licence"]) == (2, "second")
-    assert replace(merge(anchor, [tmp_path / "first"], tmp_path / "model").path, tmp_path / "second", tmp_path / "renewed").path
+    assert first["tensors"] == second["tensors"] and (second["sequence"], second["licence"]) == (
+        2,
+        "second",
+    )
+    assert replace(
+        merge(anchor, [tmp_path / "first"], tmp_path / "model").path,
+        tmp_path / "second",
+        tmp_path / "renewed",
+    ).path
 
 
 def test_nothing_is_packaged_that_would_be_refused(pair_runs, tmp_path, monkeypatch):
-    monkeypatch.setattr("flexolmo_jax.owner.package._evaluate", lambda *_: {"anchor": {"code": 1.0}, "pair": {"code": float("nan")}})
+    monkeypatch.setattr(
+        "flexolmo_jax.owner.package._evaluate",
+        lambda *_: {"anchor": {"code": 1.0}, "pair": {"code": float("nan")}},
+    )
     with pytest.raises(UserError, match="no contribution can be made of this expert: NaN"):
         package(pair_runs["code"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -231,11 +317,15 @@ def test_nothing_is_packaged_that_would_be_refused(pair_runs, tmp_path, monkeypa
         ("expires", "tomorrow"), ("expires", "2027-2-30"), ("expires", "2027-1-2"), ("expires", ""),
         ("privacy", "differential"), ("privacy", {"epsilon": 1.0}),
         ("privacy", {"epsilon": -1, "delta": 0}), ("privacy", {"epsilon": True, "delta": 0}),
-        ("owner", "two\nlines"), ("licence", "\x1b[2J"), ("header", 3), ("more", "keys"), ("owner", "x" * 1001), ("tool", "x" * 1001),
-        ("training", {"more": 1}), ("training", {"steps": -1}), ("training", {"steps": 1.0}), ("training", {"public_share": 1.5}),
-        ("training", {"bits_per_byte": {"pair": {"\x1b[2J": 1.0}}}), ("training", {"bits_per_byte": {"\n": {}}}),
+        ("owner", "two\nlines"), ("licence", "\x1b[2J"), ("header", 3), ("more", "keys"), ("owner",
+        "x" * 1001), ("tool", "x" * 1001),
+        ("training", {"more": 1}), ("training", {"steps": -1}), ("training", {"steps": 1.0}),
+        ("training", {"public_share": 1.5}),
+        ("training", {"bits_per_byte": {"pair": {"\x1b[2J": 1.0}}}), ("training",
+        {"bits_per_byte": {"\n": {}}}),
         ("training", {"imported": "\n"}),
-        ("sequence", 0), ("sequence", True), ("sequence", 2**60), ("dtype", "float64"), ("anchor", "F" * 64),
+        ("sequence", 0), ("sequence", True), ("sequence", 2**60), ("dtype", "float64"), ("anchor",
+        "F" * 64),
     ],
 )  # fmt: skip
 def test_statements_that_are_none_are_refused(copy, key, value):
@@ -245,7 +335,8 @@ def test_statements_that_are_none_are_refused(copy, key, value):
 
 
 HOSTILE = {
-    "nothing": "", "no JSON": "{]", "a list": "[]", "a number": "1", "null": "null", "deep": "[" * 100_000,
+    "nothing": "", "no JSON": "{]", "a list": "[]", "a number": "1", "null": "null",
+    "deep": "[" * 100_000,
     "NUL": "\0", "a big number": "9" * 5000,
     "an empty object": "{}",
 }  # fmt: skip
@@ -263,22 +354,52 @@ def test_a_manifest_that_is_none_is_an_error_of_one_line(copy, text):
 @pytest.mark.parametrize(
     "key",
     [
-        *("name", "owner", "domain", "licence", "expires", "anchor", "model", "router_bias", "dtype", "tensors", "header"),
+        *(
+            "name",
+            "owner",
+            "domain",
+            "licence",
+            "expires",
+            "anchor",
+            "model",
+            "router_bias",
+            "dtype",
+            "tensors",
+            "header",
+        ),
         *("training", "privacy", "tool"),
     ],
 )
-def test_a_manifest_with_a_key_missing_or_of_another_type_is_an_error_of_one_line(anchor, copy, key, tmp_path):
+def test_a_manifest_with_a_key_missing_or_of_another_type_is_an_error_of_one_line(
+    anchor, copy, key, tmp_path
+):
     whole = manifest_of(copy)
-    values = [7, None, [1], "x" if not isinstance(whole[key], str) else {"a": 1}, {"n_layers": 10**12} if key == "model" else [[]]]
-    for manifest in ({k: v for k, v in whole.items() if k != key}, *(whole | {key: value} for value in values if value != whole[key])):
+    values = [
+        7,
+        None,
+        [1],
+        "x" if not isinstance(whole[key], str) else {"a": 1},
+        {"n_layers": 10**12} if key == "model" else [[]],
+    ]
+    for manifest in (
+        {k: v for k, v in whole.items() if k != key},
+        *(whole | {key: value} for value in values if value != whole[key]),
+    ):
         (copy / MANIFEST).write_bytes(sealed(manifest))
-        for read in (lambda: info(copy), lambda: verify(copy), lambda: merge(anchor, [copy], tmp_path / "model")):
+        for read in (
+            lambda: info(copy),
+            lambda: verify(copy),
+            lambda: merge(anchor, [copy], tmp_path / "model"),
+        ):
             with pytest.raises(UserError) as error:
                 read()
             assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["", "anchor", "../../etc/passwd", "/etc", "a/b", "..", "a\nb", "x" * 65, "\x1b[2J", "--out"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "anchor", "../../etc/passwd", "/etc", "a/b", "..", "a\nb", "x" * 65, "\x1b[2J", "--out"],
+)
 def test_a_name_that_could_be_a_path_or_an_option_is_refused(copy, name):
     (copy / MANIFEST).write_bytes(sealed(manifest_of(copy) | {"name": name}))
     with pytest.raises(UserError, match="name") as error:
@@ -286,16 +407,24 @@ def test_a_name_that_could_be_a_path_or_an_option_is_refused(copy, name):
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
-@pytest.mark.parametrize(("key", "change"), [("model", {"rope_theta": 1e4}), ("model", {"max_seq_len": 32}), ("model", {"n_kv_heads": 4})])
-def test_another_architecture_under_the_right_fingerprint_is_refused(anchor, copy, model, tmp_path, key, change):
-    """The tensors are of the same shapes: nothing but the manifest tells that they were trained in another model."""
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [("model", {"rope_theta": 1e4}), ("model", {"max_seq_len": 32}), ("model", {"n_kv_heads": 4})],
+)
+def test_another_architecture_under_the_right_fingerprint_is_refused(
+    anchor, copy, model, tmp_path, key, change
+):
+    """The tensors are of the same shapes: nothing but the manifest tells that they were trained in
+    another model."""
     resealed(copy, model=manifest_of(copy)["model"] | change)
     for read in (
         lambda: verify(copy, anchor),
         lambda: merge(anchor, [copy], tmp_path / "out"),
         lambda: replace(model, copy, tmp_path / "out", allow_older=True),
     ):
-        with pytest.raises(UserError, match=r"names the fingerprint of .* but has another model; ask its owner"):
+        with pytest.raises(
+            UserError, match=r"names the fingerprint of .* but has another model; ask its owner"
+        ):
             read()
     assert not (tmp_path / "out").exists()
 
@@ -310,11 +439,15 @@ def test_another_dtype_under_the_right_fingerprint_is_refused(anchor, copy, tmp_
 
 
 def test_a_header_that_says_the_same_in_other_bytes_is_refused(anchor, copy, tmp_path):
-    """Every tensor is where it was: only the header's own digest tells that somebody was at the file."""
+    """Every tensor is where it was: only the header's own digest tells that somebody was at the
+    file."""
     data = (copy / TENSORS).read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     fields = json.loads(data[8:end])
-    for header in (json.dumps(fields).encode(), json.dumps(dict(reversed(fields.items())), separators=(",", ":")).encode() + b" "):
+    for header in (
+        json.dumps(fields).encode(),
+        json.dumps(dict(reversed(fields.items())), separators=(",", ":")).encode() + b" ",
+    ):
         (copy / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
         for read in (lambda: verify(copy), lambda: merge(anchor, [copy], tmp_path / "out")):
             with pytest.raises(UserError, match="does not have the header of the manifest"):
@@ -325,8 +458,13 @@ def test_a_licence_holds_to_the_end_of_its_last_day_in_utc(copy, monkeypatch):
     contribution = open_contribution(resealed(copy, expires="2027-12-31"))
 
     def at(*when: int) -> None:
-        clock = SimpleNamespace(now=lambda zone: datetime.datetime(*when, tzinfo=datetime.UTC).astimezone(zone))
-        monkeypatch.setattr("flexolmo_jax.exchange.contribution.datetime", SimpleNamespace(datetime=clock, UTC=datetime.UTC))
+        clock = SimpleNamespace(
+            now=lambda zone: datetime.datetime(*when, tzinfo=datetime.UTC).astimezone(zone)
+        )
+        monkeypatch.setattr(
+            "flexolmo_jax.exchange.contribution.datetime",
+            SimpleNamespace(datetime=clock, UTC=datetime.UTC),
+        )
 
     at(2027, 12, 31, 23, 59, 59)
     contribution.check()
@@ -336,7 +474,8 @@ def test_a_licence_holds_to_the_end_of_its_last_day_in_utc(copy, monkeypatch):
 
 
 def test_the_right_bytes_in_another_shape_are_refused(anchor, copy, tmp_path):
-    """Their digest is right, and so is the header's: they would go into other places of a matrix."""
+    """Their digest is right, and so is the header's: they would go into other places of a
+    matrix."""
     data = (copy / TENSORS).read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     fields = json.loads(data[8:end])
@@ -346,5 +485,8 @@ def test_the_right_bytes_in_another_shape_are_refused(anchor, copy, tmp_path):
     (copy / TENSORS).write_bytes(header + data[end:])
     resealed(copy, header=hashlib.sha256(header).hexdigest())
     for read in (lambda: verify(copy), lambda: merge(anchor, [copy], tmp_path / "out")):
-        with pytest.raises(UserError, match=r"layers\.1\.ffn\.up is bfloat16 \[64, 32\]; expected bfloat16 \[32, 64\]"):
+        with pytest.raises(
+            UserError,
+            match=r"layers\.1\.ffn\.up is bfloat16 \[64, 32\]; expected bfloat16 \[32, 64\]",
+        ):
             read()

@@ -1,4 +1,5 @@
-"""Embedders: what is fitted and saved, what a loaded one gives back, how well domains are told apart, and every refusal."""
+"""Embedders: what is fitted and saved, what a loaded one gives back, how well domains are told
+apart, and every refusal."""
 
 import importlib.metadata
 import json
@@ -11,21 +12,80 @@ import pytest
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange import embedder as embedders
-from flexolmo_jax.exchange.embedder import EncoderEmbedder, domain_embedding, fit_embedder, load_embedder
+from flexolmo_jax.exchange.embedder import (
+    EncoderEmbedder,
+    domain_embedding,
+    fit_embedder,
+    load_embedder,
+)
 
-FUNCTION_WORDS = ["the", "a", "of", "and", "to", "in", "is", "that", "it", "for", "with", "as", "on", "by", "this", "be"]
+FUNCTION_WORDS = [
+    "the",
+    "a",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "that",
+    "it",
+    "for",
+    "with",
+    "as",
+    "on",
+    "by",
+    "this",
+    "be",
+]
 DOMAIN_WORDS = {
-    "law": ["court", "contract", "party", "clause", "liability", "plaintiff", "statute", "breach", "damages", "appeal"],
-    "biology": ["protein", "cell", "gene", "enzyme", "membrane", "receptor", "mutation", "tissue", "bacteria", "neuron"],
-    "cooking": ["butter", "oven", "flour", "simmer", "garlic", "onion", "recipe", "whisk", "dough", "sugar"],
+    "law": [
+        "court",
+        "contract",
+        "party",
+        "clause",
+        "liability",
+        "plaintiff",
+        "statute",
+        "breach",
+        "damages",
+        "appeal",
+    ],
+    "biology": [
+        "protein",
+        "cell",
+        "gene",
+        "enzyme",
+        "membrane",
+        "receptor",
+        "mutation",
+        "tissue",
+        "bacteria",
+        "neuron",
+    ],
+    "cooking": [
+        "butter",
+        "oven",
+        "flour",
+        "simmer",
+        "garlic",
+        "onion",
+        "recipe",
+        "whisk",
+        "dough",
+        "sugar",
+    ],
 }
 
 
 def prose(words: list[str], seed: int, count: int) -> list[str]:
-    """Documents of 60 words, one in three of the domain's, the rest the words that every domain shares."""
+    """Documents of 60 words, one in three of the domain's, the rest the words that every domain
+    shares."""
     rng = random.Random(seed)
     return [
-        " ".join(rng.choice(words if rng.random() < 0.33 else FUNCTION_WORDS) for _ in range(60)).capitalize() + f". {n}"
+        " ".join(
+            rng.choice(words if rng.random() < 0.33 else FUNCTION_WORDS) for _ in range(60)
+        ).capitalize()
+        + f". {n}"
         for n in range(count)
     ]
 
@@ -34,19 +94,26 @@ def code(seed: int, count: int) -> list[str]:
     rng = random.Random(seed)
     names = ["x", "y", "data", "items", "value", "index", "result", "self"]
     line = "{0}.{1}[{2}] = ({0} + {3}) * 0x1F; if {2} != {1}: return {{{0}: {3}}}"
-    return ["\n".join(line.format(*rng.choices(names, k=4)) for _ in range(8)) for _ in range(count)]
+    return [
+        "\n".join(line.format(*rng.choices(names, k=4)) for _ in range(8)) for _ in range(count)
+    ]
 
 
 def public_texts() -> list[str]:
     return [text for words in DOMAIN_WORDS.values() for text in prose(words, 1, 20)] + code(1, 20)
 
 
-def test_saving_the_same_fit_twice_gives_the_same_bytes_whatever_the_order_of_documents(tmp_path: Path) -> None:
+def test_saving_the_same_fit_twice_gives_the_same_bytes_whatever_the_order_of_documents(
+    tmp_path: Path,
+) -> None:
     fit_embedder("tfidf", public_texts(), 48).save(tmp_path / "a")
     fit_embedder("tfidf", iter(public_texts()[::-1]), 48).save(tmp_path / "b")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["embedder.json", "embedder.npz"]
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert all(
+        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        for name in files
+    )
 
 
 @pytest.mark.parametrize("dim", [1, 31, 256])
@@ -73,7 +140,8 @@ def test_another_fit_or_dimension_is_another_version() -> None:
 
 
 def test_the_projection_is_fixed_for_all_time() -> None:
-    # From Philox's documented stream with the published seed; another value here would be another embedder under the same format.
+    # From Philox's documented stream with the published seed; another value here would be another
+    # embedder under the same format.
     assert embedders._random_signs(2, 64).tobytes().hex() == "0537795d5645d03bd87c1eb69a3913e3"
 
 
@@ -82,7 +150,13 @@ def test_the_projection_keeps_lengths_and_angles() -> None:
     rows = rng.standard_normal((20, 384)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     projected = embedders._project(rows, embedders._random_signs(384, 1024), 1024)
-    dense = np.unpackbits(embedders._random_signs(384, 1024), axis=1, bitorder="little").astype(np.float32) * 2 - 1
+    dense = (
+        np.unpackbits(embedders._random_signs(384, 1024), axis=1, bitorder="little").astype(
+            np.float32
+        )
+        * 2
+        - 1
+    )
     np.testing.assert_allclose(projected, rows @ dense / 32, atol=1e-5)
     assert np.abs(projected @ projected.T - rows @ rows.T).max() < 0.15
 
@@ -94,10 +168,25 @@ def test_embeddings_are_about_unit_length_and_a_domain_mean_is_shorter() -> None
 
 
 def test_nearest_centroids_tell_domains_apart_including_one_whose_words_are_all_unseen() -> None:
-    unseen = ["gyre", "gimble", "wabe", "mimsy", "borogove", "rath", "outgrabe", "slithy", "tove", "frumious"]
+    unseen = [
+        "gyre",
+        "gimble",
+        "wabe",
+        "mimsy",
+        "borogove",
+        "rath",
+        "outgrabe",
+        "slithy",
+        "tove",
+        "frumious",
+    ]
     domains = DOMAIN_WORDS | {"unseen": unseen}
-    training = {name: prose(words, 4, 30) for name, words in domains.items()} | {"code": code(4, 30)}
-    held_out = {name: prose(words, 5, 30) for name, words in domains.items()} | {"code": code(5, 30)}
+    training = {name: prose(words, 4, 30) for name, words in domains.items()} | {
+        "code": code(4, 30)
+    }
+    held_out = {name: prose(words, 5, 30) for name, words in domains.items()} | {
+        "code": code(5, 30)
+    }
     fitted = fit_embedder("tfidf", public_texts(), 256)
     assert not set(unseen) & set(fitted.words)  # pyright: ignore[reportAttributeAccessIssue]
     centroids = np.stack([domain_embedding(fitted, training[name]) for name in held_out])
@@ -128,19 +217,25 @@ def test_embedding_private_text_leaves_nothing_of_it_in_what_is_saved(tmp_path: 
     assert set(saved["words"]) == public_words
 
 
-def test_the_vocabulary_keeps_the_commonest_words_and_breaks_ties_by_the_alphabet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vocabulary_keeps_the_commonest_words_and_breaks_ties_by_the_alphabet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(embedders, "VOCABULARY", 3)
     fitted = fit_embedder("tfidf", ["b common", "a common", "d common", "c"], 8)
     assert fitted.words == ("a", "b", "common")  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_a_domain_embedding_is_the_mean_of_its_documents_and_ignores_their_order_repeats_and_blanks() -> None:
+def test_a_domain_embedding_is_the_mean_of_documents_whatever_their_order_repeats_and_blanks() -> (
+    None
+):
     fitted = fit_embedder("tfidf", public_texts(), 64)
     texts = prose(DOMAIN_WORDS["cooking"], 8, 25)
     mean = domain_embedding(fitted, iter(texts))
     assert mean.shape == (64,) and mean.dtype == np.float32
     np.testing.assert_allclose(mean, fitted.embed(texts).mean(axis=0), atol=1e-6)
-    np.testing.assert_array_equal(mean, domain_embedding(fitted, [" \n", *texts[::-1], "", *texts[:9]]))
+    np.testing.assert_array_equal(
+        mean, domain_embedding(fitted, [" \n", *texts[::-1], "", *texts[:9]])
+    )
 
 
 def test_a_large_domain_is_sampled_the_same_in_any_order() -> None:
@@ -172,13 +267,23 @@ def test_a_domain_or_a_public_set_without_documents_is_refused() -> None:
         ("embedder.json", lambda data: data.replace(b'"format": 1', b'"format": 2'), "format"),
         ("embedder.json", lambda data: data.replace(b'"court"', b'"curt"'), "published with"),
         ("embedder.json", lambda data: data.replace(b'"dim": 24', b'"dim": 23'), "published with"),
-        ("embedder.json", lambda data: data.replace(b'"dim": 24', b'"dim": 99'), "is not the TF-IDF"),
+        (
+            "embedder.json",
+            lambda data: data.replace(b'"dim": 24', b'"dim": 99'),
+            "is not the TF-IDF",
+        ),
         ("embedder.npz", lambda data: b"", "is not the TF-IDF"),
         ("embedder.npz", lambda data: data[: len(data) // 2], "is not the TF-IDF"),
-        ("embedder.npz", lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:], "is not the TF-IDF"),
+        (
+            "embedder.npz",
+            lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],
+            "is not the TF-IDF",
+        ),
     ],
 )
-def test_a_missing_or_changed_file_is_refused_in_one_line(tmp_path: Path, file: str, change, message: str) -> None:
+def test_a_missing_or_changed_file_is_refused_in_one_line(
+    tmp_path: Path, file: str, change, message: str
+) -> None:
     fit_embedder("tfidf", public_texts(), 24).save(tmp_path)
     path = tmp_path / file
     if change is None:
@@ -200,7 +305,9 @@ def test_saving_leaves_no_temporary_file_and_replaces_what_was_there(tmp_path: P
     assert load_embedder(tmp_path).version == second.version
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def not_installed(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -218,7 +325,8 @@ def test_a_local_model_path_is_refused_because_owners_cannot_fetch_it(tmp_path: 
 
 
 def fake_encoder(version: str = "1"):
-    """Stands in for a neural encoder of width 4: unit rows that depend on the text's length only."""
+    """Stands in for a neural encoder of width 4: unit rows that depend on the text's length
+    only."""
 
     def encode(texts):
         rows = np.array([[1, len(text), 2, 3] for text in texts], np.float32)
@@ -227,7 +335,9 @@ def fake_encoder(version: str = "1"):
     return lambda name: (version, 4, encode)
 
 
-def test_an_encoder_is_saved_by_name_and_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_is_saved_by_name_and_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedders, "_load_sentence_transformer", fake_encoder())
     fitted = fit_embedder("org/model", [], 512)
     assert isinstance(fitted, EncoderEmbedder)
@@ -237,7 +347,10 @@ def test_an_encoder_is_saved_by_name_and_another_version_is_refused(tmp_path: Pa
     np.testing.assert_array_equal(rows, fitted.embed(["a", "bcd"]))
     assert rows.shape == (2, 512) and fitted.embed([]).shape == (0, 512)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=0.2)
-    np.testing.assert_array_equal(fit_embedder("org/model", [], 4).embed(["a"]), fitted.encode(["a"]))  # of that width already
+    # of that width already
+    np.testing.assert_array_equal(
+        fit_embedder("org/model", [], 4).embed(["a"]), fitted.encode(["a"])
+    )
     monkeypatch.setattr(embedders, "_load_sentence_transformer", fake_encoder("2"))
     with pytest.raises(UserError, match="published with 1; install the published version"):
         load_embedder(tmp_path, allow_hub=True)

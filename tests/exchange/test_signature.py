@@ -14,7 +14,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flexolmo_jax.coordinator.merge import append, merge, replace
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution, sealed
+from flexolmo_jax.exchange.contribution import (
+    MANIFEST,
+    SIGNATURE,
+    TENSORS,
+    open_contribution,
+    sealed,
+)
 from flexolmo_jax.exchange.signature import Trust, keygen, load_key, sign
 from flexolmo_jax.owner.package import package
 
@@ -58,7 +64,8 @@ def test_a_key_can_be_read_by_its_owner_only_and_is_never_overwritten(keys):
     (keys / "only").symlink_to(keys / "elsewhere")
     with pytest.raises(UserError, match="exists"):
         keygen(keys / "only")
-    assert (keys / "only").is_symlink() and not (keys / "only.pub").exists()  # theirs stays, ours goes
+    # theirs stays, ours goes
+    assert (keys / "only").is_symlink() and not (keys / "only.pub").exists()
     (keys / "only").unlink()
 
 
@@ -133,7 +140,9 @@ def test_each_policy_lets_in_what_it_should(anchor, contributions, signed, keys,
 
 
 def test_another_key_is_refused_by_name(signed, keys):
-    (signed / SIGNATURE).write_bytes(sign((signed / MANIFEST).read_bytes(), load_key(keys / "mallory")))
+    (signed / SIGNATURE).write_bytes(
+        sign((signed / MANIFEST).read_bytes(), load_key(keys / "mallory"))
+    )
     assert verify(signed)["signed_by"]
     with pytest.raises(UserError, match="expected one of the listed ones: code, law"):
         verify(signed, trust=Trust.of(keys / "trusted"))
@@ -153,7 +162,9 @@ def test_the_tensors_of_another_contribution_are_refused(signed, contributions):
 
 
 def test_the_signature_of_another_contribution_is_refused(signed, contributions, keys):
-    (signed / SIGNATURE).write_bytes(sign((contributions["law"] / MANIFEST).read_bytes(), load_key(keys / "code")))
+    (signed / SIGNATURE).write_bytes(
+        sign((contributions["law"] / MANIFEST).read_bytes(), load_key(keys / "code"))
+    )
     with pytest.raises(UserError, match="signed for another contribution"):
         verify(signed)
 
@@ -172,8 +183,14 @@ def test_every_flipped_bit_of_a_signature_is_found_whatever_the_policy(signed):
 def test_things_that_are_no_keys_are_refused(keys, tmp_path):
     other = ec.generate_private_key(ec.SECP256R1())
     encoding = serialization.Encoding.PEM
-    (tmp_path / "other").write_bytes(other.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-    (tmp_path / "other.pub").write_bytes(other.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo))
+    (tmp_path / "other").write_bytes(
+        other.private_bytes(
+            encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    (tmp_path / "other.pub").write_bytes(
+        other.public_key().public_bytes(encoding, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
     with pytest.raises(UserError, match="expected Ed25519"):
         load_key(tmp_path / "other")
     with pytest.raises(UserError, match="expected Ed25519"):
@@ -202,20 +219,31 @@ def signed_by(contribution: Path, key: Path, out: Path, **changes: str) -> Path:
     return out
 
 
-def test_a_policy_says_which_names_and_owners_a_key_may_sign(contributions, keys, trusted, tmp_path):
-    (trusted / "policy.yaml").write_text("code: {names: [code, '123'], owners: [ACME, no]}\nlaw: {}\n")
+def test_a_policy_says_which_names_and_owners_a_key_may_sign(
+    contributions, keys, trusted, tmp_path
+):
+    (trusted / "policy.yaml").write_text(
+        "code: {names: [code, '123'], owners: [ACME, no]}\nlaw: {}\n"
+    )
     for number, (key, changes, may) in enumerate(
         [
-            ("code", {"owner": "ACME"}, True), ("code", {"owner": "no"}, True), ("code", {"owner": "ACME", "name": "123"}, True),
-            ("code", {"owner": "acme"}, False), ("code", {"owner": "ACME", "name": "care"}, False), ("code", {}, False),
+            ("code", {"owner": "ACME"}, True), ("code", {"owner": "no"}, True), ("code",
+            {"owner": "ACME", "name": "123"}, True),
+            ("code", {"owner": "acme"}, False), ("code", {"owner": "ACME", "name": "care"}, False),
+            ("code", {}, False),
             ("law", {"owner": "ACME", "name": "code"}, True),
         ]
     ):  # fmt: skip
-        contribution = signed_by(contributions["code"], keys / key, tmp_path / str(number), **changes)
+        contribution = signed_by(
+            contributions["code"], keys / key, tmp_path / str(number), **changes
+        )
         if may:
             assert verify(contribution, trust=Trust.of(trusted))["signed_by"]["name"] == key
             continue
-        with pytest.raises(UserError, match=r"signed by the key code\.pub, which may sign experts called 'code' or '123'") as error:
+        with pytest.raises(
+            UserError,
+            match=r"signed by the key code\.pub, which may sign experts called 'code' or '123'",
+        ) as error:
             verify(contribution, trust=Trust.of(trusted))
         assert "\n" not in str(error.value)
 
@@ -227,10 +255,14 @@ def test_a_key_that_the_policy_does_not_list_may_sign_nothing(signed, trusted):
 
 
 BAD_POLICIES = {
-    "nothing": "", "a list": "- code", "a string": "code", "no rule": "code:", "another key": "mallory: {}",
-    "a name alone": "code: {names: code}", "an unknown part": "code: {name: [code]}", "a key twice": "code: {}\ncode: {}",
-    "aliases": "code: &a {names: [x]}\nlaw: *a", "no YAML": "{", "no text": b"\xff\xfe", "depth": "code: {names: " + "[" * 5000,
-    "a merge": "code: {<<: {names: [x]}}", "size": " " * 70_000, "two documents": "code: {}\n---\nlaw: {}",
+    "nothing": "", "a list": "- code", "a string": "code", "no rule": "code:",
+    "another key": "mallory: {}",
+    "a name alone": "code: {names: code}", "an unknown part": "code: {name: [code]}",
+    "a key twice": "code: {}\ncode: {}",
+    "aliases": "code: &a {names: [x]}\nlaw: *a", "no YAML": "{", "no text": b"\xff\xfe",
+    "depth": "code: {names: " + "[" * 5000,
+    "a merge": "code: {<<: {names: [x]}}", "size": " " * 70_000,
+    "two documents": "code: {}\n---\nlaw: {}",
     "a tag": "code: !!python/object/apply:os.getcwd []",
 }  # fmt: skip
 
@@ -253,9 +285,12 @@ def test_a_policy_that_would_not_be_read_and_a_key_given_twice_are_refused(trust
         Trust.of(trusted)
 
 
-@pytest.mark.parametrize("part", ["spaces", "order", "base 64 of the key", "base 64 of the signature", "no new line"])
+@pytest.mark.parametrize(
+    "part", ["spaces", "order", "base 64 of the key", "base 64 of the signature", "no new line"]
+)
 def test_a_right_signature_in_another_spelling_is_refused(signed, part):
-    """One signature is one file: a second spelling of it would be a second meaning of the same bytes elsewhere."""
+    """One signature is one file: a second spelling of it would be a second meaning of the same
+    bytes elsewhere."""
     text = (signed / SIGNATURE).read_bytes()
     fields = json.loads(text)
 
@@ -271,7 +306,9 @@ def test_a_right_signature_in_another_spelling_is_refused(signed, part):
     assert spelled() == text
     other = {
         "spaces": (json.dumps(fields, sort_keys=True) + "\n").encode(),
-        "order": (json.dumps(dict(reversed(fields.items())), separators=(",", ":")) + "\n").encode(),
+        "order": (
+            (json.dumps(dict(reversed(fields.items())), separators=(",", ":")) + "\n").encode()
+        ),
         "base 64 of the key": spelled(public_key=with_unused_bit(fields["public_key"])),
         "base 64 of the signature": spelled(signature=with_unused_bit(fields["signature"])),
         "no new line": text[:-1],

@@ -1,9 +1,10 @@
-"""Kills a merge and an opt-out before every single write, link, sync and rename, and looks at what is there afterwards.
+"""Kills a merge and an opt-out before every single write, link, sync and rename, and looks at what
+is there afterwards.
 
     python -m tests.faults.kill_everywhere ANCHOR WORK EVERY CONTRIBUTION...
 
-Run as a process of its own: it imports everything once, starts nothing, and forks a child for each place. EVERY is the distance
-between the places that are tried. Prints how many there were.
+Run as a process of its own: it imports everything once, starts nothing, and forks a child for each
+place. EVERY is the distance between the places that are tried. Prints how many there were.
 """
 
 import os
@@ -35,7 +36,8 @@ def in_child(act: Callable[[], None]) -> int:
 
 
 def killed_before(place: int, act: Callable[[], object]) -> bool:
-    """Runs `act` in a child that dies before its change number `place`; False where there are not so many."""
+    """Runs `act` in a child that dies before its change number `place`; False where there are not
+    so many."""
 
     def child() -> None:
         count = 0
@@ -56,11 +58,16 @@ def killed_before(place: int, act: Callable[[], object]) -> bool:
 
 def contents(directory: Path) -> dict[str, bytes]:
     """Every file but the receipt, which has a date, and names of folders."""
-    found = {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else b"" for p in directory.rglob("*")}
+    found = {
+        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else b""
+        for p in directory.rglob("*")
+    }
     return {name: content for name, content in found.items() if not name.endswith("receipt.json")}
 
 
-def try_all(work: Path, every: int, prepare: Callable[[Path], None], act: Callable[[Path], object]) -> int:
+def try_all(
+    work: Path, every: int, prepare: Callable[[Path], None], act: Callable[[Path], object]
+) -> int:
     """`act(directory)` writes `directory / "out"` after `prepare(directory)` made what it needs."""
     whole = work / "whole"
 
@@ -88,10 +95,15 @@ def try_all(work: Path, every: int, prepare: Callable[[Path], None], act: Callab
         assert in_child(again) == 0, f"place {place}: the rerun failed"
         assert contents(out) == expected
         names = {str(p.relative_to(here)) for p in here.rglob("*")} - {"out/receipt.json"}
-        left = names ^ ({str(p.relative_to(whole)) for p in whole.rglob("*")} - {"out/receipt.json"})
-        left = {name for name in left if not name.startswith(f"{STORE}/models/")}  # named by where models are
+        left = names ^ (
+            {str(p.relative_to(whole)) for p in whole.rglob("*")} - {"out/receipt.json"}
+        )
+        # named by where models are
+        left = {name for name in left if not name.startswith(f"{STORE}/models/")}
         assert not left, f"place {place}: {sorted(left)[:5]} is left or missing"
-        assert len(list((here / STORE / "models").iterdir())) == len(list((whole / STORE / "models").iterdir()))
+        assert len(list((here / STORE / "models").iterdir())) == len(
+            list((whole / STORE / "models").iterdir())
+        )
         shutil.rmtree(here)
         tried, place = tried + 1, place + every
     shutil.rmtree(whole)
@@ -103,7 +115,8 @@ def main() -> None:
     paths = [Path(path) for path in contributions]
 
     def merging(directory: Path) -> None:
-        merge(Path(anchor), paths, directory / "out", admission=False)  # it writes nothing, and every child would compile anew
+        # it writes nothing, and every child would compile anew
+        merge(Path(anchor), paths, directory / "out", admission=False)
 
     def merged(directory: Path) -> None:
         merge(Path(anchor), paths, directory / "model", admission=False)
@@ -111,7 +124,15 @@ def main() -> None:
     def leaving(directory: Path) -> None:
         opt_out(directory / "model", ["law"], directory / "out")
 
-    print("merge", try_all(Path(work) / "merge", int(every), lambda directory: directory.mkdir(parents=True), merging))
+    print(
+        "merge",
+        try_all(
+            Path(work) / "merge",
+            int(every),
+            lambda directory: directory.mkdir(parents=True),
+            merging,
+        ),
+    )
     print("opt-out", try_all(Path(work) / "opt-out", int(every), merged, leaving))
 
 

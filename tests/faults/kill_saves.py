@@ -1,9 +1,11 @@
-"""Kills a run's saves into a bucket at every single request that changes something there, and looks at what is there afterwards.
+"""Kills a run's saves into a bucket at every single request that changes something there, and looks
+at what is there afterwards.
 
     python -m tests.faults.kill_saves PLACE EVERY
 
-Run as a process of its own, with the object store's address in the environment. Between it and its children, which save, lies a proxy
-that kills the child before it passes on the request. EVERY is the distance between the requests that are tried. Prints how many.
+Run as a process of its own, with the object store's address in the environment. Between it and its
+children, which save, lies a proxy that kills the child before it passes on the request. EVERY is
+the distance between the requests that are tried. Prints how many.
 """
 
 import http.client
@@ -18,7 +20,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 STEPS = 4
-left, victim, done = (multiprocessing.Value("i", 0) for _ in range(3))  # requests until the kill; whom; the last step that was saved
+# requests until the kill; whom; the last step that was saved
+left, victim, done = (multiprocessing.Value("i", 0) for _ in range(3))
 
 
 def start_proxy(store: str) -> int:
@@ -27,7 +30,8 @@ def start_proxy(store: str) -> int:
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm, wbufsize = True, -1  # an answer is one packet, which nobody waits 40 ms for
+        # an answer is one packet, which nobody waits 40 ms for
+        disable_nagle_algorithm, wbufsize = True, -1
 
         def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -39,13 +43,19 @@ def start_proxy(store: str) -> int:
                         self.close_connection = True
                         return
             there = http.client.HTTPConnection(host)
-            there.request(self.command, self.path, body, {name: value for name, value in self.headers.items() if name != "Host"})
+            there.request(
+                self.command,
+                self.path,
+                body,
+                {name: value for name, value in self.headers.items() if name != "Host"},
+            )
             answer = there.getresponse()
             content = answer.read()
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name not in ("Content-Length", "Transfer-Encoding", "Connection", "Date"):
-                    self.send_header(name, value.replace(store, f"http://{self.headers['Host']}"))  # where an upload goes on
+                    # where an upload goes on
+                    self.send_header(name, value.replace(store, f"http://{self.headers['Host']}"))
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -72,7 +82,8 @@ def start_proxy(store: str) -> int:
 
 
 def in_child(act: Callable[[], None], kill_before: int = 0) -> int:
-    """The exit status of a forked process that is killed before it changes something for the so-manieth time."""
+    """The exit status of a forked process that is killed before it changes something for the
+    so-manieth time."""
     pid = os.fork()
     if pid:
         status = os.waitpid(pid, 0)[1]
@@ -95,7 +106,8 @@ def state(step: int) -> dict[str, Any]:
 
 
 def saves(place: str) -> None:
-    """What a run does: it goes on from its newest checkpoint, keeps that and the best, which is the second, and removes the others."""
+    """What a run does: it goes on from its newest checkpoint, keeps that and the best, which is the
+    second, and removes the others."""
     import jax
 
     from flexolmo_jax.storage.checkpoint import StepCheckpoints, abstract
@@ -103,10 +115,14 @@ def saves(place: str) -> None:
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with StepCheckpoints(path_of(place), keep=1) as checkpoints:
-        restored = checkpoints.restore_latest(abstract(jax.tree.map(jax.numpy.asarray, state(0)), device))
+        restored = checkpoints.restore_latest(
+            abstract(jax.tree.map(jax.numpy.asarray, state(0)), device)
+        )
         start, found = restored or (0, state(0))
         assert start >= done.value, f"step {done.value} was saved; what is left is {start}"
-        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, state(start))), f"step {start} is not what was saved"
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, state(start))), (
+            f"step {start} is not what was saved"
+        )
         for step in range(start + 1, STEPS + 1):
             checkpoints.save(step, state(step), loss=1.0 if step == 2 else 2.0)
             checkpoints.wait()
@@ -121,16 +137,20 @@ def look(place: str) -> None:
     directory = path_of(place)
     names = listing(directory).keys()
     steps = [int(path.name) for path in children(directory)]
-    # Killed before the last of all removals, it leaves one that only the next save, which there is not, removes.
+    # Killed before the last of all removals, it leaves one that only the next save, which there is
+    # not, removes.
     assert steps in ([2, STEPS], [2, STEPS - 1, STEPS]), sorted(names)
-    assert StepCheckpoints(directory).steps() == steps[::-1] and not any(".unfinished" in name for name in names), sorted(names)
+    assert StepCheckpoints(directory).steps() == steps[::-1] and not any(
+        ".unfinished" in name for name in names
+    ), sorted(names)
 
 
 def main() -> None:
     place, every = sys.argv[1], int(sys.argv[2])
     proxy = f"http://127.0.0.1:{start_proxy(os.environ['STORAGE_EMULATOR_HOST'])}"
     os.environ |= {"STORAGE_EMULATOR_HOST": proxy, "TENSORSTORE_GCS_HTTP_URL": proxy}
-    import flexolmo_jax.storage.checkpoint  # noqa: F401  # once for all; a bucket is first asked in a child: the client survives no fork
+    # once for all; a bucket is first asked in a child: the client survives no fork
+    import flexolmo_jax.storage.checkpoint  # noqa: F401
 
     tried, at = 0, 1
     while True:
@@ -139,7 +159,9 @@ def main() -> None:
         assert status in (0, signal.SIGKILL), f"request {at}: the child ended with {status}"
         if status == 0:
             break
-        assert in_child(lambda directory=directory: saves(directory)) == 0, f"request {at}: going on failed"
+        assert in_child(lambda directory=directory: saves(directory)) == 0, (
+            f"request {at}: going on failed"
+        )
         assert in_child(lambda directory=directory: look(directory)) == 0, f"request {at}"
         tried, at = tried + 1, at + every
     print(tried)

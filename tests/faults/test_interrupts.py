@@ -1,4 +1,5 @@
-"""Ctrl-C at any moment ends a command with a status and at most one line of its own: no traceback, no signal, nothing hung."""
+"""Ctrl-C at any moment ends a command with a status and at most one line of its own: no traceback,
+no signal, nothing hung."""
 
 import os
 import random
@@ -13,7 +14,8 @@ import pytest
 from flexolmo_jax.config import dump_yaml
 from tests.tiny import run_config
 
-# Jobs in the background have Ctrl-C ignored; this one has it as on a terminal. It says when Python itself is up.
+# Jobs in the background have Ctrl-C ignored; this one has it as on a terminal. It says when Python
+# itself is up.
 STARTED = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,10 +27,13 @@ PATIENCE = 120  # seconds
 
 
 def interrupted(arguments: list[str], after: float) -> tuple[int, str]:
-    """The exit status and stderr of a command that gets Ctrl-C so many seconds after its start, if it still runs."""
+    """The exit status and stderr of a command that gets Ctrl-C so many seconds after its start, if
+    it still runs."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-c", STARTED, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout and process.stdout.readline() == "started\n"
         time.sleep(0.01)  # until it has its handler
         try:
@@ -43,13 +48,37 @@ def interrupted(arguments: list[str], after: float) -> tuple[int, str]:
 
 @pytest.mark.parametrize("times", [2, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("verb", ["train", "eval", "generate"])
-def test_an_interrupt_at_any_moment_ends_in_one_line(model, prepared, corpora, tmp_path, verb, times):
-    """Promise: what a user stops, stops. Python's ending was a segmentation fault in every other interrupted process."""
-    (tmp_path / "run.yaml").write_text(dump_yaml(run_config("anchor", prepared["public"], "train.save_every=3")))
+def test_an_interrupt_at_any_moment_ends_in_one_line(
+    model, prepared, corpora, tmp_path, verb, times
+):
+    """Promise: what a user stops, stops. Python's ending was a segmentation fault in every other
+    interrupted process."""
+    (tmp_path / "run.yaml").write_text(
+        dump_yaml(run_config("anchor", prepared["public"], "train.save_every=3"))
+    )
     commands = {
-        "train": lambda number: ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / f"run{number}")],
-        "eval": lambda number: ["eval", str(model), "--data", str(prepared["code"]), str(corpora["law"]), "--json"],
-        "generate": lambda number: ["generate", str(model), "--prompt", "the river", "--max-new-tokens", "40"],
+        "train": lambda number: [
+            "train",
+            str(tmp_path / "run.yaml"),
+            "--out",
+            str(tmp_path / f"run{number}"),
+        ],
+        "eval": lambda number: [
+            "eval",
+            str(model),
+            "--data",
+            str(prepared["code"]),
+            str(corpora["law"]),
+            "--json",
+        ],
+        "generate": lambda number: [
+            "generate",
+            str(model),
+            "--prompt",
+            "the river",
+            "--max-new-tokens",
+            "40",
+        ],
     }
     rng, longest = random.Random(verb), {"train": 12, "eval": 8, "generate": 6}[verb]
     for number in range(times):
@@ -59,13 +88,22 @@ def test_an_interrupt_at_any_moment_ends_in_one_line(model, prepared, corpora, t
         assert status in (0, 130), where
         assert "Traceback" not in told and "Exception ignored" not in told, where
         if status == 130:
-            assert told.splitlines()[-1] == "flexolmo: interrupted" or "stopped by a signal at step" in told, where
+            assert (
+                told.splitlines()[-1] == "flexolmo: interrupted"
+                or "stopped by a signal at step" in told
+            ), where
 
 
 def test_output_that_cannot_be_written_is_no_success(model):
     """Promise: status 0 means that the result is there."""
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
-            [sys.executable, "-m", "flexolmo_jax.cli", "info", str(model)], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "flexolmo_jax.cli", "info", str(model)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    assert (result.returncode, result.stderr) == (1, "flexolmo: the result cannot be written: No space left on device\n")
+    assert (result.returncode, result.stderr) == (
+        1,
+        "flexolmo: the result cannot be written: No space left on device\n",
+    )

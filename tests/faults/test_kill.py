@@ -1,4 +1,5 @@
-"""A run that is killed at any moment and started again ends with the bits of the uninterrupted one."""
+"""A run that is killed at any moment and started again ends with the bits of the uninterrupted
+one."""
 
 import os
 import random
@@ -23,12 +24,19 @@ STEPS = 40
 
 def final_bits(run: Path) -> dict[str, bytes]:
     assert open_artifact(run).step() == STEPS
-    return {path: np.asarray(array).tobytes() for path, array in flatten(open_artifact(run).params()).items()}
+    return {
+        path: np.asarray(array).tobytes()
+        for path, array in flatten(open_artifact(run).params()).items()
+    }
 
 
 def killed(arguments: list[str], out: Path, step: int, delay: float) -> None:
     """Starts a run and kills it `delay` seconds after the metrics of a step are there."""
-    process = subprocess.Popen([sys.executable, "-m", "flexolmo_jax.cli", *arguments], stderr=subprocess.DEVNULL, env=os.environ)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexolmo_jax.cli", *arguments],
+        stderr=subprocess.DEVNULL,
+        env=os.environ,
+    )
     try:
         deadline = time.monotonic() + 180
         while process.poll() is None and time.monotonic() < deadline:
@@ -46,7 +54,12 @@ def killed(arguments: list[str], out: Path, step: int, delay: float) -> None:
 @pytest.mark.parametrize("kind", ["anchor", "pair"])
 def test_a_killed_run_ends_like_the_uninterrupted_one(anchor, prepared, tmp_path, kind, kills):
     # A save every other step: many kills hit one.
-    overrides = (f"train.steps={STEPS}", "train.save_every=2", "train.eval_every=10", "train.eval_records=8")
+    overrides = (
+        f"train.steps={STEPS}",
+        "train.save_every=2",
+        "train.eval_every=10",
+        "train.eval_records=8",
+    )
     if kind == "anchor":
         config = run_config("anchor", prepared["public"], *overrides)
     else:
@@ -56,7 +69,10 @@ def test_a_killed_run_ends_like_the_uninterrupted_one(anchor, prepared, tmp_path
     again = ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "killed")]
     rng = random.Random(f"{kind} {kills}")
     for number in range(kills):
-        step, delay = rng.randint(1 + number * STEPS // kills, (number + 1) * STEPS // kills - 4), rng.uniform(0, 0.05)
+        step, delay = (
+            rng.randint(1 + number * STEPS // kills, (number + 1) * STEPS // kills - 4),
+            rng.uniform(0, 0.05),
+        )
         print(f"kill {number + 1} of {kills}: {delay:.3f} s after step {step}")
         killed(again, tmp_path / "killed", step, delay)
     assert main(again) == 0

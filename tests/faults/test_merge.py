@@ -1,4 +1,5 @@
-"""Merging when things go wrong: killed at any moment, a full disk, two at once, and bytes that change on the disk."""
+"""Merging when things go wrong: killed at any moment, a full disk, two at once, and bytes that
+change on the disk."""
 
 import errno
 import os
@@ -22,13 +23,25 @@ from flexolmo_jax.storage import files
 from tests.faults.kill_everywhere import contents
 
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
 
 
 @pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_killed_merge_or_opt_out_leaves_nothing_or_all_and_a_rerun_finishes(anchor, contributions, tmp_path, every):
+def test_a_killed_merge_or_opt_out_leaves_nothing_or_all_and_a_rerun_finishes(
+    anchor, contributions, tmp_path, every
+):
     paths = [str(contributions["code"]), str(contributions["law"])]
-    command = [sys.executable, "-m", "tests.faults.kill_everywhere", str(anchor), str(tmp_path), str(every), *paths]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.kill_everywhere",
+        str(anchor),
+        str(tmp_path),
+        str(every),
+        *paths,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     tried = dict(line.split() for line in result.stdout.splitlines())
@@ -53,7 +66,9 @@ def fails_at(monkeypatch) -> Callable[[int], None]:
     return arm
 
 
-def test_a_full_disk_at_any_stage_is_told_and_leaves_no_half_model(anchor, contributions, model, fails_at, monkeypatch, tmp_path):
+def test_a_full_disk_at_any_stage_is_told_and_leaves_no_half_model(
+    anchor, contributions, model, fails_at, monkeypatch, tmp_path
+):
     one, other = contributions["code"], contributions["law"]
     merged = merge(anchor, [other], tmp_path / "merged").path
     operations: dict[str, Callable[[Path], Artifact]] = {
@@ -83,7 +98,9 @@ def test_a_full_disk_at_any_stage_is_told_and_leaves_no_half_model(anchor, contr
 def test_a_disk_that_is_really_full(anchor, contributions, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         with pytest.raises(UserError, match="no space left on the disk"):
@@ -105,7 +122,12 @@ def test_two_merges_at_once_into_one_store_both_succeed(anchor, contributions, t
     paths = [str(path) for path in contributions.values()]
     command = [sys.executable, "-c", program, str(anchor)]
     processes = [
-        subprocess.Popen([*command, str(tmp_path / f"model{i}"), *paths], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ)
+        subprocess.Popen(
+            [*command, str(tmp_path / f"model{i}"), *paths],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ,
+        )
         for i in range(3)
     ]
     for process in processes:
@@ -120,14 +142,20 @@ def test_two_merges_at_once_into_one_store_both_succeed(anchor, contributions, t
 
 
 def bits(path: Path) -> dict[str, bytes]:
-    return {name: np.asarray(a).tobytes() for name, a in flatten(open_artifact(path).params()).items()}
+    return {
+        name: np.asarray(a).tobytes() for name, a in flatten(open_artifact(path).params()).items()
+    }
 
 
 def flipped(source: Path, copy: Path, rng: random.Random) -> tuple[Path, int]:
     """Copies a directory and flips one bit anywhere in it. Returns the file and the position."""
     shutil.copytree(source, copy)
     all_files = [p for p in sorted(copy.rglob("*")) if p.is_file() and p.stat().st_size]
-    file = rng.choice(all_files) if rng.random() < 0.5 else rng.choices(all_files, [p.stat().st_size for p in all_files])[0]
+    file = (
+        rng.choice(all_files)
+        if rng.random() < 0.5
+        else rng.choices(all_files, [p.stat().st_size for p in all_files])[0]
+    )
     content = bytearray(file.read_bytes())
     position = rng.randrange(len(content))
     content[position] ^= 1 << rng.randrange(8)
@@ -150,7 +178,9 @@ def test_every_flipped_bit_of_a_contribution_is_found_by_verify(anchor, contribu
         shutil.rmtree(tmp_path / "copy")
 
 
-def test_every_flipped_bit_of_a_model_is_found_by_verify_and_none_is_loaded_as_another_weight(anchor, model, tmp_path):
+def test_every_flipped_bit_of_a_model_is_found_by_verify_and_none_is_loaded_as_another_weight(
+    anchor, model, tmp_path
+):
     source = opt_out(model, ["law"], tmp_path / "source").path  # with a receipt
     right, rng, loaded = bits(source), random.Random(2), 0
     for number in range(FLIPS):
@@ -161,16 +191,24 @@ def test_every_flipped_bit_of_a_model_is_found_by_verify_and_none_is_loaded_as_a
         if number % 8 == 0:
             try:
                 assert bits(tmp_path / "copy") == right, (file, position)
-                loaded += 1  # the bit was in a tokenizer, a receipt, ...: nothing that weights come from
+                # the bit was in a tokenizer, a receipt, ...: nothing that weights come from
+                loaded += 1
             except UserError:
                 pass
         shutil.rmtree(tmp_path / "copy")
     assert loaded < FLIPS // 16
 
 
-def test_every_flipped_bit_of_a_store_is_found_by_verify_and_none_gets_into_a_model_unseen(anchor, contributions, tmp_path):
+def test_every_flipped_bit_of_a_store_is_found_by_verify_and_none_gets_into_a_model_unseen(
+    anchor, contributions, tmp_path
+):
     merge(anchor, [contributions["code"]], tmp_path / "model")
-    assert verify(tmp_path / STORE) == {"path": str(tmp_path / STORE), "kind": "store", "verified": True, "objects": 2}
+    assert verify(tmp_path / STORE) == {
+        "path": str(tmp_path / STORE),
+        "kind": "store",
+        "verified": True,
+        "objects": 2,
+    }
     right, rng = contents(tmp_path / "model"), random.Random(3)
     for number in range(FLIPS):
         file, position = flipped(tmp_path / STORE, tmp_path / "store", rng)
@@ -179,7 +217,12 @@ def test_every_flipped_bit_of_a_store_is_found_by_verify_and_none_gets_into_a_mo
             print(number, file, position)
         if number % 8 == 0:
             try:
-                again = merge(anchor, [contributions["code"]], tmp_path / "again", store_path=tmp_path / "store").path
+                again = merge(
+                    anchor,
+                    [contributions["code"]],
+                    tmp_path / "again",
+                    store_path=tmp_path / "store",
+                ).path
                 verify(again)
             except UserError:
                 pass
@@ -196,7 +239,10 @@ def test_every_flipped_bit_of_a_run_checkpoint_is_found_by_restoring(anchor_run,
         shutil.copytree(anchor_run, copy, ignore=lambda *_: ["checkpoints"])
         file, position = flipped(anchor_run / "checkpoints", copy / "checkpoints", rng)
         try:
-            assert bits(copy) == right and file.name in ("_CHECKPOINT_METADATA", "commit_success.txt"), (file, position)
+            assert bits(copy) == right and file.name in (
+                "_CHECKPOINT_METADATA",
+                "commit_success.txt",
+            ), (file, position)
         except UserError:
             found += 1
         shutil.rmtree(copy)

@@ -1,4 +1,5 @@
-"""A run of several processes: bit for bit what one process computes, and an end for all when one of them is stopped, killed or hangs.
+"""A run of several processes: bit for bit what one process computes, and an end for all when one of
+them is stopped, killed or hangs.
 
 Real processes, joined by jax.distributed with gloo, share out eight CPU devices.
 """
@@ -27,33 +28,64 @@ from tests.tiny import pair_config, run_config
 from tests.train.test_loop import assert_same_bits, saved
 
 STEPS = 30
-ENDINGS = {75, -signal.SIGABRT}  # of a process that has lost another: its own word, or the runtime's
+# of a process that has lost another: its own word, or the runtime's
+ENDINGS = {75, -signal.SIGABRT}
 WITHIN = 15  # seconds
 
 
 class Processes:
-    """The processes of one run, each with its share of eight devices. A context manager that leaves none behind."""
+    """The processes of one run, each with its share of eight devices. A context manager that leaves
+    none behind."""
 
     def __init__(
-        self, count: int, config: Path, out: Path, *overrides: str, out_of: dict[int, Path] | None = None, first: str = "", of: int = -1
+        self,
+        count: int,
+        config: Path,
+        out: Path,
+        *overrides: str,
+        out_of: dict[int, Path] | None = None,
+        first: str = "",
+        of: int = -1,
     ):
-        """`out_of`: other directories for some of them. `first`: Python that process `of` runs before all else."""
+        """`out_of`: other directories for some of them. `first`: Python that process `of` runs
+        before all else."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(8 // count), "XLA_FLAGS": flags}
+        flags = os.environ.get("XLA_FLAGS", "").replace(
+            "--xla_force_host_platform_device_count=8", ""
+        )
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "XLA_FLAGS": flags,
+        }
         sets = [word for override in overrides for word in ("--set", override)]
         self.out = out
         self.logs = [out.with_name(f"{out.name}.{i}.log") for i in range(count)]
         self.all = []
         for i, path in enumerate(self.logs):
             with path.open("w") as log:
-                program = f"{first if i == of else ''}\nimport sys\nfrom flexolmo_jax.cli import main\nsys.exit(main())"
+                program = (
+                    f"{first if i == of else ''}\nimport sys\nfrom flexolmo_jax.cli import"
+                    " main\nsys.exit(main())"
+                )
                 own = str((out_of or {}).get(i, out))
                 joining = ["--coordinator", address, "--processes", str(count), "--process", str(i)]
-                arguments = [sys.executable, "-c", program, "train", str(config), "--out", own, *joining, *sets]
-                self.all.append(subprocess.Popen(arguments, stdout=log, stderr=log, env=environment))
+                arguments = [
+                    sys.executable,
+                    "-c",
+                    program,
+                    "train",
+                    str(config),
+                    "--out",
+                    own,
+                    *joining,
+                    *sets,
+                ]
+                self.all.append(
+                    subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
+                )
 
     def __enter__(self) -> "Processes":
         return self
@@ -69,7 +101,9 @@ class Processes:
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 240
         while not any(row["step"] >= step for row in read_metrics(self.out)):
-            assert time.monotonic() < deadline and all(process.poll() is None for process in self.all), self.told()
+            assert time.monotonic() < deadline and all(
+                process.poll() is None for process in self.all
+            ), self.told()
             time.sleep(0.01)
 
     def statuses(self, of: Sequence[int] | None = None, within: float = 240) -> list[int]:
@@ -90,7 +124,13 @@ def finish(count: int, config: Path, out: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def config(prepared: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    overrides = (f"train.steps={STEPS}", "mesh.fsdp=8", "train.save_every=10", "train.eval_every=15", "train.eval_records=8")
+    overrides = (
+        f"train.steps={STEPS}",
+        "mesh.fsdp=8",
+        "train.save_every=10",
+        "train.eval_every=15",
+        "train.eval_records=8",
+    )
     path = tmp_path_factory.mktemp("processes") / "run.yaml"
     path.write_text(dump_yaml(run_config("anchor", prepared["public"], *overrides)))
     return path
@@ -105,15 +145,29 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_ended_alike(run: Path, whole: Path) -> None:
     assert_same_bits(saved(run, STEPS), saved(whole, STEPS))
     rows, expected = ([row for row in read_metrics(path) if "loss" in row] for path in (run, whole))
-    assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in expected]
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        (row["step"], row["loss"]) for row in expected
+    ]
 
 
 @pytest.mark.slow
-def test_four_processes_equal_one_where_products_are_large_enough_for_many_threads(corpora, tiny_tokenizer, tmp_path):
-    """XLA cuts large products up by its number of threads; the demo's are, those of other tests are not."""
+def test_four_processes_equal_one_where_products_are_large_enough_for_many_threads(
+    corpora, tiny_tokenizer, tmp_path
+):
+    """XLA cuts large products up by its number of threads; the demo's are, those of other tests are
+    not."""
     prepare([corpora["public"]], tiny_tokenizer, 256, tmp_path / "data", workers=1)
-    large = ["model.d_model=128", "model.n_layers=4", "model.d_ffn=512", "model.max_seq_len=256", "model.vocab_size=4096", "mesh.fsdp=8"]
-    run = run_config("anchor", tmp_path / "data", "data.seq_len=256", f"train.steps={STEPS}", *large)
+    large = [
+        "model.d_model=128",
+        "model.n_layers=4",
+        "model.d_ffn=512",
+        "model.max_seq_len=256",
+        "model.vocab_size=4096",
+        "mesh.fsdp=8",
+    ]
+    run = run_config(
+        "anchor", tmp_path / "data", "data.seq_len=256", f"train.steps={STEPS}", *large
+    )
     (tmp_path / "run.yaml").write_text(dump_yaml(run))
     one, four = (finish(count, tmp_path / "run.yaml", tmp_path / f"run{count}") for count in (1, 4))
     assert_ended_alike(four, one)
@@ -123,14 +177,21 @@ def test_four_processes_equal_one_where_products_are_large_enough_for_many_threa
 def test_several_processes_equal_one_bit_for_bit(config, whole, tmp_path, count):
     run = finish(count, config, tmp_path / "run")
     assert_ended_alike(run, whole)
-    assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, STEPS + 1))  # one of them writes
+    # one of them writes
+    assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(
     ("count", "which", "resumed_on"),
-    [(2, 1, 1), pytest.param(4, 0, 2, marks=pytest.mark.slow), pytest.param(4, 2, 4, marks=pytest.mark.slow)],
+    [
+        (2, 1, 1),
+        pytest.param(4, 0, 2, marks=pytest.mark.slow),
+        pytest.param(4, 2, 4, marks=pytest.mark.slow),
+    ],
 )
-def test_sigterm_to_any_process_saves_the_same_step_of_all_and_any_number_goes_on(config, whole, tmp_path, count, which, resumed_on):
+def test_sigterm_to_any_process_saves_the_same_step_of_all_and_any_number_goes_on(
+    config, whole, tmp_path, count, which, resumed_on
+):
     with Processes(count, config, tmp_path / "run") as processes:
         processes.wait_for_step(12)
         processes.all[which].terminate()
@@ -151,7 +212,9 @@ def test_sigterm_to_any_process_saves_the_same_step_of_all_and_any_number_goes_o
     ],
     ids=["one of two killed", "worker killed", "coordinator killed", "worker stopped"],
 )
-def test_the_others_end_when_one_is_gone_and_any_number_goes_on(config, whole, tmp_path, count, number, which, resumed_on):
+def test_the_others_end_when_one_is_gone_and_any_number_goes_on(
+    config, whole, tmp_path, count, number, which, resumed_on
+):
     with Processes(count, config, tmp_path / "run") as processes:
         processes.wait_for_step(12)
         processes.all[which].send_signal(number)
@@ -162,7 +225,8 @@ def test_the_others_end_when_one_is_gone_and_any_number_goes_on(config, whole, t
 
 @pytest.mark.slow
 def test_a_process_that_lives_but_does_not_move_ends_all(config, tmp_path):
-    """Its heart beats; what waits for it in vain is the others' step, until their watchdogs bite."""
+    """Its heart beats; what waits for it in vain is the others' step, until their watchdogs
+    bite."""
     hang = (
         "import time\n"
         "from flexolmo_jax.data import mixture\n"
@@ -174,12 +238,16 @@ def test_a_process_that_lives_but_does_not_move_ends_all(config, tmp_path):
     )
     with Processes(2, config, tmp_path / "run", "train.watchdog=8", first=hang, of=1) as processes:
         assert set(processes.statuses()) <= ENDINGS, processes.told()
-    assert any("took more than 8 s" in path.read_text() and "Thread" in path.read_text() for path in processes.logs)
+    assert any(
+        "took more than 8 s" in path.read_text() and "Thread" in path.read_text()
+        for path in processes.logs
+    )
 
 
 @pytest.mark.slow
 def test_twenty_runs_killed_at_random_end_like_the_one_that_was_not(config, whole, tmp_path):
-    """Any process, at any moment from its start on, by any of the signals; then on 4, 2 or 1 processes."""
+    """Any process, at any moment from its start on, by any of the signals; then on 4, 2 or 1
+    processes."""
     rng = random.Random(0)
     for number in range(20):
         out = tmp_path / f"run{number}"
@@ -190,18 +258,25 @@ def test_twenty_runs_killed_at_random_end_like_the_one_that_was_not(config, whol
             processes.all[which].send_signal(sent)
             others = [i for i in range(4) if i != which]
             print(f"{number}: {sent.name} to {which} after {delay:.1f} s")
-            # Before they have joined, nobody misses anybody: they wait for each other as long as for one that starts late.
+            # Before they have joined, nobody misses anybody: they wait for each other as long as
+            # for one that starts late.
             joined = (out / "checkpoints").exists()
-            statuses = processes.statuses(others, within=240 if sent == signal.SIGTERM else WITHIN) if joined else []
+            statuses = (
+                processes.statuses(others, within=240 if sent == signal.SIGTERM else WITHIN)
+                if joined
+                else []
+            )
             assert set(statuses) <= {0, 42, -signal.SIGTERM, *ENDINGS}, processes.told()
         assert_ended_alike(finish(rng.choice([4, 2, 1]), config, out), whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pair", "router"])
-def test_pairs_and_router_runs_of_four_processes_equal_those_of_one(anchor, model, prepared, corpora, tmp_path, kind):
-    """With what they read beside their records: raw documents, which one of them prepares and embeds; frozen weights, of which each reads
-    its share."""
+def test_pairs_and_router_runs_of_four_processes_equal_those_of_one(
+    anchor, model, prepared, corpora, tmp_path, kind
+):
+    """With what they read beside their records: raw documents, which one of them prepares and
+    embeds; frozen weights, of which each reads its share."""
     overrides = ("train.steps=6", "mesh.fsdp=4", "mesh.tensor=2", "train.save_every=3")
     if kind == "pair":
         run = pair_config(anchor, corpora["code"], "code", *overrides)
@@ -222,11 +297,16 @@ def test_a_directory_that_not_all_processes_see_is_refused(config, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_in_a_bucket_and_go_on_there(bucket, prepared, tmp_path):
-    """Data, checkpoints and metrics; one is killed. What comes of it are the bits of one process on a disk."""
-    run = run_config("anchor", prepared["public"], "train.steps=12", "mesh.fsdp=8", "train.save_every=4")
+    """Data, checkpoints and metrics; one is killed. What comes of it are the bits of one process on
+    a disk."""
+    run = run_config(
+        "anchor", prepared["public"], "train.steps=12", "mesh.fsdp=8", "train.save_every=4"
+    )
     (tmp_path / "disk.yaml").write_text(dump_yaml(run))
     upload(prepared["public"], bucket / "public")
-    (tmp_path / "bucket.yaml").write_text(dump_yaml(run).replace(str(prepared["public"]), str(bucket / "public")))
+    (tmp_path / "bucket.yaml").write_text(
+        dump_yaml(run).replace(str(prepared["public"]), str(bucket / "public"))
+    )
     outs = {0: bucket / "run", 1: bucket / "run"}
     with Processes(2, tmp_path / "bucket.yaml", tmp_path / "killed", out_of=outs) as processes:
         while not StepCheckpoints(bucket / "run" / "checkpoints").steps():
@@ -237,8 +317,11 @@ def test_two_processes_train_in_a_bucket_and_go_on_there(bucket, prepared, tmp_p
     with Processes(2, tmp_path / "bucket.yaml", tmp_path / "resumed", out_of=outs) as processes:
         assert processes.statuses() == [0, 0], processes.told()
     expected, found = (
-        flatten(open_artifact(path).params()) for path in (finish(1, tmp_path / "disk.yaml", tmp_path / "disk"), bucket / "run")
+        flatten(open_artifact(path).params())
+        for path in (finish(1, tmp_path / "disk.yaml", tmp_path / "disk"), bucket / "run")
     )
     for name, array in expected.items():
         np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(array), err_msg=name)
-    assert [row["step"] for row in read_metrics(bucket / "run") if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in read_metrics(bucket / "run") if "loss" in row] == list(
+        range(1, 13)
+    )

@@ -1,4 +1,5 @@
-"""Attention: every implementation against the reference, values and gradients; what is compiled for which platform; memory; shards."""
+"""Attention: every implementation against the reference, values and gradients; what is compiled for
+which platform; memory; shards."""
 
 import functools
 
@@ -9,7 +10,14 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from flexolmo_jax.config import MeshConfig
-from flexolmo_jax.kernels.attention import api, attention, blocks, masked_attention, pallas_tpu, reference
+from flexolmo_jax.kernels.attention import (
+    api,
+    attention,
+    blocks,
+    masked_attention,
+    pallas_tpu,
+    reference,
+)
 from flexolmo_jax.kernels.attention.shapes import OLMO2_7B, OLMO2_32B, TINY, Shape
 from flexolmo_jax.runtime.sharding import make_mesh, on_each_shard
 
@@ -40,7 +48,8 @@ def gradients(function, q, k, v, segments):
 class Suite:
     """What every implementation has to do, as far as it runs on a CPU."""
 
-    shapes = (Shape(2, 24, 4, 2, 8), Shape(1, 333, 2, 2, 8))  # one block, and several; no length is a multiple of one
+    # one block, and several; no length is a multiple of one
+    shapes = (Shape(2, 24, 4, 2, 8), Shape(1, 333, 2, 2, 8))
 
     @staticmethod
     def run(q, k, v, segments):
@@ -76,7 +85,10 @@ class Suite:
 
             return jnp.sum(jax.lax.scan(jax.checkpoint(layer), q, None, length=2)[0] ** 2)
 
-        got, want = (jax.jit(jax.grad(functools.partial(total, run)))(q) for run in (self.run, reference.attention))
+        got, want = (
+            jax.jit(jax.grad(functools.partial(total, run)))(q)
+            for run in (self.run, reference.attention)
+        )
         assert_close(got, want, 1e-5)
 
 
@@ -133,24 +145,36 @@ def test_an_implementation_asked_for_by_name_is_used_or_fails():
     with pytest.raises((RuntimeError, NotImplementedError)):
         lowered("cuda", TINY, implementation="cudnn")  # there is no cuDNN where tests run
     with pytest.raises(KeyError, match="quick"):
-        attention(*problem(TINY)[:3], segments=problem(TINY)[3], implementation="quick")  # type: ignore[arg-type]
+        q, k, v, segments = problem(TINY)
+        attention(q, k, v, segments=segments, implementation="quick")  # type: ignore[arg-type]
 
 
 # --- cudnn ---
 
 
 def test_cudnn_is_asked_for_the_same_attention(monkeypatch):
-    """On JAX's XLA implementation in cuDNN's place, which the machines of these tests do not have."""
+    """On JAX's XLA implementation in cuDNN's place, which the machines of these tests do not
+    have."""
     plain = jax.nn.dot_product_attention
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **options: plain(*args, **options | {"implementation": "xla"}))
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *args, **options: plain(*args, **options | {"implementation": "xla"}),
+    )
     q, k, v, segments = problem(Shape(2, 24, 4, 2, 8))
-    assert_close(api.attention(q, k, v, segments=segments, implementation="cudnn"), reference.attention(q, k, v, segments), 1e-6)
+    assert_close(
+        api.attention(q, k, v, segments=segments, implementation="cudnn"),
+        reference.attention(q, k, v, segments),
+        1e-6,
+    )
 
 
 # --- under a mask ---
 
 
-def test_masked_attention_in_blocks_equals_all_at_once_and_stays_finite_where_nothing_may_be_seen(monkeypatch):
+def test_masked_attention_in_blocks_equals_all_at_once_and_stays_finite_where_nothing_may_be_seen(
+    monkeypatch,
+):
     monkeypatch.setattr(blocks, "MASKED_BLOCK", 7)
     q, k, v, _ = problem(Shape(2, 24, 4, 2, 8))
     k, v = (a.swapaxes(1, 2) for a in (k, v))
@@ -187,14 +211,19 @@ def test_a_long_sequence_never_has_all_of_its_scores():
     [
         (MeshConfig(data=2, fsdp=2, tensor=2), Shape(4, 24, 4, 2, 8)),
         (MeshConfig(fsdp=4, expert=2), Shape(4, 24, 4, 2, 8)),
-        (MeshConfig(data=2, tensor=4), Shape(4, 24, 4, 2, 8)),  # two key heads do not divide over four: heads stay whole
+        # two key heads do not divide over four: heads stay whole
+        (MeshConfig(data=2, tensor=4), Shape(4, 24, 4, 2, 8)),
     ],
 )
 @pytest.mark.parametrize("run", [TestSplashInterpreted.run, TestChosenByPlatform.run])
 def test_values_and_gradients_on_shards_are_those_of_the_whole(mesh, shape, run):
     """The same `shard_map` as on a pod, the kernel interpreted."""
     args = problem(shape)
-    axes = (("batch", None, "heads", None), *(("batch", None, "kv_heads", None),) * 2, ("batch", None))
+    axes = (
+        ("batch", None, "heads", None),
+        *(("batch", None, "kv_heads", None),) * 2,
+        ("batch", None),
+    )
     sharded = on_each_shard(make_mesh(mesh), run, axes, axes[0])
     got, got_grads = jax.jit(functools.partial(gradients, sharded))(*args)
     want, want_grads = jax.jit(functools.partial(gradients, reference.attention))(*args)
@@ -210,18 +239,32 @@ def test_each_shard_is_given_its_own_records_and_heads_and_no_more():
         return q
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    axes = (("batch", None, "heads", None), *(("batch", None, "kv_heads", None),) * 2, ("batch", None))
+    axes = (
+        ("batch", None, "heads", None),
+        *(("batch", None, "kv_heads", None),) * 2,
+        ("batch", None),
+    )
     jax.eval_shape(on_each_shard(mesh, run, axes, axes[0]), *problem(Shape(4, 24, 4, 2, 8)))
     assert seen == [((1, 24, 2, 8), (1, 24, 1, 8), (1, 24))]
 
 
 def test_on_many_tpus_every_device_runs_the_kernel_on_its_shard():
-    """Lowered for eight TPUs from a CPU host. Without `shard_map` JAX refuses to partition a Mosaic kernel."""
+    """Lowered for eight TPUs from a CPU host. Without `shard_map` JAX refuses to partition a Mosaic
+    kernel."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert isinstance(mesh, Mesh) and mesh.axis_types == (AxisType.Auto,) * 4
-    axes = (("batch", None, "heads", None), *(("batch", None, "kv_heads", None),) * 2, ("batch", None))
+    axes = (
+        ("batch", None, "heads", None),
+        *(("batch", None, "kv_heads", None),) * 2,
+        ("batch", None),
+    )
     sharded = on_each_shard(mesh, TestChosenByPlatform.run, axes, axes[0])
     args = problem(Shape(4, 256, 4, 2, 128), "bfloat16")
-    text = jax.jit(functools.partial(gradients, sharded)).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+    text = (
+        jax.jit(functools.partial(gradients, sharded))
+        .trace(*args)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
     assert text.count("tpu_custom_call") == 3
     assert "1x2x256x128xbf16" in text  # one record, two of the heads

@@ -1,4 +1,5 @@
-"""Cross entropy from hidden states: every implementation against plain NumPy and the reference, and what it keeps in memory."""
+"""Cross entropy from hidden states: every implementation against plain NumPy and the reference, and
+what it keeps in memory."""
 
 import functools
 
@@ -18,7 +19,9 @@ def problem(dtype="float32", scale=1.0):
     return x, head, jnp.asarray(rng.integers(0, V, N), jnp.int32)
 
 
-COTANGENTS = tuple(jnp.asarray(np.random.default_rng(1).standard_normal(N), jnp.float32) for _ in range(2))
+COTANGENTS = tuple(
+    jnp.asarray(np.random.default_rng(1).standard_normal(N), jnp.float32) for _ in range(2)
+)
 
 
 def assert_close(got, want, tolerance):
@@ -42,7 +45,7 @@ class Suite:
 
     def gradients(self, *args):
         """Of x and head, for independent cotangents of losses and logsumexps."""
-        (values, pullback) = jax.vjp(lambda x, head: self.run(x, head, args[2]), *args[:2])
+        values, pullback = jax.vjp(lambda x, head: self.run(x, head, args[2]), *args[:2])
         return values, pullback(COTANGENTS)
 
     def test_losses_are_those_of_plain_numpy(self):
@@ -93,14 +96,19 @@ class TestChunks(Suite):
     @pytest.mark.parametrize("rows", [1, 9, 10, 11, N])
     def test_any_number_of_rows_equals_the_reference(self, rows):
         x, head, targets = problem()
-        got, want = (run(x[:rows], head, targets[:rows]) for run in (chunks.cross_entropy, reference.cross_entropy))
+        got, want = (
+            run(x[:rows], head, targets[:rows])
+            for run in (chunks.cross_entropy, reference.cross_entropy)
+        )
         for a, b in zip(got, want, strict=True):
             assert a.shape == (rows,)
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
     def test_a_vocabulary_larger_than_a_chunk_takes_one_row_at_a_time(self, monkeypatch):
         monkeypatch.setattr(chunks, "LARGEST", V // 2)
-        np.testing.assert_allclose(self.run(*problem())[0], reference.cross_entropy(*problem())[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            self.run(*problem())[0], reference.cross_entropy(*problem())[0], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_an_unknown_implementation_is_refused():
@@ -110,14 +118,17 @@ def test_an_unknown_implementation_is_refused():
 
 @functools.cache
 def temporary_share(what: str, dtype: str) -> float:
-    """Temporary memory of a compiled program as a share of the float32 logits of the whole batch."""
+    """Temporary memory of a compiled program as a share of the float32 logits of the whole
+    batch."""
     tokens, width, vocabulary = 4096, 64, 100352
 
     def total(x, head, targets):
         losses, log_z = cross_entropy(x, head, targets)
         return jnp.sum(losses + 1e-5 * log_z**2)
 
-    shapes = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((tokens, width), (width, vocabulary)))
+    shapes = (
+        jax.ShapeDtypeStruct(shape, dtype) for shape in ((tokens, width), (width, vocabulary))
+    )
     targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
     function = {"forward": total, "backward": jax.grad(total, (0, 1))}[what]
     memory = jax.jit(function).lower(*shapes, targets).compile().memory_analysis()
@@ -136,7 +147,11 @@ def test_small_problems_keep_their_logits_for_the_gradient():
     """One chunk and no recomputation: three products of N D V, forward and backward together."""
 
     def products(large):
-        text = jax.jit(jax.grad(lambda x, head, t: jnp.sum(cross_entropy(x, head, t)[0]), (0, 1))).lower(*large).as_text()
+        text = (
+            jax.jit(jax.grad(lambda x, head, t: jnp.sum(cross_entropy(x, head, t)[0]), (0, 1)))
+            .lower(*large)
+            .as_text()
+        )
         return text.count("dot_general")
 
     shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((256, 8), (8, 512)))

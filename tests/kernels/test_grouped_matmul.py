@@ -1,9 +1,12 @@
-"""One suite for every implementation of the expert FFN that runs on a CPU: values and all gradients against running every expert.
+"""One suite for every implementation of the expert FFN that runs on a CPU: values and all gradients
+against running every expert.
 
-The definition's gradients are jax's own; the reference writes its own by hand, so it stands in the suite too.
+The definition's gradients are jax's own; the reference writes its own by hand, so it stands in the
+suite too.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +32,33 @@ GROUPS = {
     "unused rows only at the end of a tile": (128, 0, 0, 0),
     "blocks of exactly one step": (32, 64, 32, 0),
 }
-OPERATIONS = ("stablehlo.while", "ragged_dot", "tpu_custom_call", "dot_general")  # by how many a program has one tells who made it
+# by how many a program has one tells who made it
+OPERATIONS = ("stablehlo.while", "ragged_dot", "tpu_custom_call", "dot_general")
 # Numbers that add up to at most M: gaps between sorted points of [0, M].
-SIZES = st.lists(st.integers(0, M), min_size=E, max_size=E).map(lambda points: np.diff(np.sort(points), prepend=0))
+SIZES = st.lists(st.integers(0, M), min_size=E, max_size=E).map(
+    lambda points: np.diff(np.sort(points), prepend=0)
+)
 
 
 def arguments(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 5)
-    x, gate, up, down = (jax.random.normal(k, s) for k, s in zip(keys, [(M, D), (E, D, F), (E, D, F), (E, F, D)], strict=False))
+    x, gate, up, down = (
+        jax.random.normal(k, s)
+        for k, s in zip(keys, [(M, D), (E, D, F), (E, D, F), (E, F, D)], strict=False)
+    )
     weights = jax.random.uniform(keys[4], (M,), minval=0.05, maxval=0.5)
-    return (x.astype(dtype), weights, *((w / w.shape[1] ** 0.5).astype(dtype) for w in (gate, up, down)))
+    return (
+        x.astype(dtype),
+        weights,
+        *((w / w.shape[1] ** 0.5).astype(dtype) for w in (gate, up, down)),
+    )
 
 
 def by_definition(x, weights, sizes, gate, up, down):
     expert = jnp.sum(jnp.arange(M)[:, None] >= jnp.cumsum(sizes), axis=1)
-    each = [jnp.where((expert == e)[:, None], swiglu(x, gate[e], up[e], down[e]), 0) for e in range(E)]
+    each = [
+        jnp.where((expert == e)[:, None], swiglu(x, gate[e], up[e], down[e]), 0) for e in range(E)
+    ]
     return weights[:, None] * sum(each)
 
 
@@ -59,8 +74,12 @@ def value_and_gradients(function, x, weights, sizes, gate, up, down):
 
 def run(function, sizes, values):
     x, weights, *matrices = values
-    gradients, y = value_and_gradients(function, x, weights, jnp.asarray(sizes, jnp.int32), *matrices)
-    return {"value": np.asarray(y, np.float64)} | {n: np.asarray(g, np.float64) for n, g in zip(NAMES, gradients, strict=True)}
+    gradients, y = value_and_gradients(
+        function, x, weights, jnp.asarray(sizes, jnp.int32), *matrices
+    )
+    return {"value": np.asarray(y, np.float64)} | {
+        n: np.asarray(g, np.float64) for n, g in zip(NAMES, gradients, strict=True)
+    }
 
 
 def assert_equal_to_the_definition(function, sizes):
@@ -93,7 +112,10 @@ class Suite:
         sizes, empty = (0, 70, 0, 33), np.array([0, 2])
         x, weights, *matrices = arguments()
         poisoned = (x, weights, *(m.at[empty].set(jnp.nan) for m in matrices))
-        clean, got = run(self.function, sizes, (x, weights, *matrices)), run(self.function, sizes, poisoned)
+        clean, got = (
+            run(self.function, sizes, (x, weights, *matrices)),
+            run(self.function, sizes, poisoned),
+        )
         for name in clean:
             np.testing.assert_array_equal(got[name], clean[name], err_msg=name)
         for name in ("gate", "up", "down"):
@@ -104,7 +126,10 @@ class Suite:
         x, weights, *matrices = arguments()
         used = sum(sizes)
         poisoned = (x.at[used:].set(jnp.nan), weights.at[used:].set(jnp.nan), *matrices)
-        clean, got = run(self.function, sizes, (x, weights, *matrices)), run(self.function, sizes, poisoned)
+        clean, got = (
+            run(self.function, sizes, (x, weights, *matrices)),
+            run(self.function, sizes, poisoned),
+        )
         for name in clean:
             np.testing.assert_array_equal(got[name], clean[name], err_msg=name)
         assert not got["x"][used:].any() and not got["weights"][used:].any()
@@ -115,12 +140,17 @@ class Suite:
         clean = run(self.function, sizes, (x, weights, *matrices))
         got = run(self.function, sizes, (x.at[25].set(jnp.nan), weights, *matrices))
         for name in ("value", "x", "weights"):
-            np.testing.assert_array_equal(np.delete(got[name], 25, 0), np.delete(clean[name], 25, 0), err_msg=name)
+            np.testing.assert_array_equal(
+                np.delete(got[name], 25, 0), np.delete(clean[name], 25, 0), err_msg=name
+            )
         for name in ("gate", "up", "down"):
-            np.testing.assert_array_equal(np.delete(got[name], 2, 0), np.delete(clean[name], 2, 0), err_msg=name)
+            np.testing.assert_array_equal(
+                np.delete(got[name], 2, 0), np.delete(clean[name], 2, 0), err_msg=name
+            )
 
     def test_in_bfloat16_weight_gradients_are_summed_in_float32(self):
-        """Positive terms, so that a bfloat16 sum would stop growing; 4096 rows of one expert are many blocks and tiles."""
+        """Positive terms, so that a bfloat16 sum would stop growing; 4096 rows of one expert are
+        many blocks and tiles."""
         rows = 4096
         keys = jax.random.split(jax.random.key(0), 4)
         x, *matrices = (
@@ -129,7 +159,10 @@ class Suite:
         )
 
         def total(matrices):
-            return jnp.sum(self.function(x, jnp.ones(rows), jnp.array([rows], jnp.int32), *matrices), dtype=jnp.float32)
+            return jnp.sum(
+                self.function(x, jnp.ones(rows), jnp.array([rows], jnp.int32), *matrices),
+                dtype=jnp.float32,
+            )
 
         def exact(matrices):
             return jnp.sum(swiglu(x.astype(jnp.float32), *(m[0] for m in matrices)))
@@ -158,7 +191,8 @@ class TestMegablox(Suite):
     implementation = "megablox_interpret"
 
 
-@pytest.mark.parametrize("suite", Suite.__subclasses__())  # not in the suite: hypothesis refuses tests that classes share
+# not in the suite: hypothesis refuses tests that classes share
+@pytest.mark.parametrize("suite", Suite.__subclasses__())
 @settings(max_examples=15, deadline=None)
 @given(sizes=SIZES)
 @example(sizes=np.array([M, 0, 0, 0]))
@@ -168,7 +202,10 @@ def test_values_and_gradients_equal_the_definition_for_any_sizes(suite, sizes):
 
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="one of blocks, ragged_dot, megablox"):
-        expert_ffn(*arguments()[:2], jnp.zeros(E, jnp.int32), *arguments()[2:], implementation="triton")  # pyright: ignore[reportArgumentType]
+        unknown: Any = "triton"
+        expert_ffn(
+            *arguments()[:2], jnp.zeros(E, jnp.int32), *arguments()[2:], implementation=unknown
+        )
 
 
 @pytest.mark.parametrize("lowered_for", ["cpu", "tpu", "cuda"])
@@ -179,7 +216,11 @@ def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowe
 
     def program(implementation):
         def total(x):
-            return jnp.sum(expert_ffn(x, weights, jnp.full(E, 30, jnp.int32), *matrices, implementation=implementation))
+            return jnp.sum(
+                expert_ffn(
+                    x, weights, jnp.full(E, 30, jnp.int32), *matrices, implementation=implementation
+                )
+            )
 
         return jax.jit(jax.grad(total)).trace(x).lower(lowering_platforms=(lowered_for,)).as_text()
 
@@ -187,8 +228,12 @@ def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowe
     for implementation in ("blocks", "ragged_dot", "megablox", "reference"):
         if implementation == "megablox" and lowered_for != "tpu":
             continue  # no other platform has it
-        same = counts == {operation: program(implementation).count(operation) for operation in OPERATIONS}
-        assert same == (implementation == {"cpu": "blocks", "tpu": tpu, "cuda": gpu}[lowered_for]), implementation
+        same = counts == {
+            operation: program(implementation).count(operation) for operation in OPERATIONS
+        }
+        assert same == (
+            implementation == {"cpu": "blocks", "tpu": tpu, "cuda": gpu}[lowered_for]
+        ), implementation
 
 
 def test_block_sizes_are_ascending_and_never_larger_than_the_array():

@@ -1,4 +1,5 @@
-"""Sparse dispatch against every expert run on every token: values and all gradients, whatever the sizes of the groups."""
+"""Sparse dispatch against every expert run on every token: values and all gradients, whatever the
+sizes of the groups."""
 
 import functools
 
@@ -25,20 +26,26 @@ def dense_experts(x, routing, gate, up, down):
 
 def arguments(ids: np.ndarray, weights: np.ndarray, seed: int = 0):
     keys = jax.random.split(jax.random.key(seed), 4)
-    x, gate, up, down = (jax.random.normal(k, s) for k, s in zip(keys, [(N, D), (E, D, F), (E, D, F), (E, F, D)], strict=True))
+    x, gate, up, down = (
+        jax.random.normal(k, s)
+        for k, s in zip(keys, [(N, D), (E, D, F), (E, D, F), (E, F, D)], strict=True)
+    )
     routing = Routing(jnp.asarray(weights, jnp.float32), jnp.asarray(ids, jnp.int32), jnp.zeros(N))
     return x, routing, gate / D**0.5, up / D**0.5, down / F**0.5
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(function, x, routing, gate, up, down):
-    """The output, and the gradients of a fixed weighted sum of it in x, the routing weights and the three matrices."""
+    """The output, and the gradients of a fixed weighted sum of it in x, the routing weights and the
+    three matrices."""
 
     def total(x, weights, gate, up, down):
         y = function(x, routing._replace(weights=weights), gate, up, down)
         return jnp.sum(y * jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)), y
 
-    return jax.grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True)(x, routing.weights, gate, up, down)
+    return jax.grad(total, argnums=(0, 1, 2, 3, 4), has_aux=True)(
+        x, routing.weights, gate, up, down
+    )
 
 
 def assert_sparse_equals_dense(ids, weights):
@@ -46,9 +53,16 @@ def assert_sparse_equals_dense(ids, weights):
     gradients, y = value_and_gradients(sparse_experts, *values)
     expected_gradients, expected = value_and_gradients(dense_experts, *values)
     assert_close(y, expected, "value")
-    for name, got, want in zip(("x", "weights", "gate", "up", "down"), gradients, expected_gradients, strict=True):
-        # A slot of weight 0 runs no expert, so its weight has no gradient: an excluded expert's probability is constant.
-        assert_close(got, np.where(weights > 0, want, 0) if name == "weights" else want, f"gradient of {name}")
+    for name, got, want in zip(
+        ("x", "weights", "gate", "up", "down"), gradients, expected_gradients, strict=True
+    ):
+        # A slot of weight 0 runs no expert, so its weight has no gradient: an excluded expert's
+        # probability is constant.
+        assert_close(
+            got,
+            np.where(weights > 0, want, 0) if name == "weights" else want,
+            f"gradient of {name}",
+        )
 
 
 def assert_close(got, want, what):
@@ -56,7 +70,8 @@ def assert_close(got, want, what):
 
 
 def sizes_of(*sizes: int) -> np.ndarray:
-    """Ids of N tokens whose first slot takes expert e `sizes[e]` times and whose second slot takes the next expert."""
+    """Ids of N tokens whose first slot takes expert e `sizes[e]` times and whose second slot takes
+    the next expert."""
     first = np.repeat(np.arange(E), sizes)
     return np.stack([first, (first + 1) % E], axis=1)
 
@@ -81,7 +96,8 @@ def test_sparse_dispatch_equals_running_every_expert(ids):
 @given(st.integers(0, 2**31), st.lists(st.floats(0.01, 1), min_size=E, max_size=E), st.floats(0, 1))
 @example(0, [1.0] * E, 1.0)
 def test_sparse_dispatch_equals_running_every_expert_for_any_routing(seed, popularity, unused):
-    """`unused`: the share of second slots that weigh nothing, as where fewer experts are allowed than active."""
+    """`unused`: the share of second slots that weigh nothing, as where fewer experts are allowed
+    than active."""
     rng = np.random.default_rng(seed)
     ids = np.argsort(rng.gumbel(size=(N, E)) + np.log(popularity), axis=1)[:, -A:]
     weights = rng.uniform(0.05, 0.5, (N, A))
@@ -90,19 +106,26 @@ def test_sparse_dispatch_equals_running_every_expert_for_any_routing(seed, popul
 
 
 def test_where_nothing_is_chosen_the_output_and_the_gradients_are_zero():
-    gradients, y = value_and_gradients(sparse_experts, *arguments(np.tile([0, 1], (N, 1)), np.zeros((N, A))))
+    gradients, y = value_and_gradients(
+        sparse_experts, *arguments(np.tile([0, 1], (N, 1)), np.zeros((N, A)))
+    )
     assert all(not np.asarray(part).any() for part in (y, *gradients))
 
 
 def test_an_expert_that_nobody_chose_is_never_read():
-    """Also where it stands in a slot of weight 0, as an excluded expert does: NaN in it reaches no value and no gradient."""
+    """Also where it stands in a slot of weight 0, as an excluded expert does: NaN in it reaches no
+    value and no gradient."""
     rng = np.random.default_rng(0)
     ids, weights = np.tile([0, 2], (N, 1)), rng.uniform(0.05, 0.5, (N, A))
     ids[:7, 1], weights[:7, 1] = 3, 0
     x, routing, *matrices = arguments(ids, weights)
     poisoned = [matrix.at[jnp.array([1, 3])].set(jnp.nan) for matrix in matrices]
     expected = value_and_gradients(sparse_experts, x, routing, *matrices)
-    jax.tree.map(np.testing.assert_array_equal, value_and_gradients(sparse_experts, x, routing, *poisoned), expected)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        value_and_gradients(sparse_experts, x, routing, *poisoned),
+        expected,
+    )
 
 
 def test_tokens_do_not_see_each_other():
@@ -118,11 +141,15 @@ def test_tokens_do_not_see_each_other():
 
 
 def test_weight_gradients_in_bfloat16_are_summed_in_float32():
-    """Over many blocks, a bfloat16 sum would stop growing: 8 bits of it are soon larger than what a block adds."""
+    """Over many blocks, a bfloat16 sum would stop growing: 8 bits of it are soon larger than what a
+    block adds."""
     rows = 32 * 512  # 32 of the largest blocks
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(rows, D), (1, D, F), (1, D, F), (1, F, D)]
-    x, *matrices = (jnp.abs(jax.random.normal(k, s)).astype(jnp.bfloat16) / 4 for k, s in zip(keys, shapes, strict=True))
+    x, *matrices = (
+        jnp.abs(jax.random.normal(k, s)).astype(jnp.bfloat16) / 4
+        for k, s in zip(keys, shapes, strict=True)
+    )
     routing = Routing(jnp.ones((rows, 1)), jnp.zeros((rows, 1), jnp.int32), jnp.zeros(rows))
 
     def total(matrices):

@@ -1,6 +1,7 @@
 """Tokens to rows and back: values, gradients and, for the kernels that copy by DMA, no race.
 
-One suite, inherited for each implementation; plans are made here by sorting, not by the code under test.
+One suite, inherited for each implementation; plans are made here by sorting, not by the code under
+test.
 """
 
 import dataclasses
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # the simulator's race flag has no public name
+
+# the simulator's race flag has no public name
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from flexolmo_jax.kernels.permute import combine, pallas_tpu, permute, reference, row_weights
@@ -28,7 +31,11 @@ SEED, UNUSED = st.integers(0, 2**31), st.floats(0, 1)
 
 def few(examples: int) -> settings:
     # The suite is inherited on purpose: one property, drawn for each implementation.
-    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.differing_executors],
+    )
 
 
 def plan_of(seed: int, unused: float, tokens: int = N) -> DispatchPlan:
@@ -41,18 +48,30 @@ def plan_of(seed: int, unused: float, tokens: int = N) -> DispatchPlan:
     rows, slots = np.full(M, M, np.int32), np.full(M, M, np.int32)
     rows[order[:used]], slots[:used] = np.arange(used), order[:used]
     sizes = np.bincount(experts.reshape(-1), minlength=E + 1)[:E]
-    return DispatchPlan(jnp.asarray(sizes, jnp.int32), jnp.asarray(rows.reshape(tokens, A)), jnp.asarray(slots))
+    return DispatchPlan(
+        jnp.asarray(sizes, jnp.int32), jnp.asarray(rows.reshape(tokens, A)), jnp.asarray(slots)
+    )
 
 
 def permuted(x, plan):
     """The definition of `permute`, row by row."""
-    return np.stack([x[slot // A] if slot < x.shape[0] * A else np.zeros_like(x[0]) for slot in np.asarray(plan.slots)])
+    return np.stack(
+        [
+            x[slot // A] if slot < x.shape[0] * A else np.zeros_like(x[0])
+            for slot in np.asarray(plan.slots)
+        ]
+    )
 
 
 def combined(rows, plan):
     """The definition of `combine`, token by token, in float64."""
     rows = np.asarray(rows, np.float64)
-    return np.stack([sum((rows[r] for r in of_token if r < len(rows)), np.zeros(rows.shape[1])) for of_token in np.asarray(plan.rows)])
+    return np.stack(
+        [
+            sum((rows[r] for r in of_token if r < len(rows)), np.zeros(rows.shape[1]))
+            for of_token in np.asarray(plan.rows)
+        ]
+    )
 
 
 def random(*shape: int, dtype=jnp.float32, seed: int = 0):
@@ -71,7 +90,14 @@ class PermuteSuite:
     implementation: Implementation
 
     def run(self, function, x, plan, dout=None):
-        dout = jnp.zeros((plan.slots.size if function is permute else plan.rows.shape[0], x.shape[1]), x.dtype) if dout is None else dout
+        dout = (
+            jnp.zeros(
+                (plan.slots.size if function is permute else plan.rows.shape[0], x.shape[1]),
+                x.dtype,
+            )
+            if dout is None
+            else dout
+        )
         return value_and_pullback(function, x, plan, dout, self.implementation)
 
     @few(10)
@@ -88,7 +114,9 @@ class PermuteSuite:
     @given(SEED, UNUSED)
     @example(0, 0.0)
     @example(0, 1.0)
-    def test_combine_sums_the_rows_of_each_token_and_its_gradient_copies_them_back(self, seed, unused):
+    def test_combine_sums_the_rows_of_each_token_and_its_gradient_copies_them_back(
+        self, seed, unused
+    ):
         plan, rows, dout = plan_of(seed, unused), random(N * A, D), random(N, D, seed=1)
         y, drows = self.run(combine, rows, plan, dout)
         np.testing.assert_allclose(y, combined(rows, plan), rtol=1e-5, atol=1e-6)
@@ -100,19 +128,30 @@ class PermuteSuite:
         assert y.dtype == drows.dtype == jnp.bfloat16
         exact = reference.combine(rows.astype(jnp.float32), plan)
         np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
-        in_bfloat16 = functools.reduce(jnp.add, (jnp.take(rows, plan.rows[:, a], axis=0, mode="fill", fill_value=0) for a in range(A)))
+        in_bfloat16 = functools.reduce(
+            jnp.add,
+            (jnp.take(rows, plan.rows[:, a], axis=0, mode="fill", fill_value=0) for a in range(A)),
+        )
         assert (y != in_bfloat16).any()  # else this shows nothing
 
     def test_all_values_and_gradients_equal_those_of_xla_bit_for_bit(self):
         plan = plan_of(1, 0.3)
-        for function, x, dout in ((permute, random(N, D), random(N * A, D, seed=1)), (combine, random(N * A, D), random(N, D, seed=1))):
-            got, want = self.run(function, x, plan, dout), value_and_pullback(function, x, plan, dout, "xla")
+        for function, x, dout in (
+            (permute, random(N, D), random(N * A, D, seed=1)),
+            (combine, random(N * A, D), random(N, D, seed=1)),
+        ):
+            got, want = (
+                self.run(function, x, plan, dout),
+                value_and_pullback(function, x, plan, dout, "xla"),
+            )
             jax.tree.map(np.testing.assert_array_equal, got, want)
 
     def test_a_row_without_a_slot_is_never_read(self):
         plan, rows = plan_of(0, 0.5), random(N * A, D)
         poisoned = jnp.where(plan.slots[:, None] < N * A, rows, jnp.nan)
-        np.testing.assert_array_equal(self.run(combine, poisoned, plan)[0], self.run(combine, rows, plan)[0])
+        np.testing.assert_array_equal(
+            self.run(combine, poisoned, plan)[0], self.run(combine, rows, plan)[0]
+        )
 
     def test_a_nan_token_spoils_its_own_rows_only(self):
         plan, x = plan_of(0, 0.5), random(N, D)
@@ -125,7 +164,11 @@ class PermuteSuite:
     def test_neither_value_nor_gradient_sorts_or_scatters(self, function):
         plan, x, dout = plan_of(0, 0.5), random(N, D), random(N * A, D)
         arguments = (x, plan, dout) if function is permute else (dout, plan, x)
-        program = str(jax.make_jaxpr(value_and_pullback, static_argnums=(0, 4))(function, *arguments, self.implementation))
+        program = str(
+            jax.make_jaxpr(value_and_pullback, static_argnums=(0, 4))(
+                function, *arguments, self.implementation
+            )
+        )
         assert not re.search(r"= (sort|scatter\S*)\[", program)
 
 
@@ -162,7 +205,11 @@ def test_row_weights_and_their_gradient_follow_the_plan_both_ways(seed, unused):
 
 def test_the_gradient_of_row_weights_is_a_gather():
     plan = plan_of(0, 0.5)
-    program = str(jax.make_jaxpr(jax.grad(lambda weights: jnp.sum(row_weights(weights, plan) ** 2)))(random(N, A)))
+    program = str(
+        jax.make_jaxpr(jax.grad(lambda weights: jnp.sum(row_weights(weights, plan) ** 2)))(
+            random(N, A)
+        )
+    )
     assert "gather[" in program
     assert "scatter" not in program
 
@@ -170,9 +217,12 @@ def test_the_gradient_of_row_weights_is_a_gather():
 @pytest.mark.parametrize("function", [permute, combine])
 def test_a_named_implementation_is_used_or_fails(function):
     plan, x = plan_of(0, 0.0), random(N if function is permute else N * A, D)
-    with pytest.raises(ValueError, match="must be None, 'xla', 'pallas' or 'pallas_interpret'; got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="must be None, 'xla', 'pallas' or 'pallas_interpret'; got 'cuda'"
+    ):
         function(x, plan, implementation="cuda")
-    with pytest.raises(ValueError, match="interpret mode"):  # Pallas itself, lowering a TPU kernel for the CPU
+    # Pallas itself, lowering a TPU kernel for the CPU
+    with pytest.raises(ValueError, match="interpret mode"):
         jax.block_until_ready(function(x, plan, implementation="pallas"))
     with pytest.raises(ValueError, match="multiple of 128, got 200; use 'xla'"):
         function(x[:, :200], plan, implementation="pallas")
@@ -184,26 +234,42 @@ def test_real_shapes_are_traced(name, implementation):
     tokens, experts, active, width = SHAPES[name]
     shapes = (experts,), (tokens, active), (tokens * active,)
     plan = jax.eval_shape(lambda: DispatchPlan(*(jnp.zeros(shape, jnp.int32) for shape in shapes)))
-    x, rows = (jax.ShapeDtypeStruct((length, width), jnp.bfloat16) for length in (tokens, tokens * active))
-    assert jax.eval_shape(lambda x, plan: permute(x, plan, implementation=implementation), x, plan) == rows
-    assert jax.eval_shape(lambda rows, plan: combine(rows, plan, implementation=implementation), rows, plan) == x
+    x, rows = (
+        jax.ShapeDtypeStruct((length, width), jnp.bfloat16) for length in (tokens, tokens * active)
+    )
+    assert (
+        jax.eval_shape(lambda x, plan: permute(x, plan, implementation=implementation), x, plan)
+        == rows
+    )
+    assert (
+        jax.eval_shape(
+            lambda rows, plan: combine(rows, plan, implementation=implementation), rows, plan
+        )
+        == x
+    )
 
 
-# Kernels that copy by DMA, under the simulator of TPU memory, which records races but does not fail because of them.
+# Kernels that copy by DMA, under the simulator of TPU memory, which records races but does not fail
+# because of them.
 
 SMALL = 22  # tokens: two blocks of 16, the second not full
 KERNELS = ["permute", "combine"]
 
 
 def assert_sound(module, kernel: str, mode: str):
-    """The kernel gives what the reference gives, and no memory is touched while a DMA may still be writing or reading it."""
+    """The kernel gives what the reference gives, and no memory is touched while a DMA may still be
+    writing or reading it."""
     plan = plan_of(3, 0.2, SMALL)
     x = random(SMALL if kernel == "permute" else SMALL * A, D)
-    parameters = {"detect_races": True, "dma_execution_mode": mode, "vector_clock_size": 128}  # with few clocks DMAs share them
-    if "on_race" in {field.name for field in dataclasses.fields(pltpu.InterpretParams)}:  # newer jax raises otherwise, inside a callback
+    # with few clocks DMAs share them
+    parameters = {"detect_races": True, "dma_execution_mode": mode, "vector_clock_size": 128}
+    # newer jax raises otherwise, inside a callback
+    if "on_race" in {field.name for field in dataclasses.fields(pltpu.InterpretParams)}:
         parameters["on_race"] = "warn"
     try:
-        got = getattr(module, kernel)(x, plan, interpret=pltpu.InterpretParams(**parameters), tokens=16)
+        got = getattr(module, kernel)(
+            x, plan, interpret=pltpu.InterpretParams(**parameters), tokens=16
+        )
         got = np.asarray(got)
         races = interpret_pallas_call.races
         assert races is not None
@@ -232,7 +298,10 @@ def test_no_copy_races(kernel, mode):
 @pytest.mark.parametrize("mode", ["eager", "on_wait"])
 @pytest.mark.parametrize(
     "kernel, wait",
-    [("permute", "    for_all_copies(lambda copy: copy.wait())"), ("combine", "for_all_copies(group, lambda copy: copy.wait())")],
+    [
+        ("permute", "    for_all_copies(lambda copy: copy.wait())"),
+        ("combine", "for_all_copies(group, lambda copy: copy.wait())"),
+    ],
 )
 def test_a_missing_wait_is_caught(kernel, wait, mode):
     with pytest.raises(AssertionError, match="races with eager" if mode == "eager" else None):

@@ -1,4 +1,5 @@
-"""Routing and the plan: softmax over all experts, then top-k; excluded experts leave no trace; the plan sorts without a sort.
+"""Routing and the plan: softmax over all experts, then top-k; excluded experts leave no trace; the
+plan sorts without a sort.
 
 One suite, inherited for each implementation.
 """
@@ -14,25 +15,39 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.typing import ArrayLike
 
-from flexolmo_jax.kernels.route import Implementation, dense_weights, dispatch_plan, route_topk, router_probabilities
+from flexolmo_jax.kernels.route import (
+    Implementation,
+    dense_weights,
+    dispatch_plan,
+    route_topk,
+    router_probabilities,
+)
 from flexolmo_jax.kernels.route.shapes import SHAPES as REAL
 
 N, E = 16, 5
 ACTIVE = st.sampled_from([1, 3, E])  # each is a program to compile
 ALLOWED = st.lists(st.booleans(), min_size=E, max_size=E).filter(any).map(np.array)
 # Few distinct values, so that ties are common.
-LOGITS = st.lists(st.integers(-6, 6), min_size=N * E, max_size=N * E).map(lambda v: np.array(v, np.float32).reshape(N, E) / 2)
-SHAPES = st.sampled_from([(1, 1, 1), (40, 5, 3), (150, 8, 2), (300, 9, 4)])  # tokens, experts, active: below, at and over whole tiles
+LOGITS = st.lists(st.integers(-6, 6), min_size=N * E, max_size=N * E).map(
+    lambda v: np.array(v, np.float32).reshape(N, E) / 2
+)
+# tokens, experts, active: below, at and over whole tiles
+SHAPES = st.sampled_from([(1, 1, 1), (40, 5, 3), (150, 8, 2), (300, 9, 4)])
 
 
 def few(examples: int) -> settings:
     # The suite is inherited on purpose: one property, drawn for each implementation.
-    return settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=[HealthCheck.differing_executors],
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 5))
 def routed(logits, allowed, active, dweights, dlog_z, implementation):
-    """The routing, and the logits' gradient for the given gradients of the weights, laid out by expert, and of `log_z`."""
+    """The routing, and the logits' gradient for the given gradients of the weights, laid out by
+    expert, and of `log_z`."""
 
     def value(logits):
         routing = route_topk(logits, active, allowed, implementation=implementation)
@@ -51,15 +66,24 @@ class RouteSuite:
 
     implementation: Implementation
 
-    def route(self, logits, active, allowed=None, dweights: ArrayLike = 0.0, dlog_z: ArrayLike = 0.0):
+    def route(
+        self, logits, active, allowed=None, dweights: ArrayLike = 0.0, dlog_z: ArrayLike = 0.0
+    ):
         logits = jnp.asarray(logits)
         allowed = jnp.ones(logits.shape[1], bool) if allowed is None else jnp.asarray(allowed)
         dweights = jnp.broadcast_to(jnp.asarray(dweights, jnp.float32), logits.shape)
         dlog_z = jnp.broadcast_to(jnp.asarray(dlog_z, jnp.float32), logits.shape[:1])
-        return jax.tree.map(np.asarray, routed(logits, allowed, active, dweights, dlog_z, self.implementation))
+        return jax.tree.map(
+            np.asarray, routed(logits, allowed, active, dweights, dlog_z, self.implementation)
+        )
 
     def plan(self, ids, chosen, num_experts):
-        return plan_of(jnp.asarray(ids, jnp.int32), jnp.asarray(chosen), num_experts, implementation=self.implementation)
+        return plan_of(
+            jnp.asarray(ids, jnp.int32),
+            jnp.asarray(chosen),
+            num_experts,
+            implementation=self.implementation,
+        )
 
     @few(40)
     @given(LOGITS, ACTIVE, ALLOWED)
@@ -68,22 +92,29 @@ class RouteSuite:
         for n in range(N):
             p = np.where(allowed, np.exp(logits[n], dtype=np.float64), 0)
             total = p.sum()
-            best = sorted(np.flatnonzero(allowed), key=lambda e: (-logits[n, e], e))[:active]  # the lowest index wins ties
+            # the lowest index wins ties
+            best = sorted(np.flatnonzero(allowed), key=lambda e: (-logits[n, e], e))[:active]
             assert ids[n, : len(best)].tolist() == best
             np.testing.assert_allclose(weights[n, : len(best)], p[best] / total, rtol=1e-5)
-            assert not weights[n, len(best) :].any()  # fewer allowed than active: the excess slots weigh nothing
+            # fewer allowed than active: the excess slots weigh nothing
+            assert not weights[n, len(best) :].any()
             np.testing.assert_allclose(log_z[n], np.log(total), rtol=1e-5, atol=1e-6)
 
     @few(20)
     @given(LOGITS, ACTIVE, ALLOWED)
     def test_the_ids_are_those_of_lax_top_k(self, logits, active, allowed):
-        """In excess slots too: there the gradient needs them to be experts that are excluded, each once."""
+        """In excess slots too: there the gradient needs them to be experts that are excluded, each
+        once."""
         (_, ids, _), _ = self.route(logits, active, allowed)
-        np.testing.assert_array_equal(ids, jax.lax.top_k(jnp.where(allowed, logits, -jnp.inf), active)[1])
+        np.testing.assert_array_equal(
+            ids, jax.lax.top_k(jnp.where(allowed, logits, -jnp.inf), active)[1]
+        )
 
     @few(20)
     @given(LOGITS, ACTIVE, ALLOWED)
-    def test_the_weights_of_every_expert_are_those_of_the_chosen_and_zero_elsewhere(self, logits, active, allowed):
+    def test_the_weights_of_every_expert_are_those_of_the_chosen_and_zero_elsewhere(
+        self, logits, active, allowed
+    ):
         routing, _ = self.route(logits, active, allowed)
         dense = np.asarray(dense_weights(routing, E))
         assert not dense[:, ~allowed].any()
@@ -92,15 +123,21 @@ class RouteSuite:
 
     @few(20)
     @given(LOGITS, ACTIVE, ALLOWED, st.sampled_from([np.nan, np.inf, -np.inf, 1e30]))
-    def test_the_logit_of_an_excluded_expert_changes_no_bit_of_value_or_gradient(self, logits, active, allowed, poison):
+    def test_the_logit_of_an_excluded_expert_changes_no_bit_of_value_or_gradient(
+        self, logits, active, allowed, poison
+    ):
         cotangents = np.cos(np.arange(N * E, dtype=np.float32)).reshape(N, E), 0.5
         clean, dclean = self.route(logits, active, allowed, *cotangents)
-        poisoned, dpoisoned = self.route(np.where(allowed, logits, poison).astype(np.float32), active, allowed, *cotangents)
+        poisoned, dpoisoned = self.route(
+            np.where(allowed, logits, poison).astype(np.float32), active, allowed, *cotangents
+        )
         jax.tree.map(np.testing.assert_array_equal, (poisoned, dpoisoned), (clean, dclean))
 
     @few(20)
     @given(LOGITS, ACTIVE, ALLOWED, st.integers(0, 2**31))
-    def test_the_gradient_is_that_of_a_softmax_over_the_allowed_experts(self, logits, active, allowed, seed):
+    def test_the_gradient_is_that_of_a_softmax_over_the_allowed_experts(
+        self, logits, active, allowed, seed
+    ):
         rng = np.random.default_rng(seed)
         dweights, dlog_z = rng.normal(size=(N, E)), rng.normal(size=N)
         (_, ids, _), dlogits = self.route(logits, active, allowed, dweights, dlog_z)
@@ -117,7 +154,9 @@ class RouteSuite:
         logits = np.linspace(-1, 1, N * E, dtype=np.float32).reshape(N, E)
 
         def value(logits):
-            routing = route_topk(logits, E, jnp.asarray(allowed), implementation=self.implementation)
+            routing = route_topk(
+                logits, E, jnp.asarray(allowed), implementation=self.implementation
+            )
             return routing.weights, routing.ids
 
         weights, pullback, ids = jax.vjp(value, jnp.asarray(logits), has_aux=True)
@@ -130,10 +169,15 @@ class RouteSuite:
         logits = jax.random.normal(jax.random.key(0), (2100, 9))
         dweights = jax.random.normal(jax.random.key(1), logits.shape)
         (routing, dlogits), (want, dwant) = (
-            routed(logits, jnp.arange(9) != 4, 4, dweights, logits[:, 0], implementation) for implementation in (self.implementation, "xla")
+            routed(logits, jnp.arange(9) != 4, 4, dweights, logits[:, 0], implementation)
+            for implementation in (self.implementation, "xla")
         )
         np.testing.assert_array_equal(routing.ids, want.ids)
-        for got, expected in ((routing.weights, want.weights), (routing.log_z, want.log_z), (dlogits, dwant)):
+        for got, expected in (
+            (routing.weights, want.weights),
+            (routing.log_z, want.log_z),
+            (dlogits, dwant),
+        ):
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
 
     def test_a_nan_token_spoils_its_own_routing_only(self):
@@ -141,7 +185,11 @@ class RouteSuite:
         clean, _ = self.route(logits, 3)
         logits[2] = np.nan
         spoilt, _ = self.route(logits, 3)
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.delete(a, 2, 0), np.delete(b, 2, 0)), spoilt, clean)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(np.delete(a, 2, 0), np.delete(b, 2, 0)),
+            spoilt,
+            clean,
+        )
         assert np.isnan(spoilt.weights[2]).all()
         assert ((spoilt.ids >= 0) & (spoilt.ids < E)).all()
 
@@ -155,7 +203,9 @@ class RouteSuite:
     def test_adding_one_number_to_all_logits_changes_no_weight(self):
         logits = jax.random.normal(jax.random.key(0), (N, E))
         shift = 40 * jax.random.normal(jax.random.key(1), (N, 1))
-        np.testing.assert_allclose(self.route(logits + shift, 3)[0].weights, self.route(logits, 3)[0].weights, rtol=2e-5)
+        np.testing.assert_allclose(
+            self.route(logits + shift, 3)[0].weights, self.route(logits, 3)[0].weights, rtol=2e-5
+        )
 
     @few(40)
     @given(SHAPES, st.integers(0, 2**31), st.floats(0, 8), st.floats(0, 1))
@@ -163,15 +213,21 @@ class RouteSuite:
     @example((300, 9, 4), 0, 0.0, 1.0)  # no slot has a row
     @example((150, 8, 2), 0, 0.0, 0.0)  # all have
     def test_the_plan_equals_a_stable_argsort(self, shape, seed, skew, unused):
-        """Experts as popular as exp(-skew * index), so from even to one hot expert with empty groups; a share of slots is not chosen."""
+        """Experts as popular as exp(-skew * index), so from even to one hot expert with empty
+        groups; a share of slots is not chosen."""
         tokens, experts, active = shape
         rng = np.random.default_rng(seed)
-        ids = np.argsort(rng.gumbel(size=(tokens, experts)) - skew * np.arange(experts), axis=1)[:, ::-1][:, :active]
-        assert_plan(self.plan(ids, chosen := rng.random(ids.shape) >= unused, experts), ids, chosen, experts)
+        ids = np.argsort(rng.gumbel(size=(tokens, experts)) - skew * np.arange(experts), axis=1)[
+            :, ::-1
+        ][:, :active]
+        assert_plan(
+            self.plan(ids, chosen := rng.random(ids.shape) >= unused, experts), ids, chosen, experts
+        )
 
     @pytest.mark.parametrize("expert", [0, 3, 7])
     def test_the_plan_of_one_hot_expert_keeps_every_slot_in_place(self, expert):
-        ids = np.full((150, 2), expert)  # also the same expert twice in a token, which a plan need not know to be impossible
+        # also the same expert twice in a token, which a plan need not know to be impossible
+        ids = np.full((150, 2), expert)
         plan = self.plan(ids, ids >= 0, 8)
         assert_plan(plan, ids, ids >= 0, 8)
         np.testing.assert_array_equal(plan.slots, np.arange(300))
@@ -188,7 +244,9 @@ class RouteSuite:
     def test_the_plan_is_made_without_a_sort(self):
         ids = jnp.zeros((300, 4), jnp.int32)
         assert sorts(lambda ids: jnp.argsort(ids.reshape(-1)), ids)
-        assert not sorts(lambda ids: dispatch_plan(ids, ids >= 0, 9, implementation=self.implementation), ids)
+        assert not sorts(
+            lambda ids: dispatch_plan(ids, ids >= 0, 9, implementation=self.implementation), ids
+        )
 
 
 @pytest.mark.tpu
@@ -207,17 +265,28 @@ class TestPallas(RouteSuite):
 
 def test_the_default_is_xla():
     logits = jax.random.normal(jax.random.key(0), (N, E))
-    jax.tree.map(np.testing.assert_array_equal, route_topk(logits, 3), route_topk(logits, 3, implementation="xla"))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        route_topk(logits, 3),
+        route_topk(logits, 3, implementation="xla"),
+    )
 
 
 @pytest.mark.parametrize(
-    "run", [lambda x, i: route_topk(x, 3, implementation=i), lambda x, i: dispatch_plan(x > 0, x > 0, E, implementation=i)]
+    "run",
+    [
+        lambda x, i: route_topk(x, 3, implementation=i),
+        lambda x, i: dispatch_plan(x > 0, x > 0, E, implementation=i),
+    ],
 )
 def test_a_named_implementation_is_used_or_fails(run):
     logits = jnp.ones((N, E))
-    with pytest.raises(ValueError, match="must be None, 'xla', 'pallas' or 'pallas_interpret'; got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="must be None, 'xla', 'pallas' or 'pallas_interpret'; got 'cuda'"
+    ):
         run(logits, "cuda")
-    with pytest.raises(ValueError, match="interpret mode"):  # Pallas itself, lowering a TPU kernel for the CPU
+    # Pallas itself, lowering a TPU kernel for the CPU
+    with pytest.raises(ValueError, match="interpret mode"):
         jax.block_until_ready(run(logits, "pallas"))
 
 
@@ -225,8 +294,13 @@ def test_a_named_implementation_is_used_or_fails(run):
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_real_shapes_are_traced(name, implementation):
     N, E, A, _ = REAL[name]
-    routing = jax.eval_shape(lambda x: route_topk(x, A, implementation=implementation), jax.ShapeDtypeStruct((N, E), jnp.float32))
-    plan = jax.eval_shape(lambda r: dispatch_plan(r.ids, r.weights > 0, E, implementation=implementation), routing)
+    routing = jax.eval_shape(
+        lambda x: route_topk(x, A, implementation=implementation),
+        jax.ShapeDtypeStruct((N, E), jnp.float32),
+    )
+    plan = jax.eval_shape(
+        lambda r: dispatch_plan(r.ids, r.weights > 0, E, implementation=implementation), routing
+    )
     assert [a.shape for a in (*routing, *plan)] == [(N, A), (N, A), (N,), (E,), (N, A), (N * A,)]
 
 
@@ -238,12 +312,22 @@ def test_more_active_experts_than_there_are_or_none_are_refused(active):
 
 def test_a_plan_too_large_for_scalar_memory_is_refused():
     with pytest.raises(ValueError, match="use 'xla'"):
-        jax.eval_shape(lambda: dispatch_plan(jnp.zeros((2**16, 4), jnp.int32), jnp.ones((2**16, 4), bool), E, implementation="pallas"))
+        jax.eval_shape(
+            lambda: dispatch_plan(
+                jnp.zeros((2**16, 4), jnp.int32),
+                jnp.ones((2**16, 4), bool),
+                E,
+                implementation="pallas",
+            )
+        )
 
 
 @pytest.mark.parametrize("excluded", [(), (1, 3)])
 def test_router_probabilities_are_the_weights_with_every_expert_active(excluded):
-    logits, allowed = jax.random.normal(jax.random.key(0), (N, E)), jnp.asarray([e not in excluded for e in range(E)])
+    logits, allowed = (
+        jax.random.normal(jax.random.key(0), (N, E)),
+        jnp.asarray([e not in excluded for e in range(E)]),
+    )
     probabilities, log_z = router_probabilities(logits, allowed)
     routing = route_topk(logits, E, allowed)
     np.testing.assert_array_equal(probabilities, dense_weights(routing, E))
@@ -251,7 +335,8 @@ def test_router_probabilities_are_the_weights_with_every_expert_active(excluded)
 
 
 def assert_plan(plan, ids, chosen, experts):
-    """Against a stable argsort by expert, bit for bit; slots without a row sort behind all experts."""
+    """Against a stable argsort by expert, bit for bit; slots without a row sort behind all
+    experts."""
     slots = np.where(chosen, ids, experts).reshape(-1)
     M, used = slots.size, int(np.sum(chosen))
     order = np.argsort(slots, kind="stable")

@@ -1,4 +1,5 @@
-"""A plan of the form that `flexolmo plan --json` prints, for a job, made up: what preflight finds instead of compiling.
+"""A plan of the form that `flexolmo plan --json` prints, for a job, made up: what preflight finds
+instead of compiling.
 
 python tests/launch/plan_for.py JOB.yaml [--too-big] > plans/any.json
 """

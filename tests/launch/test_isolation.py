@@ -13,7 +13,9 @@ JOBS = ROOT / "launch/jobs"
 
 
 def check(*paths):
-    return subprocess.run([sys.executable, ROOT / "launch/check_isolation", *paths], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "launch/check_isolation", *paths], capture_output=True, text=True
+    )
 
 
 def written(path, name, **keys):
@@ -24,35 +26,54 @@ def written(path, name, **keys):
 def test_the_examples_share_nothing():
     done = check(*sorted(JOBS.glob("*.yaml")))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "4 owners (biomed, code, coordinator, legal) share no project, bucket, service account or network\n"
+    assert (
+        done.stdout
+        == "4 owners (biomed, code, coordinator, legal) share no project, bucket, service account"
+        " or network\n"
+    )
 
 
 @pytest.mark.parametrize("key", ["project", "bucket", "service_account", "network"])
 def test_two_owners_that_share_one_thing_are_refused(tmp_path, key):
     theirs = yaml.safe_load((JOBS / "biomed.yaml").read_text())
     keys = {key: theirs[key]}
-    if key in ("project", "service_account"):  # an account is of the job's own project, so that these two go together
+    # an account is of the job's own project, so that these two go together
+    if key in ("project", "service_account"):
         keys = {k: theirs[k] for k in ("project", "service_account")}
     done = check(JOBS / "biomed.yaml", written(tmp_path / "job.yaml", "code", **keys))
     assert done.returncode == 2 and not done.stdout
-    words = {k: f"check_isolation: owners biomed and code share the {k.replace('_', ' ')} {theirs[k]!r}; give each its own" for k in keys}
+    words = {
+        k: (
+            f"check_isolation: owners biomed and code share the {k.replace('_', ' ')}"
+            f" {theirs[k]!r}; give each its own"
+        )
+        for k in keys
+    }
     assert words[key] in done.stderr.splitlines() and len(done.stderr.splitlines()) >= len(keys)
 
 
 def test_every_pair_of_owners_is_compared(tmp_path):
-    paths = [written(tmp_path / f"{name}.yaml", name, network="default") for name in ("biomed", "code", "legal")]
+    paths = [
+        written(tmp_path / f"{name}.yaml", name, network="default")
+        for name in ("biomed", "code", "legal")
+    ]
     lines = check(*paths).stderr.splitlines()
     assert [line.split(" share ")[0] for line in lines] == [
-        f"check_isolation: owners {one} and {other}" for one, other in itertools.combinations(("biomed", "code", "legal"), 2)
+        f"check_isolation: owners {one} and {other}"
+        for one, other in itertools.combinations(("biomed", "code", "legal"), 2)
     ]
 
 
 def test_an_owner_who_reads_anothers_bucket_is_refused(tmp_path):
-    job = written(tmp_path / "job.yaml", "code", set=["pair.anchor=gs://coordinator-1618-flexolmo/anchor"])
+    job = written(
+        tmp_path / "job.yaml", "code", set=["pair.anchor=gs://coordinator-1618-flexolmo/anchor"]
+    )
     done = check(JOBS / "anchor.yaml", job)
     assert done.returncode == 2
-    assert done.stderr == (
-        "check_isolation: code reads gs://coordinator-1618-flexolmo, the bucket of coordinator; copy what it needs to gs://code-2718-flexolmo\n"
+    assert (
+        done.stderr
+        == "check_isolation: code reads gs://coordinator-1618-flexolmo, the bucket of coordinator;"
+        " copy what it needs to gs://code-2718-flexolmo\n"
     )
 
 
@@ -64,6 +85,13 @@ def test_jobs_of_one_owner_may_share(tmp_path):
 
 def test_what_proves_nothing_is_refused(tmp_path):
     done = check(JOBS / "biomed.yaml")
-    assert done.returncode == 2 and "got jobs of biomed alone; expected those of two owners or more" in done.stderr
+    assert (
+        done.returncode == 2
+        and "got jobs of biomed alone; expected those of two owners or more" in done.stderr
+    )
     done = check(JOBS / "biomed.yaml", tmp_path / "none.yaml")
-    assert done.returncode == 2 and done.stderr.startswith("check_isolation: no job at") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("check_isolation: no job at")
+        and done.stderr.count("\n") == 1
+    )

@@ -1,4 +1,5 @@
-"""Jobs: what is accepted, what is refused and how, and that preflight agrees with what training would say."""
+"""Jobs: what is accepted, what is refused and how, and that preflight agrees with what training
+would say."""
 
 import json
 import shlex
@@ -21,9 +22,15 @@ EXAMPLES = sorted((ROOT / "launch/jobs").glob("*.yaml"))
 
 def changed(tmp_path, /, **keys):
     """The path of biomed's job with other keys; None takes one out."""
-    tree = yaml.safe_load((ROOT / "launch/jobs/biomed.yaml").read_text()) | {"plans": str(tmp_path / "plans")} | keys
+    tree = (
+        yaml.safe_load((ROOT / "launch/jobs/biomed.yaml").read_text())
+        | {"plans": str(tmp_path / "plans")}
+        | keys
+    )
     path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in tree.items() if value is not None})
+    )
     return path
 
 
@@ -47,7 +54,10 @@ def test_every_example_has_a_plan_that_says_it_fits(path):
 
 
 def test_the_first_example_names_every_key():
-    assert yaml.safe_load((ROOT / "launch/jobs/biomed.yaml").read_text()).keys() == Job.__dataclass_fields__.keys()
+    assert (
+        yaml.safe_load((ROOT / "launch/jobs/biomed.yaml").read_text()).keys()
+        == Job.__dataclass_fields__.keys()
+    )
 
 
 def test_a_job_tells_the_launchers_what_to_run(tmp_path):
@@ -60,14 +70,19 @@ def test_a_job_tells_the_launchers_what_to_run(tmp_path):
     told, command = read.stdout.rsplit("\n", 1)
     assert told.split("\n") == ["gs://biomed-4711-flexolmo/biomed-1", "v5p-128", "us-east5", "16"]
     assert command.split("\0")[:-1] == job.command
-    assert job.command[:3] == ["flexolmo", "train", "configs/7b/pair.yaml"] and job.command[-2:] == ["--out", job.out]
+    assert job.command[:3] == ["flexolmo", "train", "configs/7b/pair.yaml"] and job.command[
+        -2:
+    ] == ["--out", job.out]
 
 
-@pytest.mark.parametrize("value", ["a'; touch owned; '", "$(touch owned)", "`touch owned`", "a\nb", "ünï"])
+@pytest.mark.parametrize(
+    "value", ["a'; touch owned; '", "$(touch owned)", "`touch owned`", "a\nb", "ünï"]
+)
 def test_nothing_in_a_job_is_run_by_the_shell(tmp_path, value):
     job = load_job(changed(tmp_path, set=[f"pair.owner={value}"]))
     done = subprocess.run(
-        ["bash", "-c", f'eval {shlex.quote(variables(job))}; eval "set -- $JOB_COMMAND"; printf %s "$5"'],
+        ["bash", "-c",
+        f'eval {shlex.quote(variables(job))}; eval "set -- $JOB_COMMAND"; printf %s "$5"'],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout == f"pair.owner={value}" and not (tmp_path / "owned").exists()
@@ -79,9 +94,15 @@ def test_nothing_in_a_job_is_run_by_the_shell(tmp_path, value):
         ({"owner": None}, "owner is ''; expected a short name"),
         ({"project": "Biomed"}, "project is 'Biomed'; expected a project's id"),
         ({"zone": "us-east5"}, "zone is 'us-east5'; expected a zone such as"),
-        ({"bucket": "gs://biomed"}, "bucket is 'gs://biomed'; expected a bucket's name, without gs://"),
+        (
+            {"bucket": "gs://biomed"},
+            "bucket is 'gs://biomed'; expected a bucket's name, without gs://",
+        ),
         ({"service_account": "flexolmo"}, "service_account is 'flexolmo'; expected NAME@PROJECT"),
-        ({"service_account": "flexolmo@code-2718.iam.gserviceaccount.com"}, "service_account is of project 'code-2718'; expected one of"),
+        (
+            {"service_account": "flexolmo@code-2718.iam.gserviceaccount.com"},
+            "service_account is of project 'code-2718'; expected one of",
+        ),
         ({"network": None}, "network is ''; expected the name of a network"),
         ({"image": "flexolmo"}, "image is 'flexolmo'; expected a container image"),
         ({"run": "Biomed 1"}, "run is 'Biomed 1'; expected a name"),
@@ -102,11 +123,19 @@ def test_a_mistake_in_a_job_is_told_in_one_line_with_its_file(tmp_path, keys, me
     path = changed(tmp_path, **keys)
     with pytest.raises(UserError) as error:
         load_job(path)
-    assert message in str(error.value) and "\n" not in str(error.value) and str(path) in str(error.value)
+    assert (
+        message in str(error.value)
+        and "\n" not in str(error.value)
+        and str(path) in str(error.value)
+    )
 
 
 def test_a_file_that_is_no_job_is_refused(tmp_path):
-    for text, message in (("", "owner is ''"), ("- a", "expected a section"), ("a: [", "not valid YAML")):
+    for text, message in (
+        ("", "owner is ''"),
+        ("- a", "expected a section"),
+        ("a: [", "not valid YAML"),
+    ):
         (tmp_path / "job.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             load_job(tmp_path / "job.yaml")
@@ -119,7 +148,10 @@ def test_a_file_that_is_no_job_is_refused(tmp_path):
     [
         (["mesh.fsdp=32"], "does not fill the 64 devices of v5p:4x4x4"),
         (["mesh.tensor=3"], "does not divide 64 devices"),
-        (["data.batch_size=96"], "a microbatch of 24 records .* does not divide over the 64 devices"),
+        (
+            ["data.batch_size=96"],
+            "a microbatch of 24 records .* does not divide over the 64 devices",
+        ),
         (["train.accumulate=3"], "train.accumulate is 3; expected a divisor"),
         (["mesh.fspd=1"], "unknown config key 'mesh.fspd'; did you mean 'fsdp'"),
     ],
@@ -131,7 +163,9 @@ def test_a_run_that_does_not_suit_its_slice_is_refused(tmp_path, overrides, mess
 
 
 def test_the_data_axis_runs_over_the_slices(tmp_path):
-    with pytest.raises(UserError, match=r"mesh.data is 1; expected a multiple of 2, the number of slices"):
+    with pytest.raises(
+        UserError, match=r"mesh.data is 1; expected a multiple of 2, the number of slices"
+    ):
         preflight(planned(tmp_path, slices=2))
     for mesh in (["mesh.data=2"], ["mesh.data=-1", "mesh.fsdp=64"]):
         preflight(planned(tmp_path, slices=2, set=mesh))
@@ -139,25 +173,45 @@ def test_the_data_axis_runs_over_the_slices(tmp_path):
 
 def test_a_plan_counts_only_for_its_own_program_and_slices(tmp_path):
     planned(tmp_path)
-    preflight(load_job(changed(tmp_path, set=["optim.lr=1e-3", "pair.name=other"])))  # what changes no program
-    for keys in ({"tpu": "v5p:2x4x4"}, {"set": ["train.remat=dots"]}, {"set": ["mesh.tensor=2"]}, {"slices": 2, "set": ["mesh.data=2"]}):
+    # what changes no program
+    preflight(load_job(changed(tmp_path, set=["optim.lr=1e-3", "pair.name=other"])))
+    for keys in (
+        {"tpu": "v5p:2x4x4"},
+        {"set": ["train.remat=dots"]},
+        {"set": ["mesh.tensor=2"]},
+        {"slices": 2, "set": ["mesh.data=2"]},
+    ):
         with pytest.raises(UserError, match="no plan in"):
             preflight(load_job(changed(tmp_path, **keys)))
 
 
 def test_the_command_that_makes_a_plan_is_one_that_flexolmo_takes(tmp_path):
     with pytest.raises(UserError) as error:
-        preflight(load_job(changed(tmp_path, slices=2, set=["mesh.data=2", "pair.owner=Biomed Institute"])))
-    command, target = shlex.split(str(error.value).partition("make one: ")[2]), str(tmp_path / "plans/7b-pair-v5p-4x4x4-2.json")
+        preflight(
+            load_job(
+                changed(tmp_path, slices=2, set=["mesh.data=2", "pair.owner=Biomed Institute"])
+            )
+        )
+    command, target = (
+        shlex.split(str(error.value).partition("make one: ")[2]),
+        str(tmp_path / "plans/7b-pair-v5p-4x4x4-2.json"),
+    )
     assert command[-2:] == [">", target]
     from flexolmo_jax.cli import _parser
 
     args = _parser().parse_args(command[1:-2])
-    assert (args.topology, args.slices, args.json, args.set) == ("v5p:4x4x4", 2, True, ["mesh.data=2", "pair.owner=Biomed Institute"])
+    assert (args.topology, args.slices, args.json, args.set) == (
+        "v5p:4x4x4",
+        2,
+        True,
+        ["mesh.data=2", "pair.owner=Biomed Institute"],
+    )
 
 
 def test_a_config_that_does_not_fit_is_refused_with_what_to_change(tmp_path):
-    with pytest.raises(UserError, match=r"needs 112.0 GiB and has 95.0 GiB; change it: --set train.remat=full"):
+    with pytest.raises(
+        UserError, match=r"needs 112.0 GiB and has 95.0 GiB; change it: --set train.remat=full"
+    ):
         preflight(planned(tmp_path, fits=False))
 
 
@@ -165,7 +219,9 @@ def test_a_file_among_the_plans_that_is_none_is_refused(tmp_path):
     job = planned(tmp_path)
     for text in ("{", "[]", "{}", "3"):
         (tmp_path / "plans/a.json").write_text(text)
-        with pytest.raises(UserError, match="is no plan; expected what flexolmo plan --json prints"):
+        with pytest.raises(
+            UserError, match="is no plan; expected what flexolmo plan --json prints"
+        ):
             preflight(job)
 
 
@@ -173,14 +229,25 @@ def test_preflight_says_yes_where_training_does():
     devices = jax.devices()
     agreed = set()
     for data, fsdp, tensor, expert, batch in (
-        (1, -1, 1, 1, 8), (2, -1, 2, 1, 8), (1, 8, 1, 1, 8), (2, 2, 2, 1, 4), (1, 2, 2, 2, 4), (1, 2, 2, 2, 2), (3, -1, 1, 1, 8),
+        (1, -1, 1, 1, 8), (2, -1, 2, 1, 8), (1, 8, 1, 1, 8), (2, 2, 2, 1, 4), (1, 2, 2, 2, 4), (1,
+        2, 2, 2, 2), (3, -1, 1, 1, 8),
         (1, 16, 1, 1, 16), (1, -1, 1, 1, 4), (-1, 1, 1, 8, 8), (1, 1, 8, 1, 1), (1, 1, 16, 1, 1),
     ):  # fmt: skip
-        mesh = [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", f"mesh.expert={expert}"]
-        config = load_config(ROOT / "configs/tiny/anchor.yaml", [*mesh, f"data.batch_size={batch}", "train.accumulate=1"])
+        mesh = [
+            f"mesh.data={data}",
+            f"mesh.fsdp={fsdp}",
+            f"mesh.tensor={tensor}",
+            f"mesh.expert={expert}",
+        ]
+        config = load_config(
+            ROOT / "configs/tiny/anchor.yaml",
+            [*mesh, f"data.batch_size={batch}", "train.accumulate=1"],
+        )
         answers = [
             said_yes(check_devices, config, len(devices), "here"),
-            said_yes(lambda c: check_microbatch(c, sharding.make_mesh(c.mesh, devices).shape), config),
+            said_yes(
+                lambda c: check_microbatch(c, sharding.make_mesh(c.mesh, devices).shape), config
+            ),
         ]
         assert answers[0] == answers[1], (mesh, batch)
         agreed.add(answers[0])
@@ -202,7 +269,9 @@ def test_axes_that_use_too_few_devices_are_refused():
 
 
 def test_preflight_on_gpus_needs_no_job(capsys):
-    assert main(["--devices", "16", str(ROOT / "configs/7b/pair.yaml"), "--set", "mesh.tensor=2"]) == 0
+    assert (
+        main(["--devices", "16", str(ROOT / "configs/7b/pair.yaml"), "--set", "mesh.tensor=2"]) == 0
+    )
     assert main(["--devices", "48", str(ROOT / "configs/7b/pair.yaml")]) == 2
     assert "does not divide over the 48 devices" in capsys.readouterr().err
 
@@ -210,7 +279,10 @@ def test_preflight_on_gpus_needs_no_job(capsys):
 def test_it_imports_no_jax(tmp_path):
     planned(tmp_path)
     code = (
-        f"import sys; from launch.job import main; print(main([{str(tmp_path / 'job.yaml')!r}]), {{'jax', 'numpy'}} & sys.modules.keys())"
+        f"import sys; from launch.job import main; print(main([{str(tmp_path / 'job.yaml')!r}]),"
+        " {'jax', 'numpy'} & sys.modules.keys())"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "0 set()"

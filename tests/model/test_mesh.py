@@ -1,4 +1,5 @@
-"""One model on many devices: loss and every gradient as on one, however batch, parameters and experts are spread."""
+"""One model on many devices: loss and every gradient as on one, however batch, parameters and
+experts are spread."""
 
 import functools
 
@@ -30,14 +31,24 @@ MESHES = {
 
 def model(experts: int, active: int) -> ModelConfig:
     return ModelConfig(
-        vocab_size=V, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, n_experts=experts, n_active=active, init_std=0.2
+        vocab_size=V,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_ffn=48,
+        n_experts=experts,
+        n_active=active,
+        init_std=0.2,
     )
 
 
 @functools.cache
 def parameters(config: ModelConfig, pair: bool = False) -> Params:
     params = init_params(config, jax.random.key(1), pair=pair)
-    for branch in (params[name] for name in ("experts", "expert") if "bias" in params.get(name, {})):
+    for branch in (
+        params[name] for name in ("experts", "expert") if "bias" in params.get(name, {})
+    ):
         branch["bias"] = -0.3 * jax.random.uniform(jax.random.key(2), branch["bias"].shape)
     return params
 
@@ -45,14 +56,19 @@ def parameters(config: ModelConfig, pair: bool = False) -> Params:
 def value_and_gradients(config: ModelConfig, params: Params, mesh=None, allowed=None):
     def loss(params, tokens, segments, targets):
         output = forward(config, params, tokens, segments, allowed=allowed, mesh=mesh)
-        sums = loss_sums(output, tokens, targets, OptimConfig(router_z_loss=0.1, load_balance=0.1), mesh=mesh)
+        sums = loss_sums(
+            output, tokens, targets, OptimConfig(router_z_loss=0.1, load_balance=0.1), mesh=mesh
+        )
         return sums.total / B / T, output.router.weights
 
     batch = [TOKENS, SEGMENTS, TARGETS]
     if mesh is not None:
         axes = flatten(logical_axes(config, pair="expert" in params))
         params = jax.tree_util.tree_map_with_path(
-            lambda path, a: jax.device_put(a, sharding.parameter_sharding(mesh, axes["/".join(k.key for k in path)], a.shape)), params
+            lambda path, a: jax.device_put(
+                a, sharding.parameter_sharding(mesh, axes["/".join(k.key for k in path)], a.shape)
+            ),
+            params,
         )
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     (value, weights), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, *batch)
@@ -65,12 +81,18 @@ def on_one_device(config: ModelConfig, pair: bool = False):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "experts", "active"), [*((mesh, 3, 2) for mesh in MESHES), *(("data 2 x expert 4", *sizes) for sizes in [(4, 2), (3, 3)])]
+    ("mesh", "experts", "active"),
+    [
+        *((mesh, 3, 2) for mesh in MESHES),
+        *(("data 2 x expert 4", *sizes) for sizes in [(4, 2), (3, 3)]),
+    ],
 )
 def test_a_mixture_has_the_same_gradients_on_every_mesh(mesh, experts, active):
     """3 experts do not divide over 2 or 4 devices: empty ones fill up the last."""
     config = model(experts, active)
-    value, weights, gradients = value_and_gradients(config, parameters(config), sharding.make_mesh(MESHES[mesh]))
+    value, weights, gradients = value_and_gradients(
+        config, parameters(config), sharding.make_mesh(MESHES[mesh])
+    )
     expected, expected_weights, expected_gradients = on_one_device(config)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_array_equal(weights > 0, expected_weights > 0)
@@ -79,10 +101,16 @@ def test_a_mixture_has_the_same_gradients_on_every_mesh(mesh, experts, active):
 
 
 @pytest.mark.parametrize("mesh", ["fsdp 8", "fsdp 4 x tensor 2", "data 2 x fsdp 2 x expert 2"])
-@pytest.mark.parametrize(("experts", "active", "pair"), [(1, 1, False), (1, 1, True), (4, 2, False)], ids=["anchor", "pair", "merged"])
+@pytest.mark.parametrize(
+    ("experts", "active", "pair"),
+    [(1, 1, False), (1, 1, True), (4, 2, False)],
+    ids=["anchor", "pair", "merged"],
+)
 def test_value_and_gradients_are_those_of_one_device(mesh, experts, active, pair):
     config = model(experts, active)
-    value, _, gradients = value_and_gradients(config, parameters(config, pair), sharding.make_mesh(MESHES[mesh]))
+    value, _, gradients = value_and_gradients(
+        config, parameters(config, pair), sharding.make_mesh(MESHES[mesh])
+    )
     expected, _, expected_gradients = on_one_device(config, pair)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
@@ -91,7 +119,8 @@ def test_value_and_gradients_are_those_of_one_device(mesh, experts, active, pair
 
 
 def test_experts_lie_where_they_run():
-    """Each device holds its own experts; where their number does not divide, the width is spread instead."""
+    """Each device holds its own experts; where their number does not divide, the width is spread
+    instead."""
     mesh = sharding.make_mesh(MESHES["data 2 x expert 4"])
     axes = logical_axes(model(4, 2))["experts"]["gate"]
     whole = (2, 4, 32, 48)
@@ -103,7 +132,9 @@ def test_experts_lie_where_they_run():
 def test_an_excluded_expert_has_no_influence_on_a_mesh():
     config = model(4, 2)
     params, mesh = parameters(config), sharding.make_mesh(MESHES["data 2 x expert 4"])
-    poisoned = params | {"experts": jax.tree.map(lambda a: a.at[:, 2].set(jnp.nan), params["experts"])}
+    poisoned = params | {
+        "experts": jax.tree.map(lambda a: a.at[:, 2].set(jnp.nan), params["experts"])
+    }
     allowed = jnp.ones(4, bool).at[2].set(False)
     value, _, _ = value_and_gradients(config, poisoned, mesh, allowed)
     expected, _, _ = value_and_gradients(config, params, mesh, allowed)

@@ -1,4 +1,5 @@
-"""The mixture of one layer: the path that runs, an excluded expert, the anchor's bias and the dtype have no say in the result."""
+"""The mixture of one layer: the path that runs, an excluded expert, the anchor's bias and the dtype
+have no say in the result."""
 
 import functools
 import re
@@ -30,7 +31,9 @@ def run(h, groups, active, allowed=EVERYONE, noise=None):
     """`mixture` over groups given as plain dicts of arrays."""
 
     def bound(params):
-        module = nnx.eval_shape(lambda: Experts(CONFIG, params["row"].shape[0], "bias" in params, nnx.Rngs(params=0)))
+        module = nnx.eval_shape(
+            lambda: Experts(CONFIG, params["row"].shape[0], "bias" in params, nnx.Rngs(params=0))
+        )
         return nnx.merge(nnx.split(module)[0], params)
 
     return mixture(h, tuple(bound(params) for params in groups), active, allowed, noise)
@@ -41,7 +44,10 @@ jitted = jax.jit(run, static_argnames="active")
 
 def split(params, at=1):
     """The same experts in two groups, which run densely whatever the number of active ones."""
-    return [jax.tree.map(lambda leaf: leaf[:at], params), jax.tree.map(lambda leaf: leaf[at:], params)]
+    return [
+        jax.tree.map(lambda leaf: leaf[:at], params),
+        jax.tree.map(lambda leaf: leaf[at:], params),
+    ]
 
 
 def assert_close(got, want, tolerance=1e-5):
@@ -50,9 +56,16 @@ def assert_close(got, want, tolerance=1e-5):
 
 def test_one_expert_is_exactly_its_ffn_whatever_its_row_and_bias():
     params = some_experts(1)
-    ffn = jax.jit(swiglu)(H.reshape(B * T, -1), params["gate"][0], params["up"][0], params["down"][0]).reshape(H.shape)
+    ffn = jax.jit(swiglu)(
+        H.reshape(B * T, -1), params["gate"][0], params["up"][0], params["down"][0]
+    ).reshape(H.shape)
     for row, bias in ((0.0, 0.0), (3.0, -9.0)):
-        y, router = jitted(H, [params | {"row": jnp.full_like(params["row"], row), "bias": jnp.full(1, bias)}], 1, jnp.ones(1, bool))
+        y, router = jitted(
+            H,
+            [params | {"row": jnp.full_like(params["row"], row), "bias": jnp.full(1, bias)}],
+            1,
+            jnp.ones(1, bool),
+        )
         np.testing.assert_array_equal(y, ffn)
         assert (router.weights == 1).all()
 
@@ -88,7 +101,9 @@ def test_a_bias_lowers_an_expert_and_never_raises_it():
     params = some_experts()
 
     def weight(bias):
-        return np.asarray(jitted(H, [params | {"bias": params["bias"].at[2].set(bias)}], E)[1].weights[..., 2])
+        return np.asarray(
+            jitted(H, [params | {"bias": params["bias"].at[2].set(bias)}], E)[1].weights[..., 2]
+        )
 
     np.testing.assert_array_equal(weight(3.0), weight(0.0))
     assert (weight(-1.0) < weight(0.0)).all()
@@ -97,13 +112,17 @@ def test_a_bias_lowers_an_expert_and_never_raises_it():
 @pytest.mark.parametrize("active", [2, E])
 def test_entropy_is_that_of_the_allowed_experts_probabilities(active):
     params, allowed = some_experts(), EVERYONE.at[3].set(False)
-    p = np.asarray(jitted(H, [params], E, allowed)[1].weights, np.float64)  # every expert active: the weights are all of the probabilities
+    # every expert active: the weights are all of the probabilities
+    p = np.asarray(jitted(H, [params], E, allowed)[1].weights, np.float64)
     expected = -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-30)), 0), axis=-1)
-    np.testing.assert_allclose(jitted(H, [params], active, allowed)[1].entropy, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        jitted(H, [params], active, allowed)[1].entropy, expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_noise_on_the_logits_weights_experts_and_is_not_reported():
-    """Noise of -1 on expert 2 is what a bias lower by 1 is, in the output; what the routers report stays as it was."""
+    """Noise of -1 on expert 2 is what a bias lower by 1 is, in the output; what the routers report
+    stays as it was."""
     params, noise = some_experts(), jnp.zeros((B, T, E)).at[..., 2].set(-1.0)
     y, router = jitted(H, [params], E, noise=noise)
     expected, _ = jitted(H, [params | {"bias": params["bias"].at[2].add(-1.0)}], E)
@@ -114,9 +133,14 @@ def test_noise_on_the_logits_weights_experts_and_is_not_reported():
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.sets(st.integers(1, E - 1), min_size=1), st.sampled_from([1, 2, E]), st.sampled_from(["nan", "inf"]))
+@given(
+    st.sets(st.integers(1, E - 1), min_size=1),
+    st.sampled_from([1, 2, E]),
+    st.sampled_from(["nan", "inf"]),
+)
 def test_a_masked_expert_has_no_influence(excluded, active, poison):
-    """On the sparse path (1 and 2 active) and the dense one (all active), also with fewer allowed than active."""
+    """On the sparse path (1 and 2 active) and the dense one (all active), also with fewer allowed
+    than active."""
     params, gone = some_experts(), jnp.asarray(sorted(excluded))
     poisoned = jax.tree.map(lambda leaf: leaf.at[gone].set(float(poison)), params)
     allowed = EVERYONE.at[gone].set(False)
@@ -149,17 +173,27 @@ def test_permuting_the_experts_permutes_their_weights_and_nothing_else(order, ac
 
 
 def test_routing_is_in_float32_whatever_the_compute_dtype():
-    """From the same bfloat16 hidden states, bfloat16 compute routes bit for bit as float32 compute does."""
+    """From the same bfloat16 hidden states, bfloat16 compute routes bit for bit as float32 compute
+    does."""
     h = H.astype(jnp.bfloat16)
     y, router = jitted(h, [some_experts()], 2)
     _, expected = jitted(h.astype(jnp.float32), [some_experts()], 2)
-    assert (y.dtype, router.weights.dtype, router.log_z.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    assert (y.dtype, router.weights.dtype, router.log_z.dtype) == (
+        jnp.bfloat16,
+        jnp.float32,
+        jnp.float32,
+    )
     jax.tree.map(np.testing.assert_array_equal, router, expected)
 
 
 def test_the_router_asks_for_full_float32_products():
-    """Accelerators multiply float32 in fewer bits unless asked; a CPU cannot show the difference, the program text can."""
+    """Accelerators multiply float32 in fewer bits unless asked; a CPU cannot show the difference,
+    the program text can."""
     text = jax.jit(run, static_argnums=2).lower(H, [some_experts()], 2).as_text()
-    products = [line for line in text.splitlines() if "dot_general" in line and re.search(rf"-> tensor<{B * T}x{E}xf32>", line)]
+    products = [
+        line
+        for line in text.splitlines()
+        if "dot_general" in line and re.search(rf"-> tensor<{B * T}x{E}xf32>", line)
+    ]
     assert len(products) == 1
     assert "HIGHEST, HIGHEST" in products[0]

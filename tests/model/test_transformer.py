@@ -14,11 +14,29 @@ from hypothesis import strategies as st
 
 from flexolmo_jax.config import PRESETS, ModelConfig
 from flexolmo_jax.kernels.route import route_topk
-from flexolmo_jax.model import Params, decode, empty_cache, forward, forward_layer, init_params, logical_axes, moe
+from flexolmo_jax.model import (
+    Params,
+    decode,
+    empty_cache,
+    forward,
+    forward_layer,
+    init_params,
+    logical_axes,
+    moe,
+)
 from flexolmo_jax.model.transformer import document_positions
 
 E = 4
-CONFIG = ModelConfig(vocab_size=96, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ffn=48, n_experts=E, n_active=2)
+CONFIG = ModelConfig(
+    vocab_size=96,
+    d_model=32,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ffn=48,
+    n_experts=E,
+    n_active=2,
+)
 DENSE = dataclasses.replace(CONFIG, n_experts=1, n_active=1)
 B, T = 2, 24
 TOKENS = jax.random.randint(jax.random.key(5), (B, T), 0, CONFIG.vocab_size)
@@ -27,7 +45,8 @@ jitted = jax.jit(forward, static_argnums=0, static_argnames=("active", "dtype", 
 
 @functools.lru_cache
 def random_params(config: ModelConfig = CONFIG, pair: bool = False) -> Params:
-    """Weights that keep hidden states, logits and router logits of order 1, so that tolerances and margins mean something."""
+    """Weights that keep hidden states, logits and router logits of order 1, so that tolerances and
+    margins mean something."""
     generator = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -59,7 +78,9 @@ def assert_close(got, want, tolerance=1e-5):
 
 def losses(logits, tokens):
     """Of every token but the first, in nats, [B, T - 1]."""
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[
+        ..., 0
+    ]
 
 
 # --- time ---
@@ -67,13 +88,16 @@ def losses(logits, tokens):
 
 @pytest.mark.parametrize("config", [DENSE, CONFIG])
 def test_a_logit_depends_on_all_earlier_tokens_of_its_document_and_on_no_other(config):
-    tokens = jnp.arange(T)[None]  # all different: the gradient of an embedding row is that of one position
+    # all different: the gradient of an embedding row is that of one position
+    tokens = jnp.arange(T)[None]
     segments = jnp.asarray([[1] * 9 + [2] * 11 + [0] * 4])
     t = 15
 
     @jax.jit
     def gradient(params):
-        return jax.grad(lambda params: jnp.sum(forward(config, params, tokens, segments).logits[0, t] ** 2))(params)
+        return jax.grad(
+            lambda params: jnp.sum(forward(config, params, tokens, segments).logits[0, t] ** 2)
+        )(params)
 
     reached = np.abs(gradient(random_params(config))["trunk"]["embedding"][:T]).sum(axis=1) > 0
     assert reached.tolist() == [9 <= s <= t for s in range(T)]
@@ -91,7 +115,8 @@ def test_positions_count_from_the_start_of_each_document(lengths):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, T - 9), st.sampled_from([1, 2, E]))
 def test_a_documents_loss_does_not_depend_on_what_it_is_packed_with(seed, start, active):
-    """Bitwise where the document keeps its place in the record; 1e-6 where it moves, as sums over keys then round otherwise."""
+    """Bitwise where the document keeps its place in the record; 1e-6 where it moves, as sums over
+    keys then round otherwise."""
     rng, length = np.random.default_rng(seed), 9
     document = rng.integers(CONFIG.vocab_size, size=length)
 
@@ -99,7 +124,9 @@ def test_a_documents_loss_does_not_depend_on_what_it_is_packed_with(seed, start,
         tokens, here = rng.integers(CONFIG.vocab_size, size=(1, T)), slice(at, at + length)
         segments = np.repeat([[1, 2, 3]], [at, length, T - at - length], axis=1)
         tokens[0, here] = document
-        logits = jitted(CONFIG, random_params(), jnp.asarray(tokens), jnp.asarray(segments), active=active).logits
+        logits = jitted(
+            CONFIG, random_params(), jnp.asarray(tokens), jnp.asarray(segments), active=active
+        ).logits
         return np.asarray(losses(logits[:, here], document[None]))
 
     expected = loss(start)
@@ -110,7 +137,8 @@ def test_a_documents_loss_does_not_depend_on_what_it_is_packed_with(seed, start,
 
 @pytest.mark.parametrize("config", [DENSE, CONFIG])
 def test_decoding_with_a_cache_equals_the_whole_forward_pass(config):
-    """A prefill of two prompts of different lengths, the shorter padded on the left, then single steps."""
+    """A prefill of two prompts of different lengths, the shorter padded on the left, then single
+    steps."""
     params, lengths, prefill, slots = random_params(config), (T, T - 5), 14, T + 3
     pads = jnp.asarray([T - length for length in lengths])[:, None]
     padded = jnp.where(jnp.arange(T) >= pads, TOKENS, 0)
@@ -121,7 +149,9 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(config):
         at = jnp.arange(first, last)
         key = jnp.arange(slots)
         mask = (key <= at[:, None]) & (key >= pads[:, :, None])
-        out = step(config, params, padded[:, first:last], jnp.maximum(at - pads, 0), mask, cache, first)
+        out = step(
+            config, params, padded[:, first:last], jnp.maximum(at - pads, 0), mask, cache, first
+        )
         cache = out.cache
         logits.append(out.logits)
     got = jnp.concatenate(logits, axis=1)
@@ -134,19 +164,31 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(config):
 @pytest.mark.parametrize("active", [1, 4], ids=["sparse", "dense"])
 @pytest.mark.parametrize("pair", [False, True], ids=["merged", "pair"])
 def test_a_gradient_keeps_no_copy_of_the_weights(pair, active):
-    """What a layer takes from its weights, such as one expert's, is taken again backward: saved, all layers' would fill the memory."""
+    """What a layer takes from its weights, such as one expert's, is taken again backward: saved,
+    all layers' would fill the memory."""
     config = ModelConfig(
-        vocab_size=64, d_model=64, d_ffn=2048, n_layers=8, n_heads=2, n_kv_heads=2, n_experts=1 if pair else 4, max_seq_len=32
+        vocab_size=64,
+        d_model=64,
+        d_ffn=2048,
+        n_layers=8,
+        n_heads=2,
+        n_kv_heads=2,
+        n_experts=1 if pair else 4,
+        max_seq_len=32,
     )
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0), pair=pair))
     branch = "expert" if pair else "experts"
 
     def loss(branch_params, params, tokens):
-        output = forward(config, params | {branch: branch_params}, tokens, active=2 if pair else active)
+        output = forward(
+            config, params | {branch: branch_params}, tokens, active=2 if pair else active
+        )
         return jnp.sum(output.hidden**2)
 
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    memory = jax.jit(jax.grad(loss)).lower(params[branch], params, tokens).compile().memory_analysis()
+    memory = (
+        jax.jit(jax.grad(loss)).lower(params[branch], params, tokens).compile().memory_analysis()
+    )
     weights = sum(a.size * 4 for a in jax.tree.leaves(params))
     assert memory is not None and memory.temp_size_in_bytes < 0.5 * weights
 
@@ -157,7 +199,8 @@ def test_a_gradient_keeps_no_copy_of_the_weights(pair, active):
 @settings(max_examples=10, deadline=None)
 @given(st.sets(st.integers(1, E - 1), min_size=1), st.sampled_from([2, E]))
 def test_a_masked_expert_has_no_influence(excluded, active):
-    """With its FFN, row and bias replaced by NaN no bit of any logit changes, dispatched sparsely (2 active) or densely (all)."""
+    """With its FFN, row and bias replaced by NaN no bit of any logit changes, dispatched sparsely
+    (2 active) or densely (all)."""
     gone = jnp.asarray(sorted(excluded))
     allowed = jnp.ones(E, bool).at[gone].set(False)
     poisoned = on_experts(random_params(), lambda leaf: leaf.at[:, gone].set(jnp.nan))
@@ -176,15 +219,23 @@ def test_a_masked_expert_has_no_influence_on_decoding(active):
     mask = jnp.broadcast_to(slots <= slots[:, None], (B, T, T))
     positions = jnp.broadcast_to(slots, (B, T))
     step = jax.jit(functools.partial(decode, active=active, allowed=allowed), static_argnums=0)
-    expected, got = (step(CONFIG, params, TOKENS, positions, mask, empty_cache(CONFIG, B, T), 0) for params in (random_params(), poisoned))
+    expected, got = (
+        step(CONFIG, params, TOKENS, positions, mask, empty_cache(CONFIG, B, T), 0)
+        for params in (random_params(), poisoned)
+    )
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-    assert_close(got.logits, jitted(CONFIG, random_params(), TOKENS, active=active, allowed=allowed).logits)
+    assert_close(
+        got.logits, jitted(CONFIG, random_params(), TOKENS, active=active, allowed=allowed).logits
+    )
 
 
 @pytest.mark.parametrize("active", [2, E])
 def test_switching_experts_compiles_nothing(active):
     run: Any = jax.jit(functools.partial(forward, CONFIG, active=active))
-    outputs = [run(random_params(), TOKENS, allowed=jnp.arange(E) != excluded).logits for excluded in range(1, E)]
+    outputs = [
+        run(random_params(), TOKENS, allowed=jnp.arange(E) != excluded).logits
+        for excluded in range(1, E)
+    ]
     assert run._cache_size() == 1
     assert all(np.any(outputs[0] != other) for other in outputs[1:])
 
@@ -216,23 +267,35 @@ def test_a_merged_model_with_every_expert_masked_is_the_anchor():
 def test_the_router_of_a_dense_model_has_no_influence():
     params = random_params(DENSE)
     other = params | {"experts": params["experts"] | {"row": 9 * params["experts"]["row"] + 1}}
-    np.testing.assert_array_equal(jitted(DENSE, other, TOKENS).logits, jitted(DENSE, params, TOKENS).logits)
+    np.testing.assert_array_equal(
+        jitted(DENSE, other, TOKENS).logits, jitted(DENSE, params, TOKENS).logits
+    )
 
 
 def test_a_pair_is_the_merged_model_of_its_two_experts():
     pair = random_params(DENSE, pair=True)
-    both = {name: jnp.concatenate([pair["experts"][name], leaf], 1) for name, leaf in pair["expert"].items() if name != "bias"}
-    merged = {"trunk": pair["trunk"], "experts": both | {"bias": jnp.pad(pair["expert"]["bias"], ((0, 0), (1, 0)))}}
+    both = {
+        name: jnp.concatenate([pair["experts"][name], leaf], 1)
+        for name, leaf in pair["expert"].items()
+        if name != "bias"
+    }
+    merged = {
+        "trunk": pair["trunk"],
+        "experts": both | {"bias": jnp.pad(pair["expert"]["bias"], ((0, 0), (1, 0)))},
+    }
     config = dataclasses.replace(CONFIG, n_experts=2)
     assert_close(jitted(DENSE, pair, TOKENS).logits, jitted(config, merged, TOKENS).logits, 1e-6)
 
 
 def test_renormalising_the_chosen_weights_changes_nothing(monkeypatch):
-    """The norm after the mixture cancels a common factor (up to its eps): models that renormalise need no code of their own."""
+    """The norm after the mixture cancels a common factor (up to its eps): models that renormalise
+    need no code of their own."""
 
     def renormalised(logits, active, allowed=None):
         routing = route_topk(logits, active, allowed)
-        return routing._replace(weights=routing.weights / jnp.sum(routing.weights, axis=-1, keepdims=True))
+        return routing._replace(
+            weights=routing.weights / jnp.sum(routing.weights, axis=-1, keepdims=True)
+        )
 
     expected = forward(CONFIG, random_params(), TOKENS)
     monkeypatch.setattr(moe, "route_topk", renormalised)
@@ -250,24 +313,34 @@ def test_grouped_query_attention_is_multi_head_attention_with_repeated_key_heads
             heads = leaf.reshape(*leaf.shape[:-1], CONFIG.n_kv_heads, CONFIG.d_head)
             repeated = jnp.repeat(heads, CONFIG.n_heads // CONFIG.n_kv_heads, axis=-2)
             attention[name][key] = repeated.reshape(*leaf.shape[:-1], CONFIG.d_model)
-    assert_close(jitted(full, params, TOKENS).logits, jitted(CONFIG, random_params(), TOKENS).logits)
+    assert_close(
+        jitted(full, params, TOKENS).logits, jitted(CONFIG, random_params(), TOKENS).logits
+    )
 
 
 # --- compilation, precision, memory ---
 
 
 def test_compiling_changes_nothing():
-    compiled, plain = jitted(CONFIG, random_params(), TOKENS), forward(CONFIG, random_params(), TOKENS)
+    compiled, plain = (
+        jitted(CONFIG, random_params(), TOKENS),
+        forward(CONFIG, random_params(), TOKENS),
+    )
     jax.tree.map(assert_close, compiled, plain)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "remat"))
 def gradients(config, params, **options):
-    return jax.grad(lambda params: losses(forward(config, params, TOKENS, **options).logits, TOKENS).mean())(params)
+    return jax.grad(
+        lambda params: losses(forward(config, params, TOKENS, **options).logits, TOKENS).mean()
+    )(params)
 
 
 def test_bfloat16_compute_gives_float32_logits_near_those_of_float32_and_finite_gradients():
-    low, high = (jitted(CONFIG, random_params(), TOKENS, active=E, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    low, high = (
+        jitted(CONFIG, random_params(), TOKENS, active=E, dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+    )
     assert low.logits.dtype == low.router.weights.dtype == jnp.float32
     assert_close(low.logits, high.logits, 0.1)
     for gradient in jax.tree.leaves(gradients(CONFIG, random_params(), dtype="bfloat16")):
@@ -277,8 +350,13 @@ def test_bfloat16_compute_gives_float32_logits_near_those_of_float32_and_finite_
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_recomputing_activations_changes_no_gradient(remat):
-    # Not bitwise: recomputed activations are fused with other neighbours. 2.7e-6 was seen with jax 0.12, under 2e-6 with 0.10.
-    jax.tree.map(functools.partial(assert_close, tolerance=1e-5), gradients(CONFIG, random_params(), remat=remat), plain_gradients())
+    # Not bitwise: recomputed activations are fused with other neighbours. 2.7e-6 was seen with jax
+    # 0.12, under 2e-6 with 0.10.
+    jax.tree.map(
+        functools.partial(assert_close, tolerance=1e-5),
+        gradients(CONFIG, random_params(), remat=remat),
+        plain_gradients(),
+    )
 
 
 @functools.cache
@@ -289,7 +367,8 @@ def plain_gradients():
 def test_every_layer_and_expert_of_every_parameter_gets_a_gradient_but_the_anchors_bias():
     for path, gradient in jax.tree_util.tree_leaves_with_path(plain_gradients()):
         keys = [key.key for key in path]
-        stacked = {"experts": 2, "layers": 1}.get(keys[0] if keys[0] == "experts" else keys[1], 0)  # axes: layers, experts
+        # axes: layers, experts
+        stacked = {"experts": 2, "layers": 1}.get(keys[0] if keys[0] == "experts" else keys[1], 0)
         reached = np.any(np.asarray(gradient) != 0, axis=tuple(range(stacked, gradient.ndim)))
         expected = np.ones(gradient.shape[:stacked], bool)
         if keys[-1] == "bias":
@@ -345,8 +424,14 @@ def test_a_pair_run_layer_by_layer_is_the_whole_forward_pass():
     x = pair["trunk"]["embedding"][TOKENS]
     for layer in range(DENSE.n_layers):
         at = jax.tree.map(
-            lambda a, layer=layer: a[layer], {name: pair[name] for name in ("experts", "expert")} | {"layer": pair["trunk"]["layers"]}
+            lambda a, layer=layer: a[layer],
+            {name: pair[name] for name in ("experts", "expert")}
+            | {"layer": pair["trunk"]["layers"]},
         )
         x = forward_layer(DENSE, at, x, segments)
-    hidden = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + DENSE.norm_eps) * pair["trunk"]["norm"]["scale"]
+    hidden = (
+        x
+        * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + DENSE.norm_eps)
+        * pair["trunk"]["norm"]["scale"]
+    )
     assert_close(hidden, jitted(DENSE, pair, TOKENS).hidden)

@@ -20,31 +20,61 @@ def test_rows_of_hidden_states_are_what_the_routers_read_on_average(anchor32, pr
     rows = np.asarray(initial_row(run.pair, run, artifact))
     params = artifact.params()
     own = np.asarray(params["experts"]["row"])[:, 0]
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=-1), np.linalg.norm(own, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(rows, axis=-1), np.linalg.norm(own, axis=-1), rtol=1e-5
+    )
     records = open_records(prepared["law"], "train")
     batch = [records[i] for i in np.random.default_rng(0).permutation(len(records))[:64].tolist()]
-    tokens, segments = (jnp.stack([record[key] for record in batch]) for key in ("tokens", "segments"))
+    tokens, segments = (
+        jnp.stack([record[key] for record in batch]) for key in ("tokens", "segments")
+    )
 
     def log_z(layer: int, change: np.ndarray) -> np.ndarray:
         """Of a dense model: row . hidden state."""
-        changed = {"row": params["experts"]["row"].at[layer, 0].add(jnp.asarray(change, jnp.float32))}
-        return np.asarray(forward(artifact.config, params | {"experts": params["experts"] | changed}, tokens, segments).router.log_z)
+        changed = {
+            "row": params["experts"]["row"].at[layer, 0].add(jnp.asarray(change, jnp.float32))
+        }
+        return np.asarray(
+            forward(
+                artifact.config, params | {"experts": params["experts"] | changed}, tokens, segments
+            ).router.log_z
+        )
 
     for layer in (0, 1):
         unit = np.eye(32)[:6]
-        of_first = [((log_z(layer, e) - log_z(layer, 0 * e))[layer] * (segments > 0)).sum() for e in unit]
-        cosine = np.dot(of_first, rows[layer, :6]) / np.linalg.norm(of_first) / np.linalg.norm(rows[layer, :6])
+        of_first = [
+            ((log_z(layer, e) - log_z(layer, 0 * e))[layer] * (segments > 0)).sum() for e in unit
+        ]
+        cosine = (
+            np.dot(of_first, rows[layer, :6])
+            / np.linalg.norm(of_first)
+            / np.linalg.norm(rows[layer, :6])
+        )
         assert cosine > 0.999
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_an_expert_trained_alone_has_all_the_weight_and_leaves_its_router_as_it_was(beside, anchor, prepared, tmp_path):
-    run = pair_config(anchor, prepared["law"], "law", f"pair.beside_anchor={str(beside).lower()}", "train.steps=3", "optim.router_z_loss=0")
+def test_an_expert_trained_alone_has_all_the_weight_and_leaves_its_router_as_it_was(
+    beside, anchor, prepared, tmp_path
+):
+    run = pair_config(
+        anchor,
+        prepared["law"],
+        "law",
+        f"pair.beside_anchor={str(beside).lower()}",
+        "train.steps=3",
+        "optim.router_z_loss=0",
+    )
     assert run.pair is not None and run.pair.is_contrasted == beside
     train_pair(run, tmp_path / "run")
     trained = flatten(open_artifact(tmp_path / "run").trained())
     row = np.asarray(initial_row(run.pair, run, open_artifact(anchor)), np.float32)
-    unchanged = np.array_equal(np.asarray(trained["expert/row"])[:, 0], np.broadcast_to(row, (2, 32)))
+    unchanged = np.array_equal(
+        np.asarray(trained["expert/row"])[:, 0], np.broadcast_to(row, (2, 32))
+    )
     share = read_metrics(tmp_path / "run")[0]["router_share"]
     assert unchanged == (not beside) and (share["law"] == 1.0) == (not beside)
-    assert not np.array_equal(trained["expert/gate"], np.asarray(open_artifact(anchor).params()["experts"]["gate"], np.float32))
+    assert not np.array_equal(
+        trained["expert/gate"],
+        np.asarray(open_artifact(anchor).params()["experts"]["gate"], np.float32),
+    )

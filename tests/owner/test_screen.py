@@ -1,4 +1,5 @@
-"""Screening: an owner finds on their own text what no coordinator can see, and says so in one signed number."""
+"""Screening: an owner finds on their own text what no coordinator can see, and says so in one
+signed number."""
 
 import dataclasses
 import json
@@ -16,7 +17,13 @@ from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, open_contribution, sealed
-from flexolmo_jax.exchange.screening import Verdict, check_screening, make_verdict, read_verdict, write_verdict
+from flexolmo_jax.exchange.screening import (
+    Verdict,
+    check_screening,
+    make_verdict,
+    read_verdict,
+    write_verdict,
+)
 from flexolmo_jax.exchange.signature import ANY, Trust, keygen, load_key, sign
 from flexolmo_jax.loaded import load
 from flexolmo_jax.owner.pair import initial_row
@@ -53,12 +60,16 @@ def of_care(anchor, contributions, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def honest(contributions, keys, tmp_path_factory) -> Path:
     """Code's contribution, signed."""
-    return signed(Path(shutil.copytree(contributions["code"], tmp_path_factory.mktemp("honest") / "code")), keys / "code")
+    return signed(
+        Path(shutil.copytree(contributions["code"], tmp_path_factory.mktemp("honest") / "code")),
+        keys / "code",
+    )
 
 
 @pytest.fixture(scope="module")
 def adversary(anchor, contributions, prepared, keys, tmp_path_factory) -> Path:
-    """Rows that point from public text to care's, and FFNs that are mostly noise; signed by code's owner."""
+    """Rows that point from public text to care's, and FFNs that are mostly noise; signed by code's
+    owner."""
     base = open_artifact(anchor)
 
     def hidden(domain: str) -> np.ndarray:
@@ -73,7 +84,10 @@ def adversary(anchor, contributions, prepared, keys, tmp_path_factory) -> Path:
         rng, changed = np.random.default_rng(0), {}
         for name, tensor in tensors.items():
             layer, leaf = int(name.split(".")[1]), name.split(".")[-1]
-            away, matrix = care[layer] - public[layer], ours[leaf][layer] if leaf in ours else tensor
+            away, matrix = (
+                care[layer] - public[layer],
+                (ours[leaf][layer] if leaf in ours else tensor),
+            )
             if leaf == "row":
                 value = 20 * np.linalg.norm(public[layer]) * away / np.linalg.norm(away)
             elif leaf == "bias":
@@ -83,55 +97,115 @@ def adversary(anchor, contributions, prepared, keys, tmp_path_factory) -> Path:
             changed[name] = np.asarray(value).astype(tensor.dtype)
         return changed
 
-    return signed(forged(contributions["code"], tmp_path_factory.mktemp("adversary") / "code", change), keys / "code")
+    return signed(
+        forged(contributions["code"], tmp_path_factory.mktemp("adversary") / "code", change),
+        keys / "code",
+    )
 
 
 def signed(contribution: Path, key: Path) -> Path:
-    (contribution / SIGNATURE).write_bytes(sign((contribution / MANIFEST).read_bytes(), load_key(key)))
+    (contribution / SIGNATURE).write_bytes(
+        sign((contribution / MANIFEST).read_bytes(), load_key(key))
+    )
     return contribution
 
 
-def test_an_expert_that_ruins_another_owners_domain_passes_admission_and_fails_that_owners_screening(
+def test_an_expert_that_ruins_another_domain_passes_admission_and_fails_its_owners_screening(
     anchor, of_care, adversary, prepared, keys, trust, tmp_path
 ):
-    assert verify(adversary, anchor, public=prepared["public"], refuse=True)["admission"]["findings"] == []
+    assert (
+        verify(adversary, anchor, public=prepared["public"], refuse=True)["admission"]["findings"]
+        == []
+    )
     merge(anchor, [adversary], tmp_path / "unseen")
     out = tmp_path / "verdict.json"
     told = screen(adversary, anchor, of_care, [prepared["care"]], out, sign_key=keys / "care")
     assert told["verdict"] == "fail" and told["change"] > 0.02
-    with pytest.raises(UserError, match=r"is refused by care: it makes their text .* worse") as error:
+    with pytest.raises(
+        UserError, match=r"is refused by care: it makes their text .* worse"
+    ) as error:
         append(of_care, adversary, tmp_path / "out", trust=trust, screening=[out])
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_an_honest_expert_passes_and_is_merged(anchor, of_care, honest, contributions, prepared, keys, trust, tmp_path, capsys):
-    out, command = tmp_path / "verdicts" / "care.json", ["screen", honest, "--anchor", anchor, "--model", of_care, "--json"]
+def test_an_honest_expert_passes_and_is_merged(
+    anchor, of_care, honest, contributions, prepared, keys, trust, tmp_path, capsys
+):
+    out, command = (
+        tmp_path / "verdicts" / "care.json",
+        [
+            "screen",
+            honest,
+            "--anchor",
+            anchor,
+            "--model",
+            of_care,
+            "--json",
+        ],
+    )
     out.parent.mkdir()
     capsys.readouterr()
-    assert main([str(w) for w in (*command, "--documents", prepared["care"], "--sign-key", keys / "care", "--out", out)]) == 0
+    assert (
+        main(
+            [
+                str(w)
+                for w in (
+                    *command,
+                    "--documents",
+                    prepared["care"],
+                    "--sign-key",
+                    keys / "care",
+                    "--out",
+                    out,
+                )
+            ]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     verdict, key = read_verdict(out, trust)
-    assert verdict.verdict == told["verdict"] == "pass" and trust.keys is not None and trust.keys[str(key)] == "care"
+    assert (
+        verdict.verdict == told["verdict"] == "pass"
+        and trust.keys is not None
+        and trust.keys[str(key)] == "care"
+    )
     bits = told["not_in_the_verdict"]["bits_per_byte"]
-    assert verdict.change == pytest.approx(bits["with_the_candidate"] / bits["without"] - 1, abs=1e-4)
+    assert verdict.change == pytest.approx(
+        bits["with_the_candidate"] / bits["without"] - 1, abs=1e-4
+    )
     assert verdict.candidate == open_contribution(honest).manifest["sha256"]
     assert verdict.model == open_artifact(of_care).description["sha256"]
-    add = ["append", of_care, honest, "--trust", keys / "trusted", "--require-screening", out.parent, "--out", tmp_path / "out"]
+    add = [
+        "append",
+        of_care,
+        honest,
+        "--trust",
+        keys / "trusted",
+        "--require-screening",
+        out.parent,
+        "--out",
+        tmp_path / "out",
+    ]
     assert main([str(word) for word in add]) == 0
 
 
-def test_a_verdict_tells_nothing_of_the_documents_but_how_many_tokens_and_bytes_were_scored(anchor, honest, prepared, tmp_path):
+def test_a_verdict_tells_nothing_of_the_documents_but_how_many_tokens_and_bytes_were_scored(
+    anchor, honest, prepared, tmp_path
+):
     out = tmp_path / "verdict.json"
     screen(honest, anchor, anchor, [prepared["care"]], out)
     value = json.loads(out.read_text())
     assert value["signature"] is None and value["verdict"].keys() == {
-        "kind", "format", "date", "anchor", "candidate", "model", "tokens", "bytes", "change", "max_worse", "verdict"
+        "kind", "format", "date", "anchor", "candidate", "model", "tokens", "bytes", "change",
+        "max_worse", "verdict"
     }  # fmt: skip
     assert value["verdict"]["change"] == round(value["verdict"]["change"], 4)
 
 
 @pytest.mark.parametrize("domain", ["care", None])
-def test_what_is_screened_is_the_model_that_append_writes(anchor, of_care, honest, tmp_path, domain):
+def test_what_is_screened_is_the_model_that_append_writes(
+    anchor, of_care, honest, tmp_path, domain
+):
     base = of_care if domain else merge(anchor, [], tmp_path / "nothing").path
     expected = load(append(base, honest, tmp_path / "model").path)
     got = appended(load(base), open_contribution(honest))
@@ -139,7 +213,9 @@ def test_what_is_screened_is_the_model_that_append_writes(anchor, of_care, hones
     np.testing.assert_array_equal(got.logits(IDS), expected.logits(IDS))
 
 
-def test_every_other_trusted_key_has_to_have_passed_it(anchor, of_care, honest, contributions, prepared, keys, trust, tmp_path):
+def test_every_other_trusted_key_has_to_have_passed_it(
+    anchor, of_care, honest, contributions, prepared, keys, trust, tmp_path
+):
     (tmp_path / "empty").mkdir()
     contribution, own = open_contribution(honest), tmp_path / "own.json"
     screen(honest, anchor, of_care, [prepared["care"]], own, sign_key=keys / "code")
@@ -155,17 +231,28 @@ def test_every_other_trusted_key_has_to_have_passed_it(anchor, of_care, honest, 
         check_screening([contribution], [own], Trust.of(tmp_path / "one"))
 
 
-def test_a_verdict_that_is_changed_unsigned_or_a_strangers_is_refused(anchor, of_care, honest, prepared, keys, trust, tmp_path):
+def test_a_verdict_that_is_changed_unsigned_or_a_strangers_is_refused(
+    anchor, of_care, honest, prepared, keys, trust, tmp_path
+):
     out = tmp_path / "verdict.json"
     for key, says in ((None, "is not signed"), ("mallory", "expected one of the listed ones")):
-        screen(honest, anchor, of_care, [prepared["care"]], out, sign_key=keys / key if key else None)
+        screen(
+            honest, anchor, of_care, [prepared["care"]], out, sign_key=keys / key if key else None
+        )
         with pytest.raises(UserError, match=says):
             check_screening([open_contribution(honest)], [out], trust)
         out = out.with_name("another.json")
     out = tmp_path / "care.json"
     screen(honest, anchor, of_care, [prepared["care"]], out, sign_key=keys / "care")
     value, text = json.loads(out.read_text()), out.read_bytes()
-    for changed in ({"change": -0.5}, {"change": 0.5}, {"candidate": "0" * 64}, {"kind": "manifest"}, {"tokens": "many"}, {"more": 1}):
+    for changed in (
+        {"change": -0.5},
+        {"change": 0.5},
+        {"candidate": "0" * 64},
+        {"kind": "manifest"},
+        {"tokens": "many"},
+        {"more": 1},
+    ):
         out.write_text(canonical_json(value | {"verdict": value["verdict"] | changed}) + "\n")
         with pytest.raises(UserError, match=r"signature of|is not a verdict") as error:
             read_verdict(out, trust)
@@ -180,9 +267,15 @@ def test_a_verdict_that_is_changed_unsigned_or_a_strangers_is_refused(anchor, of
         read_verdict(out, trust)
 
 
-def test_mistakes_are_told_before_anything_is_scored(anchor, anchor32, of_care, contributions, pair_runs, keys, prepared, tmp_path):
+def test_mistakes_are_told_before_anything_is_scored(
+    anchor, anchor32, of_care, contributions, pair_runs, keys, prepared, tmp_path
+):
     out, documents = tmp_path / "verdict.json", [prepared["care"]]
-    for model, says in ((pair_runs["care"], "is a run"), (anchor32, "stands on the anchor"), (of_care, "already has an expert 'care'")):
+    for model, says in (
+        (pair_runs["care"], "is a run"),
+        (anchor32, "stands on the anchor"),
+        (of_care, "already has an expert 'care'"),
+    ):
         with pytest.raises(UserError, match=says):
             screen(contributions["care"], anchor, model, documents, out)
     with pytest.raises(UserError, match="--max-worse is nan"):
@@ -194,7 +287,9 @@ def test_mistakes_are_told_before_anything_is_scored(anchor, anchor32, of_care, 
     assert out.read_text() == "mine"
 
 
-def test_a_verdict_is_of_one_candidate_and_of_no_other(anchor, of_care, honest, contributions, prepared, keys, trust, tmp_path):
+def test_a_verdict_is_of_one_candidate_and_of_no_other(
+    anchor, of_care, honest, contributions, prepared, keys, trust, tmp_path
+):
     """An owner who passed one expert has not passed the next of the same name."""
     out = tmp_path / "verdict.json"
     screen(contributions["law"], anchor, of_care, [prepared["care"]], out, sign_key=keys / "care")
@@ -209,41 +304,62 @@ def verdict(**changes: float) -> Verdict:
     return make_verdict(anchor=digest, candidate=digest, model=digest, **fields)
 
 
-@pytest.mark.parametrize(("change", "says"), [(-0.5, "pass"), (0.02, "pass"), (0.020049, "pass"), (0.0201, "fail"), (0.5, "fail")])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(-0.5, "pass"), (0.02, "pass"), (0.020049, "pass"), (0.0201, "fail"), (0.5, "fail")],
+)
 def test_as_much_worse_as_is_allowed_passes_and_no_more(change, says):
     assert verdict(change=change).verdict == says
 
 
 @pytest.mark.parametrize("changes", [{"change": 0.5}, {"max_worse": 0.01}, {"verdict": "fail"}])
-def test_a_signed_verdict_that_its_own_number_contradicts_is_refused(keys, trust, tmp_path, changes):
-    """Whoever reads the number and whoever reads the word would take it for two different verdicts."""
-    write_verdict(dataclasses.replace(verdict(), **changes), load_key(keys / "care"), tmp_path / "verdict.json")
+def test_a_signed_verdict_that_its_own_number_contradicts_is_refused(
+    keys, trust, tmp_path, changes
+):
+    """Whoever reads the number and whoever reads the word would take it for two different
+    verdicts."""
+    write_verdict(
+        dataclasses.replace(verdict(), **changes),
+        load_key(keys / "care"),
+        tmp_path / "verdict.json",
+    )
     with pytest.raises(UserError, match="is not a verdict of `flexolmo screen`"):
         read_verdict(tmp_path / "verdict.json", trust)
 
 
-def test_a_candidate_that_may_not_be_merged_is_not_screened(anchor, anchor32, honest, prepared, tmp_path):
+def test_a_candidate_that_may_not_be_merged_is_not_screened(
+    anchor, anchor32, honest, prepared, tmp_path
+):
     out = tmp_path / "verdict.json"
     with pytest.raises(UserError, match="was made from the anchor"):
         screen(honest, anchor32, anchor32, [prepared["care"]], out)
     expired = Path(shutil.copytree(honest, tmp_path / "expired"))
     (expired / SIGNATURE).unlink()
-    (expired / MANIFEST).write_bytes(sealed(json.loads((expired / MANIFEST).read_text()) | {"expires": "2020-01-01"}))
+    (expired / MANIFEST).write_bytes(
+        sealed(json.loads((expired / MANIFEST).read_text()) | {"expires": "2020-01-01"})
+    )
     with pytest.raises(UserError, match="expired on 2020-01-01"):
         screen(expired, anchor, anchor, [prepared["care"]], out)
     assert not out.exists()
 
 
-def test_an_expert_that_makes_no_numbers_gets_no_verdict(anchor, of_care, contributions, prepared, tmp_path):
+def test_an_expert_that_makes_no_numbers_gets_no_verdict(
+    anchor, of_care, contributions, prepared, tmp_path
+):
     """Not a number is neither better nor worse."""
-    huge = forged(contributions["code"], tmp_path / "huge", lambda t: {n: np.full_like(a, 3e38) if "ffn" in n else a for n, a in t.items()})
+    huge = forged(
+        contributions["code"],
+        tmp_path / "huge",
+        lambda t: {n: np.full_like(a, 3e38) if "ffn" in n else a for n, a in t.items()},
+    )
     with pytest.raises(UserError, match="makes numbers that are not finite of your text"):
         screen(huge, anchor, of_care, [prepared["care"]], tmp_path / "verdict.json")
     assert not (tmp_path / "verdict.json").exists()
 
 
 def test_a_verdict_of_the_candidates_own_owner_counts_for_nothing(honest, keys, trust, tmp_path):
-    """It is the others who are asked: neither does an owner pass their own expert, nor can one fail be left lying about."""
+    """It is the others who are asked: neither does an owner pass their own expert, nor can one fail
+    be left lying about."""
     contribution = open_contribution(honest)
     for name, change in (("care", 0.0), ("code", 0.5)):
         about = {"candidate": contribution.manifest["sha256"], "anchor": contribution.fingerprint}

@@ -1,9 +1,11 @@
-"""Records what ai2-olmo-eval's own metric code says of made-up requests, for tests/parity/test_olmo_eval.py.
+"""Records what ai2-olmo-eval's own metric code says of made-up requests, for
+tests/parity/test_olmo_eval.py.
 
     pip install torch torchmetrics && pip install --no-deps ai2-olmo-eval==0.9.0
     python tests/parity/record_olmo_eval.py
 
-Run on 25 November 2026 with torch 2.13, torchmetrics 1.9 and ai2-olmo-eval 0.9.0. The log-probabilities are of random logits.
+Run on 25 November 2026 with torch 2.13, torchmetrics 1.9 and ai2-olmo-eval 0.9.0. The
+log-probabilities are of random logits.
 """
 
 import json
@@ -25,12 +27,22 @@ def main() -> None:
         for choice in range(choices):
             words = " ".join(rng.choice(WORDS, rng.integers(1, 4)))
             tokens = rng.integers(0, VOCABULARY, rng.integers(1, 7)).tolist()
-            logits = (2 * rng.standard_normal((CONTEXT + len(tokens), VOCABULARY))).astype(np.float32)
+            logits = (2 * rng.standard_normal((CONTEXT + len(tokens), VOCABULARY))).astype(
+                np.float32
+            )
             label = int(rng.integers(choices)) if choice == 0 else requests[-1]["label"]
             at = logits[CONTEXT - 1 : CONTEXT + len(tokens) - 1].astype(np.float64)
             log_p = at - np.log(np.exp(at).sum(axis=-1, keepdims=True))
             total = sum(log_p[i, token] for i, token in enumerate(tokens))
-            requests.append({"document": document, "choice": choice, "label": label, "continuation": f" {words}", "log_likelihood": total})
+            requests.append(
+                {
+                    "document": document,
+                    "choice": choice,
+                    "label": label,
+                    "continuation": f" {words}",
+                    "log_likelihood": total,
+                }
+            )
             requests[-1] |= {"tokens": tokens, "logits": logits}
     for metric in ("acc", "len_norm", "bpb"):
         upstream = ICLMetric(metric)
@@ -52,8 +64,13 @@ def main() -> None:
             }
             upstream.update(batch, torch.tensor(request["logits"])[None])
         figures[metric] = {name: float(value) for name, value in upstream.compute().items()}
-    kept = [{key: value for key, value in request.items() if key not in ("tokens", "logits")} for request in requests]
-    Path(__file__).with_name("olmo_eval.json").write_text(json.dumps({"requests": kept, "figures": figures}, indent=0) + "\n")
+    kept = [
+        {key: value for key, value in request.items() if key not in ("tokens", "logits")}
+        for request in requests
+    ]
+    Path(__file__).with_name("olmo_eval.json").write_text(
+        json.dumps({"requests": kept, "figures": figures}, indent=0) + "\n"
+    )
     print(figures)
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints that transformers wrote, and what it makes of ours: keys, files, greedy tokens. The numbers are in test_huggingface.py."""
+"""Checkpoints that transformers wrote, and what it makes of ours: keys, files, greedy tokens. The
+numbers are in test_huggingface.py."""
 
 import dataclasses
 import json
@@ -32,30 +33,51 @@ def test_the_key_table_is_that_of_transformers_own_model(name):
     fields = hf_config(SIZES[name])
     ours = {entry.name: entry.shape for entry in key_table(SIZES[name])}
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields))
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**fields)
+        )
     theirs = {}
     for key, tensor in model.state_dict().items():
         at, _, kind = key.rpartition(".")
         shape = tuple(tensor.shape)
         if kind == "gate_up_proj":  # stacked in memory, one matrix an expert on disk
             half = (shape[1] // 2, shape[2])
-            theirs |= {f"{at}.{e}.{part}_proj.weight": half for e in range(shape[0]) for part in ("gate", "up")}
+            theirs |= {
+                f"{at}.{e}.{part}_proj.weight": half
+                for e in range(shape[0])
+                for part in ("gate", "up")
+            }
         elif kind == "down_proj":
             theirs |= {f"{at}.{e}.down_proj.weight": shape[1:] for e in range(shape[0])}
         else:
             theirs[key] = shape
     assert ours == theirs
     assert sum(int(np.prod(shape)) for shape in ours.values()) == model.num_parameters()
-    assert dataclasses.replace(model_config(model.config.to_dict()), router_bias=SIZES[name].router_bias) == SIZES[name]
+    assert (
+        dataclasses.replace(
+            model_config(model.config.to_dict()), router_bias=SIZES[name].router_bias
+        )
+        == SIZES[name]
+    )
 
 
 @pytest.mark.parametrize("kind", ["anchor", "merged"])
 def test_what_transformers_saves_of_our_export_imports_bitwise(kind, anchor, model, tmp_path):
-    """As it saves by default, one matrix an expert, and with `save_original_format=False`, all experts of a layer in one."""
-    export_hf({"anchor": anchor, "merged": model}[kind], tmp_path / "ours", drop_bias=True, max_shard_size=40_000)
+    """As it saves by default, one matrix an expert, and with `save_original_format=False`, all
+    experts of a layer in one."""
+    export_hf(
+        {"anchor": anchor, "merged": model}[kind],
+        tmp_path / "ours",
+        drop_bias=True,
+        max_shard_size=40_000,
+    )
     ours = import_hf(tmp_path / "ours", tmp_path / "model")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(
+        report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    ), report
     assert theirs.generation_config.eos_token_id == ours.tokenizer.eos_id
     for fused in (False, True):
         saved = tmp_path / f"theirs-{fused}"
@@ -64,28 +86,50 @@ def test_what_transformers_saves_of_our_export_imports_bitwise(kind, anchor, mod
         names = json.loads((saved / "model.safetensors.index.json").read_text())["weight_map"]
         assert any("gate_up_proj" in name for name in names) == (fused and kind == "merged")
         back = import_hf(saved, tmp_path / f"back-{fused}")
-        assert back.description["tensors"] == ours.description["tensors"] and back.config == ours.config
+        assert (
+            back.description["tensors"] == ours.description["tensors"]
+            and back.config == ours.config
+        )
         for path, array in back.arrays().items():
             assert np.array_equal(np.asarray(array[:]), np.asarray(ours.arrays()[path][:])), path
 
 
 @pytest.mark.parametrize("kind", ["anchor", "merged"])
 def test_transformers_generates_the_same_greedy_tokens(kind, anchor, model, tmp_path):
-    """Of the export, and we of the re-import; prompts in one batch here, one by one there. Activations are float32 on both sides."""
-    export_hf({"anchor": anchor, "merged": model}[kind], tmp_path / "hf", drop_bias=True, dtype="float32")
+    """Of the export, and we of the re-import; prompts in one batch here, one by one there.
+    Activations are float32 on both sides."""
+    export_hf(
+        {"anchor": anchor, "merged": model}[kind], tmp_path / "hf", drop_bias=True, dtype="float32"
+    )
     ours = load(import_hf(tmp_path / "hf", tmp_path / "model").path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", experts_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", experts_implementation="eager"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    prompts = [text[:15] for domain in ("public", "code", "law", "care") for text in documents(domain, 2, seed=9)]
+    prompts = [
+        text[:15]
+        for domain in ("public", "code", "law", "care")
+        for text in documents(domain, 2, seed=9)
+    ]
     new, asked, expected = 40, [], []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         assert ids[0].tolist() == ours.tokenizer.encode(prompt)
         with torch.no_grad():
-            continued = theirs.generate(ids, max_new_tokens=new, do_sample=False)[0, ids.shape[1] :].tolist()
-        logits = np.asarray(ours.logits(np.array([ids[0].tolist() + continued])))[0, ids.shape[1] - 1 : -1]
+            continued = theirs.generate(ids, max_new_tokens=new, do_sample=False)[
+                0, ids.shape[1] :
+            ].tolist()
+        logits = np.asarray(ours.logits(np.array([ids[0].tolist() + continued])))[
+            0, ids.shape[1] - 1 : -1
+        ]
         best, second = -np.sort(-logits, axis=-1)[:, :2].T
-        assert (best - second).min() > 1e-4, "take another prompt: the choice here is a matter of rounding"
+        assert (best - second).min() > 1e-4, (
+            "take another prompt: the choice here is a matter of rounding"
+        )
         asked.append(ids[0].tolist())
-        expected.append(continued[: continued.index(ours.tokenizer.eos_id)] if ours.tokenizer.eos_id in continued else continued)
+        expected.append(
+            continued[: continued.index(ours.tokenizer.eos_id)]
+            if ours.tokenizer.eos_id in continued
+            else continued
+        )
     assert ours.generate(asked, max_new_tokens=new) == expected

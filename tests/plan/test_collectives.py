@@ -1,4 +1,5 @@
-"""What a program moves is counted right: each kind, over the axes it runs over, as often as the loops around it run."""
+"""What a program moves is counted right: each kind, over the axes it runs over, as often as the
+loops around it run."""
 
 import functools
 
@@ -34,7 +35,11 @@ def counted(body, repeat: int = 1, one_pass: bool = False) -> list[Collective]:
         return jax.lax.fori_loop(0, repeat, lambda _, x: body(x), x) if repeat > 1 else body(x)
 
     arguments = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh(), ROWS))
-    return collectives(jax.jit(run).lower(arguments).compile().as_text() or "", dict(mesh().shape), one_pass=one_pass)
+    return collectives(
+        jax.jit(run).lower(arguments).compile().as_text() or "",
+        dict(mesh().shape),
+        one_pass=one_pass,
+    )
 
 
 def twice(x):
@@ -46,16 +51,22 @@ def twice(x):
     [
         ("all-gather", lambda x: jax.lax.all_gather(x, "rows", tiled=True)[:2] * 2, BYTES * 3 // 4),
         ("all-reduce", lambda x: jax.lax.psum(x, "rows"), 2 * BYTES // 4 * 3 // 4),
-        ("reduce-scatter", lambda x: twice(jax.lax.psum_scatter(twice(x), "rows", tiled=True)), BYTES // 2 * 3 // 4),
-        ("collective-permute", lambda x: jax.lax.ppermute(x, "rows", [(0, 1), (1, 2), (2, 3), (3, 0)]), BYTES // 4),
-        ("all-to-all", lambda x: jax.lax.all_to_all(x, "rows", 1, 1, tiled=True), BYTES // 4 * 3 // 4),
+        ("reduce-scatter", lambda x: twice(jax.lax.psum_scatter(twice(x), "rows", tiled=True)),
+        BYTES // 2 * 3 // 4),
+        ("collective-permute", lambda x: jax.lax.ppermute(x, "rows", [(0, 1), (1, 2), (2, 3), (3,
+        0)]), BYTES // 4),
+        ("all-to-all", lambda x: jax.lax.all_to_all(x, "rows", 1, 1, tiled=True),
+        BYTES // 4 * 3 // 4),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("repeat", [1, 5])
 def test_a_collective_is_counted_once_for_every_time_it_runs(kind, body, received, repeat):
     found = counted(body, repeat=repeat)  # an all-to-all has an operand for each device
     assert {(one.kind, one.axes, one.runs) for one in found} == {(kind, ("rows",), repeat)}
-    assert sum(one.bytes for one in found) == received and sum(one.total for one in found) == received * repeat
+    assert (
+        sum(one.bytes for one in found) == received
+        and sum(one.total for one in found) == received * repeat
+    )
 
 
 def test_loops_in_loops_multiply_and_axes_are_told_apart():
@@ -69,7 +80,9 @@ def test_loops_in_loops_multiply_and_axes_are_told_apart():
 
 def test_a_loop_of_unknown_length_is_refused():
     def body(x):
-        return jax.lax.while_loop(lambda x: jnp.max(x) < 10, lambda x: x + jax.lax.psum(x, "rows"), x)
+        return jax.lax.while_loop(
+            lambda x: jnp.max(x) < 10, lambda x: x + jax.lax.psum(x, "rows"), x
+        )
 
     with pytest.raises(ValueError, match="does not tell how often"):
         counted(body)
@@ -77,7 +90,8 @@ def test_a_loop_of_unknown_length_is_refused():
     assert (one.kind, one.runs) == ("all-reduce", 1)
 
 
-# As libtpu writes them (shortened): a ring of moves beside a product, and a gather over a whole torus as an all-reduce.
+# As libtpu writes them (shortened): a ring of moves beside a product, and a gather over a whole
+# torus as an all-reduce.
 RING = """HloModule ring
 
 %windowed_dot_general_body_ag.1 (p: (s32[], f32[8,4], f32[8,16])) -> (s32[], f32[8,4], f32[8,16]) {
@@ -141,7 +155,15 @@ def test_an_all_reduce_of_parts_is_a_gather():
 def run(kind: str, *overrides: str, **sections):
     tree = {
         "run": kind,
-        "model": {"vocab_size": 512, "d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 4, "d_ffn": 128, "max_seq_len": 64},
+        "model": {
+            "vocab_size": 512,
+            "d_model": 64,
+            "n_layers": 3,
+            "n_heads": 4,
+            "n_kv_heads": 4,
+            "d_ffn": 128,
+            "max_seq_len": 64,
+        },
         "data": {"train": [{"path": "data"}], "batch_size": 16, "seq_len": 64},
         "train": {"accumulate": 2, "remat": "full"},
         **sections,
@@ -153,19 +175,27 @@ PAIR = run("pair", pair={"anchor": "anchor", "name": "mine", "router_noise": 0.0
 
 
 def test_a_pairs_step_reduces_gradients_of_the_expert_alone():
-    """In bytes: what is reduced and scattered (here written as all-reduces of which each device takes its part) is the expert, once for
-    every microbatch. What is reduced beside it are a few numbers a layer."""
+    """In bytes: what is reduced and scattered (here written as all-reduces of which each device
+    takes its part) is the expert, once for every microbatch. What is reduced beside it are a few
+    numbers a layer."""
     mesh = make_mesh(MeshConfig(fsdp=8))
     step = training_step(PAIR, PAIR.model, mesh)
     moved = collectives(compile_step(step, mesh).as_text(), dict(mesh.shape))
     reduced = sum(one.total for one in moved if one.kind in ("reduce-scatter", "all-reduce"))
     gradients = 7 * size_of(
-        {path: a for path, a in flatten(step.kinds["parameters"]).items() if path.split("/")[1] in ("gate", "up", "down")}
+        {
+            path: a
+            for path, a in flatten(step.kinds["parameters"]).items()
+            if path.split("/")[1] in ("gate", "up", "down")
+        }
     )
     everything = training_step(PAIR, PAIR.model, mesh, lambda _: True)
     of_all = collectives(compile_step(everything, mesh).as_text(), dict(mesh.shape))
     assert gradients <= reduced / 2 <= 2 * 1.2 * gradients
-    assert sum(one.total for one in of_all if one.kind in ("reduce-scatter", "all-reduce")) > 1.7 * reduced
+    assert (
+        sum(one.total for one in of_all if one.kind in ("reduce-scatter", "all-reduce"))
+        > 1.7 * reduced
+    )
 
 
 def test_what_fsdp_needs_at_least_is_two_gathers_and_one_scatter():
@@ -173,7 +203,8 @@ def test_what_fsdp_needs_at_least_is_two_gathers_and_one_scatter():
     step = training_step(PAIR, PAIR.model, mesh)
     D, F, V, L = 64, 128, 512, 3
     matrices = L * (4 * D * D + 2 * 3 * D * F) + D * V
-    expected = 2 * 2 * matrices + 2 * V * D + 2 * L * 3 * D * F  # bfloat16: both gathers, the embedding, the expert's gradients
+    # bfloat16: both gathers, the embedding, the expert's gradients
+    expected = 2 * 2 * matrices + 2 * V * D + 2 * L * 3 * D * F
     rows = 2 * 2 * L * 2 * D + 2 * L * D
     norms = 2 * 2 * (L * 4 + 1) * D
     assert expected * 7 // 8 <= fsdp_minimum(step, "bfloat16") <= (expected + rows + norms) * 7 // 8
@@ -191,12 +222,15 @@ ENTRY %main (p: bf16[256,128]) -> bf16[256,128] {
   %recv-done.1 = (bf16[256,128]{1,0}, token[]) recv-done(%recv.1), channel_id=5, is_host_transfer=true
   ROOT %r = bf16[256,128]{1,0} get-tuple-element(%recv-done.1), index=0
 }
-"""  # noqa: E501
+"""
 
 
 def test_what_is_sent_between_slices_runs_over_the_first_axis():
     (one,) = collectives(BETWEEN_SLICES, {"data": 2, "fsdp": 8})
     assert (one.kind, one.axes, one.size, one.runs, one.form) == ("all-reduce", ("data",), 2, 1, "")
     assert one.bytes == 256 * 128 * 2  # 2 (n - 1) / n of it
-    (of_four,) = collectives(BETWEEN_SLICES.replace("{1,2}x", "{0:2,5}x").replace("ALL_REDUCE", "ALL_GATHER"), {"data": 4, "fsdp": 8})
+    (of_four,) = collectives(
+        BETWEEN_SLICES.replace("{1,2}x", "{0:2,5}x").replace("ALL_REDUCE", "ALL_GATHER"),
+        {"data": 4, "fsdp": 8},
+    )
     assert (of_four.kind, of_four.size, of_four.bytes) == ("all-gather", 4, 3 * 256 * 128 * 2)

@@ -1,4 +1,5 @@
-"""What `flexolmo plan` takes and tells, as far as it goes without the TPU's compiler; tests/tpu has the rest."""
+"""What `flexolmo plan` takes and tells, as far as it goes without the TPU's compiler; tests/tpu has
+the rest."""
 
 import dataclasses
 import functools
@@ -27,12 +28,22 @@ PAIR = ROOT / "configs" / "7b" / "pair.yaml"
 def test_flops_are_two_for_every_weight_a_token_meets_and_every_place_it_attends_to(path):
     run = load_config(path)
     model = architecture(run)
-    shapes = flatten(jax.eval_shape(functools.partial(init_params, model, pair=run.pair is not None), jax.random.key(0)))
+    shapes = flatten(
+        jax.eval_shape(
+            functools.partial(init_params, model, pair=run.pair is not None), jax.random.key(0)
+        )
+    )
     sizes = {
-        key: math.prod(a.shape) for key, a in shapes.items() if key == "trunk/head/kernel" or (len(a.shape) > 2 and not key.endswith("row"))
+        key: math.prod(a.shape)
+        for key, a in shapes.items()
+        if key == "trunk/head/kernel" or (len(a.shape) > 2 and not key.endswith("row"))
     }
     active = {"pair": 2, "router": model.n_experts}.get(run.run, model.n_active)
-    experts = sum(n for key, n in sizes.items() if key.startswith("expert")) / (2 if run.pair else model.n_experts) * active
+    experts = (
+        sum(n for key, n in sizes.items() if key.startswith("expert"))
+        / (2 if run.pair else model.n_experts)
+        * active
+    )
     trunk = sum(n for key, n in sizes.items() if key.startswith("trunk"))
     T = run.data.seq_len
     scores = model.n_layers * 2 * 2 * (T / 2) * model.d_model
@@ -40,25 +51,34 @@ def test_flops_are_two_for_every_weight_a_token_meets_and_every_place_it_attends
     flops = step_flops(run, model)
     weights = {"pair": experts / 2, "router": 0}.get(run.run, trunk + experts)
     tokens = run.data.batch_size * T
-    assert flops.model == pytest.approx(tokens * (2 * (2 * (trunk + experts) + weights) + 3 * scores))
-    assert 1.1 * flops.model < flops.hardware < 1.6 * flops.model  # a forward pass of the layers again
+    assert flops.model == pytest.approx(
+        tokens * (2 * (2 * (trunk + experts) + weights) + 3 * scores)
+    )
+    # a forward pass of the layers again
+    assert 1.1 * flops.model < flops.hardware < 1.6 * flops.model
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_every_config_can_be_planned_without_anything_beside_it(path):
-    """An anchor and a merged model that are not there yet are taken to be what the config's `model` says."""
+    """An anchor and a merged model that are not there yet are taken to be what the config's `model`
+    says."""
     overrides = ["model.vocab_size=512"] if path.parent.name == "tiny" else []
     overrides += ["model.n_experts=3"] if path == ROOT / "configs" / "tiny" / "router.yaml" else []
     run = load_config(path, [*overrides, "train.accumulate=2", "mesh.fsdp=2"])
     mesh = make_mesh(run.mesh)
     step = training_step(run, architecture(run), mesh)
     state, metrics = jax.eval_shape(step.function, *step.arguments)
-    assert jax.tree.structure(state) == jax.tree.structure(step.arguments[0]) and metrics["loss"].shape == ()
+    assert (
+        jax.tree.structure(state) == jax.tree.structure(step.arguments[0])
+        and metrics["loss"].shape == ()
+    )
 
 
 def test_a_decoding_step_keeps_its_cache_where_it_lies():
     model, mesh = decoded(ROOT / "configs" / "7b" / "joint.yaml", ["mesh.tensor=8"])
-    model = dataclasses.replace(model, d_model=256, d_ffn=64, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=512)
+    model = dataclasses.replace(
+        model, d_model=256, d_ffn=64, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=512
+    )
     where = make_mesh(mesh)
     step = decoding_step(model, where, 4, 64)
     compiled = step.function.lower(*step.arguments).compile()
@@ -67,9 +87,19 @@ def test_a_decoding_step_keeps_its_cache_where_it_lies():
 
 def test_a_program_is_the_same_where_only_what_the_compiler_never_sees_differs():
     run = load_config(PAIR)
-    same = load_config(PAIR, ["optim.lr=1e-3", "train.steps=5", "pair.name=other", "data.train=[{path: elsewhere}]"])
+    same = load_config(
+        PAIR,
+        ["optim.lr=1e-3", "train.steps=5", "pair.name=other", "data.train=[{path: elsewhere}]"],
+    )
     assert program_of(run) == program_of(same)
-    for change in ("train.remat=none", "data.batch_size=512", "mesh.tensor=2", "model.d_ffn=64", "pair.contrast=0", "train.accumulate=8"):
+    for change in (
+        "train.remat=none",
+        "data.batch_size=512",
+        "mesh.tensor=2",
+        "model.d_ffn=64",
+        "pair.contrast=0",
+        "train.accumulate=8",
+    ):
         assert program_of(load_config(PAIR, [change])) != program_of(run), change
 
 
@@ -78,11 +108,24 @@ def test_a_program_is_the_same_where_only_what_the_compiler_never_sees_differs()
     [
         (["--topology", "v5x:4x4x4"], "did you mean v5"),
         (["--topology", "v5p:4x4x5"], "the nearest is v5p:4x4x4"),
-        (["--topology", "v5p:4x4x4", "--set", "mesh.fsdp=32"], "does not fill the 64 devices of 1 x v5p:4x4x4"),
+        (
+            ["--topology", "v5p:4x4x4", "--set", "mesh.fsdp=32"],
+            "does not fill the 64 devices of 1 x v5p:4x4x4",
+        ),
         (["--topology", "v5p:4x4x4", "--set", "mesh.tensor=3"], "does not divide 64 devices"),
         (["--topology", "v5p:4x4x4", "--set", "mesh.fsdp=128"], "needs 128 devices; got 64"),
         (["--topology", "v5p:4x4x4", "--slices", "2"], "mesh.data is 1; expected a multiple of 2"),
-        (["--topology", "v5p:4x4x4", "--set", "data.batch_size=96", "--set", "train.accumulate=1"], "does not divide over the 64 devices"),
+        (
+            [
+                "--topology",
+                "v5p:4x4x4",
+                "--set",
+                "data.batch_size=96",
+                "--set",
+                "train.accumulate=1",
+            ],
+            "does not divide over the 64 devices",
+        ),
         (["--topology", "v5p:4x4x4", "--set", "model.n_layers=0"], "model.n_layers is 0"),
         (["--topology", "v5p:4x4x4", "--decode", "16"], "expected rows x tokens of context"),
         (["--topology", "v5p:4x4x4", "--slices", "0"], "expected 1 or more"),
@@ -101,8 +144,20 @@ def test_mistakes_are_told_in_one_line_before_anything_is_compiled(arguments, to
     ("message", "gib"),
     [
         # As libtpu 0.0.50 says it, and as earlier ones did.
-        ("Ran out of memory on HBM, the total memory required for HLO temporaries (45.83G) exceeds available HBM (31.24G).", 45.83),
-        ("Ran out of memory in memory space hbm. Used 35.80G of 31.24G hbm. Exceeded hbm capacity by 4.56G.", 35.8),
+        (
+            (
+                "Ran out of memory on HBM, the total memory required for HLO temporaries (45.83G)"
+                " exceeds available HBM (31.24G)."
+            ),
+            45.83,
+        ),
+        (
+            (
+                "Ran out of memory in memory space hbm. Used 35.80G of 31.24G hbm. Exceeded hbm"
+                " capacity by 4.56G."
+            ),
+            35.8,
+        ),
         ("Used 512.00M of 256.00M hbm.", 0.5),
     ],
 )

@@ -16,7 +16,10 @@ def mesh(topology: str, shape: tuple[int, ...], slices: int = 1) -> Any:
     where = slice_of(topology)
     places = [(*at, 0)[:3] for at in np.ndindex(where.shape)]
     devices = [
-        SimpleNamespace(coords=place, slice_index=number) for number in range(slices) for place in places for _ in range(where.chip.devices)
+        SimpleNamespace(coords=place, slice_index=number)
+        for number in range(slices)
+        for place in places
+        for _ in range(where.chip.devices)
     ]
     return SimpleNamespace(
         devices=np.array(devices, object).reshape(shape),
@@ -46,16 +49,35 @@ def test_a_collective_has_the_links_of_the_dimensions_it_spans(topology, shape, 
 
 
 def test_slices_are_joined_by_the_data_centres_network():
-    assert bandwidth(slice_of("v5p:2x2x1"), mesh("v5p:2x2x1", (2, 4), slices=2), ("data",)) == 50e9 / 8
+    assert (
+        bandwidth(slice_of("v5p:2x2x1"), mesh("v5p:2x2x1", (2, 4), slices=2), ("data",)) == 50e9 / 8
+    )
 
 
 def test_a_step_takes_the_longest_of_three_times_and_at_most_their_sum():
     where = slice_of("v5p:4x4x4")
-    times = roofline(where, mesh("v5p:4x4x4", (1, 64)), 459e12 * 64 * 2, 2765 * 10**9 // 2, [gather(("fsdp",), 600e9, 3)])
-    assert times["compute"] == pytest.approx(2) and times["memory"] == pytest.approx(0.5) and times["network"] == pytest.approx(3)
-    assert times["bound"] == "network" and times["overlapped"] == pytest.approx(3) and times["in_turn"] == pytest.approx(5.5)
+    times = roofline(
+        where,
+        mesh("v5p:4x4x4", (1, 64)),
+        459e12 * 64 * 2,
+        2765 * 10**9 // 2,
+        [gather(("fsdp",), 600e9, 3)],
+    )
+    assert (
+        times["compute"] == pytest.approx(2)
+        and times["memory"] == pytest.approx(0.5)
+        and times["network"] == pytest.approx(3)
+    )
+    assert (
+        times["bound"] == "network"
+        and times["overlapped"] == pytest.approx(3)
+        and times["in_turn"] == pytest.approx(5.5)
+    )
 
 
 def test_bytes_are_summed_by_kind_and_axes_the_most_first():
     rows = by_kind_and_axis([gather(("data",), 1), gather(("fsdp",), 5, 2), gather(("data",), 2)])
-    assert [(row["axes"], row["bytes"], row["runs"]) for row in rows] == [("fsdp", 10, 2), ("data", 3, 2)]
+    assert [(row["axes"], row["bytes"], row["runs"]) for row in rows] == [
+        ("fsdp", 10, 2),
+        ("data", 3, 2),
+    ]

@@ -51,13 +51,17 @@ SPEC = {
     "model": MODEL,
     **{name: RUN for name in ("anchor", "pair", "dense", "joint", "btx", "router")},
     "overfit": RUN | {"data": {"batch_size": 1}},
-    "ablations": {"without bias": {"model.router_bias": False}, "without coordination": {"pair.beside_anchor": False}},
+    "ablations": {
+        "without bias": {"model.router_bias": False},
+        "without coordination": {"pair.beside_anchor": False},
+    },
     "tuned_ablations": ["without coordination"],
 }
 
 
 def a_study(root: Path, **changes) -> Path:
-    """A directory that holds a study whose text is there already: made up, for no network is asked for any."""
+    """A directory that holds a study whose text is there already: made up, for no network is asked
+    for any."""
     (root / "text").mkdir(parents=True)
     for name in ("public", *DOMAINS):
         write_jsonl(root / "text" / f"{name}.jsonl", documents(name, 160))
@@ -86,15 +90,22 @@ def results_of(root: Path) -> dict:
 def test_every_row_has_a_figure_in_every_column(study):
     rows = results_of(study)["rows"]
     assert {
-        "anchor", "anchor+public", "pair:code", "dense:law", "soup", "weighted soup", "BTM", "BTM:top1", "BTM:top2", "prompt routing",
-        "BTX", "joint 1x", "joint 2x", "merged", "merged+tuned", "merged:k=1", "merged:k=2", "merged+tuned:k=1", "merged-code",
-        "merged-law", "merged:experts=1", "without bias", "without coordination", "without coordination+tuned",
+        "anchor", "anchor+public", "pair:code", "dense:law", "soup", "weighted soup", "BTM",
+        "BTM:top1", "BTM:top2", "prompt routing",
+        "BTX", "joint 1x", "joint 2x", "merged", "merged+tuned", "merged:k=1", "merged:k=2",
+        "merged+tuned:k=1", "merged-code",
+        "merged-law", "merged:experts=1", "without bias", "without coordination",
+        "without coordination+tuned",
     } <= rows.keys()  # fmt: skip
     for name, columns in rows.items():
         assert columns.keys() == {"public", *DOMAINS, "mixed", PRIVATE, AVERAGE}, name
         for figure in columns.values():
-            assert 1 < figure["mean"] < 10 and figure["spread"] is None and figure["seeds"] == 1, name
-        assert columns[PRIVATE]["mean"] == pytest.approx((columns["code"]["mean"] + columns["law"]["mean"]) / 2)
+            assert 1 < figure["mean"] < 10 and figure["spread"] is None and figure["seeds"] == 1, (
+                name
+            )
+        assert columns[PRIVATE]["mean"] == pytest.approx(
+            (columns["code"]["mean"] + columns["law"]["mean"]) / 2
+        )
 
 
 def test_masked_rows_are_those_of_smaller_merges_and_joint_runs_take_the_flops_of_all_pairs(study):
@@ -102,23 +113,36 @@ def test_masked_rows_are_those_of_smaller_merges_and_joint_runs_take_the_flops_o
     rows = results["rows"]
     assert rows["merged:experts=1"]["code"] == rows["merged-law"]["code"]
     for times in (1, 2):
-        assert abs(results["flops"][f"flops-{times}x"]["joint_of_pairs"] / times - 1) < 0.2  # of few steps; whole studies: below
+        # of few steps; whole studies: below
+        assert abs(results["flops"][f"flops-{times}x"]["joint_of_pairs"] / times - 1) < 0.2
 
 
 def test_records_that_are_scored_come_from_all_of_a_source(study):
     trial = Trial(load_spec(study / "spec.yaml"), study, 0)
     source = open_records(trial.data("public"), "heldout")
     scored = heldout(trial)["public"]
-    places = [next(i for i in range(len(source)) if (source[i]["tokens"] == record["tokens"]).all()) for record in scored]
+    places = [
+        next(i for i in range(len(source)) if (source[i]["tokens"] == record["tokens"]).all())
+        for record in scored
+    ]
     assert len(source) >= 8 and places == [i * len(source) // 4 for i in range(4)]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "reproduce").glob("*.yaml")), ids=lambda path: path.stem)
-def test_studies_that_ship_are_whole_and_their_joint_runs_take_the_flops_of_all_pairs_within_two_percent(path, tmp_path):
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "reproduce").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_shipped_studies_are_whole_and_joint_runs_take_the_flops_of_all_pairs_within_two_percent(
+    path, tmp_path
+):
     spec = load_spec(path)
     trial = Trial(spec, tmp_path, 0)
     sources = [{"path": "data"}]
-    assert cells(spec, tmp_path) and trial.continued("public") and trial.btx() and spec.run("anchor", spec.overfit, sources, 0)
+    assert (
+        cells(spec, tmp_path)
+        and trial.continued("public")
+        and trial.btx()
+        and spec.run("anchor", spec.overfit, sources, 0)
+    )
     spec.run("router", spec.router, sources, 0, **{"router.model": "merged"})
     anchor = spec.run("anchor", {"model": spec.model, **spec.anchor}, sources, 0).model
     anchor = dataclasses.replace(anchor, vocab_size=spec.vocab_size)
@@ -131,8 +155,17 @@ def test_studies_that_ship_are_whole_and_their_joint_runs_take_the_flops_of_all_
 
 
 def test_nothing_that_is_held_out_is_learnt_from(study):
-    held_out = {digest_of(text) for path in (study / "text").iterdir() for text in read_documents(path) if is_heldout(digest_of(text))}
-    chosen = {digest_of(text) for domain in DOMAINS for text in read_documents(study / "seed0" / f"proxies-{domain}.jsonl")}
+    held_out = {
+        digest_of(text)
+        for path in (study / "text").iterdir()
+        for text in read_documents(path)
+        if is_heldout(digest_of(text))
+    }
+    chosen = {
+        digest_of(text)
+        for domain in DOMAINS
+        for text in read_documents(study / "seed0" / f"proxies-{domain}.jsonl")
+    }
     public = {digest_of(text) for text in read_documents(study / "text" / "public.jsonl")}
     assert held_out and chosen and not held_out & chosen and chosen <= public
     overlap = results_of(study)["heldout"]
@@ -141,16 +174,34 @@ def test_nothing_that_is_held_out_is_learnt_from(study):
 
 def test_the_attack_is_on_documents_that_were_trained_on_and_nothing_else_is_learnt_by_heart(study):
     attack = results_of(study)["extraction"]
-    assert attack.keys() == {"anchor", "dense:code", "pair:code", "merged", "merged-code", "overfit"}
-    assert all(one["documents"] == 3 and one["low"] <= one["rate"] <= one["high"] for one in attack.values())
-    trained_on = [text for text in read_documents(study / "text" / "code.jsonl") if not is_heldout(digest_of(text))]
+    assert attack.keys() == {
+        "anchor",
+        "dense:code",
+        "pair:code",
+        "merged",
+        "merged-code",
+        "overfit",
+    }
+    assert all(
+        one["documents"] == 3 and one["low"] <= one["rate"] <= one["high"]
+        for one in attack.values()
+    )
+    trained_on = [
+        text
+        for text in read_documents(study / "text" / "code.jsonl")
+        if not is_heldout(digest_of(text))
+    ]
     for text in read_documents(study / "seed0" / "attacked.jsonl"):
         assert any(document.startswith(text) for document in trained_on)
 
 
 def test_the_reports_stand_alone_and_say_what_holds(study):
     results, html = results_of(study), (study / "report.html").read_text()
-    assert not re.search(r"(src|href)=|url\(", html) and "Opting out" in html and html.count("<svg") > 10
+    assert (
+        not re.search(r"(src|href)=|url\(", html)
+        and "Opting out" in html
+        and html.count("<svg") > 10
+    )
     markdown = (study / "results.md").read_text()
     for name, ordering in results["orderings"].items():
         assert f"| {name} | {'yes' if ordering['holds'] else 'no'} |" in markdown
@@ -165,8 +216,20 @@ def test_orderings_are_those_of_the_figures():
     def row(figure: float) -> dict[str, float]:
         return dict.fromkeys(columns, figure)
 
-    names = ["anchor", "anchor+public", "soup", "weighted soup", "BTM:top2", "prompt routing", "BTX", "joint 1x", "joint 2x"]
-    names += [f"merged:k={k}" for k in range(1, 5)] + [f"merged-{domain}" for domain in spec.domains]
+    names = [
+        "anchor",
+        "anchor+public",
+        "soup",
+        "weighted soup",
+        "BTM:top2",
+        "prompt routing",
+        "BTX",
+        "joint 1x",
+        "joint 2x",
+    ]
+    names += [f"merged:k={k}" for k in range(1, 5)] + [
+        f"merged-{domain}" for domain in spec.domains
+    ]
     means = {name: row(2.0) for name in names} | {"merged": row(1.8), "merged+tuned": row(1.5)}
     means["merged:k=1"] = row(2.5)
     means["merged-math"]["math"] = 4.0
@@ -174,16 +237,25 @@ def test_orderings_are_those_of_the_figures():
     assert found["merged beats the anchor on private domains"].margin == pytest.approx(0.1)
     assert found["merged and tuned beats the anchor by 20 % on private domains"].holds
     assert not found["the joint model of twice the FLOPs wins"].holds
-    assert not found["the routers' bias helps"].holds and found["the routers' bias helps"].margin == pytest.approx(1 - 1.8 / 1.7)
-    assert found["public contrast helps"].margin is None and not found["public contrast helps"].holds
+    assert not found["the routers' bias helps"].holds and found[
+        "the routers' bias helps"
+    ].margin == pytest.approx(1 - 1.8 / 1.7)
+    assert (
+        found["public contrast helps"].margin is None and not found["public contrast helps"].holds
+    )
     assert found["one active expert is worst"].holds
     of_math = next(one for name, one in found.items() if name.startswith("opting math out"))
     assert of_math.holds and of_math.margin == pytest.approx(4.0 / 1.8 - 2.0 / 1.8)
 
 
 def test_a_held_out_document_that_is_trained_on_ends_the_study(tmp_path):
-    held_out = next(text for i in range(1000) if is_heldout(digest_of(text := f"{i} " + "word " * 20)))
-    text = {"public": write_jsonl(tmp_path / "public.jsonl", ["some text " * 10]), "code": write_jsonl(tmp_path / "code.jsonl", [held_out])}
+    held_out = next(
+        text for i in range(1000) if is_heldout(digest_of(text := f"{i} " + "word " * 20))
+    )
+    text = {
+        "public": write_jsonl(tmp_path / "public.jsonl", ["some text " * 10]),
+        "code": write_jsonl(tmp_path / "code.jsonl", [held_out]),
+    }
     found = overlaps([text["public"]], text, ["code"])["code"]
     assert found == {"documents": 1, "runs": 9, "share_in_training_text": 0.0}
     write_jsonl(tmp_path / "public.jsonl", [f"{held_out} and more"])
@@ -195,7 +267,10 @@ def test_studies_that_are_none_are_refused(tmp_path):
         ({"domains": ["code"]}, "expected two private ones or more"),
         ({"domains": ["code", "code"]}, "all different"),
         ({"seeds": 0}, "seeds is 0"),
-        ({"ablations": {}}, "tuned_ablations has without coordination; expected some of no ablations"),
+        (
+            {"ablations": {}},
+            "tuned_ablations has without coordination; expected some of no ablations",
+        ),
         ({"sedes": 1}, "did you mean 'seeds'"),
         ({"domains": "code"}, "expected a list"),
     ):
@@ -216,10 +291,14 @@ def test_studies_that_are_none_are_refused(tmp_path):
 def test_a_cell_that_fails_ends_the_study_with_its_last_line(tmp_path):
     root = a_study(tmp_path / "study")
     (root / "text" / "public.jsonl").write_text("no json\n")
-    with pytest.raises(RunError, match=r"(tokenizer|overlap) ended with status 1: .*line 1: not JSON.*logs/\1\.log"):
+    with pytest.raises(
+        RunError, match=r"(tokenizer|overlap) ended with status 1: .*line 1: not JSON.*logs/\1\.log"
+    ):
         reproduce(root / "spec.yaml", root)
     with pytest.raises(RunError, match="waits for what no cell makes: b"):
-        run_cells({"a": Cell(root / "a", ("b",), print), "b": Cell(root / "b", ("a",), print)}, root, 1)
+        run_cells(
+            {"a": Cell(root / "a", ("b",), print), "b": Cell(root / "b", ("a",), print)}, root, 1
+        )
 
 
 @pytest.mark.slow
@@ -227,11 +306,23 @@ def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(tmp_pat
     whole = a_study(tmp_path / "whole", ablations={}, tuned_ablations=[])
     reproduce(whole / "spec.yaml", whole)
     killed, kills = a_study(tmp_path / "killed", ablations={}, tuned_ablations=[]), random.Random(0)
-    command = [sys.executable, "-m", "flexolmo_jax.cli", "reproduce", str(killed / "spec.yaml"), "--out", str(killed)]
+    command = [
+        sys.executable,
+        "-m",
+        "flexolmo_jax.cli",
+        "reproduce",
+        str(killed / "spec.yaml"),
+        "--out",
+        str(killed),
+    ]
     for attempt in range(100):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
             try:
-                _, errors = process.communicate(timeout=kills.uniform(8, 40) if attempt < 6 else 900)
+                _, errors = process.communicate(
+                    timeout=kills.uniform(8, 40) if attempt < 6 else 900
+                )
             except subprocess.TimeoutExpired:
                 os.kill(process.pid, signal.SIGKILL)
                 process.wait()

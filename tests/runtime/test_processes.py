@@ -1,4 +1,5 @@
-"""What is taken for several processes, and mistakes with them; tests/faults has the processes themselves."""
+"""What is taken for several processes, and mistakes with them; tests/faults has the processes
+themselves."""
 
 import subprocess
 import sys
@@ -13,7 +14,13 @@ from flexolmo_jax.runtime.processes import Place, by_the_first, detect, is_first
 from tests.tiny import run_config
 
 FOUND = Place(None, None, None)  # JAX reads the rest out of the environment
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n[1-4]"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "n[1-4]",
+}
 JAX = {"JAX_COORDINATOR_ADDRESS": "localhost:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
 
@@ -56,9 +63,18 @@ def test_an_environment_that_says_half_of_it_is_refused(environment, told):
     [
         (["--coordinator", "localhost:1234"], "--processes and --process not given"),
         (["--process", "1"], "--coordinator and --processes not given"),
-        (["--coordinator", "localhost", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
-        (["--coordinator", "localhost:1234", "--processes", "2", "--process", "2"], "process 2 of 2; expected one of 0 to 1"),
-        (["--coordinator", "no.such.host.invalid:1234", "--processes", "2", "--process", "1"], "'no.such.host.invalid' is not known here"),
+        (
+            ["--coordinator", "localhost", "--processes", "2", "--process", "0"],
+            "expected HOST:PORT",
+        ),
+        (
+            ["--coordinator", "localhost:1234", "--processes", "2", "--process", "2"],
+            "process 2 of 2; expected one of 0 to 1",
+        ),
+        (
+            ["--coordinator", "no.such.host.invalid:1234", "--processes", "2", "--process", "1"],
+            "'no.such.host.invalid' is not known here",
+        ),
         (["--profile", "5"], "train.profile is '5'; expected START:STOP"),
         (["--profile", "9:5"], "train.profile is '9:5'; expected START:STOP"),
     ],
@@ -77,9 +93,15 @@ def test_one_process_is_the_first_and_asks_nobody():
 
 
 def test_others_that_cannot_be_reached_are_lost_not_a_mistake():
-    """Nobody listens there; the launchers start again after 75 and after the runtime's own abort."""
-    program = "from flexolmo_jax.runtime import processes\nprocesses.PATIENCE = 2\nprocesses.join('127.0.0.1:9', 2, 1)\n"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    """Nobody listens there; the launchers start again after 75 and after the runtime's own
+    abort."""
+    program = (
+        "from flexolmo_jax.runtime import processes\nprocesses.PATIENCE ="
+        " 2\nprocesses.join('127.0.0.1:9', 2, 1)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+    )
     assert ended.returncode in (75, -6), ended.stderr
 
 
@@ -94,9 +116,14 @@ def test_the_watchdog_ends_what_hangs_and_shows_where():
         "    watchdog.expect('step 2', 0.3)\n"
         "    hangs()\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
     assert ended.returncode == 75
-    assert "step 2 took more than 0.3 s; this process ends here" in ended.stderr and "in hangs" in ended.stderr
+    assert (
+        "step 2 took more than 0.3 s; this process ends here" in ended.stderr
+        and "in hangs" in ended.stderr
+    )
 
 
 def test_the_watchdog_leaves_alone_what_is_in_time():
@@ -109,11 +136,17 @@ def test_the_watchdog_leaves_alone_what_is_in_time():
         "        time.sleep(0.3)\n"
         "print('done')\n"
     )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50).stdout == "done\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+        ).stdout
+        == "done\n"
+    )
 
 
 def test_what_the_first_process_does_for_all_may_itself_be_done_by_the_first(monkeypatch):
-    """Otherwise it would wait for an answer that nobody else asks for: all turns after it would be other ones."""
+    """Otherwise it would wait for an answer that nobody else asks for: all turns after it would be
+    other ones."""
     told: dict[str, str] = {}
 
     class Store:

@@ -21,7 +21,12 @@ from flexolmo_jax.runtime.tpus import CHIPS, STEP_OPTIONS, slice_of, slices_of, 
 )
 def test_a_slice_has_the_size_its_name_says(name, chips, devices, hosts, accelerator):
     found = slice_of(name)
-    assert (found.chips, found.devices, found.hosts, found.accelerator) == (chips, devices, hosts, accelerator)
+    assert (found.chips, found.devices, found.hosts, found.accelerator) == (
+        chips,
+        devices,
+        hosts,
+        accelerator,
+    )
     assert slice_of(found.name) == found
 
 

@@ -1,4 +1,5 @@
-"""The cache: where the user says, else in the home folder, and where that cannot be written only as long as the command."""
+"""The cache: where the user says, else in the home folder, and where that cannot be written only as
+long as the command."""
 
 import os
 import subprocess
@@ -39,9 +40,18 @@ assert len(open_data(folder / "corpus.txt", tokenizer, 16, "train"))
 assert cache_folder("downloads").parent == cache_folder() and (cache_folder() / "prepared").is_dir()
 print(oct(cache_folder().stat().st_mode & 0o777))
 """
-    said = {"HOME": str(tmp_path / "file" / "home"), "TMPDIR": str(tmp_path / "temporary"), "FLEXOLMO_CACHE": ""}
+    said = {
+        "HOME": str(tmp_path / "file" / "home"),
+        "TMPDIR": str(tmp_path / "temporary"),
+        "FLEXOLMO_CACHE": "",
+    }
     environment = os.environ | said | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "0o700\n"), done.stderr
-    assert done.stderr.count("no cache in the home folder (Not a directory)") == 1 and "set FLEXOLMO_CACHE" in done.stderr
+    assert (
+        done.stderr.count("no cache in the home folder (Not a directory)") == 1
+        and "set FLEXOLMO_CACHE" in done.stderr
+    )
     assert list((tmp_path / "temporary").iterdir()) == []

@@ -1,4 +1,5 @@
-"""Files and directories that are whole or not there, and the locks that tell live writers from dead ones."""
+"""Files and directories that are whole or not there, and the locks that tell live writers from dead
+ones."""
 
 import errno
 import fcntl
@@ -53,7 +54,10 @@ def test_only_what_dead_processes_left_is_abandoned(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "out[1]")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
+        [sys.executable, "-c", program, str(tmp_path / "out[1]")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ,
     )
     assert process.stdout and process.stdout.readline() == b"ready\n"
     assert abandoned(tmp_path) == []
@@ -78,7 +82,8 @@ def test_what_only_has_the_name_of_a_leftover_is_nobodys_to_remove(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / ".out.12345678.tmp" / ".unfinished").write_bytes(MARK)
     (left,) = abandoned(tmp_path)
-    remove_abandoned(left)  # whoever put the thesis there after all keeps it: only what was being written goes
+    # whoever put the thesis there after all keeps it: only what was being written goes
+    remove_abandoned(left)
     assert (tmp_path / ".out.12345678.tmp" / "thesis.txt").read_text() == "years of work"
 
 
@@ -88,7 +93,9 @@ def test_nothing_but_the_store_writes_inside_a_store(tmp_path):
         check_new(tmp_path / "objects" / "model")
 
 
-def test_a_file_system_without_locks_is_written_to_and_nothing_on_it_counts_as_abandoned(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_written_to_and_nothing_on_it_counts_as_abandoned(
+    tmp_path, monkeypatch
+):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -102,7 +109,8 @@ def test_a_file_system_without_locks_is_written_to_and_nothing_on_it_counts_as_a
 
 def test_the_first_way_that_works_is_taken(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("a")
-    assert place(tmp_path / "a", tmp_path / "sub" / "copied") != "link"  # it could be changed through its other name
+    # it could be changed through its other name
+    assert place(tmp_path / "a", tmp_path / "sub" / "copied") != "link"
     with pytest.raises(UserError, match="cannot be made"):
         place(tmp_path / "a", tmp_path / "linked", ("link",))
     (tmp_path / "a").chmod(0o444)
@@ -111,7 +119,8 @@ def test_the_first_way_that_works_is_taken(tmp_path, monkeypatch):
     assert (tmp_path / "sub" / "b").stat().st_ino == (tmp_path / "a").stat().st_ino
     cloned = []
 
-    def clone(descriptor, request, source):  # ext4 has none; what the call does is the kernel's business
+    # ext4 has none; what the call does is the kernel's business
+    def clone(descriptor, request, source):
         cloned.append(request)
         os.write(descriptor.fileno(), os.pread(source, 100, 0))
 
@@ -140,8 +149,11 @@ def test_a_directory_that_is_removed_goes_in_one_step(tmp_path, monkeypatch):
     assert seen == [("remove", tmp_path / "a")] and list(tmp_path.iterdir()) == []
 
 
-def test_a_new_directory_is_on_the_disk_before_it_is_seen_and_its_name_before_anything_goes_on(tmp_path, monkeypatch):
-    """A power cut leaves all of it or nothing: no name of a file whose bytes were still in memory."""
+def test_a_new_directory_is_on_the_disk_before_it_is_seen_and_its_name_before_anything_goes_on(
+    tmp_path, monkeypatch
+):
+    """A power cut leaves all of it or nothing: no name of a file whose bytes were still in
+    memory."""
     recorder = Recorder(monkeypatch)
     with new_directory(tmp_path / "out") as directory:
         (directory / "folder" / "empty").mkdir(parents=True)
@@ -178,8 +190,16 @@ def test_what_lies_where_a_key_is_first_written_is_not_written_to(tmp_path, monk
 
 def other_process(body: str, path: Path) -> subprocess.Popen[bytes]:
     """Runs `body` in a process of its own, with `path` and what files.py has."""
-    program = f"import sys; from pathlib import Path; from flexolmo_jax.storage.files import *; path = Path(sys.argv[1])\n{body}"
-    return subprocess.Popen([sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ)
+    program = (
+        "import sys; from pathlib import Path; from flexolmo_jax.storage.files import *; path ="
+        f" Path(sys.argv[1])\n{body}"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ,
+    )
 
 
 HOLD = "with locked(path, shared={shared}):\n    print('in', flush=True); sys.stdin.readline()"
@@ -190,7 +210,10 @@ def said(process: subprocess.Popen[bytes]) -> bytes:
     return process.stdout.readline()
 
 
-@pytest.mark.parametrize(("held", "wanted", "waits"), [(False, False, True), (False, True, True), (True, False, True), (True, True, False)])
+@pytest.mark.parametrize(
+    ("held", "wanted", "waits"),
+    [(False, False, True), (False, True, True), (True, False, True), (True, True, False)],
+)
 def test_a_lock_keeps_another_process_out_unless_both_only_share_it(tmp_path, held, wanted, waits):
     holder = other_process(HOLD.format(shared=held), tmp_path)
     assert said(holder) == b"in\n"

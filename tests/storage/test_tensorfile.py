@@ -1,4 +1,5 @@
-"""Safetensors read from strangers: what the library writes is read back; anything else is one UserError, whatever its bytes are."""
+"""Safetensors read from strangers: what the library writes is read back; anything else is one
+UserError, whatever its bytes are."""
 
 import hashlib
 import json
@@ -38,11 +39,18 @@ def test_what_the_library_writes_is_read_back(tmp_path, dtype):
     data = (tmp_path / "t").read_bytes()
     with TensorFile(tmp_path / "t") as file:
         assert file.entries.keys() == tensors.keys()
-        assert file.header_sha256 == hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+        assert (
+            file.header_sha256
+            == hashlib.sha256(data[: 8 + int.from_bytes(data[:8], "little")]).hexdigest()
+        )
         for name, expected in tensors.items():
             for into in (None, np.empty(1 << 24, np.uint8)):
                 got, digest, finite = file.read(name, into)
-                assert (got.dtype, got.shape, got.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+                assert (got.dtype, got.shape, got.tobytes()) == (
+                    expected.dtype,
+                    expected.shape,
+                    expected.tobytes(),
+                )
                 assert digest == hashlib.sha256(expected.tobytes()).hexdigest() and finite
             assert file.check(name) == (digest, True)
 
@@ -50,7 +58,9 @@ def test_what_the_library_writes_is_read_back(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
 def test_the_finite_check_agrees_with_numpy(dtype, value):
-    numbers = np.array([0.0, -1.5, float(ml_dtypes.finfo(dtype).max), float(ml_dtypes.finfo(dtype).min)], dtype)
+    numbers = np.array(
+        [0.0, -1.5, float(ml_dtypes.finfo(dtype).max), float(ml_dtypes.finfo(dtype).min)], dtype
+    )
     for array in (numbers, np.append(numbers, np.array([value], dtype))):
         check = FiniteCheck(array.dtype)
         check.update(array.view(np.uint8))
@@ -59,7 +69,10 @@ def test_the_finite_check_agrees_with_numpy(dtype, value):
 
 BAD = {
     "a gap": {"a": TENSOR, "b": TENSOR | {"data_offsets": [25, 49]}},
-    "a gap in a file that is long enough for it": ({"a": TENSOR, "b": TENSOR | {"data_offsets": [25, 49]}}, bytes(49)),
+    "a gap in a file that is long enough for it": (
+        {"a": TENSOR, "b": TENSOR | {"data_offsets": [25, 49]}},
+        bytes(49),
+    ),
     "an overlap": {"a": TENSOR, "b": TENSOR | {"data_offsets": [12, 36]}},
     "a hole at the start": {"a": TENSOR | {"data_offsets": [4, 28]}},
     "more than the file has": {"a": TENSOR | {"shape": [2, 300], "data_offsets": [0, 2400]}},
@@ -73,7 +86,10 @@ BAD = {
     "no offsets": {"a": {"dtype": "F32", "shape": [2, 3]}},
     "a list": [TENSOR],
     "a number": 3,
-    "a key twice": b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]},"a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}',
+    "a key twice": (
+        b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]},'
+        b'"a":{"dtype":"F32","shape":[6],"data_offsets":[0,24]}}'
+    ),
     "depth": b"[" * 100_000,
     "no UTF-8": b"\xff\xfe{}",
     "data that nobody owns": {},
@@ -89,7 +105,10 @@ BAD = {
         "a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]},
         "b": TENSOR | {"shape": [5], "data_offsets": [4, 24]},
     },
-    "sizes beyond 64 bits times 0": {"a": TENSOR, "b": {"dtype": "F32", "shape": [2**40, 2**40, 0], "data_offsets": [24, 24]}},
+    "sizes beyond 64 bits times 0": {
+        "a": TENSOR,
+        "b": {"dtype": "F32", "shape": [2**40, 2**40, 0], "data_offsets": [24, 24]},
+    },
     "minus 0": b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[-0,24]}}',
 }
 
@@ -102,7 +121,16 @@ def test_a_header_that_is_wrong_is_an_error_of_one_line(tmp_path, header):
     assert "\n" not in str(error.value) and len(str(error.value)) < 500 + len(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\xff" * 8, (2**63).to_bytes(8, "little") + b"{}", (3).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        b"\xff" * 8,
+        (2**63).to_bytes(8, "little") + b"{}",
+        (3).to_bytes(8, "little") + b"{}",
+    ],
+)
 def test_a_length_beyond_the_file_allocates_nothing(tmp_path, content):
     (tmp_path / "t").write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -160,7 +188,12 @@ fuzz = settings(deadline=None, max_examples=300, derandomize=True)
 
 
 @fuzz
-@given(header=st.dictionaries(st.text(max_size=5), entries, max_size=3) | json_values | st.binary(max_size=60), data=st.binary(max_size=40))
+@given(
+    header=st.dictionaries(st.text(max_size=5), entries, max_size=3)
+    | json_values
+    | st.binary(max_size=60),
+    data=st.binary(max_size=40),
+)
 @example(header={}, data=b"")
 def test_any_header_is_read_or_refused(tmp_path_factory, header, data):
     path = write(tmp_path_factory.getbasetemp() / "fuzzed", header, data)
@@ -171,9 +204,27 @@ def test_any_header_is_read_or_refused(tmp_path_factory, header, data):
         assert "\n" not in str(error)
 
 
-# Near misses of a header: what a library reads that we do not would be a second meaning of the same bytes.
+# Near misses of a header: what a library reads that we do not would be a second meaning of the same
+# bytes.
 sizes = st.sampled_from(
-    ["0", "1", "2", "3", "6", "24", "-0", "-1", "01", "1.0", "1e0", "18446744073709551616", '"1"', "true", "null", "[1]"]
+    [
+        "0",
+        "1",
+        "2",
+        "3",
+        "6",
+        "24",
+        "-0",
+        "-1",
+        "01",
+        "1.0",
+        "1e0",
+        "18446744073709551616",
+        '"1"',
+        "true",
+        "null",
+        "[1]",
+    ]
 )
 pieces = st.fixed_dictionaries(
     {
@@ -181,12 +232,21 @@ pieces = st.fixed_dictionaries(
         "after": st.sampled_from(["", "", "", " ", "   ", "\n", "\0", "{}", ","]),
         "name": st.sampled_from(["a", "a", "\\u0061", "\\ud800", "\x01", "é", "__metadata__"]),
         "dtype": st.sampled_from(["F32", "F32", "F16", "BF16", "f32", "I64", "F8_E4M3"]),
-        "shape": st.lists(sizes, max_size=4).map(lambda texts: f"[{','.join(texts)}]") | st.sampled_from(["{}", '""', "[6]", "[2,3]", "6"]),
+        "shape": (
+            st.lists(sizes, max_size=4).map(lambda texts: f"[{','.join(texts)}]")
+            | st.sampled_from(["{}", '""', "[6]", "[2,3]", "6"])
+        ),
         "begin": st.just("0") | sizes,
         "end": st.just("24") | sizes,
         "more": st.sampled_from(["", "", ',"more":1', ',"shape":[6]', ","]),
         "second": st.sampled_from(
-            ["", "", ',"b":{"dtype":"F32","shape":[0],"data_offsets":[24,24]}', ',"__metadata__":{"a":1}', ',"__metadata__":null']
+            [
+                "",
+                "",
+                ',"b":{"dtype":"F32","shape":[0],"data_offsets":[24,24]}',
+                ',"__metadata__":{"a":1}',
+                ',"__metadata__":null',
+            ]
         ),
     }
 )
@@ -196,7 +256,10 @@ pieces = st.fixed_dictionaries(
 @given(piece=pieces)
 def test_what_the_library_refuses_is_refused(tmp_path_factory, piece):
     text = (
-        '{before}{{"{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[{begin},{end}]{more}}}{second}}}{after}'.format(**piece)
+        (
+            '{before}{{"{name}":{{"dtype":"{dtype}","shape":{shape},'
+            '"data_offsets":[{begin},{end}]{more}}}{second}}}{after}'
+        ).format(**piece)
     ).encode("utf-8", "surrogatepass")
     path = write(tmp_path_factory.getbasetemp() / "near", text)
     try:
@@ -224,7 +287,9 @@ def test_any_manifest_is_read_or_refused(contributions, tmp_path_factory, data):
     for _ in range(data.draw(st.integers(1, 3))):
         node: Any = manifest
         while True:
-            key = data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            key = data.draw(
+                st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))
+            )
             if isinstance(node[key], dict | list) and node[key] and data.draw(st.booleans()):
                 node = node[key]
                 continue
@@ -261,6 +326,13 @@ def test_one_number_that_is_not_finite_is_found_in_whichever_block_it_lies(tmp_p
     values[place] = np.nan
     save_file({"a": values, "b": np.zeros(3, dtype)}, tmp_path / "t")
     with TensorFile(tmp_path / "t") as file:
-        assert not file.read("a")[2] and not file.check("a")[1] and file.read("b")[2] and file.check("b")[1]
-        assert not file.read_part("a", 0, values.shape)[1] and not file.read_part("a", place, (1,))[1]
+        assert (
+            not file.read("a")[2]
+            and not file.check("a")[1]
+            and file.read("b")[2]
+            and file.check("b")[1]
+        )
+        assert (
+            not file.read_part("a", 0, values.shape)[1] and not file.read_part("a", place, (1,))[1]
+        )
         assert file.read_part("a", place + 1, (values.size - place - 1,))[1]

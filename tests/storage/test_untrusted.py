@@ -24,7 +24,11 @@ def nested(levels: int) -> bytes:
 
 def test_as_many_levels_as_are_let_in_are_read_and_no_more():
     assert parse_json(nested(DEPTH))
-    for text in (nested(DEPTH + 1), nested(100_000), b'{"a":' * (DEPTH + 1) + b"1" + b"}" * (DEPTH + 1)):
+    for text in (
+        nested(DEPTH + 1),
+        nested(100_000),
+        b'{"a":' * (DEPTH + 1) + b"1" + b"}" * (DEPTH + 1),
+    ):
         with pytest.raises(ValueError, match=f"more than {DEPTH} levels"):
             parse_json(text)
 
@@ -38,7 +42,8 @@ def test_as_many_signs_as_are_let_in_are_read_and_no_more():
 
 @pytest.mark.parametrize(
     "text",
-    [b'{"a":1,"a":1}', b'[{"a":1,"\\u0061":2}]', b"NaN", b"Infinity", b"[-Infinity]", b"1e999", b"[-1e999]", b"-0", b'"\\ud800"',
+    [b'{"a":1,"a":1}', b'[{"a":1,"\\u0061":2}]', b"NaN", b"Infinity", b"[-Infinity]", b"1e999",
+    b"[-1e999]", b"-0", b'"\\ud800"',
      b'{"\\uDfff":1}', b"\xff", b"\xef\xbb\xbf1", "1".encode("utf-16"), b"1 2", b"", b"01"],
 )  # fmt: skip
 def test_json_that_others_could_read_differently_is_refused(text):
@@ -47,7 +52,15 @@ def test_json_that_others_could_read_differently_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", [b'{"a":1,"b":1}', b"1e308", b"-0.0", b'"\\ud83d\\ude00"', b'"\\\\ud800"', "é".encode().join([b'"', b'"'])]
+    "text",
+    [
+        b'{"a":1,"b":1}',
+        b"1e308",
+        b"-0.0",
+        b'"\\ud83d\\ude00"',
+        b'"\\\\ud800"',
+        "é".encode().join([b'"', b'"']),
+    ],
 )
 def test_json_that_says_one_thing_is_read(text):
     assert parse_json(text) == json.loads(text)
@@ -65,8 +78,10 @@ def test_what_conforms_is_let_in(value):
 
 
 @pytest.mark.parametrize(
-    "value", [{}, [], None, {"count": 0}, {"count": 10}, {"count": "1"}, {"count": True}, {"count": 1.0}, {"count": 1, "more": 1},
-              {"count": 1, "share": "0.5"}, {"count": 1, "share": None}, {"count": 1, "\x1b[2J": 1}],
+    "value", [{}, [], None, {"count": 0}, {"count": 10}, {"count": "1"}, {"count": True},
+    {"count": 1.0}, {"count": 1, "more": 1},
+              {"count": 1, "share": "0.5"}, {"count": 1, "share": None}, {"count": 1,
+              "\x1b[2J": 1}],
 )  # fmt: skip
 def test_what_does_not_conform_is_told_in_a_line(value: Any):
     with pytest.raises(ValueError) as error:

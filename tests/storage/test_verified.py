@@ -1,4 +1,5 @@
-"""What was verified once is read again where anything may have changed, and not where nothing has."""
+"""What was verified once is read again where anything may have changed, and not where nothing
+has."""
 
 import os
 from pathlib import Path
@@ -36,8 +37,11 @@ def test_a_file_that_is_changed_and_given_back_its_old_time_is_read_again(file, 
     assert is_read(tmp_path / "it") and not is_read(tmp_path / "it")
 
 
-def test_a_file_of_several_names_is_read_again_when_it_changes_and_not_when_it_gets_one_more(file, tmp_path):
-    """Models of one store share files: composing another one gives them a name, and changes no byte of these."""
+def test_a_file_of_several_names_is_read_again_when_it_changes_and_not_when_it_gets_one_more(
+    file, tmp_path
+):
+    """Models of one store share files: composing another one gives them a name, and changes no byte
+    of these."""
     os.link(file, tmp_path / "second")
     is_read(tmp_path / "it")
     os.link(file, tmp_path / "third")
@@ -46,7 +50,10 @@ def test_a_file_of_several_names_is_read_again_when_it_changes_and_not_when_it_g
     assert is_read(tmp_path / "it")
 
 
-@pytest.mark.parametrize("change", ["another size", "another file", "a mode", "one more", "one less", "another name", "a link"])
+@pytest.mark.parametrize(
+    "change",
+    ["another size", "another file", "a mode", "one more", "one less", "another name", "a link"],
+)
 def test_whatever_changes_is_read_again(file, tmp_path, change):
     status = file.stat()
     os.link(file, tmp_path / "second")  # so that the time of change says nothing
@@ -74,7 +81,11 @@ def test_whatever_changes_is_read_again(file, tmp_path, change):
 
 
 def test_a_passed_check_counts_for_its_own_claim_only(file, tmp_path):
-    assert is_read(tmp_path / "it", "model 2") and not is_read(tmp_path / "it", "model 2") and not is_read(tmp_path / "it")
+    assert (
+        is_read(tmp_path / "it", "model 2")
+        and not is_read(tmp_path / "it", "model 2")
+        and not is_read(tmp_path / "it")
+    )
 
 
 def test_what_somebody_else_could_have_remembered_counts_for_nothing(file, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
-"""Compiles every Pallas kernel and the sparse MoE layer for real TPU slices, on a machine without one (`make test-tpu-compile`).
+"""Compiles every Pallas kernel and the sparse MoE layer for real TPU slices, on a machine without
+one (`make test-tpu-compile`).
 
     python tests/tpu/compile_kernels.py [--only WORD ...] [--topology NAME ...] [--out FILE]
 
-The compiler is libtpu's own: it refuses what does not fit into VMEM or HBM, bad tilings and operations that a core lacks. Each case
-is a process of its own under a time limit, because a bad tiling can compile for minutes. Nothing is run.
+The compiler is libtpu's own: it refuses what does not fit into VMEM or HBM, bad tilings and
+operations that a core lacks. Each case is a process of its own under a time limit, because a bad
+tiling can compile for minutes. Nothing is run.
 """
 
 import argparse
@@ -21,12 +23,18 @@ from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LIMIT_S = 600
-LIMIT_ARRAYS = 14  # temporaries of the experts' forward and backward pass, in arrays [N k, F] of bfloat16: they grow with rows, not with E
+# temporaries of the experts' forward and backward pass, in arrays [N k, F] of bfloat16: they grow
+# with rows, not with E
+LIMIT_ARRAYS = 14
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these words")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases whose name holds one of these words"
+    )
     parser.add_argument("--topology", nargs="+", default=TOPOLOGIES)
     parser.add_argument("--out", type=Path, help="JSON of every figure")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # in a process of its own
@@ -50,11 +58,22 @@ def main() -> int:
 def in_a_process(case: str, topology: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--case", case, "--topology", topology]
     try:
-        done = subprocess.run(command, env=os.environ | COMPILER_ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT_S)
+        done = subprocess.run(
+            command,
+            env=os.environ | COMPILER_ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+        )
     except subprocess.TimeoutExpired:
         return {"error": f"not compiled after {LIMIT_S} s"}
     if done.returncode:
-        return {"error": next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), done.stderr[-300:])}
+        return {
+            "error": next(
+                (line for line in reversed(done.stderr.splitlines()) if "Error" in line),
+                done.stderr[-300:],
+            )
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -67,7 +86,9 @@ def compile_case(case: str, topology: str) -> dict[str, Any]:
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     function, arguments = program(case)
     sharding = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
+    )
     # Kernels ask which TPU they are traced for.
     mesh = jax.sharding.Mesh([device], "x").abstract_mesh
     start = time.perf_counter()
@@ -77,7 +98,10 @@ def compile_case(case: str, topology: str) -> dict[str, Any]:
     assert memory is not None and text is not None
     if case.startswith(("expert_ffn", "moe_layer")):
         arrays = memory.temp_size_in_bytes / (2 * N * experts_and_active(case)[1] * F)
-        assert arrays <= LIMIT_ARRAYS, f"AssertionError: temporaries fill {arrays:.1f} arrays [N k, F]; expected at most {LIMIT_ARRAYS}"
+        assert arrays <= LIMIT_ARRAYS, (
+            f"AssertionError: temporaries fill {arrays:.1f} arrays [N k, F]; expected at most"
+            f" {LIMIT_ARRAYS}"
+        )
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),

@@ -1,4 +1,5 @@
-"""Plans real steps on real slices, as `flexolmo plan` does, and checks what the plans say. Needs libtpu, no TPU.
+"""Plans real steps on real slices, as `flexolmo plan` does, and checks what the plans say. Needs
+libtpu, no TPU.
 
 .venv-tpu/bin/python tests/tpu/plan_steps.py    # make test-tpu-compile does it too
 """
@@ -27,47 +28,83 @@ def of_kind(report: dict[str, Any], *kinds: str) -> float:
 
 
 def a_pair_reduces_gradients_of_its_expert_alone(topology: str) -> str:
-    status, report = plan("configs/1b/pair.yaml", "--topology", topology, "--set", "data.batch_size=32", "--set", "train.accumulate=2")
+    status, report = plan(
+        "configs/1b/pair.yaml",
+        "--topology",
+        topology,
+        "--set",
+        "data.batch_size=32",
+        "--set",
+        "train.accumulate=2",
+    )
     assert status == 0 and report["fits"], report["peak_bytes"]
     moved, least = report["collective_bytes"], report["fsdp_minimum_bytes"]
     devices = report["devices"]
-    # Less than the least is little: what lies outside of the layers is gathered once for all microbatches.
+    # Less than the least is little: what lies outside of the layers is gathered once for all
+    # microbatches.
     assert 0.95 * least < moved < SLACK * least, (moved, least)
-    gradients = 2 * report["parameters_bytes"] / 4 * 2 * (devices - 1)  # two microbatches, in bfloat16
+    # two microbatches, in bfloat16
+    gradients = 2 * report["parameters_bytes"] / 4 * 2 * (devices - 1)
     reduced = of_kind(report, "reduce-scatter", "all-reduce")
     assert 0.95 * gradients < reduced < 1.05 * gradients, (reduced, gradients)
-    held = sum(report[key] for key in ("parameters_bytes", "frozen_bytes", "optimizer_bytes", "batch_bytes"))
+    held = sum(
+        report[key]
+        for key in ("parameters_bytes", "frozen_bytes", "optimizer_bytes", "batch_bytes")
+    )
     total = held + report["temporary_bytes"] + report["result_bytes"]
-    assert abs(total - report["peak_bytes"]) < 0.02 * total and report["temporary_bytes"] > 0, (total, report["peak_bytes"])
+    assert abs(total - report["peak_bytes"]) < 0.02 * total and report["temporary_bytes"] > 0, (
+        total,
+        report["peak_bytes"],
+    )
     return f"{report['peak_bytes'] / GIB:.1f} GiB, moved {moved / least:.2f} of the least"
 
 
 def what_does_not_fit_is_refused_with_its_sizes(topology: str) -> str:
-    status, report = plan("configs/7b/pair.yaml", "--topology", topology, "--set", "train.accumulate=256")
+    status, report = plan(
+        "configs/7b/pair.yaml", "--topology", topology, "--set", "train.accumulate=256"
+    )
     assert status == 1 and not report["fits"]
-    assert report["peak_bytes"] > report["hbm_bytes"] > 15 * GIB and "a larger slice, such as v5e:" in report["change"], report
-    return f"{report['peak_bytes'] / GIB:.1f} of {report['hbm_bytes'] / GIB:.1f} GiB; {report['change']}"
+    assert (
+        report["peak_bytes"] > report["hbm_bytes"] > 15 * GIB
+        and "a larger slice, such as v5e:" in report["change"]
+    ), report
+    return (
+        f"{report['peak_bytes'] / GIB:.1f} of {report['hbm_bytes'] / GIB:.1f} GiB;"
+        f" {report['change']}"
+    )
 
 
 def a_decoding_step_gathers_no_weights(topology: str) -> str:
     sets = ("--set", "model.preset=1b", "--set", "model.n_experts=4", "--set", "model.n_active=2")
-    status, report = plan("configs/7b/joint.yaml", "--topology", topology, "--decode", "8x1024", *sets)
+    status, report = plan(
+        "configs/7b/joint.yaml", "--topology", topology, "--decode", "8x1024", *sets
+    )
     assert status == 0 and report["cache_bytes"] > 0
     assert of_kind(report, "all-gather") < 0.01 * report["frozen_bytes"], report["collectives"]
     seconds = report["seconds"]
-    return f"{report['peak_bytes'] / GIB:.1f} GiB, a token takes {seconds['overlapped'] * 1e3:.2f} ms at least ({seconds['bound']})"
+    return (
+        f"{report['peak_bytes'] / GIB:.1f} GiB, a token takes {seconds['overlapped'] * 1e3:.2f} ms"
+        f" at least ({seconds['bound']})"
+    )
 
 
 def several_slices_reduce_over_their_network(topology: str) -> str:
     sets = ("--set", "data.batch_size=32", "--set", "train.accumulate=2", "--set", "mesh.data=2")
     status, report = plan("configs/1b/pair.yaml", "--topology", topology, "--slices", "2", *sets)
-    across = sum(row["bytes"] for row in report["collectives"] if "data" in row["axes"].split(" x "))
-    assert status == 0 and report["devices"] == 16 and 0 < across < 4 * report["parameters_bytes"], report["collectives"]
+    across = sum(
+        row["bytes"] for row in report["collectives"] if "data" in row["axes"].split(" x ")
+    )
+    assert (
+        status == 0 and report["devices"] == 16 and 0 < across < 4 * report["parameters_bytes"]
+    ), report["collectives"]
     return f"{across / GIB:.2f} GiB a step between slices"
 
 
 CHECKS = [
-    *((a_pair_reduces_gradients_of_its_expert_alone, topology) for topology in ("v5e:2x4", "v5p:2x2x2")),
+    *(
+        (a_pair_reduces_gradients_of_its_expert_alone, topology)
+        for topology in ("v5e:2x4", "v5p:2x2x2")
+    ),
     (what_does_not_fit_is_refused_with_its_sizes, "v5e:2x2"),
     (a_decoding_step_gathers_no_weights, "v6e:2x4"),
     (several_slices_reduce_over_their_network, "v5e:2x4"),

@@ -1,4 +1,5 @@
-"""The programs that are compiled and timed for TPUs: every Pallas kernel and the sparse MoE layer, at 7B shapes."""
+"""The programs that are compiled and timed for TPUs: every Pallas kernel and the sparse MoE layer,
+at 7B shapes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +27,11 @@ def experts_and_active(case: str) -> tuple[int, int]:
     return (int(numbers[0][1:]), int(numbers[1][1:])) if len(numbers) == 2 else (8, 4)
 
 
-def program(case: str, N: int = N, D: int = D, F: int = F) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The function, forward and backward where there is a gradient, and the shapes and dtypes of its arguments."""
+def program(
+    case: str, N: int = N, D: int = D, F: int = F
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The function, forward and backward where there is a gradient, and the shapes and dtypes of
+    its arguments."""
 
     def of(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -36,7 +40,11 @@ def program(case: str, N: int = N, D: int = D, F: int = F) -> tuple[Callable[...
         """The function's value and its gradients in the first `count` arguments."""
 
         def total(*arguments):
-            return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(function(*arguments)) if leaf.ndim)
+            return sum(
+                jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+                for leaf in jax.tree.leaves(function(*arguments))
+                if leaf.ndim
+            )
 
         return jax.value_and_grad(total, argnums=tuple(range(count)))
 
@@ -55,7 +63,10 @@ def program(case: str, N: int = N, D: int = D, F: int = F) -> tuple[Callable[...
             return with_gradients(route, 1), (of(N, E, dtype=jnp.float32), of(E, dtype=jnp.bool))
         case "dispatch_plan":
             arguments = of(N, k, dtype=jnp.int32), of(N, k, dtype=jnp.bool)
-            return lambda ids, chosen: dispatch_plan(ids, chosen, E, implementation="pallas"), arguments
+            return (
+                lambda ids, chosen: dispatch_plan(ids, chosen, E, implementation="pallas"),
+                arguments,
+            )
         case "permute":
             return lambda x, plan: permute(x, plan, implementation="pallas"), (of(N, D), plan)
         case "combine":
@@ -63,10 +74,23 @@ def program(case: str, N: int = N, D: int = D, F: int = F) -> tuple[Callable[...
         case "attention":
             B, T, H, K, C = OLMO2_32B if numbers else OLMO2_7B
             arguments = of(B, T, H, C), of(B, T, K, C), of(B, T, K, C), of(B, T, dtype=jnp.int32)
-            return with_gradients(lambda q, k, v, segments: attention(q, k, v, segments=segments, implementation="splash"), 3), arguments
+            return (
+                with_gradients(
+                    lambda q, k, v, segments: attention(
+                        q, k, v, segments=segments, implementation="splash"
+                    ),
+                    3,
+                ),
+                arguments,
+            )
         case "expert_ffn":
             arguments = of(M, D), of(M, dtype=jnp.float32), *experts, of(E, dtype=jnp.int32)
-            return with_gradients(lambda x, w, gate, up, down, sizes: expert_ffn(x, w, sizes, gate, up, down), 5), arguments
+            return (
+                with_gradients(
+                    lambda x, w, gate, up, down, sizes: expert_ffn(x, w, sizes, gate, up, down), 5
+                ),
+                arguments,
+            )
         case "moe_layer":
 
             def layer(x, rows, gate, up, down):

@@ -1,4 +1,5 @@
-"""Times every Pallas kernel and the sparse MoE layer on the TPU of this machine (`make test-tpu`), one line a program.
+"""Times every Pallas kernel and the sparse MoE layer on the TPU of this machine (`make test-tpu`),
+one line a program.
 
 python tests/tpu/time_kernels.py [--only WORD ...] [--out FILE]
 """
@@ -19,8 +20,12 @@ from flexolmo_jax.kernels.route import dispatch_plan
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="programs whose name holds one of these words")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="programs whose name holds one of these words"
+    )
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--d-model", type=int, default=4096)
@@ -28,7 +33,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON of every figure")
     options = parser.parse_args()
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, {options.tokens} tokens, d {options.d_model}, f {options.d_ffn}")
+    print(
+        f"{device}, jax {jax.__version__}, {options.tokens} tokens, d {options.d_model}, f"
+        f" {options.d_ffn}"
+    )
     results, failed = {}, 0
     for case in (name for name in CASES if any(word in name for word in options.only)):
         try:
@@ -38,7 +46,12 @@ def main() -> int:
             failed += 1
             print(f"{case:<20} {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"device": device, "jax": jax.__version__, "milliseconds": results}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps(
+                {"device": device, "jax": jax.__version__, "milliseconds": results}, indent=1
+            )
+            + "\n"
+        )
     return 1 if failed or not results else 0
 
 
@@ -57,7 +70,8 @@ def milliseconds(case: str, options: argparse.Namespace) -> float:
 
 
 def filled(case: str, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Normal numbers, True, four documents a sequence, and slots and groups that use every expert alike."""
+    """Normal numbers, True, four documents a sequence, and slots and groups that use every expert
+    alike."""
 
     def numbers(shape: jax.ShapeDtypeStruct) -> jax.Array:
         if shape.dtype == jnp.bool:
@@ -73,9 +87,13 @@ def filled(case: str, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
             return numbers(x), dispatch_plan(balanced_ids(N, k, E), jnp.ones((N, k), bool), E)
         case "attention", (*inputs, segments):
             T = segments.shape[1]
-            return *map(numbers, inputs), jnp.broadcast_to(1 + 4 * jnp.arange(T) // T, segments.shape)
+            return *map(numbers, inputs), jnp.broadcast_to(
+                1 + 4 * jnp.arange(T) // T, segments.shape
+            )
         case "expert_ffn", (x, *others, sizes):
-            return *map(numbers, (x, *others)), jnp.full(sizes.shape, x.shape[0] // sizes.shape[0], jnp.int32)
+            return *map(numbers, (x, *others)), jnp.full(
+                sizes.shape, x.shape[0] // sizes.shape[0], jnp.int32
+            )
     return tuple(map(numbers, shapes))
 
 

@@ -1,4 +1,5 @@
-"""Where the time goes: phases add up, MFU is what hand-made figures give, profiles are written of the steps asked for."""
+"""Where the time goes: phases add up, MFU is what hand-made figures give, profiles are written of
+the steps asked for."""
 
 import gzip
 import json
@@ -40,8 +41,12 @@ def test_the_peak_is_that_of_a_device_and_unknown_for_a_cpu():
     assert len({kind for chip in CHIPS.values() for kind in chip.kinds}) == 7
 
 
-def test_a_run_tells_its_goodput_its_phases_and_its_share_of_the_peak(prepared, tmp_path, monkeypatch):
-    run = run_config("anchor", prepared["public"], "train.steps=6", "train.save_every=3", "model.vocab_size=384")
+def test_a_run_tells_its_goodput_its_phases_and_its_share_of_the_peak(
+    prepared, tmp_path, monkeypatch
+):
+    run = run_config(
+        "anchor", prepared["public"], "train.steps=6", "train.save_every=3", "model.vocab_size=384"
+    )
     monkeypatch.setattr(loop, "peak_flops", lambda _: 1e9)
     pretrain(run, tmp_path / "run")
     rows = read_metrics(tmp_path / "run")
@@ -51,14 +56,28 @@ def test_a_run_tells_its_goodput_its_phases_and_its_share_of_the_peak(prepared, 
         assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / (8 * 32) / 1e9)
         assert 0 < row["goodput"] < 1
     seconds = [row["seconds"] for row in rows if "seconds" in row]
-    assert len(seconds) == 2 and seconds[0]["total"] < seconds[1]["total"] and seconds[1]["compile"] > 0 and seconds[1]["eval"] > 0
+    assert (
+        len(seconds) == 2
+        and seconds[0]["total"] < seconds[1]["total"]
+        and seconds[1]["compile"] > 0
+        and seconds[1]["eval"] > 0
+    )
 
 
 def test_a_profile_holds_the_steps_that_were_asked_for(prepared, tmp_path, capsys):
-    pretrain(run_config("anchor", prepared["public"], "train.steps=6", "train.profile='3:4'"), tmp_path / "run")
-    places = [path.relative_to(tmp_path / "run" / "profile" / "plugins" / "profile") for path in (tmp_path / "run").rglob("*.xplane.pb")]
+    pretrain(
+        run_config("anchor", prepared["public"], "train.steps=6", "train.profile='3:4'"),
+        tmp_path / "run",
+    )
+    places = [
+        path.relative_to(tmp_path / "run" / "profile" / "plugins" / "profile")
+        for path in (tmp_path / "run").rglob("*.xplane.pb")
+    ]
     assert len(places) == 1 and len(places[0].parts) == 2  # when/host, as xprof looks for them
     (trace,) = (tmp_path / "run").rglob("*.trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert {event["args"]["step_num"] for event in events if event.get("name") == "train"} == {"3", "4"}
+    assert {event["args"]["step_num"] for event in events if event.get("name") == "train"} == {
+        "3",
+        "4",
+    }
     assert "see it with xprof" in capsys.readouterr().err

@@ -16,7 +16,11 @@ def pieces_of(path) -> list[np.ndarray]:
     """The token ids of every document, or piece of one, in the held-out records."""
     records = open_records(path, "heldout")
     rows = [records[i] for i in range(len(records))]
-    return [row["tokens"][row["segments"] == s] for row in rows for s in range(1, row["segments"].max() + 1)]
+    return [
+        row["tokens"][row["segments"] == s]
+        for row in rows
+        for s in range(1, row["segments"].max() + 1)
+    ]
 
 
 def test_bits_per_byte_can_be_recomputed_from_logits_of_each_document_alone(model, prepared):
@@ -33,7 +37,8 @@ def test_bits_per_byte_can_be_recomputed_from_logits_of_each_document_alone(mode
         for t in range(1, len(piece)):
             if piece[t] != eos:
                 bits -= log_p[i, t - 1, piece[t]] / math.log(2)
-                size += len(tokenizer.decode([piece[t]]).encode())  # the text is ASCII: no character is cut in two
+                # the text is ASCII: no character is cut in two
+                size += len(tokenizer.decode([piece[t]]).encode())
     result = evaluate(loaded, [prepared["law"]])
     assert result["bytes"]["law"] == size
     np.testing.assert_allclose(result["bits_per_byte"]["law"], bits / size, rtol=1e-5)
@@ -43,7 +48,10 @@ def test_bits_per_byte_can_be_recomputed_from_logits_of_each_document_alone(mode
 def test_the_bytes_of_a_document_are_those_of_its_text(tiny_tokenizer, corpora, prepared):
     stats = open_records(prepared["care"], "heldout").stats
     pieces = pieces_of(prepared["care"])
-    text = sum(len(tiny_tokenizer.decode(piece).encode()) - len(tiny_tokenizer.decode(piece[:1]).encode()) for piece in pieces)
+    text = sum(
+        len(tiny_tokenizer.decode(piece).encode()) - len(tiny_tokenizer.decode(piece[:1]).encode())
+        for piece in pieces
+    )
     assert stats.scored_bytes == text > 500
 
 
@@ -51,12 +59,21 @@ def test_padding_the_last_batch_changes_nothing(model, prepared):
     loaded = flexolmo_jax.load(model)
     size = len(open_records(prepared["code"], "heldout"))
     assert size % 16 and size % 7
-    whole, padded, sevens = (evaluate(loaded, [prepared["code"]], batch_size=n) for n in (size, 16, 7))
+    whole, padded, sevens = (
+        evaluate(loaded, [prepared["code"]], batch_size=n) for n in (size, 16, 7)
+    )
     for result in (padded, sevens):
         assert result["tokens"] == whole["tokens"] and result["bytes"] == whole["bytes"]
-        # Not 1e-6: products of other shapes sum in another order. A single padded token that counted would show at 1e-3.
-        np.testing.assert_allclose(result["bits_per_byte"]["code"], whole["bits_per_byte"]["code"], rtol=3e-6)
-        np.testing.assert_allclose(list(result["routing"]["code"].values()), list(whole["routing"]["code"].values()), rtol=1e-5)
+        # Not 1e-6: products of other shapes sum in another order. A single padded token that
+        # counted would show at 1e-3.
+        np.testing.assert_allclose(
+            result["bits_per_byte"]["code"], whole["bits_per_byte"]["code"], rtol=3e-6
+        )
+        np.testing.assert_allclose(
+            list(result["routing"]["code"].values()),
+            list(whole["routing"]["code"].values()),
+            rtol=1e-5,
+        )
 
 
 def test_records_of_another_tokenizer_are_refused(model, corpora, tmp_path):

@@ -1,4 +1,5 @@
-"""The loop: it learns, stops and goes on bit for bit, falls back over damage, and refuses what is not its own."""
+"""The loop: it learns, stops and goes on bit for bit, falls back over damage, and refuses what is
+not its own."""
 
 import contextlib
 import os
@@ -32,7 +33,9 @@ from tests.tiny import documents, pair_config, run_config, write_jsonl
 EVERY = ("train.eval_every=4", "train.save_every=4")
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
 # They are collected in whichever test comes next.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
+)
 
 
 def saved(run: Path, step: int) -> dict[str, Any]:
@@ -42,7 +45,10 @@ def saved(run: Path, step: int) -> dict[str, Any]:
         tree = checkpointer.metadata(directory).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         tree = checkpointer.restore(directory, restore_args=as_numpy)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def assert_same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -69,22 +75,38 @@ def finished(uninterrupted: Path, tmp_path: Path) -> Path:
 
 
 def test_a_two_layer_model_memorises_64_records(tiny_tokenizer, tmp_path):
-    corpus = write_jsonl(tmp_path / "c.jsonl", (text for domain in ("code", "law", "care") for text in documents(domain, 60, seed=9)))
+    corpus = write_jsonl(
+        tmp_path / "c.jsonl",
+        (text for domain in ("code", "law", "care") for text in documents(domain, 60, seed=9)),
+    )
     index = prepare([corpus], tiny_tokenizer, 32, tmp_path / "all", heldout=0)
     assert index.splits["train"].records >= 64
     for kind in ("tokens", "segments"):  # exactly 64 of them
         path = tmp_path / "all" / f"train.{kind}.npy"
         np.save(path, np.load(path)[:64])
-    text = (tmp_path / "all" / "index.json").read_text().replace(f'"records": {index.splits["train"].records}', '"records": 64', 1)
+    text = (
+        (tmp_path / "all" / "index.json")
+        .read_text()
+        .replace(f'"records": {index.splits["train"].records}', '"records": 64', 1)
+    )
     (tmp_path / "all" / "index.json").write_text(text)
     size = ("model.d_model=64", "model.d_ffn=192", "data.batch_size=64", "train.steps=100")
-    run = run_config("anchor", tmp_path / "all", *size, "optim.lr=1e-2", "optim.warmup=10", "optim.weight_decay=0")
+    run = run_config(
+        "anchor",
+        tmp_path / "all",
+        *size,
+        "optim.lr=1e-2",
+        "optim.warmup=10",
+        "optim.weight_decay=0",
+    )
     pretrain(run, tmp_path / "run")
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert losses[0] > 2 and losses[-1] < 0.1, losses
 
 
-def test_a_run_that_is_stopped_and_goes_on_equals_the_uninterrupted_one_bitwise(config, uninterrupted, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_and_goes_on_equals_the_uninterrupted_one_bitwise(
+    config, uninterrupted, tmp_path, monkeypatch
+):
     def write(self, step, values, write=MetricsWriter.write):
         write(self, step, values)
         if step == 9:
@@ -102,7 +124,9 @@ def test_a_run_that_is_stopped_and_goes_on_equals_the_uninterrupted_one_bitwise(
     assert_same_bits(saved(tmp_path / "run", 20), saved(uninterrupted, 20))
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_goes_on(config, uninterrupted, finished, capsys):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_goes_on(
+    config, uninterrupted, finished, capsys
+):
     for path in (finished / "checkpoints" / "20").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -110,7 +134,9 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_goes_on(
         file.write('{"step": 21, "loss": 1')  # the torn line of a kill
     pretrain(config, finished)
     told = capsys.readouterr().err
-    assert "warning" in told and "checkpoints/20" in told.replace("\n", "") and "from step 16" in told
+    assert (
+        "warning" in told and "checkpoints/20" in told.replace("\n", "") and "from step 16" in told
+    )
     assert (finished / "damaged" / "20").is_dir()
     assert_same_bits(saved(finished, 20), saved(uninterrupted, 20))
     rows, expected = read_metrics(finished), read_metrics(uninterrupted)
@@ -119,12 +145,16 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_goes_on(
     assert len(list((finished / "tensorboard").glob("events*"))) == 2
 
 
-def test_an_empty_directory_named_like_a_step_is_no_checkpoint(config, uninterrupted, finished, capsys):
+def test_an_empty_directory_named_like_a_step_is_no_checkpoint(
+    config, uninterrupted, finished, capsys
+):
     (finished / "checkpoints" / "24").mkdir()
     assert open_artifact(finished).step() == 20
     before = flatten(open_artifact(uninterrupted).params())
     after = flatten(open_artifact(finished).params())
-    assert_same_bits({k: np.asarray(v) for k, v in before.items()}, {k: np.asarray(v) for k, v in after.items()})
+    assert_same_bits(
+        {k: np.asarray(v) for k, v in before.items()}, {k: np.asarray(v) for k, v in after.items()}
+    )
     assert pretrain(config, finished)["step"] == 20
     assert "from step 20" in capsys.readouterr().err
     assert not (finished / "checkpoints" / "24").exists()
@@ -153,21 +183,37 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
             return checkpoints.steps()
 
     assert save({1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0, 5: 4.0}) == [5, 4, 2]
-    assert save({6: None, 7: None}) == [7, 6, 2]  # another process, and steps that were not evaluated
+    # another process, and steps that were not evaluated
+    assert save({6: None, 7: None}) == [7, 6, 2]
     with StepCheckpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.choose("best") == 2 and checkpoints.choose("last") == 7 and checkpoints.choose("6") == 6
+        assert (
+            checkpoints.choose("best") == 2
+            and checkpoints.choose("last") == 7
+            and checkpoints.choose("6") == 6
+        )
     assert save({8: 0.5}) == [8, 7]
     with StepCheckpoints(tmp_path / "d", keep=1) as checkpoints:
         checkpoints.save(1, {"params": {"a": np.zeros(3)}})
-    with StepCheckpoints(tmp_path / "d") as checkpoints, pytest.raises(UserError, match="no best checkpoint"):
+    with (
+        StepCheckpoints(tmp_path / "d") as checkpoints,
+        pytest.raises(UserError, match="no best checkpoint"),
+    ):
         checkpoints.choose("best")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_the_last_good_checkpoint(prepared, tmp_path):
-    run = run_config("anchor", prepared["public"], "optim.lr=1e18", "optim.warmup=0", "train.save_every=1")
-    with pytest.raises(RunError, match=r"at step \d+ .*the last good checkpoint is step \d+") as error:
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_the_last_good_checkpoint(
+    prepared, tmp_path
+):
+    run = run_config(
+        "anchor", prepared["public"], "optim.lr=1e18", "optim.warmup=0", "train.save_every=1"
+    )
+    with pytest.raises(
+        RunError, match=r"at step \d+ .*the last good checkpoint is step \d+"
+    ) as error:
         pretrain(run, tmp_path / "run")
-    failed, good = (int(word) for word in str(error.value).replace(";", " ").split() if word.isdigit())
+    failed, good = (
+        int(word) for word in str(error.value).replace(";", " ").split() if word.isdigit()
+    )
     assert good < failed
     assert open_artifact(tmp_path / "run").step() == good
     assert all(np.isfinite(array).all() for array in saved(tmp_path / "run", good).values())
@@ -180,7 +226,10 @@ def test_a_directory_with_something_else_in_it_is_left_alone(config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("change", ["optim.lr=1e-3", "train.steps=30", "train.seed=1", "model.d_ffn=128", "data.batch_size=16"])
+@pytest.mark.parametrize(
+    "change",
+    ["optim.lr=1e-3", "train.steps=30", "train.seed=1", "model.d_ffn=128", "data.batch_size=16"],
+)
 def test_another_config_may_not_go_on_with_a_run(prepared, uninterrupted, change):
     before = (uninterrupted / "config.yaml").read_text()
     with pytest.raises(UserError, match=change.split("=")[0]):
@@ -189,24 +238,48 @@ def test_another_config_may_not_go_on_with_a_run(prepared, uninterrupted, change
 
 
 def test_how_often_to_look_and_the_mesh_may_change(prepared, finished):
-    looks = ("train.eval_every=1", "train.save_every=3", "train.keep=5", "train.log_every=2", "mesh.fsdp=2", "train.eval_records=4")
+    looks = (
+        "train.eval_every=1",
+        "train.save_every=3",
+        "train.keep=5",
+        "train.log_every=2",
+        "mesh.fsdp=2",
+        "train.eval_records=4",
+    )
     assert pretrain(run_config("anchor", prepared["public"], *looks), finished)["step"] == 20
 
 
 def test_a_run_goes_on_on_another_mesh(prepared, uninterrupted, tmp_path):
-    """Eight steps on each of three; parameters, moments and counters are laid out anew from what was saved."""
-    for last, mesh in ((8, ("mesh.fsdp=8",)), (16, ("mesh.fsdp=4", "mesh.tensor=2")), (20, ("mesh.data=2", "mesh.fsdp=4"))):
+    """Eight steps on each of three; parameters, moments and counters are laid out anew from what
+    was saved."""
+    for last, mesh in (
+        (8, ("mesh.fsdp=8",)),
+        (16, ("mesh.fsdp=4", "mesh.tensor=2")),
+        (20, ("mesh.data=2", "mesh.fsdp=4")),
+    ):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "stop_requests", lambda last=last: contextlib.nullcontext(lambda number: 42 if number == last else None))
+            patch.setattr(
+                loop,
+                "stop_requests",
+                lambda last=last: contextlib.nullcontext(
+                    lambda number: 42 if number == last else None
+                ),
+            )
             with contextlib.suppress(SystemExit):
                 pretrain(run_config("anchor", prepared["public"], *EVERY, *mesh), tmp_path / "run")
-    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == list(range(1, 21))
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == list(
+        range(1, 21)
+    )
     on_one, on_three = saved(uninterrupted, 20), saved(tmp_path / "run", 20)
     for name, array in on_one.items():
-        np.testing.assert_allclose(on_three[name], array, rtol=1e-4, atol=1e-4 * np.abs(array).max(), err_msg=name)
+        np.testing.assert_allclose(
+            on_three[name], array, rtol=1e-4, atol=1e-4 * np.abs(array).max(), err_msg=name
+        )
 
 
-def test_a_pair_may_not_go_on_with_another_anchor_at_the_same_path(anchor, anchor32, prepared, pair_runs, tmp_path):
+def test_a_pair_may_not_go_on_with_another_anchor_at_the_same_path(
+    anchor, anchor32, prepared, pair_runs, tmp_path
+):
     here, run = tmp_path / "anchor", tmp_path / "run"
     here.symlink_to(anchor)
     config = pair_config(here, prepared["code"], "code", "train.steps=2")
@@ -218,24 +291,40 @@ def test_a_pair_may_not_go_on_with_another_anchor_at_the_same_path(anchor, ancho
 
 
 def test_a_joint_run_with_fewer_active_experts_than_it_has_trains_and_loads(prepared, tmp_path):
-    moe = ("model.n_experts=3", "model.n_active=2", "optim.load_balance=0.01", "train.steps=4", "mesh.fsdp=2", "mesh.expert=1")
+    moe = (
+        "model.n_experts=3",
+        "model.n_active=2",
+        "optim.load_balance=0.01",
+        "train.steps=4",
+        "mesh.fsdp=2",
+        "mesh.expert=1",
+    )
     result = pretrain(run_config("joint", prepared["public"], *moe), tmp_path / "run")
     assert np.isfinite(result["bits_per_byte"]["public"])
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert len(rows) == 4 and set(rows[-1]["router_share"]) == {"anchor", "expert1", "expert2"}
     params = flatten(open_artifact(tmp_path / "run").params())
-    assert params["experts/gate"].shape[1] == 3 and all(np.isfinite(np.asarray(a)).all() for a in params.values())
+    assert params["experts/gate"].shape[1] == 3 and all(
+        np.isfinite(np.asarray(a)).all() for a in params.values()
+    )
 
 
 def test_router_tuning_trains_rows_and_biases_and_nothing_else(model, prepared, tmp_path):
     sources = f"data.train=[{{path: {prepared['public']}}}, {{path: {prepared['code']}}}]"
-    run = run_config("router", prepared["public"], sources, "train.steps=3", router={"model": str(model)})
+    run = run_config(
+        "router", prepared["public"], sources, "train.steps=3", router={"model": str(model)}
+    )
     train_router(run, tmp_path / "run")
     tuned = open_artifact(tmp_path / "run")
     assert set(tuned.description["tensors"]) == {"experts/row", "experts/bias"}
     before, after = flatten(open_artifact(model).params()), flatten(tuned.params())
     assert before.keys() == after.keys() and tuned.experts == open_artifact(model).experts
-    changed = {path for path in before if np.asarray(before[path], np.float32).tobytes() != np.asarray(after[path], np.float32).tobytes()}
+    changed = {
+        path
+        for path in before
+        if np.asarray(before[path], np.float32).tobytes()
+        != np.asarray(after[path], np.float32).tobytes()
+    }
     assert changed == {"experts/row", "experts/bias"}
 
 
@@ -244,10 +333,19 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(prepared, tmp_pat
     config = run_config("anchor", prepared["public"], "train.steps=400", "train.log_every=1")
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     arguments = ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, "-m", "flexolmo_jax.cli", *arguments], stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flexolmo_jax.cli", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
     try:
         deadline = time.monotonic() + 120
-        while len(read_metrics(tmp_path / "run")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        while (
+            len(read_metrics(tmp_path / "run")) < 3
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         process.send_signal(number)
         _, told = process.communicate(timeout=120)
@@ -256,7 +354,11 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(prepared, tmp_pat
         process.wait()
     assert process.returncode == code, told
     step = open_artifact(tmp_path / "run").step()
-    assert 3 <= step < 400 and f"stopped by a signal at step {step}" in told and "Traceback" not in told
+    assert (
+        3 <= step < 400
+        and f"stopped by a signal at step {step}" in told
+        and "Traceback" not in told
+    )
     assert main(arguments) == 0
     rows = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert rows == list(range(1, 401)) and open_artifact(tmp_path / "run").step() == 400

@@ -19,7 +19,17 @@ from flexolmo_jax.train.optimizer import make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step
 
 L, B, T, E, V = 2, 8, 6, 4, 11
-CONFIG = ModelConfig(vocab_size=128, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_ffn=24, n_experts=3, n_active=3, init_std=0.3)
+CONFIG = ModelConfig(
+    vocab_size=128,
+    d_model=16,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=2,
+    d_ffn=24,
+    n_experts=3,
+    n_active=3,
+    init_std=0.3,
+)
 PLAIN = OptimConfig(z_loss=0.0)
 RNG = np.random.default_rng(0)
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], *[[1, 1, 1, 1, 1, 1]] * 6, [1, 2, 2, 2, 2, 0]], np.int32)
@@ -29,19 +39,33 @@ TARGETS = jnp.asarray(loss_targets(SEGMENTS))
 
 def output_of(logits: np.ndarray, weights: np.ndarray, log_z: np.ndarray) -> Output:
     """Hidden states that are their logits: the head is the identity."""
-    return Output(jnp.asarray(logits), jnp.eye(V), RouterOutput(jnp.asarray(weights), jnp.asarray(log_z), 2 * jnp.asarray(log_z)), None)
+    return Output(
+        jnp.asarray(logits),
+        jnp.eye(V),
+        RouterOutput(jnp.asarray(weights), jnp.asarray(log_z), 2 * jnp.asarray(log_z)),
+        None,
+    )
 
 
 def random_output() -> Output:
     weights = RNG.dirichlet(np.ones(E), (L, B, T)).astype(np.float32)
-    return output_of(RNG.normal(0, 2, (B, T, V)).astype(np.float32), weights, RNG.normal(size=(L, B, T)).astype(np.float32))
+    return output_of(
+        RNG.normal(0, 2, (B, T, V)).astype(np.float32),
+        weights,
+        RNG.normal(size=(L, B, T)).astype(np.float32),
+    )
 
 
 def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
     output = random_output()
     logits = np.asarray(output.hidden, np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
-    places = [(b, t) for b in range(B) for t in range(1, T) if SEGMENTS[b, t] and SEGMENTS[b, t] == SEGMENTS[b, t - 1]]
+    places = [
+        (b, t)
+        for b in range(B)
+        for t in range(1, T)
+        if SEGMENTS[b, t] and SEGMENTS[b, t] == SEGMENTS[b, t - 1]
+    ]
     nats = sum(log_z[b, t - 1] - logits[b, t - 1, TOKENS[b, t]] for b, t in places)
     sums = loss_sums(output, TOKENS, TARGETS, PLAIN)
     np.testing.assert_allclose([sums.cross_entropy, sums.total], nats, rtol=1e-5)
@@ -51,7 +75,9 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
     sums = loss_sums(output, TOKENS, TARGETS, OptimConfig(z_loss=0.1, router_z_loss=0.01))
     np.testing.assert_allclose(sums.cross_entropy, nats, rtol=1e-5)
     np.testing.assert_allclose(sums.total, nats + 0.1 * squares + 0.01 * of_router, rtol=1e-5)
-    share = np.mean([np.asarray(output.router.weights)[:, b, t - 1].mean(0) for b, t in places], axis=0)
+    share = np.mean(
+        [np.asarray(output.router.weights)[:, b, t - 1].mean(0) for b, t in places], axis=0
+    )
     np.testing.assert_allclose(sums.router_share / len(places), share, rtol=1e-5)
     entropy = sum(output.router.entropy[:, b, t - 1].mean() for b, t in places)
     np.testing.assert_allclose(sums.router_entropy, entropy, rtol=1e-5)
@@ -60,22 +86,40 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
 @pytest.mark.parametrize("active", [1, 2, 4])
 def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_all(active):
     def per_token(weights: np.ndarray) -> float:
-        output = output_of(np.zeros((B, T, V), np.float32), weights.astype(np.float32), np.zeros((L, B, T), np.float32))
-        plain, balanced = (loss_sums(output, TOKENS, jnp.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x)) for x in (0, 1.0))
+        output = output_of(
+            np.zeros((B, T, V), np.float32),
+            weights.astype(np.float32),
+            np.zeros((L, B, T), np.float32),
+        )
+        plain, balanced = (
+            loss_sums(output, TOKENS, jnp.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x))
+            for x in (0, 1.0)
+        )
         return float(balanced.total - plain.total) / (B * (T - 1))
 
-    # T - 1 = 5 places a record and B = 8 records: every expert is chosen equally often, with top-k weights that do not add up to 1.
-    turn = (np.arange(B * T).reshape(B, T)[..., None] * 0 + np.arange(B)[:, None, None] + np.arange(active)) % E
+    # T - 1 = 5 places a record and B = 8 records: every expert is chosen equally often, with top-k
+    # weights that do not add up to 1.
+    turn = (
+        np.arange(B * T).reshape(B, T)[..., None] * 0
+        + np.arange(B)[:, None, None]
+        + np.arange(active)
+    ) % E
     even = 0.2 * np.eye(E)[turn].sum(-2)
     np.testing.assert_allclose(per_token(np.broadcast_to(even, (L, B, T, E))), 1, rtol=1e-5)
-    np.testing.assert_allclose(per_token(np.broadcast_to(0.7 * np.eye(E)[0], (L, B, T, E))), E, rtol=1e-5)
+    np.testing.assert_allclose(
+        per_token(np.broadcast_to(0.7 * np.eye(E)[0], (L, B, T, E))), E, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "expert": 2}])
 def test_losses_and_gradients_in_chunks_on_a_mesh_are_those_of_one_device(axes, monkeypatch):
-    """Parameters and batch lie as in training: hidden states over data and fsdp, the head over fsdp and tensor."""
+    """Parameters and batch lie as in training: hidden states over data and fsdp, the head over fsdp
+    and tensor."""
     vocabulary, width = 32, 12
-    hidden, head = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((B, T, width), (width, vocabulary)))
+    hidden, head = (
+        jnp.asarray(RNG.normal(size=shape), jnp.float32)
+        for shape in ((B, T, width), (width, vocabulary))
+    )
     weights = jnp.asarray(RNG.normal(size=(2, B, T)), jnp.float32)
 
     def total(mesh, hidden, head, tokens):
@@ -86,8 +130,15 @@ def test_losses_and_gradients_in_chunks_on_a_mesh_are_those_of_one_device(axes, 
     expected = jax.jit(functools.partial(value_and_gradients, None))(hidden, head, TOKENS)
     monkeypatch.setattr(chunks, "LARGEST", 4 * vocabulary)  # a device's 12 tokens take three chunks
     mesh = make_mesh(MeshConfig(**axes))
-    rows, head_sharding = batch_sharding(mesh), parameter_sharding(mesh, ("embed", "vocab"), head.shape)
-    spread = jax.device_put(hidden, rows), jax.device_put(head, head_sharding), jax.device_put(TOKENS, rows)
+    rows, head_sharding = (
+        batch_sharding(mesh),
+        parameter_sharding(mesh, ("embed", "vocab"), head.shape),
+    )
+    spread = (
+        jax.device_put(hidden, rows),
+        jax.device_put(head, head_sharding),
+        jax.device_put(TOKENS, rows),
+    )
     got = jax.jit(functools.partial(value_and_gradients, mesh))(*spread)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
 
@@ -99,13 +150,36 @@ def initial():
 
 def one_step(accumulate: int):
     """Parameters and metrics after one step of plain records and some that are mostly padding."""
-    train, optim = {"accumulate": accumulate}, {"warmup": 0, "clip": 1e9, "eps": 1.0, "router_z_loss": 0.1}  # eps: updates follow gradients
+    # eps: updates follow gradients
+    train, optim = (
+        {"accumulate": accumulate},
+        {
+            "warmup": 0,
+            "clip": 1e9,
+            "eps": 1.0,
+            "router_z_loss": 0.1,
+        },
+    )
     data = {"train": [{"path": "unused"}], "batch_size": B, "seq_len": T}
-    run = resolve({"run": "joint", "model": dataclasses.asdict(CONFIG), "data": data, "train": train, "optim": optim})
+    run = resolve(
+        {
+            "run": "joint",
+            "model": dataclasses.asdict(CONFIG),
+            "data": data,
+            "train": train,
+            "optim": optim,
+        }
+    )
     optimizer = make_optimizer(run.optim, 10)
     params = jax.tree.map(jnp.copy, initial())
-    batch = {"tokens": jnp.asarray(TOKENS), "segments": jnp.asarray(SEGMENTS), "targets": jnp.asarray(TARGETS)}
-    state, metrics = make_step(CONFIG, run, optimizer)(TrainState(params, optimizer.init(params)), {}, batch, 1)
+    batch = {
+        "tokens": jnp.asarray(TOKENS),
+        "segments": jnp.asarray(SEGMENTS),
+        "targets": jnp.asarray(TARGETS),
+    }
+    state, metrics = make_step(CONFIG, run, optimizer)(
+        TrainState(params, optimizer.init(params)), {}, batch, 1
+    )
     return flatten(state.params), metrics
 
 
@@ -115,7 +189,13 @@ def test_accumulating_microbatches_gives_the_same_gradient_and_loss():
     moved = 0.0
     for path in whole:
         moved = max(moved, float(jnp.abs(whole[path] - before[path]).max()))
-        np.testing.assert_allclose(parts[path] - before[path], whole[path] - before[path], rtol=1e-3, atol=1e-7, err_msg=path)
+        np.testing.assert_allclose(
+            parts[path] - before[path],
+            whole[path] - before[path],
+            rtol=1e-3,
+            atol=1e-7,
+            err_msg=path,
+        )
     assert moved > 1e-5
     for name in metrics:
         np.testing.assert_allclose(accumulated[name], metrics[name], rtol=1e-5, err_msg=name)
@@ -130,11 +210,24 @@ def test_the_gradient_is_that_of_the_mean_loss_of_the_targets():
         sums = loss_sums(output, TOKENS, TARGETS, OptimConfig(router_z_loss=0.1))
         return sums.total / TARGETS.sum()
 
-    direction = jax.tree.map(lambda a: jnp.asarray(RNG.normal(size=a.shape), jnp.float32), initial())
-    ahead, behind = (mean_loss(jax.tree.map(lambda a, d, s=s: a + s * d, initial(), direction)) for s in (1e-3, -1e-3))
-    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float(jnp.vdot(g, d)), jax.grad(mean_loss)(initial()), direction)))
+    direction = jax.tree.map(
+        lambda a: jnp.asarray(RNG.normal(size=a.shape), jnp.float32), initial()
+    )
+    ahead, behind = (
+        mean_loss(jax.tree.map(lambda a, d, s=s: a + s * d, initial(), direction))
+        for s in (1e-3, -1e-3)
+    )
+    slope = sum(
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda g, d: float(jnp.vdot(g, d)), jax.grad(mean_loss)(initial()), direction
+            )
+        )
+    )
     np.testing.assert_allclose((ahead - behind) / 2e-3, slope, rtol=2e-2)
     _, metrics = one_step(1)
     np.testing.assert_allclose(
-        metrics["gradient_norm"], jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(jax.grad(mean_loss)(initial())))), rtol=1e-4
+        metrics["gradient_norm"],
+        jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(jax.grad(mean_loss)(initial())))),
+        rtol=1e-4,
     )

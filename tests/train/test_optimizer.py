@@ -13,12 +13,15 @@ def test_the_schedule_warms_up_linearly_and_follows_a_cosine_to_a_tenth():
     schedule: Any = learning_rate(OptimConfig(lr=1e-3, warmup=10, final_fraction=0.1), 110)
     np.testing.assert_allclose([schedule(n) for n in (0, 5, 10)], [0, 5e-4, 1e-3], rtol=1e-6)
     np.testing.assert_allclose(
-        [schedule(n) for n in (35, 60, 110, 500)], [1e-4 + 9e-4 * x for x in ((1 + 0.5**0.5) / 2, 0.5, 0, 0)], rtol=1e-5
+        [schedule(n) for n in (35, 60, 110, 500)],
+        [1e-4 + 9e-4 * x for x in ((1 + 0.5**0.5) / 2, 0.5, 0, 0)],
+        rtol=1e-5,
     )
 
 
 def test_the_papers_anchor_stops_at_a_fifth_of_its_cosine():
-    """5T tokens laid out, 1T trained, in batches of 1024 x 4096 tokens (facts of FlexOlmo, section 4)."""
+    """5T tokens laid out, 1T trained, in batches of 1024 x 4096 tokens (facts of FlexOlmo, section
+    4)."""
     steps, laid_out = (round(tokens / (1024 * 4096)) for tokens in (1e12, 5e12))
     schedule: Any = learning_rate(OptimConfig(lr=9e-4, warmup=2000, schedule_steps=laid_out), steps)
     cosine = 0.5 * (1 + np.cos(np.pi * (steps - 2000) / (laid_out - 2000)))
@@ -28,15 +31,23 @@ def test_the_papers_anchor_stops_at_a_fifth_of_its_cosine():
 
 def test_a_run_shorter_than_its_warm_up_has_a_schedule():
     for steps in (1, 2, 5):
-        values = np.array([learning_rate(OptimConfig(warmup=100), steps)(n) for n in range(steps + 1)])
+        values = np.array(
+            [learning_rate(OptimConfig(warmup=100), steps)(n) for n in range(steps + 1)]
+        )
         assert np.isfinite(values).all() and (values >= 0).all() and values.max() <= 9e-4 * 1.0001
 
 
 def test_weight_decay_spares_the_embedding_and_clipping_bounds_the_gradient():
     optim = OptimConfig(lr=0.5, warmup=0, weight_decay=0.1, final_fraction=1.0)
-    params = {"trunk": {"embedding": jnp.ones((2, 2)), "head": {"kernel": jnp.ones((2, 2))}}, "experts": {"gate": jnp.ones((1, 2))}}
+    params = {
+        "trunk": {"embedding": jnp.ones((2, 2)), "head": {"kernel": jnp.ones((2, 2))}},
+        "experts": {"gate": jnp.ones((1, 2))},
+    }
     optimizer = make_optimizer(optim, 10)
-    zeros = {"trunk": {"embedding": jnp.zeros((2, 2)), "head": {"kernel": jnp.zeros((2, 2))}}, "experts": {"gate": jnp.zeros((1, 2))}}
+    zeros = {
+        "trunk": {"embedding": jnp.zeros((2, 2)), "head": {"kernel": jnp.zeros((2, 2))}},
+        "experts": {"gate": jnp.zeros((1, 2))},
+    }
     updates: Any
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_array_equal(updates["trunk"]["embedding"], 0)
@@ -44,8 +55,11 @@ def test_weight_decay_spares_the_embedding_and_clipping_bounds_the_gradient():
     np.testing.assert_allclose(updates["experts"]["gate"], -0.05, rtol=1e-6)
 
     params = {"a": jnp.zeros(4)}
-    optimizer = make_optimizer(OptimConfig(lr=1.0, warmup=0, eps=1e3, clip=1.0), 10)  # a large eps makes updates follow gradients
+    # a large eps makes updates follow gradients
+    optimizer = make_optimizer(OptimConfig(lr=1.0, warmup=0, eps=1e3, clip=1.0), 10)
     small: Any
     large: Any
-    (small, _), (large, _) = (optimizer.update({"a": jnp.full(4, g)}, optimizer.init(params), params) for g in (0.5, 5e4))
+    (small, _), (large, _) = (
+        optimizer.update({"a": jnp.full(4, g)}, optimizer.init(params), params) for g in (0.5, 5e4)
+    )
     np.testing.assert_allclose(small["a"], large["a"], rtol=1e-5)
