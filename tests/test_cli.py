@@ -398,10 +398,14 @@ def test_a_disk_that_fills_up_while_data_is_prepared_leaves_nothing(
 
 @pytest.mark.parametrize(
     "error",  # as TensorStore and safetensors spell a full disk
-    [ValueError(
-        "RESOURCE_EXHAUSTED: Error writing local file: No space left on device [os_error_code='28']"),
-     RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")],
-)  # fmt: skip
+    [
+        ValueError(
+            "RESOURCE_EXHAUSTED: Error writing local file: No space left on device"
+            " [os_error_code='28']"
+        ),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_disk_that_fills_up_during_a_merge_leaves_nothing(
     error, paths, tmp_path, fails, monkeypatch
 ):

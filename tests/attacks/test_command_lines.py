@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flexolmo_jax import cli
 from flexolmo_jax.cli import main
+from flexolmo_jax.coordinator import info
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import MANIFEST, open_contribution, sealed
 from flexolmo_jax.integrity import embedder_digest
@@ -64,7 +64,7 @@ def test_no_size_of_a_file_or_record_or_vocabulary_is_a_traceback(told_in_a_line
 
 def test_memory_that_is_not_there_is_told_in_a_line(told_in_a_line, contributions, monkeypatch):
     """Promise: a mistake is one line, that of asking for too much as well."""
-    monkeypatch.setattr(cli, "_info", lambda args: bytearray(1 << 62))
+    monkeypatch.setattr(info, "info", lambda path: bytearray(1 << 62))
     assert "not enough memory" in told_in_a_line("info", contributions["law"])
 
 

@@ -5,12 +5,14 @@ import os
 import pty
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from flexolmo_jax import cli
 from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.cli.printing import for_terminal
 from flexolmo_jax.convert.exporting import _card
 from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.runtime.progress import bar, note
@@ -81,11 +83,11 @@ def test_what_a_verb_prints_of_strangers_words_has_no_effect(anchor, tmp_path, c
 def test_a_models_escapes_take_no_effect_on_a_terminal(monkeypatch):
     """A completion goes to a file as it is, and to a terminal with its escapes spelled out."""
     said = "one\n\ttwo\x1b[2J"
-    assert cli._for_terminal(said) == said  # pytest's stdout is none
+    assert for_terminal(said) == said  # pytest's stdout is none
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(cli.sys, "stdout", terminal)
-        assert cli._for_terminal(said) == "one\n\ttwo\\x1b[2J"
+        patch.setattr(sys, "stdout", terminal)
+        assert for_terminal(said) == "one\n\ttwo\\x1b[2J"
     os.close(master)
 
 

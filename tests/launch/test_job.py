@@ -197,9 +197,9 @@ def test_the_command_that_makes_a_plan_is_one_that_flexolmo_takes(tmp_path):
         str(tmp_path / "plans/7b-pair-v5p-4x4x4-2.json"),
     )
     assert command[-2:] == [">", target]
-    from flexolmo_jax.cli import _parser
+    from flexolmo_jax.cli.command import PARSER
 
-    args = _parser().parse_args(command[1:-2])
+    args = PARSER.parse_args(command[1:-2])
     assert (args.topology, args.slices, args.json, args.set) == (
         "v5p:4x4x4",
         2,

@@ -1,0 +1,277 @@
+"""Verbs of a coordinator: publish the anchor, admit and merge experts, take them out again."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.paths import path_of
+from flexolmo_jax.storage.placing import WAYS
+
+from .options import (
+    ADMITTING,
+    ANCHOR,
+    CHECKPOINT,
+    COMPOSING,
+    HELDOUT,
+    OUT,
+    SET,
+    TRUST,
+    secret,
+)
+from .verbs import option, verb
+
+
+@verb(
+    "publish",
+    "Make the frozen public anchor of a dense run.",
+    "publish runs/anchor --public public.jsonl --out anchor",
+    option("source", type=path_of, help="a dense run or model"),
+    option(
+        "--public",
+        nargs="+",
+        required=True,
+        type=path_of,
+        help="public documents: for the embedder, row 0, and owners' contrast",
+    ),
+    option(
+        "--embedder",
+        default="tfidf",
+        help="tfidf (default), minilm, or a sentence-transformers model",
+    ),
+    option("--dtype", default="bfloat16", help="release dtype: bfloat16 (default) or float32"),
+    option(
+        "--seq-len",
+        type=int,
+        help="of the public records that travel with the anchor (default: the run's)",
+    ),
+    HELDOUT,
+    CHECKPOINT,
+    OUT,
+)
+def _publish(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.exchange.anchor import publish
+
+    anchor = publish(
+        args.source,
+        args.public,
+        args.out,
+        embedder=args.embedder,
+        dtype=args.dtype,
+        seq_len=args.seq_len,
+        heldout=args.heldout,
+        checkpoint_name=args.checkpoint,
+    )
+    embedder = anchor.description["embedder"]
+    return {"out": str(args.out), "fingerprint": anchor.fingerprint, "embedder": embedder}
+
+
+@verb(
+    "verify",
+    "Recompute every digest of a contribution, anchor, model, store or prepared data.",
+    "verify contribution --anchor anchor",
+    option("path", type=path_of),
+    option("--anchor", type=path_of, help="it must have been made from this one"),
+    option(
+        "--public",
+        metavar="DATA",
+        type=path_of,
+        help="held-out public text: adds the admission report of a contribution",
+    ),
+    option(
+        "--admission",
+        choices=["warn", "refuse"],
+        default="warn",
+        help="what a finding of that report does (default: warn)",
+    ),
+    *TRUST,
+)
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.coordinator.verify import verify
+
+    refuse = args.admission == "refuse"
+    return verify(args.path, args.anchor, _trust(args), args.public, refuse=refuse)
+
+
+@verb(
+    "merge",
+    "Anchor + contributions to one model: no data, no training.",
+    "merge --anchor anchor c/code c/legal --out model",
+    option("contribution", nargs="*", type=path_of),
+    ANCHOR,
+    option(
+        "--active",
+        type=int,
+        metavar="K",
+        help="experts a token uses (default: 4, or all if there are fewer)",
+    ),
+    *TRUST,
+    *ADMITTING,
+    *COMPOSING,
+)
+def _merge(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.coordinator.merge import merge
+
+    how = {"active": args.active, **_admitting(args), **_composing(args)}
+    return _merged(merge(args.anchor, args.contribution, args.out, **how))
+
+
+@verb(
+    "replace",
+    "Put a newer contribution in the place of the expert of the same name.",
+    "replace model c/legal --out model-2",
+    option("model", type=path_of),
+    option("contribution", type=path_of),
+    option(
+        "--allow-older",
+        action="store_true",
+        help="take one whose sequence is not above that of the one it replaces",
+    ),
+    *TRUST,
+    *ADMITTING,
+    *COMPOSING,
+)
+def _replace(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.coordinator.merge import replace
+
+    how = {"allow_older": args.allow_older, **_admitting(args), **_composing(args)}
+    return _merged(replace(args.model, args.contribution, args.out, **how))
+
+
+@verb(
+    "append",
+    "Add one more expert to a model.",
+    "append model c/legal --out model-2",
+    option("model", type=path_of),
+    option("contribution", type=path_of),
+    *TRUST,
+    *ADMITTING,
+    *COMPOSING,
+)
+def _append(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.coordinator.merge import append
+
+    how = _admitting(args) | _composing(args)
+    return _merged(append(args.model, args.contribution, args.out, **how))
+
+
+@verb(
+    "opt-out",
+    "Take an expert out, exactly, with a receipt.",
+    "opt-out model --expert legal --out model-without-legal",
+    option("model", type=path_of),
+    option("--expert", action="append", required=True, help="its name (may be given again)"),
+    option(
+        "--untuned",
+        action="store_true",
+        help="with the router rows that were contributed, where the router was tuned since",
+    ),
+    option("--sign-key", type=secret, help="the coordinator's private key: signs the receipt"),
+    *COMPOSING,
+)
+def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.artifact import read_sealed
+    from flexolmo_jax.coordinator.merge import opt_out
+    from flexolmo_jax.integrity import RECEIPT
+
+    how = {"untuned": args.untuned, "sign_key": args.sign_key, **_composing(args)}
+    model = opt_out(args.model, args.expert, args.out, **how)
+    return _merged(model) | {"receipt": read_sealed(model.path / RECEIPT)}
+
+
+@verb(
+    "verify-receipt",
+    "Check that a model holds nothing of what a receipt says was taken out.",
+    "verify-receipt model-2/receipt.json model-2",
+    option("receipt", type=path_of),
+    option("model", type=path_of),
+    *TRUST,
+)
+def _verify_receipt(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.coordinator.verify import verify_receipt
+
+    return verify_receipt(args.receipt, args.model, _trust(args))
+
+
+@verb(
+    "tune",
+    "Tune a merged model's router on proxies and public text, from the rows that were contributed.",
+    "tune model --proxy code=code.jsonl --proxy law=law.jsonl --public public.jsonl "
+    "--out model-tuned",
+    option("model", type=path_of),
+    option(
+        "--proxy",
+        action="append",
+        required=True,
+        metavar="NAME=FILE",
+        help="an expert's proxies (may be given again)",
+    ),
+    option(
+        "--public",
+        nargs="+",
+        required=True,
+        type=path_of,
+        help="public documents, or a prepared directory",
+    ),
+    option("--config", type=path_of, help="a router run's YAML; model and data are filled in"),
+    SET,
+    option("--work", type=path_of, help="where the run goes (default: OUT.work)"),
+    *COMPOSING,
+)
+def _tune(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.coordinator.router import tune
+
+    run = {"config": args.config, "overrides": args.set, "work": args.work}
+    proxies = _proxies(args.proxy)
+    model = tune(args.model, proxies, args.public, args.out, **run, **_composing(args))
+    return _merged(model) | {"tuned_with": model.description["router"]["tuned_with"]}
+
+
+def _proxies(texts: list[str]) -> dict[str, Path]:
+    """The paths of `NAME=FILE`, by name."""
+    proxies = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise UserError(
+                f"--proxy is {text!r}; expected NAME=FILE: an expert's name and its proxies"
+            )
+        if name in proxies:
+            raise UserError(
+                f"there are two --proxy of {name!r}; put all of an expert's proxies into one"
+                " directory and give that"
+            )
+        proxies[name] = path_of(path)
+    return proxies
+
+
+@verb(
+    "gc",
+    "Remove from a store what no model is made of.",
+    "gc flexolmo-store",
+    option("store", type=path_of),
+)
+def _gc(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.coordinator.store import Store
+
+    return Store.existing(args.store).gc()
+
+
+def _trust(args: argparse.Namespace) -> Any:
+    from flexolmo_jax.exchange.signature import Trust
+
+    return Trust.of(args.trust, args.signed)
+
+
+def _admitting(args: argparse.Namespace) -> dict[str, Any]:
+    looked_at = {"admission": not args.no_admission, "screening": args.require_screening}
+    return {"trust": _trust(args), **looked_at}
+
+
+def _composing(args: argparse.Namespace) -> dict[str, Any]:
+    return {"store_path": args.store, "ways": WAYS if args.by == "auto" else (args.by,)}
+
+
+def _merged(model: Any) -> dict[str, Any]:
+    experts, active = list(model.experts), model.config.n_active
+    return {"out": str(model.path), "experts": experts, "active": active}

@@ -1,0 +1,166 @@
+"""Options that several verbs share, and the types of their values."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.paths import in_bucket, path_of
+from flexolmo_jax.storage.placing import WAYS
+
+from .verbs import option
+
+# ---- types ----
+
+
+def local(text: str) -> Path:
+    if in_bucket(text):
+        raise UserError(f"got {text}, expected a path of this machine; copy it there afterwards")
+    return path_of(text)
+
+
+def secret(text: str) -> Path:
+    if in_bucket(text):
+        raise UserError(
+            f"got {text}, expected a path of this machine: private keys do not belong in buckets"
+        )
+    return path_of(text)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected 1 or more")
+    return number
+
+
+def finite(text: str) -> float:
+    if not abs(number := float(text)) < 1e300:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number")
+    return number
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a share from 0 to below 1")
+    return value
+
+
+def prompts_by_context(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected prompts x tokens of context, as 16x4096"
+        )
+    return int(match[1]), int(match[2])
+
+
+def mesh(text: str) -> Any:
+    from flexolmo_jax.config import MeshConfig, build, override
+
+    ones = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
+    keys = override({"mesh": ones}, [f"mesh.{pair}" for pair in text.split(",")])
+    built = build(MeshConfig, keys["mesh"], "--mesh")
+    built.check()
+    return built
+
+
+def size(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    try:
+        count = (
+            int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+        )
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a size as 5GB or 500MB")
+    return count
+
+
+# ---- options ----
+
+ANCHOR = option("--anchor", required=True, type=path_of)
+OUT = option("--out", required=True, type=path_of)
+HELDOUT = option(
+    "--heldout",
+    type=share,
+    default=0.05,
+    help="share of documents that is for evaluation only (default 0.05)",
+)
+SET = option(
+    "--set",
+    action="append",
+    default=[],
+    metavar="A.B=C",
+    help="override a config key (may be given again)",
+)
+CHECKPOINT = option(
+    "--checkpoint", default="last", help="of a run: last (default), best, or a step"
+)
+SIGN_KEY = option(
+    "--sign-key", type=secret, help="the owner's private key (`flexolmo keygen` makes one)"
+)
+ALLOW_HUB = option(
+    "--allow-hub-embedder",
+    action="store_true",
+    help="fetch and run the hub's model that the anchor names, if it does",
+)
+TRUST = (
+    option("--signed", action="store_true", help="refuse contributions that nobody signed"),
+    option(
+        "--trust",
+        metavar="DIR",
+        type=path_of,
+        help="let in what one of DIR/*.pub signed and may sign (DIR/policy.yaml)",
+    ),
+)
+ADMITTING = (
+    option(
+        "--no-admission",
+        action="store_true",
+        help="do not look at the sizes of weights, nor at what they compute",
+    ),
+    option(
+        "--require-screening",
+        action="append",
+        default=[],
+        metavar="PATH",
+        type=path_of,
+        help="verdicts of `screen`, files or directories (may be given again): every other key of "
+        "--trust must have passed each one",
+    ),
+)
+COMPOSING = (
+    OUT,
+    option(
+        "--store",
+        type=path_of,
+        help="where experts are kept, each once (default: flexolmo-store beside the model)",
+    ),
+    option(
+        "--by",
+        choices=["auto", *WAYS, "stream"],
+        default="auto",
+        help="how files get there (auto: the cheapest that works)",
+    ),
+)
+MODEL = option("path", type=path_of, help="a run, anchor or model")
+SELECTING = (
+    option(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="exclude this expert (may be given again)",
+    ),
+    option("--active", type=int, metavar="K", help="experts a token uses (default: the model's)"),
+)
+MESH = option(
+    "--mesh",
+    metavar="AXIS=N,...",
+    type=mesh,
+    help="spread the weights over devices, as tensor=8; default: one device",
+)

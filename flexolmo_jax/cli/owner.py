@@ -1,0 +1,206 @@
+"""Verbs of a data owner: train an expert, hand it over, try somebody else's."""
+
+import argparse
+from typing import Any
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.paths import path_of
+
+from .options import ALLOW_HUB, ANCHOR, CHECKPOINT, HELDOUT, OUT, SET, SIGN_KEY, positive, secret
+from .verbs import option, verb
+
+
+@verb(
+    "contribute",
+    "An owner's one command: documents to a contribution. Goes on where it stopped.",
+    "contribute --anchor anchor --documents records.jsonl --name hospital --out contribution",
+    ANCHOR,
+    option(
+        "--documents",
+        nargs="+",
+        required=True,
+        type=path_of,
+        help="private documents; they never leave",
+    ),
+    ALLOW_HUB,
+    option("--name", required=True, help="the expert's name"),
+    SIGN_KEY,
+    option("--config", type=path_of, help="a pair's YAML; anchor, name and data are filled in"),
+    option(
+        "--work",
+        type=path_of,
+        help="where private records and checkpoints go, which stay with you (default: OUT.work)",
+    ),
+    SET,
+    OUT,
+)
+def _contribute(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.owner.contribute import contribute
+
+    contribution = contribute(
+        args.anchor,
+        args.documents,
+        args.name,
+        args.out,
+        config=args.config,
+        overrides=args.set,
+        sign_key=args.sign_key,
+        work=args.work,
+        allow_hub=args.allow_hub_embedder,
+    )
+    return _packaged(args, contribution)
+
+
+@verb(
+    "package",
+    "Make a contribution of a pair's run, or of an expert of an imported model.",
+    "package runs/code --out contributions/code",
+    option("run", type=path_of, help="a pair's run, or an imported model"),
+    option("--expert", metavar="NAME", help="of the imported model"),
+    option("--anchor", type=path_of, help="what `flexolmo publish` made of the imported model"),
+    CHECKPOINT,
+    SIGN_KEY,
+    OUT,
+)
+def _package(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.owner.package import package, package_imported
+
+    if (args.expert is None) != (args.anchor is None):
+        raise UserError(
+            "an expert of an imported model is packaged with --expert NAME and --anchor ANCHOR;"
+            " give both or none"
+        )
+    if args.expert:
+        model, anchor = args.run, args.anchor
+        return _packaged(
+            args, package_imported(model, args.expert, anchor, args.out, args.sign_key)
+        )
+    return _packaged(args, package(args.run, args.out, args.checkpoint, args.sign_key))
+
+
+def _packaged(args: argparse.Namespace, contribution: Any) -> dict[str, Any]:
+    training = contribution.manifest["training"]
+    return {"out": str(args.out), "name": contribution.name, "training": training}
+
+
+@verb(
+    "keygen",
+    "Make a key to sign contributions with: OUT, to keep, and OUT.pub, to give away.",
+    "keygen keys/hospital",
+    option("out", type=secret),
+)
+def _keygen(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.exchange.signature import PUBLIC, keygen
+
+    files = {"private_key": str(args.out), "public_key_file": f"{args.out}{PUBLIC}"}
+    return files | {"public_key": keygen(args.out)}
+
+
+@verb(
+    "screen",
+    "An owner: try somebody else's contribution on one's own text, and write a verdict for the "
+    "coordinator.",
+    "screen theirs --anchor anchor --model model --documents mine.jsonl --sign-key keys/mine "
+    "--out verdict.json",
+    option("candidate", type=path_of, help="a contribution"),
+    ANCHOR,
+    option(
+        "--model",
+        required=True,
+        type=path_of,
+        help="what it would join: a merged model, or the anchor",
+    ),
+    option(
+        "--documents",
+        nargs="+",
+        required=True,
+        type=path_of,
+        help="yours; the held-out ones are scored, and none leaves",
+    ),
+    option(
+        "--max-worse",
+        type=float,
+        default=0.02,
+        metavar="PART",
+        help="by which bits per byte may get worse (default 0.02)",
+    ),
+    option("--limit", type=positive, help="records of each to read"),
+    SIGN_KEY,
+    option("--out", required=True, type=path_of, help="a new .json"),
+)
+def _screen(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.owner.screen import screen
+
+    return screen(
+        args.candidate,
+        args.anchor,
+        args.model,
+        args.documents,
+        args.out,
+        max_worse=args.max_worse,
+        sign_key=args.sign_key,
+        limit=args.limit,
+    )
+
+
+@verb(
+    "embed-domain",
+    "The mean embedding of documents by the anchor's embedder: a router row.",
+    "embed-domain --anchor anchor --input docs.jsonl --out row.npy",
+    ANCHOR,
+    option("--input", nargs="+", required=True, type=path_of),
+    ALLOW_HUB,
+    OUT,
+)
+def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.exchange.anchor import embed_domain
+
+    row = embed_domain(args.anchor, args.input, args.out, allow_hub=args.allow_hub_embedder)
+    return {"out": str(args.out), "dim": len(row), "norm": float((row**2).sum() ** 0.5)}
+
+
+@verb(
+    "proxy",
+    "Choose public documents that resemble private ones, for tuning the router: only public "
+    "documents are written.",
+    "proxy --anchor anchor --private mine.jsonl --public public.jsonl --out proxies.jsonl",
+    option("--anchor", required=True, type=path_of, help="its embedder tells the documents apart"),
+    option(
+        "--private",
+        nargs="+",
+        required=True,
+        type=path_of,
+        help="the owner's documents; they never leave",
+    ),
+    ALLOW_HUB,
+    option("--public", nargs="+", required=True, type=path_of, help="to choose from"),
+    option(
+        "--share",
+        type=float,
+        default=0.01,
+        help="of the public documents to keep (default 0.01)",
+    ),
+    option(
+        "--diversity",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="choose diverse ones out of N times as many (default 1: the likest)",
+    ),
+    HELDOUT,
+    option("--out", required=True, type=path_of, help="a new .jsonl"),
+)
+def _proxy(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.owner.proxy import select_proxies
+
+    proxies = select_proxies(
+        args.anchor,
+        args.private,
+        args.public,
+        args.out,
+        share=args.share,
+        diversity=args.diversity,
+        heldout=args.heldout,
+        allow_hub=args.allow_hub_embedder,
+    )
+    return {"out": str(args.out), **proxies._asdict(), "share": proxies.share}

@@ -1,0 +1,252 @@
+"""Verbs for whoever uses a model: evaluate it, generate with it, convert it, look at it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.paths import path_of
+
+from .options import CHECKPOINT, HELDOUT, MESH, MODEL, SELECTING, positive, size
+from .printing import for_terminal
+from .verbs import option, verb
+
+
+@verb(
+    "eval",
+    "Bits per byte and routing shares on held-out text; multiple choice and gold answers.",
+    "eval model --data data/code data/public --tasks arc_easy,sciq,gsm8k_bpb --without legal "
+    "--json",
+    MODEL,
+    option(
+        "--data", nargs="+", default=[], type=path_of, help="prepared directories, or documents"
+    ),
+    option(
+        "--tasks",
+        metavar="A,B,...",
+        help="of AllenAI's in-loop evaluation: arc_easy, sciq, gsm8k_bpb, humaneval_bpb, ...",
+    ),
+    option(
+        "--harness",
+        action="store_true",
+        help="run the tasks through lm-eval (pip install 'flexolmo-jax[eval]')",
+    ),
+    *SELECTING,
+    option("--split", default="heldout", choices=["heldout", "train"]),
+    option("--limit", type=positive, help="records of each to read, documents of each task"),
+    option("--batch-size", type=positive, default=16),
+    CHECKPOINT,
+    MESH,
+)
+def _eval(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.evals.bits_per_byte import evaluate
+    from flexolmo_jax.evals.tasks import load_tasks
+    from flexolmo_jax.loaded import load
+
+    if not (args.data or args.tasks):
+        raise UserError("there is nothing to evaluate on; give --data, --tasks or both")
+    if args.harness and not args.tasks:
+        raise UserError("--harness is for tasks; give --tasks too")
+    tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
+    model = load(args.path, args.checkpoint, args.mesh)
+    result = {}
+    if args.data:
+        how = {"split": args.split, "limit": args.limit, "batch_size": args.batch_size}
+        result = evaluate(model, args.data, **how, **_selection(args))
+    if tasks:
+        result["tasks"] = _evaluated_tasks(model, tasks, args)
+    return result
+
+
+def _evaluated_tasks(model: Any, tasks: Any, args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.evals.predictors import OfModel
+    from flexolmo_jax.evals.tasks import evaluate_tasks
+
+    if not args.harness:
+        length, predictor = model.config.max_seq_len, OfModel(model, **_selection(args))
+        return evaluate_tasks(predictor, model.tokenizer, length, tasks, args.batch_size)
+    import tempfile
+
+    from flexolmo_jax.evals.harness import evaluate_through_harness, harness_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        through = harness_model(model, batch_size=args.batch_size, **_selection(args))
+        return evaluate_through_harness(through, tasks, Path(folder))
+
+
+@verb(
+    "extract",
+    "Try to extract documents that a model was trained on: their beginnings are given, and "
+    "sampled on from.",
+    "extract model --documents mine.jsonl --limit 200",
+    MODEL,
+    option(
+        "--documents",
+        nargs="+",
+        required=True,
+        type=path_of,
+        help="what it was trained on; held-out ones are passed over",
+    ),
+    option(
+        "--limit",
+        type=positive,
+        default=100,
+        help="documents to try (default 100), those with the smallest digests",
+    ),
+    option("--prefix", type=positive, default=32, help="tokens that are given (default 32)"),
+    option("--tokens", type=positive, default=256, help="that are sampled (default 256)"),
+    option("--samples", type=positive, default=10, help="of each document (default 10)"),
+    option("--batch-size", type=positive, default=32),
+    option("--seed", type=int, default=0),
+    HELDOUT,
+    *SELECTING,
+    CHECKPOINT,
+    MESH,
+)
+def _extract(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.data.documents import read_training_documents
+    from flexolmo_jax.evals.extraction import extract, sample_documents
+    from flexolmo_jax.loaded import load
+
+    model = load(args.path, args.checkpoint, args.mesh)
+    texts = (
+        text for path in args.documents for text in read_training_documents(path, args.heldout)
+    )
+    documents = sample_documents(texts, model.tokenizer, args.limit, args.prefix, args.tokens)
+    sampled = {"prefix": args.prefix, "samples": args.samples}
+    how = {"batch_size": args.batch_size, "seed": args.seed, **_selection(args)}
+    found = extract(model, documents, **sampled, **how)
+    told = {"prefix": args.prefix, "tokens": args.tokens, "samples": args.samples}
+    return {**found._asdict(), "rate": found.rate, **told}
+
+
+@verb(
+    "generate",
+    "Complete prompts.",
+    'generate model --prompt "The patient" --without legal',
+    MODEL,
+    option("--prompt", action="append", required=True, help="may be given again: a batch"),
+    option("--max-new-tokens", type=int, default=128),
+    option("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
+    option("--top-k", type=int, default=0, help="0: all"),
+    option("--top-p", type=float, default=1.0),
+    option("--seed", type=int, default=0),
+    *SELECTING,
+    CHECKPOINT,
+    MESH,
+)
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.loaded import load
+
+    model = load(args.path, args.checkpoint, args.mesh)
+    sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "seed")}
+    how = {**_selection(args), **sampling}
+    if len(args.prompt) == 1 and not args.json:
+        return _streamed(model, args, how)
+    completions = model.generate(args.prompt, args.max_new_tokens, **how)
+    pairs = [
+        {"prompt": prompt, "completion": completion}
+        for prompt, completion in zip(args.prompt, completions, strict=True)
+    ]
+    text = "\n\n".join(pair["prompt"] + pair["completion"] for pair in pairs)
+    return {"completions": pairs, "text": text}
+
+
+def _streamed(model: Any, args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
+    """Prints the completion of one prompt as it comes."""
+    from flexolmo_jax.generate import TextStream
+
+    stream = TextStream(model.tokenizer)
+
+    def show(step: int, ids: Any) -> None:
+        before = "" if step else args.prompt[0]  # not earlier: a mistake may still come up
+        print(for_terminal(before + stream.push(int(ids[0]))), end="", flush=True)
+
+    model.generate(args.prompt, args.max_new_tokens, on_token=show, **how)
+    return {"text": stream.finish()}
+
+
+def _selection(args: argparse.Namespace) -> dict[str, Any]:
+    return {"without": args.without, "active": args.active}
+
+
+@verb(
+    "import-hf",
+    "Make a model of a Hugging Face checkpoint of OLMo 2 or FlexOlmo.",
+    "import-hf FlexOlmo-7x7B-1T model --names math,news,code,academic,creative,reddit",
+    option(
+        "source",
+        metavar="HF_DIR",
+        type=path_of,
+        help="config.json, *.safetensors and tokenizer.json",
+    ),
+    option("out", type=path_of),
+    option(
+        "--names",
+        default="",
+        metavar="A,B,C",
+        help="of the experts behind the anchor (default: expert1,expert2,...)",
+    ),
+)
+def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.convert.importing import import_hf
+
+    names = [name for name in args.names.split(",") if name]
+    model = import_hf(args.source, args.out, names)
+    sizes = {"dtype": model.dtype, "active": model.config.n_active}
+    return {"out": str(args.out), "experts": list(model.experts), **sizes}
+
+
+@verb(
+    "export-hf",
+    "Write a run, anchor or model as a Hugging Face checkpoint: Olmo2, or FlexOlmo where it has "
+    "experts.",
+    "export-hf model model-hf --drop-bias --eval-data data/public",
+    MODEL,
+    option("out", type=path_of),
+    option(
+        "--max-shard-size",
+        type=size,
+        default="5GB",
+        help="of a file: 5GB (default), 500MB, ...",
+    ),
+    option("--dtype", help="bfloat16, float16 or float32 (default: as stored)"),
+    option(
+        "--drop-bias",
+        action="store_true",
+        help="leave out router biases, for which the format has no place",
+    ),
+    option(
+        "--eval-data",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        type=path_of,
+        help="scored before and after biases are dropped",
+    ),
+    CHECKPOINT,
+)
+def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.convert.exporting import export_hf
+
+    return export_hf(
+        args.path,
+        args.out,
+        max_shard_size=args.max_shard_size,
+        dtype=args.dtype,
+        drop_bias=args.drop_bias,
+        eval_data=args.eval_data,
+        which=args.checkpoint,
+    )
+
+
+@verb(
+    "info",
+    "What a path is; of a contribution, exactly what leaves its owner.",
+    "info contribution",
+    option("path", type=path_of),
+)
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.coordinator.info import info
+
+    return info(args.path)

@@ -1,0 +1,81 @@
+"""What a verb is, and the parser of all of them.
+
+A verb's help, example and options stand above the function that it runs. The function imports what
+it needs: `flexolmo --help` imports no JAX.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+from flexolmo_jax.errors import printable
+
+Run = Callable[[argparse.Namespace], dict[str, Any]]
+GROUPS = {"data": "fetch and prepare text", "tokenizer": "train a tokenizer"}
+
+
+class Option(NamedTuple):
+    """An argument of a verb, as `argparse` takes it."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+    group: tuple[str, str] | None = None  # title and description in the verb's help
+
+
+class Verb(NamedTuple):
+    name: str  # one word, or a group and a word, as "data fetch"
+    help: str
+    example: str
+    options: tuple[Option, ...]
+    run: Run
+
+
+def option(*names: str, group: tuple[str, str] | None = None, **settings: Any) -> Option:
+    return Option(names, settings, group)
+
+
+def verb(name: str, help: str, example: str, *options: Option) -> Callable[[Run], Verb]:
+    """Makes a verb of the function below."""
+    return lambda run: Verb(name, help, example, options, run)
+
+
+def parser_of(modules: Iterable[ModuleType]) -> argparse.ArgumentParser:
+    """The parser of the verbs of these modules, in order. The function comes back as `run_verb`."""
+    main = _Parser(
+        prog="flexolmo", description="One language model from organisations that do not share data."
+    )
+    top = main.add_subparsers(required=True, metavar="VERB")
+    groups = {}
+    values = (value for module in modules for value in vars(module).values())
+    for verb in (value for value in values if isinstance(value, Verb)):
+        group, _, word = verb.name.rpartition(" ")
+        if group and group not in groups:
+            text = GROUPS[group]
+            parent = top.add_parser(group, help=text, description=text)
+            groups[group] = parent.add_subparsers(required=True, metavar="VERB")
+        _add(groups.get(group, top), word, verb)
+    return main
+
+
+def _add(to: Any, word: str, verb: Verb) -> None:
+    added = to.add_parser(
+        word,
+        help=verb.help,
+        description=verb.help,
+        epilog=f"example:\n  flexolmo {verb.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    added.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    added.set_defaults(run_verb=verb.run)
+    groups: dict[Any, Any] = {None: added}
+    for names, settings, group in verb.options:
+        if group and group not in groups:
+            groups[group] = added.add_argument_group(*group)
+        groups[group].add_argument(*names, **settings)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
