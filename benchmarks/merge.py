@@ -32,6 +32,7 @@ from flexolmo_jax.artifact import Artifact, describe, open_artifact, write_descr
 from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.coordinator.compose import Source
 from flexolmo_jax.coordinator.composition import Composition
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
 from flexolmo_jax.coordinator.objects import sketch_claim
 from flexolmo_jax.coordinator.sketch import BUCKETS, encoded
@@ -227,7 +228,9 @@ def measure(operation: list[str]) -> None:
         way, (anchor, out, *contributions) = words[0], map(Path, words[1:])
 
         def act() -> None:
-            merge(anchor, contributions, out, ways=(way,), admission=False)  # measured apart
+            merge(
+                anchor, contributions, out, ways=(way,), gate=Gate(admission=False)
+            )  # measured apart
 
     elif name == "verify":
         from flexolmo_jax.coordinator.verify import verify

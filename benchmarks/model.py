@@ -28,8 +28,8 @@ from transformers import FlexOlmoForCausalLM
 
 from flexolmo_jax.config import ModelConfig, resolve
 from flexolmo_jax.convert.huggingface import hf_config, to_hf
-from flexolmo_jax.generate import Sampling, generate
-from flexolmo_jax.model import forward, init_params
+from flexolmo_jax.generate import Decoder, generate
+from flexolmo_jax.model import Choices, forward, init_params
 from flexolmo_jax.train.step import TrainState, make_step
 
 CONFIG = ModelConfig(
@@ -200,16 +200,11 @@ def their_step(model, tokens: np.ndarray):
 
 
 def our_generation(params, prompts: np.ndarray, count: int):
-    allowed = np.ones(CONFIG.n_experts, bool)
-    limits: dict[str, Any] = {
-        "max_new_tokens": count,
-        "eos_id": -1,
-        "vocab_size": CONFIG.vocab_size,
-        "active": CONFIG.n_active,
-    }
+    decoder = Decoder(CONFIG, params, CONFIG.vocab_size, eos_id=-1)
+    choices = Choices(CONFIG.n_active, jnp.ones(CONFIG.n_experts, bool))
 
     def run() -> None:
-        generate(CONFIG, params, prompts.tolist(), sampling=Sampling(), allowed=allowed, **limits)
+        generate(decoder, prompts.tolist(), count, choices)
 
     return run
 

@@ -25,7 +25,7 @@ from transformers.models.flex_olmo.configuration_flex_olmo import FlexOlmoConfig
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoSparseMoeBlock
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.model.moe import Experts, mixture
+from flexolmo_jax.model.moe import Choices, Experts, mixture
 
 CASES = [(2, 2), (8, 2), (8, 5), (32, 2), (32, 5)]  # experts, active
 
@@ -92,7 +92,7 @@ def in_jax(experts: int, active: int, tokens: int, d_model: int, d_ffn: int):
         group = nnx.merge(
             graph, nnx.State({name: nnx.Param(value) for name, value in weights.items()})
         )
-        return mixture(x, (group,), active, allowed)[0]
+        return mixture(x, (group,), Choices(active, allowed))[0]
 
     forward = jax.jit(layer)
 

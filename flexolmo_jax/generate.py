@@ -1,8 +1,9 @@
 """Generation with a KV cache: a batch of prompts of any lengths in, completions out.
 
-    prefill   every prompt token but the last, left-padded to a common length, into the cache; no
-    logits are computed run       one `lax.while_loop`: feed the last token, choose the next; until
-    a limit or until every row has ended
+    prefill   puts every prompt token but the last into the cache, left-padded to a common length;
+              computes no logits
+    run       one `lax.while_loop`: feed the last token, choose the next, until a limit is reached
+              or every prompt has ended
 
 A prompt's last token is fed by the loop, so that one step serves the first token and all others,
 and streaming calls the same compiled program with a limit of one token more each time: it cannot
@@ -26,7 +27,15 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import CACHE, KVCache, Params, decode, empty_cache
+from flexolmo_jax.model import (
+    CACHE,
+    CachedContext,
+    Choices,
+    KVCache,
+    Params,
+    decode,
+    empty_cache,
+)
 from flexolmo_jax.runtime import sharding
 
 SMALLEST_BUCKET = 16
@@ -45,71 +54,58 @@ class Sampling:
 
     def check(self) -> None:
         """Raises UserError for values that mean nothing."""
-        _expect(
-            0 <= self.temperature < math.inf,
-            "temperature",
-            self.temperature,
-            "0 (greedy) or a positive number",
-        )
-        _expect(
-            self.top_k >= 0, "top_k", self.top_k, "0 (all) or the number of tokens to choose from"
-        )
-        _expect(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and up to 1 (all)")
-        _expect(0 <= self.seed < 2**32, "seed", self.seed, "an integer from 0 to 2**32 - 1")
+        warmth, k, p, seed = self.temperature, self.top_k, self.top_p, self.seed
+        _expect(0 <= warmth < math.inf, "temperature", warmth, "0 (greedy) or a positive number")
+        _expect(k >= 0, "top_k", k, "0 (all) or the number of tokens to choose from")
+        _expect(0 < p <= 1, "top_p", p, "a number above 0 and up to 1 (all)")
+        _expect(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
+
+
+class Decoder(NamedTuple):
+    """A model, and what generating needs to know of its tokenizer."""
+
+    config: ModelConfig
+    params: Params
+    vocab_size: int  # the tokenizer's: ids from there on are padding and never chosen
+    eos_id: int  # ends a completion; -1 for none
 
 
 def generate(
-    config: ModelConfig,
-    params: Params,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    *,
     max_new_tokens: int,
-    eos_id: int,
-    vocab_size: int,
+    choices: Choices,
     sampling: Sampling = Sampling(),
-    active: int,
-    allowed: np.ndarray,
-    dtype: str = "float32",
-    mesh: Mesh | None = None,
     on_token: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[list[int]]:
-    """The completions of a batch of prompts, each cut before its EOS; a row's tokens do not depend
-    on the other rows.
+    """The completions of a batch of prompts, each cut before its EOS. A completion does not depend
+    on the other prompts.
 
     Args:
-        eos_id: ends a completion; -1 for none.
-        vocab_size: the tokenizer's; ids from there up to the model's vocabulary are padding and
-            never chosen.
-        active, allowed: experts per token, and bool [E] which experts may be used.
-        dtype: of activations and cache.
-        mesh: that the parameters are spread over; the cache is too.
-        on_token: called after every step with its index and the chosen ids [B]; rows that have
+        choices: the cache has their dtype, too, and lies on their mesh.
+        on_token: called after every step with its index and the chosen ids [B]; prompts that have
             ended give `eos_id`.
 
     Raises:
         UserError: no prompts, an empty prompt, ids outside the vocabulary, nothing to generate,
             more tokens than `config.max_seq_len`, or sampling values that mean nothing.
     """
+    config, params, _, eos_id = decoder
+    vocab_size = min(decoder.vocab_size, config.vocab_size)
     sampling.check()
-    vocab_size = min(vocab_size, config.vocab_size)
     _check(config, prompts, max_new_tokens, vocab_size)
-    B, P = len(prompts), _bucket(max(map(len, prompts)) - 1, config.max_seq_len)
-    tokens, lengths = (
-        np.zeros((B, P), np.int32),
-        np.array([len(prompt) - 1 for prompt in prompts], np.int32),
-    )
-    for b, prompt in enumerate(prompts):
-        tokens[b, P - lengths[b] :] = prompt[:-1]
+    tokens, lengths = _left_padded(prompts, config.max_seq_len)
     request = Request(
-        first_slot=jnp.asarray(P - lengths),
+        first_slot=jnp.asarray(tokens.shape[1] - lengths),
         eos_id=jnp.int32(eos_id),
-        allowed=jnp.asarray(allowed, bool),
+        allowed=jnp.asarray(choices.allowed, bool),
         temperature=jnp.float32(sampling.temperature),
         top_k=jnp.int32(min(sampling.top_k or vocab_size, vocab_size)),
         top_p=jnp.float32(sampling.top_p),
         seed=jnp.uint32(sampling.seed),
     )
-    prefill, run = programs(config, active, vocab_size, sampling.temperature < COLDEST, dtype, mesh)
+    greedy, dtype = sampling.temperature < COLDEST, jnp.dtype(choices.dtype).name
+    prefill, run = programs(config, choices.active, vocab_size, greedy, dtype, choices.mesh)
     last = np.array([prompt[-1] for prompt in prompts], np.int32)
     state = prefill(params, tokens, last, request, _bucket(max_new_tokens, config.max_seq_len))
     if on_token is None:
@@ -121,7 +117,19 @@ def generate(
             if np.all(state.ended):
                 break
     completions = np.asarray(state.chosen)[:, : int(state.step)].tolist()
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in completions]
+    return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in completions]
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], largest: int
+) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
+    """The prompts without their last tokens, ending at the same slot, and their lengths."""
+    lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
+    P = _bucket(max(map(len, prompts)) - 1, largest)
+    tokens = np.zeros((len(prompts), P), np.int32)
+    for b, prompt in enumerate(prompts):
+        tokens[b, P - lengths[b] :] = prompt[:-1]
+    return tokens, lengths
 
 
 class TextStream:
@@ -189,7 +197,10 @@ def programs(
 ) -> tuple[Callable, Callable]:
     """The jitted (prefill, run) that all calls with these values share; each compiles once per
     batch size and buckets."""
-    model = functools.partial(decode, config, active=active, dtype=dtype, mesh=mesh)
+
+    def model(params: Params, request: Request, tokens: Array, positions: Array, context):
+        choices = Choices(active, request.allowed, dtype=dtype, mesh=mesh)
+        return decode(config, params, tokens, positions, context, choices)
 
     @functools.partial(jax.jit, static_argnums=4)
     def prefill(
@@ -199,10 +210,10 @@ def programs(
         slots = jnp.arange(P)
         mask = (slots <= slots[:, None]) & (slots >= request.first_slot[:, None, None])
         positions = jnp.maximum(slots - request.first_slot[:, None], 0)
-        cache = empty_cache(config, B, P, jnp.dtype(dtype))
+        context = CachedContext(mask, empty_cache(config, B, P, jnp.dtype(dtype)), slot=0)
         # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the
         # rest.
-        cache = model(params, tokens, positions, mask, cache, 0, allowed=request.allowed).cache
+        cache = model(params, request, tokens, positions, context).cache
         room = ((0, 0), (0, 0), (0, 0), (0, new_slots), (0, 0))
         cache = sharding.constrain(mesh, jax.tree.map(lambda a: jnp.pad(a, room), cache), CACHE)
         chosen = jnp.full((B, new_slots), request.eos_id)
@@ -214,33 +225,18 @@ def programs(
         slots = jnp.arange(S)
         mask = (slots <= slot) & (slots >= request.first_slot[:, None, None])
         positions = (slot - request.first_slot)[:, None]
-        out = model(
-            params,
-            state.token[:, None],
-            positions,
-            mask,
-            state.cache,
-            slot,
-            allowed=request.allowed,
-        )
+        context = CachedContext(mask, state.cache, slot)
+        out = model(params, request, state.token[:, None], positions, context)
         assert out.cache is not None  # as one went in
-        logits = out.logits[:, 0, :vocab_size]
-        if greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            key = jax.random.fold_in(jax.random.key(request.seed), state.step)
-            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
-            draw = jax.vmap(sample, in_axes=(0, 0, None, None, None))
-            token = draw(keys, logits, request.temperature, request.top_k, request.top_p)
+        token = _next_token(out.logits[:, 0, :vocab_size], request, state.step, greedy)
         token = jnp.where(state.ended, request.eos_id, token)
         chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
-        return State(
-            out.cache, token, state.ended | (token == request.eos_id), state.step + 1, chosen
-        )
+        ended = state.ended | (token == request.eos_id)
+        return State(out.cache, token, ended, state.step + 1, chosen)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(params: Params, state: State, request: Request, until: Array) -> State:
-        """Steps until `until` tokens are chosen or every row has ended."""
+        """Steps until `until` tokens are chosen or every prompt has ended."""
 
         def goes_on(state: State) -> Array:
             return (state.step < until) & ~jnp.all(state.ended)
@@ -248,6 +244,17 @@ def programs(
         return jax.lax.while_loop(goes_on, functools.partial(step, params, request), state)
 
     return prefill, run
+
+
+def _next_token(
+    logits: Float[Array, "B V"], request: Request, step: Int[Array, ""], greedy: bool
+) -> Int[Array, "B"]:
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    key = jax.random.fold_in(jax.random.key(request.seed), step)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
+    draw = jax.vmap(sample, in_axes=(0, 0, None, None, None))
+    return draw(keys, logits, request.temperature, request.top_k, request.top_p)
 
 
 def sample(

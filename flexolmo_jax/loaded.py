@@ -14,8 +14,8 @@ from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.generate import Sampling, generate
-from flexolmo_jax.model import Params, forward, logical_axes
+from flexolmo_jax.generate import Decoder, Sampling, generate
+from flexolmo_jax.model import Choices, Params, forward, logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.sharding import batch_ways, make_mesh, parameter_sharding
 
@@ -45,7 +45,7 @@ class LoadedModel:
     def logits(
         self, ids: np.ndarray, without: Sequence[str] = (), active: int | None = None
     ) -> np.ndarray:
-        """int [B, T] -> float32 [B, T, V]. Each row is one document.
+        """int [B, T] -> float32 [B, T, V]. Each of the B sequences is one document.
 
         Raises UserError for an expert that is not there, for excluding the anchor or every expert,
         and for `active` above what is allowed.
@@ -54,7 +54,7 @@ class LoadedModel:
         ids = np.asarray(ids, np.int32)
         if ids.ndim != 2:
             raise UserError(f"ids have shape {ids.shape}; expected [batch, time]")
-        self.check_rows(len(ids))
+        self.check_batch(len(ids))
         return np.asarray(_forward(self.config, k, self.mesh)(self.params, ids, allowed))
 
     def generate(
@@ -73,7 +73,7 @@ class LoadedModel:
         """Completions only, of the kind the prompts are (strings or lists of ids). Greedy unless a
         temperature is given."""
         k, allowed = self.selection(without, active)
-        self.check_rows(len(prompts))
+        self.check_batch(len(prompts))
         of_text = all(isinstance(prompt, str) for prompt in prompts)
         for number, prompt in enumerate(prompts):
             if isinstance(prompt, str):
@@ -82,30 +82,18 @@ class LoadedModel:
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             for prompt in prompts
         ]
-        completions = generate(
-            self.config,
-            self.params,
-            ids,
-            max_new_tokens=max_new_tokens,
-            eos_id=self.tokenizer.eos_id,
-            vocab_size=self.tokenizer.vocab_size,
-            sampling=Sampling(temperature, top_k, top_p, seed),
-            active=k,
-            allowed=allowed,
-            mesh=self.mesh,
-            on_token=on_token,
-        )
-        return (
-            [self.tokenizer.decode(completion) for completion in completions]
-            if of_text
-            else completions
-        )
+        tokenizer = self.tokenizer
+        decoder = Decoder(self.config, self.params, tokenizer.vocab_size, tokenizer.eos_id)
+        choices = Choices(k, jnp.asarray(allowed), mesh=self.mesh)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        completions = generate(decoder, ids, max_new_tokens, choices, sampling, on_token)
+        return [tokenizer.decode(ids) for ids in completions] if of_text else completions
 
-    def check_rows(self, rows: int) -> None:
-        """Raises UserError where so many rows do not divide over the mesh."""
-        if self.mesh is not None and rows % (ways := batch_ways(self.mesh)):
+    def check_batch(self, size: int) -> None:
+        """Raises UserError where a batch of this size does not divide over the mesh."""
+        if self.mesh is not None and size % (ways := batch_ways(self.mesh)):
             raise UserError(
-                f"{rows} rows do not divide over {ways} devices of the mesh's data x fsdp x expert;"
+                f"{size} sequences do not divide over {ways} devices of the mesh's data x fsdp x expert;"
                 " give a multiple, or use tensor alone"
             )
 

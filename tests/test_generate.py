@@ -17,9 +17,9 @@ from flexolmo_jax.cli import main
 from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.generate import Sampling, TextStream, generate, programs, sample
+from flexolmo_jax.generate import Decoder, Sampling, TextStream, generate, programs, sample
 from flexolmo_jax.loaded import load
-from flexolmo_jax.model import Params, forward, init_params
+from flexolmo_jax.model import Choices, Params, forward, init_params
 
 E, N = 4, 12
 # init_std makes logits of order 1: greedy completions then wander, and no two logits are within
@@ -33,6 +33,7 @@ VOCAB = 90  # the tokenizer's; 6 ids are padding
 RNG = np.random.default_rng(1)
 PROMPTS = [RNG.integers(0, VOCAB, size).tolist() for size in (1, 5, 17, 30)]
 HOT = Sampling(temperature=1.5, seed=7)
+GREEDY = Sampling()
 
 
 @functools.lru_cache
@@ -44,12 +45,22 @@ def params_of(config: ModelConfig = CONFIG, pair: bool = False) -> Params:
     return params
 
 
-def run(prompts=PROMPTS, *, config=CONFIG, params=None, **options) -> list[list[int]]:
-    experts = dict(active=config.n_active, allowed=np.ones(config.n_experts, bool))
-    arguments: dict[str, Any] = (
-        dict(max_new_tokens=N, eos_id=-1, vocab_size=VOCAB) | experts | options
-    )
-    return generate(config, params or params_of(config), prompts, **arguments)
+def run(
+    prompts=PROMPTS,
+    *,
+    config=CONFIG,
+    params=None,
+    max_new_tokens=N,
+    eos_id=-1,
+    sampling=GREEDY,
+    on_token=None,
+    **chosen,
+) -> list[list[int]]:
+    decoder = Decoder(config, params or params_of(config), VOCAB, eos_id)
+    experts: dict[str, Any] = dict(active=config.n_active, allowed=[True] * config.n_experts)
+    experts |= chosen
+    choices = Choices(**(experts | {"allowed": jnp.asarray(experts["allowed"])}))
+    return generate(decoder, prompts, max_new_tokens, choices, sampling, on_token)
 
 
 @functools.cache
@@ -385,7 +396,7 @@ def test_a_model_spread_over_devices_writes_and_scores_the_same(model, prepared,
         (["--mesh", "tensor=0"], "expected positive numbers"),
         (
             ["--mesh", "fsdp=2", "--prompt", "b", "--prompt", "c"],
-            "3 rows do not divide over 2 devices",
+            "3 sequences do not divide over 2 devices",
         ),
     ],
 )

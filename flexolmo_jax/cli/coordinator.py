@@ -264,8 +264,9 @@ def _trust(args: argparse.Namespace) -> Any:
 
 
 def _admitting(args: argparse.Namespace) -> dict[str, Any]:
-    looked_at = {"admission": not args.no_admission, "screening": args.require_screening}
-    return {"trust": _trust(args), **looked_at}
+    from flexolmo_jax.coordinator.gate import Gate
+
+    return {"gate": Gate(_trust(args), not args.no_admission, args.require_screening)}
 
 
 def _composing(args: argparse.Namespace) -> dict[str, Any]:

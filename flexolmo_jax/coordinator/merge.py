@@ -1,34 +1,30 @@
-"""Merging: anchor + contributions -> one mixture-of-experts model, without data and without
-training; and taking experts out.
+"""Merging: anchor + contributions -> one mixture-of-experts model, without data or training.
 
-Contributions are taken into the store once, verified; every verb then makes one composition
-(composition.py) into another, and writes it. Dropping an expert leaves its files out: what is left
-are the files of the model that never had it.
+The store takes in each contribution once, verified. Every verb then turns one composition
+(composition.py) into another and writes it. Dropping an expert leaves its files out: what stays are
+the files of the model that never had it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact, sealed_json
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.admission import admit
 from flexolmo_jax.exchange.anchor import open_anchor
-from flexolmo_jax.exchange.contribution import Contribution, open_contribution
+from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.exchange.manifest import check_newer
-from flexolmo_jax.exchange.screening import check_screening
-from flexolmo_jax.exchange.signature import ANY, Trust, load_key, sign
+from flexolmo_jax.exchange.signature import load_key, sign
 from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, tensors_of
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import check_new
 from flexolmo_jax.storage.paths import absolute
 from flexolmo_jax.storage.placing import WAYS
 
 from .compose import Source
-from .composition import Composition, Tuning
+from .composition import Composition, Member, Tuning
+from .gate import ANYBODY, Gate
 from .objects import sketches_of
 from .receipt import make_receipt
 from .sketch import encoded
@@ -41,38 +37,42 @@ def merge(
     out: Path,
     *,
     active: int | None = None,
+    gate: Gate = ANYBODY,
     store_path: Path | None = None,
-    trust: Trust = ANY,
-    admission: bool = True,
-    screening: Sequence[Path] = (),
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Writes the merged model. `active` is the stored number of experts a token uses (default: 4,
-    or all if there are fewer); `store_path` is by default `flexolmo-store` beside the model; `ways`
-    are those of `compose`. Each contribution is tried (`admit`), unless `admission` is False; with
-    `screening`, verdicts of the other owners, `check_screening` decides on it too.
+    """Writes the merged model.
 
-    Raises UserError, before any expert's tensor is read, for a contribution to another anchor, one
-    that is expired or not trusted, a name given twice, and `active` above E; and for tensors, the
-    anchor's or a contribution's, that are not what their digests say.
+    Args:
+        active: how many experts a token uses (default: 4, or all if there are fewer).
+        gate: what each contribution has to pass.
+        store_path: by default `flexolmo-store` beside the model.
+        ways: those of `compose`.
+
+    Raises:
+        UserError: before any expert's tensor is read, for a contribution to another anchor, one
+            that is expired or not trusted, a name given twice, and `active` above E; then for
+            tensors, the anchor's or a contribution's, that are not what their digests say.
     """
     check_new(out)
     anchor = open_anchor(anchor_path)
-    gate = Gate(trust, admission, screening)
     contributions = [gate.open(path, anchor) for path in contribution_paths]
     store = Store.at(store_path or absolute(out).parent / STORE)
-    composition = Composition.of_anchor(anchor, anchor.path / "weights", active)
+    planned = Composition.of_anchor(anchor, anchor.path / "weights", active)
     for contribution in contributions:
-        composition = _with(
-            composition, contribution, sketch="", source=composition.sources[0], new=True
-        )
-    composition.describe()  # raises before anything is read or written
+        if contribution.name in planned.experts:
+            raise UserError(
+                f"two experts are called {contribution.name!r}; give each contribution a name of"
+                " its own"
+            )
+        planned = planned.with_member(_member(contribution), planned.sources[0])
+    planned.describe()  # raises before anything is read or written
     gate.check(contributions, anchor)
     with store.shared():
         held = store.anchor(anchor)
         composition = Composition.of_anchor(anchor, held.weights, active)
         for contribution in contributions:
-            composition = _taken_in(composition, contribution, store, held.sketch, new=True)
+            composition = _taken_in(composition, contribution, store, held.sketch)
         return composition.write(out, store, ways)
 
 
@@ -86,13 +86,18 @@ def opt_out(
     store_path: Path | None = None,
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Writes the model without these experts, exactly the merge that never had them, and in it the
-    receipt.
+    """Writes the model without these experts: exactly the merge that never had them, and a receipt.
 
-    `model_path` may be a router run: the model then has its tuned rows. These bear a trace of the
-    experts that were there when they were tuned; `untuned` takes the rows that were contributed
-    instead, from the store. `sign_key` signs the receipt. Raises UserError for a name the model
-    does not have, for the anchor's, and where an expert that stays is a copy of one that leaves.
+    Args:
+        model_path: a model, or a router run, whose tuned rows the new model then has.
+        untuned: take the rows that were contributed instead, from the store. Tuned rows bear a
+            trace of the experts that were there when they were tuned.
+        sign_key: the coordinator's private key, which signs the receipt.
+        store_path, ways: as in `merge`.
+
+    Raises:
+        UserError: for a name that the model does not have, for the anchor's, and where an expert
+            that stays is a copy of one that leaves.
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
@@ -111,8 +116,7 @@ def opt_out(
 def apply_tuning(
     run: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS
 ) -> Artifact:
-    """Writes the model of a router run, with the rows that it tuned. Raises UserError for another
-    run."""
+    """Writes the model of a router run, with the rows that it tuned. Raises UserError."""
     check_new(out)
     model, tuning = _tuned(run)
     if not tuning.rows:
@@ -125,8 +129,8 @@ def apply_tuning(
 def undo_tuning(
     model_path: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS
 ) -> Artifact:
-    """Writes the model with the rows that were contributed, from the store: what `merge` gave.
-    Raises UserError where it lacks one."""
+    """Writes the model with the rows that were contributed, from the store, as `merge` did.
+    Raises UserError where the store lacks one."""
     check_new(out)
     model, tuning = _tuned(open_model(model_path).path)
     store = _store(model, store_path)
@@ -141,19 +145,25 @@ def replace(
     out: Path,
     *,
     allow_older: bool = False,
+    gate: Gate = ANYBODY,
     store_path: Path | None = None,
-    trust: Trust = ANY,
-    admission: bool = True,
-    screening: Sequence[Path] = (),
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Writes the model with a newer contribution in the place of the expert of the same name;
-    `allow_older` takes any.
-
-    Raises UserError as `merge` does.
-    """
-    gate = Gate(trust, admission, screening, allow_older)
-    return _with_contribution(model_path, contribution, out, gate, store_path, ways, new=False)
+    """Writes the model with a newer contribution in the place of the expert of the same name, or
+    with any where `allow_older`. Raises UserError as `merge` does."""
+    check_new(out)
+    model, tuning = _tuned(open_model(model_path).path)
+    newer = gate.open(contribution, model)
+    if newer.name not in model.experts:
+        raise UserError(
+            f"no expert {newer.name!r} in the model; it has {', '.join(model.experts)}; `flexolmo"
+            " append` adds one"
+        )
+    composition = _planned(model, tuning, newer)
+    if not allow_older:
+        check_newer(model.members[model.experts.index(newer.name) - 1], newer.manifest)
+    gate.check([newer], model)
+    return _with_contribution(composition, model, newer, _store(model, store_path), out, ways)
 
 
 def append(
@@ -161,21 +171,25 @@ def append(
     contribution: Path,
     out: Path,
     *,
+    gate: Gate = ANYBODY,
     store_path: Path | None = None,
-    trust: Trust = ANY,
-    admission: bool = True,
-    screening: Sequence[Path] = (),
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
     """Writes the model with one more expert, the last. Raises UserError as `merge` does."""
-    return _with_contribution(
-        model_path, contribution, out, Gate(trust, admission, screening), store_path, ways, new=True
-    )
+    check_new(out)
+    model, tuning = _tuned(open_model(model_path).path)
+    more = gate.open(contribution, model)
+    if more.name in model.experts:
+        raise UserError(
+            f"{model_path} already has an expert {more.name!r}; `flexolmo replace` renews it"
+        )
+    composition = _planned(model, tuning, more)
+    gate.check([more], model)
+    return _with_contribution(composition, model, more, _store(model, store_path), out, ways)
 
 
 def open_model(path: Path) -> Artifact:
-    """Opens a merged model for use: its bytes are those of its description. Raises UserError for
-    anything else."""
+    """Opens a merged model for use. Its bytes are those of its description, or UserError."""
     artifact = open_artifact(path)
     if artifact.kind != "model":
         raise UserError(
@@ -185,109 +199,50 @@ def open_model(path: Path) -> Artifact:
     return artifact
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What contributions have to pass."""
-
-    trust: Trust = ANY
-    admission: bool = True  # whether each is tried, see `admit`
-    screening: Sequence[Path] = ()  # verdicts of the other owners, if they are asked for
-    allow_older: bool = False
-
-    def open(self, path: Path, base: Artifact) -> Contribution:
-        """One that its manifest lets in."""
-        contribution = open_contribution(path)
-        contribution.check(base, self.trust)
-        return contribution
-
-    def check(self, contributions: Sequence[Contribution], base: Artifact) -> None:
-        """What is not in the manifests: what other owners say of an expert, and what it
-        computes."""
-        if self.screening:
-            check_screening(contributions, self.screening, self.trust)
-        if not self.admission:
-            note(
-                "warning: --no-admission: the sizes of the experts' weights, and whether what they"
-                " compute is finite, are not looked at"
-            )
-            return
-        for contribution in contributions:
-            admit(contribution, base)
+def _planned(model: Artifact, tuning: Tuning, contribution: Contribution) -> Composition:
+    """The model as it is. Raises UserError where it cannot have the contribution in it."""
+    composition = Composition.of_model(model, tuning)
+    composition.with_member(_member(contribution), composition.sources[0]).describe()
+    return composition
 
 
 def _with_contribution(
-    model_path: Path,
-    path: Path,
+    composition: Composition,
+    model: Artifact,
+    contribution: Contribution,
+    store: Store,
     out: Path,
-    gate: Gate,
-    store_path: Path | None,
     ways: Sequence[str],
-    *,
-    new: bool,
 ) -> Artifact:
-    check_new(out)
-    model, tuning = _tuned(open_model(model_path).path)
-    contribution = gate.open(path, model)
-    composition = Composition.of_model(model, tuning)
-    _with(composition, contribution, sketch="", source=composition.sources[0], new=new).describe()
-    if not new and not gate.allow_older:
-        check_newer(
-            model.members[model.experts.index(contribution.name) - 1], contribution.manifest
-        )
-    gate.check([contribution], model)
-    store = _store(model, store_path)
     with store.shared():
-        return _taken_in(
-            composition, contribution, store, _anchor_sketch(composition, model, store), new=new
-        ).write(out, store, ways)
+        anchor = _anchor_sketch(composition, model, store)
+        return _taken_in(composition, contribution, store, anchor).write(out, store, ways)
 
 
 def _taken_in(
-    composition: Composition,
-    contribution: Contribution,
-    store: Store,
-    anchor: np.ndarray,
-    *,
-    new: bool,
+    composition: Composition, contribution: Contribution, store: Store, anchor: np.ndarray
 ) -> Composition:
     """With a contribution, out of the store; `anchor` are the sketches of the anchor's matrices."""
     held = store.expert(contribution)
-    return _with(
-        composition,
-        contribution,
-        sketch=encoded(held.sketch - anchor),
-        source=Source(held.weights, 0),
-        new=new,
-    )
+    member = _member(contribution, encoded(held.sketch - anchor))
+    return composition.with_member(member, Source(held.weights, 0))
+
+
+def _member(contribution: Contribution, sketch: str = "") -> Member:
+    signature = contribution.signature
+    return {
+        "name": contribution.name,
+        "manifest": contribution.manifest,
+        "signature": None if signature is None else signature.decode("ascii"),
+        "sketch": sketch,
+    }
 
 
 def _anchor_sketch(composition: Composition, model: Artifact, store: Store) -> np.ndarray:
     key = anchor_key(composition.anchor["tensors"])
-    return (
-        store.held(key, "the anchor").sketch
-        if store.holds(key)
-        else sketches_of(model.path / "weights", model.config)
-    )
-
-
-def _with(
-    composition: Composition, contribution: Contribution, *, sketch: str, source: Source, new: bool
-) -> Composition:
-    name = contribution.name
-    if new and name in composition.experts:
-        raise UserError(
-            f"two experts are called {name!r}; give each contribution a name of its own"
-        )
-    if not new and name not in composition.experts:
-        raise UserError(
-            f"no expert {name!r} in the model; it has {', '.join(composition.experts)}; `flexolmo"
-            " append` adds one"
-        )
-    signature = None if contribution.signature is None else contribution.signature.decode("ascii")
-    return composition.with_member(
-        {"name": name, "manifest": contribution.manifest, "signature": signature, "sketch": sketch},
-        source,
-    )
+    if store.holds(key):
+        return store.held(key, "the anchor").sketch
+    return sketches_of(model.path / "weights", model.config)
 
 
 def _tuned(path: Path) -> tuple[Artifact, Tuning]:
@@ -299,19 +254,17 @@ def _tuned(path: Path) -> tuple[Artifact, Tuning]:
     if artifact.path == model.path:
         return model, Tuning(tuple(traces))
     traces |= dict.fromkeys([*model.experts, *artifact.description.get("data", ())])
-    return model, Tuning(
-        tuple(traces),
-        {name: np.asarray(a, model.dtype) for name, a in flatten(artifact.trained()).items()},
-    )
+    rows = flatten(artifact.trained())
+    released = {path: np.asarray(a, model.dtype) for path, a in rows.items()}
+    return model, Tuning(tuple(traces), released)
 
 
 def _contributed(composition: Composition, store: Store) -> list[Source]:
     """The anchor and the members as they were taken in."""
     held = [store.held(anchor_key(composition.anchor["tensors"]), "the model's anchor")]
     for member in composition.members:
-        held.append(
-            store.held(expert_key(tensors_of(member)), f"the contribution of {member['name']!r}")
-        )
+        key = expert_key(tensors_of(member))
+        held.append(store.held(key, f"the contribution of {member['name']!r}"))
     return [Source(each.weights, 0) for each in held]
 
 

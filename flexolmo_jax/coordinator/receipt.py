@@ -1,9 +1,8 @@
-"""What an owner who leaves is given: which expert is gone from a model, who still has it, and a
-check that anybody can run.
+"""What an owner who leaves is given: a receipt that anybody can check against a model.
 
     receipt.json   the leavers' manifests and signatures, whole; digests and sketches of their
-    weights; who stays; how exact it is receipt.sig    optional: the coordinator's Ed25519 signature
-    over the receipt's bytes
+                   weights; who stays; how exact the opt-out is
+    receipt.sig    optional: the coordinator's Ed25519 signature over the receipt's bytes
 
 A model holds an expert that has left where one of its experts is it, or nearly it (sketch.py).
 Equal single matrices prove nothing: what training leaves alone is the anchor's in every expert.

@@ -38,7 +38,7 @@ def evaluate(
     the first records of each only.
     """
     k, allowed = model.selection(without, active)
-    model.check_rows(batch_size)
+    model.check_batch(batch_size)
     scorer = make_scorer(model.config, k, mesh=model.mesh)
     put = (
         jnp.asarray

@@ -75,7 +75,7 @@ class OfModel:
         self._run = _losses(model.config, active, model.mesh)
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        self._model.check_rows(len(tokens))
+        self._model.check_batch(len(tokens))
         mesh = self._model.mesh
         batch = [
             a if mesh is None else put_batch(mesh, range(len(a)), len(a), a)

@@ -1,9 +1,9 @@
-"""What an owner hands over: the expert's tensors and a manifest, in a directory with nothing else
-in it. Never data.
+"""What an owner hands over: a directory with the expert's tensors and a manifest. Never data.
 
-    expert.safetensors   layers.<l>.ffn.{gate,up,down}  layers.<l>.router.row
-    layers.<l>.router.bias (where trained with one) manifest.json        canonical JSON: owner,
-    name, anchor fingerprint, model config, digests, training summary, ... (manifest.py)
+    expert.safetensors   layers.<l>.ffn.{gate,up,down}, layers.<l>.router.row and, where trained
+                         with one, layers.<l>.router.bias
+    manifest.json        canonical JSON: owner, name, anchor fingerprint, model config, digests,
+                         training summary, ... (manifest.py)
     manifest.sig         optional: an Ed25519 signature over the manifest's bytes
 
 docs/contribution-format.md is the specification. Checking one reads the manifest first: another

@@ -1,8 +1,8 @@
 """The model: `init_params` makes a tree of arrays, `forward` and `decode` run it. Knows nothing of
 training or data."""
 
-from .layers import CACHE, KVCache
-from .moe import RouterOutput
+from .layers import CACHE, CachedContext, KVCache
+from .moe import Choices, RouterOutput
 from .transformer import (
     Output,
     Params,
@@ -18,6 +18,8 @@ from .transformer import (
 
 __all__ = [
     "CACHE",
+    "CachedContext",
+    "Choices",
     "KVCache",
     "Output",
     "Params",

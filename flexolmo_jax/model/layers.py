@@ -35,8 +35,8 @@ class KVCache(NamedTuple):
 class Linear(nnx.Module):
     """`x @ kernel`, no bias; the kernel is cast to the activations' dtype.
 
-    On rows: the kernel's gradient of a batch with two axes is a product that XLA transposes both
-    sides of (CPU: 1.7 times the time).
+    Over a batch with one axis: with two, XLA transposes both sides of the product that is the
+    kernel's gradient (1.7 times the time on a CPU).
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
-        rows = x.reshape(-1, x.shape[-1])
-        return (rows @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+        tokens = x.reshape(-1, x.shape[-1])
+        return (tokens @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -83,9 +83,64 @@ def rotate(
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+class PackedContext(NamedTuple):
+    """What tokens attend to in whole sequences: their own document, up to themselves."""
+
+    segments: Int[Array, "B T"]  # each token's document, counted from 1; 0 is padding
+    layer = cache = None
+
+    def of_layer(self, layer: Int[Array, ""], cache: None) -> "PackedContext":
+        """The same in every layer."""
+        return self
+
+    def attend(
+        self,
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B T K C"],
+        v: Float[Array, "B T K C"],
+        mesh: Mesh | None,
+    ) -> tuple[Float[Array, "B T H C"], None]:
+        # A custom call where there is one: the compiler does not partition it over a mesh.
+        axes = (QUERIES, KEYS, KEYS, ("batch", None))
+        attend = sharding.on_each_shard(mesh, _attention_within, axes, QUERIES)
+        return attend(q, k, v, self.segments), None
+
+
+class CachedContext(NamedTuple):
+    """What tokens attend to in a step over a KV cache of S slots: where `mask` says."""
+
+    mask: Bool[Array, "B T S"]
+    cache: KVCache
+    slot: Int[Array, ""] | int  # where the step's own keys and values are written
+    layer: Int[Array, ""] | int = 0
+
+    def of_layer(self, layer: Int[Array, ""], cache: KVCache) -> "CachedContext":
+        """The context in this layer, with the cache as the layer before has left it."""
+        return self._replace(layer=layer, cache=cache)
+
+    def attend(
+        self,
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B T K C"],
+        v: Float[Array, "B T K C"],
+        mesh: Mesh | None,
+    ) -> tuple[Float[Array, "B T H C"], KVCache]:
+        def written(old: Array, new: Array) -> Array:
+            heads_first = new.transpose(0, 2, 1, 3)[None].astype(old.dtype)
+            return jax.lax.dynamic_update_slice(old, heads_first, (self.layer, 0, 0, self.slot, 0))
+
+        # The whole cache goes from layer to layer, so that a step writes its own slots and copies
+        # nothing.
+        cache = KVCache(written(self.cache.keys, k), written(self.cache.values, v))
+        keys, values = cache.keys[self.layer], cache.values[self.layer]
+        return masked_attention(q, keys, values, self.mask), cache
+
+
+Context = PackedContext | CachedContext
+
+
 class Attention(nnx.Module):
-    """Multi-head (or grouped-query) attention with RMSNorm over the whole query and key
-    projections."""
+    """Multi-head or grouped-query attention with RMSNorm over whole query and key projections."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         D, C = config.d_model, config.d_head
@@ -102,43 +157,18 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        visible: Int[Array, "B T"] | Bool[Array, "B T S"],
-        cache: KVCache | None = None,
-        layer: Int[Array, ""] | int = 0,
-        slot: Int[Array, ""] | int = 0,
+        context: Context,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Without a cache `visible` is the tokens' segments: attention is causal within each.
-
-        With one this call's keys and values are written at `slot` of this layer's part, and
-        `visible` masks all its slots.
-        """
+        """The output, and the context's cache with this step's keys and values in it."""
         B, T, _ = x.shape
         K, C, theta = self.config.n_kv_heads, self.config.d_head, self.config.rope_theta
         q = rotate(self.q_norm(self.q(x)).reshape(B, T, -1, C), positions, theta)
         k = rotate(self.k_norm(self.k(x)).reshape(B, T, K, C), positions, theta)
         v = self.v(x).reshape(B, T, K, C)
-        if cache is None:
-            # A custom call where there is one: the compiler does not partition it over a mesh.
-            attend = sharding.on_each_shard(
-                mesh, _causal, (QUERIES, KEYS, KEYS, ("batch", None)), QUERIES
-            )
-            mixed = attend(q, k, v, visible)
-        else:
-            # The whole cache goes from layer to layer, so that a step writes its own slots and
-            # copies nothing.
-            heads_first = (
-                (old, new.transpose(0, 2, 1, 3)[None].astype(old.dtype))
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-            written = (
-                jax.lax.dynamic_update_slice(old, new, (layer, 0, 0, slot, 0))
-                for old, new in heads_first
-            )
-            cache = KVCache(*written)
-            mixed = masked_attention(q, cache.keys[layer], cache.values[layer], visible)
+        mixed, cache = context.attend(q, k, v, mesh)
         return self.o(mixed.reshape(B, T, -1)), cache
 
 
-def _causal(q: Array, k: Array, v: Array, segments: Array) -> Array:
+def _attention_within(q: Array, k: Array, v: Array, segments: Array) -> Array:
     return attention(q, k, v, segments=segments)

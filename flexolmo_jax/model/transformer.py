@@ -12,6 +12,7 @@ paths are the same in configs, checkpoints and manifests:
     expert/...     the same with E = 1: a pair's new expert (present in a pair only)
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -24,19 +25,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
 
-from .layers import Attention, KVCache, Linear, RMSNorm
-from .moe import Experts, RouterOutput, mixture
+from .layers import Attention, CachedContext, Context, KVCache, Linear, PackedContext, RMSNorm
+from .moe import Choices, Experts, RouterOutput, mixture
 
 Params = dict  # nested dict of arrays, see above
 
 
 class Output(NamedTuple):
-    """What comes before the logits, so that a loss may make them in parts; `router` has a leading
-    layer axis."""
+    """What comes before the logits, so that a loss may make them in parts."""
 
     hidden: Float[Array, "B T D"]
     head: Float[Array, "D V"]
-    router: RouterOutput
+    router: RouterOutput  # of every layer, [L, ...]
     cache: KVCache | None
 
     @property
@@ -46,7 +46,7 @@ class Output(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """Attention and the two norms; the experts come from outside, as they are stored and trained
+    """Attention and the two norms. The experts come from outside: they are stored and trained
     apart from the trunk."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -59,27 +59,15 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         experts: tuple[Experts, ...],
         positions: Int[Array, "B T"],
-        visible: Int[Array, "B T"] | Bool[Array, "B T S"],
-        *,
-        active: int,
-        allowed: Bool[Array, "E"],
-        noise: Float[Array, "B T E"] | None = None,
-        cache: KVCache | None = None,
-        index: Int[Array, ""] | None = None,
-        slot: Int[Array, ""] | int = 0,
-        mesh: Mesh | None = None,
+        context: Context,
+        choices: Choices,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterOutput]:
-        """With a cache, `index` says which layer this is, and the experts' matrices are those of
-        all layers."""
+        """Over a cache, the experts' matrices are those of all layers."""
         with jax.named_scope("attention"):
-            attended, cache = self.attention(
-                x, positions, visible, cache, 0 if index is None else index, slot, mesh
-            )
+            attended, cache = self.attention(x, positions, context, choices.mesh)
             h = x + self.attention_norm(attended)
         with jax.named_scope("mixture"):
-            mixed, router = mixture(
-                h, experts, active, allowed, noise, mesh, None if cache is None else index
-            )
+            mixed, router = mixture(h, experts, choices, context.layer)
             return h + self.ffn_norm(mixed), cache, router
 
 
@@ -116,24 +104,14 @@ class Transformer(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        visible: Int[Array, "B T"] | Bool[Array, "B T S"],
-        *,
-        active: int,
-        allowed: Bool[Array, "E"],
-        cache: KVCache | None = None,
-        slot: Int[Array, ""] | int = 0,
-        dtype: DTypeLike = jnp.float32,
-        remat: str = "none",
-        mesh: Mesh | None = None,
-        router_noise: Float[Array, "L B T E"] | None = None,
+        context: Context,
+        choices: Choices,
     ) -> Output:
-        """`visible`: segments, or a mask over the cache, as `Attention` takes them."""
-        trunk = self.trunk
-        graph, layers = nnx.split(trunk.layers)
-        # The scan hands each layer a copy of its slice. Decoding is too short for that: there a
-        # layer gets the matrices of all layers and takes what its tokens choose, mostly a few
-        # experts.
-        whole = Experts.is_matrix if cache is not None else nnx.Nothing()
+        graph, layers = nnx.split(self.trunk.layers)
+        # The scan hands each layer a copy of its slice. A decoding step is too short for that:
+        # there a layer gets the matrices of all layers, and reads those that its tokens choose,
+        # mostly a few experts'.
+        whole = nnx.Nothing() if context.cache is None else Experts.is_matrix
         groups = [
             nnx.split(group, whole, ...)
             for group in (self.experts, self.expert)
@@ -148,32 +126,25 @@ class Transformer(nnx.Module):
                 nnx.merge(graph, whole, state)
                 for (graph, whole, _), state in zip(groups, states, strict=True)
             )
-            y, cache, router = layer(
-                x,
-                experts,
-                positions,
-                visible,
-                active=active,
-                allowed=allowed,
-                noise=noise,
-                cache=cache,
-                index=index,
-                slot=slot,
-                mesh=mesh,
-            )
+            here = context.of_layer(index, cache)
+            own = dataclasses.replace(choices, noise=noise)
+            y, cache, router = layer(x, experts, positions, here, own)
             return (y, cache), router
 
-        x = trunk.embedding[...][tokens].astype(dtype)
-        step, index = rematerialised(layer_step, remat), jnp.arange(self.config.n_layers)
+        x = self.trunk.embedding[...][tokens].astype(choices.dtype)
+        index = jnp.arange(self.config.n_layers)
         (x, cache), router = jax.lax.scan(
-            step, (x, cache), (layers, [state for *_, state in groups], index, router_noise)
+            rematerialised(layer_step, choices.remat),
+            (x, context.cache),
+            (layers, [state for *_, state in groups], index, choices.noise),
         )
-        return Output(trunk.norm(x), trunk.head.kernel[...].astype(x.dtype), router, cache)
+        hidden, head = self.trunk.norm(x), self.trunk.head.kernel[...].astype(x.dtype)
+        return Output(hidden, head, router, cache)
 
 
 def rematerialised(step, policy: str):
-    """What the backward pass recomputes: nothing, everything but the layer's input, or all but
-    matrix products."""
+    """What the backward pass computes again: nothing ("none"), everything but a layer's input
+    ("full"), or all but matrix products ("dots")."""
     if policy == "none":
         return step
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -198,36 +169,26 @@ def forward(
     mesh: Mesh | None = None,
     router_noise: Float[Array, "L B T E"] | None = None,
 ) -> Output:
-    """Whole sequences. `segments` marks packed documents (0 is padding): no token attends outside
-    its own.
+    """Runs whole sequences of packed documents.
 
-    `active` defaults to the config's for a merged model and to all experts for a pair. `allowed`
-    excludes experts at run time. `mesh` is the one that parameters and batch are spread over, where
-    they are. `router_noise` is added to the routers' logits where they weight experts, not to what
-    is reported of them.
+    Args:
+        segments: the document of each token, 0 for padding; no token attends outside its own.
+        active: experts a token uses; by default the config's, and both of a pair's.
+        allowed: experts that tokens may use; by default all.
+        router_noise, dtype, remat, mesh: as in `Choices`.
     """
     if segments is None:
         segments = jnp.ones(tokens.shape, jnp.int32)
     active, allowed = _all_experts(config, params, active, allowed)
-    model, positions = bind(config, params), document_positions(segments)
-    return model(
-        tokens,
-        positions,
-        segments,
-        active=active,
-        allowed=allowed,
-        dtype=dtype,
-        remat=remat,
-        mesh=mesh,
-        router_noise=router_noise,
-    )
+    choices = Choices(active, allowed, router_noise, dtype, remat, mesh)
+    positions = document_positions(segments)
+    return bind(config, params)(tokens, positions, PackedContext(segments), choices)
 
 
 def forward_layer(
     config: ModelConfig, params: Params, x: Float[Array, "B T D"], segments: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """One layer of a pair, for models of which only a layer fits the memory; both experts are
-    active.
+    """One layer of a pair with both experts active, where only one layer fits the memory.
 
     `params` are that layer's, without their axis of layers: `layer` (of the trunk), `experts` and
     `expert`. `x` comes from the layer before: at first the embeddings of the tokens.
@@ -237,14 +198,8 @@ def forward_layer(
     layer, *experts = (
         nnx.merge(nnx.split(module)[0], params[name]) for name, module in parts.items()
     )
-    return layer(
-        x,
-        tuple(experts),
-        document_positions(segments),
-        segments,
-        active=2,
-        allowed=jnp.ones(2, bool),
-    )[0]
+    positions, context = document_positions(segments), PackedContext(segments)
+    return layer(x, tuple(experts), positions, context, Choices(2, jnp.ones(2, bool)))[0]
 
 
 def decode(
@@ -252,30 +207,12 @@ def decode(
     params: Params,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    mask: Bool[Array, "B T S"],
-    cache: KVCache,
-    slot: Int[Array, ""] | int,
-    *,
-    active: int | None = None,
-    allowed: Bool[Array, "E"] | None = None,
-    dtype: DTypeLike = jnp.float32,
-    mesh: Mesh | None = None,
+    context: CachedContext,
+    choices: Choices,
 ) -> Output:
-    """One step over a KV cache of S slots: `tokens` are written at `slot` and attend wherever
-    `mask` says (prefill and decode alike)."""
-    active, allowed = _all_experts(config, params, active, allowed)
-    model = bind(config, params)
-    return model(
-        tokens,
-        positions,
-        mask,
-        active=active,
-        allowed=allowed,
-        cache=cache,
-        slot=slot,
-        dtype=dtype,
-        mesh=mesh,
-    )
+    """One step over a KV cache, for a prompt and for each token after it. The output's cache has
+    this step in it."""
+    return bind(config, params)(tokens, positions, context, choices)
 
 
 def empty_cache(

@@ -1,5 +1,4 @@
-"""Weights on disk: a directory that any Orbax restores, with any sharding, written by TensorStore a
-shard at a time.
+"""Weights on disk: what any Orbax restores with any sharding, written a shard at a time.
 
 Each parameter is a Zarr 3 array. A shard, which is a file, holds one slice of the leading axes: one
 layer's matrix, of one expert. So experts are files: merging and taking out experts moves files and
@@ -7,9 +6,11 @@ leaves their bytes alone. Inside a shard lie chunks that split the "embed" axis,
 which holds a part of it reads that part; each has a CRC-32C, so that a flipped bit is an error and
 not a weight.
 
-    <parameter path, with dots>/zarr.json   <parameter>/c/<index of the shard>   _METADATA
-    _CHECKPOINT_METADATA (Orbax's) commit_success.txt   (Orbax's too: written last, because in a
-    bucket it takes a checkpoint without it for one that is being written)
+    <parameter>/zarr.json                 <parameter> is its path, with dots
+    <parameter>/c/<index of the shard>
+    _METADATA, _CHECKPOINT_METADATA       Orbax's
+    commit_success.txt                    Orbax's, and last: in a bucket, it takes a checkpoint
+                                          without it for one that is still being written
 """
 
 import dataclasses

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from flexolmo_jax import cli
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.info import info
 from flexolmo_jax.coordinator.merge import append, merge, replace
 from flexolmo_jax.coordinator.verify import verify
@@ -299,9 +300,9 @@ def test_a_trusted_owner_cannot_take_the_place_of_another(copy, model, anchor, k
         )
         for read in (
             lambda: verify(copy, trust=trust),
-            lambda: merge(anchor, [copy], tmp_path / "out", trust=trust),
-            lambda: append(without, copy, tmp_path / "out", trust=trust),
-            lambda: replace(model, copy, tmp_path / "out", trust=trust),
+            lambda: merge(anchor, [copy], tmp_path / "out", gate=Gate(trust)),
+            lambda: append(without, copy, tmp_path / "out", gate=Gate(trust)),
+            lambda: replace(model, copy, tmp_path / "out", gate=Gate(trust)),
         ):
             refused(read, r"signed by the key code\.pub, which may sign experts called 'code'")
     assert not (tmp_path / "out").exists()
@@ -318,10 +319,10 @@ def test_an_old_contribution_cannot_be_handed_over_again(copy, anchor, keys, tmp
         merge(anchor, [old], tmp_path / "model").path,
         new,
         tmp_path / "replaced",
-        trust=Trust.of(keys),
+        gate=Gate(Trust.of(keys)),
     ).path
     refused(
-        lambda: replace(model, old, tmp_path / "out", trust=Trust.of(keys)),
+        lambda: replace(model, old, tmp_path / "out", gate=Gate(Trust.of(keys))),
         "has sequence 1; expected more than the model's, 2",
     )
     assert cli.main(["replace", str(model), str(old), "--out", str(tmp_path / "out")]) == 2

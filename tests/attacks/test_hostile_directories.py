@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from flexolmo_jax.artifact import open_artifact, sealed_json
 from flexolmo_jax.convert.exporting import export_hf
 from flexolmo_jax.convert.importing import import_hf
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.info import info
 from flexolmo_jax.coordinator.merge import merge, opt_out
 from flexolmo_jax.coordinator.store import STORE, Store
@@ -74,7 +75,7 @@ def uses(kind: str, anchor: Path, whole: dict[str, Path], out: Path) -> list[Cal
             verify,
             info,
             lambda path: verify(path, anchor),
-            lambda path: merge(anchor, [path], out, admission=False),
+            lambda path: merge(anchor, [path], out, gate=Gate(admission=False)),
         ],
         "anchor": [
             verify,
@@ -95,7 +96,7 @@ def uses(kind: str, anchor: Path, whole: dict[str, Path], out: Path) -> list[Cal
             verify,
             info,
             lambda path: merge(
-                anchor, [whole["contribution"]], out, store_path=path, admission=False
+                anchor, [whole["contribution"]], out, store_path=path, gate=Gate(admission=False)
             ),
         ],
         "run": [info, load],

@@ -13,6 +13,7 @@ import pytest
 
 from flexolmo_jax.artifact import open_artifact, sealed_json
 from flexolmo_jax.cli import main
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
 from flexolmo_jax.coordinator.store import STORE, Store
 from flexolmo_jax.coordinator.verify import verify
@@ -371,7 +372,7 @@ def test_a_contribution_that_was_damaged_after_it_was_taken_in_is_not_merged(
     content[-3] ^= 1
     (copy / TENSORS).write_bytes(content)
     with pytest.raises(UserError, match="bytes of"):
-        merge(anchor, [copy], tmp_path / "again", admission=admission)
+        merge(anchor, [copy], tmp_path / "again", gate=Gate(admission=admission))
 
 
 def test_opting_out_of_a_damaged_model_is_refused(model, tmp_path):

@@ -18,6 +18,7 @@ import tensorstore as ts
 
 from flexolmo_jax import integrity
 from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, apply_tuning, merge, opt_out, replace
 from flexolmo_jax.coordinator.router import train_router, tune
 from flexolmo_jax.coordinator.verify import verify
@@ -276,7 +277,7 @@ def test_what_a_model_claims_of_its_members_can_be_checked(anchor, signed, contr
     """Owners, licences, privacy and signatures are those of manifests that a model carries
     whole."""
     model = merge(
-        anchor, [signed["code"], signed["law"]], tmp_path / "model", trust=signed["trust"]
+        anchor, [signed["code"], signed["law"]], tmp_path / "model", gate=Gate(signed["trust"])
     ).path
     told = verify(model, anchor, signed["trust"])["members"]
     assert [member["signed_by"]["name"] for member in told] == ["code", "law"]

@@ -11,6 +11,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, merge, replace
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
@@ -127,15 +128,17 @@ def test_each_policy_lets_in_what_it_should(anchor, contributions, signed, keys,
     for trust in (Trust(signed=True), Trust.of(keys / "trusted")):
         for refused in (
             lambda t=trust: verify(unsigned, trust=t),
-            lambda t=trust: merge(anchor, [signed, unsigned], tmp_path / "no", trust=t),
+            lambda t=trust: merge(anchor, [signed, unsigned], tmp_path / "no", gate=Gate(t)),
         ):
             with pytest.raises(UserError, match="is not signed"):
                 refused()
-        model = merge(anchor, [signed], tmp_path / f"model{trust.keys is None}", trust=trust).path
+        model = merge(
+            anchor, [signed], tmp_path / f"model{trust.keys is None}", gate=Gate(trust)
+        ).path
         with pytest.raises(UserError, match="is not signed"):
-            append(model, unsigned, tmp_path / "no", trust=trust)
+            append(model, unsigned, tmp_path / "no", gate=Gate(trust))
         with pytest.raises(UserError, match="is not signed"):
-            replace(model, contributions["code"], tmp_path / "no", trust=trust)
+            replace(model, contributions["code"], tmp_path / "no", gate=Gate(trust))
     assert not (tmp_path / "no").exists()
 
 

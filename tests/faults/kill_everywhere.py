@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import merge, opt_out
 from flexolmo_jax.coordinator.store import STORE, Store
 from flexolmo_jax.coordinator.verify import verify
@@ -116,10 +117,10 @@ def main() -> None:
 
     def merging(directory: Path) -> None:
         # it writes nothing, and every child would compile anew
-        merge(Path(anchor), paths, directory / "out", admission=False)
+        merge(Path(anchor), paths, directory / "out", gate=Gate(admission=False))
 
     def merged(directory: Path) -> None:
-        merge(Path(anchor), paths, directory / "model", admission=False)
+        merge(Path(anchor), paths, directory / "model", gate=Gate(admission=False))
 
     def leaving(directory: Path) -> None:
         opt_out(directory / "model", ["law"], directory / "out")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.expert_ffn import swiglu
-from flexolmo_jax.model.moe import Experts, mixture
+from flexolmo_jax.model.moe import Choices, Experts, mixture
 
 B, T, E = 2, 40, 4
 CONFIG = ModelConfig(d_model=16, d_ffn=24, init_std=0.3)  # logits and margins of order 1
@@ -36,7 +36,8 @@ def run(h, groups, active, allowed=EVERYONE, noise=None):
         )
         return nnx.merge(nnx.split(module)[0], params)
 
-    return mixture(h, tuple(bound(params) for params in groups), active, allowed, noise)
+    choices = Choices(active, allowed, noise)
+    return mixture(h, tuple(bound(params) for params in groups), choices)
 
 
 jitted = jax.jit(run, static_argnames="active")

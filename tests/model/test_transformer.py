@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from flexolmo_jax.config import PRESETS, ModelConfig
 from flexolmo_jax.kernels.route import route_topk
 from flexolmo_jax.model import (
+    CachedContext,
+    Choices,
     Params,
     decode,
     empty_cache,
@@ -142,7 +144,8 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(config):
     params, lengths, prefill, slots = random_params(config), (T, T - 5), 14, T + 3
     pads = jnp.asarray([T - length for length in lengths])[:, None]
     padded = jnp.where(jnp.arange(T) >= pads, TOKENS, 0)
-    step = jax.jit(decode, static_argnums=0)
+    choices = Choices(config.n_active, jnp.ones(config.n_experts, bool))
+    step = jax.jit(functools.partial(decode, choices=choices), static_argnums=0)
 
     cache, logits = empty_cache(config, B, slots), []
     for first, last in [(0, prefill), *((t, t + 1) for t in range(prefill, T))]:
@@ -150,7 +153,11 @@ def test_decoding_with_a_cache_equals_the_whole_forward_pass(config):
         key = jnp.arange(slots)
         mask = (key <= at[:, None]) & (key >= pads[:, :, None])
         out = step(
-            config, params, padded[:, first:last], jnp.maximum(at - pads, 0), mask, cache, first
+            config,
+            params,
+            padded[:, first:last],
+            jnp.maximum(at - pads, 0),
+            CachedContext(mask, cache, first),
         )
         cache = out.cache
         logits.append(out.logits)
@@ -218,9 +225,10 @@ def test_a_masked_expert_has_no_influence_on_decoding(active):
     allowed = jnp.ones(E, bool).at[gone].set(False)
     mask = jnp.broadcast_to(slots <= slots[:, None], (B, T, T))
     positions = jnp.broadcast_to(slots, (B, T))
-    step = jax.jit(functools.partial(decode, active=active, allowed=allowed), static_argnums=0)
+    choices = Choices(active, allowed)
+    step = jax.jit(functools.partial(decode, choices=choices), static_argnums=0)
     expected, got = (
-        step(CONFIG, params, TOKENS, positions, mask, empty_cache(CONFIG, B, T), 0)
+        step(CONFIG, params, TOKENS, positions, CachedContext(mask, empty_cache(CONFIG, B, T), 0))
         for params in (random_params(), poisoned)
     )
     jax.tree.map(np.testing.assert_array_equal, got, expected)

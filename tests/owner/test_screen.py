@@ -12,6 +12,7 @@ import pytest
 
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.cli import main
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, merge
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.description import canonical_json
@@ -124,7 +125,7 @@ def test_an_expert_that_ruins_another_domain_passes_admission_and_fails_its_owne
     with pytest.raises(
         UserError, match=r"is refused by care: it makes their text .* worse"
     ) as error:
-        append(of_care, adversary, tmp_path / "out", trust=trust, screening=[out])
+        append(of_care, adversary, tmp_path / "out", gate=Gate(trust, screening=[out]))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 

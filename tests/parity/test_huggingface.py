@@ -19,7 +19,8 @@ from flax import nnx
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.convert.huggingface import Architecture, from_hf, hf_config, model_config, to_hf
 from flexolmo_jax.model import Params, forward, init_params
-from flexolmo_jax.model.moe import mixture
+from flexolmo_jax.model.layers import PackedContext
+from flexolmo_jax.model.moe import Choices, mixture
 from flexolmo_jax.model.transformer import bind
 
 torch = pytest.importorskip("torch")
@@ -296,14 +297,12 @@ def ours(config: ModelConfig, params: Params, tokens, inputs, middles):
     positions, segments = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.ones((B, T), jnp.int32)
 
     def run(xs):
-        layer, group, x, h = (
-            nnx.merge(layers_graph, xs[0]),
-            nnx.merge(experts_graph, xs[1]),
-            xs[2],
-            xs[3],
-        )
-        attended, _ = layer.attention(x, positions, segments)
-        mixed, router = mixture(h, (group,), config.n_active, jnp.ones(config.n_experts, bool))
+        layer_state, group_state, x, h = xs
+        layer = nnx.merge(layers_graph, layer_state)
+        group = nnx.merge(experts_graph, group_state)
+        attended, _ = layer.attention(x, positions, PackedContext(segments))
+        choices = Choices(config.n_active, jnp.ones(config.n_experts, bool))
+        mixed, router = mixture(h, (group,), choices)
         return x + layer.attention_norm(attended), router.weights, h + layer.ffn_norm(mixed)
 
     return forward(config, params, tokens), *jax.lax.map(run, (layers, experts, inputs, middles))
