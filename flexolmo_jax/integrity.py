@@ -31,9 +31,7 @@ from flexolmo_jax.storage.untrusted import read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, metadata_files, shard_name
 
 RECEIPT, RECEIPT_SIGNATURE = "receipt.json", "receipt.sig"
-_BESIDE = {
-    "model": {RECEIPT, RECEIPT_SIGNATURE}
-}  # what may lie in a directory, by its kind, and need not
+_BESIDE = {"model": {RECEIPT, RECEIPT_SIGNATURE}}  # by kind, what may be there and need not
 MATRICES = ("gate", "up", "down")
 # keys of a model's config that a merge decides
 OF_MERGES = ("n_experts", "n_active", "router_bias")
@@ -295,7 +293,8 @@ def embedder_digest(directory: Path) -> str:
         if (size := size_of(path)) > EMBEDDER_LIMIT:
             raise UserError(f"{path} has {size} bytes; expected at most {EMBEDDER_LIMIT}")
         with open_regular(path) as file:
-            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
+            content = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+        digest.update(path.name.encode() + b"\0" + content.digest())
     return digest.hexdigest()
 
 

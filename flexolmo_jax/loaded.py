@@ -130,9 +130,7 @@ def load(path: str | Path, which: str = "last", mesh: MeshConfig | None = None) 
 def _check_unicode(number: int, prompt: str) -> None:
     try:
         prompt.encode()
-    except (
-        UnicodeEncodeError
-    ) as error:  # bytes of a command line that are no UTF-8 come as half a surrogate pair
+    except UnicodeEncodeError as error:  # as bytes of a command line that are no UTF-8
         raise UserError(
             f"prompt {number}: character {error.start} is not Unicode; give the prompt in UTF-8"
         ) from None

@@ -96,10 +96,14 @@ def tune(
 
 
 def _check_start(start: Artifact, model: Artifact, work: Path) -> None:
-    """Raises UserError for what an earlier command left in `work` of another model: somebody who has left may be in it."""
+    """Raises UserError for what an earlier command left in `work` of another model: somebody who
+    has left may be in it."""
     for key in ("fingerprint", "members", "model"):
         if start.description[key] != model.description[key]:
-            raise UserError(f"{work} was made of another model than {model.path}; delete it to start anew, or give another --work")
+            raise UserError(
+                f"{work} was made of another model than {model.path}; delete it to start anew,"
+                " or give another --work"
+            )
 
 
 def train_router(run: RunConfig, out: Path) -> dict[str, Any]:

@@ -121,11 +121,11 @@ class Store:
                 f" {FORMAT}; give another --store"
             )
         for folder in () if in_bucket(self.path) else (self._objects, self._models):
-            if (
-                folder.is_symlink() or not folder.is_dir()
-            ):  # a link may lead to what another store holds, a pipe would wait for ever
+            # A link may lead to what another store holds, a pipe would wait for ever.
+            if folder.is_symlink() or not folder.is_dir():
                 raise UserError(
-                    f"{folder} is not a directory; expected the store's own, and no link; restore it, or give another --store"
+                    f"{folder} is not a directory; expected the store's own, and no link;"
+                    " restore it, or give another --store"
                 )
         return True
 
@@ -216,11 +216,13 @@ class Store:
         return self._checked(key)
 
     def register(self, model: Path) -> None:
-        """Remembers where a model is about to be. Raises UserError for one inside the store, and for one around it."""
+        """Remembers where a model is about to be. Raises UserError for one inside the store, and
+        for one around it."""
         model = absolute(model)
         if model == self.path or model in self.path.parents or self.path in model.parents:
             raise UserError(
-                f"{model} and the store {self.path} lie in each other; give --out or --store another place"
+                f"{model} and the store {self.path} lie in each other; give --out or"
+                " --store another place"
             )
         entry = self._models / f"{hashlib.sha256(str(model).encode()).hexdigest()[:16]}.json"
         write_text(entry, sealed_json({"path": str(model)}))
@@ -292,16 +294,17 @@ class Store:
         return told | ({"left_alone": foreign} if foreign else {})
 
     def _unneeded(self) -> list[Path]:
-        """Objects that no model is made of. Raises UserError where a model is there that does not tell what it is made of."""
+        """Objects that no model is made of. Raises UserError where a model is there that does not
+        tell what it is made of."""
         needed: set[str] = set()
         for model in self._registered().values():
             try:
-                needed |= set(
-                    keys_of(open_artifact(model)) if (model / DESCRIPTION).exists() else ()
-                )
+                if (model / DESCRIPTION).exists():
+                    needed |= set(keys_of(open_artifact(model)))
             except UserError as error:
                 raise UserError(
-                    f"{error}; until then nothing is removed from {self.path}, which may hold its parts"
+                    f"{error}; until then nothing is removed from {self.path}, which may hold"
+                    " its parts"
                 ) from None
         return [path for path in self._whole() if path.name not in needed]
 

@@ -37,7 +37,8 @@ from .sketch import decoded, is_copy
 from .store import Store
 
 SIGNATURE_LIMIT = 1 << 12  # bytes
-# By the file that says what a directory is, the first that is there. What does not belong beside it is refused by its reader.
+# By the file that says what a directory is, the first that is there. What does not belong beside it
+# is refused by its reader.
 _KINDS = {
     MANIFEST: "contribution",
     DESCRIPTION: "artifact",
@@ -107,10 +108,12 @@ def verify(
 
 
 def _check_asked(path: Path, what: str, asked: Mapping[str, bool]) -> None:
-    """Raises UserError for an option that cannot be held against such a thing: without a word it would seem to have been."""
+    """Raises UserError for an option that cannot be held against such a thing: without a word it
+    would seem to have been."""
     for option in (option for option, is_given in asked.items() if is_given):
         raise UserError(
-            f"{path} is no contribution and no model, but {what}, of which {option} says nothing; leave that out"
+            f"{path} is no contribution and no model, but {what}, of which {option} says"
+            " nothing; leave that out"
         )
 
 
@@ -261,7 +264,8 @@ def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
 
 
 def _check_leavers(path: Path, receipt: Mapping[str, Any]) -> None:
-    """What a receipt says of who left is what they handed over: else it could name one expert and look for another."""
+    """What a receipt says of who left is what they handed over: else it could name one expert and
+    look for another."""
     for gone in receipt["removed"]:
         where = f"{path}: the leaver {gone['name']!r}"
         if gone["manifest"] is None:  # of an imported model
@@ -270,7 +274,8 @@ def _check_leavers(path: Path, receipt: Mapping[str, Any]) -> None:
         claimed.check_origin()
         if claimed.name != gone["name"] or claimed.fingerprint != receipt["anchor"]:
             raise UserError(
-                f"{where} has the manifest of {claimed.name!r}, or of another anchor; do not believe the receipt"
+                f"{where} has the manifest of {claimed.name!r}, or of another anchor; do not"
+                " believe the receipt"
             )
         if digests_of(gone) != set(gone["digests"]):
             raise UserError(

@@ -100,7 +100,9 @@ def prepare(
             is left.
     """
     if not 2 <= seq_len <= LARGEST["max_seq_len"]:
-        raise UserError(f"got records of {seq_len} tokens, expected 2 or more, {LARGEST['max_seq_len']} at most")
+        raise UserError(
+            f"got records of {seq_len} tokens, expected 2 or more, {LARGEST['max_seq_len']} at most"
+        )
     if not 0 <= heldout < 1:
         raise UserError(f"got a held-out share of {heldout}, expected 0 or more and less than 1")
     files = [file for path in inputs for file in document_files(path)]

@@ -148,7 +148,9 @@ def check_screening(
                     f" {verdict.change:.1%} worse, at most {verdict.max_worse:.1%} is expected"
                     f" ({path}); leave it out, or ask its owner for another"
                 )
-        if missing := others - {key for _, verdict, key in of_it if verdict.anchor == contribution.fingerprint}:
+        if missing := others - {
+            key for _, verdict, key in of_it if verdict.anchor == contribution.fingerprint
+        }:
             names = ", ".join(sorted(trust.keys[key] for key in missing))
             raise UserError(
                 f"{contribution.path} is not screened by {names}; ask them for a verdict (`flexolmo"

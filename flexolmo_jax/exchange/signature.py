@@ -140,7 +140,8 @@ def keygen(out: Path) -> str:
     """Writes a new private key, readable by its owner only, and the public one beside it, or none;
     returns the public key in base 64.
 
-    Raises UserError where one of both files exists, where they cannot be written, and inside an anchor, a contribution and their like.
+    Raises UserError where one of both files exists, where they cannot be written, and inside an
+    anchor, a contribution and their like.
     """
     check_new_file(out)
     key = Ed25519PrivateKey.generate()
@@ -250,7 +251,8 @@ def check_signature(
 
 
 def _as_read(name: str) -> str:
-    """A name as somebody reads it: whatever its case, its spaces and how its accents and wide letters are encoded."""
+    """A name as somebody reads it: whatever its case, its spaces and how its accents and wide
+    letters are encoded."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 

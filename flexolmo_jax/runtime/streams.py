@@ -6,8 +6,9 @@ import sys
 
 
 def set_streams() -> None:
-    """For a command of its own, before it opens anything: what it cannot spell in the terminal's encoding it spells out, and where it was
-    started with a stream closed, the stream's number leads nowhere: the next file would get it, and a library's warnings with it."""
+    """For a command of its own, before it opens anything: what it cannot spell in the terminal's
+    encoding it spells out, and where it was started with a stream closed, the stream's number leads
+    nowhere: the next file would get it, and a library's warnings with it."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -205,7 +205,8 @@ class StepCheckpoints:
 
 
 def _is_step(name: str) -> bool:
-    """Whether a name is a step's number: other scripts have digits too, which are no numbers, and a name has 255 of them."""
+    """Whether a name is a step's number: other scripts have digits too, which are no numbers, and a
+    name has 255 of them."""
     return name.isascii() and name.isdigit() and len(name) < 19
 
 

@@ -254,14 +254,16 @@ def check_new(out: Path, *, inside_a_store: bool = False) -> None:
         raise UserError(f"{out} exists and is not empty; give a new or empty directory")
     if not in_bucket(out) and out.is_dir() and out.samefile("."):
         raise UserError(
-            f"{out} is the working directory, whose place nothing can take; give a new directory in it"
+            f"{out} is the working directory, whose place nothing can take; give a new"
+            " directory in it"
         )
     if not inside_a_store:
         _check_outside(out)
 
 
 def check_new_file(out: Path) -> None:
-    """Raises UserError where anything lies at `out`, a link among it; and inside what holds exactly its own files."""
+    """Raises UserError where anything lies at `out`, a link among it; and inside what holds exactly
+    its own files."""
     if out.exists() if in_bucket(out) else os.path.lexists(out):
         raise UserError(f"{out} exists; give a new file")
     _check_outside(out)
@@ -282,7 +284,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Writes a user's new file, whole or not at all, with the folders it lies in. Raises UserError as `check_new_file` does."""
+    """Writes a user's new file, whole or not at all, with the folders it lies in. Raises UserError
+    as `check_new_file` does."""
     check_new_file(path)
     make_folder(path.parent)
     _write_at_once(path, content)

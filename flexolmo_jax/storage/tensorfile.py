@@ -226,7 +226,9 @@ def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
                 raise ValueError("its __metadata__ is not of strings")
             continue
         if len(name) > NAME_LIMIT:
-            raise ValueError(f"a tensor has a name of {len(name)} characters; expected at most {NAME_LIMIT}")
+            raise ValueError(
+                f"a tensor has a name of {len(name)} characters; expected at most {NAME_LIMIT}"
+            )
         if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
         kind, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

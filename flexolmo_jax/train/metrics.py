@@ -119,7 +119,8 @@ def read_lines(path: Path) -> list[str]:
 
 
 def last_row(directory: Path) -> dict[str, Any] | None:
-    """The last row of a run, whatever the length of the file. Raises UserError where it is damaged."""
+    """The last row of a run, whatever the length of the file. Raises UserError where it is
+    damaged."""
     path = directory / "metrics.jsonl"
     try:
         if not path.exists() or not (size := size_of(path)):
@@ -129,7 +130,9 @@ def last_row(directory: Path) -> dict[str, Any] | None:
             *rows, _ = file.read(ROW_LIMIT).split(b"\n")
         return json.loads(rows[-1])
     except (OSError, ValueError, IndexError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({reason(error):.80}); restore it, or remove it") from None
+        raise UserError(
+            f"{path} is damaged ({reason(error):.80}); restore it, or remove it"
+        ) from None
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

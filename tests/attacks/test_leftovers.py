@@ -1,4 +1,5 @@
-"""What earlier commands left behind. The promise: nothing is taken up but what belongs to the command that is given."""
+"""What earlier commands left behind. The promise: nothing is taken up but what belongs to the
+command that is given."""
 
 import shutil
 from pathlib import Path
@@ -13,9 +14,12 @@ from flexolmo_jax.exchange.contribution import MANIFEST, open_contribution, seal
 from tests.tiny import run_config
 
 
-def test_who_has_left_does_not_come_back_out_of_an_earlier_tuning(anchor, model, contributions, corpora, prepared, tmp_path, monkeypatch):
-    """Promise: what is verified is what runs, and who leaves is gone. A tuning that was stopped leaves the model it began with in its work
-    folder; the next one there, of the model without a leaver or with a newer expert, once took that, and gave it the new model's name."""
+def test_who_has_left_does_not_come_back_out_of_an_earlier_tuning(
+    anchor, model, contributions, corpora, prepared, tmp_path, monkeypatch
+):
+    """Promise: what is verified is what runs, and who leaves is gone. A tuning that was stopped
+    leaves the model it began with in its work folder; the next one there, of the model without a
+    leaver or with a newer expert, once took that, and gave it the new model's name."""
     store = {"store_path": tmp_path / "store"}
     run = run_config("router", prepared["public"], "train.steps=1", router={"model": str(model)})
     train_router(run, tmp_path / "run")
@@ -26,10 +30,19 @@ def test_who_has_left_does_not_come_back_out_of_an_earlier_tuning(anchor, model,
         opt_out(tuned, ["care"], tmp_path / "without-care", **store).path,
         replace(tuned, newer, tmp_path / "newer-law", **store).path,
     ]
-    merge(anchor, list(contributions.values()), tmp_path / "whole", **store)  # what was contributed is in the store
+    merge(
+        anchor, list(contributions.values()), tmp_path / "whole", **store
+    )  # what was contributed is in the store
     undo_tuning(tuned, tmp_path / "work" / "contributed", **store)
     monkeypatch.setattr(router, "train_router", lambda run, out: pytest.fail("it was trained"))
     for other in others:
         with pytest.raises(UserError, match="was made of another model than"):
-            tune(other, {"code": corpora["code"]}, [corpora["public"]], tmp_path / "out", work=tmp_path / "work", **store)
+            tune(
+                other,
+                {"code": corpora["code"]},
+                [corpora["public"]],
+                tmp_path / "out",
+                work=tmp_path / "work",
+                **store,
+            )
     assert not (tmp_path / "out").exists()

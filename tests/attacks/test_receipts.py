@@ -329,15 +329,19 @@ def test_a_sketch_that_is_not_that_of_the_weights_is_refused(
 
 
 def test_a_receipt_names_who_it_looks_for(anchor, pair_runs, tmp_path):
-    """Promise: a claim can be checked. A coordinator's signed receipt could carry the leaver's manifest, and other digests: the leaver was
-    said to be gone from a model that still had all of it. Nor did anybody look at the leaver's own signature."""
+    """Promise: a claim can be checked. A coordinator's signed receipt could carry the leaver's
+    manifest, and other digests: the leaver was said to be gone from a model that still had all of
+    it. Nor did anybody look at the leaver's own signature."""
     keygen(tmp_path / "law")
     law = package(pair_runs["law"], tmp_path / "signed", sign_key=tmp_path / "law").path
     again = remade(law, tmp_path / "again", "helper", lambda key, values: values)
     before = merge(anchor, [law], tmp_path / "before").path
     still = merge(anchor, [again], tmp_path / "still").path
     honest = read_sealed(opt_out(before, ["law"], tmp_path / "after").path / "receipt.json")
-    gone, remaining = honest["removed"][0], [{"name": "helper", "manifest": open_contribution(again).manifest["sha256"]}]
+    gone, remaining = (
+        honest["removed"][0],
+        [{"name": "helper", "manifest": open_contribution(again).manifest["sha256"]}],
+    )
     sketch = base64.b64encode(np.full(2 * 3 * 32, 1e3, "<f4").tobytes()).decode()
     lies: dict[str, dict[str, Any]] = {
         "other digests than its manifest": {"digests": ["0" * 64], "sketch": sketch},

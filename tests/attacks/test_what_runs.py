@@ -619,9 +619,12 @@ def test_tuned_rows_are_not_put_on_a_newer_expert_of_the_same_name(
     assert load(tmp_path / "router").experts == ("anchor", "code", "law", "care")
 
 
-def test_nothing_passes_for_signed_that_has_no_signature(anchor, model, contributions, prepared, tmp_path):
-    """Promise: a claim is checked or refused. Prepared data laid beside an unsigned contribution or model made `verify --trust` look at
-    the data alone, and succeed; anchors, stores and data did so always, whatever anchor or keys were asked for."""
+def test_nothing_passes_for_signed_that_has_no_signature(
+    anchor, model, contributions, prepared, tmp_path
+):
+    """Promise: a claim is checked or refused. Prepared data laid beside an unsigned contribution or
+    model made `verify --trust` look at the data alone, and succeed; anchors, stores and data did so
+    always, whatever anchor or keys were asked for."""
     keygen(tmp_path / "keys" / "code")
     trust = Trust.of(tmp_path / "keys")
     for source in (contributions["code"], model):
