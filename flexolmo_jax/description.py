@@ -129,7 +129,7 @@ class FlatMember:
 
 @dataclass(frozen=True)
 class Tuned:
-    tuned_with: tuple[Text, ...]
+    tuned_with: Annotated[tuple[Text, ...], Field(min_length=1)]  # not with nobody
     tensors: dict[Literal["experts/row", "experts/bias"], Digest]
 
 

@@ -26,11 +26,12 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import logical_axes, parameter_shapes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import bar
-from flexolmo_jax.storage.paths import children, in_bucket, listing
+from flexolmo_jax.storage.paths import children, in_bucket, listing, open_regular, size_of
 from flexolmo_jax.storage.untrusted import read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, metadata_files, shard_name
 
 RECEIPT, RECEIPT_SIGNATURE = "receipt.json", "receipt.sig"
+_BESIDE = {"model": {RECEIPT, RECEIPT_SIGNATURE}}  # by kind, what may be there and need not
 MATRICES = ("gate", "up", "down")
 # keys of a model's config that a merge decides
 OF_MERGES = ("n_experts", "n_active", "router_bias")
@@ -98,7 +99,8 @@ def check_files(path: Path, description: Mapping[str, Any], config: ModelConfig)
             f"{path} is not whole: it misses {min(missing)} ({len(missing)} files are missing);"
             " fetch it again"
         )
-    if unknown := found.keys() - expected.keys() - {RECEIPT, RECEIPT_SIGNATURE}:
+    expected |= dict.fromkeys(found.keys() & _BESIDE.get(description["kind"], set()))
+    if unknown := found.keys() - expected.keys():
         raise UserError(
             f"{path} holds unknown files: {', '.join(map(repr, sorted(unknown)[:3]))}; remove them,"
             " or fetch it again"
@@ -288,9 +290,11 @@ def embedder_digest(directory: Path) -> str:
     """Over the names and bytes of the embedder's files."""
     digest = hashlib.sha256()
     for path in children(directory):
-        digest.update(
-            path.name.encode() + b"\0" + hashlib.sha256(read_bytes(path, EMBEDDER_LIMIT)).digest()
-        )
+        if (size := size_of(path)) > EMBEDDER_LIMIT:
+            raise UserError(f"{path} has {size} bytes; expected at most {EMBEDDER_LIMIT}")
+        with open_regular(path) as file:
+            content = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+        digest.update(path.name.encode() + b"\0" + content.digest())
     return digest.hexdigest()
 
 

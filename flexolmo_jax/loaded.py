@@ -75,6 +75,9 @@ class LoadedModel:
         k, allowed = self.selection(without, active)
         self.check_batch(len(prompts))
         of_text = all(isinstance(prompt, str) for prompt in prompts)
+        for number, prompt in enumerate(prompts):
+            if isinstance(prompt, str):
+                _check_unicode(number, prompt)
         ids = [
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             for prompt in prompts
@@ -122,6 +125,15 @@ def load(path: str | Path, which: str = "last", mesh: MeshConfig | None = None) 
         artifact.params(which, lambda path, shape: parameter_sharding(where, axes[path], shape)),
         where,
     )
+
+
+def _check_unicode(number: int, prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # as bytes of a command line that are no UTF-8
+        raise UserError(
+            f"prompt {number}: character {error.start} is not Unicode; give the prompt in UTF-8"
+        ) from None
 
 
 def select_experts(

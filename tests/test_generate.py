@@ -59,7 +59,8 @@ def run(
     decoder = Decoder(config, params or params_of(config), VOCAB, eos_id)
     experts: dict[str, Any] = dict(active=config.n_active, allowed=[True] * config.n_experts)
     experts |= chosen
-    choices = Choices(**(experts | {"allowed": jnp.asarray(experts["allowed"])}))
+    experts["allowed"] = jnp.asarray(experts["allowed"])
+    choices = Choices(**experts)
     return generate(decoder, prompts, max_new_tokens, choices, sampling, on_token)
 
 

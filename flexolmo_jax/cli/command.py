@@ -16,6 +16,7 @@ from flexolmo_jax.errors import RunError, UserError, printable
 from flexolmo_jax.runtime import processes
 from flexolmo_jax.runtime.interrupts import catch, was_raised
 from flexolmo_jax.runtime.processes import ending, is_first
+from flexolmo_jax.runtime.streams import set_streams
 from flexolmo_jax.storage.files import is_disk_full
 from flexolmo_jax.storage.paths import is_refusal, reason
 
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     here, as does one of several processes."""
     if argv is None:
         catch([*map(str, Path(__file__).parent.glob("*.py")), processes.__file__])
+        set_streams()
     return ending(lambda: _run(argv), whole=argv is None)
 
 
@@ -73,6 +75,8 @@ def _told(error: Exception) -> str | None:
             "no space left on the disk; free some and run it again: a run goes on from its last"
             " checkpoint"
         )
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({error!s:.120}); give smaller numbers, or a machine with more"
     if is_refusal(error):
         return (
             f"the object store refused: {reason(error)}; check the bucket's name and your"

@@ -5,7 +5,7 @@ from typing import Any
 
 from flexolmo_jax.storage.paths import path_of
 
-from .options import HELDOUT, OUT, local, positive
+from .options import HELDOUT, OUT, finite, local, positive
 from .verbs import option, verb
 
 
@@ -15,12 +15,12 @@ from .verbs import option, verb
     "data fetch text --domain code --domain public",
     option("out", type=local, help="a directory; one <domain>.jsonl each"),
     option("--domain", action="append", help="only this one (may be given again)"),
-    option("--max-mb", type=float, help="at most this much text a domain"),
+    option("--max-mb", type=finite, help="at most this much text a domain"),
 )
 def _data_fetch(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.data.fetch import fetch
 
-    limit = int(args.max_mb * 1e6) if args.max_mb else None
+    limit = None if args.max_mb is None else int(args.max_mb * 1e6)
     shown = ("documents", "bytes", "missing")
     fetched = fetch(args.out, args.domain or None, limit)
     return {name: {key: found[key] for key in shown} for name, found in fetched.items()}

@@ -35,6 +35,12 @@ def positive(text: str) -> int:
     return number
 
 
+def finite(text: str) -> float:
+    if not abs(number := float(text)) < 1e300:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number")
+    return number
+
+
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -67,7 +73,7 @@ def size(text: str) -> int:
         count = (
             int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
         )
-    except ValueError:
+    except (ValueError, OverflowError):
         count = 0
     if count < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a size as 5GB or 500MB")

@@ -1,6 +1,8 @@
 """A verb's result on stdout."""
 
+import errno
 import json
+import os
 import sys
 from typing import Any
 
@@ -9,6 +11,8 @@ from flexolmo_jax.errors import printable
 
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Prints a verb's result. Raises OSError where that cannot be written."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     if as_json:
         print(json.dumps(result))
     elif "text" in result:
@@ -24,7 +28,7 @@ def show(result: dict[str, Any], as_json: bool) -> None:
 def for_terminal(text: str) -> str:
     """A model's own words. A file or a pipe gets them as they are; in a terminal no escape takes
     effect."""
-    return printable(text, keep="\n\t") if sys.stdout.isatty() else text
+    return printable(text, keep="\n\t") if sys.stdout and sys.stdout.isatty() else text
 
 
 def _printable(value: Any) -> Any:

@@ -11,7 +11,7 @@ from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, ope
 from flexolmo_jax.exchange.manifest import told
 from flexolmo_jax.integrity import manifest_of
 from flexolmo_jax.storage.files import STORE_FILE
-from flexolmo_jax.train.metrics import read_metrics
+from flexolmo_jax.train.metrics import last_row
 
 from .store import Store
 
@@ -44,8 +44,8 @@ def info(path: Path) -> dict[str, Any]:
             math.prod(t["shape"]) for t in artifact.description["tensors"].values()
         )
     }
-    rows = read_metrics(path) if artifact.kind == "run" else []
-    last = {"last_metrics": rows[-1]} if rows else {}
+    row = last_row(path) if artifact.kind == "run" else None
+    last = {"last_metrics": row} if row else {}
     return {
         "kind": artifact.kind,
         "experts": list(artifact.experts),

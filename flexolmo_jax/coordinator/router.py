@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.artifact import Artifact
+from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import RunConfig, resolve, says, section_of
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.prepare import open_data
@@ -77,6 +77,7 @@ def tune(
         has_documents(path)  # raises where there is nothing at all
     if start != model.path and not is_whole(start):
         undo_tuning(model.path, start, store_path=store_path, ways=ways)
+    _check_start(open_artifact(start), model, work)
     if not says(tree, overrides, "train", "steps"):
         records = sum(
             len(open_data(path, model.tokenizer, run.data.seq_len, "train"))
@@ -92,6 +93,17 @@ def tune(
         )
     train_router(run, work / "run")
     return apply_tuning(work / "run", out, store_path=store_path, ways=ways)
+
+
+def _check_start(start: Artifact, model: Artifact, work: Path) -> None:
+    """Raises UserError for what an earlier command left in `work` of another model: somebody who
+    has left may be in it."""
+    for key in ("fingerprint", "members", "model"):
+        if start.description[key] != model.description[key]:
+            raise UserError(
+                f"{work} was made of another model than {model.path}; delete it to start anew,"
+                " or give another --work"
+            )
 
 
 def train_router(run: RunConfig, out: Path) -> dict[str, Any]:

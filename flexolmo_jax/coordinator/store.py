@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexolmo_jax.artifact import Artifact, open_artifact, read_sealed, sealed_json
+from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sealed, sealed_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import anchor_tensors, tensors_of
@@ -122,6 +122,13 @@ class Store:
                 f"{self.path} has the format {said.get('format')!r:.20}; this version reads"
                 f" {FORMAT}; give another --store"
             )
+        for folder in () if in_bucket(self.path) else (self._objects, self._models):
+            # A link may lead to what another store holds, a pipe would wait for ever.
+            if folder.is_symlink() or not folder.is_dir():
+                raise UserError(
+                    f"{folder} is not a directory; expected the store's own, and no link;"
+                    " restore it, or give another --store"
+                )
         return True
 
     @contextmanager
@@ -143,7 +150,7 @@ class Store:
                 yield
         except BaseException:
             if is_new:
-                with contextlib.suppress(OSError), locked(self._objects, wait=False):
+                with contextlib.suppress(OSError, UserError), locked(self._objects, wait=False):
                     self._unmake()
             raise
 
@@ -211,8 +218,14 @@ class Store:
         return self._checked(key)
 
     def register(self, model: Path) -> None:
-        """Remembers where a model is about to be."""
+        """Remembers where a model is about to be. Raises UserError for one inside the store, and
+        for one around it."""
         model = absolute(model)
+        if model == self.path or model in self.path.parents or self.path in model.parents:
+            raise UserError(
+                f"{model} and the store {self.path} lie in each other; give --out or"
+                " --store another place"
+            )
         entry = self._models / f"{hashlib.sha256(str(model).encode()).hexdigest()[:16]}.json"
         write_text(entry, sealed_json({"path": str(model)}))
 
@@ -288,8 +301,18 @@ class Store:
         return told | ({"left_alone": foreign} if foreign else {})
 
     def _unneeded(self) -> list[Path]:
-        """Objects that no model is made of."""
-        needed = {key for model in self.models() for key in keys_of(model)}
+        """Objects that no model is made of. Raises UserError where a model is there that does not
+        tell what it is made of."""
+        needed: set[str] = set()
+        for model in self._registered().values():
+            try:
+                if (model / DESCRIPTION).exists():
+                    needed |= set(keys_of(open_artifact(model)))
+            except UserError as error:
+                raise UserError(
+                    f"{error}; until then nothing is removed from {self.path}, which may hold"
+                    " its parts"
+                ) from None
         return [path for path in self._whole() if path.name not in needed]
 
     def _is_ours(self, path: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from flexolmo_jax import integrity
 from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact
+from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.admission import admission, admit
@@ -36,6 +37,14 @@ from .sketch import decoded, is_copy
 from .store import Store
 
 SIGNATURE_LIMIT = 1 << 12  # bytes
+# By the file that says what a directory is, the first that is there. What does not belong beside it
+# is refused by its reader.
+_KINDS = {
+    MANIFEST: "contribution",
+    DESCRIPTION: "artifact",
+    STORE_FILE: "a store",
+    INDEX_FILE: "prepared data",
+}
 
 
 def verify(
@@ -48,37 +57,48 @@ def verify(
 ) -> dict[str, Any]:
     """What was checked. Raises UserError naming the first thing that is wrong.
 
-    With an anchor, a contribution or a model must also have been made from that very one. `trust`
-    is of contributions, and of the members of a model; `public`, held-out text for the admission
-    report, of contributions: its findings are warnings, or with `refuse` errors.
+    Args:
+        path: a contribution, anchor, model, store or prepared data.
+        anchor_path: a contribution or a model must have been made from this very anchor.
+        trust: who may have signed a contribution, or the members of a model.
+        public: held-out text for the admission report of a contribution.
+        refuse: raise for the report's findings, which otherwise are warnings.
     """
+    kind = _kind(path)
+    _check_asked(path, kind, anchor_path is not None, public is not None, refuse)
+    anchor = open_anchor(anchor_path) if anchor_path else None
+    if kind == "contribution":
+        return _verify_contribution(path, anchor, trust, public, refuse)
+    if kind == "artifact":
+        return _verify_artifact(path, anchor, trust)
+    _leave_out(path, kind, anchor, trust)
+    told: dict[str, Any] = {"path": str(path), "kind": kind.removeprefix("a "), "verified": True}
+    if kind == "a store":
+        return told | {"objects": Store.existing(path).verify()}
+    open_records(path, "train").check_digests()
+    return told
+
+
+def _kind(path: Path) -> str:
     if not path.exists():
         raise UserError(f"{path} does not exist; expected what flexolmo has made")
+    return next((kind for file, kind in _KINDS.items() if (path / file).exists()), "contribution")
+
+
+def _check_asked(path: Path, kind: str, anchor: bool, public: bool, refuse: bool) -> None:
     if refuse and not public:
         raise UserError(
             "there is nothing to refuse by: the admission report needs public text; give --public"
         )
-    if public and not (path / MANIFEST).exists():
+    if public and kind != "contribution":
         raise UserError(f"{path} is no contribution, to report on; leave out --public")
-    if public and not anchor_path:
+    if public and not anchor:
         raise UserError(
             "the admission report is of a contribution tried with its anchor; give --anchor too"
         )
-    anchor = open_anchor(anchor_path) if anchor_path else None
-    if (path / "index.json").exists():
-        _leave_out(path, "prepared data", anchor, trust)
-        open_records(path, "train").check_digests()
-        return {"path": str(path), "kind": "prepared data", "verified": True}
-    if (path / STORE_FILE).exists():
-        _leave_out(path, "a store", anchor, trust)
-        return {
-            "path": str(path),
-            "kind": "store",
-            "verified": True,
-            "objects": Store.existing(path).verify(),
-        }
-    if not (path / DESCRIPTION).exists():
-        return _verify_contribution(path, anchor, trust, public, refuse)
+
+
+def _verify_artifact(path: Path, anchor: Artifact | None, trust: Trust) -> dict[str, Any]:
     artifact = open_artifact(path)
     if artifact.kind == "run":
         raise UserError(
@@ -88,12 +108,8 @@ def verify(
     if artifact.kind == "anchor":
         _leave_out(path, "an anchor", None, trust)
     _check_anchor(artifact, anchor)
-    told: dict[str, Any] = {
-        "path": str(path),
-        "kind": artifact.kind,
-        "verified": True,
-        "tensors": len(artifact.description["tensors"]),
-    }
+    tensors = len(artifact.description["tensors"])
+    told = {"path": str(path), "kind": artifact.kind, "verified": True, "tensors": tensors}
     if artifact.kind == "anchor":
         integrity.check(path, artifact.description, artifact.config)
         return told | {"anchor": artifact.fingerprint}
@@ -223,6 +239,7 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
             f"{model_path} stands on the anchor {model.fingerprint}; the receipt is of a model on"
             f" {receipt['anchor']}"
         )
+    _check_leavers(path, receipt)
     _check_members(model, receipt)
     _check_weights(model, receipt)
     verify_model(model)
@@ -255,6 +272,26 @@ def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
             " signed one (opt-out --sign-key)"
         )
     return signer
+
+
+def _check_leavers(path: Path, receipt: Mapping[str, Any]) -> None:
+    """What a receipt says of who left is what they handed over: else it could name one expert and
+    look for another."""
+    for gone in receipt["removed"]:
+        where = f"{path}: the leaver {gone['name']!r}"
+        if gone["manifest"] is None:  # of an imported model
+            continue
+        claimed = recorded(path, gone["manifest"], gone["signature"])
+        claimed.check_origin()
+        if claimed.name != gone["name"] or claimed.fingerprint != receipt["anchor"]:
+            raise UserError(
+                f"{where} has the manifest of {claimed.name!r}, or of another anchor; do not"
+                " believe the receipt"
+            )
+        if digests_of(gone) != set(gone["digests"]):
+            raise UserError(
+                f"{where} has other digests than its manifest; do not believe the receipt"
+            )
 
 
 def _check_members(model: Artifact, receipt: Mapping[str, Any]) -> None:

@@ -65,6 +65,11 @@ def fetch(
     stale = [name for name in names if name not in intact or index[name]["missing"]]
     if done := [name for name in names if name not in stale]:
         progress.note(f"already there: {', '.join(done)}")
+    for path in (out / f"{name}.jsonl" for name in stale if name not in index):
+        if path.exists() or path.is_symlink():
+            raise UserError(
+                f"{path} is there, and no fetch wrote it: move it away, or give another directory"
+            )
     archives, reasons = download_all(
         dict.fromkeys(corpus.package for name in stale for corpus in DOMAINS[name])
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flexolmo_jax.config import LARGEST
 from flexolmo_jax.data.documents import (
     HELDOUT,
     INDEX_FILE,
@@ -82,8 +83,10 @@ def prepare(
         UserError: there are no documents or they cannot be read; `out` is not new or empty, or
             cannot be written (a full disk). After any error, nothing half-written is left.
     """
-    if seq_len < 2:
-        raise UserError(f"got records of {seq_len} tokens, expected 2 or more")
+    if not 2 <= seq_len <= LARGEST["max_seq_len"]:
+        raise UserError(
+            f"got records of {seq_len} tokens, expected 2 or more, {LARGEST['max_seq_len']} at most"
+        )
     if not 0 <= heldout < 1:
         raise UserError(f"got a held-out share of {heldout}, expected 0 or more and less than 1")
     files = [file for path in inputs for file in document_files(path)]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from flexolmo_jax.data.documents import HELDOUT, document_files, read_training_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
-from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.files import check_new_file, make_folder, write_text
 from flexolmo_jax.storage.paths import absolute, children, reason, size_of
 from flexolmo_jax.storage.untrusted import no_panic, read_bytes
 
@@ -26,6 +26,7 @@ from .tokenizer_file import LIMIT, read_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
+MOST = 1 << 21  # tokens: a tokenizer.json of more would be longer than is read
 EOS_NAMES = (EOS, "</s>", "<eos>")
 PAD_NAMES = (PAD, "<|padding|>", "<pad>")
 # the 256 characters that stand for bytes in a vocabulary
@@ -163,16 +164,16 @@ def train_tokenizer(
             its size.
 
     Raises:
-        UserError: a vocabulary smaller than 258, no text, an output that exists, or documents that
-            cannot be read.
+        UserError: a vocabulary smaller than 258 or larger than MOST, no text, an output that
+            exists, or documents that cannot be read.
     """
-    if vocab_size < len(BYTES) + 2:
-        raise UserError(
-            f"got a vocabulary of {vocab_size} tokens, expected {len(BYTES) + 2} or more (256"
-            f" bytes, {EOS}, {PAD})"
-        )
+    if not len(BYTES) + 2 <= vocab_size <= MOST:
+        told = f"{len(BYTES) + 2} or more (256 bytes, {EOS}, {PAD}), {MOST} at most"
+        raise UserError(f"got a vocabulary of {vocab_size} tokens, expected {told}")
     if out.is_file() or children(out):
         raise UserError(f"{out} exists: expected a new file or a new or empty directory")
+    file = out if out.suffix == ".json" and not out.is_dir() else out / TOKENIZER_FILE
+    check_new_file(file)
     inputs = [file for path in files for file in document_files(path)]
     tokenizer = _trained(_sample(inputs, heldout, sample_bytes), vocab_size)
     if tokenizer.vocab_size < vocab_size:
@@ -180,7 +181,6 @@ def train_tokenizer(
             f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little"
             " of it for more"
         )
-    file = out if out.suffix == ".json" else out / TOKENIZER_FILE
     make_folder(file.parent)
     tokenizer.save(file)
     return tokenizer

@@ -25,7 +25,7 @@ from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import weights
-from flexolmo_jax.storage.files import new_directory, write_bytes
+from flexolmo_jax.storage.files import check_new_file, new_directory, write_new
 
 from .embedder import domain_embedding, fit_embedder, load_embedder
 
@@ -137,13 +137,12 @@ def embed_domain(
     """Writes (as .npy) and returns the mean embedding, float32 [D], of a domain by the anchor's
     embedder, see `load_embedder`."""
     anchor = open_anchor(anchor_path)
-    if out.exists():
-        raise UserError(f"{out} exists; give a new file")
+    check_new_file(out)
     embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
     row = domain_embedding(embedder, _documents(documents))
     content = io.BytesIO()
     np.save(content, row)
-    write_bytes(out, content.getvalue())
+    write_new(out, content.getvalue())
     return row
 
 

@@ -29,7 +29,7 @@ def _printable(text: str) -> str:
     return text
 
 
-def _day(text: str) -> str:
+def day(text: str) -> str:
     if datetime.date.fromisoformat(text).isoformat() != text:
         raise ValueError("expected a date such as 2027-12-31")
     return text
@@ -78,7 +78,7 @@ class Manifest1:
     owner: Line
     domain: Line
     licence: Line
-    expires: Annotated[str, AfterValidator(_day)] | None
+    expires: Annotated[str, AfterValidator(day)] | None
     anchor: Digest
     model: ModelConfig
     router_bias: bool

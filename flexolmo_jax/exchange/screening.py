@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.files import write_bytes
+from flexolmo_jax.storage.files import write_new
 from flexolmo_jax.storage.paths import children, reason
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 from .contribution import Contribution
+from .manifest import day
 from .signature import Trust, check_signature, sign
 
 KIND = "flexolmo screening verdict"  # in what is signed: a signature of one is none of a manifest
@@ -41,13 +42,13 @@ class Verdict:
 
     kind: Literal["flexolmo screening verdict"]
     format: Literal[1]
-    date: Annotated[str, Field(pattern="^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+    date: Annotated[str, AfterValidator(day)]
     anchor: Digest  # its fingerprint
     candidate: Digest  # the `sha256` of its manifest
     model: Digest  # the `sha256` of the description of what it was tried with
     tokens: Count
     bytes: Count
-    change: Annotated[float, Field(allow_inf_nan=False)]
+    change: Annotated[float, Field(ge=-1, allow_inf_nan=False)]
     max_worse: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     verdict: Literal["pass", "fail"]
 
@@ -75,7 +76,7 @@ def write_verdict(verdict: Verdict, key: Ed25519PrivateKey | None, out: Path) ->
     """Writes a file of canonical JSON: the verdict and, with a key, its signature."""
     content = canonical_json(asdict(verdict)).encode()
     signature = parse_json(sign(content, key)) if key else None
-    write_bytes(out, _spelled(asdict(verdict), signature))
+    write_new(out, _spelled(asdict(verdict), signature))
 
 
 def read_verdict(path: Path, trust: Trust) -> tuple[Verdict, str | None]:
@@ -144,7 +145,9 @@ def check_screening(
                     f" {verdict.change:.1%} worse, at most {verdict.max_worse:.1%} is expected"
                     f" ({path}); leave it out, or ask its owner for another"
                 )
-        if missing := others - {key for *_, key in of_it}:
+        if missing := others - {
+            key for _, verdict, key in of_it if verdict.anchor == contribution.fingerprint
+        }:
             names = ", ".join(sorted(trust.keys[key] for key in missing))
             raise UserError(
                 f"{contribution.path} is not screened by {names}; ask them for a verdict (`flexolmo"

@@ -15,6 +15,7 @@ called FILE, unless `policy.yaml` says:
 import base64
 import os
 import stat
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from pydantic import Field
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.plain_yaml import parse_yaml
-from flexolmo_jax.storage.files import write_together
+from flexolmo_jax.storage.files import check_new_file, write_together
 from flexolmo_jax.storage.paths import absolute, children, open_regular, reason
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
@@ -101,7 +102,7 @@ class Trust:
                         f" it may sign in {POLICY}"
                     )
                 keys[public] = name
-            elif path.name.startswith("policy.") and path.name != POLICY:
+            elif path.name.lower().lstrip(".").startswith("polic") and path.name != POLICY:
                 raise UserError(
                     f"{path} is not read; expected {POLICY}; rename it, or move it elsewhere"
                 )
@@ -122,10 +123,8 @@ class Trust:
         assert self.keys is not None
         if self.rules is None:
             others = set(self.keys.values()) - {key}
-            is_allowed, allowed = (
-                name == key and owner not in others,
-                f"experts called {key!r}, of no owner whom another key is named for",
-            )
+            is_allowed = name == key and _as_read(owner) not in map(_as_read, others)
+            allowed = f"experts called {key!r}, of no owner whom another key is named for"
         else:
             rule = self.rules.get(key)
             is_allowed = rule is not None and rule.lets_in(name, owner)
@@ -145,8 +144,10 @@ def keygen(out: Path) -> str:
     """Writes a new private key, readable by its owner only, and the public one beside it, or none;
     returns the public key in base 64.
 
-    Raises UserError where one of both files exists, and where they cannot be written.
+    Raises UserError where one of both files exists, where they cannot be written, and inside an
+    anchor, a contribution and their like.
     """
+    check_new_file(out)
     key = Ed25519PrivateKey.generate()
     encoding = serialization.Encoding.PEM
     private = key.private_bytes(
@@ -250,6 +251,12 @@ def check_signature(
     if name is not None:
         trust.check(trust.keys[public], name, owner, where)
     return {"public_key": public, "name": trust.keys[public]}
+
+
+def _as_read(name: str) -> str:
+    """A name as somebody reads it: whatever its case, its spaces and how its accents and wide
+    letters are encoded."""
+    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def _spelled(public: str, signature: str) -> bytes:

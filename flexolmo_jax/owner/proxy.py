@@ -24,7 +24,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.embedder import CHUNK, Embedder, load_embedder, widened
 from flexolmo_jax.runtime.progress import bar
-from flexolmo_jax.storage.files import write_bytes
+from flexolmo_jax.storage.files import check_new_file, write_new
 
 SHARE = 0.01  # of the public documents
 # documents of each kind that the classifier is trained on (the paper: 500k, balanced)
@@ -71,8 +71,7 @@ def select_proxies(
     """
     if out.suffix != ".jsonl":
         raise UserError(f"--out is {out}; expected a new file that ends in .jsonl")
-    if out.exists():
-        raise UserError(f"{out} exists; give a new file")
+    check_new_file(out)
     if not 0 < share < 1 or diversity < 1:
         raise UserError(
             f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and"
@@ -120,7 +119,7 @@ def select_proxies(
     candidates = {digest: score for score, digest in scored[: count * diversity]}
     texts = {digest_of(text): text for text in _distinct(public, heldout, set(candidates))}
     kept = sorted(candidates) if diversity == 1 else _diverse(embedder, texts, candidates, count)
-    write_bytes(
+    write_new(
         out,
         "".join(
             json.dumps({"text": texts[digest]}, ensure_ascii=False) + "\n"

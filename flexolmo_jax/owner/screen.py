@@ -25,6 +25,7 @@ from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.integrity import MATRICES, leaf_of
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage.files import check_new_file
 
 MAX_WORSE = 0.02
 
@@ -52,8 +53,7 @@ def screen(
             f"--max-worse is {max_worse}; expected a part of bits per byte, as 0.02, and not"
             " below 0"
         )
-    if out.exists():
-        raise UserError(f"{out} exists; give a new file")
+    check_new_file(out)
     if out.suffix != ".json":
         raise UserError(f"{out} has to end in .json, for --require-screening to find it")
     key = load_key(sign_key) if sign_key else None

@@ -318,7 +318,7 @@ def _leave(status: int) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed before this began
         with suppress(OSError):  # whoever printed a result has flushed it, and told
             stream.flush()
     if _joined and status != PEER_LOST:

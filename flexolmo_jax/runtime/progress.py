@@ -20,7 +20,9 @@ from rich.progress import (
 from flexolmo_jax.errors import printable
 
 # Where FORCE_COLOR is set, as Jupyter does for commands, rich takes a pipe for a terminal.
-console = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
+console = Console(
+    stderr=True, highlight=False, force_terminal=sys.stderr is not None and sys.stderr.isatty()
+)
 
 
 def note(message: str) -> None:

@@ -76,9 +76,9 @@ class StepCheckpoints:
                 # what a killed save, or a killed removal, left; on a disk it has another name, and
                 # goes by Orbax
                 discard(path)
-            elif path.name.isdigit() and not _is_complete(path):
+            elif path.name.isdigit() and not (_is_step(path.name) and _is_complete(path)):
                 note(f"warning: checkpoint {path} is incomplete; it is set aside")
-                self._set_aside(int(path.name))
+                self._set_aside(path.name)
 
     def __enter__(self) -> "StepCheckpoints":
         return self
@@ -117,7 +117,7 @@ class StepCheckpoints:
             (
                 int(p.name)
                 for p in children(self._directory)
-                if p.name.isdigit() and _is_complete(p)
+                if _is_step(p.name) and _is_complete(p)
             ),
             reverse=True,
         )
@@ -143,7 +143,7 @@ class StepCheckpoints:
                     " train.eval_every"
                 )
             return min(losses, key=lambda step: losses[step])
-        if not which.isdigit() or int(which) not in steps:
+        if not _is_step(which) or int(which) not in steps:
             raise UserError(
                 f"no checkpoint {which!r} in {self._directory}; expected last, best or one of"
                 f" {', '.join(map(str, steps))}"
@@ -192,16 +192,22 @@ class StepCheckpoints:
                 return step, self.restore(target, step)
             except UserError as error:
                 note(f"warning: {error}; going back to the one before it")
-                by_the_first(functools.partial(self._set_aside, step))
+                by_the_first(functools.partial(self._set_aside, str(step)))
                 if self._manager is not None:
                     self._manager.reload()
         return None
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, step: str) -> None:
         """Not deleted: what looks damaged may be a disk that failed to answer."""
         aside = self._directory.with_name("damaged")
-        again = sum(path.name.split(".")[0] == str(step) for path in children(aside))
-        move(self._directory / str(step), aside / (f"{step}.{again}" if again else str(step)))
+        again = sum(path.name.split(".")[0] == step for path in children(aside))
+        move(self._directory / step, aside / (f"{step}.{again}" if again else step))
+
+
+def _is_step(name: str) -> bool:
+    """Whether a name is a step's number: other scripts have digits too, which are no numbers, and a
+    name has 255 of them."""
+    return name.isascii() and name.isdigit() and len(name) < 19
 
 
 def _is_complete(step: Path) -> bool:

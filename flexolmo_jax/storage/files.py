@@ -228,12 +228,28 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def check_new(out: Path, *, inside_a_store: bool = False) -> None:
-    """Raises UserError if `out` exists and is not empty, or is inside a store, model or
-    contribution, whose files nobody may add to."""
+    """Raises UserError unless `out` does not exist or is an empty directory, and not the one that
+    this process works in; and inside what holds exactly its own files."""
     if is_whole(out) and (not out.is_dir() or children(out)):
         raise UserError(f"{out} exists and is not empty; give a new or empty directory")
-    if inside_a_store:
-        return
+    if not in_bucket(out) and out.is_dir() and out.samefile("."):
+        raise UserError(
+            f"{out} is the working directory, whose place nothing can take; give a new"
+            " directory in it"
+        )
+    if not inside_a_store:
+        _check_outside(out)
+
+
+def check_new_file(out: Path) -> None:
+    """Raises UserError where anything lies at `out`, a link among it; and inside what holds exactly
+    its own files."""
+    if out.exists() if in_bucket(out) else os.path.lexists(out):
+        raise UserError(f"{out} exists; give a new file")
+    _check_outside(out)
+
+
+def _check_outside(out: Path) -> None:
     for parent in absolute(out).parents:
         for what, names in _CLOSED.items():
             if all((parent / name).exists() for name in names):
@@ -244,13 +260,25 @@ def check_new(out: Path, *, inside_a_store: bool = False) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step."""
+    _write_at_once(path, text.encode())
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Writes a user's new file, whole or not at all, with the folders it lies in. Raises UserError
+    as `check_new_file` does."""
+    check_new_file(path)
+    make_folder(path.parent)
+    _write_at_once(path, content)
+
+
+def _write_at_once(path: Path, content: bytes) -> None:
     if in_bucket(path):
-        _put(path, text.encode())
+        _put(path, content)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         before_change("write", temporary)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         sync(temporary)
         before_change("rename", path)
         os.replace(temporary, path)

@@ -32,6 +32,7 @@ NAMES = {
 }
 DTYPES = {dtype: name for name, dtype in NAMES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+NAME_LIMIT = 1000  # characters of a tensor's name
 SIGNS_LIMIT = 1 << 19  # commas and brackets in a header: 65,000 matrices have fewer
 BLOCK = 1 << 22  # bytes read and digested at a time
 _INFINITY = {
@@ -224,6 +225,10 @@ def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
             ):
                 raise ValueError("its __metadata__ is not of strings")
             continue
+        if len(name) > NAME_LIMIT:
+            raise ValueError(
+                f"a tensor has a name of {len(name)} characters; expected at most {NAME_LIMIT}"
+            )
         if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
         kind, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

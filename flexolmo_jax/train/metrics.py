@@ -17,10 +17,11 @@ from tensorboardX.record_writer import register_writer_factory
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import append_bytes, write_text
-from flexolmo_jax.storage.paths import in_bucket, path_of, reason
+from flexolmo_jax.storage.paths import in_bucket, open_regular, path_of, reason, size_of
 from flexolmo_jax.storage.untrusted import read_bytes
 
 METRICS_LIMIT = 1 << 30  # bytes
+ROW_LIMIT = 1 << 20  # bytes of the last row
 SECONDS = 30.0  # between two additions to an object
 
 
@@ -115,6 +116,23 @@ def read_lines(path: Path) -> list[str]:
             f"cannot read {path}: {reason(error)}; restore it, or remove it: a run goes on without"
         ) from None
     return list(dict.fromkeys(lines))
+
+
+def last_row(directory: Path) -> dict[str, Any] | None:
+    """The last row of a run, whatever the length of the file. Raises UserError where it is
+    damaged."""
+    path = directory / "metrics.jsonl"
+    try:
+        if not path.exists() or not (size := size_of(path)):
+            return None
+        with open_regular(path) as file:
+            file.seek(max(0, size - ROW_LIMIT))
+            *rows, _ = file.read(ROW_LIMIT).split(b"\n")
+        return json.loads(rows[-1])
+    except (OSError, ValueError, IndexError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({reason(error):.80}); restore it, or remove it"
+        ) from None
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

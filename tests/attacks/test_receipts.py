@@ -329,3 +329,31 @@ def test_a_sketch_that_is_not_that_of_the_weights_is_refused(
         with pytest.raises(UserError, match="the sketch of 'code'"):
             use()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_receipt_names_who_it_looks_for(anchor, pair_runs, tmp_path):
+    """Promise: a claim can be checked. A coordinator's signed receipt could carry the leaver's
+    manifest, and other digests: the leaver was said to be gone from a model that still had all of
+    it. Nor did anybody look at the leaver's own signature."""
+    keygen(tmp_path / "law")
+    law = package(pair_runs["law"], tmp_path / "signed", sign_key=tmp_path / "law").path
+    again = remade(law, tmp_path / "again", "helper", lambda key, values: values)
+    before = merge(anchor, [law], tmp_path / "before").path
+    still = merge(anchor, [again], tmp_path / "still").path
+    honest = read_sealed(opt_out(before, ["law"], tmp_path / "after").path / "receipt.json")
+    gone, remaining = (
+        honest["removed"][0],
+        [{"name": "helper", "manifest": open_contribution(again).manifest["sha256"]}],
+    )
+    sketch = base64.b64encode(np.full(2 * 3 * 32, 1e3, "<f4").tobytes()).decode()
+    lies: dict[str, dict[str, Any]] = {
+        "other digests than its manifest": {"digests": ["0" * 64], "sketch": sketch},
+        "has the manifest of 'law'": {"name": "somebody"},
+        "signature of .* is damaged": {"signature": "{}"},
+        "manifest of 'law' is damaged": {"manifest": gone["manifest"] | {"owner": "nobody"}},
+    }
+    for told, lie in lies.items():
+        receipt = tmp_path / "receipt.json"
+        receipt.write_text(sealed_json(honest | {"removed": [gone | lie], "remaining": remaining}))
+        with pytest.raises(UserError, match=told):
+            verify_receipt(receipt, still)

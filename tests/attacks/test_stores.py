@@ -538,3 +538,70 @@ def test_gc_forgets_models_that_are_gone_and_removes_no_file_that_only_looks_lik
         f"{'0' * 16}.json.bak",
     }
     assert list(Store.existing(tmp_path / STORE).info()["models"]) == [str(model)]
+
+
+def test_gc_reaches_no_other_store_through_a_link(anchor, contributions, tmp_path):
+    """Promise: nothing of the user's is ever removed. A stranger's store whose folder is a link
+    once emptied the one that it led to."""
+    mine = merge(anchor, [contributions["law"]], tmp_path / "model").path.parent / STORE
+    theirs = Path(shutil.copytree(mine, tmp_path / "theirs"))
+    before = everything(mine)
+    for name in ("objects", "models"):
+        shutil.rmtree(theirs / name)
+        (theirs / name).symlink_to(mine / name)
+        for use in ("gc", "verify", "info"):
+            with pytest.raises(UserError, match=f"{name} is not a directory"):
+                getattr(Store.existing(theirs), use)()
+        (theirs / name).unlink()
+        (theirs / name).mkdir()
+    assert everything(mine) == before
+
+
+@pytest.mark.parametrize("name", ["objects", "models"])
+def test_a_store_without_its_folders_is_refused_at_once(anchor, contributions, tmp_path, name):
+    """Promises: nothing hangs, nothing is removed unseen. A pipe in a folder's place was waited
+    for; without `models` all objects went."""
+    merge(anchor, [contributions["law"]], tmp_path / "model")
+    folder = tmp_path / STORE / name
+    folder.rename(tmp_path / "aside")
+    before = everything(tmp_path)
+    for make in (lambda: None, lambda: os.mkfifo(folder), folder.touch):
+        make()
+        told = subprocess.run(
+            [sys.executable, "-m", "flexolmo_jax.cli", "gc", str(folder.parent)],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert told.returncode == 2 and f"{name} is not a directory" in told.stderr, told
+        folder.unlink(missing_ok=True)
+    assert everything(tmp_path) == before
+
+
+def test_gc_leaves_the_parts_of_a_model_that_does_not_tell_what_it_is_made_of(
+    anchor, contributions, tmp_path
+):
+    """Promise: nothing of the user's is ever removed. What a damaged model could be made whole from
+    once went with the next `gc`."""
+    model = merge(anchor, [contributions["law"]], tmp_path / "model").path
+    before = everything(tmp_path / STORE)
+    description = (model / "flexolmo.json").read_bytes()
+    (model / "flexolmo.json").chmod(0o644)
+    (model / "flexolmo.json").write_bytes(description[:-9])
+    with pytest.raises(UserError, match="until then nothing is removed"):
+        Store.existing(tmp_path / STORE).gc()
+    assert everything(tmp_path / STORE) == before
+    (model / "flexolmo.json").write_bytes(description)
+    assert Store.existing(tmp_path / STORE).gc()["removed"] == []
+
+
+@pytest.mark.parametrize(("out", "store"), [("x", "x"), ("x/model", "x"), ("x", "x/store")])
+def test_a_model_and_its_store_do_not_lie_in_each_other(
+    anchor, contributions, tmp_path, out, store
+):
+    """Promise: a merge that fails leaves nothing that a later command takes for a store with a
+    model."""
+    with pytest.raises(UserError, match=r"lie in each other|lies inside the store"):
+        merge(anchor, [contributions["law"]], tmp_path / out, store_path=tmp_path / store)
+    assert not (tmp_path / store).exists()

@@ -617,3 +617,34 @@ def test_tuned_rows_are_not_put_on_a_newer_expert_of_the_same_name(
     del description["base_sha256"]  # as an earlier version wrote it
     write_description(tmp_path / "router", description)
     assert load(tmp_path / "router").experts == ("anchor", "code", "law", "care")
+
+
+def test_nothing_passes_for_signed_that_has_no_signature(
+    anchor, model, contributions, prepared, tmp_path
+):
+    """Promise: a claim is checked or refused. Prepared data laid beside an unsigned contribution or
+    model made `verify --trust` look at the data alone, and succeed; anchors, stores and data did so
+    always, whatever anchor or keys were asked for."""
+    keygen(tmp_path / "keys" / "code")
+    trust = Trust.of(tmp_path / "keys")
+    for source in (contributions["code"], model):
+        both = copied(source, tmp_path / f"{source.name}-with-data")
+        for file in prepared["code"].iterdir():
+            if not (both / file.name).exists():
+                shutil.copy(file, both)
+        for by in (Trust(), trust, Trust(signed=True)):
+            with pytest.raises(UserError, match=r"holds|is not signed"):
+                verify(both, anchor, by)
+    store = merge(anchor, [], tmp_path / "model").path.parent / "flexolmo-store"
+    data = prepared["code"]
+    for path, base, by in (
+        (anchor, None, trust),
+        (anchor, None, Trust(signed=True)),
+        (store, None, trust),
+        (store, anchor, Trust()),
+        (data, None, trust),
+        (data, anchor, Trust()),
+    ):
+        assert verify(path)["verified"]
+        with pytest.raises(UserError, match=r"which (nobody signs|has no anchor); leave out"):
+            verify(path, base, by)

@@ -392,9 +392,8 @@ def test_a_verdict_of_the_candidates_own_owner_counts_for_nothing(honest, keys, 
     be left lying about."""
     contribution = open_contribution(honest)
     for name, change in (("care", 0.0), ("code", 0.5)):
-        of_it = dataclasses.replace(
-            verdict(change=change), candidate=contribution.manifest["sha256"]
-        )
+        about = {"candidate": contribution.manifest["sha256"], "anchor": contribution.fingerprint}
+        of_it = dataclasses.replace(verdict(change=change), **about)
         write_verdict(of_it, load_key(keys / name), tmp_path / f"{name}.json")
     check_screening([contribution], [tmp_path / "care.json", tmp_path / "code.json"], trust)
     with pytest.raises(UserError, match="is not screened by care"):

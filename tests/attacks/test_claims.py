@@ -1,0 +1,115 @@
+"""Claims that sound right. The promise: nobody is believed to be somebody else, and no verdict or
+receipt to be of something else."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, open_contribution, sealed
+from flexolmo_jax.exchange.screening import (
+    check_screening,
+    make_verdict,
+    read_verdict,
+    write_verdict,
+)
+from flexolmo_jax.exchange.signature import Trust, keygen, load_key, sign
+from flexolmo_jax.loaded import load
+from tests.attacks.test_what_runs import copied
+
+
+@pytest.fixture
+def keys(tmp_path) -> Path:
+    """Of three owners, all trusted; one has an accent in its name."""
+    for name in ("code", "law", "soci\u00e9t\u00e9"):
+        keygen(tmp_path / "keys" / name)
+    return tmp_path / "keys"
+
+
+def signed(contribution: Path, key: Path, out: Path, **changes: str) -> Path:
+    shutil.copytree(contribution, out)
+    (out / MANIFEST).write_bytes(sealed(open_contribution(out).manifest | changes))
+    (out / SIGNATURE).write_bytes(sign((out / MANIFEST).read_bytes(), load_key(key)))
+    return out
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        "Law",
+        " law ",
+        "LAW",
+        "\uff4c\uff41\uff57",
+        "socie\u0301te\u0301",
+        "SOCI\u00c9T\u00c9",
+        "l aw",
+    ],
+)
+def test_an_owner_does_not_look_like_another(contributions, keys, tmp_path, owner):
+    """Promise: an expert is its owner's. Capitals, spaces, wide letters and accents apart made an
+    owner whom readers take for another."""
+    contribution = signed(contributions["code"], keys / "code", tmp_path / "c", owner=owner)
+    with pytest.raises(UserError, match="of no owner whom another key is named for"):
+        verify(contribution, trust=Trust.of(keys))
+
+
+@pytest.mark.parametrize(
+    "name", ["Policy.yaml", "POLICY.YML", "policies.yaml", ".policy.yaml", "policy", "policy.yaml~"]
+)
+def test_a_policy_under_another_name_is_not_overlooked(keys, name):
+    """Promise: what a coordinator says of a key holds. Without a word the default held in its
+    place."""
+    (keys / name).write_text("code: {names: []}\n")
+    with pytest.raises(UserError, match=r"is not read; expected policy\.yaml"):
+        Trust.of(keys)
+
+
+def test_a_verdict_is_of_a_candidate_on_its_anchor(contributions, keys, tmp_path):
+    """Promise: a verdict is of one candidate. One that names another anchor, no day, or a loss
+    below nothing counted like any other."""
+    candidate = open_contribution(signed(contributions["code"], keys / "code", tmp_path / "c"))
+    about = {
+        "candidate": candidate.manifest["sha256"],
+        "model": "0" * 64,
+        "tokens": 1,
+        "bytes": 1,
+        "change": 0.0,
+        "max_worse": 0.02,
+    }
+    (keys / "soci\u00e9t\u00e9.pub").unlink()
+    trust, key = Trust.of(keys), load_key(keys / "law")
+    right = make_verdict(anchor=candidate.fingerprint, **about)
+    write_verdict(right, key, tmp_path / "right.json")
+    check_screening([candidate], [tmp_path / "right.json"], trust)
+    write_verdict(dataclasses.replace(right, anchor="0" * 64), key, tmp_path / "other.json")
+    with pytest.raises(UserError, match="is not screened by law"):
+        check_screening([candidate], [tmp_path / "other.json"], trust)
+    for number, wrong in enumerate(
+        ({"date": "9999-99-99"}, {"date": "2026-02-30"}, {"change": -1.5}, {"change": -1e308})
+    ):
+        write_verdict(dataclasses.replace(right, **wrong), key, tmp_path / f"{number}.json")
+        with pytest.raises(UserError, match="is not a verdict"):
+            read_verdict(tmp_path / f"{number}.json", trust)
+
+
+def test_a_receipt_lies_in_models_only_and_is_a_file(anchor, model, tmp_path):
+    """Promise: a directory holds exactly its own files, and regular ones. An anchor could carry any
+    receipt; and pipes passed for one."""
+    for source in (anchor, model):
+        for name in ("receipt.json", "receipt.sig"):
+            fake = copied(source, tmp_path / source.name / name / "fake")
+            os.mkfifo(fake / name)
+            for use in (verify, load):
+                with pytest.raises(
+                    UserError,
+                    match=r"is not a regular file|holds unknown files|cannot read the receipt",
+                ):
+                    use(fake)
+    fake = copied(anchor, tmp_path / "anchor-with-receipt")
+    (fake / "receipt.json").write_text("{}")
+    with pytest.raises(UserError, match="holds unknown files"):
+        verify(fake)
