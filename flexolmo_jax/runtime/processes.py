@@ -216,6 +216,13 @@ def by_the_first(function: Callable[[], Any]) -> Any:
     return outcome["result"]
 
 
+def compile_for_all(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for these arguments, and waits until all processes have: in their
+    first exchange they do not wait long for each other."""
+    function.lower(*arguments).compile()
+    by_the_first(lambda: None)
+
+
 def _store() -> Any:
     """JAX's key-value store of a run's processes, which has no public name."""
     from jax._src import distributed

@@ -84,7 +84,7 @@ def batch_ways(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
-def local_rows(mesh: Mesh, rows: int) -> list[int]:
+def local_records(mesh: Mesh, rows: int) -> list[int]:
     """Which rows of a batch the devices of this process hold, in order."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     # One index a dimension, and there is one.

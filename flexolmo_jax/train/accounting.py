@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jax.sharding import Mesh
+
+from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.runtime.tpus import CHIPS
+
+from .flops import step_flops
 
 # what is none of these is the loop's own
 PHASES = ("init", "restore", "compile", "data", "step", "eval", "save")
@@ -53,3 +58,9 @@ def peak_flops(device: Any) -> float | None:
             None,
         )
     return next((1e12 * tflops for name, tflops in GPUS.items() if name in kind), None)
+
+
+def least_step_seconds(run: RunConfig, model: ModelConfig, mesh: Mesh) -> float | None:
+    """What a step would take if all devices worked at their peak; None where that is not known."""
+    peak = peak_flops(mesh.devices.flat[0])
+    return peak and step_flops(run, model).model / (peak * mesh.size)

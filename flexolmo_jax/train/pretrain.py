@@ -14,7 +14,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, init_params
 from flexolmo_jax.model.tree import flatten, unflatten
 
-from .loop import Job, train
+from .job import Job
+from .loop import train
 from .sources import choose_tokenizer, open_sources
 
 
