@@ -1,8 +1,8 @@
 """Where the time of a run goes, and how much of what its chips can do it uses.
 
 goodput    seconds spent in steps / seconds since the run was started
-MFU        FLOPs that the model's mathematics needs (flops.py) / FLOPs that the devices could do at
-           most in a step's time, in bfloat16
+MFU        FLOPs that a step's mathematics needs (flops.py) / FLOPs that the devices could do in
+           its time, in bfloat16
 """
 
 import time
@@ -17,7 +17,7 @@ from flexolmo_jax.runtime.tpus import CHIPS
 
 from .flops import step_flops
 
-# what is none of these is the loop's own
+# the rest of a run's time is the loop's own
 PHASES = ("init", "restore", "compile", "data", "step", "eval", "save")
 # 10^12 bfloat16 FLOPs a second, dense; of NVIDIA's data sheets
 GPUS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
@@ -49,8 +49,7 @@ class Accounting:
 
 
 def peak_flops(device: Any) -> float | None:
-    """Bfloat16 FLOPs a second that a device can do at most; None where that is not known, as for
-    CPUs."""
+    """A device's most bfloat16 FLOPs a second; None where that is not known, as for CPUs."""
     kind = device.device_kind
     if device.platform == "tpu":
         return next(

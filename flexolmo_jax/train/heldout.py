@@ -1,9 +1,9 @@
 """Bits per byte of a run's held-out sets, between its steps."""
 
 import functools
-from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from flexolmo_jax.model import Params
@@ -34,19 +34,18 @@ class Evaluation:
         scores = {}
         for name, records in self._job.heldout.items():
             score = score_records(
-                self._score_for_all,
-                params,
+                functools.partial(self._score_batch, params),
                 records,
                 self._job.tokenizer,
                 batch_size=self._batch_size,
                 limit=self._job.config.train.eval_records,
-                put=self._put,
             )
             scores[name] = score.bits_per_byte
         return scores
 
-    def _score_for_all(self, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+    def _score_batch(self, params: Params, *batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        placed = [self._put(array) for array in batch]
         if not self._compiled:
-            compile_for_all(self._score, *arguments)
+            compile_for_all(self._score, params, *placed)
         self._compiled = True
-        return self._score(*arguments)
+        return self._score(params, *placed)

@@ -25,8 +25,7 @@ def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Its state has the shapes of what it is initialised with: the trained parameters, nothing
-    frozen."""
+    """Initialise it with the trained parameters alone: the frozen ones need no state."""
     return optax.chain(
         optax.clip_by_global_norm(optim.clip),
         optax.adamw(
