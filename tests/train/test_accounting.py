@@ -48,13 +48,13 @@ def test_a_run_tells_its_goodput_its_phases_and_its_share_of_the_peak(
     )
     monkeypatch.setattr("flexolmo_jax.train.accounting.peak_flops", lambda _: 1e9)
     pretrain(run, tmp_path / "run")
-    rows = read_metrics(tmp_path / "run")
-    steps = [row for row in rows if "loss" in row]
+    entries = read_metrics(tmp_path / "run")
+    steps = [entry for entry in entries if "loss" in entry]
     flops = step_flops(run, run.model).model
-    for row in steps:
-        assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / (8 * 32) / 1e9)
-        assert 0 < row["goodput"] < 1
-    seconds = [row["seconds"] for row in rows if "seconds" in row]
+    for entry in steps:
+        assert entry["mfu"] == pytest.approx(flops * entry["tokens_per_second"] / (8 * 32) / 1e9)
+        assert 0 < entry["goodput"] < 1
+    seconds = [entry["seconds"] for entry in entries if "seconds" in entry]
     assert (
         len(seconds) == 2
         and seconds[0]["total"] < seconds[1]["total"]
