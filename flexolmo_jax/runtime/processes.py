@@ -26,7 +26,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import interrupts, progress
 from flexolmo_jax.runtime.interrupts import INTERRUPTED
 
-# exit statuses after which the same command goes on from the last checkpoint
+# exit statuses after which the same command resumes from the last checkpoint
 PREEMPTED, PEER_LOST = 42, 75
 HEARTBEAT = 10  # seconds without a sign of life after which a process counts as dead
 GOODBYE = 8  # seconds that a process waits at its end for the others to end too
@@ -311,6 +311,7 @@ def _status_of(error: BaseException) -> int:
 def _is_loss(error: BaseException) -> bool:
     import jax
 
+    # A process that runs out of memory has lost nobody.
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells of its steps while it trains: a bar on stderr and entries in its metrics."""
+"""What a run reports of its steps while it trains: a bar on stderr and entries in its metrics."""
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class Log:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """The next step is timed from now on: not an evaluation or a save before it."""
+        """Times the next step from now on, without the evaluation or save before it."""
         self._clock = time.perf_counter()
 
     def step(self, number: int, entry: dict[str, Any]) -> None:

@@ -70,7 +70,8 @@ def train(job: Job, out: Path) -> dict[str, Any]:
 
 
 class Trainer:
-    """A run's state and what its phases share. What has to be closed goes on `stack`."""
+    """A run's state and its phases, in the order of their calls. `stack` closes what they open, the
+    last first."""
 
     def __init__(self, job: Job, out: Path, stack: ExitStack):
         self._job, self._out, self._stack = job, out, stack
@@ -94,10 +95,10 @@ class Trainer:
             )
 
     def restore(self) -> int:
-        """The step of the newest good checkpoint, whose state it takes over; 0 without one.
+        """Takes over the state of the newest good checkpoint and returns its step; 0 without one.
 
-        A checkpoint is all that a run needs to go on bit for bit: the batch and the noise of a step
-        are functions of the step's number, so there is no other state to restore.
+        A run resumes bit for bit from parameters and optimiser state alone: a step's batch and its
+        noise are functions of the step's number.
         """
         with self._accounting.spent("restore"):
             wanted = checkpoint.abstract(self._state._asdict())
@@ -106,12 +107,12 @@ class Trainer:
             return 0
         done, state = restored
         self._state = TrainState(**state)
-        note(f"{self._out} goes on from step {done}")
+        note(f"{self._out} resumes from step {done}")
         return done
 
     def begin(self, done: int) -> Callable[[int], int | None]:
-        """Opens what accompanies the steps after `done`; returns what says after a step whether to
-        stop: see `stop_requests`."""
+        """Opens log, profile and batches for the steps after `done`; returns the function that says
+        after each whether to stop (see `stop_requests`)."""
         job, enter = self._job, self._stack.enter_context
         metrics = enter(MetricsWriter(self._out, done)) if is_first() else None
         advance = enter(bar(f"train {self._out.name}", job.config.train.steps))
@@ -125,8 +126,8 @@ class Trainer:
         return stop_status
 
     def step(self, number: int, compiles: bool) -> None:
-        """Dispatches a step, and reads the metrics of the step before only then: while Python does
-        so, the devices have work."""
+        """Dispatches a step, and only then reads the metrics of the step before: while Python waits
+        for them and writes, the devices have work."""
         seconds = 0 if compiles else self._job.config.train.watchdog
         self._watchdog.expect(f"step {number}", seconds)
         with self._accounting.spent("data"):
@@ -142,8 +143,8 @@ class Trainer:
         self._pending = number, metrics
 
     def settle(self, number: int, saved: bool) -> None:
-        """Waits for a step that is to be saved, or ends the profile, and checks it: nothing that is
-        not finite is ever saved."""
+        """Waits for a step that is to be saved, or is the profile's last, and checks it: nothing
+        that is not finite is ever saved."""
         if saved or self._profile.ends(number):
             with self._accounting.spent("step"):
                 self._read_pending()
@@ -153,7 +154,7 @@ class Trainer:
         self._scores = self._evaluation(self._state.params, self._frozen)
 
     def save(self, number: int, scored: bool) -> None:
-        """Saves a step; `scored`: evaluates it first."""
+        """Saves a step; if `scored`, evaluates it first."""
         self._watchdog.expect(f"evaluating and saving after step {number}", 0)
         entry: dict[str, Any] = {}
         loss = None
@@ -172,10 +173,10 @@ class Trainer:
         """Ends the process with this exit status, once the step's checkpoint is complete."""
         with self._accounting.spent("save"):
             self._checkpoints.wait()
-        by_the_first(lambda: None)  # until it is complete for all
+        by_the_first(lambda: None)  # all wait until it is complete for all
         note(
-            f"stopped by a signal at step {number}, saved in {self._out}; the same command goes"
-            " on from there"
+            f"stopped by a signal at step {number}, saved in {self._out}; the same command resumes"
+            " from there"
         )
         sys.exit(status)
 
@@ -189,7 +190,7 @@ class Trainer:
         return result
 
     def _read_pending(self) -> None:
-        """Waits for the step whose metrics nobody has read, if there is one. Raises RunError where
+        """Waits for the step whose metrics are not read yet, if there is one. Raises RunError where
         its loss is not finite."""
         if self._pending is None:
             return
@@ -221,7 +222,7 @@ def _placement(job: Job, mesh: Mesh) -> Placement:
 
 
 def _init_optimizer(optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh) -> Any:
-    """Its state, made where it lies: a parameter's moments beside the parameter."""
+    """The optimiser's first state, made in place: a parameter's moments have its sharding."""
     abstract = abstract_state(optimizer, trained, sharding.replicated(mesh))
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     return jax.jit(optimizer.init, out_shardings=shardings)(trained)

@@ -42,8 +42,8 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
 def abstract_state(
     optimizer: optax.GradientTransformation, trained: Params, replicated: jax.sharding.Sharding
 ) -> Any:
-    """The optimiser's state as ShapeDtypeStructs: moments lie where their parameters (arrays, or
-    ShapeDtypeStructs) do."""
+    """The optimiser's state as ShapeDtypeStructs: moments have the sharding of their parameters
+    (arrays, or ShapeDtypeStructs)."""
     state = jax.eval_shape(optimizer.init, trained)
     shardings = optax.tree_utils.tree_map_params(
         optimizer,
