@@ -86,9 +86,10 @@ def batch_ways(mesh: Mesh) -> int:
 
 def local_records(mesh: Mesh, batch_size: int) -> list[int]:
     """The places in a batch of the records that the devices of this process hold, in order."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    # One index a dimension, and there is one.
-    return sorted({i for (index,) in slices for i in range(batch_size)[index]})  # type: ignore[misc]
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    places = range(batch_size)
+    # An index is a slice for each dimension, of which there is one.
+    return sorted({place for (of_batch,) in indices for place in places[of_batch]})  # type: ignore
 
 
 def put_batch(mesh: Mesh, places: Sequence[int], batch_size: int, array: np.ndarray) -> jax.Array:

@@ -128,6 +128,7 @@ class Trainer:
     def step(self, number: int, compiles: bool) -> None:
         """Dispatches a step, and only then reads the metrics of the step before: while Python waits
         for them and writes, the devices have work."""
+        # Compiling a large model takes longer than any step may: up to the watchdog's own limit.
         seconds = 0 if compiles else self._job.config.train.watchdog
         self._watchdog.expect(f"step {number}", seconds)
         with self._accounting.spent("data"):
