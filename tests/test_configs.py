@@ -213,11 +213,11 @@ def test_one_step_of_it_runs_at_a_reduced_width(path, anchor, model, prepared, t
     assert main(["train", str(path), *settings, "--out", str(out), "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["step"] == 1 and all(0 < score < 20 for score in result["bits_per_byte"].values())
-    row = read_metrics(out)[0]
+    entry = read_metrics(out)[0]
     assert (
-        math.isfinite(row["loss"])
-        and row["gradient_norm"] > 0
-        and row["learning_rate"] == pytest.approx(run.optim.lr)
+        math.isfinite(entry["loss"])
+        and entry["gradient_norm"] > 0
+        and entry["learning_rate"] == pytest.approx(run.optim.lr)
     )
     stored = json.loads((out / "flexolmo.json").read_text())["tensors"]
     assert stored.keys() == {

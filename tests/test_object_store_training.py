@@ -119,7 +119,7 @@ def test_the_whole_story_in_a_bucket(bucket, empty_disk, tmp_path, capsys):
     assert result["bits_per_byte"] == run(capsys, *train[:-1], tmp_path / "run")["bits_per_byte"]
     assert bits(bucket / "run") == bits(tmp_path / "run") and bits(bucket / "run")
     steps = [
-        [row["step"] for row in read_metrics(place) if "loss" in row]
+        [entry["step"] for entry in read_metrics(place) if "loss" in entry]
         for place in (bucket / "run", tmp_path / "run")
     ]
     assert steps[0] == steps[1] == list(range(1, STEPS + 1))
@@ -272,11 +272,11 @@ def test_metrics_in_a_bucket_are_added_now_and_then_and_cut_off_behind_the_resto
         writer.write(2, {"loss": 0.5, "share": {"a": 1.0}})
         writer.flush()
         writer.write(3, {"loss": 0.25})
-    assert [row["step"] for row in read_metrics(bucket)] == [1, 2, 3]
+    assert [entry["step"] for entry in read_metrics(bucket)] == [1, 2, 3]
     # an object store that was asked again
     (bucket / "metrics.jsonl").write_text((bucket / "metrics.jsonl").read_text() * 2)
     with MetricsWriter(bucket, 2):
-        assert [row["step"] for row in read_metrics(bucket)] == [1, 2]
+        assert [entry["step"] for entry in read_metrics(bucket)] == [1, 2]
     events = [name for name in listing(bucket) if name.startswith("tensorboard/")]
     assert events and all((bucket / name).read_bytes().count(b"loss") for name in events[:1])
     assert listing(bucket).keys() == {"metrics.jsonl", *events}

@@ -20,7 +20,8 @@ from flexolmo_jax.plain_yaml import read_yaml
 from flexolmo_jax.storage.files import check_new, is_whole
 from flexolmo_jax.storage.paths import absolute, path_of
 from flexolmo_jax.storage.placing import WAYS
-from flexolmo_jax.train.loop import Job, train
+from flexolmo_jax.train.job import Job
+from flexolmo_jax.train.loop import train
 from flexolmo_jax.train.sources import open_sources
 
 from .merge import apply_tuning, open_model, undo_tuning

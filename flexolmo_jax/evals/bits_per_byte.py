@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flexolmo_jax.data.documents import name_of
 from flexolmo_jax.data.prepare import open_heldout
@@ -47,6 +49,10 @@ def evaluate(
         if model.mesh is None
         else functools.partial(put_batch, model.mesh, range(batch_size), batch_size)
     )
+
+    def score_batch(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return scorer(model.params, *map(put, batch), allowed)
+
     result: dict[str, Any] = {
         "bits_per_byte": {},
         "tokens": {},
@@ -62,14 +68,11 @@ def evaluate(
         )
         with bar(f"eval {name_of(path)}", min(len(records), limit or len(records))) as advance:
             score = score_records(
-                scorer,
-                model.params,
+                score_batch,
                 records,
                 model.tokenizer,
-                allowed=allowed,
                 limit=limit,
                 batch_size=batch_size,
-                put=put,
                 advance=advance,
             )
         result["bits_per_byte"][name] = score.bits_per_byte

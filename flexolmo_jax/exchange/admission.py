@@ -271,10 +271,15 @@ def _trial(
         raise UserError(f"{public} has no held-out records; give more public text")
     pair = model.params | {"expert": {name: jnp.asarray(a) for name, a in expert.items()}}
     config = dataclasses.replace(model.config, router_bias=contribution.has_bias)
-    before = score_records(
-        make_scorer(model.config), model.params, records, model.tokenizer, limit=RECORDS
+    before, after = (
+        score_records(
+            functools.partial(make_scorer(architecture), params),
+            records,
+            model.tokenizer,
+            limit=RECORDS,
+        )
+        for architecture, params in ((model.config, model.params), (config, pair))
     )
-    after = score_records(make_scorer(config), pair, records, model.tokenizer, limit=RECORDS)
     by_layer = after.routing[:, 1]
     return {
         "public_tokens": after.tokens,

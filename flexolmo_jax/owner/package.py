@@ -2,6 +2,7 @@
 expert of an imported model does."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -210,8 +211,8 @@ def _evaluate(
     pair = params | {"expert": {name: jnp.asarray(a) for name, a in released.items()}}
     dense = {name: branch for name, branch in params.items() if name != "expert"}
     scorers = {
-        "anchor": (make_scorer(anchor.config), dense),
-        "pair": (make_scorer(run.config), pair),
+        "anchor": functools.partial(make_scorer(anchor.config), dense),
+        "pair": functools.partial(make_scorer(run.config), pair),
     }
     scores: dict[str, Any] = {who: {} for who in scorers}
     for name, path in heldout.items():
@@ -219,9 +220,9 @@ def _evaluate(
         # public ones.
         records = open_heldout(path_of(path), run.tokenizer, config.data.seq_len)
         if len(records):
-            for who, (scorer, weights) in scorers.items():
+            for who, scorer in scorers.items():
                 score = score_records(
-                    scorer, weights, records, run.tokenizer, limit=config.train.eval_records
+                    scorer, records, run.tokenizer, limit=config.train.eval_records
                 )
                 scores[who][name] = round(score.bits_per_byte, 6)
     return scores

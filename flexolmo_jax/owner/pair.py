@@ -30,7 +30,8 @@ from flexolmo_jax.exchange.embedder import domain_embedding, load_embedder
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.runtime.processes import by_the_first
 from flexolmo_jax.storage.paths import absolute, in_bucket, path_of
-from flexolmo_jax.train.loop import Job, train
+from flexolmo_jax.train.job import Job
+from flexolmo_jax.train.loop import train
 from flexolmo_jax.train.sources import open_sources
 
 HIDDEN_RECORDS = 64  # of each source, where rows start from hidden states

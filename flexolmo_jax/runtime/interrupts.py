@@ -1,10 +1,10 @@
-"""Ctrl-C at any moment of a command: an end in one line, whatever code it comes upon.
+"""Ctrl-C at any moment of a command ends it in one line, whatever code is running.
 
-Python raises KeyboardInterrupt wherever its main thread stands. Two places do not bear that. Amid
-an import, compiled modules turn it into other errors, or end the process: while a verb still
-imports what it needs nothing has begun, and the process ends at once; amid any other import the
-interrupt waits. And what the collector or C calls back throws it away: then it comes again. Before
-`catch`, Python itself ends.
+Python raises KeyboardInterrupt wherever its main thread stands. In two places that does harm. In an
+import, compiled modules turn it into other errors, or crash. While a verb imports its modules
+nothing has begun, so the process ends at once; in any other import the interrupt is sent again
+later. And code that the garbage collector or C calls throws the exception away: it is sent again
+too. Before `catch` is called, Python behaves as usual.
 """
 
 import os
@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 INTERRUPTED = 130  # the exit status
-AGAIN = 0.05  # seconds until an interrupt that was put off or thrown away comes again
+AGAIN = 0.05  # seconds until an interrupt that was put off or thrown away is sent again
 TOLD = "flexolmo: interrupted"
 _IMPORTING = "<frozen importlib"  # what the files of Python's import machinery are called
 
@@ -24,11 +24,11 @@ _raised = threading.Event()
 
 
 def catch(command: Sequence[str]) -> None:
-    """From now on Ctrl-C raises KeyboardInterrupt in the main thread where it can be borne.
+    """From now on Ctrl-C raises KeyboardInterrupt in the main thread where that is safe.
 
-    `command`: the source files that choose what to do and do nothing themselves; what they import
-    is imported before anything has begun. Where the parent has the signal ignored, as of jobs in
-    the background, it stays so.
+    `command`: the source files that only choose what to do; what they import is imported before
+    anything has begun. Where the parent process ignores the signal, as for jobs in the background,
+    it stays ignored.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -48,8 +48,8 @@ def catch(command: Sequence[str]) -> None:
 
 
 def was_raised() -> bool:
-    """Whether a KeyboardInterrupt has been raised: an error that comes up afterwards may be what
-    other code has made of it."""
+    """Whether a KeyboardInterrupt has been raised: other code may have turned it into the error
+    that comes up afterwards."""
     return _raised.is_set()
 
 

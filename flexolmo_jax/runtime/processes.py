@@ -1,11 +1,10 @@
 """Many processes of one run: how they find each other, agree, stop at the same step, and end when
 one of them is gone.
 
-Every process runs the same program; JAX joins their devices. The first of them alone writes small
-files and speaks. A process that dies is missed within `HEARTBEAT` seconds by JAX's coordination
-service, which ends the others (exit status 134), where their own next exchange with it has not
-failed before that (75). A step that hangs although all processes live is ended by the watchdog of
-the training loop.
+Every process runs the same program; JAX joins their devices. Only the first one writes small files
+and prints. When a process dies, the others end: their next exchange with it fails (exit status 75),
+or JAX's coordination service misses it after `HEARTBEAT` seconds (134). When all live but a step
+hangs, the training loop's watchdog ends them.
 """
 
 import importlib.util
@@ -27,16 +26,16 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import interrupts, progress
 from flexolmo_jax.runtime.interrupts import INTERRUPTED
 
-# exit statuses after which the same command goes on from the last checkpoint
+# exit statuses after which the same command resumes from the last checkpoint
 PREEMPTED, PEER_LOST = 42, 75
-HEARTBEAT = 10  # seconds without a sign of life after which a process is taken for dead
-GOODBYE = 8  # seconds that one which ends waits for the others to end too
+HEARTBEAT = 10  # seconds without a sign of life after which a process counts as dead
+GOODBYE = 8  # seconds that a process waits at its end for the others to end too
 PATIENCE = 600  # seconds to wait for all others at the start
 THREADS = 16  # of each process on CPUs, whatever its host has
-_FOR_EVER = 7 * 24 * 3600 * 1000  # ms; whoever is waited for is alive, or all end
+_FOR_EVER = 7 * 24 * 3600 * 1000  # ms; if the awaited process dies, all end
 
 _joined = False
-_alone = False  # whether the first process does something that the others wait for
+_alone = False  # whether the first process is in `by_the_first`, where the others wait for it
 _turns = itertools.count()
 
 
@@ -55,7 +54,7 @@ def join(
     *,
     look: bool = True,
 ) -> None:
-    """Joins the other processes of this run, if there are any. To be called before JAX is used.
+    """Joins the other processes of this run, if there are any. Call it before JAX is used.
 
     Args:
         coordinator, processes, process: host:port that the first process listens on, how many there
@@ -67,28 +66,30 @@ def join(
     reached.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    if missing := [name for name, value in given.items() if value is None]:
-        if len(missing) < 3:
-            raise UserError(
-                f"{' and '.join(missing)} not given; expected all of {', '.join(given)}, or none of"
-                " them"
-            )
-        place = detect(os.environ) if look else None
-    else:
+    missing = [name for name, value in given.items() if value is None]
+    if not missing:
         place = _checked(str(coordinator), int(processes or 0), int(process or 0))
-    if place is None:
-        return
+    elif len(missing) < len(given):
+        raise UserError(
+            f"{' and '.join(missing)} not given; expected all of {', '.join(given)}, or none of"
+            " them"
+        )
+    else:
+        place = detect(os.environ) if look else None
+    if place is not None:
+        _join(place)
+
+
+def _join(place: Place) -> None:
     import jax
 
-    # XLA's CPU products are cut up, and summed, by its number of threads: the same one however
-    # devices are shared out gives the same bits.
+    # XLA splits a CPU's matrix products over its threads, and sums in that order. With the same
+    # number of threads the bits are the same, however a run's devices are spread over processes.
     total = (place.processes or 1) * int(os.environ.get("JAX_NUM_CPU_DEVICES") or 1)
     os.environ.setdefault("PJRT_NPROC", str(max(THREADS, total)))
-    options = (
-        {}
-        if place.coordinator is None
-        else {"cluster_detection_method": "deactivate", "local_device_ids": None}
-    )
+    options: dict[str, Any] = {}
+    if place.coordinator is not None:
+        options = {"cluster_detection_method": "deactivate", "local_device_ids": None}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -108,7 +109,7 @@ def join(
         if not isinstance(error, RuntimeError):
             raise UserError(told) from error
         print(f"flexolmo: {told}", file=sys.stderr)
-        raise SystemExit(PEER_LOST) from error  # one that starts too late is no mistake
+        raise SystemExit(PEER_LOST) from error  # a process that starts too late is no user's error
     global _joined
     _joined = True
     progress.console.quiet = jax.process_index() != 0
@@ -117,7 +118,7 @@ def join(
 def detect(environment: Mapping[str, str]) -> Place | None:
     """What the environment says of other processes; None where there are none.
 
-    Raises UserError where it says half of it.
+    Raises UserError where only a part of it is set.
     """
 
     def need(*names: str, of: str, hint: str) -> None:
@@ -145,8 +146,7 @@ def detect(environment: Mapping[str, str]) -> Place | None:
         "MEGASCALE_COORDINATOR_ADDRESS"
     ):
         return Place(None, None, None)  # GKE
-    # A TPU VM: its metadata server knows its pod. What is compiled for a TPU that is not there asks
-    # nobody.
+    # A TPU VM: its metadata server knows its pod. Programs compiled for a TPU elsewhere have none.
     has_tpu = importlib.util.find_spec("libtpu") and any(
         any(Path("/dev").glob(name)) for name in ("accel[0-9]*", "vfio/[0-9]*")
     )
@@ -176,12 +176,12 @@ def _checked(coordinator: str, processes: int, process: int) -> Place:
 
 
 def joined() -> bool:
-    """Whether this process runs under `join`, be it with others or as the only one."""
+    """Whether `join` has joined this process to others, or to a run of one process."""
     return _joined
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is the process that writes and prints for all."""
     if not _joined:
         return True
     import jax
@@ -190,11 +190,10 @@ def is_first() -> bool:
 
 
 def by_the_first(function: Callable[[], Any]) -> Any:
-    """What `function`, called by the first process alone, returns or raises, on every process. All
-    have to call this, in the same order.
+    """Calls `function` on the first process only; returns its result, or raises its UserError, on
+    every process. All have to call this, in the same order.
 
-    What it returns has to be made of JSON's types. Called by `function` itself it is a plain call.
-    Raises UserError if that does.
+    The result has to be made of JSON's types. Inside of `function` this is a plain call.
     """
     global _alone
     if not _joined or _alone:
@@ -216,6 +215,13 @@ def by_the_first(function: Callable[[], Any]) -> Any:
     return outcome["result"]
 
 
+def compile_for_all(function: Any, *arguments: Any) -> None:
+    """Compiles a jitted function for these arguments, and waits until all processes have: in their
+    first exchange they do not wait long for each other."""
+    function.lower(*arguments).compile()
+    by_the_first(lambda: None)
+
+
 def _store() -> Any:
     """JAX's key-value store of a run's processes, which has no public name."""
     from jax._src import distributed
@@ -225,22 +231,21 @@ def _store() -> Any:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[int], int | None]]:
-    """Yields a function to be called once after every step with its number: the exit status to stop
-    with after this step, or None.
+    """Yields a function to be called once after every step with its number: it returns the exit
+    status to stop with after this step, or None.
 
-    SIGTERM asks for it, and Ctrl-C; a second Ctrl-C kills as usual. With several processes it is
-    enough that one of them is asked: all get the answer at the same step. Threads cannot catch
-    signals.
+    SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C kills as usual. Of several processes one
+    gets the signal, and all stop at the same step. Outside of the main thread, signals are not
+    caught.
     """
     if _joined:
         from jax.experimental import multihost_utils
 
+        def terminate(*_: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
         # JAX catches SIGTERM itself, and agrees on a step with the others.
-        before = {
-            signal.SIGINT: signal.signal(
-                signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM)
-            )
-        }
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, terminate)}
 
         def request(step: int) -> int | None:
             return PREEMPTED if multihost_utils.reached_preemption_sync_point(step) else None
@@ -270,11 +275,11 @@ def stop_requests() -> Iterator[Callable[[int], int | None]]:
 def ending(run: Callable[[], int], *, whole: bool = False) -> int:
     """The exit status of `run()`, which may end in SystemExit and KeyboardInterrupt too.
 
-    `whole`: this is all that the process is for, and it ends here. So does one that has joined
-    others, with all of them where they can still be reached. Neither goes through Python's own
-    ending. That waits for processes that are gone. It also takes modules apart while their threads
-    run, and frees last what somebody still holds: an exception with the compiled modules in its
-    frames was a segmentation fault in two of five interrupted processes.
+    `whole`: the process has nothing else to do and ends here. A process that has joined others ends
+    here too, together with those it can still reach. Both skip Python's own shutdown. That waits
+    for processes that are gone. It also takes modules apart while their threads run, and frees
+    objects too late: an exception whose frames held compiled modules made two of five interrupted
+    processes end in a segmentation fault.
     """
     try:
         status = run()
@@ -296,11 +301,8 @@ def _status_of(error: BaseException) -> int:
         print(interrupts.TOLD, file=sys.stderr)
         return INTERRUPTED
     if _joined and _is_loss(error):
-        print(
-            "flexolmo: another process, or the way to it, is lost:"
-            f" {' '.join(str(error).split())[:300]}",
-            file=sys.stderr,
-        )
+        told = " ".join(str(error).split())[:300]
+        print(f"flexolmo: another process, or the way to it, is lost: {told}", file=sys.stderr)
         return PEER_LOST
     traceback.print_exception(error)
     return 1
@@ -309,23 +311,23 @@ def _status_of(error: BaseException) -> int:
 def _is_loss(error: BaseException) -> bool:
     import jax
 
+    # A process that runs out of memory has lost nobody.
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 def _leave(status: int) -> None:
-    """Ends this process, with all that it printed. Verbs have closed what they opened and waited
-    for what they started, errors or not."""
+    """Ends this process once its output is flushed. Verbs have closed their files and ended their
+    threads by now, after errors too."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over
     logging.shutdown()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed before this began
-        with suppress(OSError):  # whoever printed a result has flushed it, and told
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before this began
+        with suppress(OSError):  # a result has been flushed where it was printed, and errors told
             stream.flush()
     if _joined and status != PEER_LOST:
         import jax
 
-        # Whoever leaves first takes the others with it; so all wait for each other, but not for
-        # ever.
+        # The first process that leaves ends the others; so all wait for each other, for a while.
         leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         leaving.start()
         leaving.join(GOODBYE + 2)

@@ -37,45 +37,51 @@ def bar(
     """A progress bar; yields `advance(n=1, text="")`, where text is shown after the bar (a loss).
     Bytes are shown with their rate.
 
-    On a terminal it is drawn and redrawn. Where stderr is a file or a pipe, one line is written
-    about every tenth of the way. A quiet console shows nothing.
+    A terminal shows a bar. A file or a pipe gets a line after about every tenth. A quiet console
+    shows nothing.
     """
     if console.quiet:
         yield lambda n=1, text="": None
-        return
-    description = printable(description)
-    if console.is_terminal:
-        count = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
-        told = [
-            TextColumn(template, markup=False)
-            for template in ("{task.description}", "{task.fields[text]}")
-        ]
-        columns = (told[0], BarColumn(), *count, TimeRemainingColumn(), told[1])
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task(description, total=total, text="")
-
-            def draw(n: float = 1, text: str | None = None) -> None:
-                if text is None:
-                    progress.advance(task, n)
-                else:
-                    progress.update(task, advance=n, text=printable(text))
-
+    elif console.is_terminal:
+        with _drawn(printable(description), total, in_bytes) as draw:
             yield draw
-        return
+    else:
+        yield _in_lines(printable(description), total, in_bytes)
+
+
+@contextlib.contextmanager
+def _drawn(description: str, total: float | None, in_bytes: bool) -> Iterator[Callable[..., None]]:
+    count = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
+    title, text_column = (
+        TextColumn(template, markup=False)
+        for template in ("{task.description}", "{task.fields[text]}")
+    )
+    columns = (title, BarColumn(), *count, TimeRemainingColumn(), text_column)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total, text="")
+
+        def draw(n: float = 1, text: str | None = None) -> None:
+            if text is None:
+                progress.advance(task, n)
+            else:
+                progress.update(task, advance=n, text=printable(text))
+
+        yield draw
+
+
+def _in_lines(description: str, total: float | None, in_bytes: bool) -> Callable[..., None]:
     done, written, start = 0.0, 0, time.monotonic()
 
     def write(n: float = 1, text: str | None = None) -> None:
         nonlocal done, written
         done += n
-        if total and done * 10 // total > written:
-            written = int(done * 10 // total)
-            if in_bytes:
-                rate = done / max(time.monotonic() - start, 1e-3)
-                text = f"of {decimal(int(total))}, {decimal(int(rate))}/s {text or ''}"
-            print(
-                f"{description}: {min(done / total, 1):.0%} {printable(text or '')}".rstrip(),
-                file=sys.stderr,
-                flush=True,
-            )
+        if not total or done * 10 // total <= written:
+            return
+        written = int(done * 10 // total)
+        if in_bytes:
+            rate = done / max(time.monotonic() - start, 1e-3)
+            text = f"of {decimal(int(total))}, {decimal(int(rate))}/s {text or ''}"
+        line = f"{description}: {min(done / total, 1):.0%} {printable(text or '')}".rstrip()
+        print(line, file=sys.stderr, flush=True)
 
-    yield write
+    return write

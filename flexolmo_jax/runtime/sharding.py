@@ -80,32 +80,35 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Over how many devices the rows of a batch are spread."""
+    """Over how many devices the records of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
-def local_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Which rows of a batch the devices of this process hold, in order."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    # One index a dimension, and there is one.
-    return sorted({row for (index,) in slices for row in range(rows)[index]})  # type: ignore[misc]
+def local_records(mesh: Mesh, batch_size: int) -> list[int]:
+    """The places in a batch of the records that the devices of this process hold, in order."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    places = range(batch_size)
+    # An index is a slice for each dimension, of which there is one.
+    return sorted({place for (of_batch,) in indices for place in places[of_batch]})  # type: ignore
 
 
-def put_batch(mesh: Mesh, rows: Sequence[int], count: int, array: np.ndarray) -> jax.Array:
-    """A batch of `count` rows over the mesh, of which this process has these, in order, in
-    `array`."""
-    place = {row: i for i, row in enumerate(rows)}
+def put_batch(mesh: Mesh, places: Sequence[int], batch_size: int, array: np.ndarray) -> jax.Array:
+    """A batch over the mesh. `array` holds what this process has of it: the records, or prompts, at
+    these places, in order."""
+    start_of = {place: i for i, place in enumerate(places)}
 
     def shard(index: Any) -> Any:
-        wanted = range(count)[index[0]]
-        return array[place[wanted[0]] : place[wanted[0]] + len(wanted)]
+        wanted = range(batch_size)[index[0]]
+        start = start_of[wanted[0]]
+        return array[start : start + len(wanted)]
 
-    return jax.make_array_from_callback((count, *array.shape[1:]), batch_sharding(mesh), shard)
+    shape = (batch_size, *array.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
 
 
 def constrain(mesh: Mesh | None, tree: Any, axes: Axes) -> Any:
-    """The arrays of a tree, laid out by their logical axes ("batch" among them) inside a jitted
-    function."""
+    """The arrays of a tree with the sharding of their logical axes ("batch" is one of them), inside
+    a jitted function."""
     if mesh is None:
         return tree
     return jax.tree.map(
@@ -116,25 +119,22 @@ def constrain(mesh: Mesh | None, tree: Any, axes: Axes) -> Any:
 def parameter_sharding(
     mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-    """The sharding of one parameter (or of what else has logical axes); an axis that its mesh axis
-    does not divide stays whole.
+    """The sharding of one parameter, or of another array with logical axes. An axis whose size its
+    mesh axis does not divide stays whole.
 
     Experts whose number the expert axis does not divide are spread over it along "embed" instead.
     """
     names: list[Any] = [LOGICAL_TO_MESH[axis] for axis in axes]
     if "expert" in axes and "embed" in axes and shape[axes.index("expert")] % mesh.shape["expert"]:
         names[axes.index("embed")] = ("fsdp", "expert")
-    ways = [math.prod(mesh.shape[name] for name in _as_tuple(entry)) for entry in names]
-    return NamedSharding(
-        mesh,
-        PartitionSpec(
-            *(n if size % w == 0 else None for n, w, size in zip(names, ways, shape, strict=True))
-        ),
-    )
+    for i, (entry, size) in enumerate(zip(names, shape, strict=True)):
+        if size % math.prod(mesh.shape[name] for name in _as_tuple(entry)):
+            names[i] = None
+    return NamedSharding(mesh, PartitionSpec(*names))
 
 
 def ways_gathered(placement: NamedSharding) -> int:
-    """Over how many devices a parameter is spread all of which need the whole of it: those along
+    """Over how many devices a parameter is spread that all need the whole of it: those along
     `fsdp`."""
     return math.prod(
         placement.mesh.shape[axis]
@@ -153,12 +153,12 @@ def on_each_shard(
     batch_only: bool = False,
 ) -> Callable[..., Any]:
     """`function`, run by every device on its own shard of the arguments, whose logical axes are
-    given ("batch" among them).
+    given ("batch" is one of them).
 
     For what the compiler cannot partition, such as a Pallas kernel, or partitions badly, such as a
-    sum over chunks. A name whose mesh axes do not divide everything that bears it stays whole.
-    `batch_only` leaves the mesh's other axes to the compiler, inside too. Without a mesh, or on one
-    device, this is `function` itself.
+    sum over chunks. A logical axis stays whole where its mesh axes do not divide its size in every
+    argument. `batch_only` leaves the mesh's other axes to the compiler, inside too. Without a mesh,
+    or on one device, this is `function` itself.
     """
     if mesh is None or mesh.size == 1:
         return function
@@ -190,47 +190,32 @@ def on_each_shard(
 
 def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function((tokens, layer), gate, up, down, first)` summed over experts: each device runs its
-    own, of which `first` is the first.
+    own experts, the first of which is number `first`.
 
     `tokens` is a tree of arrays [N, ...] spread over the batch's axes, `layer` the same integer, or
     None, on all devices; `gate` and `up` are [..., E, D, F], `down` is [..., E, F, D]; the result
-    is [N, D]. The devices that share out the experts gather each other's tokens and scatter the
-    sums of their results back: 2 N D numbers for the N tokens of such a group, wherever they are
-    routed. Nothing is dropped. Experts that do not divide are filled up behind the last with empty
-    ones, which no token can choose; so are an expert's units. Without a mesh, or on one device,
-    `function` runs as it is.
+    is [N, D]. The devices of one expert axis gather each other's tokens and scatter the sums of
+    their results back: 2 N D numbers for their N tokens, wherever these are routed. Nothing is
+    dropped. Without a mesh, or on one device, `function` runs as it is.
     """
     if mesh is None or mesh.size == 1:
         return lambda *args: function(*args, 0)
+    wide = ("expert", None, "tensor")  # [E, D, F]
+    tall = ("expert", "tensor", None)  # [E, F, D]
 
     def on_device(inputs: Any, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
         tokens, layer = inputs
         tokens = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), tokens)
-        out = function(
-            (tokens, layer), gate, up, down, jax.lax.axis_index("expert") * gate.shape[-3]
-        )
+        first = jax.lax.axis_index("expert") * gate.shape[-3]
+        out = function((tokens, layer), gate, up, down, first)
         return jax.lax.psum_scatter(jax.lax.psum(out, "tensor"), "expert", tiled=True)
 
     def spread(inputs: Any, *weights: jax.Array) -> jax.Array:
-        matrices = (
-            ("expert", None, "tensor"),
-            ("expert", None, "tensor"),
-            ("expert", "tensor", None),
-        )
         specs = [
             PartitionSpec(*(None,) * (w.ndim - 3), *axes)
-            for w, axes in zip(weights, matrices, strict=True)
+            for w, axes in zip(weights, (wide, wide, tall), strict=True)
         ]
-        filled = (
-            jnp.pad(
-                w,
-                [
-                    (0, -size % mesh.shape[axis] if axis else 0)
-                    for size, axis in zip(w.shape, spec, strict=True)
-                ],
-            )
-            for w, spec in zip(weights, specs, strict=True)
-        )
+        filled = [_filled_up(mesh, w, spec) for w, spec in zip(weights, specs, strict=True)]
         # Varying axes are not checked: loops over a traced number of blocks would have to declare
         # those of what they carry.
         in_specs = ((BATCH, PartitionSpec()), *specs)
@@ -239,6 +224,16 @@ def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Calla
         )(inputs, *filled)
 
     return spread
+
+
+def _filled_up(mesh: Mesh, weights: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """With empty experts behind the last, which no token can choose, and empty units in each, up to
+    numbers that the mesh divides."""
+    missing = [
+        -size % mesh.shape[axis] if axis else 0
+        for size, axis in zip(weights.shape, spec, strict=True)
+    ]
+    return jnp.pad(weights, [(0, n) for n in missing])
 
 
 def _as_tuple(axes: Any) -> tuple[str, ...]:

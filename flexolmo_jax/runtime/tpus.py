@@ -15,24 +15,23 @@ from flexolmo_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """One generation of TPU; every figure but one is of one chip."""
+    """One generation of TPU. Figures are of one chip, but for `usable_gib`, a device's."""
 
     name: str
     tflops: float  # bfloat16, 10^12 a second
     hbm_gib: float
-    # of it, by a device's program: what the compiler (libtpu 0.0.50) refuses to exceed
-    usable_gib: float
+    usable_gib: float  # by a device's program: the compiler (libtpu 0.0.50) refuses more
     hbm_gbs: float  # 10^9 bytes a second
     ici_gbs: float  # between chips, both directions of all links together
     dcn_gbits: float  # between slices, 10^9 bits a second
     dimensions: int  # of the torus
     wraps_at: int  # a dimension of fewer chips is a line, not a ring
     devices: int  # JAX's
-    chips_per_host: int  # of a slice of several hosts
-    accelerator: str  # how gcloud and XPK name a slice: this, and its number of chips or cores
-    cores: int  # that this name counts for a chip
+    chips_per_host: int  # in slices of several hosts
+    accelerator: str  # gcloud and XPK name a slice by this and its number of chips or cores
+    cores: int  # as that name counts them for one chip
     single_host: tuple[str, ...]  # slices of one host
-    largest: int  # chips
+    largest: int  # chips of one slice
     kinds: tuple[str, ...]  # what JAX calls its devices
 
     @property
@@ -45,82 +44,82 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            "v5e",
-            197,
-            16,
-            15.75,
-            819,
-            400,
-            25,
-            2,
-            16,
-            1,
-            4,
-            "v5litepod",
-            1,
-            ("1x1", "2x2", "2x4"),
-            256,
-            ("TPU v5e", "TPU v5 lite"),
+            name="v5e",
+            tflops=197,
+            hbm_gib=16,
+            usable_gib=15.75,
+            hbm_gbs=819,
+            ici_gbs=400,
+            dcn_gbits=25,
+            dimensions=2,
+            wraps_at=16,
+            devices=1,
+            chips_per_host=4,
+            accelerator="v5litepod",
+            cores=1,
+            single_host=("1x1", "2x2", "2x4"),
+            largest=256,
+            kinds=("TPU v5e", "TPU v5 lite"),
         ),
         Chip(
-            "v5p",
-            459,
-            95,
-            95.73,
-            2765,
-            1200,
-            50,
-            3,
-            4,
-            1,
-            4,
-            "v5p",
-            2,
-            ("2x2x1",),
-            6144,
-            ("TPU v5p", "TPU v5"),
+            name="v5p",
+            tflops=459,
+            hbm_gib=95,
+            usable_gib=95.73,
+            hbm_gbs=2765,
+            ici_gbs=1200,
+            dcn_gbits=50,
+            dimensions=3,
+            wraps_at=4,
+            devices=1,
+            chips_per_host=4,
+            accelerator="v5p",
+            cores=2,
+            single_host=("2x2x1",),
+            largest=6144,
+            kinds=("TPU v5p", "TPU v5"),
         ),
         Chip(
-            "v6e",
-            918,
-            32,
-            31.24,
-            1638,
-            800,
-            100,
-            2,
-            16,
-            1,
-            4,
-            "v6e",
-            1,
-            ("1x1", "2x2", "2x4"),
-            256,
-            ("TPU v6e", "TPU v6 lite"),
+            name="v6e",
+            tflops=918,
+            hbm_gib=32,
+            usable_gib=31.24,
+            hbm_gbs=1638,
+            ici_gbs=800,
+            dcn_gbits=100,
+            dimensions=2,
+            wraps_at=16,
+            devices=1,
+            chips_per_host=4,
+            accelerator="v6e",
+            cores=1,
+            single_host=("1x1", "2x2", "2x4"),
+            largest=256,
+            kinds=("TPU v6e", "TPU v6 lite"),
         ),
         Chip(
-            "tpu7x",
-            2307,
-            192,
-            94.74,
-            7380,
-            1200,
-            100,
-            3,
-            4,
-            2,
-            4,
-            "tpu7x",
-            2,
-            ("2x2x1",),
-            9216,
-            ("TPU7x",),
+            name="tpu7x",
+            tflops=2307,
+            hbm_gib=192,
+            usable_gib=94.74,
+            hbm_gbs=7380,
+            ici_gbs=1200,
+            dcn_gbits=100,
+            dimensions=3,
+            wraps_at=4,
+            devices=2,
+            chips_per_host=4,
+            accelerator="tpu7x",
+            cores=2,
+            single_host=("2x2x1",),
+            largest=9216,
+            kinds=("TPU7x",),
         ),
     )
 }
-# What libtpu has to find before JAX is imported, to compile for TPUs where there is none. Without
-# the second it waits for a metadata server that is not there; without the third two processes abort
-# on a lock file.
+# What libtpu has to find before JAX is imported, to compile for TPUs on a machine without one. The
+# second keeps it from waiting for a metadata server, the third from aborting on another process's
+# lock file.
 COMPILER_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -129,14 +128,14 @@ COMPILER_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 # How a training step is compiled for TPUs. Rings that overlap a gather with the product it feeds
-# move n + 1 shards where n - 1 are needed; and libtpu gathers weights anew in the backward pass
+# move n + 1 shards where n - 1 are needed. And libtpu gathers weights again in the backward pass
 # long before memory is full, unless it may use all of it.
 STEP_OPTIONS = {
     "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
     "xla_jf_rematerialization_percent_shared_memory_limit": "100",
 }
-# The names of marketing, of other interfaces and of earlier pages.
+# Names that products, other interfaces and earlier pages use.
 ALIASES = {
     "v5litepod": "v5e",
     "v5lite": "v5e",
@@ -146,7 +145,7 @@ ALIASES = {
     "tpu7": "tpu7x",
     "ironwood": "tpu7x",
 }
-SHAPES = {
+SHAPES = {  # the common ones, by the torus's dimensions
     2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     3: (
         "2x2x1",
@@ -192,9 +191,9 @@ class Slice:
 
     @property
     def hosts(self) -> int:
-        return (
-            1 if self.grid in self.chip.single_host else -(-self.chips // self.chip.chips_per_host)
-        )
+        if self.grid in self.chip.single_host:
+            return 1
+        return math.ceil(self.chips / self.chip.chips_per_host)
 
     @property
     def accelerator(self) -> str:
@@ -207,54 +206,53 @@ def slice_of(name: str) -> Slice:
     nearest that does."""
     kind, colon, grid = name.strip().lower().partition(":")
     if kind not in CHIPS:
-        by_other_name = ALIASES.get(re.split(r"[-_ ]", kind)[0])
-        near = by_other_name or next(
-            iter(difflib.get_close_matches(kind, CHIPS, n=1, cutoff=0.3)), None
-        )
-        hint = f"did you mean {near}?" if near else f"expected one of {', '.join(CHIPS)}"
-        example = SHAPES[CHIPS[near or "v5p"].dimensions][4]
-        raise UserError(
-            f"unknown TPU type {kind!r} in {name!r}; {hint} A topology is written like"
-            f" {near or 'v5p'}:{example}"
-        )
-    chip = CHIPS[kind]
-    shapes = [
-        shape for shape in SHAPES[chip.dimensions] if math.prod(_numbers(shape)) <= chip.largest
-    ]
+        raise _unknown_type(kind, name)
+    chip, shapes = CHIPS[kind], [slice_.grid for slice_ in slices_of(kind)]
     if not colon or not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", grid):
         raise UserError(f"{name!r} is no topology; expected {kind}: and one of {', '.join(shapes)}")
     shape = _numbers(grid)
-    # 3-D slices are also built of any number of cubes of 4x4x4.
-    of_cubes = (
-        chip.dimensions == len(shape) == 3
-        and all(n % 4 == 0 for n in shape)
-        and list(shape) == sorted(shape)
-    )
-    if math.prod(shape) > chip.largest or not (grid in shapes or of_cubes):
-        order = "x".join(map(str, sorted(shape)))
-        near = (
-            order
-            if order in shapes
-            else min(
-                shapes,
-                key=lambda other: abs(math.log(math.prod(_numbers(other)) / math.prod(shape))),
-            )
-        )
+    is_common = grid in shapes
+    if math.prod(shape) > chip.largest or not (is_common or _is_of_cubes(chip, shape)):
+        near = _nearest(shape, shapes)
         raise UserError(
             f"there is no slice {name}; the nearest is {kind}:{near}; there are {', '.join(shapes)}"
         )
     return Slice(chip, shape)
 
 
+def _unknown_type(kind: str, name: str) -> UserError:
+    similar = difflib.get_close_matches(kind, CHIPS, n=1, cutoff=0.3)
+    near = ALIASES.get(re.split(r"[-_ ]", kind)[0]) or next(iter(similar), None)
+    hint = f"did you mean {near}?" if near else f"expected one of {', '.join(CHIPS)}"
+    example = SHAPES[CHIPS[near or "v5p"].dimensions][4]
+    return UserError(
+        f"unknown TPU type {kind!r} in {name!r}; {hint} A topology is written like"
+        f" {near or 'v5p'}:{example}"
+    )
+
+
+def _is_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:
+    """Whether it is built of whole cubes of 4x4x4, which 3-D slices may be in any number."""
+    is_cuboid = chip.dimensions == len(shape) == 3 and list(shape) == sorted(shape)
+    return is_cuboid and all(n % 4 == 0 for n in shape)
+
+
+def _nearest(shape: tuple[int, ...], shapes: list[str]) -> str:
+    """The same in the common order, or the one whose number of chips is nearest."""
+    in_order = "x".join(map(str, sorted(shape)))
+    if in_order in shapes:
+        return in_order
+    size = math.prod(shape)
+    return min(shapes, key=lambda other: abs(math.log(math.prod(_numbers(other)) / size)))
+
+
 def step_options(platform: str) -> dict[str, str]:
-    """Options of the compiler for a training step on devices of this platform; what
-    LIBTPU_INIT_ARGS names is left as it says."""
-    said = os.environ.get("LIBTPU_INIT_ARGS", "")
-    return {
-        name: value
-        for name, value in STEP_OPTIONS.items()
-        if platform == "tpu" and name not in said
-    }
+    """Options of the compiler for a training step on devices of this platform, but for those that
+    LIBTPU_INIT_ARGS sets."""
+    if platform != "tpu":
+        return {}
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    return {name: value for name, value in STEP_OPTIONS.items() if name not in given}
 
 
 def slices_of(kind: str) -> list[Slice]:

@@ -1,8 +1,8 @@
 """Where the time of a run goes, and how much of what its chips can do it uses.
 
 goodput    seconds spent in steps / seconds since the run was started
-MFU        FLOPs that the model's mathematics needs (flops.py) / FLOPs that the devices could do at
-           most in a step's time, in bfloat16
+MFU        FLOPs that a step's mathematics needs (flops.py) / FLOPs that the devices could do in
+           its time, in bfloat16
 """
 
 import time
@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jax.sharding import Mesh
+
+from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.runtime.tpus import CHIPS
 
-# what is none of these is the loop's own
+from .flops import step_flops
+
+# the rest of a run's time is the loop's own
 PHASES = ("init", "restore", "compile", "data", "step", "eval", "save")
 # 10^12 bfloat16 FLOPs a second, dense; of NVIDIA's data sheets
 GPUS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
@@ -44,8 +49,7 @@ class Accounting:
 
 
 def peak_flops(device: Any) -> float | None:
-    """Bfloat16 FLOPs a second that a device can do at most; None where that is not known, as for
-    CPUs."""
+    """A device's most bfloat16 FLOPs a second; None where that is not known, as for CPUs."""
     kind = device.device_kind
     if device.platform == "tpu":
         return next(
@@ -53,3 +57,9 @@ def peak_flops(device: Any) -> float | None:
             None,
         )
     return next((1e12 * tflops for name, tflops in GPUS.items() if name in kind), None)
+
+
+def least_step_seconds(run: RunConfig, model: ModelConfig, mesh: Mesh) -> float | None:
+    """What a step would take if all devices worked at their peak; None where that is not known."""
+    peak = peak_flops(mesh.devices.flat[0])
+    return peak and step_flops(run, model).model / (peak * mesh.size)

@@ -1,7 +1,7 @@
 """Bits per byte and routing on prepared records, in the training loop and outside of it.
 
-Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Scored is
-every token of a document but its first in each record it spans; EOS and padding are not.
+Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Every token
+of a document is scored, except the first of each record that it spans; EOS and padding are not.
 """
 
 import functools
@@ -27,17 +27,18 @@ from flexolmo_jax.storage.paths import in_bucket
 
 from .losses import predicts, token_losses
 
-Scorer = Callable[..., tuple[jax.Array, jax.Array]]
+# (tokens, segments, scored), each [B, T], -> sums of nats and of routing shares [L, E]
+Scorer = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a model does on one set of records."""
+    """How a model does on one set of records."""
 
     bits: float
     tokens: int
     bytes: int
-    # [L, E] share of the chosen experts' weight that each had, over scored tokens
+    # [L, E]: each expert's share of the probability of those chosen, averaged over scored tokens
     routing: np.ndarray
 
     @property
@@ -48,9 +49,9 @@ class Score:
 @functools.lru_cache
 def make_scorer(
     config: ModelConfig, active: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
-) -> Scorer:
-    """A jitted function from (params, tokens, segments, scored, allowed) to the sums of nats and of
-    routing weights [L, E]."""
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The jitted (params, tokens, segments, scored, allowed=None) -> sums: a `Scorer` once it is
+    given the parameters."""
 
     @jax.jit
     def score(
@@ -58,8 +59,8 @@ def make_scorer(
         tokens: jax.Array,
         segments: jax.Array,
         scored: jax.Array,
-        allowed: jax.Array | None,
-    ):
+        allowed: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         output = forward(
             config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype, mesh=mesh
         )
@@ -74,18 +75,15 @@ def make_scorer(
 
 
 def score_records(
-    scorer: Scorer,
-    params: Params,
+    score: Scorer,
     records: Source,
     tokenizer: Tokenizer,
     *,
-    allowed: np.ndarray | None = None,
     batch_size: int = 16,
     limit: int | None = None,
-    put: Callable[[Any], Any] = jnp.asarray,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Score:
-    """Scores the first `limit` records (all by default). `put` places a batch on the devices.
+    """Scores the first `limit` records (all by default), of which `advance` is told as it goes.
 
     Raises UserError where the records were made with another tokenizer or hold nothing that can be
     scored.
@@ -95,18 +93,16 @@ def score_records(
     bits, n_tokens, n_bytes, routing = 0.0, 0, 0, np.zeros(())
     for start in range(0, count, batch_size):
         places = range(start, min(start + batch_size, count))
-        rows = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
-        # The last batch is filled up with padding, so that one compiled program serves all.
-        tokens, segments = (
-            _stack([row[key] for row in rows], batch_size) for key in ("tokens", "segments")
-        )
+        batch = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
+        tokens = _stack([record["tokens"] for record in batch], batch_size)
+        segments = _stack([record["segments"] for record in batch], batch_size)
         scored = scored_targets(tokens, segments, tokenizer.eos_id)
-        nats, weights = scorer(params, put(tokens), put(segments), put(scored), allowed)
+        nats, shares = score(tokens, segments, scored)
         bits += float(nats) / math.log(2)
-        routing = routing + np.asarray(weights, np.float64)
+        routing = routing + np.asarray(shares, np.float64)
         n_tokens += int(scored.sum())
         n_bytes += int(tokenizer.byte_lengths[tokens[scored]].sum())
-        advance(len(rows))
+        advance(len(batch))
     if n_bytes == 0:
         raise UserError(
             f"{records.path} has no held-out text to score; prepare more documents or a larger"
@@ -124,7 +120,9 @@ def check_tokenizer(records: Source, tokenizer: Tokenizer) -> None:
         )
 
 
-def _stack(rows: list[np.ndarray], size: int) -> np.ndarray:
-    stacked = np.zeros((size, *rows[0].shape), rows[0].dtype)
-    stacked[: len(rows)] = rows
+def _stack(arrays: list[np.ndarray], size: int) -> np.ndarray:
+    """A batch of one size, the last too, so that one compiled program serves all: padding fills
+    it up."""
+    stacked = np.zeros((size, *arrays[0].shape), arrays[0].dtype)
+    stacked[: len(arrays)] = arrays
     return stacked

@@ -1,8 +1,8 @@
-"""Floating-point operations of a step, counted from shapes: a product of [m, k] and [k, n] is 2 m k
-n.
+"""Floating-point operations of a step, counted from shapes: a product of [m, k] and [k, n] has
+2 m k n.
 
-Counted are matrix products: of the layers, of the attention's scores (causal: half of the square)
-and of the logits. Norms, softmax and rotations, some percent of them, are not.
+Only matrix products count: of the layers, of attention (causal: half of the square) and of the
+logits. Norms, softmax and rotations add a few percent.
 """
 
 from typing import NamedTuple
@@ -13,15 +13,14 @@ from flexolmo_jax.config import ModelConfig, RunConfig
 class Flops(NamedTuple):
     """Of one step over all devices."""
 
-    # what the mathematics needs: the forward pass, gradients of activations, gradients of trained
-    # weights
+    # the forward pass, gradients of activations and gradients of trained weights
     model: float
-    hardware: float  # ... and what `train.remat` computes anew
+    hardware: float  # these, and what `train.remat` computes again
 
 
 def forward_flops(model: ModelConfig, experts: int, context: float) -> tuple[float, float, float]:
-    """(attention, experts, head): of one token, which attends to `context` tokens on average and
-    runs through `experts` experts."""
+    """(attention, experts, head) of one token, which attends to `context` tokens on average and
+    runs through this many experts."""
     L, D, C, H, K = model.n_layers, model.d_model, model.d_head, model.n_heads, model.n_kv_heads
     projections = 2 * D * C * (2 * H + 2 * K)  # q and o, k and v
     scores = 2 * 2 * context * C * H  # q k and p v
@@ -33,22 +32,19 @@ def forward_flops(model: ModelConfig, experts: int, context: float) -> tuple[flo
 
 
 def step_flops(run: RunConfig, model: ModelConfig) -> Flops:
-    """Of a training step. Every kind of run takes gradients of activations; which weights have
-    gradients depends on it."""
+    """Of a training step. Every kind of run takes gradients of activations; the kind decides of
+    which weights."""
     running = {"pair": 2, "router": model.n_experts}.get(run.run, model.n_active)
     T = run.data.seq_len
     attention, experts, head = forward_flops(model, running, T / 2)
-    weights = {"pair": experts / 2, "router": 0.0}
+    trained = {"pair": experts / 2, "router": 0.0}
     # The attention's scores have no weights: their gradients are those of q, k and v.
     scores = model.n_layers * 2 * 2 * (T / 2) * model.d_head * model.n_heads
-    of_weights = weights.get(run.run, attention - scores + experts + head)
+    of_weights = trained.get(run.run, attention - scores + experts + head)
     # A gradient of q k or p v is taken with respect to both sides.
     needed = 2 * (attention + experts + head) + scores + of_weights
-    # Always twice: the logits, and q k, which no implementation of attention keeps.
-    again = (
-        {"none": 0.0, "dots": scores, "full": attention + experts}[run.train.remat]
-        + head
-        + scores / 2
-    )
+    # The logits and q k are always computed again: neither cross entropy nor attention keeps them.
+    recomputed = {"none": 0.0, "dots": scores, "full": attention + experts}[run.train.remat]
+    again = recomputed + head + scores / 2
     tokens = run.data.batch_size * T
     return Flops(tokens * needed, tokens * (needed + again))

@@ -1,7 +1,7 @@
-"""A run's metrics: one JSON object a line in metrics.jsonl, and the same numbers as TensorBoard
-events.
+"""A run's metrics: entries in metrics.jsonl, one JSON object a line, and the same numbers as
+TensorBoard events.
 
-On a disk a row is there at once. In a bucket rows are added now and then, and before every
+On a disk an entry is written at once. To a bucket entries are added now and then, and before every
 checkpoint.
 """
 
@@ -26,15 +26,16 @@ SECONDS = 30.0  # between two additions to an object
 
 
 class MetricsWriter:
-    """A context manager. Rows after `step`, left by a run that was killed past its last checkpoint,
-    are cut off first."""
+    """A context manager. It first cuts off entries after `step`, which a run that was killed past
+    its last checkpoint has left."""
 
     def __init__(self, directory: Path, step: int):
         self._path = directory / "metrics.jsonl"
         kept = [line for line in read_lines(self._path) if json.loads(line)["step"] <= step]
         write_text(self._path, "".join(line + "\n" for line in kept))
-        self._rows: list[str] = []
-        self._wait, self._flushed = SECONDS if in_bucket(directory) else 0.0, time.monotonic()
+        self._unwritten: list[str] = []
+        self._wait = SECONDS if in_bucket(directory) else 0.0
+        self._flushed = time.monotonic()
         self._events = SummaryWriter(
             str(directory / "tensorboard"), purge_step=step + 1, flush_secs=30
         )
@@ -53,23 +54,23 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """`values`: numbers, or nested dicts of numbers."""
-        self._rows.append(json.dumps({"step": step, **values}) + "\n")
+        self._unwritten.append(json.dumps({"step": step, **values}) + "\n")
         if time.monotonic() - self._flushed >= self._wait:
             self.flush()
         for name, value in _scalars(values):
             self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """To be called before a checkpoint is saved: a run that goes on from there has no other
-        place to take these rows from."""
-        if self._rows:
-            append_bytes(self._path, "".join(self._rows).encode())
-        self._rows, self._flushed = [], time.monotonic()
+        """Call it before a checkpoint is saved: a run that resumes there does not repeat the steps
+        of these entries."""
+        if self._unwritten:
+            append_bytes(self._path, "".join(self._unwritten).encode())
+        self._unwritten, self._flushed = [], time.monotonic()
 
 
 class _BucketEvents:
-    """What tensorboardX writes events to, for paths in buckets; its own holds all of a run's and
-    uploads all of them each time."""
+    """Where tensorboardX writes events of runs in buckets. Its own writer keeps all of a run's
+    events and uploads all of them each time."""
 
     def __init__(self, path: str):
         self._path, self._content = path_of(path), b""
@@ -78,8 +79,8 @@ class _BucketEvents:
         self._content += content
 
     def flush(self) -> None:
-        """What cannot be written is kept for the next time: an error would end tensorboardX's
-        thread, and the run wait for it for ever."""
+        """Keeps what cannot be written for the next time: an error would end tensorboardX's thread,
+        and the run would wait for it for ever."""
         try:
             if self._content:
                 append_bytes(self._path, self._content)
@@ -102,8 +103,8 @@ register_writer_factory("gs", _BucketEventsFactory())
 
 
 def read_lines(path: Path) -> list[str]:
-    """Whole lines only: the last may have been cut by a kill. Each once: an object store that was
-    asked again may have added it twice.
+    """Whole lines only: a kill may have cut the last. Each once: an object store may have added it
+    twice when a request was repeated.
 
     Raises UserError where they cannot be read.
     """
@@ -136,7 +137,7 @@ def last_row(directory: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All rows of a run, in the order written. Raises UserError where one is damaged."""
+    """All entries of a run, in the order written. Raises UserError where one is damaged."""
     path = directory / "metrics.jsonl"
     try:
         return [json.loads(line) for line in read_lines(path)]

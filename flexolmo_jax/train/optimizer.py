@@ -25,8 +25,7 @@ def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Its state has the shapes of what it is initialised with: the trained parameters, nothing
-    frozen."""
+    """Initialise it with the trained parameters alone: the frozen ones need no state."""
     return optax.chain(
         optax.clip_by_global_norm(optim.clip),
         optax.adamw(
@@ -43,8 +42,8 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
 def abstract_state(
     optimizer: optax.GradientTransformation, trained: Params, replicated: jax.sharding.Sharding
 ) -> Any:
-    """The optimiser's state as ShapeDtypeStructs: moments lie where their parameters (arrays, or
-    ShapeDtypeStructs) do."""
+    """The optimiser's state as ShapeDtypeStructs: moments have the sharding of their parameters
+    (arrays, or ShapeDtypeStructs)."""
     state = jax.eval_shape(optimizer.init, trained)
     shardings = optax.tree_utils.tree_map_params(
         optimizer,

@@ -3,18 +3,21 @@ earlier model (`train.init`)."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from flexolmo_jax.artifact import Placement, open_artifact
-from flexolmo_jax.config import RunConfig
+from flexolmo_jax.config import ModelConfig, RunConfig
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, init_params
 from flexolmo_jax.model.tree import flatten, unflatten
 
-from .loop import Job, train
+from .job import Job
+from .loop import train
 from .sources import choose_tokenizer, open_sources
 
 
@@ -56,10 +59,15 @@ def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
     return _start(run, source.config, source.tokenizer, initial, out)
 
 
-def _start(run, model, tokenizer, initial, out: Path) -> dict[str, Any]:
+def _start(
+    run: RunConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    initial: Callable[[Placement], Params],
+    out: Path,
+) -> dict[str, Any]:
     run = dataclasses.replace(run, model=model)
     batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
-    return train(
-        Job(run, model, initial, lambda path: True, experts, tokenizer, batches, heldout), out
-    )
+    job = Job(run, model, initial, lambda path: True, experts, tokenizer, batches, heldout)
+    return train(job, out)

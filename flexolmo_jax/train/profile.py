@@ -13,7 +13,7 @@ PLACE = "profile"  # in a run's directory: plugins/profile/<when>/<host>.xplane.
 
 
 class Profile:
-    """A context manager: leaving it ends a trace that is under way. Every process writes its
+    """A context manager: leaving it ends a trace that is still running. Every process writes its
     own."""
 
     def __init__(self, steps: tuple[int, int] | None, out: Path):
@@ -28,19 +28,19 @@ class Profile:
         self._stop()
 
     def before(self, number: int) -> None:
-        """To be called before a step is dispatched."""
+        """Call it before a step is dispatched."""
         if self._steps is not None and number == self._steps[0]:
-            # JAX writes to directories; a bucket gets what it wrote.
+            # JAX writes to local directories; files for a bucket are copied there at the end.
             self._local = tempfile.TemporaryDirectory() if in_bucket(self._out) else None
             jax.profiler.start_trace(self._local.name if self._local else str(self._out))
             self._running = True
 
     def ends(self, number: int) -> bool:
-        """Whether the profile ends with this step, which then has to be waited for."""
+        """Whether this step is the last of the profile: it has to end before `after` is called."""
         return self._running and self._steps is not None and number == self._steps[1]
 
     def after(self, number: int) -> None:
-        """To be called after a step, of the last after it has ended."""
+        """Call it after a step is dispatched; after the profile's last, once that has ended."""
         if self.ends(number):
             self._stop()
             note(
@@ -54,9 +54,8 @@ class Profile:
         self._running = False
         jax.profiler.stop_trace()
         if self._local is not None:
-            for file in Path(self._local.name).rglob("*"):
+            local = Path(self._local.name)
+            for file in local.rglob("*"):
                 if file.is_file():
-                    write_bytes(
-                        self._out / str(file.relative_to(self._local.name)), file.read_bytes()
-                    )
+                    write_bytes(self._out / str(file.relative_to(local)), file.read_bytes())
             self._local.cleanup()

@@ -31,40 +31,34 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
 def evaluation_sets(data: DataConfig, extra: Sequence[Dataset] = ()) -> list[Dataset]:
     """What a run is evaluated on: `data.eval`, or else its training sources, and `extra`; but no
     token files that it trains on."""
-    return [
-        *data.eval,
-        *(
-            d
-            for d in (*(() if data.eval else data.train), *extra)
-            if not has_tokens(path_of(d.path))
-        ),
-    ]
+    trained_on = (*(() if data.eval else data.train), *extra)
+    return [*data.eval, *(d for d in trained_on if not has_tokens(path_of(d.path)))]
 
 
 def open_sources(
     data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Sequence[Dataset] = ()
 ) -> tuple[Batches, dict[str, Source]]:
-    """The training mixture, and the held-out records of `data.eval` (of the training sources, if
-    that is empty) and `extra`.
+    """The training mixture with `extra`, and the held-out records of `data.eval` (of the training
+    sources, if that is empty) and `extra`.
 
-    `extra` joins the training mixture too. Raw documents are prepared into a cache. Sources without
-    held-out records are left out; token files, which hold nothing out, are wholly what they are
-    named for. Raises UserError where they are named for both.
+    Raw documents are prepared into a cache. Evaluation leaves out sources without held-out records.
+    Token files are not split: one is for training or for evaluation as a whole. Raises UserError
+    where it is given for both.
     """
 
     def opened(dataset: Dataset, split: Split) -> Source:
         return open_data(path_of(dataset.path), tokenizer, data.seq_len, split)
 
-    heldout_sets = evaluation_sets(data, extra)
+    mixed, heldout_sets = (*data.train, *extra), evaluation_sets(data, extra)
 
     def prepare() -> None:
-        """Raw documents, into the cache: one process of several, lest all of them do it at once."""
-        for dataset in (*data.train, *extra, *heldout_sets):
+        """Raw documents, into the cache: by one process, not by all at once."""
+        for dataset in (*mixed, *heldout_sets):
             opened(dataset, "train")
 
     by_the_first(prepare)
-    training = [(opened(d, "train"), d.weight) for d in (*data.train, *extra)]
-    unsplit = {d.path for d in (*data.train, *extra) if has_tokens(path_of(d.path))}
+    training = [(opened(d, "train"), d.weight) for d in mixed]
+    unsplit = {d.path for d in mixed if has_tokens(path_of(d.path))}
     if both := sorted(unsplit & {d.path for d in data.eval}):
         raise UserError(
             f"{both[0]} is in data.train and in data.eval; token files are one or the other: give"

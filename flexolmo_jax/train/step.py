@@ -1,6 +1,7 @@
 """One optimisation step: gradients of the trained parameters only, accumulated over
 microbatches."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from .optimizer import learning_rate
 
 # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]; contrast: "expert", "expert_weight" [B]
 Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (trained, frozen parameters, batch) -> (gradients, sums): of the batch's sum, not of its mean
+Gradient = Callable[[Params, Params, Batch], tuple[Params, LossSums]]
 
 
 class TrainState(NamedTuple):
@@ -30,81 +34,38 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
+# (state, frozen parameters, batch, step number) -> (state, metrics)
+Step = Callable[[TrainState, Params, Batch, jax.Array | int], tuple[TrainState, Metrics]]
+
+
 def make_step(
     model: ModelConfig,
     run: RunConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
-) -> Callable[
-    [TrainState, Params, Batch, jax.Array | int], tuple[TrainState, dict[str, jax.Array]]
-]:
-    """The jitted step: (state, frozen parameters, batch, step number) -> (state, metrics). The old
-    state's buffers are reused."""
+) -> Step:
+    """The jitted step. The old state's buffers are reused."""
     schedule = learning_rate(run.optim, run.train.steps)
-
-    def losses(trained: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, LossSums]:
-        # router tuning: every expert active, no dispatch
-        active = model.n_experts if run.run == "router" else None
-        allowed = (
-            jnp.array([False, True])
-            if run.pair is not None and not run.pair.beside_anchor
-            else None
-        )
-        output = forward(
-            model,
-            combine(frozen, trained),
-            batch["tokens"],
-            batch["segments"],
-            active=active,
-            allowed=allowed,
-            dtype=run.train.compute_dtype,
-            remat=run.train.remat,
-            mesh=mesh,
-            router_noise=(
-                jnp.moveaxis(batch["router_noise"], 1, 0) if "router_noise" in batch else None
-            ),
-        )
-        contrast = Contrast(batch["expert"], batch["expert_weight"]) if "expert" in batch else None
-        sums = loss_sums(output, batch["tokens"], batch["targets"], run.optim, contrast, mesh)
-        return sums.total, sums
-
-    def gradients(trained: Params, frozen: Params, batch: Batch) -> tuple[Params, LossSums]:
-        gradient = jax.grad(losses, has_aux=True)
-        if run.train.accumulate == 1:
-            return gradient(trained, frozen, batch)
-        n = run.train.accumulate
-        # Every n-th record goes to the same microbatch: each keeps an even share of every device's
-        # records.
-        micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch)
-
-        def add(sums, one):
-            return jax.tree.map(jnp.add, sums, gradient(trained, frozen, one)), None
-
-        first = jax.tree.map(lambda a: a[0], micro)
-        zeros = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, trained, frozen, first)
-        )
-        return jax.lax.scan(add, zeros, micro)[0]
+    gradient = jax.grad(functools.partial(_loss, model, run, mesh), has_aux=True)
 
     def step(
         state: TrainState, frozen: Params, batch: Batch, number: jax.Array | int
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, Metrics]:
         count = jnp.maximum(jnp.sum(predicts(batch["targets"])), 1).astype(jnp.float32)
         if run.pair is not None and run.pair.router_noise:
+            # Of the step's number, not of a state: a resumed run draws the same.
             key = jax.random.fold_in(jax.random.key(run.train.seed), number)
-            batch = batch | {
-                "router_noise": (
-                    run.pair.router_noise
-                    * _router_noise(key, batch["tokens"].shape, model.n_layers)
-                )
-            }
-        grads, sums = gradients(state.params, frozen, batch)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+            noise = _router_noise(key, batch["tokens"].shape, model.n_layers)
+            batch = batch | {"router_noise": run.pair.router_noise * noise}
+        sums_of_gradients, sums = _accumulated(gradient, run.train.accumulate)(
+            state.params, frozen, batch
+        )
+        gradients = jax.tree.map(lambda g: g / count, sums_of_gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         metrics = {
             "loss": sums.cross_entropy / count,
             "total_loss": sums.total / count,
-            "gradient_norm": optax.tree.norm(grads),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(number - 1)),
             "router_share": sums.router_share / count,
             "router_entropy": sums.router_entropy / count,
@@ -119,13 +80,66 @@ def make_step(
     return jax.jit(step, donate_argnums=0, compiler_options=step_options(platform))
 
 
+def _loss(
+    model: ModelConfig,
+    run: RunConfig,
+    mesh: Mesh | None,
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+) -> tuple[jax.Array, LossSums]:
+    """What is minimised, and all sums. Gradients are taken of the first, by `trained`."""
+    alone = run.pair is not None and not run.pair.beside_anchor
+    noise = batch.get("router_noise")
+    output = forward(
+        model,
+        combine(frozen, trained),
+        batch["tokens"],
+        batch["segments"],
+        # router tuning: every expert active, no dispatch
+        active=model.n_experts if run.run == "router" else None,
+        allowed=jnp.array([False, True]) if alone else None,
+        dtype=run.train.compute_dtype,
+        remat=run.train.remat,
+        mesh=mesh,
+        router_noise=None if noise is None else jnp.moveaxis(noise, 1, 0),  # [L, B, T, 2]
+    )
+    contrast = Contrast(batch["expert"], batch["expert_weight"]) if "expert" in batch else None
+    sums = loss_sums(output, batch["tokens"], batch["targets"], run.optim, contrast, mesh)
+    return sums.total, sums
+
+
+def _accumulated(gradient: Gradient, n: int) -> Gradient:
+    """The same gradient and sums, from `n` microbatches one after the other."""
+    if n == 1:
+        return gradient
+
+    def accumulated(trained: Params, frozen: Params, batch: Batch) -> tuple[Params, LossSums]:
+        # Every n-th record goes to the same microbatch: each keeps an even share of every device's
+        # records.
+        micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch)
+
+        def add(sums: Any, one: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, gradient(trained, frozen, one)), None
+
+        first = jax.tree.map(lambda a: a[0], micro)
+        shapes = jax.eval_shape(gradient, trained, frozen, first)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return jax.lax.scan(add, zeros, micro)[0]
+
+    return accumulated
+
+
 def _router_noise(key: jax.Array, shape: tuple[int, ...], L: int) -> jax.Array:
-    """N(0, 1) for the logit of a pair's new expert, 0 for the anchor's, [B, L, T, 2]. Half of the
-    variance is a record's, half a token's: other owners' experts, which a pair never meets, take
-    weight for a whole document or at single tokens.
+    """N(0, 1) for the logit of a pair's new expert, 0 for the anchor's: [B, L, T, 2].
+
+    After a merge, experts of other owners, which a pair never meets, take probability from its own:
+    for a whole document, or at single tokens. So half of the variance is a record's, half a
+    token's. An expert that trained under noise bears that (README: mathematics 8 % behind its pair
+    instead of 12 %). The paper has none.
     """
     (B, T), (of_record, of_token) = shape, jax.random.split(key)
-    noise = (
-        jax.random.normal(of_record, (B, L, 1, 1)) + jax.random.normal(of_token, (B, L, T, 1))
-    ) / 2**0.5
+    by_record = jax.random.normal(of_record, (B, L, 1, 1))
+    by_token = jax.random.normal(of_token, (B, L, T, 1))
+    noise = (by_record + by_token) / 2**0.5
     return jnp.pad(noise, ((0, 0), (0, 0), (0, 0), (1, 0)))

@@ -1,7 +1,9 @@
-"""Ends a process that makes no progress: a peer that lives but does not answer, a device or a file
-system that hangs.
+"""Ends a process that makes no progress: its peer lives but does not answer, or a device or a file
+system hangs.
 
-Before it does, it writes where every thread stands to stderr.
+Nothing else would end it: in a collective, Python waits inside XLA and sees no signal, and JAX's
+heartbeats are sent by another thread, which still runs. First it writes the stacks of all threads
+to stderr.
 """
 
 import faulthandler
@@ -12,12 +14,11 @@ import time
 
 from flexolmo_jax.runtime.processes import PEER_LOST
 
-LONGEST = 3600.0  # seconds: to compile, to evaluate, to save
+LONGEST = 3600.0  # seconds; for compiling, evaluating and saving, whose time nobody can foresee
 
 
 class Watchdog:
-    """A context manager with a thread. Each `expect` says by when the next one comes at the
-    latest."""
+    """A context manager with a thread. Each `expect` sets a deadline for the next."""
 
     def __init__(self) -> None:
         self._deadline, self._doing = float("inf"), ""
@@ -33,8 +34,7 @@ class Watchdog:
         self._thread.join()
 
     def expect(self, doing: str, seconds: float) -> None:
-        """From now on the process does something that takes less than so many seconds; 0: nobody
-        knows, but not an hour."""
+        """What the process does from now on, and in how many seconds at most; 0: `LONGEST`."""
         seconds = seconds or LONGEST
         self._doing = f"{doing} took more than {seconds:g} s"
         self._deadline = time.monotonic() + seconds
@@ -42,10 +42,8 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(0.2):
             if time.monotonic() > self._deadline:
-                print(
-                    f"flexolmo: {self._doing}; this process ends here. Its threads:",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                told = f"flexolmo: {self._doing}; this process ends here. Its threads:"
+                print(told, file=sys.stderr, flush=True)
                 faulthandler.dump_traceback(all_threads=True)
+                # Python's own ending would wait for the thread that hangs.
                 os._exit(PEER_LOST)

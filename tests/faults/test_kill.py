@@ -40,7 +40,7 @@ def killed(arguments: list[str], out: Path, step: int, delay: float) -> None:
     try:
         deadline = time.monotonic() + 180
         while process.poll() is None and time.monotonic() < deadline:
-            if any(row["step"] >= step for row in read_metrics(out)):
+            if any(entry["step"] >= step for entry in read_metrics(out)):
                 time.sleep(delay)
                 break
             time.sleep(0.005)
@@ -77,5 +77,5 @@ def test_a_killed_run_ends_like_the_uninterrupted_one(anchor, prepared, tmp_path
         killed(again, tmp_path / "killed", step, delay)
     assert main(again) == 0
     assert final_bits(tmp_path / "killed") == final_bits(tmp_path / "whole")
-    steps = [row["step"] for row in read_metrics(tmp_path / "killed") if "loss" in row]
+    steps = [entry["step"] for entry in read_metrics(tmp_path / "killed") if "loss" in entry]
     assert steps == list(range(1, STEPS + 1))

@@ -100,7 +100,7 @@ class Processes:
 
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 240
-        while not any(row["step"] >= step for row in read_metrics(self.out)):
+        while not any(entry["step"] >= step for entry in read_metrics(self.out)):
             assert time.monotonic() < deadline and all(
                 process.poll() is None for process in self.all
             ), self.told()
@@ -144,9 +144,11 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_ended_alike(run: Path, whole: Path) -> None:
     assert_same_bits(saved(run, STEPS), saved(whole, STEPS))
-    rows, expected = ([row for row in read_metrics(path) if "loss" in row] for path in (run, whole))
-    assert [(row["step"], row["loss"]) for row in rows] == [
-        (row["step"], row["loss"]) for row in expected
+    entries, expected = (
+        [entry for entry in read_metrics(path) if "loss" in entry] for path in (run, whole)
+    )
+    assert [(entry["step"], entry["loss"]) for entry in entries] == [
+        (entry["step"], entry["loss"]) for entry in expected
     ]
 
 
@@ -178,7 +180,9 @@ def test_several_processes_equal_one_bit_for_bit(config, whole, tmp_path, count)
     run = finish(count, config, tmp_path / "run")
     assert_ended_alike(run, whole)
     # one of them writes
-    assert [row["step"] for row in read_metrics(run) if "loss" in row] == list(range(1, STEPS + 1))
+    assert [entry["step"] for entry in read_metrics(run) if "loss" in entry] == list(
+        range(1, STEPS + 1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,6 +326,6 @@ def test_two_processes_train_in_a_bucket_and_go_on_there(bucket, prepared, tmp_p
     )
     for name, array in expected.items():
         np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(array), err_msg=name)
-    assert [row["step"] for row in read_metrics(bucket / "run") if "loss" in row] == list(
+    assert [entry["step"] for entry in read_metrics(bucket / "run") if "loss" in entry] == list(
         range(1, 13)
     )

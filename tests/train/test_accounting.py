@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from flexolmo_jax.runtime.tpus import CHIPS
-from flexolmo_jax.train import loop
 from flexolmo_jax.train.accounting import PHASES, Accounting, peak_flops
 from flexolmo_jax.train.flops import step_flops
 from flexolmo_jax.train.metrics import read_metrics
@@ -47,15 +46,15 @@ def test_a_run_tells_its_goodput_its_phases_and_its_share_of_the_peak(
     run = run_config(
         "anchor", prepared["public"], "train.steps=6", "train.save_every=3", "model.vocab_size=384"
     )
-    monkeypatch.setattr(loop, "peak_flops", lambda _: 1e9)
+    monkeypatch.setattr("flexolmo_jax.train.accounting.peak_flops", lambda _: 1e9)
     pretrain(run, tmp_path / "run")
-    rows = read_metrics(tmp_path / "run")
-    steps = [row for row in rows if "loss" in row]
+    entries = read_metrics(tmp_path / "run")
+    steps = [entry for entry in entries if "loss" in entry]
     flops = step_flops(run, run.model).model
-    for row in steps:
-        assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / (8 * 32) / 1e9)
-        assert 0 < row["goodput"] < 1
-    seconds = [row["seconds"] for row in rows if "seconds" in row]
+    for entry in steps:
+        assert entry["mfu"] == pytest.approx(flops * entry["tokens_per_second"] / (8 * 32) / 1e9)
+        assert 0 < entry["goodput"] < 1
+    seconds = [entry["seconds"] for entry in entries if "seconds" in entry]
     assert (
         len(seconds) == 2
         and seconds[0]["total"] < seconds[1]["total"]

@@ -15,11 +15,10 @@ from tests.tiny import SEQ_LEN
 def pieces_of(path) -> list[np.ndarray]:
     """The token ids of every document, or piece of one, in the held-out records."""
     records = open_records(path, "heldout")
-    rows = [records[i] for i in range(len(records))]
     return [
-        row["tokens"][row["segments"] == s]
-        for row in rows
-        for s in range(1, row["segments"].max() + 1)
+        record["tokens"][record["segments"] == s]
+        for record in (records[i] for i in range(len(records)))
+        for s in range(1, record["segments"].max() + 1)
     ]
 
 
@@ -28,8 +27,8 @@ def test_bits_per_byte_can_be_recomputed_from_logits_of_each_document_alone(mode
     eos, tokenizer = loaded.tokenizer.eos_id, loaded.tokenizer
     pieces = pieces_of(prepared["law"])
     ids = np.zeros((len(pieces), SEQ_LEN), np.int32)
-    for row, piece in zip(ids, pieces, strict=True):
-        row[: len(piece)] = piece
+    for i, piece in enumerate(pieces):
+        ids[i, : len(piece)] = piece
     logits = loaded.logits(ids).astype(np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     bits, size = 0.0, 0

@@ -100,7 +100,7 @@ def test_a_two_layer_model_memorises_64_records(tiny_tokenizer, tmp_path):
         "optim.weight_decay=0",
     )
     pretrain(run, tmp_path / "run")
-    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "run") if "loss" in entry]
     assert losses[0] > 2 and losses[-1] < 0.1, losses
 
 
@@ -139,9 +139,9 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_goes_on(
     )
     assert (finished / "damaged" / "20").is_dir()
     assert_same_bits(saved(finished, 20), saved(uninterrupted, 20))
-    rows, expected = read_metrics(finished), read_metrics(uninterrupted)
-    assert [row["step"] for row in rows] == [row["step"] for row in expected]
-    assert [row.get("loss") for row in rows] == [row.get("loss") for row in expected]
+    entries, expected = read_metrics(finished), read_metrics(uninterrupted)
+    assert [entry["step"] for entry in entries] == [entry["step"] for entry in expected]
+    assert [entry.get("loss") for entry in entries] == [entry.get("loss") for entry in expected]
     assert len(list((finished / "tensorboard").glob("events*"))) == 2
 
 
@@ -267,7 +267,7 @@ def test_a_run_goes_on_on_another_mesh(prepared, uninterrupted, tmp_path):
             )
             with contextlib.suppress(SystemExit):
                 pretrain(run_config("anchor", prepared["public"], *EVERY, *mesh), tmp_path / "run")
-    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == list(
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run") if "loss" in entry] == list(
         range(1, 21)
     )
     on_one, on_three = saved(uninterrupted, 20), saved(tmp_path / "run", 20)
@@ -301,8 +301,9 @@ def test_a_joint_run_with_fewer_active_experts_than_it_has_trains_and_loads(prep
     )
     result = pretrain(run_config("joint", prepared["public"], *moe), tmp_path / "run")
     assert np.isfinite(result["bits_per_byte"]["public"])
-    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
-    assert len(rows) == 4 and set(rows[-1]["router_share"]) == {"anchor", "expert1", "expert2"}
+    entries = [entry for entry in read_metrics(tmp_path / "run") if "loss" in entry]
+    assert len(entries) == 4
+    assert set(entries[-1]["router_share"]) == {"anchor", "expert1", "expert2"}
     params = flatten(open_artifact(tmp_path / "run").params())
     assert params["experts/gate"].shape[1] == 3 and all(
         np.isfinite(np.asarray(a)).all() for a in params.values()
@@ -360,5 +361,5 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(prepared, tmp_pat
         and "Traceback" not in told
     )
     assert main(arguments) == 0
-    rows = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row]
-    assert rows == list(range(1, 401)) and open_artifact(tmp_path / "run").step() == 400
+    steps = [entry["step"] for entry in read_metrics(tmp_path / "run") if "loss" in entry]
+    assert steps == list(range(1, 401)) and open_artifact(tmp_path / "run").step() == 400

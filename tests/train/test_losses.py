@@ -130,15 +130,9 @@ def test_losses_and_gradients_in_chunks_on_a_mesh_are_those_of_one_device(axes, 
     expected = jax.jit(functools.partial(value_and_gradients, None))(hidden, head, TOKENS)
     monkeypatch.setattr(chunks, "LARGEST", 4 * vocabulary)  # a device's 12 tokens take three chunks
     mesh = make_mesh(MeshConfig(**axes))
-    rows, head_sharding = (
-        batch_sharding(mesh),
-        parameter_sharding(mesh, ("embed", "vocab"), head.shape),
-    )
-    spread = (
-        jax.device_put(hidden, rows),
-        jax.device_put(head, head_sharding),
-        jax.device_put(TOKENS, rows),
-    )
+    of_batch = batch_sharding(mesh)
+    of_head = parameter_sharding(mesh, ("embed", "vocab"), head.shape)
+    spread = tuple(jax.device_put((hidden, head, TOKENS), (of_batch, of_head, of_batch)))
     got = jax.jit(functools.partial(value_and_gradients, mesh))(*spread)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, expected)
 

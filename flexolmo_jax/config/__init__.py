@@ -1,0 +1,57 @@
+"""Every config: frozen dataclasses, loaded from strict YAML, overridden with `a.b=c`, checked
+before anything heavy is imported.
+
+A run's YAML has the sections of `RunConfig`. `model.preset` fills in an architecture, which single
+keys then override.
+"""
+
+from .loading import (
+    build,
+    dump_yaml,
+    load_config,
+    override,
+    resolve,
+    says,
+    section_of,
+    to_dict,
+)
+from .model import LARGEST, LAYERS, PRESETS, ModelConfig
+from .run import (
+    LINE,
+    SEQUENCES,
+    DataConfig,
+    Dataset,
+    MeshConfig,
+    OptimConfig,
+    PairConfig,
+    RouterConfig,
+    RunConfig,
+    TrainConfig,
+    check_microbatch,
+)
+
+__all__ = [
+    "LARGEST",
+    "LAYERS",
+    "LINE",
+    "PRESETS",
+    "SEQUENCES",
+    "DataConfig",
+    "Dataset",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PairConfig",
+    "RouterConfig",
+    "RunConfig",
+    "TrainConfig",
+    "build",
+    "check_microbatch",
+    "dump_yaml",
+    "load_config",
+    "override",
+    "resolve",
+    "says",
+    "section_of",
+    "to_dict",
+]

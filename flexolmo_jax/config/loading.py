@@ -1,0 +1,174 @@
+"""From YAML and overrides to checked configs, and back."""
+
+import copy
+import dataclasses
+import datetime
+import difflib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.plain_yaml import parse_yaml, read_yaml
+
+from .model import PRESETS
+from .run import Date, RunConfig
+from .section import expect
+
+T = TypeVar("T")
+LEVELS = 8  # of sections in a key, more than any has
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run's YAML, applies `section.key=value` overrides and checks the result."""
+    return resolve(read_yaml(path), overrides)
+
+
+def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """A checked RunConfig from a nested dict (which is left as it was) and overrides."""
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"the config is {tree!r:.80}; expected sections: {', '.join(_fields(RunConfig))}"
+        )
+    tree = override(tree, overrides)
+    model = tree.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        preset = model.pop("preset")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise UserError(
+                f"unknown model.preset {preset!r:.80}; expected one of {', '.join(PRESETS)}"
+            )
+        tree["model"] = PRESETS[preset] | model
+    _refuse_privacy(tree.get("pair"))
+    config = build(RunConfig, tree)
+    config.check()
+    return config
+
+
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of a nested dict with `section.key=value` set, whose values are YAML."""
+    tree = copy.deepcopy(tree)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        *branches, leaf = key.split(".")
+        if not equals or len(branches) > LEVELS:
+            raise UserError(f"--set got {text!r:.200}; expected section.key=value")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set got {text!r:.200}, but {branch!r:.80} is not a section")
+        try:
+            node[leaf] = parse_yaml(value)
+        except ValueError as error:
+            raise UserError(
+                f"--set got {text!r:.200}, whose value is not valid YAML ({error}); quote it"
+            ) from None
+    return tree
+
+
+def section_of(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a nested dict, {} where there is none. Raises UserError for something else."""
+    section = tree.get(name)
+    expect(isinstance(section, dict | None), name, section, "a section with keys")
+    return section or {}
+
+
+def says(tree: dict[str, Any], overrides: Sequence[str], section: str, key: str) -> bool:
+    """Whether a config, or an override of it, gives a key a value of its own."""
+    return key in section_of(tree, section) or any(
+        override.startswith(f"{section}.{key}=") for override in overrides
+    )
+
+
+def build(cls: type[T], tree: Any, at: str = "") -> T:
+    """A dataclass from a nested dict. Raises UserError for values of another type than the field's,
+    and for unknown keys, with the nearest known one."""
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{at or 'the config'} is {tree!r:.80}; expected a section with keys"
+            f" {', '.join(_fields(cls))}"
+        )
+    values = {}
+    for key, value in tree.items():
+        path = f"{at}.{key}" if at else str(key)
+        if key not in _fields(cls):
+            near = difflib.get_close_matches(str(key)[:80], _fields(cls), n=1, cutoff=0.5)
+            known = f"expected one of {', '.join(_fields(cls))}"
+            hint = f"did you mean {near[0]!r}?" if near else known
+            raise UserError(f"unknown config key {path!r:.80}; {hint}")
+        values[key] = _converted(value, typing.get_type_hints(cls)[key], path)
+    return cls(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested plain dicts, as YAML and JSON files of runs, anchors and models hold
+    it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal one."""
+    tree = {key: value for key, value in to_dict(config).items() if value is not None}
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _refuse_privacy(pair: Any) -> None:
+    """Takes out an empty `privacy`, as runs of earlier versions have it. Raises UserError for one
+    that claims something."""
+    if isinstance(pair, dict) and (claim := pair.pop("privacy", None)) is not None:
+        raise UserError(
+            f"pair.privacy is {claim!r:.80}; training here has no differential privacy yet, so that"
+            " no contribution may claim it; remove the key"
+        )
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(cls)}
+
+
+def _converted(value: Any, hint: Any, at: str) -> Any:
+    """A value of YAML as a field of this type has it. Raises UserError where it cannot be one."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):  # only `Section | None` is used
+        return None if value is None else _converted(value, arguments[0], at)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value, at)
+    if origin is tuple:
+        expect(isinstance(value, (list, tuple)), at, value, "a list")
+        return tuple(_converted(item, arguments[0], f"{at}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        expect(value in arguments, at, value, f"one of {', '.join(arguments)}")
+        return value
+    if hint is Date:
+        return _scalar(value.isoformat() if isinstance(value, datetime.date) else value, str, at)
+    return _scalar(value, hint, at)
+
+
+def _scalar(value: Any, kind: type, at: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML reads 1e-3, without a dot, as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is int:
+        expect(abs(value) < 2**63, at, value, "a number of 64 bits")
+        value = float(value) if kind is float else value
+    # True is an int for Python, but not for people.
+    is_kind = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    expect(is_kind, at, value, f"a value of type {kind.__name__}")
+    if isinstance(value, str):
+        expect(_is_unicode(value), at, value, "Unicode without the character 0")
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which "\ud800" in quotes makes in YAML
+        return False

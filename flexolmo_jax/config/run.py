@@ -1,0 +1,311 @@
+"""The sections of a training run."""
+
+import dataclasses
+import datetime
+import math
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from flexolmo_jax.errors import UserError
+
+from .model import ModelConfig
+from .section import Section, expect
+
+LINE = 1000  # the most characters of anything that an owner states
+ONE_LINE = f"one printable line of at most {LINE} characters"
+SEQUENCES = 2**53 - 1  # the largest integer that every JSON reader can hold
+Date = typing.NewType("Date", str)  # YYYY-MM-DD; YAML reads one without quotes as a date of its own
+
+
+@dataclass(frozen=True)
+class Dataset(Section):
+    """One source of a mixture: a prepared directory, or raw documents, which are prepared into a
+    cache first."""
+
+    path: str = ""
+    weight: float = 1.0
+    name: str = ""  # default: the path's last part without suffixes
+
+    @property
+    def title(self) -> str:
+        return self.name or Path(self.path).name.split(".")[0]
+
+    def check(self) -> None:
+        expected = "a prepared directory or a file of documents"
+        expect(bool(self.path), "data path", self.path, expected)
+        expect(self.weight > 0, f"weight of {self.path}", self.weight, "a positive number")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    at = "data"
+
+    train: tuple[Dataset, ...] = ()
+    eval: tuple[Dataset, ...] = ()  # held-out records of these; default: of the training sources
+    # a tokenizer.json or a directory with one; default: the anchor's (pair, router) or the prepared
+    # data's
+    tokenizer: str = ""
+    batch_size: int = 32  # records a step, over all devices
+    seq_len: int = 256
+
+    def check(self) -> None:
+        expect(bool(self.train), "data.train", "nothing", "a list of {path, weight, name}")
+        self.expect_positive("batch_size")
+        self.expect("seq_len", self.seq_len > 1, "at least 2")
+        for dataset in (*self.train, *self.eval):
+            dataset.check()
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    at = "train"
+
+    steps: int = 100
+    seed: int = 0
+    # anchor and joint runs: start from the weights of this run, anchor or model instead of random
+    # ones
+    init: str = ""
+    accumulate: int = 1  # microbatches a step; the gradient is the same, the memory smaller
+    eval_every: int = 0  # steps between evaluations; 0: only at the end
+    eval_records: int = 64  # held-out records of each source that in-loop evaluation reads
+    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    keep: int = 2  # newest checkpoints kept, beside the best
+    log_every: int = 1
+    # of activations and matrix products; parameters stay float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    # seconds after which a step that has not ended ends the run, with the stacks of its threads; 0:
+    # an hour
+    watchdog: float = 600.0
+    profile: str = ""  # START:STOP: steps of which a profile is written, for xprof
+
+    def check(self) -> None:
+        self.expect_positive("steps", "accumulate", "keep", "log_every", "eval_records")
+        self.expect_not_negative("eval_every", "save_every", "seed", "watchdog")
+        names_steps = not self.profile or self.profiled is not None
+        self.expect("profile", names_steps, "START:STOP, two steps, as 10:13")
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The first and the last step of `profile`; None where it names none."""
+        match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", self.profile)
+        return (int(match[1]), int(match[2])) if match and int(match[1]) <= int(match[2]) else None
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """AdamW with linear warm-up and a cosine. The defaults are the upstream code's values; the
+    configs that ship explain them."""
+
+    at = "optim"
+
+    lr: float = 9e-4
+    warmup: int = 20
+    # where the cosine would end; 0: train.steps. The paper's anchor lays it out for 5T tokens and
+    # stops at 1T
+    schedule_steps: int = 0
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices but the embedding; pair runs use 0
+    clip: float = 1.0  # global norm
+    z_loss: float = 1e-5  # on the language model's logsumexp
+    router_z_loss: float = 0.0  # pair runs: 1e-3
+    load_balance: float = 0.0  # joint runs: keeps experts in use
+
+    def check(self) -> None:
+        self.expect_positive("lr")
+        is_share = 0 <= self.final_fraction <= 1
+        self.expect("final_fraction", is_share, "a number from 0 to 1")
+        self.expect_not_negative("warmup", "schedule_steps", "weight_decay")
+        self.expect_not_negative("z_loss", "router_z_loss", "load_balance")
+        for key in ("beta1", "beta2"):
+            self.expect(key, 0 <= getattr(self, key) < 1, "a number from 0 to below 1")
+        self.expect_positive("eps", "clip")
+
+
+@dataclass(frozen=True)
+class PairConfig(Section):
+    """The anchor and one new expert. The new expert starts as a copy of the anchor's."""
+
+    at = "pair"
+
+    anchor: str = ""
+    name: str = ""
+    # for the manifest: free text
+    domain: str = ""
+    owner: str = "unspecified"
+    licence: str = "unspecified"
+    expires: Date = Date("")  # the licence's last day; empty: it does not end
+    # of the contribution: it takes the place of earlier ones, whose sequence is lower
+    sequence: int = 1
+    # of the tokens: from public text the router learns what to leave to others; the paper has none
+    public_share: float = 0.3
+    # how much -ln p(the expert a text belongs to) counts, at every router; needs public text
+    contrast: float = 0.3
+    # standard deviation of noise on the new expert's router logits in training: after a merge other
+    # experts' logits change its share
+    router_noise: float = 1.0
+    public: str = ""  # prepared public records; default: the sample that the anchor carries
+    # The router row starts as the domain's mean embedding, at random, as the anchor's own, or as
+    # the anchor's mean hidden states.
+    row: Literal["embedding", "random", "anchor", "hidden"] = "embedding"
+    # whether a hub's model may be fetched and run because the anchor names it as its embedder
+    allow_hub_embedder: bool = False
+    # false: the expert is trained alone, as in the paper's ablation of coordination
+    beside_anchor: bool = True
+
+    @property
+    def is_contrasted(self) -> bool:
+        """Whether the routers are trained to tell the owner's text from public text."""
+        return self.beside_anchor and self.contrast > 0 < self.public_share
+
+    def check(self) -> None:
+        expect(bool(self.anchor), "pair.anchor", "nothing", "the path of a published anchor")
+        expect(bool(self.name), "pair.name", "nothing", "the expert's name")
+        self.expect("name", self.name != "anchor", "another name: the anchor's expert has it")
+        for key in ("owner", "domain", "licence"):
+            self.expect(key, _is_line(getattr(self, key)), ONE_LINE)
+        in_range = 1 <= self.sequence <= SEQUENCES
+        self.expect("sequence", in_range, f"a number from 1 to {SEQUENCES}")
+        is_day = not self.expires or _is_date(self.expires)
+        self.expect("expires", is_day, "a date such as 2027-12-31")
+        is_share = 0 <= self.public_share < 1
+        self.expect("public_share", is_share, "a share from 0 to below 1")
+        self.expect_not_negative("contrast", "router_noise")
+
+
+@dataclass(frozen=True)
+class RouterConfig(Section):
+    """Training of router rows and biases only, on public text and proxies, with every expert
+    active."""
+
+    at = "router"
+
+    model: str = ""
+
+    def check(self) -> None:
+        expect(bool(self.model), "router.model", "nothing", "the path of a merged model")
+
+
+@dataclass(frozen=True)
+class MeshConfig(Section):
+    """Devices along each axis; -1 (one axis at most) takes what is left."""
+
+    at = "mesh"
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    expert: int = 1
+
+    def check(self) -> None:
+        sizes = dataclasses.astuple(self)
+        are_sizes = all(n == -1 or n > 0 for n in sizes)
+        expect(are_sizes, "mesh", sizes, "positive numbers, or -1 for what is left")
+        expect(sizes.count(-1) <= 1, "mesh", sizes, "-1 on one axis at most")
+
+    def sizes(self, devices: int, slices: int = 1) -> dict[str, int]:
+        """Devices along each axis when there are this many in all; -1 resolved.
+
+        Raises UserError for a mesh that is larger, one with -1 that does not divide them, and one
+        whose data axis does not span the slices.
+        """
+        sizes = dataclasses.asdict(self)
+        named = math.prod(n for n in sizes.values() if n != -1)
+        shown = " x ".join(f"{axis} {n}" for axis, n in sizes.items())
+        if -1 in sizes.values():
+            if devices % named:
+                raise UserError(
+                    f"mesh {shown} does not divide {devices} devices; make the product of its axes"
+                    " a divisor"
+                )
+            sizes = {axis: devices // named if n == -1 else n for axis, n in sizes.items()}
+        elif named > devices:
+            raise UserError(
+                f"mesh {shown} needs {named} devices; got {devices}; make the axes smaller"
+            )
+        if sizes["data"] % slices:
+            raise UserError(
+                f"mesh.data is {sizes['data']}; expected a multiple of {slices}, the number of"
+                " slices, over which it runs"
+            )
+        return sizes
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """One training run. The resolved config is saved in the run's directory."""
+
+    run: Literal["anchor", "pair", "router", "joint"] = "anchor"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    pair: PairConfig | None = None
+    router: RouterConfig | None = None
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def check(self) -> None:
+        self._check_kind()
+        sections = (self.model, self.data, self.train, self.optim, self.pair, self.router)
+        for section in (*sections, self.mesh):
+            if section is not None:
+                section.check()
+        if self.run == "pair":  # its manifest names them
+            for dataset in (*self.data.train, *self.data.eval):
+                name = f"name of {dataset.path!r}"
+                expect(_is_line(dataset.title), name, dataset.title, ONE_LINE)
+        divides = self.data.batch_size % self.train.accumulate == 0
+        of_batch = f"a divisor of data.batch_size ({self.data.batch_size})"
+        self.train.expect("accumulate", divides, of_batch)
+        limit = self.model.max_seq_len
+        self.data.expect(
+            "seq_len", self.data.seq_len <= limit, f"at most model.max_seq_len ({limit})"
+        )
+
+    def _check_kind(self) -> None:
+        """Raises UserError for sections and values that another kind of run has."""
+        for name, section in (("pair", self.pair), ("router", self.router)):
+            if self.run == name and section is None:
+                raise UserError(f"run: {name} needs the section {name!r}; got none; add it")
+            if self.run != name and section is not None:
+                raise UserError(
+                    f"section {name!r} belongs to run: {name}; got run: {self.run}; remove the"
+                    " section or change run"
+                )
+        if self.run in ("pair", "router"):
+            nothing = f"nothing: a {self.run} run starts from its {self.run} section"
+            self.train.expect("init", not self.train.init, nothing)
+        if self.run == "anchor":
+            is_dense = self.model.n_experts == 1
+            self.model.expect("n_experts", is_dense, "1 for an anchor; run: joint trains several")
+
+
+def check_microbatch(run: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Raises UserError where a microbatch does not divide over the mesh axes that a batch is spread
+    over."""
+    microbatch = run.data.batch_size // run.train.accumulate
+    ways = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    if microbatch % ways:
+        raise UserError(
+            f"a microbatch of {microbatch} records (data.batch_size {run.data.batch_size} /"
+            f" train.accumulate {run.train.accumulate}) does not divide over the {ways} devices of"
+            " mesh.data x fsdp x expert; change one of them"
+        )
+
+
+def _is_line(text: str) -> bool:
+    return len(text) <= LINE and text.isprintable()
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
