@@ -23,7 +23,8 @@ from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.integrity import manifest_of
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.runtime.progress import bar, note
-from flexolmo_jax.storage.files import check_new, clear, new_directory, write_bytes
+from flexolmo_jax.storage.files import clear, new_directory, write_bytes
+from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.tensorfile import write_tensors
 
 from .huggingface import Entry, check_bias, hf_config, key_table, transposed

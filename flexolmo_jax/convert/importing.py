@@ -29,7 +29,8 @@ from flexolmo_jax.integrity import layouts, name_of_tensor
 from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import bar, note
-from flexolmo_jax.storage.files import check_new, clear, new_directory
+from flexolmo_jax.storage.files import clear, new_directory
+from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute, children, reason
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes

@@ -10,7 +10,7 @@ from flexolmo_jax.data.records import Index
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
 from flexolmo_jax.exchange.manifest import told
 from flexolmo_jax.integrity import manifest_of
-from flexolmo_jax.storage.files import STORE_FILE
+from flexolmo_jax.storage.outputs import STORE_FILE
 from flexolmo_jax.train.metrics import last_row
 
 from .store import Store

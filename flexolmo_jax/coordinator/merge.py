@@ -18,7 +18,7 @@ from flexolmo_jax.exchange.manifest import check_newer
 from flexolmo_jax.exchange.signature import load_key, sign
 from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, tensors_of
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.storage.files import check_new
+from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute
 from flexolmo_jax.storage.placing import WAYS
 

@@ -17,7 +17,8 @@ from flexolmo_jax.description import DigestedTensors, Sketch, Text, canonical_js
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import MATRICES, layouts, leaf_of, name_of_tensor
-from flexolmo_jax.storage.files import UNFINISHED, write_text
+from flexolmo_jax.storage.files import write_text
+from flexolmo_jax.storage.outputs import UNFINISHED
 from flexolmo_jax.storage.paths import in_bucket, listing
 from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name

@@ -17,7 +17,7 @@ from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten, unflatten
 from flexolmo_jax.plain_yaml import read_yaml
-from flexolmo_jax.storage.files import check_new, is_whole
+from flexolmo_jax.storage.outputs import check_new, is_whole
 from flexolmo_jax.storage.paths import absolute, path_of
 from flexolmo_jax.storage.placing import WAYS
 from flexolmo_jax.train.job import Job

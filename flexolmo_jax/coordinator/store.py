@@ -35,12 +35,10 @@ from flexolmo_jax.integrity import anchor_tensors, tensors_of
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import (
-    STORE_FILE,
     abandoned,
     clear,
     discard,
     is_settled,
-    is_whole,
     new_directory,
     remove_abandoned,
     remove_file,
@@ -48,6 +46,7 @@ from flexolmo_jax.storage.files import (
     write_text,
 )
 from flexolmo_jax.storage.locks import locked
+from flexolmo_jax.storage.outputs import STORE_FILE, is_whole
 from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, path_of
 
 from .objects import OBJECT_FILE, Record, check_object, key_of, take_anchor, take_expert

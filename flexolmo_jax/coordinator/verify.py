@@ -27,7 +27,7 @@ from flexolmo_jax.integrity import (
     manifest_of,
 )
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.files import STORE_FILE
+from flexolmo_jax.storage.outputs import STORE_FILE
 from flexolmo_jax.storage.paths import reason
 from flexolmo_jax.storage.untrusted import read_bytes
 

@@ -46,14 +46,9 @@ from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.cache import CACHE_VARIABLE, cache_folder
-from flexolmo_jax.storage.files import (
-    UNFINISHED,
-    clear,
-    is_whole,
-    make_folder,
-    new_directory,
-)
+from flexolmo_jax.storage.files import clear, make_folder, new_directory
 from flexolmo_jax.storage.locks import locked
+from flexolmo_jax.storage.outputs import UNFINISHED, is_whole
 from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of
 
 _CHUNK_CHARACTERS = 1 << 18

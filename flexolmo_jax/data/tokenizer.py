@@ -18,7 +18,8 @@ from tokenizers import Tokenizer as Backend
 from flexolmo_jax.data.documents import HELDOUT, document_files, read_training_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
-from flexolmo_jax.storage.files import check_new_file, make_folder, write_text
+from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.outputs import check_new_file
 from flexolmo_jax.storage.paths import absolute, children, reason, size_of
 from flexolmo_jax.storage.untrusted import no_panic, read_bytes
 

@@ -19,7 +19,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.storage import weights
-from flexolmo_jax.storage.files import check_new, new_directory
+from flexolmo_jax.storage.files import new_directory
+from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.train.flops import step_flops
 
 

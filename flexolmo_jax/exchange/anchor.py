@@ -25,7 +25,8 @@ from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import weights
-from flexolmo_jax.storage.files import check_new_file, new_directory, write_new
+from flexolmo_jax.storage.files import new_directory, write_new
+from flexolmo_jax.storage.outputs import check_new_file
 
 from .embedder import domain_embedding, fit_embedder, load_embedder
 

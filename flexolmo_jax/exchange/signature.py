@@ -29,7 +29,8 @@ from pydantic import Field
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.plain_yaml import parse_yaml
-from flexolmo_jax.storage.files import check_new_file, write_together
+from flexolmo_jax.storage.files import write_together
+from flexolmo_jax.storage.outputs import check_new_file
 from flexolmo_jax.storage.paths import absolute, children, open_regular, reason
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 

@@ -18,7 +18,8 @@ from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, check_expert_name
 from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.plain_yaml import read_yaml
-from flexolmo_jax.storage.files import check_new, is_whole, remove_if_empty
+from flexolmo_jax.storage.files import remove_if_empty
+from flexolmo_jax.storage.outputs import check_new, is_whole
 from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of, size_of
 
 from .package import package

@@ -34,7 +34,8 @@ from flexolmo_jax.exchange.signature import load_key, sign
 from flexolmo_jax.integrity import anchor_tensors, layouts, leaf_of, tensor_digest
 from flexolmo_jax.model import Params
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.files import check_new, new_directory, write_bytes
+from flexolmo_jax.storage.files import new_directory, write_bytes
+from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import path_of
 from flexolmo_jax.storage.tensorfile import TensorFile, write_tensors
 from flexolmo_jax.storage.weights import Stored

@@ -24,7 +24,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.embedder import CHUNK, Embedder, load_embedder, widened
 from flexolmo_jax.runtime.progress import bar
-from flexolmo_jax.storage.files import check_new_file, write_new
+from flexolmo_jax.storage.files import write_new
+from flexolmo_jax.storage.outputs import check_new_file
 
 SHARE = 0.01  # of the public documents
 # documents of each kind that the classifier is trained on (the paper: 500k, balanced)

@@ -25,7 +25,7 @@ from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.integrity import MATRICES, leaf_of
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.files import check_new_file
+from flexolmo_jax.storage.outputs import check_new_file
 
 MAX_WORSE = 0.02
 

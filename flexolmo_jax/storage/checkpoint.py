@@ -25,7 +25,8 @@ from orbax.checkpoint import checkpoint_managers as managers
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.processes import by_the_first, is_first, joined
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.files import discard, is_whole, make_folder, move, write_text
+from flexolmo_jax.storage.files import discard, make_folder, move, write_text
+from flexolmo_jax.storage.outputs import is_whole
 from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, open_to_read
 from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 

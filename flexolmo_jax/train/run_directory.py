@@ -9,7 +9,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.processes import by_the_first
-from flexolmo_jax.storage.files import is_whole, new_directory, write_text
+from flexolmo_jax.storage.files import new_directory, write_text
+from flexolmo_jax.storage.outputs import is_whole
 
 from .job import Job
 

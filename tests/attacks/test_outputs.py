@@ -11,6 +11,7 @@ from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage import files
+from flexolmo_jax.storage.outputs import check_new
 from tests.attacks.test_stores import everything
 
 
@@ -137,4 +138,4 @@ def test_a_place_without_a_name_is_refused(
         ), told
     assert list(Path.cwd().iterdir()) == [] and (tmp_path / "empty").samefile(".")
     with pytest.raises(UserError, match="working directory"):
-        files.check_new(tmp_path / "empty")
+        check_new(tmp_path / "empty")

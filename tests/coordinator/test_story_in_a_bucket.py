@@ -21,6 +21,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.storage import files
+from flexolmo_jax.storage.outputs import is_whole
 from flexolmo_jax.storage.paths import children, listing
 from tests.object_store import upload
 
@@ -143,7 +144,7 @@ def test_a_merge_killed_on_its_way_into_a_bucket_is_no_model_and_a_rerun_finishe
             break
         assert result.returncode == -9, result.stderr
         killed += 1
-        assert not files.is_whole(bucket / "model")
+        assert not is_whole(bucket / "model")
         with pytest.raises(UserError, match=r"not a run, anchor or model|does not exist"):
             open_artifact(bucket / "model")
     assert killed >= 4 and contents(bucket / "model") == contents(model)

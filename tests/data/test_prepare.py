@@ -20,7 +20,8 @@ from flexolmo_jax.data.prepare import prepare, prepare_cached
 from flexolmo_jax.data.records import Index, loss_targets, open_records, positions, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.files import MARK, UNFINISHED
+from flexolmo_jax.storage.files import MARK
+from flexolmo_jax.storage.outputs import UNFINISHED
 
 T = 64
 

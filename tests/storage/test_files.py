@@ -15,7 +15,6 @@ from flexolmo_jax.storage import files
 from flexolmo_jax.storage.files import (
     MARK,
     abandoned,
-    check_new,
     clear,
     discard,
     new_directory,
@@ -24,6 +23,7 @@ from flexolmo_jax.storage.files import (
     write_together,
 )
 from flexolmo_jax.storage.locks import locked
+from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.placing import place
 from tests.recorder import Recorder
 
