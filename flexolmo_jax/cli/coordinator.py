@@ -227,9 +227,10 @@ def _verify_receipt(args: argparse.Namespace) -> dict[str, Any]:
     *COMPOSING,
 )
 def _tune(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.config import Settings
     from flexolmo_jax.coordinator.router import tune
 
-    run = {"config": args.config, "overrides": args.set, "work": args.work}
+    run = {"settings": Settings(args.config, args.set), "work": args.work}
     proxies = _proxies(args.proxy)
     model = tune(args.model, proxies, args.public, args.out, **run, **_composing(args))
     return _merged(model) | {"tuned_with": model.description["router"]["tuned_with"]}

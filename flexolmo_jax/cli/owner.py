@@ -35,6 +35,7 @@ from .verbs import option, verb
     OUT,
 )
 def _contribute(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.config import Settings
     from flexolmo_jax.owner.contribute import contribute
 
     contribution = contribute(
@@ -42,8 +43,7 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
         args.documents,
         args.name,
         args.out,
-        config=args.config,
-        overrides=args.set,
+        settings=Settings(args.config, args.set),
         sign_key=args.sign_key,
         work=args.work,
         allow_hub=args.allow_hub_embedder,

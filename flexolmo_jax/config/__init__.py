@@ -6,12 +6,13 @@ keys then override.
 """
 
 from .loading import (
+    DEFAULTS,
+    Settings,
     build,
     dump_yaml,
     load_config,
     override,
     resolve,
-    says,
     section_of,
     to_dict,
 )
@@ -31,6 +32,7 @@ from .run import (
 )
 
 __all__ = [
+    "DEFAULTS",
     "LARGEST",
     "LAYERS",
     "LINE",
@@ -44,6 +46,7 @@ __all__ = [
     "PairConfig",
     "RouterConfig",
     "RunConfig",
+    "Settings",
     "TrainConfig",
     "build",
     "check_microbatch",
@@ -51,7 +54,6 @@ __all__ = [
     "load_config",
     "override",
     "resolve",
-    "says",
     "section_of",
     "to_dict",
 ]

@@ -79,11 +79,30 @@ def section_of(tree: dict[str, Any], name: str) -> dict[str, Any]:
     return section or {}
 
 
-def says(tree: dict[str, Any], overrides: Sequence[str], section: str, key: str) -> bool:
-    """Whether a config, or an override of it, gives a key a value of its own."""
-    return key in section_of(tree, section) or any(
-        override.startswith(f"{section}.{key}=") for override in overrides
-    )
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a user says of a run whose other keys are filled in: a YAML file and overrides."""
+
+    config: Path | None = None
+    overrides: Sequence[str] = ()
+
+    def tree(self, default: dict[str, Any]) -> dict[str, Any]:
+        """The YAML file, or where none is given the default."""
+        return read_yaml(self.config) if self.config else default
+
+    def say(self, tree: dict[str, Any], section: str, key: str) -> bool:
+        """Whether the file or an override gives a key a value of its own."""
+        given = f"{section}.{key}="
+        return key in section_of(tree, section) or any(
+            override.startswith(given) for override in self.overrides
+        )
+
+    def run(self, tree: dict[str, Any], *more: str) -> RunConfig:
+        """The checked config of a filled-in tree, and of more overrides."""
+        return resolve(tree, [*self.overrides, *more])
+
+
+DEFAULTS = Settings()
 
 
 def build(cls: type[T], tree: Any, at: str = "") -> T:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.artifact import Artifact, open_artifact
-from flexolmo_jax.config import RunConfig, resolve, says, section_of
+from flexolmo_jax.config import DEFAULTS, RunConfig, Settings, section_of
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten, unflatten
-from flexolmo_jax.plain_yaml import read_yaml
 from flexolmo_jax.storage.outputs import check_new, is_whole
 from flexolmo_jax.storage.paths import absolute, path_of
 from flexolmo_jax.storage.placing import WAYS
@@ -41,59 +40,67 @@ def tune(
     public: Sequence[Path],
     out: Path,
     *,
-    config: Path | None = None,
-    overrides: Sequence[str] = (),
+    settings: Settings = DEFAULTS,
     work: Path | None = None,
     store_path: Path | None = None,
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Tunes a merged model's router, from the rows that were contributed, on a uniform mix of
-    experts' proxies and public text.
+    """Tunes a merged model's router on experts' proxies and public text, an equal part of each.
 
-    `proxies` are documents by the expert's name. `config` is a router run's YAML, whose model and
-    data are filled in; `work` is where the run goes (default: `<out>.work`), from where it resumes.
-    Raises UserError for proxies of an expert that the model has not.
+    It starts from the rows that were contributed, whether the router was tuned since or not.
+
+    Args:
+        proxies: documents by the expert's name.
+        settings: of the router run; its model and data are filled in.
+        work: where the run goes and resumes from (default: `<out>.work`).
+        store_path, ways: as in `merge`.
+
+    Raises:
+        UserError: for proxies of an expert that the model has not.
     """
     check_new(out)
     model = open_model(model_path)
     model.check_experts(list(proxies))
     work = work or out.with_name(out.name + ".work")
     store_path = store_path or absolute(model.path).parent / STORE
-    tree: dict[str, Any] = (
-        read_yaml(config) if config else {"optim": {"lr": 2e-3, "weight_decay": 0.1}}
-    )
     start = work / "contributed" if "router" in model.description else model.path
-    sources: list[dict[str, Any]] = [
-        {"path": str(path), "name": name, "weight": 1.0} for name, path in proxies.items()
-    ]
-    sources += [{"path": str(path), "weight": 1.0 / len(public)} for path in public]
-    tree |= {"run": "router", "router": {"model": str(start)}}
-    tree["data"] = (
-        {"seq_len": min(1024, model.config.max_seq_len)}
-        | section_of(tree, "data")
-        | {"train": sources, "eval": []}
-    )
-    run = resolve(tree, overrides)  # every mistake in the config shows before any document is read
+    tree = _router_tree(settings, model, start, proxies, public)
+    run = settings.run(tree)  # every mistake in the config shows before any document is read
     for path in (*proxies.values(), *public):
         has_documents(path)  # raises where there is nothing at all
     if start != model.path and not is_whole(start):
         undo_tuning(model.path, start, store_path=store_path, ways=ways)
     _check_start(open_artifact(start), model, work)
-    if not says(tree, overrides, "train", "steps"):
-        records = sum(
-            len(open_data(path, model.tokenizer, run.data.seq_len, "train"))
-            for path in proxies.values()
-        )
-        share = len(proxies) / (len(proxies) + 1)
-        run = resolve(
-            tree,
-            [
-                *overrides,
-                f"train.steps={max(1, round(EPOCHS * records / (run.data.batch_size * share)))}",
-            ],
-        )
+    if not settings.say(tree, "train", "steps"):
+        run = settings.run(tree, f"train.steps={_steps(run, model, proxies)}")
     train_router(run, work / "run")
     return apply_tuning(work / "run", out, store_path=store_path, ways=ways)
+
+
+def _router_tree(
+    settings: Settings,
+    model: Artifact,
+    start: Path,
+    proxies: Mapping[str, Path],
+    public: Sequence[Path],
+) -> dict[str, Any]:
+    """The config of a router run on these data, as a nested dict."""
+    tree = settings.tree({"optim": {"lr": 2e-3, "weight_decay": 0.1}})
+    sources: list[dict[str, Any]] = [
+        {"path": str(path), "name": name, "weight": 1.0} for name, path in proxies.items()
+    ]
+    sources += [{"path": str(path), "weight": 1.0 / len(public)} for path in public]
+    data = {"seq_len": min(1024, model.config.max_seq_len)} | section_of(tree, "data")
+    filled = {"run": "router", "router": {"model": str(start)}}
+    return tree | filled | {"data": data | {"train": sources, "eval": []}}
+
+
+def _steps(run: RunConfig, model: Artifact, proxies: Mapping[str, Path]) -> int:
+    """As many as read the proxies EPOCHS times; public text counts as one expert's."""
+    length = run.data.seq_len
+    opened = (open_data(path, model.tokenizer, length, "train") for path in proxies.values())
+    share = len(proxies) / (len(proxies) + 1)
+    return max(1, round(EPOCHS * sum(map(len, opened)) / (run.data.batch_size * share)))
 
 
 def _check_start(start: Artifact, model: Artifact, work: Path) -> None:

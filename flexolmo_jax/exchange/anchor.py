@@ -12,6 +12,7 @@ import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,24 +46,23 @@ def publish(
     checkpoint_name: str = "last",
 ) -> Artifact:
     """Makes an anchor of a dense run or model, or of the first expert of an imported model, which
-    keeps its router rows.
+    keeps its router rows. Models are read a shard at a time.
 
-    `public` are documents: the embedder is fitted on them, row 0 comes from them, and they travel
-    with the anchor as packed records of `seq_len` tokens (default: the run's), so that owners have
-    public text to contrast their own with. A share of them, `heldout`, is for evaluation only.
-    Models are read a shard at a time. Raises UserError for a source that has an anchor, and for an
-    unknown dtype.
+    Args:
+        public: documents. The embedder is fitted on them, row 0 comes from them, and they travel
+            with the anchor as packed records, so that owners have text to contrast their own with.
+        embedder: "tfidf", "minilm" or a sentence-transformers model.
+        dtype: what the weights are released in.
+        seq_len: tokens of a public record (default: the run's).
+        heldout: the share of public documents that is for evaluation only.
+        checkpoint_name: of a run: "last", "best", or a step.
+
+    Raises:
+        UserError: for a source that has an anchor, and for an unknown dtype.
     """
     if dtype not in RELEASE_DTYPES:
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
-    artifact = open_artifact(source)
-    is_imported = artifact.kind == "model" and artifact.fingerprint is None
-    if artifact.is_pair or (artifact.config.n_experts != 1 and not is_imported):
-        raise UserError(
-            f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a"
-            " dense run or model"
-        )
-    config = dataclasses.replace(artifact.config, n_experts=1, n_active=1)
+    artifact = _dense(source)
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory / "tokenizer.json")
         length = seq_len or _trained_seq_len(source) or min(artifact.config.max_seq_len, 1024)
@@ -70,44 +70,13 @@ def publish(
         fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
         fitted.save(directory / "embedder")
         # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
-        row = domain_embedding(
-            load_embedder(directory / "embedder", allow_hub=True), _documents(public, heldout)
-        )
-        arrays = artifact.arrays(checkpoint_name)
-        if artifact.config.n_experts == 1:
-            arrays["experts/row"] = np.broadcast_to(row, arrays["experts/row"].shape)
-        else:
-            arrays = {
-                path: dataclasses.replace(a, expert=0) if path.startswith("experts/") else a
-                for path, a in arrays.items()
-            }
+        loaded = load_embedder(directory / "embedder", allow_hub=True)
+        row = domain_embedding(loaded, _documents(public, heldout))
+        arrays = _arrays(artifact, checkpoint_name, row)
         released = {path: a.astype(dtype) for path, a in arrays.items()}
-        tensors = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in released.items()}
-        axes = flatten(logical_axes(config))
-        for path, digest in weights.save(directory / "weights", released, axes).items():
-            tensors[path]["sha256"] = digest
-        parts = {
-            "model": to_dict(config),
-            "tensors": tensors,
-            "tokenizer": artifact.tokenizer.digest,
-            "embedder": embedder_digest(directory / "embedder"),
-            "public": public_digest(directory / "public"),
-        }
-        description = {
-            "kind": "anchor",
-            "model": parts["model"],
-            "experts": ["anchor"],
-            "tensors": tensors,
-            "tokenizer": parts["tokenizer"],
-            "embedder": {
-                "name": fitted.name,
-                "version": fitted.version,
-                "sha256": parts["embedder"],
-            },
-            "public": [name_of(path) for path in public],
-            "public_sha256": parts["public"],
-            "fingerprint": fingerprint_of(parts),
-        }
+        description = _describe(directory, artifact, released, dtype)
+        description["embedder"] |= {"name": fitted.name, "version": fitted.version}
+        description["public"] = [name_of(path) for path in public]
         write_description(directory, description)
     parameters = sum(a.size for a in released.values())
     note(
@@ -117,6 +86,57 @@ def publish(
     anchor = open_artifact(out)
     anchor.remember()
     return anchor
+
+
+def _dense(source: Path) -> Artifact:
+    """Raises UserError unless an anchor can be made of it."""
+    artifact = open_artifact(source)
+    is_imported = artifact.kind == "model" and artifact.fingerprint is None
+    if artifact.is_pair or (artifact.config.n_experts != 1 and not is_imported):
+        raise UserError(
+            f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a"
+            " dense run or model"
+        )
+    return artifact
+
+
+def _arrays(artifact: Artifact, checkpoint_name: str, row: np.ndarray) -> dict[str, Any]:
+    """An anchor's arrays: of a dense model with this router row, of another its first expert's."""
+    arrays = artifact.arrays(checkpoint_name)
+    if artifact.config.n_experts == 1:
+        return arrays | {"experts/row": np.broadcast_to(row, arrays["experts/row"].shape)}
+    return {
+        path: dataclasses.replace(a, expert=0) if path.startswith("experts/") else a
+        for path, a in arrays.items()
+    }
+
+
+def _describe(
+    directory: Path, artifact: Artifact, released: dict[str, Any], dtype: str
+) -> dict[str, Any]:
+    """Writes the weights. Returns the description of all that lies in the directory."""
+    config = dataclasses.replace(artifact.config, n_experts=1, n_active=1)
+    tensors = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in released.items()}
+    axes = flatten(logical_axes(config))
+    for path, digest in weights.save(directory / "weights", released, axes).items():
+        tensors[path]["sha256"] = digest
+    parts = {
+        "model": to_dict(config),
+        "tensors": tensors,
+        "tokenizer": artifact.tokenizer.digest,
+        "embedder": embedder_digest(directory / "embedder"),
+        "public": public_digest(directory / "public"),
+    }
+    return {
+        "kind": "anchor",
+        "model": parts["model"],
+        "experts": ["anchor"],
+        "tensors": tensors,
+        "tokenizer": parts["tokenizer"],
+        "embedder": {"sha256": parts["embedder"]},
+        "public_sha256": parts["public"],
+        "fingerprint": fingerprint_of(parts),
+    }
 
 
 def open_anchor(path: Path) -> Artifact:

@@ -33,7 +33,7 @@ from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 from .manifest import FORMAT, SCHEMAS
-from .signature import ANY, Trust, check_signature
+from .signature import ANY, Signed, Trust, check_signature
 
 TENSORS, MANIFEST, SIGNATURE = "expert.safetensors", "manifest.json", "manifest.sig"
 MANIFEST_LIMIT = 1 << 22  # bytes; one of 1,024 layers has 0.8 MB
@@ -117,12 +117,14 @@ class Contribution:
                         f"{self.path} names the fingerprint of {anchor.path} but has another {key};"
                         " ask its owner for it again"
                     )
-        signed = {"name": self.name, "owner": self.manifest["owner"]}
-        if self.is_kept:
-            where = f"the contribution {self.name!r} in {self.path}"
-            signed["remedy"] = "merge it again from a signed one"
-            return check_signature(self.text, self.signature, trust, where, **signed)
-        return check_signature(self.text, self.signature, trust, self.path, **signed)
+        expert = Signed(self.name, self.manifest["owner"])
+        if not self.is_kept:
+            return check_signature(self.text, self.signature, trust, self.path, expert=expert)
+        where = f"the contribution {self.name!r} in {self.path}"
+        remedy = "merge it again from a signed one"
+        return check_signature(
+            self.text, self.signature, trust, where, expert=expert, remedy=remedy
+        )
 
     def tensors(
         self,

@@ -19,7 +19,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -202,38 +202,33 @@ def sign(manifest: bytes, key: Ed25519PrivateKey) -> bytes:
     return _spelled(_encoded(key.public_key()), base64.b64encode(key.sign(manifest)).decode())
 
 
+class Signed(NamedTuple):
+    """The expert that a signed manifest is of."""
+
+    name: str
+    owner: str
+
+
 def check_signature(
-    manifest: bytes,
+    content: bytes,
     signature: bytes | None,
     trust: Trust,
     where: Path | str,
     *,
-    name: str | None = None,
-    owner: str = "",
+    expert: Signed | None = None,
     remedy: str = "ask its owner to package it with --sign-key",
 ) -> dict[str, Any] | None:
-    """Who signed a manifest, which is of this expert of this owner: the public key, and the name it
-    is listed under. Other files are of no expert. `remedy` is what to do where there is no
-    signature.
+    """Who signed a file: the public key, and the name it is listed under. None: nobody did.
 
-    Raises UserError for what is not let in.
+    `expert` is what a manifest is of; other files are of none. `remedy` is what to do where there
+    is no signature. Raises UserError for what is not let in.
     """
     if signature is None:
         if trust.signed:
             raise UserError(f"{where} is not signed; {remedy}")
         return None
     try:
-        fields = parse_json(signature)
-        conform(SignatureFile, fields)
-        public, signed = fields["public_key"], fields["signature"]
-        if signature != _spelled(public, signed):
-            raise ValueError("not the canonical spelling")
-        raw_public, raw_signed = (
-            base64.b64decode(text, validate=True) for text in (public, signed)
-        )
-        if (_base64(raw_public), _base64(raw_signed)) != (public, signed):
-            raise ValueError("not canonical base 64")
-        key = Ed25519PublicKey.from_public_bytes(raw_public)
+        public, key, signed = _read_signature(signature)
     except ValueError as error:
         raise UserError(
             f"the signature of {where} is damaged ({error!s:.120}); ask its owner for it again"
@@ -244,14 +239,28 @@ def check_signature(
             f"{where} is signed by the key {public}; expected one of the listed ones: {listed}"
         )
     try:
-        key.verify(raw_signed, manifest)
+        key.verify(signed, content)
     except InvalidSignature:
         raise UserError(f"the signature of {where} is for other bytes; sign it again") from None
     if trust.keys is None:
         return {"public_key": public}
-    if name is not None:
-        trust.check(trust.keys[public], name, owner, where)
+    if expert is not None:
+        trust.check(trust.keys[public], expert.name, expert.owner, where)
     return {"public_key": public, "name": trust.keys[public]}
+
+
+def _read_signature(file: bytes) -> tuple[str, Ed25519PublicKey, bytes]:
+    """The public key as it is written, the key, and what it signed with. Raises ValueError for any
+    spelling but ours."""
+    fields = parse_json(file)
+    conform(SignatureFile, fields)
+    public, signed = fields["public_key"], fields["signature"]
+    if file != _spelled(public, signed):
+        raise ValueError("not the canonical spelling")
+    raw_public, raw_signed = (base64.b64decode(text, validate=True) for text in (public, signed))
+    if (_base64(raw_public), _base64(raw_signed)) != (public, signed):
+        raise ValueError("not canonical base 64")
+    return public, Ed25519PublicKey.from_public_bytes(raw_public), raw_signed
 
 
 def _as_read(name: str) -> str:

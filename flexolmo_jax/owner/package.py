@@ -149,29 +149,12 @@ def _hand_over(
             yield values
 
     with new_directory(out) as directory:
-        write_tensors(
-            directory / TENSORS,
-            {name: (anchor.dtype, shape) for name, shape in shapes.items()},
-            tensors(),
-        )
+        released = {name: (anchor.dtype, shape) for name, shape in shapes.items()}
+        write_tensors(directory / TENSORS, released, tensors())
         with TensorFile(directory / TENSORS) as file:
             header = file.header_sha256
-        manifest = fields | {
-            "format": FORMAT,
-            "anchor": anchor.fingerprint,
-            "model": to_dict(anchor.config),
-            "router_bias": has_bias,
-            "dtype": anchor.dtype,
-            "tensors": entries,
-            "header": header,
-            "privacy": "none",  # no training here has any to claim
-            "tool": f"flexolmo-jax {_version()}",
-        }
-        text = sealed(manifest)
-        try:
-            read_manifest(text)  # nothing is handed over that would be refused
-        except ValueError as error:
-            raise UserError(f"no contribution can be made of this expert: {error}") from None
+        told = {"router_bias": has_bias, "tensors": entries, "header": header}
+        text = _manifest(fields | told, anchor)
         write_bytes(directory / MANIFEST, text)
         if key:
             write_bytes(directory / SIGNATURE, sign(text, key))
@@ -181,6 +164,26 @@ def _hand_over(
     if (day := contribution.expired) is not None:
         note(f"warning: nobody can merge {out}: its licence expired on {day} (pair.expires)")
     return contribution
+
+
+def _manifest(fields: dict[str, Any], anchor: Artifact) -> bytes:
+    """Raises UserError for one that would be refused: nothing such is handed over."""
+    text = sealed(
+        fields
+        | {
+            "format": FORMAT,
+            "anchor": anchor.fingerprint,
+            "model": to_dict(anchor.config),
+            "dtype": anchor.dtype,
+            "privacy": "none",  # no training here has any to claim
+            "tool": f"flexolmo-jax {_version()}",
+        }
+    )
+    try:
+        read_manifest(text)
+    except ValueError as error:
+        raise UserError(f"no contribution can be made of this expert: {error}") from None
+    return text
 
 
 def _digest(model: Artifact, path: str, array: Stored, dtype: str) -> str:

@@ -63,12 +63,17 @@ def select_proxies(
 ) -> Proxies:
     """Writes a share of the public documents, those most like the private ones, as a .jsonl.
 
-    `diversity`: above 1, chosen from so many times as many of the most private-like, greedily by a
-    determinantal point process, which weighs likeness to the private documents against likeness to
-    what is chosen already. Documents that are held out for evaluation are neither learnt from nor
-    chosen. The text of the private documents and of the candidates is in memory, that of the others
-    is not. `allow_hub`: see `load_embedder`. Raises UserError for an output that exists or is no
-    .jsonl, and where there are too few documents of either kind.
+    Documents that are held out for evaluation are neither learnt from nor chosen. The text of the
+    private documents and of the candidates is in memory, that of the others is not.
+
+    Args:
+        diversity: above 1, they are chosen from so many times as many of the most private-like, by
+            a greedy determinantal point process: it weighs likeness to the private documents
+            against likeness to what is chosen already.
+        allow_hub: see `load_embedder`.
+
+    Raises:
+        UserError: for an output that exists or is no .jsonl, and too few documents of either kind.
     """
     if out.suffix != ".jsonl":
         raise UserError(f"--out is {out}; expected a new file that ends in .jsonl")
@@ -79,9 +84,30 @@ def select_proxies(
             " 1 or more"
         )
     anchor = open_anchor(anchor_path)
-    embedder = widened(
-        load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
-    )
+    loaded = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    embedder = widened(loaded)
+    learnt_from, seen = _learnt_from(private, public, heldout)
+    digests = sorted(learnt_from)
+    texts = [learnt_from[digest][0] for digest in digests]
+    labels = np.array([learnt_from[digest][1] for digest in digests], np.float32)
+    vectors = _embed(embedder, texts, "embedding what is learnt from")
+    classifiers = Classifiers.fit(digests, vectors, labels)
+    accuracy = float(np.mean((classifiers.logits(digests, vectors) > 0) == (labels > 0)))
+    scored = _scored(classifiers, embedder, _distinct(public, heldout, seen), len(seen))
+    count = max(1, round(share * len(scored)))
+    candidates = {digest: score for score, digest in scored[: count * diversity]}
+    chosen = {digest_of(text): text for text in _distinct(public, heldout, set(candidates))}
+    kept = sorted(candidates) if diversity == 1 else _diverse(embedder, chosen, candidates, count)
+    lines = (json.dumps({"text": chosen[digest]}, ensure_ascii=False) for digest in sorted(kept))
+    write_new(out, "".join(f"{line}\n" for line in lines).encode())
+    return Proxies(len(kept), len(scored), accuracy, int(labels.sum()))
+
+
+def _learnt_from(
+    private: Sequence[Path], public: Sequence[Path], heldout: float
+) -> tuple[dict[bytes, tuple[str, bool]], set[bytes]]:
+    """By digest, as many private as public documents, and whether each is private; the digests of
+    all public ones that are not private too. Raises UserError where there are too few."""
     own = {digest_of(text): text for text in _documents(private, heldout)}
     both, seen = set[bytes](), set[bytes]()
     for text in _documents(public, heldout):
@@ -95,39 +121,24 @@ def select_proxies(
             f" ({len(both)} are both, held-out ones are not counted); expected at least {FEWEST} of"
             " each"
         )
-    learnt_from = {digest: own[digest] for digest in list(own)[:count]}
-    learnt_from |= {
-        digest_of(text): text for text in _distinct(public, heldout, set(sorted(seen)[:count]))
-    }
-    digests = sorted(learnt_from)
-    vectors = _embed(
-        embedder, [learnt_from[digest] for digest in digests], "embedding what is learnt from"
-    )
-    labels = np.array([digest in own for digest in digests], np.float32)
-    classifiers = Classifiers.fit(digests, vectors, labels)
-    accuracy = float(np.mean((classifiers.logits(digests, vectors) > 0) == (labels > 0)))
+    learnt_from = {digest: (own[digest], True) for digest in list(own)[:count]}
+    for text in _distinct(public, heldout, set(sorted(seen)[:count])):
+        learnt_from[digest_of(text)] = text, False
+    return learnt_from, seen
 
+
+def _scored(
+    classifiers: "Classifiers", embedder: Embedder, texts: Iterator[str], count: int
+) -> list[tuple[float, bytes]]:
+    """How private-like each document is, with its digest; the likest first."""
     scored: list[tuple[float, bytes]] = []
-    with bar("scoring public documents", len(seen)) as advance:
-        for chunk in _chunks(_distinct(public, heldout, seen)):
+    with bar("scoring public documents", count) as advance:
+        for chunk in _chunks(texts):
             digests = [digest_of(text) for text in chunk]
-            scored += zip(
-                classifiers.logits(digests, embedder.embed(chunk)).tolist(), digests, strict=True
-            )
+            logits = classifiers.logits(digests, embedder.embed(chunk)).tolist()
+            scored += zip(logits, digests, strict=True)
             advance(len(chunk))
-    scored.sort(key=lambda one: (-one[0], one[1]))
-    count = max(1, round(share * len(scored)))
-    candidates = {digest: score for score, digest in scored[: count * diversity]}
-    texts = {digest_of(text): text for text in _distinct(public, heldout, set(candidates))}
-    kept = sorted(candidates) if diversity == 1 else _diverse(embedder, texts, candidates, count)
-    write_new(
-        out,
-        "".join(
-            json.dumps({"text": texts[digest]}, ensure_ascii=False) + "\n"
-            for digest in sorted(kept)
-        ).encode(),
-    )
-    return Proxies(len(kept), len(scored), accuracy, int(labels.sum()))
+    return sorted(scored, key=lambda one: (-one[0], one[1]))
 
 
 class Classifiers(NamedTuple):

@@ -41,12 +41,17 @@ def screen(
     sign_key: Path | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the verdict and returns it, with the bits per byte that it came from, which are not in
-    it.
+    """Writes the verdict. Returns it, and the bits per byte that it came from, which it leaves out.
 
-    `model_path` is a merged model on this anchor, or the anchor; `documents` are the owner's, or
-    prepared directories of them. Raises UserError for a candidate that does not fit, text with
-    nothing held out, and numbers that are not finite.
+    Args:
+        model_path: a merged model on this anchor, or the anchor.
+        documents: the owner's, or prepared directories of them.
+        max_worse: the part by which bits per byte may get worse.
+        limit: how many records of each to read.
+
+    Raises:
+        UserError: for a candidate that does not fit, text with nothing held out, and numbers that
+            are not finite.
     """
     if not 0 <= max_worse < math.inf:
         raise UserError(
@@ -81,10 +86,8 @@ def screen(
     write_verdict(verdict, key, out)
     if key is None:
         note(f"warning: {out} is not signed, so --require-screening refuses it; give --sign-key")
-    private = {
-        "without": without["bits"] / without["bytes"],
-        "with_the_candidate": with_it["bits"] / with_it["bytes"],
-    }
+    pairs = (("without", without), ("with_the_candidate", with_it))
+    private = {name: found["bits"] / found["bytes"] for name, found in pairs}
     told = {"out": str(out), "signed": key is not None, **dataclasses.asdict(verdict)}
     return told | {"not_in_the_verdict": {"bits_per_byte": private}}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.artifact import open_artifact
-from flexolmo_jax.config import ModelConfig, RunConfig
+from flexolmo_jax.config import ModelConfig, RunConfig, Settings
 from flexolmo_jax.coordinator.router import tune
 from flexolmo_jax.data.documents import read_training_documents
 from flexolmo_jax.data.prepare import prepare
@@ -124,8 +124,7 @@ class Trial:
             proxies,
             [self.data("public")],
             self.path / tuned,
-            config=config,
-            overrides=seed,
+            settings=Settings(config, seed),
         )
 
     def joint(self, times: int) -> RunConfig:

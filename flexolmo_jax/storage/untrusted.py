@@ -48,37 +48,48 @@ def parse_json(text: bytes | str, signs: int | None = None, keys: int | None = N
             raise ValueError(f"it has {found} commas and brackets; expected at most {signs}")
     if isinstance(text, bytes):
         text = text.decode("utf-8")  # json.loads would guess UTF-16 and UTF-32 too
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if keys is not None and len(pairs) > keys:
-            raise ValueError(f"an object has {len(pairs)} keys; expected at most {keys}")
-        if len(found := dict(pairs)) != len(pairs):
-            raise ValueError("a key is given twice")
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    def whole(number: str) -> int:
-        if number == "-0":
-            raise ValueError("-0 is no integer")
-        return int(number)
-
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):
-            raise ValueError(f"{number[:20]} is beyond the largest number")
-        return value
-
     try:
         value = json.loads(
             text,
-            object_pairs_hook=unique,
-            parse_constant=refuse,
-            parse_float=finite,
-            parse_int=whole,
+            object_pairs_hook=functools.partial(_object, keys),
+            parse_constant=_constant,
+            parse_float=_finite,
+            parse_int=_integer,
         )
     except RecursionError:
         raise ValueError(f"it has more than {DEPTH} levels") from None
+    _check_depth(value)
+    if "\\ud" in text or "\\uD" in text:
+        # Half a surrogate pair is no Unicode; UnicodeEncodeError is a ValueError.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _object(keys: int | None, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if keys is not None and len(pairs) > keys:
+        raise ValueError(f"an object has {len(pairs)} keys; expected at most {keys}")
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def _constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _integer(number: str) -> int:
+    if number == "-0":
+        raise ValueError("-0 is no integer")
+    return int(number)
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:20]} is beyond the largest number")
+    return value
+
+
+def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(DEPTH):
         groups = [
@@ -88,13 +99,8 @@ def parse_json(text: bytes | str, signs: int | None = None, keys: int | None = N
         ]
         level = [inner for group in groups for inner in group]
         if not level:
-            break
-    else:
-        raise ValueError(f"it has more than {DEPTH} levels")
-    if "\\ud" in text or "\\uD" in text:
-        # half a surrogate pair is no Unicode; UnicodeEncodeError is a ValueError
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
+            return
+    raise ValueError(f"it has more than {DEPTH} levels")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import tensorstore as ts
 
 from flexolmo_jax import integrity
 from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.config import Settings
 from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, apply_tuning, merge, opt_out, replace
 from flexolmo_jax.coordinator.router import train_router, tune
@@ -334,7 +335,11 @@ def test_the_verbs_that_change_a_model_check_it_first(
         lambda: append(part, contributions["law"], tmp_path / "out"),
         lambda: replace(fake, contributions["law"], tmp_path / "out", allow_older=True),
         lambda: tune(
-            fake, {"code": corpora["code"]}, public, tmp_path / "out", overrides=["train.steps=1"]
+            fake,
+            {"code": corpora["code"]},
+            public,
+            tmp_path / "out",
+            settings=Settings(overrides=["train.steps=1"]),
         ),
     ):
         with pytest.raises(UserError, match=r"bytes of|cannot be read"):

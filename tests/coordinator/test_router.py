@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.artifact import open_artifact, read_sealed
+from flexolmo_jax.config import Settings
 from flexolmo_jax.coordinator.merge import append, apply_tuning, merge, opt_out, undo_tuning
 from flexolmo_jax.coordinator.receipt import EXACT, TUNED
 from flexolmo_jax.coordinator.router import train_router, tune
@@ -42,7 +43,7 @@ def tuned(model, proxies, corpora, tmp_path_factory):
         proxies,
         [corpora["public"]],
         tmp_path_factory.mktemp("tuned") / "model",
-        overrides=SHORT,
+        settings=Settings(overrides=SHORT),
         store_path=store(model),
     ).path
 
@@ -82,7 +83,7 @@ def test_who_opts_out_of_a_tuned_model_gets_the_better_grade_when_it_is_tuned_ag
         others,
         [corpora["public"]],
         tmp_path / "retuned",
-        overrides=SHORT,
+        settings=Settings(overrides=SHORT),
         store_path=store(model),
     ).path
     assert verify_receipt(receipt, retuned)["grade"] == EXACT
@@ -100,7 +101,7 @@ def test_who_opts_out_of_a_tuned_model_gets_the_better_grade_when_it_is_tuned_ag
         others,
         [corpora["public"]],
         tmp_path / "tuned-never",
-        overrides=SHORT,
+        settings=Settings(overrides=SHORT),
         store_path=store(model),
     ).path
     assert contents(of_never) == contents(retuned)
@@ -116,7 +117,7 @@ def test_proxies_of_who_is_not_there_are_refused_and_a_router_run_from_tuned_row
             proxies,
             [corpora["public"]],
             tmp_path / "no",
-            overrides=SHORT,
+            settings=Settings(overrides=SHORT),
             store_path=store(model),
         )
     with pytest.raises(UserError, match="the anchor cannot"):
