@@ -84,6 +84,7 @@ READERS = {
     "data/arrays.py": "maps records whose header and size have been checked",
     "data/fetch.py": "what an earlier fetch wrote into its folder",
     "data/packages.py": "archives of package registries, pinned by digest",
+    "evals/report/page.py": "the page's template, from the package itself",
     "runtime/streams.py": "the null device",
     "reproduce": "a study's own results",
     "train/profile.py": "a profile that this process has just written",

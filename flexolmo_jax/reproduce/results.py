@@ -13,17 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flexolmo_jax.evals.report import (
-    Check,
-    Table,
-    checks_section,
-    format_table,
-    line_charts_section,
-    markdown_table,
-    page,
-    routing_section,
-    table_section,
-)
+from flexolmo_jax.evals.report.charts import line_charts_section
+from flexolmo_jax.evals.report.maps import routing_section
+from flexolmo_jax.evals.report.page import Check, checks_section, page
+from flexolmo_jax.evals.report.tables import Table, format_table, markdown_table, table_section
 from flexolmo_jax.storage.files import write_text
 
 from .scores import MIXED
