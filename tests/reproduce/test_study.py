@@ -17,8 +17,9 @@ from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.reproduce.cells import Cell, cells
+from flexolmo_jax.reproduce.orderings import AVERAGE, PRIVATE, orderings
 from flexolmo_jax.reproduce.overlap import overlaps
-from flexolmo_jax.reproduce.results import AVERAGE, PRIVATE, orderings, write_results
+from flexolmo_jax.reproduce.results import write_results
 from flexolmo_jax.reproduce.scores import heldout
 from flexolmo_jax.reproduce.spec import load_spec
 from flexolmo_jax.reproduce.study import reproduce, run_cells
