@@ -22,7 +22,7 @@ ABLATIONS = {
 
 
 class Ordering(NamedTuple):
-    """That a figure is lower than another, by a margin (relative to the other) of at least `least`."""
+    """A figure is lower than another by a margin, relative to the other, of at least `least`."""
 
     name: str
     margin: float | None  # None where a figure is missing
