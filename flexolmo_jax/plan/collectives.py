@@ -48,11 +48,11 @@ class Collective:
     kind: str  # one of KINDS
     axes: tuple[str, ...]  # mesh axes that it runs over
     size: int  # devices that take part together
-    # each device receives in one run: an all-reduce counts twice, as a reduce-scatter and a gather
+    # that each device receives in one run; an all-reduce counts as a reduce-scatter and a gather
     bytes: float
     runs: int  # times a step
-    # "" as it stands; "ring": a move of a ring that is overlapped with a product; "all-reduce":
-    # written as one
+    # "" as it is written; "ring": a move of a ring that overlaps with a product; "all-reduce":
+    # written as an all-reduce
     form: str
     source: str  # what it comes from: the operation's name in the traced program
     operand: str  # the first operand's HLO type, as f32[4096,256]

@@ -68,7 +68,10 @@ class Trial:
         publish(run, self.public_text, out, dtype=self.spec.release_dtype)
 
     def continued(self, domain: str) -> RunConfig:
-        """The anchor, all of it trained on: a domain makes a dense model, public text the control."""
+        """The anchor, all weights of which are trained further.
+
+        On a domain that makes the domain's dense model, on public text the control.
+        """
         start = {"train.init": str(self.path / "anchor")}
         return self.spec.run("anchor", self.spec.dense, self.records(domain), self.seed, **start)
 

@@ -167,7 +167,7 @@ def test_a_refusal_tells_what_would_be_needed(message, gib):
 
 def test_an_architecture_that_nothing_says_is_asked_for():
     run = load_config(ROOT / "configs" / "tiny" / "pair.yaml")
-    with pytest.raises(UserError, match=r"model\.vocab_size is not said"):
+    with pytest.raises(UserError, match=r"model\.vocab_size is not given"):
         architecture(run)
 
 
