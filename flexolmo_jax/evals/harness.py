@@ -64,8 +64,10 @@ def harness_model(
     active: int | None = None,
     batch_size: int = 16,
 ) -> Any:
-    """An `lm_eval.api.model.LM`. Raises UserError without the harness, and as
-    `LoadedModel.selection` does."""
+    """An `lm_eval.api.model.LM`.
+
+    Raises UserError without the harness, and as `LoadedModel.selection` does.
+    """
     _harness()
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 

@@ -65,7 +65,7 @@ def bits_per_byte(
 
 
 class OfModel:
-    """A run, anchor or model; a merged one also without some experts, or with fewer active."""
+    """A run, anchor or model; a merged one also without experts, or with another `active`."""
 
     def __init__(self, model: LoadedModel, without: Sequence[str] = (), active: int | None = None):
         self._model = model

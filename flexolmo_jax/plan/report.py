@@ -56,7 +56,7 @@ def plan_training(
 def plan_decoding(
     model: ModelConfig, slice_: Slice, batch: int, context: int, mesh: MeshConfig = DECODING_MESH
 ) -> dict[str, Any]:
-    """The report of one decoding step in bfloat16: a token for each of `batch` sequences.
+    """The report of one decoding step in bfloat16: a token for each of `batch` prompts.
 
     The cache has `context` slots.
     """
@@ -65,7 +65,7 @@ def plan_decoding(
     report = _compile(decoding_step(model, where, batch, context), slice_, where, flops, batch)
     advice = {}
     if not report["fits"]:
-        smaller = "fewer sequences or a shorter context (--decode), or "
+        smaller = "fewer prompts or a shorter context (--decode PROMPTSxCONTEXT), or "
         advice = {"change": _larger(slice_, report, smaller)}
     decode = {"batch": batch, "context": context}
     program = {"model": to_dict(model), "mesh": to_dict(mesh), "decode": decode}

@@ -150,7 +150,7 @@ def fsdp_minimum(step: Step, dtype: str) -> int:
 
 
 def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> Step:
-    """The loop that `flexolmo generate` runs: a pass chooses a token for every sequence.
+    """The loop that `flexolmo generate` runs: a pass chooses a token for every prompt.
 
     The cache has `context` slots.
     """
