@@ -37,7 +37,7 @@ def evaluate(
 
     Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data:
     {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}}. With `limit`
-    only the first records of each data set are read. `names` replace the files' names in the result.
+    only the first records of each data set are read. `names`: the data's, instead of the files'.
     """
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
