@@ -23,7 +23,10 @@ import numpy as np
 
 import flexolmo_jax
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.evals.report import Check, Sample, Table, format_table, write_report
+from flexolmo_jax.evals.report.charts import curves_section
+from flexolmo_jax.evals.report.maps import routing_section
+from flexolmo_jax.evals.report.page import Check, Sample, checks_section, page, samples_section
+from flexolmo_jax.evals.report.tables import Table, format_table, table_section
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.train.metrics import read_metrics
@@ -36,6 +39,14 @@ PROMPTS = {
     "news": "the company said it",
     "biomed": "Any structural anomaly of",
 }
+INTRO = (
+    "One language model from owners who share no data. A public anchor was trained and frozen; each"
+    " owner trained one expert against it, alone; the experts were merged without data or further"
+    " training. Bits per byte on held-out text: lower is better.\n\n"
+    "anchor+public is the control: the anchor trained on public text for as many more tokens as one"
+    " expert had. pair:X is owner X's own result before the merge. merged runs every expert,"
+    " merged:k=2 two for each token, merged-X all but X's."
+)
 
 
 def main(root: Path, owners: list[str]) -> None:
@@ -71,29 +82,21 @@ def main(root: Path, owners: list[str]) -> None:
 
     seconds = stage_seconds(root) | {"evaluate": round(time.perf_counter() - start)}
     leaver = owners[-1]
-    table = Table(columns=list(data), rows=rows)
+    table = Table(list(data), rows)
     checks = [*claims(rows, routing["merged"], owners), same_as_never(root, leaver)]
     samples = [sample(merged, owner, leaver) for owner in (leaver, owners[0])]
     write_text(root / "results.txt", report_text(table, checks, samples, seconds))
-    write_report(
-        root / "report.html",
-        title="FlexOlmo in minutes",
-        intro=(
-            "One language model from owners who share no data. A public anchor was trained and"
-            " frozen; each owner trained one expert against it, alone; the experts were merged"
-            " without data or further training. Bits per byte on held-out text: lower is"
-            " better.\n\nanchor+public is the control: the anchor trained on public text for as"
-            " many more tokens as one expert had. pair:X is owner X's own result before the merge."
-            " merged runs every expert, merged:k=2 two for each token, merged-X all but X's."
-        ),
-        table=table,
-        checks=checks,
-        curves=curves(root, owners),
-        routing={c: np.array([routing["merged"][c][e] for e in merged.experts]).T for c in data},
-        experts=list(merged.experts),
-        samples=samples,
-        footer=footer(seconds),
-    )
+    experts = list(merged.experts)
+    shares = {c: np.array([of[e] for e in experts]).T for c, of in routing["merged"].items()}
+    sections = {
+        "What was claimed, and what was measured": checks_section(checks),
+        "Bits per byte": table_section(table),
+        "Training loss": curves_section(curves(root, owners)),
+        "Routing": routing_section(shares, experts),
+        "Samples": samples_section(samples),
+    }
+    html = page("FlexOlmo in minutes", INTRO, sections, footer(seconds))
+    write_text(root / "report.html", html)
     results = {
         "columns": list(data),
         "rows": rows,

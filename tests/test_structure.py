@@ -2,6 +2,7 @@
 source."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,7 @@ READERS = {
     "data/arrays.py": "maps records whose header and size have been checked",
     "data/fetch.py": "what an earlier fetch wrote into its folder",
     "data/packages.py": "archives of package registries, pinned by digest",
+    "evals/report/page.py": "the page's template, from the package itself",
     "runtime/streams.py": "the null device",
     "reproduce": "a study's own results",
     "train/profile.py": "a profile that this process has just written",
@@ -136,3 +138,14 @@ def test_that_check_sees_each_kind_of_opening(tmp_path: Path):
     source.write_text("\n".join(lines))
     assert [line for line, _ in openings(source)] == [1, 2, 3, 4, 5, 6]
     assert all((PACKAGE / reader).exists() for reader in READERS)
+
+
+def test_a_wheel_holds_every_file_of_the_package_that_is_no_module():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    declared = {
+        PACKAGE.parent.joinpath(*package.split("."), name)
+        for package, names in project["tool"]["setuptools"]["package-data"].items()
+        for name in names
+    }
+    found = {path for path in PACKAGE.rglob("*") if path.suffix not in ("", ".py", ".pyc")}
+    assert {path for path in found if "kernels" not in path.parts} == declared

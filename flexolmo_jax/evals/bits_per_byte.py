@@ -16,9 +16,9 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.runtime.sharding import put_batch
-from flexolmo_jax.train.evaluate import make_scorer, score_records
+from flexolmo_jax.train.evaluate import Score, make_scorer, score_records
 
-# records that raw documents are packed into, where no prepared directory says otherwise
+# tokens of the records that raw documents are packed into; a prepared directory has its own length
 RAW_SEQ_LEN = 1024
 
 
@@ -33,13 +33,11 @@ def evaluate(
     batch_size: int = 16,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """The held-out records of prepared directories or raw documents, and all of token files,
-    scored.
+    """Scores the held-out records of prepared directories and raw documents, all of token files.
 
     Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data:
-    {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}}; `limit` reads
-    the first records of each only. `names` are those of the data, where they are not to be the
-    names of the files.
+    {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}}. With `limit`
+    only the first records of each data set are read. `names`: the data's, instead of the files'.
     """
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
@@ -53,19 +51,13 @@ def evaluate(
     def score_batch(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return scorer(model.params, *map(put, batch), allowed)
 
-    result: dict[str, Any] = {
-        "bits_per_byte": {},
-        "tokens": {},
-        "bytes": {},
-        "routing": {},
-        "routing_by_layer": {},
-    }
+    keys = ("bits_per_byte", "tokens", "bytes", "routing", "routing_by_layer")
+    result: dict[str, Any] = {key: {} for key in keys}
+    seq_len = min(RAW_SEQ_LEN, model.config.max_seq_len)
     for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
         if name in result["tokens"]:
             raise UserError(f"two data sets are called {name!r}; rename one of them")
-        records = open_heldout(
-            path, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len), split
-        )
+        records = open_heldout(path, model.tokenizer, seq_len, split)
         with bar(f"eval {name_of(path)}", min(len(records), limit or len(records))) as advance:
             score = score_records(
                 score_batch,
@@ -75,11 +67,17 @@ def evaluate(
                 batch_size=batch_size,
                 advance=advance,
             )
-        result["bits_per_byte"][name] = score.bits_per_byte
-        result["tokens"][name], result["bytes"][name] = score.tokens, score.bytes
-        by_layer = dict(zip(model.experts, score.routing.T.tolist(), strict=True))
-        result["routing_by_layer"][name] = by_layer
-        result["routing"][name] = {
-            expert: sum(shares) / len(shares) for expert, shares in by_layer.items()
-        }
+        for key, figure in _figures(score, model.experts).items():
+            result[key][name] = figure
     return result
+
+
+def _figures(score: Score, experts: Sequence[str]) -> dict[str, Any]:
+    by_layer = dict(zip(experts, score.routing.T.tolist(), strict=True))
+    return {
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "routing": {expert: sum(shares) / len(shares) for expert, shares in by_layer.items()},
+        "routing_by_layer": by_layer,
+    }

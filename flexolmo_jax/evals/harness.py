@@ -4,8 +4,8 @@
     lm_eval.simple_evaluate(harness_model(flexolmo_jax.load("model")), tasks=["my_task"],
     task_manager=...)
 
-`eval --tasks ... --harness` runs our own tasks through it: the same requests, scored by other
-people's code.
+`eval --tasks ... --harness` runs the tasks of `tasks.py` through it: the same requests, scored by
+other people's code.
 """
 
 import functools
@@ -27,15 +27,14 @@ from flexolmo_jax.storage.files import write_text
 
 from .tasks import Task, batches
 
-NEW_TOKENS = 256  # where a task does not say how many
+NEW_TOKENS = 256  # that are generated, where a task does not say how many
 
 
 def evaluate_through_harness(model: Any, tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
-    """{task: the harness's results} of multiple choice tasks, which are written into a folder in
-    its form.
+    """{task: the harness's results} of multiple choice tasks.
 
-    Raises UserError without the harness, and for a task whose choices differ in more than what
-    follows the context.
+    The tasks are first written into `folder`, in the harness's form. Raises UserError without the
+    harness, and for a task whose choices do not all follow one context.
     """
     lm_eval, task_manager = _harness()
     for task in tasks:
@@ -65,90 +64,94 @@ def harness_model(
     active: int | None = None,
     batch_size: int = 16,
 ) -> Any:
-    """An `lm_eval.api.model.LM`. Raises UserError without the harness, and as
-    `LoadedModel.selection` does."""
+    """An `lm_eval.api.model.LM`.
+
+    Raises UserError without the harness, and as `LoadedModel.selection` does.
+    """
     _harness()
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
-    k, allowed = model.selection(without, active)
-    run, context, encode = (
-        _scores(model.config, k),
-        model.config.max_seq_len,
-        model.tokenizer.encode,
-    )
+    class FlexOlmo(_Adapter, LM):
+        pass
 
-    def score(queries: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """Of ids the last so many: their log-probability, and whether each is the likeliest."""
+    return FlexOlmo(model, without, active, batch_size)
+
+
+class _Adapter:
+    """The methods of `LM`. It is joined to `LM` later, as that comes with the harness only."""
+
+    def __init__(
+        self, model: LoadedModel, without: Sequence[str], active: int | None, batch_size: int
+    ):
+        super().__init__()
+        self._loaded, self._selection = model, {"without": without, "active": active}
+        self._context, self._batch_size = model.config.max_seq_len, batch_size
+        k, self._allowed = model.selection(without, active)
+        self._scores = _scores(model.config, k)
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        queries = []
+        for request in requests:
+            before, after = request.args
+            continuation = self._encode(after)[-self._context :]
+            ids = (self._encode(before) if before else [self._eos]) + continuation
+            queries.append((ids[-(self._context + 1) :], len(continuation)))
+        return self._score(queries)
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Each token once, after an EOS, with as much before it as the context holds."""
+        texts = [[self._eos, *self._encode(request.args[0])] for request in requests]
+        return [sum(total for total, _ in self._score(self._windows(ids))) for ids in texts]
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        texts = []
+        for request in requests:
+            prompt, options = request.args
+            new = min(options.get("max_gen_toks", NEW_TOKENS), self._context - 1)
+            ids = self._encode(prompt)[-(self._context - new) :]
+            temperature = options.get("temperature", 0.0)
+            (made,) = self._loaded.generate([ids], new, temperature=temperature, **self._selection)
+            text = self._loaded.tokenizer.decode([int(i) for i in made])
+            stops = options.get("until") or []
+            for stop in [stops] if isinstance(stops, str) else stops:
+                text = text.split(stop)[0] if stop else text
+            texts.append(text)
+        return texts
+
+    def _score(self, queries: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """Of each query's last tokens: their log-probability, and whether each is the likeliest.
+
+        A query is (ids, how many of them are scored).
+        """
         result: list[tuple[float, bool]] = [(0.0, True)] * len(queries)
+        each = batches([ids for ids, _ in queries], self._batch_size)
         with bar("lm-eval", len(queries)) as advance:
-            for chosen, tokens, segments in batches([ids for ids, _ in queries], batch_size):
-                log_p, likeliest = (
-                    np.asarray(a) for a in run(model.params, tokens, segments, allowed)
-                )
-                for row, i in enumerate(chosen):
+            for chosen, tokens, segments in each:
+                scores = self._scores(self._loaded.params, tokens, segments, self._allowed)
+                log_p, likeliest = map(np.asarray, scores)
+                for place, i in enumerate(chosen):
                     ids, count = queries[i]
-                    of_row = slice(len(ids) - count, len(ids))
-                    result[i] = (
-                        float(log_p[row, of_row].sum(dtype=np.float64)),
-                        bool(likeliest[row, of_row].all()),
-                    )
+                    own = place, slice(len(ids) - count, len(ids))
+                    total = float(log_p[own].sum(dtype=np.float64))
+                    result[i] = total, bool(likeliest[own].all())
                 advance(len(chosen))
         return result
 
-    class FlexOlmo(LM):
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            queries = []
-            for request in requests:
-                before, after = request.args
-                continuation = encode(after)[-context:]
-                ids = (
-                    [model.tokenizer.eos_id, *encode(before)] if not before else encode(before)
-                ) + continuation
-                queries.append((ids[-(context + 1) :], len(continuation)))
-            return score(queries)
+    def _windows(self, ids: list[int]) -> list[tuple[list[int], int]]:
+        """Queries that score each token but the first once."""
+        context, windows = self._context, []
+        for end in range(context + 1, len(ids) + context, context):
+            taken = min(end, len(ids))
+            window = ids[max(0, taken - context - 1) : taken]
+            windows.append((window, min(context, taken - (end - context))))
+        return windows
 
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            """Each token once, after an EOS, with as much before it as the context holds."""
-            sums = []
-            for request in requests:
-                ids = [model.tokenizer.eos_id, *encode(request.args[0])]
-                windows = []
-                for end in range(context + 1, len(ids) + context, context):
-                    taken = min(end, len(ids))
-                    windows.append(
-                        (
-                            ids[max(0, taken - context - 1) : taken],
-                            min(context, taken - (end - context)),
-                        )
-                    )
-                sums.append(sum(total for total, _ in score(windows)))
-            return sums
+    def _encode(self, text: str) -> list[int]:
+        return self._loaded.tokenizer.encode(text)
 
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            texts = []
-            for request in requests:
-                prompt, options = request.args
-                stops = options.get("until") or []
-                new = min(options.get("max_gen_toks", NEW_TOKENS), context - 1)
-                ids = encode(prompt)[-(context - new) :]
-                text = model.tokenizer.decode(
-                    [
-                        int(i)
-                        for i in model.generate(
-                            [ids],
-                            new,
-                            without=without,
-                            active=active,
-                            temperature=options.get("temperature", 0.0),
-                        )[0]
-                    ]
-                )
-                for stop in [stops] if isinstance(stops, str) else stops:
-                    text = text.split(stop)[0] if stop else text
-                texts.append(text)
-            return texts
-
-    return FlexOlmo()
+    @property
+    def _eos(self) -> int:
+        return self._loaded.tokenizer.eos_id
 
 
 def _write_task(task: Task, folder: Path) -> None:
@@ -159,16 +162,16 @@ def _write_task(task: Task, folder: Path) -> None:
         )
         if document["context"] != request.context or task.metric == "bpb":
             raise UserError(
-                f"{task.name} is no multiple choice after one context, which is all that runs"
+                f"{task.name} is no multiple choice after one context, and only such tasks run"
                 " through the harness; leave out --harness"
             )
         document["choices"][request.choice] = request.continuation
-    lines = [
-        {**of, "choices": [text for _, text in sorted(of["choices"].items())]}
-        for of in documents.values()
-    ]
+    lines = []
+    for document in documents.values():
+        choices = [text for _, text in sorted(document["choices"].items())]
+        lines.append(json.dumps(document | {"choices": choices}) + "\n")
     data = folder / f"{task.name}.jsonl"
-    write_text(data, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(data, "".join(lines))
     form = {
         "task": task.name,
         "dataset_path": "json",
@@ -197,9 +200,9 @@ def _scores(config: ModelConfig, active: int) -> Callable[..., tuple[jax.Array, 
         logits = forward(config, params, tokens, segments, active=active, allowed=allowed).logits
         targets = jnp.roll(tokens, -1, axis=1)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        return jnp.roll(log_p, 1, axis=1), jnp.roll(
-            jnp.argmax(logits, axis=-1) == targets, 1, axis=1
-        )
+        likeliest = jnp.argmax(logits, axis=-1) == targets
+        # at a token's own place, one after that which predicts it
+        return jnp.roll(log_p, 1, axis=1), jnp.roll(likeliest, 1, axis=1)
 
     return scores
 

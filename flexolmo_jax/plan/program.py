@@ -1,4 +1,4 @@
-"""What decides the compiled training step, as far as a config says it."""
+"""The part of a config that decides the compiled training step."""
 
 from typing import Any
 
@@ -6,11 +6,9 @@ from flexolmo_jax.config import RunConfig, to_dict
 
 
 def program_of(run: RunConfig) -> dict[str, Any]:
-    """The part of a config that its program depends on: where two configs agree here, one plan
-    holds for both.
+    """What a run's program depends on: two configs that agree here have the same plan.
 
-    That is as far as a config says it: a pair's and a router run's architecture is that of their
-    anchor or model.
+    A pair's and a router run's architecture is not in it, as it comes from their anchor or model.
     """
     pair = run.pair and {
         "contrast": run.pair.is_contrasted,

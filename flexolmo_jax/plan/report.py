@@ -1,8 +1,7 @@
-"""`flexolmo plan`: compiles a step for a TPU slice on a machine without one, and tells what it
-takes.
+"""`flexolmo plan`: compiles a step for a TPU slice on a machine without one, and reports its cost.
 
 The compiler is libtpu's own. It places every collective and every buffer, and refuses what does not
-fit; nothing is run.
+fit. Nothing is run.
 """
 
 import dataclasses
@@ -33,10 +32,10 @@ GIB = 2**30
 def plan_training(
     run: RunConfig, slice_: Slice, slices: int = 1, is_trained: Callable[[str], bool] | None = None
 ) -> dict[str, Any]:
-    """The report of a run's training step. Raises UserError for a mesh or a batch that does not fit
-    the slice's devices.
+    """The report of a run's training step.
 
-    `is_trained`: by path, where it is not the run's own.
+    `is_trained`: by path, where it is not the run's own. Raises UserError for a mesh or a batch
+    that does not fit the slice's devices.
     """
     model, program = architecture(run), program_of(run)
     mesh = _mesh(run.mesh, slice_, slices, run)
@@ -46,47 +45,38 @@ def plan_training(
     step = training_step(run, model, mesh, is_trained)
     report = _compile(step, slice_, mesh, flops.hardware, tokens)
     if report["fits"]:
-        more = {
-            "fsdp_minimum_bytes": run.train.accumulate * fsdp_minimum(step, run.train.compute_dtype)
-        }
+        of_microbatch = fsdp_minimum(step, run.train.compute_dtype)
+        more = {"fsdp_minimum_bytes": run.train.accumulate * of_microbatch}
     else:
         more = {"change": _training_advice(run, slice_, slices, mesh, report)}
-    return (
-        _head(slice_, slices, mesh)
-        | {"program": program, "model_flops": flops.model}
-        | report
-        | more
-    )
+    what = {"program": program, "model_flops": flops.model}
+    return _head(slice_, slices, mesh) | what | report | more
 
 
 def plan_decoding(
     model: ModelConfig, slice_: Slice, batch: int, context: int, mesh: MeshConfig = DECODING_MESH
 ) -> dict[str, Any]:
-    """The report of one decoding step: a token for each of `batch` rows, over a cache of `context`
-    slots, in bfloat16."""
+    """The report of one decoding step in bfloat16: a token for each of `batch` prompts.
+
+    The cache has `context` slots.
+    """
     where = _mesh(mesh, slice_, 1)
     flops = batch * sum(forward_flops(model, model.n_active, context))
     report = _compile(decoding_step(model, where, batch, context), slice_, where, flops, batch)
-    advice = (
-        {}
-        if report["fits"]
-        else {
-            "change": _larger(
-                slice_, report, "fewer rows or a shorter context (--decode ROWSxCONTEXT), or "
-            )
-        }
-    )
-    what = {
-        "model": to_dict(model),
-        "mesh": to_dict(mesh),
-        "decode": {"batch": batch, "context": context},
-    }
-    return _head(slice_, 1, where) | {"program": what, "model_flops": flops} | report | advice
+    advice = {}
+    if not report["fits"]:
+        smaller = "fewer prompts or a shorter context (--decode PROMPTSxCONTEXT), or "
+        advice = {"change": _larger(slice_, report, smaller)}
+    decode = {"batch": batch, "context": context}
+    program = {"model": to_dict(model), "mesh": to_dict(mesh), "decode": decode}
+    return _head(slice_, 1, where) | {"program": program, "model_flops": flops} | report | advice
 
 
 def compile_step(step: Step, mesh: Mesh) -> Any:
-    """The compiled program. Raises jax.errors.JaxRuntimeError, RESOURCE_EXHAUSTED, where it does
-    not fit."""
+    """The compiled program.
+
+    Raises jax.errors.JaxRuntimeError (RESOURCE_EXHAUSTED) if it does not fit.
+    """
     # Kernels ask which TPU they are traced for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return step.function.lower(*step.arguments).compile()
@@ -100,8 +90,7 @@ def size_of(tree: Any) -> int:
 
 
 def _mesh(config: MeshConfig, slice_: Slice, slices: int, run: RunConfig | None = None) -> Mesh:
-    """The mesh over all devices of the slices, checked before there is any need of a compiler for
-    them."""
+    """The mesh over all devices of the slices, checked before a compiler is needed for them."""
     devices = slice_.devices * slices
     sizes = config.sizes(devices, slices)
     if math.prod(sizes.values()) != devices:
@@ -161,8 +150,8 @@ def _compile(step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int) -
             "flops": flops,
         }
     memory = compiled.memory_analysis()
-    # What the compiler compares with the memory there is: its temporaries, of which some share the
-    # arguments' place, do not add up to it.
+    # The compiler compares this with a device's memory. It is not the sum of arguments and
+    # temporaries, as some temporaries reuse the arguments' memory.
     peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = collectives(compiled.as_text(), dict(mesh.shape), one_pass="cache" in step.kinds)
@@ -186,10 +175,10 @@ def _compile(step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int) -
 
 
 def _needed(message: str) -> int:
-    """Bytes a device would need, arguments included, by the compiler's refusal.
+    """Bytes that a device would need, arguments included, by the compiler's refusal.
 
-    It speaks of "HLO temporaries", but means all of it: a decoding step that takes 28.6 GiB in all
-    on a v6e is refused with 32.5 and 36.5 G where its cache is 2 and 4 GiB longer.
+    The refusal calls them "HLO temporaries", but they are all bytes: a decoding step that takes
+    28.6 GiB in all on a v6e is refused with 32.5 and 36.5 G when its cache is 2 and 4 GiB longer.
     """
     units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     found = re.search(r"(?:Used|memory required[^(]*\() *([0-9.]+)([KMGT]?)", message)
@@ -220,33 +209,40 @@ def _larger(slice_: Slice, report: dict[str, Any], other: str) -> str:
         for s in slices_of(slice_.chip.name)
         if s.chips > slice_.chips and need / s.chips < slice_.chip.usable_gib * GIB
     ]
-    return (
-        f"{other}a larger slice, such as {larger[0].name}"
-        if larger
-        else f"{other}another type of TPU with more memory"
-    )
+    if larger:
+        return f"{other}a larger slice, such as {larger[0].name}"
+    return f"{other}another type of TPU with more memory"
 
 
 def show(report: dict[str, Any]) -> str:
     """For people."""
+    work = f"{report['flops']:.3g} FLOPs a step, {report['model_flops']:.3g} of them the model's"
+    lines = [*_fit(report), *_memory(report), f"work: {work}"]
+    if "collectives" in report:
+        lines += [*_moved(report), *_times(report), f"  assumed: {report['assumptions']}"]
+    return "\n".join(lines)
 
-    def gib(number: float) -> str:
-        return f"{number / GIB:.2f} GiB"
 
+def _gib(number: float) -> str:
+    return f"{number / GIB:.2f} GiB"
+
+
+def _fit(report: dict[str, Any]) -> list[str]:
     mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1) or "one device"
     slices = f"{report['slices']} x " if report["slices"] > 1 else ""
+    chips = f"{report['chips']} chips, {report['devices']} devices"
     used, limit = report["peak_bytes"], report["hbm_bytes"]
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
     lines = [
-        (
-            f"{slices}{report['topology']}: {report['chips']} chips, {report['devices']} devices,"
-            f" {mesh}"
-        ),
-        f"{verdict}: {gib(used)} of {gib(limit)} a device ({used / limit:.0%})",
+        f"{slices}{report['topology']}: {chips}, {mesh}",
+        f"{verdict}: {_gib(used)} of {_gib(limit)} a device ({used / limit:.0%})",
     ]
     if "change" in report:
         lines.append(f"to change: {report['change']}")
-    lines.append("memory, a device:")
+    return lines
+
+
+def _memory(report: dict[str, Any]) -> list[str]:
     names = {
         "parameters_bytes": "trained parameters",
         "frozen_bytes": "frozen parameters",
@@ -256,33 +252,29 @@ def show(report: dict[str, Any]) -> str:
         "temporary_bytes": "temporaries",
         "result_bytes": "results",
     }
-    lines += [
-        f"  {name:<20}{gib(report[key]):>12}"
-        for key, name in names.items()
-        if report.get(key, 0) >= 2**20
+    sizes = {name: report.get(key, 0) for key, name in names.items()}
+    lines = [f"  {name:<20}{_gib(size):>12}" for name, size in sizes.items() if size >= 2**20]
+    return ["memory, a device:", *lines]
+
+
+def _moved(report: dict[str, Any]) -> list[str]:
+    total = f"collectives, received by a device in a step: {_gib(report['collective_bytes'])}"
+    if "fsdp_minimum_bytes" in report:
+        total += f"; weights and gradients alone take {_gib(report['fsdp_minimum_bytes'])}"
+    forms = {"": "", "ring": " (in rings)", "all-reduce": " (written as an all-reduce)"}
+    lines = [
+        f"  {entry['kind'] + forms[entry['form']]:<40}{entry['axes']:<16}{_gib(entry['bytes']):>12}"
+        for entry in report["collectives"]
+        if entry["bytes"] >= 2**20
     ]
-    lines.append(
-        f"work: {report['flops']:.3g} FLOPs a step, {report['model_flops']:.3g} of them the model's"
-    )
-    if "collectives" in report:
-        lines.append(
-            f"collectives, received by a device in a step: {gib(report['collective_bytes'])}"
-        )
-        if "fsdp_minimum_bytes" in report:
-            lines[-1] += f"; weights and gradients alone take {gib(report['fsdp_minimum_bytes'])}"
-        forms = {"": "", "ring": " (in rings)", "all-reduce": " (written as an all-reduce)"}
-        for row in report["collectives"]:
-            if row["bytes"] >= 2**20:
-                kind = row["kind"] + forms[row["form"]]
-                lines.append(f"  {kind:<40}{row['axes']:<16}{gib(row['bytes']):>12}")
-        times, (low, high) = report["seconds"], report["tokens_per_second"]
-        lines.append(
-            f"a step takes at least {times['overlapped']:.3g} s ({times['bound']}), about"
-            f" {times['in_turn']:.3g} s where nothing overlaps: {low:,.0f} to {high:,.0f} tokens/s"
-        )
-        lines.append(
-            f"  products {times['compute']:.3g} s, HBM {times['memory']:.3g} s, links"
-            f" {times['network']:.3g} s"
-        )
-        lines.append(f"  assumed: {report['assumptions']}")
-    return "\n".join(lines)
+    return [total, *lines]
+
+
+def _times(report: dict[str, Any]) -> list[str]:
+    times, (low, high) = report["seconds"], report["tokens_per_second"]
+    return [
+        f"a step takes at least {times['overlapped']:.3g} s ({times['bound']}), about"
+        f" {times['in_turn']:.3g} s where nothing overlaps: {low:,.0f} to {high:,.0f} tokens/s",
+        f"  products {times['compute']:.3g} s, HBM {times['memory']:.3g} s, links"
+        f" {times['network']:.3g} s",
+    ]

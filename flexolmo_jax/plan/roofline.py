@@ -1,10 +1,10 @@
 """How long a step takes at least, by what the chips can do.
 
-Three times: of the products at the peak of the matrix units, of reading and writing what lies in
-HBM from step to step once, and of the collectives over the links that their devices share. A step
-takes at least the longest of the three (all overlapped), and about their sum where nothing is. No
-kernel reaches its peak, and activations and gathered weights pass through HBM too: real steps are
-slower.
+There are three times: of the matrix products at the peak of the chip; of reading and writing once
+what stays in HBM from step to step; and of the collectives over the links that their devices share.
+A step takes at least the longest of the three, if all of it overlaps, and about their sum where
+nothing does. Real steps are slower: no kernel reaches the peak, and activations and gathered
+weights pass through HBM too.
 """
 
 import math
@@ -47,8 +47,8 @@ def roofline(
 def bandwidth(slice_: Slice, mesh: Mesh, axes: Sequence[str]) -> float:
     """Bytes a second that a device can receive in a collective over these mesh axes.
 
-    The members of its group differ in some dimensions of the torus; the links along those are
-    theirs. Across slices it is the network of the data centre.
+    The devices of its group differ in some dimensions of the torus, and use the links along those.
+    Between slices they use the network of the data centre.
     """
     group = _group(mesh, axes)
     chip = slice_.chip
@@ -59,13 +59,13 @@ def bandwidth(slice_: Slice, mesh: Mesh, axes: Sequence[str]) -> float:
     for extent, size in zip((len(set(column)) for column in places.T), slice_.shape, strict=True):
         if extent > 1:
             links += 2 if extent == size and size >= chip.wraps_at else 1
-    # The devices of one chip share its links; without any the group is one chip, whose devices are
-    # joined at least as well.
+    # The devices of one chip share its links. A group that needs no link is one chip, whose devices
+    # are joined at least as well as by all of the links.
     return 1e9 * chip.link_gbs * (links or 2 * chip.dimensions) / chip.devices
 
 
 def _group(mesh: Mesh, axes: Sequence[str]) -> list[Any]:
-    """The devices that the first one runs a collective over these axes with."""
+    """The devices with which the first one runs a collective over these axes."""
     at = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     return list(np.asarray(mesh.devices[at]).reshape(-1))
 
@@ -74,11 +74,11 @@ def by_kind_and_axis(moved: Sequence[Collective]) -> list[dict[str, Any]]:
     """Bytes that a device receives in a step, summed by kind, form and axes, the most first."""
     sums: dict[tuple[str, str, str], list[float]] = {}
     for one in moved:
-        row = sums.setdefault((one.kind, one.form, " x ".join(one.axes)), [0, 0])
-        row[0] += one.total
-        row[1] += one.runs
-    rows = [
+        total = sums.setdefault((one.kind, one.form, " x ".join(one.axes)), [0, 0])
+        total[0] += one.total
+        total[1] += one.runs
+    entries = [
         {"kind": kind, "form": form, "axes": axes, "bytes": math.ceil(bytes_), "runs": runs}
         for (kind, form, axes), (bytes_, runs) in sums.items()
     ]
-    return sorted(rows, key=lambda row: -row["bytes"])
+    return sorted(entries, key=lambda entry: -entry["bytes"])

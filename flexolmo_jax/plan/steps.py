@@ -1,5 +1,7 @@
-"""The programs that are planned: a training step, a decoding step; with their arguments as shapes
-that know where they lie."""
+"""The programs that are planned, a training step and a decoding step, with shapes as arguments.
+
+The shapes have shardings, so that a program can be compiled for devices that do not exist here.
+"""
 
 import functools
 import math
@@ -35,7 +37,7 @@ from flexolmo_jax.train.optimizer import abstract_state, make_optimizer
 from flexolmo_jax.train.step import TrainState, make_step
 
 RELEASED = "bfloat16"  # what a published anchor and a merged model are stored in
-# nothing is gathered: every device reads its own part of every weight
+# Nothing is gathered: every device reads its own part of every weight.
 DECODING_MESH = MeshConfig(data=1, fsdp=1, tensor=-1, expert=1)
 IS_TRAINED: dict[str, Callable[[str], bool]] = {
     "pair": is_trained_in_a_pair,
@@ -44,41 +46,42 @@ IS_TRAINED: dict[str, Callable[[str], bool]] = {
 
 
 class Step(NamedTuple):
-    """A jitted function and the arguments it is compiled for, by what they are: parameters,
-    optimizer, cache, batch."""
+    """A jitted function and the arguments that it is compiled for."""
 
     function: Any
     arguments: tuple[Any, ...]
-    kinds: dict[str, Any]  # name -> tree of ShapeDtypeStructs
+    kinds: dict[str, Any]  # parameters, frozen, optimizer, cache, batch -> its ShapeDtypeStructs
 
 
 def architecture(run: RunConfig) -> ModelConfig:
-    """What a run trains: of a pair and a router run, what is at its path, or `model` where that is
-    said and nothing is there yet.
+    """The model that a run trains.
 
-    Raises UserError where neither is.
+    For a pair or a router run it is that of the anchor or model at the run's path; where there is
+    none yet, the config's `model`. Raises UserError if that is not given either.
     """
     source = run.pair.anchor if run.pair else run.router.model if run.router else run.train.init
     if source and path_of(source).exists():
         model = open_artifact(source).config
         return model_of_pair(run, model) if run.pair else model
     if run.model.vocab_size == 0:
-        where = f"{source} is not there and " if source else ""
+        where = f"{source} does not exist and " if source else ""
         raise UserError(
-            f"{where}model.vocab_size is not said; a plan needs the architecture: --set"
+            f"{where}model.vocab_size is not given; a plan needs the architecture: --set"
             " model.preset=7b, or the keys of `model`"
         )
     if run.run == "router" and run.model.n_experts == 1:
         raise UserError(
-            f"{source} is not there, and model.n_experts is 1; say how many experts are merged:"
+            f"{source} does not exist, and model.n_experts is 1; say how many experts are merged:"
             " --set model.n_experts=7"
         )
     return run.model
 
 
 def decoded(path: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, MeshConfig]:
-    """The architecture of a config or of a model, and the mesh to decode on, which is none of a
-    config's unless `overrides` say it."""
+    """The architecture of a config or of a model, and the mesh to decode on.
+
+    The mesh is DECODING_MESH with `overrides`; a config's own mesh is for training.
+    """
     meshes = [override for override in overrides if override.startswith("mesh.")]
     others = [override for override in overrides if override not in meshes]
     mesh = build(MeshConfig, override({"mesh": to_dict(DECODING_MESH)}, meshes)["mesh"], "mesh")
@@ -86,7 +89,7 @@ def decoded(path: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, Mes
     if path.is_dir():
         if others:
             raise UserError(
-                f"--set got {others[0]!r}, but {path} is a model, whose architecture is given; only"
+                f"--set got {others[0]!r}, but {path} is a model, whose architecture is fixed; only"
                 " mesh.* may be set"
             )
         return open_artifact(path).config, mesh
@@ -96,8 +99,7 @@ def decoded(path: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, Mes
 def training_step(
     run: RunConfig, model: ModelConfig, mesh: Mesh, is_trained: Callable[[str], bool] | None = None
 ) -> Step:
-    """The step that `flexolmo train` runs: trained parameters in float32, frozen ones as they are
-    released.
+    """The step that `flexolmo train` runs: trained parameters in float32, frozen ones in RELEASED.
 
     `is_trained`: by path, where it is not the run's own.
     """
@@ -131,24 +133,27 @@ def training_step(
 
 
 def fsdp_minimum(step: Step, dtype: str) -> int:
-    """Bytes that each device has to receive for one microbatch, whatever the compiler: every weight
-    that is spread out is gathered for the forward pass and again for the backward pass (the
-    embedding is not), and gradients of what is trained are reduced and scattered once; all of it in
-    the dtype of activations.
+    """Bytes that each device has to receive for one microbatch, whatever the compiler does.
+
+    Every sharded weight is gathered for the forward pass and again for the backward pass (the
+    embedding for the forward pass only). Gradients of trained weights are reduced and scattered
+    once. All of it has the dtype of activations.
     """
-    width, total = jnp.dtype(dtype).itemsize, 0
+    total = 0
     for tree, gradients in ((step.kinds["parameters"], 1), (step.kinds["frozen"], 0)):
         for path, a in flatten(tree).items():
-            others = math.prod(a.sharding.shard_shape(a.shape)) * (
-                sharding.ways_gathered(a.sharding) - 1
-            )
-            total += width * others * ((1 if path == "trunk/embedding" else 2) + gradients)
-    return total
+            own = math.prod(a.sharding.shard_shape(a.shape))
+            of_others = own * (sharding.ways_gathered(a.sharding) - 1)
+            gathers = 1 if path == "trunk/embedding" else 2
+            total += of_others * (gathers + gradients)
+    return total * jnp.dtype(dtype).itemsize
 
 
 def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> Step:
-    """The loop that `flexolmo generate` runs, each pass of which chooses a token for every row,
-    over a cache of `context` slots."""
+    """The loop that `flexolmo generate` runs: a pass chooses a token for every prompt.
+
+    The cache has `context` slots.
+    """
     params = parameters(model, mesh, pair=False, dtype=lambda _: RELEASED)
     everywhere = sharding.replicated(mesh)
 

@@ -1,15 +1,16 @@
-"""A study as cells: each makes one output of earlier ones, is done when its output is there, and is
-a process of its own.
+"""A study as cells: each makes one output of earlier ones, in a process of its own.
 
 text -> tokenizer, data -> for every seed: anchor -> pairs, dense models, control, proxies ->
 merged, tuned, joint, BTX -> scores
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.config import RunConfig
 from flexolmo_jax.coordinator.merge import merge
 from flexolmo_jax.data.fetch import fetch
 from flexolmo_jax.data.prepare import prepare
@@ -26,8 +27,11 @@ from .trial import Trial, write_json
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """`do` makes `output`, whole or not at all, from the outputs of the cells that it needs; runs
-    go on from their checkpoints."""
+    """`do` makes `output`, whole or not at all, from the outputs of the cells that it needs.
+
+    A cell is done when its output exists. A training run that was stopped continues from its last
+    checkpoint.
+    """
 
     output: Path
     needs: tuple[str, ...]
@@ -38,153 +42,158 @@ class Cell:
         return self.output.exists()
 
 
+NamedCells = Iterator[tuple[str, Cell]]
+
+
 def cells(spec: Spec, root: Path) -> dict[str, Cell]:
-    """By name, each after those that it needs."""
-    found: dict[str, Cell] = {}
-
-    def cell(name: str, output: Path, needs: list[str], do: Callable[[], Any]) -> None:
-        found[name] = Cell(output, tuple(needs), do)
-
-    text = {name: root / "text" / f"{name}.jsonl" for name in (*spec.public, *spec.domains)}
-    public_text = [text[name] for name in spec.public]
-    cell("text", root / "text.json", [], lambda: _fetch(spec, root))
-    cell(
-        "tokenizer",
-        root / "tokenizer.json",
-        ["text"],
-        lambda: train_tokenizer(public_text, spec.vocab_size, root / "tokenizer.json"),
-    )
-    for name in ("public", *spec.domains):
-        inputs = public_text if name == "public" else [text[name]]
-        cell(
-            f"data-{name}",
-            root / "data" / name,
-            ["tokenizer"],
-            lambda inputs=inputs, name=name: prepare(
-                inputs, Tokenizer.load(root), spec.seq_len, root / "data" / name
-            ),
-        )
-    cell(
-        "overlap",
-        root / "overlap.json",
-        ["text"],
-        lambda: write_json(root / "overlap.json", overlaps(public_text, text, spec.domains)),
-    )
+    """By name, each after those that it needs; a seed's own begin with `seed0-`, `seed1-`, ..."""
+    found = dict(_data_cells(spec, root))
     for seed in range(spec.seeds):
-        for name, of_seed in cells_of(Trial(spec, root, seed)).items():
-            found[f"seed{seed}-{name}"] = of_seed
+        own = dict(_cells_of(Trial(spec, root, seed)))
+        for name, cell in own.items():
+            needs = (f"seed{seed}-{need}" if need in own else need for need in cell.needs)
+            found[f"seed{seed}-{name}"] = dataclasses.replace(cell, needs=tuple(needs))
     return found
 
 
-def cells_of(trial: Trial) -> dict[str, Cell]:
-    """By name without the seed."""
-    spec, path = trial.spec, trial.path
-    found: dict[str, Cell] = {}
-    each_data = [f"data-{name}" for name in ("public", *spec.domains)]
+def _data_cells(spec: Spec, root: Path) -> NamedCells:
+    """What all seeds share."""
+    text = {name: root / "text" / f"{name}.jsonl" for name in (*spec.public, *spec.domains)}
+    public = [text[name] for name in spec.public]
+    tokenizer, overlap = root / "tokenizer.json", root / "overlap.json"
+    yield "text", Cell(root / "text.json", (), partial(_fetch, spec, root))
+    do = partial(train_tokenizer, public, spec.vocab_size, tokenizer)
+    yield "tokenizer", Cell(tokenizer, ("text",), do)
+    for name in ("public", *spec.domains):
+        inputs, out = public if name == "public" else [text[name]], root / "data" / name
+        do = partial(_prepare, spec, root, inputs, out)
+        yield f"data-{name}", Cell(out, ("tokenizer",), do)
+    do = partial(_count_overlap, public, text, spec.domains, overlap)
+    yield "overlap", Cell(overlap, ("text",), do)
 
-    def cell(name: str, output: Path, needs: list[str], do: Callable[[], Any]) -> None:
-        """Needs of the same seed are named without it."""
-        found[name] = Cell(
-            output,
-            tuple(
-                need if need in ("text", *each_data) else f"seed{trial.seed}-{need}"
-                for need in needs
-            ),
-            do,
-        )
 
-    def run(name: str, needs: list[str], do: Callable[[Path], Any]) -> None:
-        cell(name, path / name / "summary.json", needs, lambda: do(path / name))
+def _cells_of(trial: Trial) -> NamedCells:
+    """Those of one seed, by name without the seed."""
+    yield from _anchor_cells(trial)
+    yield from _merged_cells(trial)
+    yield from _dense_cells(trial)
+    yield from _tuned_cells(trial)
+    yield from _joint_cells(trial)
+    yield from _score_cells(trial)
 
-    run("anchor-run", ["data-public"], trial.train_anchor)
-    cell("anchor", path / "anchor", ["anchor-run"], trial.publish_anchor)
-    run("control", ["anchor"], lambda out: pretrain(trial.continued("public"), out))
-    variants = {"pairs": {}} | (spec.ablations if trial.seed == 0 else {})
-    for variant, overrides in variants.items():
-        for domain in spec.domains:
-            do = lambda v=variant, o=overrides, d=domain: trial.train_expert(v, o, d)  # noqa: E731
-            cell(f"{variant}-{domain}", path / variant / domain, ["anchor", f"data-{domain}"], do)
+
+def _anchor_cells(trial: Trial) -> NamedCells:
+    yield _run(trial, "anchor-run", ["data-public"], trial.train_anchor)
+    yield "anchor", Cell(trial.path / "anchor", ("anchor-run",), trial.publish_anchor)
+    yield _run(trial, "control", ["anchor"], _train(trial.continued, "public"))
+
+
+def _merged_cells(trial: Trial) -> NamedCells:
+    """Pairs and their merge: the study's, and with the first seed those of its ablations."""
+    path, domains = trial.path, trial.spec.domains
+    for variant, overrides in ({"pairs": {}} | _ablations(trial)).items():
+        for domain in domains:
+            do = partial(trial.train_expert, variant, overrides, domain)
+            needs = ("anchor", f"data-{domain}")
+            yield f"{variant}-{domain}", Cell(path / variant / domain, needs, do)
         merged = "merged" if variant == "pairs" else f"merged-{variant}"
-        needs = [f"{variant}-{domain}" for domain in spec.domains]
-        cell(
-            merged,
-            path / merged,
-            needs,
-            lambda v=variant, m=merged: merge(path / "anchor", trial.contributions(v), path / m),
-        )
-    for domain in spec.domains:
-        run(
-            f"dense-{domain}",
-            ["anchor", f"data-{domain}"],
-            lambda out, d=domain: pretrain(trial.continued(d), out),
-        )
-        cell(
-            f"proxies-{domain}",
-            path / f"proxies-{domain}.json",
-            ["anchor", "text"],
-            lambda d=domain: trial.choose_proxies(d),
-        )
-    all_proxies = [f"proxies-{domain}" for domain in spec.domains]
-    tuned = {"merged": "tuned"} | {
-        f"merged-{variant}": f"tuned-{variant}"
-        for variant in spec.tuned_ablations
-        if trial.seed == 0
-    }
-    for merged, out in tuned.items():
-        cell(
-            out, path / out, [merged, *all_proxies], lambda m=merged, o=out: trial.tune_router(m, o)
-        )
-    same = {name: path / "anchor" for name in ("anchor", *spec.domains)}
-    cell(
-        "joint-start",
-        path / "joint-start",
-        ["anchor"],
-        lambda: assemble(same, path / "joint-start", active=trial.active),
-    )
+        do = partial(merge, path / "anchor", trial.contributions(variant), path / merged)
+        needs = tuple(f"{variant}-{domain}" for domain in domains)
+        yield merged, Cell(path / merged, needs, do)
+
+
+def _dense_cells(trial: Trial) -> NamedCells:
+    """What else a domain's owner makes: a dense model, and the choice of proxies."""
+    for domain in trial.spec.domains:
+        needs = ["anchor", f"data-{domain}"]
+        yield _run(trial, f"dense-{domain}", needs, _train(trial.continued, domain))
+        do = partial(trial.choose_proxies, domain)
+        proxies = f"proxies-{domain}"
+        yield proxies, Cell(trial.path / f"{proxies}.json", ("anchor", "text"), do)
+
+
+def _tuned_cells(trial: Trial) -> NamedCells:
+    proxies = [f"proxies-{domain}" for domain in trial.spec.domains]
+    ablations = trial.spec.tuned_ablations if trial.seed == 0 else ()
+    for suffix in ("", *(f"-{variant}" for variant in ablations)):
+        merged, tuned = f"merged{suffix}", f"tuned{suffix}"
+        do = partial(trial.tune_router, merged, tuned)
+        yield tuned, Cell(trial.path / tuned, (merged, *proxies), do)
+
+
+def _joint_cells(trial: Trial) -> NamedCells:
+    """Mixtures that see all data: trained from the anchor, and from the dense models (BTX)."""
+    path, domains = trial.path, trial.spec.domains
+    same = {name: path / "anchor" for name in ("anchor", *domains)}
+    out = path / "joint-start"
+    do = partial(assemble, same, out, active=trial.active)
+    yield "joint-start", Cell(out, ("anchor",), do)
     for times in (1, 2):
-        run(
-            f"joint-{times}x",
-            ["joint-start", *each_data],
-            lambda out, times=times: pretrain(trial.joint(times), out),
-        )
-    dense = {"anchor": path / "anchor"} | {
-        domain: path / f"dense-{domain}" for domain in spec.domains
-    }
-    all_dense = [f"dense-{domain}" for domain in spec.domains]
-    cell(
-        "btx-start",
-        path / "btx-start",
-        all_dense,
-        lambda: assemble(dense, path / "btx-start", active=trial.active),
-    )
-    run("btx", ["btx-start"], lambda out: pretrain(trial.btx(), out))
+        needs = ["joint-start", *_all_data(trial)]
+        yield _run(trial, f"joint-{times}x", needs, _train(trial.joint, times))
+    dense = {"anchor": path / "anchor"} | {name: path / f"dense-{name}" for name in domains}
+    out = path / "btx-start"
+    do = partial(assemble, dense, out, active=trial.active)
+    yield "btx-start", Cell(out, tuple(_all_dense(trial)), do)
+    yield _run(trial, "btx", ["btx-start"], _train(trial.btx))
+
+
+def _score_cells(trial: Trial) -> NamedCells:
+    domains, dense = trial.spec.domains, _all_dense(trial)
     scored = {
-        "models": ["control", *(f"pairs-{domain}" for domain in spec.domains), *all_dense],
-        "ensembles": all_dense,
+        "models": ["control", *(f"pairs-{domain}" for domain in domains), *dense],
+        "ensembles": dense,
         "merged": ["merged", "tuned"],
         "joint": ["joint-1x", "joint-2x", "btx"],
     }
     if trial.seed == 0:
-        run("overfit", ["anchor", "text"], trial.train_overfit)
-        needs = ["overfit", "merged", f"dense-{spec.domains[0]}", f"pairs-{spec.domains[0]}"]
-        cell(
-            "scores-extraction",
-            path / "scores" / "extraction.json",
-            needs,
-            lambda: scores.write_extraction(trial),
-        )
-    if trial.seed == 0 and spec.ablations:
-        scored["ablations"] = [f"merged-{variant}" for variant in spec.ablations] + [
-            f"tuned-{variant}" for variant in spec.tuned_ablations
-        ]
-    for group, needs in scored.items():
-        cell(
-            f"scores-{group}",
-            path / "scores" / f"{group}.json",
-            [*needs, *each_data],
-            lambda g=group: scores.write(trial, g),
-        )
-    return found
+        yield _run(trial, "overfit", ["anchor", "text"], trial.train_overfit)
+        needs = ("overfit", "merged", f"dense-{domains[0]}", f"pairs-{domains[0]}")
+        out = trial.path / "scores" / "extraction.json"
+        yield "scores-extraction", Cell(out, needs, partial(scores.write_extraction, trial))
+    if _ablations(trial):
+        merged = [f"merged-{variant}" for variant in trial.spec.ablations]
+        tuned = [f"tuned-{variant}" for variant in trial.spec.tuned_ablations]
+        scored["ablations"] = [*merged, *tuned]
+    for group, models in scored.items():
+        out = trial.path / "scores" / f"{group}.json"
+        needs = (*models, *_all_data(trial))
+        yield f"scores-{group}", Cell(out, needs, partial(scores.write, trial, group))
+
+
+def _run(
+    trial: Trial, name: str, needs: Sequence[str], do: Callable[[Path], Any]
+) -> tuple[str, Cell]:
+    """A training run into the folder of its name."""
+    out = trial.path / name
+    return name, Cell(out / "summary.json", tuple(needs), partial(do, out))
+
+
+def _train(config_of: Callable[..., RunConfig], *arguments: Any) -> Callable[[Path], Any]:
+    """Trains a run whose config is only made then: it may depend on what other cells made."""
+    return lambda out: pretrain(config_of(*arguments), out)
+
+
+def _ablations(trial: Trial) -> dict[str, Any]:
+    return trial.spec.ablations if trial.seed == 0 else {}
+
+
+def _all_data(trial: Trial) -> list[str]:
+    return [f"data-{name}" for name in ("public", *trial.spec.domains)]
+
+
+def _all_dense(trial: Trial) -> list[str]:
+    return [f"dense-{domain}" for domain in trial.spec.domains]
+
+
+def _count_overlap(
+    public: Sequence[Path], text: Mapping[str, Path], domains: Sequence[str], out: Path
+) -> None:
+    write_json(out, overlaps(public, text, domains))
+
+
+def _prepare(spec: Spec, root: Path, inputs: Sequence[Path], out: Path) -> None:
+    prepare(inputs, Tokenizer.load(root), spec.seq_len, out)
 
 
 def _fetch(spec: Spec, root: Path) -> None:
@@ -192,7 +201,7 @@ def _fetch(spec: Spec, root: Path) -> None:
     if empty := [name for name, entry in report.items() if not entry["documents"]]:
         why = next(iter(report[empty[0]]["missing"].values()), "nothing is left of it")
         raise UserError(
-            f"no text of {', '.join(empty)} could be had: {why}; take other domains, or try again"
-            " where it can be had"
+            f"no text of {', '.join(empty)} could be fetched: {why}; choose other domains, or run"
+            " this again where the text is available"
         )
     write_json(root / "text.json", report)

@@ -1,5 +1,7 @@
-"""How much of the held-out text stands in the training text: no document may; runs of words are
-counted."""
+"""How much of the held-out text is in the training text.
+
+No whole document may be. Runs of words are counted: some, like licences, are in many documents.
+"""
 
 import re
 import zlib
@@ -11,15 +13,16 @@ import numpy as np
 from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
 from flexolmo_jax.errors import RunError
 
-WORDS = 13  # in a run; what GPT-3's authors counted (arXiv 2005.14165, appendix C)
+WORDS = 13  # in a run, as GPT-3's authors counted (arXiv 2005.14165, appendix C)
 
 
 def overlaps(
     public: Sequence[Path], text: Mapping[str, Path], domains: Sequence[str]
 ) -> dict[str, dict[str, float | int]]:
-    """By domain: how many documents are held out, and which share of their runs of WORDS words
-    stands in training text that any model of the study sees. Raises RunError where a held-out
-    document is a training document.
+    """By domain: how many documents are held out, and the share of their runs in training text.
+
+    Training text is what any model of the study sees. Raises RunError if a held-out document is a
+    training document too.
     """
     files = {"public": list(public)} | {domain: [text[domain]] for domain in domains}
     trained_on, training = set[bytes](), []
@@ -28,22 +31,18 @@ def overlaps(
             if not is_heldout(digest := digest_of(document)):
                 trained_on.add(digest)
                 training.append(_runs(document))
-    known = np.unique(np.concatenate(training)) if training else np.zeros(0, np.uint64)
+    known = np.unique(np.concatenate([np.zeros(0, np.uint64), *training]))
     result: dict[str, dict[str, float | int]] = {}
     for name, paths in files.items():
         heldout = [document for document in _documents(paths) if is_heldout(digest_of(document))]
         if both := sum(digest_of(document) in trained_on for document in heldout):
             raise RunError(f"{both} held-out documents of {name} are also trained on")
-        runs = (
-            np.concatenate([_runs(document) for document in heldout])
-            if heldout
-            else np.zeros(0, np.uint64)
-        )
-        found = float(np.isin(runs, known).mean()) if len(runs) else 0.0
+        runs = np.concatenate([np.zeros(0, np.uint64), *map(_runs, heldout)])
+        share = float(np.isin(runs, known).mean()) if len(runs) else 0.0
         result[name] = {
             "documents": len(heldout),
             "runs": len(runs),
-            "share_in_training_text": found,
+            "share_in_training_text": share,
         }
     return result
 
@@ -53,16 +52,12 @@ def _documents(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def _runs(document: str) -> np.ndarray:
-    """uint64 digests of every WORDS words in a row, lower case, without punctuation."""
-    words = np.array(
-        [zlib.crc32(word.encode()) for word in re.findall(r"\w+", document.lower())], np.uint64
-    )
-    if len(words) < WORDS:
-        return np.zeros(0, np.uint64)
-    digests = np.zeros(len(words) - WORDS + 1, np.uint64)
+    """uint64 digests of every WORDS consecutive words, lower case, without punctuation."""
+    words = re.findall(r"\w+", document.lower())
+    digests = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
+    count = max(0, len(words) - WORDS + 1)
+    of_runs = np.zeros(count, np.uint64)
     with np.errstate(over="ignore"):
         for i in range(WORDS):
-            digests = (
-                digests * np.uint64(0x9E3779B97F4A7C15) + words[i : len(words) - WORDS + 1 + i]
-            )
-    return digests
+            of_runs = of_runs * np.uint64(0x9E3779B97F4A7C15) + digests[i : i + count]
+    return of_runs

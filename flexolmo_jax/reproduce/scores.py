@@ -1,5 +1,4 @@
-"""The rows of a study's table: every model and ensemble on every domain's held-out text, and on
-mixed documents."""
+"""The lines of a study's table: every model and ensemble on held-out text and mixed documents."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -33,36 +32,37 @@ from .trial import Trial, write_json
 MIXED = "mixed"  # the column of documents of two private domains
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     name: str
-    predictor: Callable[[], Predictor]
+    predictor: Callable[[], Predictor]  # loaded when the line is scored
 
 
 def write(trial: Trial, group: str) -> None:
-    """Scores a group of rows into `scores/<group>.json`: {row: {column: bits per byte}}. Rows that
-    were scored before a kill are kept."""
+    """Scores a group of lines into `scores/<group>.json`: {line: {column: bits per byte}}.
+
+    Every line has a file of its own too: after a kill, those that were scored before are kept.
+    """
     columns, tokenizer = heldout(trial), open_anchor(trial.path / "anchor").tokenizer
     folder = trial.path / "scores" / group
-    rows = {}
-    for row in ROWS[group](trial):
-        file = folder / f"{row.name.replace('/', '_')}.json"
+    lines = {}
+    for line in LINES[group](trial):
+        file = folder / f"{line.name.replace('/', '_')}.json"
         if not file.exists():
-            note(f"scoring {row.name}")
-            predictor = row.predictor()
+            note(f"scoring {line.name}")
+            predictor = line.predictor()
             figures = {
                 name: bits_per_byte(predictor, records, tokenizer, trial.spec.score_batch)
                 for name, records in columns.items()
             }
             write_json(file, figures)
-        rows[row.name] = json.loads(file.read_text())
+        lines[line.name] = json.loads(file.read_text())
     if group == "merged":
         write_json(trial.path / "scores" / "routing.json", routing(trial))
-    write_json(trial.path / "scores" / f"{group}.json", rows)
+    write_json(trial.path / "scores" / f"{group}.json", lines)
 
 
 def write_extraction(trial: Trial) -> None:
-    """The extraction attack on documents of the first private domain, by model, into
-    `scores/extraction.json`."""
+    """Attacks documents of the first private domain; writes `scores/extraction.json`, by model."""
     documents, domain = trial.attacked_documents(), trial.spec.domains[0]
     merged = load(trial.path / "merged")
     E = len(merged.experts)
@@ -83,8 +83,7 @@ def write_extraction(trial: Trial) -> None:
 
 
 def heldout(trial: Trial) -> dict[str, list[Record]]:
-    """What is scored, by column: evenly spaced records, for they lie in the order of their
-    sources."""
+    """What is scored, by column: evenly spaced records, for they are in their sources' order."""
     sources = {
         name: open_records(trial.data(name), "heldout") for name in ("public", *trial.spec.domains)
     }
@@ -125,74 +124,74 @@ def routing(trial: Trial) -> dict[str, Any]:
     return found
 
 
-def _models(trial: Trial) -> Iterator[Row]:
-    yield Row("anchor", lambda: OfModel(load(trial.path / "anchor")))
-    yield Row("anchor+public", lambda: OfModel(load(trial.path / "control")))
+def _models(trial: Trial) -> Iterator[Line]:
+    yield Line("anchor", lambda: OfModel(load(trial.path / "anchor")))
+    yield Line("anchor+public", lambda: OfModel(load(trial.path / "control")))
     for domain in trial.spec.domains:
-        yield Row(
+        yield Line(
             f"pair:{domain}",
             lambda domain=domain: OfModel(load(trial.path / "pairs" / f"{domain}.run")),
         )
-        yield Row(
+        yield Line(
             f"dense:{domain}", lambda domain=domain: OfModel(load(trial.path / f"dense-{domain}"))
         )
 
 
-def _ensembles(trial: Trial) -> Iterator[Row]:
+def _ensembles(trial: Trial) -> Iterator[Line]:
     dense = [
         load(trial.path / name)
         for name in ("anchor", *(f"dense-{domain}" for domain in trial.spec.domains))
     ]
     each = [Remembered(OfModel(model)) for model in dense]
-    yield Row("soup", lambda: Soup(dense))
-    yield Row("weighted soup", lambda: WeightedSoup(dense))
-    yield Row("BTM", lambda: BranchTrainMerge(each))
-    yield Row("BTM:top1", lambda: BranchTrainMerge(each, top=1))
-    yield Row("BTM:top2", lambda: BranchTrainMerge(each, top=2))
-    yield Row("prompt routing", lambda: PromptRouting(each, nearest_domain(trial, dense[0])))
+    yield Line("soup", lambda: Soup(dense))
+    yield Line("weighted soup", lambda: WeightedSoup(dense))
+    yield Line("BTM", lambda: BranchTrainMerge(each))
+    yield Line("BTM:top1", lambda: BranchTrainMerge(each, top=1))
+    yield Line("BTM:top2", lambda: BranchTrainMerge(each, top=2))
+    yield Line("prompt routing", lambda: PromptRouting(each, nearest_domain(trial, dense[0])))
 
 
-def _merged(trial: Trial) -> Iterator[Row]:
+def _merged(trial: Trial) -> Iterator[Line]:
     merged, tuned = load(trial.path / "merged"), load(trial.path / "tuned")
     E = len(merged.experts)
-    yield Row("merged", lambda: OfModel(merged, active=E))
-    yield Row("merged+tuned", lambda: OfModel(tuned, active=E))
+    yield Line("merged", lambda: OfModel(merged, active=E))
+    yield Line("merged+tuned", lambda: OfModel(tuned, active=E))
     for k in range(1, E):
-        yield Row(f"merged:k={k}", lambda k=k: OfModel(merged, active=k))
-        yield Row(f"merged+tuned:k={k}", lambda k=k: OfModel(tuned, active=k))
+        yield Line(f"merged:k={k}", lambda k=k: OfModel(merged, active=k))
+        yield Line(f"merged+tuned:k={k}", lambda k=k: OfModel(tuned, active=k))
     for domain in trial.spec.domains:
-        yield Row(
+        yield Line(
             f"merged-{domain}",
             lambda domain=domain: OfModel(merged, without=[domain], active=E - 1),
         )
     for n in range(1, E - 1):  # with all of them it is `merged`, with none the anchor
         without = trial.spec.domains[n:]
-        yield Row(
+        yield Line(
             f"merged:experts={n}",
             lambda n=n, without=without: OfModel(merged, without=without, active=n + 1),
         )
 
 
-def _joint(trial: Trial) -> Iterator[Row]:
+def _joint(trial: Trial) -> Iterator[Line]:
     for name, title in (("joint-1x", "joint 1x"), ("joint-2x", "joint 2x"), ("btx", "BTX")):
-        yield Row(title, lambda name=name: OfModel(load(trial.path / name)))
+        yield Line(title, lambda name=name: OfModel(load(trial.path / name)))
 
 
-def _ablations(trial: Trial) -> Iterator[Row]:
+def _ablations(trial: Trial) -> Iterator[Line]:
     E = len(trial.spec.domains) + 1
     for variant in trial.spec.ablations:
-        yield Row(
+        yield Line(
             variant,
             lambda variant=variant: OfModel(load(trial.path / f"merged-{variant}"), active=E),
         )
     for variant in trial.spec.tuned_ablations:
-        yield Row(
+        yield Line(
             f"{variant}+tuned",
             lambda variant=variant: OfModel(load(trial.path / f"tuned-{variant}"), active=E),
         )
 
 
-ROWS: dict[str, Callable[[Trial], Iterator[Row]]] = {
+LINES: dict[str, Callable[[Trial], Iterator[Line]]] = {
     "models": _models,
     "ensembles": _ensembles,
     "merged": _merged,
@@ -202,16 +201,14 @@ ROWS: dict[str, Callable[[Trial], Iterator[Row]]] = {
 
 
 def nearest_domain(trial: Trial, anchor: LoadedModel) -> Callable[[Any], int]:
-    """A prompt's domain by the nearest mean embedding: all that a server has to know of the owners'
-    text."""
+    """A prompt's domain by the nearest mean embedding.
+
+    These means are all that a server has to know of the owners' text.
+    """
     embedder = load_embedder(trial.path / "anchor" / "embedder")
     means = []
     for names in (trial.spec.public, *((domain,) for domain in trial.spec.domains)):
-        texts = (
-            text
-            for name in names
-            for text in read_training_documents(trial.root / "text" / f"{name}.jsonl")
-        )
+        texts = (text for name in names for text in read_training_documents(trial.text(name)))
         mean = domain_embedding(embedder, texts)
         means.append(mean / np.linalg.norm(mean))
 

@@ -1,5 +1,4 @@
-"""What a study is: its domains, sizes and seeds, and the runs that it is made of. One YAML; see
-configs/reproduce/."""
+"""What a study is: its domains, sizes, seeds and runs. It is one YAML; see configs/reproduce/."""
 
 import dataclasses
 import json
@@ -14,18 +13,20 @@ from flexolmo_jax.plain_yaml import read_yaml
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A study. Sections named for runs are those of a run's YAML, without what the study fills in:
-    paths, names, seeds."""
+    """A study. Its sections for runs are those of a run's YAML.
+
+    They leave out what the study fills in: paths, names, seeds.
+    """
 
     title: str = ""
-    domains: tuple[str, ...] = ()  # private ones, each of which trains an expert
+    domains: tuple[str, ...] = ()  # private; each trains an expert
     public: tuple[str, ...] = ("public",)
     max_mb: float = 12.0  # of text of each
     vocab_size: int = 4096
     seq_len: int = 256
-    seeds: int = 3  # of the headline rows; ablations have the first only
-    workers: int = 1  # cells at a time, each a process
-    heldout_records: int = 64  # of each domain that are scored
+    seeds: int = 3  # of all models but ablations, which have the first only
+    workers: int = 1  # cells that run at a time, each a process
+    heldout_records: int = 64  # that are scored, of each domain
     mixed_documents: int = 4  # of each ordered pair of private domains
     score_batch: int = 16  # records at a time
     proxy_share: float = 0.02  # of the public documents
@@ -42,8 +43,8 @@ class Spec:
     # the extraction attack's control: the anchor on the attacked documents alone
     overfit: dict = dataclasses.field(default_factory=dict)
     extraction_documents: int = 32  # of the first private domain
-    extraction_prefix: int = 32  # tokens that are given of each
-    extraction_tokens: int = 96  # that are sampled
+    extraction_prefix: int = 32  # tokens of each that are given
+    extraction_tokens: int = 96  # tokens that are sampled
     # name -> overrides of the pairs, as {"pair.contrast": 0}
     ablations: dict = dataclasses.field(default_factory=dict)
     tuned_ablations: tuple[str, ...] = ()  # those whose router is tuned too
@@ -56,7 +57,7 @@ class Spec:
         ):
             raise UserError(
                 f"domains are {', '.join(self.domains) or 'none'} and public"
-                f" {', '.join(self.public) or 'none'}; expected two private ones or more and a"
+                f" {', '.join(self.public) or 'none'}; expected two or more private domains and a"
                 " public one, all different"
             )
         for name in (
@@ -84,8 +85,10 @@ class Spec:
         seed: int,
         **overrides: Any,
     ) -> RunConfig:
-        """A run of the study on these sources, from a section; `overrides` are keys as
-        `pair.contrast`."""
+        """A run of the study on these sources, from a section.
+
+        overrides: by the config's key, as `pair.contrast`.
+        """
         tree = {"run": kind, **section}
         tree["data"] = {**section.get("data", {}), "train": list(train), "seq_len": self.seq_len}
         tree["train"] = {**section.get("train", {}), "seed": seed}

@@ -1,11 +1,10 @@
-"""`flexolmo reproduce`: runs a study's cells, each in a process of its own, and makes its tables of
-what they left.
+"""`flexolmo reproduce`: runs a study's cells, each in its own process, and writes its results.
 
     DIR/spec.yaml   DIR/text   DIR/data   DIR/seed0 ...   DIR/logs/<cell>.log   DIR/results.json
     DIR/results.md   DIR/report.html
 
-Stopped or killed at any time and started again it goes on: a cell is done when its output is there,
-a run has its checkpoints.
+It may be stopped or killed at any time. Started again it continues: a cell is done when its output
+exists, and a training run has its checkpoints.
 """
 
 import collections
@@ -32,8 +31,10 @@ SPEC, SECONDS = "spec.yaml", "seconds.jsonl"
 
 
 def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
-    """Runs a study in a directory and returns its results. Raises UserError for one that holds
-    another, RunError where a cell fails."""
+    """Runs a study in a directory and returns its results.
+
+    Raises UserError for a directory that holds anything else, RunError if a cell fails.
+    """
     spec = load_spec(spec_path)
     content = spec_path.read_text()
     make_folder(root)
@@ -41,7 +42,7 @@ def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
     if not kept.exists():
         if others := sorted(path.name for path in root.iterdir()):
             raise UserError(
-                f"{root} exists and holds {others[0]}, but no study; give a new or empty directory"
+                f"{root} holds {others[0]}, but no study; give a new or an empty directory"
             )
         write_text(kept, content)
     elif load_spec(kept) != spec:
@@ -60,8 +61,10 @@ def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
 
 
 def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int) -> None:
-    """As many at a time as there are workers. Raises RunError, with the end of its log, where one
-    fails; others that run are stopped."""
+    """Runs as many cells at a time as there are workers.
+
+    If one fails, those that run are stopped. Raises RunError then, with the last line of its log.
+    """
     (root / "logs").mkdir(exist_ok=True)
     waiting = collections.deque(name for name, cell in all_cells.items() if not cell.is_done)
     running: dict[str, tuple[subprocess.Popen, float]] = {}
@@ -78,10 +81,8 @@ def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int) -> None:
                     waiting.remove(name)
                     running[name] = _start(name, root, workers), time.monotonic()
                 if waiting and not running:
-                    raise RunError(
-                        f"{waiting[0]} waits for what no cell makes:"
-                        f" {', '.join(all_cells[waiting[0]].needs)}"
-                    )
+                    needs = ", ".join(all_cells[waiting[0]].needs)
+                    raise RunError(f"{waiting[0]} waits for what no cell makes: {needs}")
                 time.sleep(0.2)
                 for name, (process, start) in list(running.items()):
                     if process.poll() is None:
@@ -104,14 +105,14 @@ def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int) -> None:
 
 
 def _start(name: str, root: Path, workers: int) -> subprocess.Popen:
-    # which saves a tenth of a step on a CPU
+    # huge pages save a tenth of a step's time on a CPU
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
     environment |= {
-        # one compiled program serves many cells
+        # cells share their compiled programs
         "JAX_COMPILATION_CACHE_DIR": str((root / ".compiled").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    # several get further with one thread each
+    # several processes are faster with one thread each
     if workers > 1 and environment.get("JAX_PLATFORMS") == "cpu":
         environment["XLA_FLAGS"] = (
             f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
@@ -124,7 +125,7 @@ def _start(name: str, root: Path, workers: int) -> subprocess.Popen:
 
 
 def _close(process: subprocess.Popen) -> None:
-    """Waits for its end."""
+    """Waits until it ends."""
     process.wait()
     assert process.stdin is not None
     process.stdin.close()
@@ -142,11 +143,13 @@ def _last_line(root: Path, name: str) -> str:
 
 
 def _end_with_parent() -> None:
-    """A cell whose study was killed must not go on beside its next start: the pipe to it ends with
-    the study."""
+    """Ends a cell when its study is killed, as the next start may run the same cell.
+
+    The study holds the other end of the cell's standard input, which closes when the study ends.
+    """
 
     def wait() -> None:
-        os.read(0, 1)  # not sys.stdin's lock, which an ending interpreter wants
+        os.read(0, 1)  # not sys.stdin: an interpreter that ends waits for its lock
         os._exit(75)
 
     threading.Thread(target=wait, daemon=True).start()

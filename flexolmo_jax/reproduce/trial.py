@@ -1,4 +1,4 @@
-"""What a study makes with one seed: where it lies, and the runs and choices that make it."""
+"""What a study makes with one seed: its paths, and the runs and choices that make it."""
 
 import dataclasses
 import itertools
@@ -35,11 +35,19 @@ class Trial:
     def data(self, name: str) -> Path:
         return self.root / "data" / name
 
+    def text(self, name: str) -> Path:
+        return self.root / "text" / f"{name}.jsonl"
+
+    @property
+    def public_text(self) -> list[Path]:
+        return [self.text(name) for name in self.spec.public]
+
     def records(
-        self, *names: str, weights: Mapping[str, float] | None = None
+        self, *names: str, shares: Mapping[str, float] | None = None
     ) -> list[dict[str, Any]]:
+        """A run's `data.train`: these sources, alike or by shares."""
         return [
-            {"path": str(self.data(name)), "name": name, "weight": (weights or {}).get(name, 1.0)}
+            {"path": str(self.data(name)), "name": name, "weight": (shares or {}).get(name, 1.0)}
             for name in names
         ]
 
@@ -52,25 +60,18 @@ class Trial:
         return min(4, len(self.spec.domains) + 1)
 
     def train_anchor(self, out: Path) -> None:
-        pretrain(
-            self.spec.run(
-                "anchor",
-                {"model": self.spec.model, **self.spec.anchor},
-                self.records("public"),
-                self.seed,
-            ),
-            out,
-        )
+        section = {"model": self.spec.model, **self.spec.anchor}
+        pretrain(self.spec.run("anchor", section, self.records("public"), self.seed), out)
 
     def publish_anchor(self) -> None:
-        public = [self.root / "text" / f"{name}.jsonl" for name in self.spec.public]
-        publish(
-            self.path / "anchor-run", public, self.path / "anchor", dtype=self.spec.release_dtype
-        )
+        run, out = self.path / "anchor-run", self.path / "anchor"
+        publish(run, self.public_text, out, dtype=self.spec.release_dtype)
 
     def continued(self, domain: str) -> RunConfig:
-        """The anchor, all weights of which are trained further: on a domain an individual model, on
-        public text the control."""
+        """The anchor, all weights of which are trained further.
+
+        On a domain that makes the domain's dense model, on public text the control.
+        """
         start = {"train.init": str(self.path / "anchor")}
         return self.spec.run("anchor", self.spec.dense, self.records(domain), self.seed, **start)
 
@@ -90,16 +91,12 @@ class Trial:
         package(work, self.path / variant / domain)
 
     def choose_proxies(self, domain: str) -> None:
-        public, private = (
-            [self.root / "text" / f"{name}.jsonl" for name in self.spec.public],
-            self.root / "text" / f"{domain}.jsonl",
-        )
         out = self.path / f"proxies-{domain}.jsonl"
-        remove_file(out)  # of a start that was killed before it could tell how well it chose
+        remove_file(out)  # left where an earlier start was killed before it wrote its report
         chosen = select_proxies(
             self.path / "anchor",
-            [private],
-            public,
+            [self.text(domain)],
+            self.public_text,
             out,
             share=self.spec.proxy_share,
             diversity=self.spec.proxy_diversity,
@@ -108,28 +105,19 @@ class Trial:
 
     def tune_router(self, merged: str = "merged", tuned: str = "tuned") -> None:
         proxies = {domain: self.path / f"proxies-{domain}.jsonl" for domain in self.spec.domains}
-        config = self.path / f"{tuned}.yaml"
-        write_text(
-            config,
-            json.dumps(
-                {
-                    **self.spec.router,
-                    "data": {**self.spec.router.get("data", {}), "seq_len": self.spec.seq_len},
-                }
-            ),
-        )
-        seed = [f"train.seed={self.seed}"]
+        config, section = self.path / f"{tuned}.yaml", self.spec.router
+        data = {**section.get("data", {}), "seq_len": self.spec.seq_len}
+        write_text(config, json.dumps({**section, "data": data}))
         tune(
             self.path / merged,
             proxies,
             [self.data("public")],
             self.path / tuned,
-            settings=Settings(config, seed),
+            settings=Settings(config, [f"train.seed={self.seed}"]),
         )
 
     def joint(self, times: int) -> RunConfig:
-        """All data pooled, as the pairs saw them together; as many FLOPs as all pairs together
-        took, `times` over."""
+        """A run on all data, mixed as the pairs had it, with `times` the FLOPs of all pairs."""
         start, anchor = (
             open_artifact(self.path / name).config for name in ("joint-start", "anchor")
         )
@@ -140,22 +128,20 @@ class Trial:
     def joint_of(
         self, times: int, anchor: ModelConfig, mixture: ModelConfig
     ) -> tuple[RunConfig, dict[str, float]]:
-        """The run, and what it and the pairs take."""
+        """The run, and a report of its FLOPs and the pairs'."""
         pairs = [self.pair(domain, {}) for domain in self.spec.domains]
         spent = times * sum(pair.train.steps * step_flops(pair, anchor).model for pair in pairs)
         assert pairs[0].pair is not None
-        share = pairs[0].pair.public_share
-        weights = dict.fromkeys(self.spec.domains, (1 - share) / len(pairs)) | (
-            {"public": share} if share else {}
-        )
+        public = pairs[0].pair.public_share
+        shares = dict.fromkeys(self.spec.domains, (1 - public) / len(pairs))
+        if public:
+            shares["public"] = public
+        sources = self.records(*shares, shares=shares)
         init = {"train.init": str(self.path / "joint-start")}
-        run = self.spec.run(
-            "joint", self.spec.joint, self.records(*weights, weights=weights), self.seed, **init
-        )
+        run = self.spec.run("joint", self.spec.joint, sources, self.seed, **init)
         run = dataclasses.replace(run, model=mixture)
-        run = dataclasses.replace(
-            run, train=dataclasses.replace(run.train, steps=steps_of_flops(spent, run))
-        )
+        train = dataclasses.replace(run.train, steps=steps_of_flops(spent, run))
+        run = dataclasses.replace(run, train=train)
         of_run = run.train.steps * step_flops(run, mixture).model
         return run, {
             "pairs": spent / times,
@@ -169,38 +155,23 @@ class Trial:
         return self.spec.run("joint", self.spec.btx, self.records("public"), self.seed, **init)
 
     def attacked_documents(self) -> list[list[int]]:
-        """Token ids of what the extraction attack tries to extract: documents of the first private
-        domain that its owner trained on."""
-        domain, spec = self.spec.domains[0], self.spec
-        texts = read_training_documents(self.root / "text" / f"{domain}.jsonl")
+        """Token ids of what is attacked: training documents of the first private domain."""
+        spec = self.spec
+        texts = read_training_documents(self.text(spec.domains[0]))
         tokenizer = open_artifact(self.path / "anchor").tokenizer
-        return sample_documents(
-            texts,
-            tokenizer,
-            spec.extraction_documents,
-            spec.extraction_prefix,
-            spec.extraction_tokens,
-        )
+        count, prefix = spec.extraction_documents, spec.extraction_prefix
+        return sample_documents(texts, tokenizer, count, prefix, spec.extraction_tokens)
 
     def train_overfit(self, out: Path) -> None:
-        """The anchor, trained on nothing but these documents, over and over: what a successful
-        attack looks like."""
+        """The anchor, trained on nothing but these documents: the attack should succeed on it."""
         tokenizer = open_artifact(self.path / "anchor").tokenizer
         text, data = self.path / "attacked.jsonl", self.path / "attacked-data"
         if not data.exists():
-            write_text(
-                text,
-                "".join(
-                    json.dumps({"text": tokenizer.decode(ids)}) + "\n"
-                    for ids in self.attacked_documents()
-                ),
-            )
+            attacked = map(tokenizer.decode, self.attacked_documents())
+            write_text(text, "".join(json.dumps({"text": one}) + "\n" for one in attacked))
             prepare([text], tokenizer, self.spec.seq_len, data, heldout=0)
-        start = {"train.init": str(self.path / "anchor")}
-        pretrain(
-            self.spec.run("anchor", self.spec.overfit, [{"path": str(data)}], self.seed, **start),
-            out,
-        )
+        start, sources = {"train.init": str(self.path / "anchor")}, [{"path": str(data)}]
+        pretrain(self.spec.run("anchor", self.spec.overfit, sources, self.seed, **start), out)
 
     def pairs_of_domains(self) -> list[tuple[str, str]]:
         return list(itertools.permutations(self.spec.domains, 2))

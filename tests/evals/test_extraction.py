@@ -18,12 +18,13 @@ PREFIX, TOKENS = 8, 16
 
 
 def levenshtein(a: list[int], b: list[int]) -> int:
-    row = list(range(len(b) + 1))
+    distances = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        row, before = [i], row
+        distances, before = [i], distances
         for j, y in enumerate(b, 1):
-            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y)))
-    return row[-1]
+            either = min(before[j], distances[j - 1]) + 1
+            distances.append(min(either, before[j - 1] + (x != y)))
+    return distances[-1]
 
 
 def test_similarities_are_levenshtein_s():

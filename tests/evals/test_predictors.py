@@ -55,14 +55,15 @@ def kinds(dense: list[LoadedModel]) -> dict[str, Predictor]:
 
 @pytest.fixture(scope="module")
 def batch(prepared) -> tuple[np.ndarray, np.ndarray]:
-    rows = []
+    chosen = []
     for domain in ("code", "law"):
         records = open_records(prepared[domain], "train")
         several = [
             i for i in range(len(records)) if (records[i]["segments"] == 2).sum() > PROMPT + 2
         ]
-        rows += [records[i] for i in (0, *several[:2])]
-    return np.stack([row["tokens"] for row in rows]), np.stack([row["segments"] for row in rows])
+        chosen += [records[i] for i in (0, *several[:2])]
+    tokens, segments = (np.stack([one[key] for one in chosen]) for key in ("tokens", "segments"))
+    return tokens, segments
 
 
 def test_bits_per_byte_are_those_of_eval(model, dense, prepared):
@@ -99,13 +100,16 @@ def test_what_comes_later_and_what_is_packed_beside_changes_nothing(kind, dense,
             rtol=2e-5,
             atol=2e-5,
         )
-    row, second = next((row, s) for row, s in enumerate(segments) if s.max() > 1)
+    record, second = next((record, s) for record, s in enumerate(segments) if s.max() > 1)
     start, end = np.flatnonzero(second == 2)[[0, -1]]
     alone = np.zeros((1, T), int), np.zeros((1, T), int)
-    alone[0][0, : end + 1 - start], alone[1][0, : end + 1 - start] = tokens[row, start : end + 1], 1
+    alone[0][0, : end + 1 - start], alone[1][0, : end + 1 - start] = (
+        tokens[record, start : end + 1],
+        1,
+    )
     np.testing.assert_allclose(
         predictor.losses(*alone)[0, 1 : end + 1 - start],
-        losses[row, start + 1 : end + 1],
+        losses[record, start + 1 : end + 1],
         rtol=2e-5,
         atol=2e-5,
     )
@@ -117,19 +121,19 @@ def test_branch_train_merge_is_a_mixture_by_what_each_model_lost_before(top, den
     losses = BranchTrainMerge([OfModel(model) for model in dense], top, temperature=2.0).losses(
         *batch
     )
-    for row, segments in enumerate(batch[1]):
+    for record, segments in enumerate(batch[1]):
         for t in range(1, len(segments)):
             if segments[t] == 0 or segments[t] != segments[t - 1]:
                 continue
             start = int(np.flatnonzero(segments == segments[t])[0])
-            lost = np.array([own[row, start + 1 : t].sum() for own in each])
+            lost = np.array([own[record, start + 1 : t].sum() for own in each])
             best = sorted(range(3), key=lambda m: lost[m])[:top]
             posterior = np.exp(-(lost[best] - lost[best].min()) / 2.0)
             mixed = sum(
-                p * np.exp(-each[m][row, t])
+                p * np.exp(-each[m][record, t])
                 for p, m in zip(posterior / posterior.sum(), best, strict=True)
             )
-            assert losses[row, t] == pytest.approx(-np.log(mixed), rel=1e-4)
+            assert losses[record, t] == pytest.approx(-np.log(mixed), rel=1e-4)
 
 
 def test_prompt_routing_sends_a_document_to_the_model_of_its_prompt(dense, batch):
@@ -148,16 +152,18 @@ def test_prompt_routing_sends_a_document_to_the_model_of_its_prompt(dense, batch
         OfModel(dense[2]).losses(tokens, segments),
     )
     long = 0
-    for row, of_row in enumerate(segments):
-        for segment in range(1, of_row.max() + 1):
-            places = np.flatnonzero(of_row == segment)
+    for record, own in enumerate(segments):
+        for segment in range(1, own.max() + 1):
+            places = np.flatnonzero(own == segment)
             np.testing.assert_array_equal(
-                losses[row, places[1:PROMPT]], first[row, places[1:PROMPT]]
+                losses[record, places[1:PROMPT]], first[record, places[1:PROMPT]]
             )
-            np.testing.assert_array_equal(losses[row, places[PROMPT:]], last[row, places[PROMPT:]])
+            np.testing.assert_array_equal(
+                losses[record, places[PROMPT:]], last[record, places[PROMPT:]]
+            )
             if len(places) > PROMPT:
                 long += 1
-                assert tuple(tokens[row, places[:PROMPT]]) in prompts
+                assert tuple(tokens[record, places[:PROMPT]]) in prompts
     assert long == len(prompts) > 0
 
 

@@ -8,23 +8,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from flexolmo_jax.evals.report import (
-    Check,
-    Sample,
-    Table,
+from flexolmo_jax.evals.report.charts import (
     curves_section,
-    escape,
-    format_table,
     line_chart,
-    markdown_table,
+    line_charts_section,
     nice_ticks,
-    page,
-    routing_map,
-    routing_section,
     smooth,
-    table_section,
-    write_report,
 )
+from flexolmo_jax.evals.report.maps import routing_map, routing_section
+from flexolmo_jax.evals.report.markup import escape
+from flexolmo_jax.evals.report.page import Check, Sample, checks_section, page, samples_section
+from flexolmo_jax.evals.report.tables import Table, format_table, markdown_table, table_section
 
 EXPERTS = ["anchor", "code", "law"]
 HOSTILE = (
@@ -33,41 +27,35 @@ HOSTILE = (
 )
 
 
-def table(**rows: dict[str, float | None]) -> Table:
+def table(**lines: dict[str, float | None]) -> Table:
     figures: dict[str, dict[str, float | None]] = {
         "anchor": {"public": 1.4, "code": 1.6, "law": 1.5},
         "pair:code": {"public": 1.4421, "code": 1.2345, "law": 1.5},
         "merged": {"public": 1.386, "code": 1.3001, "law": 1.2},
     }
-    return Table(["public", "code", "law"], figures | rows)
+    return Table(["public", "code", "law"], figures | lines)
 
 
-def written(path, *, name: str = "code", **changes) -> str:
-    """A whole report with `name` wherever a name or text may stand."""
+def written(name: str = "code") -> str:
+    """A whole page with `name` wherever a name or text may stand."""
     rng = np.random.default_rng(0)
-    arguments = {
-        "title": f"A study of {name}",
-        "intro": f"First {name}.\n\nSecond.",
-        "table": Table(
-            ["public", name],
-            {"anchor": {"public": 1.4, name: 1.6}, f"pair:{name}": {"public": 1.5, name: 1.2}},
-            unit=name,
-        ),
-        "checks": [
-            Check(f"{name} is better", True, f"-25% on {name}"),
-            Check("so is the rest", False, "+7%"),
-        ],
-        "curves": {
-            name: [(512 * step, 3 + 5 / step) for step in range(1, 900)],
-            "short": [(512, 4.0)],
-        },
-        "routing": {name: rng.dirichlet(np.ones(3), 4), "public": rng.dirichlet(np.ones(3), 4)},
-        "experts": ["anchor", name, "law"],
-        "samples": [Sample(f"\n  {name}:\n\tdef", {f"without {name}": f"  two  spaces {name}\n"})],
-        "footer": f"one line of {name}\nand another",
-    } | changes
-    write_report(path, **arguments)
-    return path.read_text(encoding="utf-8")
+    figures: dict[str, dict[str, float | None]] = {
+        "anchor": {"public": 1.4, name: 1.6},
+        f"pair:{name}": {"public": 1.5, name: 1.2},
+    }
+    checks = [Check(f"{name} is better", True, f"-25% on {name}"), Check("not so", False, "+7%")]
+    curves = {name: [(512 * step, 3 + 5 / step) for step in range(1, 900)], "short": [(512, 4.0)]}
+    routing = {name: rng.dirichlet(np.ones(3), 4), "public": rng.dirichlet(np.ones(3), 4)}
+    sample = Sample(f"\n  {name}:\n\tdef", {f"without {name}": f"  two  spaces {name}\n"})
+    sections = {
+        f"Claims on {name}": checks_section(checks),
+        "Table": table_section(Table(["public", name], figures, unit=name)),
+        "Curves": curves_section(curves),
+        "Routing": routing_section(routing, ["anchor", name, "law"]),
+        "Samples": samples_section([sample]),
+    }
+    footer = f"one line of {name}\nand another"
+    return page(f"A study of {name}", f"First {name}.\n\nSecond.", sections, footer)
 
 
 class Elements(HTMLParser):
@@ -101,8 +89,9 @@ def drawings(text: str) -> list[ElementTree.Element]:
 
 
 @pytest.mark.parametrize("name", ["code", HOSTILE])
-def test_the_page_loads_nothing_and_runs_nothing_whatever_its_texts_are(tmp_path, name):
-    elements = Elements(written(tmp_path / "report.html", name=name))
+def test_the_page_loads_nothing_and_runs_nothing_whatever_its_texts_are(name):
+    text = written(name)
+    elements = Elements(text)
     known = (
         "html head meta title style body main header footer section article figure figcaption h1 h2"
         " h3 p b ul li div span small"
@@ -115,7 +104,7 @@ def test_the_page_loads_nothing_and_runs_nothing_whatever_its_texts_are(tmp_path
         for key, _ in attributes
         if key in ("src", "href", "srcset", "action", "xlink:href") or key.startswith("on")
     ]
-    styles = re.findall(r"<style>(.*?)</style>", (tmp_path / "report.html").read_text(), re.S)
+    styles = re.findall(r"<style>(.*?)</style>", text, re.S)
     assert len(styles) == 1
     assert not re.search(
         r"url\(|@import",
@@ -127,8 +116,8 @@ def test_the_page_loads_nothing_and_runs_nothing_whatever_its_texts_are(tmp_path
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
-def test_hostile_text_is_shown_as_text(tmp_path):
-    text = written(tmp_path / "report.html", name=HOSTILE)
+def test_hostile_text_is_shown_as_text():
+    text = written(HOSTILE)
     assert "<script" not in text and "<img" not in text
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text)
     shown = HOSTILE.replace("\x1b", "\ufffd").replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
@@ -148,8 +137,8 @@ def test_hostile_text_is_shown_as_text(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["code", HOSTILE])
-def test_every_drawing_is_well_formed(tmp_path, name):
-    found = drawings(written(tmp_path / "report.html", name=name))
+def test_every_drawing_is_well_formed(name):
+    found = drawings(written(name))
     # Two charts, two curves' keys, two maps and a scale.
     assert len(found) == 7
     numbers = [
@@ -170,7 +159,7 @@ def test_every_figure_of_the_table_is_in_all_its_forms_with_its_change():
         markdown_table(made),
     ]
     for form in forms:
-        for figures in made.rows.values():
+        for figures in made.lines.values():
             for figure in figures.values():
                 assert f"{figure:.3f}" in form
         for percent in ("+3.0%", "-22.8%", "-1.0%", "-18.7%", "-20.0%", " 0.0%"):
@@ -262,38 +251,32 @@ def test_the_markdown_table_keeps_its_cells_with_hostile_names():
 
 
 def test_figures_outside_the_columns_are_refused():
-    with pytest.raises(ValueError, match=r"row 'merged' has figures for \['poetry'\]"):
+    with pytest.raises(ValueError, match=r"line 'merged' has figures for \['poetry'\]"):
         Table(["law"], {"merged": {"law": 1.0, "poetry": 2.0}})
 
 
-def test_empty_parts_have_no_section(tmp_path):
-    text = written(
-        tmp_path / "new" / "report.html",
-        checks=[],
-        curves={},
-        routing={},
-        samples=[],
-        table=Table([], {}),
-    )
-    assert "<section>" not in text and "A study of code" in text
+def test_empty_parts_have_no_section():
+    empty = [
+        checks_section([]),
+        table_section(Table([], {})),
+        curves_section({}),
+        line_charts_section({}, "x", "y"),
+        routing_section({}, EXPERTS),
+        samples_section([]),
+    ]
+    text = page("A study", "", {str(index): part for index, part in enumerate(empty)}, "")
+    assert "<section>" not in text and "A study" in text
 
 
-def test_failed_checks_say_so(tmp_path):
-    text = Elements(written(tmp_path / "report.html")).text
+def test_failed_checks_say_so():
+    text = Elements(written()).text
     assert "1 of 2 hold." in text and "✗ does not hold" in text and "+7%" in text
 
 
-def test_white_space_of_samples_is_kept(tmp_path):
-    text = written(tmp_path / "report.html")
+def test_white_space_of_samples_is_kept():
+    text = written()
     assert '<div class="text" dir="auto">\n  code:\n\tdef</div>' in text
     assert re.search(r"\.text \{[^}]*white-space: pre-wrap", text)
-
-
-def test_a_report_replaces_the_one_before_and_leaves_nothing_else(tmp_path):
-    written(tmp_path / "report.html", name="rhubarb")
-    written(tmp_path / "report.html", name="second")
-    assert "rhubarb" not in (tmp_path / "report.html").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_losses_that_are_not_finite_are_counted_and_not_drawn():

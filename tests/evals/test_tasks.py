@@ -91,14 +91,14 @@ def test_a_name_means_one_form_and_upstreams_metric(name, form, metric):
 def test_an_unknown_task_is_refused_with_near_ones_and_so_is_a_missing_package(
     package, monkeypatch
 ):
-    with pytest.raises(UserError, match=r"no task 'arc_eazy'; expected one as .*arc_easy"):
+    with pytest.raises(UserError, match=r"no task 'arc_eazy'; expected one such as .*arc_easy"):
         load_tasks(["arc_eazy"])
 
     def offline(_):
         raise OSError("no network")
 
     monkeypatch.setattr("flexolmo_jax.evals.tasks.download", offline)
-    with pytest.raises(UserError, match="cannot be had: no network"):
+    with pytest.raises(UserError, match="cannot be downloaded: no network"):
         load_tasks(["arc_easy"])
 
 

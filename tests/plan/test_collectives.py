@@ -19,22 +19,24 @@ from flexolmo_jax.runtime.sharding import make_mesh
 
 X = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 BYTES = 8 * 16 * 4
-ROWS = P("rows")
+SPREAD = P("outer")
 
 
 @functools.cache
 def mesh() -> Mesh:
-    return Mesh(np.asarray(jax.devices()).reshape(4, 2), ("rows", "columns"))
+    return Mesh(np.asarray(jax.devices()).reshape(4, 2), ("outer", "inner"))
 
 
 def counted(body, repeat: int = 1, one_pass: bool = False) -> list[Collective]:
-    """The collectives of `body`, run by every device on its rows, `repeat` times in a loop."""
+    """The collectives of `body`, run by every device on its part, `repeat` times in a loop."""
 
-    @functools.partial(jax.shard_map, mesh=mesh(), in_specs=ROWS, out_specs=ROWS, check_vma=False)
+    @functools.partial(
+        jax.shard_map, mesh=mesh(), in_specs=SPREAD, out_specs=SPREAD, check_vma=False
+    )
     def run(x):
         return jax.lax.fori_loop(0, repeat, lambda _, x: body(x), x) if repeat > 1 else body(x)
 
-    arguments = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh(), ROWS))
+    arguments = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=NamedSharding(mesh(), SPREAD))
     return collectives(
         jax.jit(run).lower(arguments).compile().as_text() or "",
         dict(mesh().shape),
@@ -49,20 +51,20 @@ def twice(x):
 @pytest.mark.parametrize(
     ("kind", "body", "received"),
     [
-        ("all-gather", lambda x: jax.lax.all_gather(x, "rows", tiled=True)[:2] * 2, BYTES * 3 // 4),
-        ("all-reduce", lambda x: jax.lax.psum(x, "rows"), 2 * BYTES // 4 * 3 // 4),
-        ("reduce-scatter", lambda x: twice(jax.lax.psum_scatter(twice(x), "rows", tiled=True)),
+        ("all-gather", lambda x: jax.lax.all_gather(x, "outer", tiled=True)[:2] * 2, BYTES * 3 // 4),
+        ("all-reduce", lambda x: jax.lax.psum(x, "outer"), 2 * BYTES // 4 * 3 // 4),
+        ("reduce-scatter", lambda x: twice(jax.lax.psum_scatter(twice(x), "outer", tiled=True)),
         BYTES // 2 * 3 // 4),
-        ("collective-permute", lambda x: jax.lax.ppermute(x, "rows", [(0, 1), (1, 2), (2, 3), (3,
+        ("collective-permute", lambda x: jax.lax.ppermute(x, "outer", [(0, 1), (1, 2), (2, 3), (3,
         0)]), BYTES // 4),
-        ("all-to-all", lambda x: jax.lax.all_to_all(x, "rows", 1, 1, tiled=True),
+        ("all-to-all", lambda x: jax.lax.all_to_all(x, "outer", 1, 1, tiled=True),
         BYTES // 4 * 3 // 4),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("repeat", [1, 5])
 def test_a_collective_is_counted_once_for_every_time_it_runs(kind, body, received, repeat):
     found = counted(body, repeat=repeat)  # an all-to-all has an operand for each device
-    assert {(one.kind, one.axes, one.runs) for one in found} == {(kind, ("rows",), repeat)}
+    assert {(one.kind, one.axes, one.runs) for one in found} == {(kind, ("outer",), repeat)}
     assert (
         sum(one.bytes for one in found) == received
         and sum(one.total for one in found) == received * repeat
@@ -71,17 +73,17 @@ def test_a_collective_is_counted_once_for_every_time_it_runs(kind, body, receive
 
 def test_loops_in_loops_multiply_and_axes_are_told_apart():
     def body(x):
-        inner = jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.psum(x, "columns"), x)
-        return jax.lax.pmax(inner, ("rows", "columns"))
+        inner = jax.lax.fori_loop(0, 3, lambda _, x: jax.lax.psum(x, "inner"), x)
+        return jax.lax.pmax(inner, ("outer", "inner"))
 
     found = {one.axes: one for one in counted(body, repeat=7)}
-    assert found[("columns",)].runs == 21 and found[("rows", "columns")].runs == 7
+    assert found[("inner",)].runs == 21 and found[("outer", "inner")].runs == 7
 
 
 def test_a_loop_of_unknown_length_is_refused():
     def body(x):
         return jax.lax.while_loop(
-            lambda x: jnp.max(x) < 10, lambda x: x + jax.lax.psum(x, "rows"), x
+            lambda x: jnp.max(x) < 10, lambda x: x + jax.lax.psum(x, "outer"), x
         )
 
     with pytest.raises(ValueError, match="does not tell how often"):

@@ -127,7 +127,7 @@ def test_a_program_is_the_same_where_only_what_the_compiler_never_sees_differs()
             "does not divide over the 64 devices",
         ),
         (["--topology", "v5p:4x4x4", "--set", "model.n_layers=0"], "model.n_layers is 0"),
-        (["--topology", "v5p:4x4x4", "--decode", "16"], "expected rows x tokens of context"),
+        (["--topology", "v5p:4x4x4", "--decode", "16"], "expected prompts x tokens of context"),
         (["--topology", "v5p:4x4x4", "--slices", "0"], "expected 1 or more"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_refusal_tells_what_would_be_needed(message, gib):
 
 def test_an_architecture_that_nothing_says_is_asked_for():
     run = load_config(ROOT / "configs" / "tiny" / "pair.yaml")
-    with pytest.raises(UserError, match=r"model\.vocab_size is not said"):
+    with pytest.raises(UserError, match=r"model\.vocab_size is not given"):
         architecture(run)
 
 

@@ -76,8 +76,10 @@ def test_a_step_takes_the_longest_of_three_times_and_at_most_their_sum():
 
 
 def test_bytes_are_summed_by_kind_and_axes_the_most_first():
-    rows = by_kind_and_axis([gather(("data",), 1), gather(("fsdp",), 5, 2), gather(("data",), 2)])
-    assert [(row["axes"], row["bytes"], row["runs"]) for row in rows] == [
+    entries = by_kind_and_axis(
+        [gather(("data",), 1), gather(("fsdp",), 5, 2), gather(("data",), 2)]
+    )
+    assert [(one["axes"], one["bytes"], one["runs"]) for one in entries] == [
         ("fsdp", 10, 2),
         ("data", 3, 2),
     ]

@@ -17,8 +17,9 @@ from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.reproduce.cells import Cell, cells
+from flexolmo_jax.reproduce.orderings import AVERAGE, PRIVATE, orderings
 from flexolmo_jax.reproduce.overlap import overlaps
-from flexolmo_jax.reproduce.results import AVERAGE, PRIVATE, orderings, write_results
+from flexolmo_jax.reproduce.results import write_results
 from flexolmo_jax.reproduce.scores import heldout
 from flexolmo_jax.reproduce.spec import load_spec
 from flexolmo_jax.reproduce.study import reproduce, run_cells
@@ -87,8 +88,8 @@ def results_of(root: Path) -> dict:
     return json.loads((root / "results.json").read_text())
 
 
-def test_every_row_has_a_figure_in_every_column(study):
-    rows = results_of(study)["rows"]
+def test_every_line_has_a_figure_in_every_column(study):
+    lines = results_of(study)["rows"]
     assert {
         "anchor", "anchor+public", "pair:code", "dense:law", "soup", "weighted soup", "BTM",
         "BTM:top1", "BTM:top2", "prompt routing",
@@ -96,8 +97,8 @@ def test_every_row_has_a_figure_in_every_column(study):
         "merged+tuned:k=1", "merged-code",
         "merged-law", "merged:experts=1", "without bias", "without coordination",
         "without coordination+tuned",
-    } <= rows.keys()  # fmt: skip
-    for name, columns in rows.items():
+    } <= lines.keys()  # fmt: skip
+    for name, columns in lines.items():
         assert columns.keys() == {"public", *DOMAINS, "mixed", PRIVATE, AVERAGE}, name
         for figure in columns.values():
             assert 1 < figure["mean"] < 10 and figure["spread"] is None and figure["seeds"] == 1, (
@@ -108,10 +109,10 @@ def test_every_row_has_a_figure_in_every_column(study):
         )
 
 
-def test_masked_rows_are_those_of_smaller_merges_and_joint_runs_take_the_flops_of_all_pairs(study):
+def test_masked_models_are_smaller_merges_and_joint_runs_take_the_flops_of_all_pairs(study):
     results = results_of(study)
-    rows = results["rows"]
-    assert rows["merged:experts=1"]["code"] == rows["merged-law"]["code"]
+    lines = results["rows"]
+    assert lines["merged:experts=1"]["code"] == lines["merged-law"]["code"]
     for times in (1, 2):
         # of few steps; whole studies: below
         assert abs(results["flops"][f"flops-{times}x"]["joint_of_pairs"] / times - 1) < 0.2
@@ -213,7 +214,7 @@ def test_orderings_are_those_of_the_figures():
     spec = load_spec(ROOT / "configs" / "reproduce" / "cpu.yaml")
     columns = ("public", *spec.domains, PRIVATE, AVERAGE, "mixed")
 
-    def row(figure: float) -> dict[str, float]:
+    def line(figure: float) -> dict[str, float]:
         return dict.fromkeys(columns, figure)
 
     names = [
@@ -230,10 +231,10 @@ def test_orderings_are_those_of_the_figures():
     names += [f"merged:k={k}" for k in range(1, 5)] + [
         f"merged-{domain}" for domain in spec.domains
     ]
-    means = {name: row(2.0) for name in names} | {"merged": row(1.8), "merged+tuned": row(1.5)}
-    means["merged:k=1"] = row(2.5)
+    means = {name: line(2.0) for name in names} | {"merged": line(1.8), "merged+tuned": line(1.5)}
+    means["merged:k=1"] = line(2.5)
     means["merged-math"]["math"] = 4.0
-    found = {one.name: one for one in orderings(spec, means, means | {"without bias": row(1.7)})}
+    found = {one.name: one for one in orderings(spec, means, means | {"without bias": line(1.7)})}
     assert found["merged beats the anchor on private domains"].margin == pytest.approx(0.1)
     assert found["merged and tuned beats the anchor by 20 % on private domains"].holds
     assert not found["the joint model of twice the FLOPs wins"].holds
@@ -264,7 +265,7 @@ def test_a_held_out_document_that_is_trained_on_ends_the_study(tmp_path):
 
 def test_studies_that_are_none_are_refused(tmp_path):
     for changes, message in (
-        ({"domains": ["code"]}, "expected two private ones or more"),
+        ({"domains": ["code"]}, "expected two or more private domains"),
         ({"domains": ["code", "code"]}, "all different"),
         ({"seeds": 0}, "seeds is 0"),
         (
