@@ -13,7 +13,6 @@ them.
 
 import argparse
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,10 @@ from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
 from flexolmo_jax.coordinator.objects import sketch_claim
 from flexolmo_jax.coordinator.sketch import BUCKETS, encoded
 from flexolmo_jax.coordinator.store import Store
+from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.data.tokenizer import train_tokenizer
+from flexolmo_jax.exchange.admission import admit
+from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import (
     MANIFEST,
     TENSORS,
@@ -212,66 +214,44 @@ def run(work: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 def measure(operation: list[str]) -> None:
     """Runs one operation and prints its figures."""
-    name, *words = operation
-    if name == "ingest":
-        store, anchor, *contributions = map(Path, words)
-        from flexolmo_jax.exchange.anchor import open_anchor
-
-        def act() -> None:
-            kept = Store(store)
-            with kept.shared():
-                kept.anchor(open_anchor(anchor))
-                for path in contributions:
-                    kept.expert(open_contribution(path))
-
-    elif name == "merge":
-        way, (anchor, out, *contributions) = words[0], map(Path, words[1:])
-
-        def act() -> None:
-            merge(
-                anchor, contributions, out, ways=(way,), gate=Gate(admission=False)
-            )  # measured apart
-
-    elif name == "verify":
-        from flexolmo_jax.coordinator.verify import verify
-
-        def act() -> None:
-            verify(Path(words[0]))
-
-    elif name == "admit":
-        from flexolmo_jax.exchange.admission import admit
-        from flexolmo_jax.exchange.anchor import open_anchor
-
-        def act() -> None:
-            admit(open_contribution(Path(words[1])), open_anchor(Path(words[0])))
-
-    elif name == "open":
-        open_artifact(Path(words[0])).ensure()  # what it compiles and imports
-
-        def act() -> None:
-            open_artifact(Path(words[0])).ensure()
-
-    elif name == "drop":
-
-        def act() -> None:
-            opt_out(Path(words[0]), ["e3"], Path(words[1]))
-
-    else:
-        function = {"replace": functools.partial(replace, allow_older=True), "append": append}[name]
-
-        def act() -> None:
-            function(Path(words[0]), Path(words[1]), Path(words[2]))
-
+    act = prepared(*operation)
     wall, cpu = time.perf_counter(), time.process_time()
     act()
     taken = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     # Not ru_maxrss: it starts at what the parent had when this process was forked off.
-    peak = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM")
-    )
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(line for line in status if line.startswith("VmHWM"))
     print(json.dumps(taken | {"peak_bytes": int(peak.split()[1]) * 1024}))
+
+
+def prepared(name: str, *words: str) -> Callable[[], object]:
+    """An operation with all that it imports imported, so that the imports are not measured."""
+    if name == "merge":
+        way, anchor, out, *contributions = words
+        gate = Gate(admission=False)  # measured apart
+        paths = list(map(Path, contributions))
+        return lambda: merge(Path(anchor), paths, Path(out), ways=(way,), gate=gate)
+    paths = list(map(Path, words))
+    if name == "open":
+        open_artifact(paths[0]).ensure()  # what it compiles and imports
+    operations: dict[str, Callable[[], object]] = {
+        "ingest": lambda: ingest(*paths),
+        "verify": lambda: verify(paths[0]),
+        "admit": lambda: admit(open_contribution(paths[1]), open_anchor(paths[0])),
+        "open": lambda: open_artifact(paths[0]).ensure(),
+        "drop": lambda: opt_out(paths[0], ["e3"], paths[1]),
+        "replace": lambda: replace(paths[0], paths[1], paths[2], allow_older=True),
+        "append": lambda: append(*paths),
+    }
+    return operations[name]
+
+
+def ingest(store: Path, anchor: Path, *contributions: Path) -> None:
+    kept = Store(store)
+    with kept.shared():
+        kept.anchor(open_anchor(anchor))
+        for path in contributions:
+            kept.expert(open_contribution(path))
 
 
 def shell(command: str) -> dict[str, float]:
