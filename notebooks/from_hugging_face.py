@@ -12,7 +12,8 @@
 
 # %% [markdown]
 # # From Hugging Face weights to a merged model
-#  Any OLMo 2 checkpoint can be an anchor: import it, publish it, let an owner train an expert
+#
+# Any OLMo 2 checkpoint can be an anchor: import it, publish it, let an owner train an expert
 # against it, merge, and go back to Hugging Face's format. Set `HF_CHECKPOINT` to a directory with
 # `config.json`, `*.safetensors` and `tokenizer.json` (`huggingface-cli download
 # allenai/OLMo-2-0425-1B --local-dir olmo2`); a Colab TPU holds the 1B. Without one a small model is
@@ -34,20 +35,29 @@ import jax
 print(jax.devices())
 os.environ["HF_CHECKPOINT"] = os.environ.get("HF_CHECKPOINT", "olmo2")
 os.environ["STEPS"] = "40" if jax.default_backend() == "cpu" else "500"
-# the commands below need the device that this process would hold
-if jax.default_backend() != "cpu":
+if jax.default_backend() != "cpu":  # the commands below need the device that this process holds
     jax.extend.backend.clear_backends()
 
 # %% [markdown]
 # ## Public and private text, and a checkpoint where there is none
 
-# %% language="bash" set -e flexolmo data fetch text --domain public --domain legal --max-mb 0.5 if
-# [ ! -e "$HF_CHECKPOINT" ]; then flexolmo tokenizer train --input text/public.jsonl --vocab-size
-# 1024 --out tokenizer.json cat > small.yaml <<EOF run: anchor model: {preset: tiny, d_model: 64,
-# n_layers: 2, n_heads: 4, n_kv_heads: 4, d_ffn: 256, init_std: 0.1} data: {train: [{path:
-# text/public.jsonl}], tokenizer: tokenizer.json, batch_size: 8, seq_len: 256} train: {steps: 100}
-# optim: {lr: 8.0e-3, warmup: 20} EOF flexolmo train small.yaml --out small flexolmo export-hf small
-# "$HF_CHECKPOINT" fi ls "$HF_CHECKPOINT"
+# %% language="bash"
+# set -e
+# flexolmo data fetch text --domain public --domain legal --max-mb 0.5
+# if [ ! -e "$HF_CHECKPOINT" ]; then
+#   flexolmo tokenizer train --input text/public.jsonl --vocab-size 1024 --out tokenizer.json
+#   cat > small.yaml <<EOF
+# run: anchor
+# model:
+#   {preset: tiny, d_model: 64, n_layers: 2, n_heads: 4, n_kv_heads: 4, d_ffn: 256, init_std: 0.1}
+# data: {train: [{path: text/public.jsonl}], tokenizer: tokenizer.json, batch_size: 8, seq_len: 256}
+# train: {steps: 100}
+# optim: {lr: 8.0e-3, warmup: 20}
+# EOF
+#   flexolmo train small.yaml --out small
+#   flexolmo export-hf small "$HF_CHECKPOINT"
+# fi
+# ls "$HF_CHECKPOINT"
 
 # %% [markdown]
 # ## Import it and publish it as an anchor
@@ -79,25 +89,22 @@ import numpy as np
 import flexolmo_jax
 
 imported, merged = flexolmo_jax.load("imported"), flexolmo_jax.load("merged")
-ids = np.array(
-    [merged.tokenizer.encode("Permission is hereby granted, free of charge, to any person")]
-)
+prompt = "Permission is hereby granted, free of charge, to any person"
+ids = np.array([merged.tokenizer.encode(prompt)])
+
+
+def anchors(model, name):
+    return np.asarray(model.params["experts"][name])[:, 0]
+
+
 same = all(
     np.array_equal(
-        np.asarray(imported.params["experts"][name])[:, 0].astype(
-            np.asarray(merged.params["experts"][name]).dtype
-        ),
-        np.asarray(merged.params["experts"][name])[:, 0],
+        anchors(imported, name).astype(anchors(merged, name).dtype), anchors(merged, name)
     )
     for name in ("gate", "up", "down")
 )
-print(
-    "experts:",
-    merged.experts,
-    "| anchor unchanged:",
-    same,
-    "| architecture:",
-    json.loads(Path("merged-hf/config.json").read_text())["architectures"],
-)
+architectures = json.loads(Path("merged-hf/config.json").read_text())["architectures"]
+print("experts:", merged.experts)
+print("anchor unchanged:", same, "| architecture:", architectures)
 print("logits of the merged model:", merged.logits(ids).shape)
 assert same and merged.experts == ("anchor", "legal")

@@ -12,7 +12,8 @@
 
 # %% [markdown]
 # # FlexOlmo in ten commands
-#  Two owners who share no data build one language model: a public **anchor** is trained and frozen,
+#
+# Two owners who share no data build one language model: a public **anchor** is trained and frozen,
 # each owner trains one **expert** against it, the experts are **merged** without data, and one of
 # them **opts out** again, exactly. Every cell is what a real coordinator or owner would type. On a
 # CPU it is small and takes a minute or two; on a Colab TPU the same cells train a larger model on
@@ -56,18 +57,30 @@ if not on_cpu:  # the commands below need the device that this process would hol
 # flexolmo data fetch text --domain public --domain code --domain legal --max-mb $MB
 # flexolmo tokenizer train --input text/public.jsonl --vocab-size $VOCAB --out tokenizer.json
 
-# %% language="bash" set -e cat > anchor.yaml <<EOF run: anchor model: {preset: tiny, d_model: $D,
-# n_layers: $LAYERS, n_heads: 4, n_kv_heads: 4, d_ffn: $((4 * D)), init_std: 0.1} data: {train:
-# [{path: text/public.jsonl}], tokenizer: tokenizer.json, batch_size: 8, seq_len: 256} train:
-# {steps: $STEPS} optim: {lr: 8.0e-3, warmup: 20} EOF flexolmo train anchor.yaml --out anchor-run
+# %% language="bash"
+# set -e
+# cat > anchor.yaml <<EOF
+# run: anchor
+# model:
+#   {preset: tiny, d_model: $D, n_layers: $LAYERS, n_heads: 4, n_kv_heads: 4, d_ffn: $((4 * D)),
+#    init_std: 0.1}
+# data: {train: [{path: text/public.jsonl}], tokenizer: tokenizer.json, batch_size: 8, seq_len: 256}
+# train: {steps: $STEPS}
+# optim: {lr: 8.0e-3, warmup: 20}
+# EOF
+# flexolmo train anchor.yaml --out anchor-run
 # flexolmo publish anchor-run --public text/public.jsonl --out anchor
 
 # %% [markdown]
 # ## What each owner does alone, on premises
 
-# %% language="bash" set -e for owner in code legal; do flexolmo contribute --anchor anchor
-# --documents text/$owner.jsonl --name $owner --out contributions/$owner \ --set
-# train.steps=$EXPERT_STEPS --set data.batch_size=8 --set optim.lr=1e-2 --set pair.contrast=1.0 done
+# %% language="bash"
+# set -e
+# for owner in code legal; do
+#   flexolmo contribute --anchor anchor --documents text/$owner.jsonl --name $owner \
+#     --out contributions/$owner --set train.steps=$EXPERT_STEPS --set data.batch_size=8 \
+#     --set optim.lr=1e-2 --set pair.contrast=1.0
+# done
 
 # %% [markdown]
 # ## What the coordinator does: merge without data, evaluate, take one out again
@@ -80,8 +93,9 @@ if not on_cpu:  # the commands below need the device that this process would hol
 #   flexolmo eval $model --data text/code.jsonl text/legal.jsonl --limit 16 --json > $model.json
 # done
 
-# %% [markdown] Bits per byte on held-out text, lower is better: merged is better than the anchor on
-# both domains; without the legal expert its gain is gone, and code is as it was.
+# %% [markdown]
+# Bits per byte on held-out text, lower is better: merged is better than the anchor on both domains;
+# without the legal expert its gain is gone, and code is as it was.
 
 # %%
 import json

@@ -12,7 +12,8 @@
 
 # %% [markdown]
 # # Which expert does each token use?
-#  Give it a merged model (`make demo` leaves one in `demo/merged`; the quickstart one in `merged`)
+#
+# Give it a merged model (`make demo` leaves one in `demo/merged`; the quickstart one in `merged`)
 # and a text of your own: every token is drawn in the colour of the expert with the largest weight,
 # layer by layer. Set `FLEXOLMO_MODEL` to the model's path.
 
@@ -65,26 +66,22 @@ def tokens_in_colour(of_layer: np.ndarray) -> str:
     """of_layer: [tokens, experts]."""
     spans = []
     for token, shares in zip(ids, of_layer, strict=True):
-        best = int(shares.argmax())
+        colour = COLOURS[int(shares.argmax()) % len(COLOURS)]
         title = ", ".join(
             f"{name} {share:.0%}" for name, share in zip(model.experts, shares, strict=True)
         )
-        text = (
-            html.escape(model.tokenizer.decode([token]))
-            .replace("\n", "⏎<br>")
-            .replace(" ", "&nbsp;")
-        )
+        text = html.escape(model.tokenizer.decode([token]))
+        text = text.replace("\n", "⏎<br>").replace(" ", "&nbsp;")
         spans.append(
-            f'<span title="{html.escape(title)}"'
-            f' style="background:{COLOURS[best % len(COLOURS)]}">{text}</span>'
+            f'<span title="{html.escape(title)}" style="background:{colour}">{text}</span>'
         )
     style = "font-family:monospace;color:#111;background:#fff;padding:6px;line-height:1.7"
     return f'<div style="{style}">{"".join(spans)}</div>'
 
 
 legend = " ".join(
-    f'<span style="background:{COLOURS[i % len(COLOURS)]};color:#111;padding:2px'
-    f' 8px">{html.escape(name)}</span>'
+    f'<span style="background:{COLOURS[i % len(COLOURS)]};color:#111;padding:2px 8px">'
+    f"{html.escape(name)}</span>"
     for i, name in enumerate(model.experts)
 )
 layers = "".join(
