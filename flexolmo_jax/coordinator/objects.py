@@ -232,6 +232,10 @@ def _check_files(path: Path, target: Mapping[str, Layout]) -> None:
 
 def _check_tensors(record: Record, target: Mapping[str, Layout], reader: Reader) -> None:
     for name, entry in record.entries.items():
-        path, layer = (name, None) if record.kind == "anchor" else leaf_of(name)
-        if reader.digest(path, list(target[path].boxes(layer=layer))) != entry["sha256"]:
+        if record.kind == "anchor":
+            path, boxes = name, target[name].boxes()
+        else:
+            path, layer = leaf_of(name)
+            boxes = target[path].boxes(layer=layer)
+        if reader.digest(path, list(boxes)) != entry["sha256"]:
             raise UserError(f"the bytes of {name} are not those of its record")

@@ -70,7 +70,7 @@ def test_a_near_copy_of_a_leaver_is_found(anchor, contributions, tmp_path, chang
     both = merge(
         anchor, [contributions["law"], contributions["code"], twin], tmp_path / "both"
     ).path
-    with pytest.raises(UserError, match="'twin' is 'law', or nearly"):
+    with pytest.raises(UserError, match="'twin' is a copy of 'law', or nearly one"):
         opt_out(both, ["law"], tmp_path / "no")
     model = merge(anchor, [contributions["law"], contributions["code"]], tmp_path / "model").path
     one = opt_out(model, ["law"], tmp_path / "one").path
