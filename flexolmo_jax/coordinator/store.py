@@ -358,7 +358,7 @@ class Store:
         path = self._objects / key
         record = Record.read(path)
         if record.key != key or not record.matches(path):
-            note(f"{path} was copied or changed since it was taken in; all of it is checked again")
+            note(f"{path} was copied or changed since it was taken in; it is read again")
             check_object(path)
             with contextlib.suppress(OSError):
                 record.of_files_in(path).write(path)

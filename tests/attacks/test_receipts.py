@@ -282,7 +282,7 @@ def test_an_expert_of_the_same_digests_has_to_leave_too(anchor, contributions, t
     """Promise: who left is gone, under whatever name."""
     twin = remade(contributions["law"], tmp_path / "twin", "twin", lambda key, values: values)
     model = merge(anchor, [contributions["law"], twin], tmp_path / "model").path
-    with pytest.raises(UserError, match="'twin' is 'law'"):
+    with pytest.raises(UserError, match="'twin' is a copy of 'law'"):
         opt_out(model, ["law"], tmp_path / "out")
 
 
