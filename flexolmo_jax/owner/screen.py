@@ -52,14 +52,7 @@ def screen(
         UserError: for a candidate that does not fit, text with nothing held out, and numbers that
             are not finite.
     """
-    if not 0 <= max_worse < math.inf:
-        raise UserError(
-            f"--max-worse is {max_worse}; expected a fraction of bits per byte, such as 0.02, and"
-            " not below 0"
-        )
-    check_new_file(out)
-    if out.suffix != ".json":
-        raise UserError(f"{out} has to end in .json, for --require-screening to find it")
+    _check_options(out, max_worse)
     key = load_key(sign_key) if sign_key else None
     anchor, candidate = open_anchor(anchor_path), open_contribution(candidate_path)
     candidate.check(anchor)
@@ -115,6 +108,17 @@ def appended(model: LoadedModel, candidate: Contribution) -> LoadedModel:
     names = (*model.experts, candidate.name)
     artifact = dataclasses.replace(model.artifact, config=config, experts=names)
     return LoadedModel(artifact, model.params | {"experts": joined})
+
+
+def _check_options(out: Path, max_worse: float) -> None:
+    if not 0 <= max_worse < math.inf:
+        raise UserError(
+            f"--max-worse is {max_worse}; expected a fraction of bits per byte, such as 0.02, and"
+            " not below 0"
+        )
+    check_new_file(out)
+    if out.suffix != ".json":
+        raise UserError(f"{out} has to end in .json, for --require-screening to find it")
 
 
 def _check_model(model: Artifact, anchor: Artifact, candidate: Contribution) -> None:
