@@ -253,7 +253,7 @@ def test_a_receipt_is_of_models_on_its_own_anchor(anchor, anchor32, without_law,
     assert verify_receipt(tmp_path / "receipt.json", merge(anchor, [], tmp_path / "right").path)[
         "verified"
     ]
-    with pytest.raises(UserError, match="the receipt is of a model on"):
+    with pytest.raises(UserError, match="the receipt is for a model made from"):
         verify_receipt(tmp_path / "receipt.json", merge(anchor32, [], tmp_path / "wrong").path)
 
 
