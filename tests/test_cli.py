@@ -332,7 +332,7 @@ def test_work_of_other_documents_is_refused_with_the_option_that_mends_it(paths,
         shutil.copytree(paths.data, work / "data")
         given = ["--work", work] if option == "--work" else []
         told = fails(*contribute, *given, "--out", tmp_path / "out" / "it")
-        assert f"{work} was made of other documents" in told
+        assert f"{work} was made from other documents" in told
         assert told.endswith(f"give a new {option}")
 
 

@@ -1,9 +1,7 @@
-"""Writing weights whose trunk and whose experts lie elsewhere: first a plan, a line for every file,
-then its execution.
+"""Writing weights whose trunk and experts lie elsewhere: a plan with a step a file, then its steps.
 
-All sources have one layout (weights.py), so that a file of theirs is a file of ours: it is linked,
-cloned or copied as it is. Through memory goes what crosses the border between a disk and a bucket,
-and what `instead` says.
+All weights have one layout (storage/weights.py), so each file can be linked, cloned or copied as it
+is. Only two things go through memory: files between a disk and a bucket, and the arrays `instead`.
 """
 
 from collections import Counter
@@ -20,27 +18,28 @@ from flexolmo_jax.storage.weights import Index, Layout, Reader, Writer
 
 
 class Source(NamedTuple):
-    """An expert in a directory of weights."""
+    """An expert in a directory of weights, by its place on the expert axis."""
 
     weights: Path
     index: int
 
 
 class Step(NamedTuple):
-    """One file to be written: shard `index` of an array is shard `at` of the same array in other
-    weights. None: it comes from memory."""
+    """One file to write: shard `index` of an array is shard `at` of that array in `source`."""
 
     path: str
     index: Index
-    source: Path | None
+    source: Path | None  # None: the shard comes from memory
     at: Index
 
 
 def plan(
     target: Mapping[str, Layout], trunk: Path, experts: Sequence[Source], given: Sequence[str] = ()
 ) -> Iterator[Step]:
-    """A step for every file of the target. `given`: arrays that come from memory; so do biases that
-    a source does not have."""
+    """A step for every file of the target.
+
+    The arrays `given` come from memory, and so do biases that an expert does not have.
+    """
     readers = {source.weights: Reader(source.weights) for source in experts}
     for path, layout in target.items():
         for index in layout.indices():
@@ -51,10 +50,8 @@ def plan(
             else:
                 layer, expert, *rest = index
                 source = experts[expert]
-                has = readers[source.weights].has(path)
-                yield Step(
-                    path, index, source.weights if has else None, (layer, source.index, *rest)
-                )
+                weights = source.weights if readers[source.weights].has(path) else None
+                yield Step(path, index, weights, (layer, source.index, *rest))
 
 
 def compose(
@@ -65,33 +62,38 @@ def compose(
     ways: Sequence[str] = WAYS,
     instead: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, int]:
-    """Writes weights of these experts, in this order; returns how many files came which way.
+    """Writes weights with these experts in this order; returns how many files came which way.
 
-    The ways "link", "reflink" and "copy" move whole files; "stream" goes through memory, a shard at
-    a time. `instead` has arrays that are written in the place of what lies there. Raises UserError
-    for data that cannot be read, and for a way that a bucket has not.
+    Args:
+        directory: where the weights are written.
+        target: the layout of every array.
+        trunk: the weights whose trunk is taken.
+        experts: each expert's weights.
+        ways: "link", "reflink" and "copy" take whole files; "stream" goes through memory, a shard
+            at a time. The first way that works is taken.
+        instead: arrays by path that are written in place of the sources'.
+
+    Raises:
+        UserError: for data that cannot be read, and where a bucket has none of the ways.
     """
     if in_bucket(directory) and not {"copy", "stream"} & set(ways):
         raise UserError(
             f"{directory} is in a bucket, which has no {' and no '.join(ways)}; try --by auto"
         )
     instead, taken = instead or {}, Counter[str]()
-    readers = {
-        weights: Reader(weights) for weights in (trunk, *(source.weights for source in experts))
-    }
-    copies: list[tuple[Path, Path]] = []  # within buckets: many at once
+    places = (trunk, *(source.weights for source in experts))
+    readers = {weights: Reader(weights) for weights in places}
+    copies: list[tuple[Path, Path]] = []  # from bucket to bucket, made at the end, many at once
     with Writer(directory, target) as writer:
         for path, index, source, at in plan(target, trunk, experts, tuple(instead)):
-            box = target[path].box(index)
-            if source is None:
-                values = (
-                    instead[path][box]
-                    if path in instead
-                    else np.zeros(target[path].shard, target[path].dtype)
-                )
-                writer.write(path, index, values)
+            layout = target[path]
+            box = layout.box(index)
+            if path in instead:
+                writer.write(path, index, instead[path][box])
+            elif source is None:  # a bias that the expert does not have
+                writer.write(path, index, np.zeros(layout.shard, layout.dtype))
             elif "stream" in ways or in_bucket(source) != in_bucket(directory):
-                if at != index:  # another expert: there may be more of them there than here
+                if at != index:  # the expert has another place there
                     box = (box[0], slice(at[1], at[1] + 1), *box[2:])
                 writer.write(path, index, readers[source].read(path, box))
                 taken["stream"] += 1

@@ -1,12 +1,14 @@
-"""A merged model before it is written, as a value: which anchor, which members in which order, how
-many active, which router rows.
+"""A merged model before it is written, as a value.
+
+The value says which anchor, which members in which order, how many experts a token uses, and which
+router rows.
 
     composition.without(["law"]) == the composition that never had it
     composition.with_member(member, source).without([member.name]) == composition
 
-Experts stand behind the anchor's along the expert axis; the trunk is the anchor's, byte for byte.
-`describe` gives the description of the model, `write` the model: both depend on the value and on
-nothing else.
+On the expert axis the anchor's FFN comes first, then the members. The trunk is the anchor's, byte
+for byte. `describe` gives the model's description and `write` the model. Both depend on the value
+and on nothing else.
 """
 
 import dataclasses
@@ -38,123 +40,112 @@ Member = Mapping[str, Any]  # of a model's description: name, manifest, signatur
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a router was tuned to, and what of: the experts that were there and the data, by name.
-    Those who leave leave a trace in it."""
+    """How a router was tuned: what left a trace in its rows, and the rows."""
 
+    # names of the experts that were there and of the data: a trace stays when an expert leaves
     traces: tuple[str, ...] = ()
-    # [L, E, ...] of a router run; a tuned model has them in its weights
+    # [L, E, ...] by path, of a router run; a tuned model has them in its weights
     rows: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Composition:
-    """The value. `sources` are where the experts' weights lie, the anchor's first."""
+    """Anchor, members, active experts and router rows of a model to write."""
 
     tokenizer: Tokenizer
-    anchor: Mapping[str, Any]  # the fingerprint's parts
-    fingerprint: str | None
+    anchor: Mapping[str, Any]  # what the fingerprint is taken of
+    fingerprint: str | None  # None: of an imported model
     model: Mapping[str, Any]  # the anchor's config
-    trunk: Path
+    trunk: Path  # the weights with the trunk
     members: tuple[Member, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...]  # each expert's weights, the anchor's first
     active: int | None = None  # as it was asked for; None: DEFAULT_ACTIVE, or all
     tuning: Tuning = field(default_factory=Tuning)
-    # what an imported model says of itself beside
+    # keys that only the description of an imported model has
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_anchor(cls, anchor: Artifact, weights: Path, active: int | None) -> "Composition":
-        """The merge of nothing; `weights` are the anchor's in the store."""
+        """The anchor without members; `weights` is its directory in the store."""
         parts = parts_of(anchor.description)
         return cls(
-            anchor.tokenizer,
-            parts,
-            anchor.fingerprint,
-            parts["model"],
-            weights,
-            (),
-            (Source(weights, 0),),
-            active,
+            tokenizer=anchor.tokenizer,
+            anchor=parts,
+            fingerprint=anchor.fingerprint,
+            model=parts["model"],
+            trunk=weights,
+            members=(),
+            sources=(Source(weights, 0),),
+            active=active,
         )
 
     @classmethod
     def of_model(cls, model: Artifact, tuning: Tuning) -> "Composition":
-        """A verified model as it is, its own files as sources. Raises UserError for a merge of an
-        earlier version."""
+        """A verified model as it is, from its own files.
+
+        Raises UserError for one assembled of dense models, and for a merge of an earlier version.
+        """
         weights, description = model.path / "weights", model.description
-        if description["format"] == 1 and model.fingerprint is not None:
+        is_format_1 = description["format"] == 1
+        if is_format_1 and model.fingerprint is not None:
             raise UserError(
                 f"{model.path} was merged by an earlier version, which kept no proof of its anchor;"
                 " merge its contributions again"
             )
-        experts = len(model.experts)
-        asked = (
-            model.config.n_active if model.config.n_active != min(experts, DEFAULT_ACTIVE) else None
-        )
         if "anchor" not in description:
             raise UserError(
                 f"{model.path} was assembled of dense models; expected one that `flexolmo merge` or"
                 " `import-hf` made"
             )
-        parts = (
-            {"tensors": anchor_tensors(description)}
-            if description["format"] == 1
-            else parts_of(description)
-        )
-        more = {key: description[key] for key in ("imported",) if key in description}
-        sources = tuple(Source(weights, i) for i in range(experts))
-        config = parts.get("model") or description["model"]
+        experts, active = len(model.experts), model.config.n_active
+        is_default = active == min(experts, DEFAULT_ACTIVE)
+        parts = {"tensors": anchor_tensors(description)} if is_format_1 else parts_of(description)
         return cls(
-            model.tokenizer,
-            parts,
-            model.fingerprint,
-            config,
-            weights,
-            model.members,
-            sources,
-            asked,
-            tuning,
-            more,
+            tokenizer=model.tokenizer,
+            anchor=parts,
+            fingerprint=model.fingerprint,
+            model=parts.get("model") or description["model"],
+            trunk=weights,
+            members=model.members,
+            sources=tuple(Source(weights, i) for i in range(experts)),
+            active=None if is_default else active,
+            tuning=tuning,
+            more={key: description[key] for key in ("imported",) if key in description},
         )
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names; "anchor" first."""
+        """The experts' names, "anchor" first."""
         return ("anchor", *(member["name"] for member in self.members))
 
     def without(self, names: Sequence[str]) -> "Composition":
-        """Without these experts. It keeps the number of active ones that it was given, as far as
-        there are so many."""
+        """The composition without these experts, with at most as many active as before."""
         kept = [i for i, name in enumerate(self.experts) if name not in names]
-        tuning = dataclasses.replace(
-            self.tuning, rows={path: rows[:, kept] for path, rows in self.tuning.rows.items()}
-        )
-        members, sources = (
-            tuple(self.members[i - 1] for i in kept[1:]),
-            tuple(self.sources[i] for i in kept),
-        )
-        active = self.active and min(self.active, len(kept))
+        rows = {path: rows[:, kept] for path, rows in self.tuning.rows.items()}
         return dataclasses.replace(
-            self, members=members, sources=sources, tuning=tuning, active=active
+            self,
+            members=tuple(self.members[i - 1] for i in kept[1:]),
+            sources=tuple(self.sources[i] for i in kept),
+            tuning=dataclasses.replace(self.tuning, rows=rows),
+            active=self.active and min(self.active, len(kept)),
         )
 
     def with_member(self, member: Member, source: Source) -> "Composition":
-        """With this expert: in the place of the one of its name, or as the last."""
-        members, sources = list(self.members), list(self.sources)
-        place = (
-            self.experts.index(member["name"]) if member["name"] in self.experts else len(sources)
-        )
-        members[place - 1 : place], sources[place : place + 1] = [member], [source]
+        """The composition with this expert, in place of the one of its name or as the last."""
+        members, sources, names = list(self.members), list(self.sources), self.experts
+        at = names.index(member["name"]) if member["name"] in names else len(names)
+        members[at - 1 : at], sources[at : at + 1] = [member], [source]
         return dataclasses.replace(self, members=tuple(members), sources=tuple(sources))
 
     def untuned(self, contributed: Sequence[Source]) -> "Composition":
-        """With the router rows that were contributed: the anchor and the members as they lie in the
-        store."""
+        """The composition with the contributed router rows: all experts from the store."""
         return dataclasses.replace(self, sources=tuple(contributed), tuning=Tuning())
 
     def describe(self) -> dict[str, Any]:
-        """The description of the model. Raises UserError for a name given twice, and for more
-        active experts than there are."""
+        """The model's description, without its digest.
+
+        Raises UserError for a name given twice, and for more active experts than there are.
+        """
         names = self.experts
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(
@@ -200,21 +191,20 @@ class Composition:
         return {"router": {"tuned_with": list(self.tuning.traces), "tensors": digests}}
 
     def rows(self, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """A tuned router's rows and biases, [L, E, ...]; of an expert that came later, as they were
-        contributed."""
-        paths = (
-            [path for path in ("experts/row", "experts/bias") if path in tensors]
-            if self.tuning.traces
-            else []
-        )
+        """A tuned router's rows and biases, [L, E, ...]; none of a router that is not tuned.
+
+        Those of an expert that came after the tuning are the contributed ones.
+        """
+        if not self.tuning.traces:
+            return {}
+        paths = [path for path in ("experts/row", "experts/bias") if path in tensors]
         if self.tuning.rows:
             return {path: self.tuning.rows[path] for path in paths}
-        return {
-            path: np.stack(
-                [_rows_of(path, source, tensors[path]) for source in self.sources], axis=1
-            )
-            for path in paths
-        }
+        found = {}
+        for path in paths:
+            of_experts = [_rows_of(path, source, tensors[path]) for source in self.sources]
+            found[path] = np.stack(of_experts, axis=1)
+        return found
 
     def write(
         self,
@@ -223,20 +213,15 @@ class Composition:
         ways: Sequence[str] = WAYS,
         beside: Mapping[str, bytes] = MappingProxyType({}),
     ) -> Artifact:
-        """Writes the model, with these files `beside` it, and says to the store where it is."""
+        """Writes the model, with the files `beside` its own, and registers it with the store."""
         description = self.describe()
-        store.register(out)  # first: what a killed process leaves beside it can then be found
+        store.register(out)  # first, so that `gc` finds what a killed process left beside it
         with new_directory(out) as directory:
             self.tokenizer.save(directory / "tokenizer.json")
-            target = layouts(ModelConfig(**description["model"]), description["tensors"])
-            taken = compose(
-                directory / "weights",
-                target,
-                self.trunk,
-                self.sources,
-                ways,
-                self.rows(description["tensors"]),
-            )
+            tensors = description["tensors"]
+            target, rows = layouts(ModelConfig(**description["model"]), tensors), self.rows(tensors)
+            weights = directory / "weights"
+            taken = compose(weights, target, self.trunk, self.sources, ways, rows)
             for name, content in beside.items():
                 write_bytes(directory / name, content)
             write_description(directory, description)
@@ -248,8 +233,9 @@ class Composition:
 
 
 def _rows_of(path: str, source: Source, entry: Mapping[str, Any]) -> np.ndarray:
-    """An expert's rows or biases, of all layers."""
+    """An expert's rows or biases in all layers; biases are 0 where it has none."""
     reader = Reader(source.weights)
     if not reader.has(path):
-        return np.zeros([n for axis, n in enumerate(entry["shape"]) if axis != 1], entry["dtype"])
+        layers, _, *rest = entry["shape"]
+        return np.zeros((layers, *rest), entry["dtype"])
     return reader.read(path, (slice(None), slice(source.index, source.index + 1)))[:, 0]

@@ -1,4 +1,4 @@
-"""What a contribution passes on its way into a model: signature, verdicts, admission."""
+"""The checks before a contribution is merged: signature, other owners' verdicts, admission."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,23 +17,29 @@ class Gate:
     """What a contribution has to pass to be merged."""
 
     trust: Trust = ANY
-    admission: bool = True  # whether each is tried, see `admit`
-    screening: Sequence[Path] = ()  # verdicts of the other owners, if they are asked for
+    admission: bool = True  # whether each contribution is tried, see `admit`
+    screening: Sequence[Path] = ()  # files with verdicts of the other owners; empty: none needed
 
     def open(self, path: Path, base: Artifact) -> Contribution:
-        """Opens one and checks its manifest. Raises UserError."""
+        """Opens a contribution and checks its manifest against the anchor, or a model on it.
+
+        Raises UserError as `Contribution.check` does.
+        """
         contribution = open_contribution(path)
         contribution.check(base, self.trust)
         return contribution
 
     def check(self, contributions: Sequence[Contribution], base: Artifact) -> None:
-        """What no manifest says: what other owners found, and what the expert computes."""
+        """Checks what no manifest says: other owners' verdicts, and what the experts compute.
+
+        Raises UserError for a contribution that is refused.
+        """
         if self.screening:
             check_screening(contributions, self.screening, self.trust)
         if not self.admission:
             note(
-                "warning: --no-admission: the sizes of the experts' weights, and whether what they"
-                " compute is finite, are not looked at"
+                "warning: --no-admission: nobody checks the norms of the experts' weights, nor"
+                " whether their outputs are finite"
             )
             return
         for contribution in contributions:

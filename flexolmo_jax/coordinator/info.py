@@ -1,7 +1,10 @@
-"""`flexolmo info`: what a run, anchor, contribution, model, store or prepared directory is; of a
-contribution, what leaves its owner."""
+"""`flexolmo info`: what a run, anchor, contribution, model, store or prepared directory is.
+
+Of a contribution it also says what leaves the owner.
+"""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +20,59 @@ from .store import Store
 
 
 def info(path: Path) -> dict[str, Any]:
-    """Reads descriptions only, no weights. Raises UserError where there is nothing of ours."""
+    """What a directory is, from its descriptions; no weights are read.
+
+    Raises UserError for a directory that none of our commands made.
+    """
     if (path / MANIFEST).exists():
         return _contribution(path)
     if (path / "index.json").exists() and not (path / DESCRIPTION).exists():
-        index = Index.read(path)
-        splits = {
-            name: {"records": s.records, "documents": s.documents, "tokens": s.tokens}
-            for name, s in index.splits.items()
-        }
-        return {
-            "kind": "prepared data",
-            "seq_len": index.seq_len,
-            "tokenizer": index.tokenizer_digest,
-            **splits,
-        }
+        return _prepared(path)
     if (path / STORE_FILE).exists():
         return Store.existing(path).info()
     artifact = open_artifact(path)
+    description = artifact.description
     keep = ("run", "base", "fingerprint", "embedder", "public", "members")
-    described = {key: artifact.description[key] for key in keep if key in artifact.description}
+    described = {key: description[key] for key in keep if key in description}
     if "members" in described:
         described["members"] = [_member(member) for member in described["members"]]
-    sizes = {
-        "stored_parameters": sum(
-            math.prod(t["shape"]) for t in artifact.description["tensors"].values()
-        )
-    }
-    row = last_row(path) if artifact.kind == "run" else None
-    last = {"last_metrics": row} if row else {}
+    entry = last_row(path) if artifact.kind == "run" else None
     return {
         "kind": artifact.kind,
         "experts": list(artifact.experts),
         **described,
-        **sizes,
-        "model": artifact.description["model"],
-        **last,
+        "stored_parameters": _parameters(description["tensors"]),
+        "model": description["model"],
+        **({"last_metrics": entry} if entry else {}),
     }
+
+
+def _parameters(tensors: Mapping[str, Any]) -> int:
+    return sum(math.prod(entry["shape"]) for entry in tensors.values())
+
+
+def _prepared(path: Path) -> dict[str, Any]:
+    index = Index.read(path)
+    splits = {
+        name: {"records": s.records, "documents": s.documents, "tokens": s.tokens}
+        for name, s in index.splits.items()
+    }
+    known = {"seq_len": index.seq_len, "tokenizer": index.tokenizer_digest}
+    return {"kind": "prepared data", **known, **splits}
 
 
 def _member(member: dict[str, Any]) -> dict[str, Any]:
+    name = member["name"]
     if (manifest := manifest_of(member)) is None:
-        return {"name": member["name"], **told(member), "manifest": member["manifest"]}
-    return {
-        "name": member["name"],
-        **told(manifest),
-        "manifest": manifest["sha256"],
-        "signed": member["signature"] is not None,
-    }
+        return {"name": name, **told(member), "manifest": member["manifest"]}
+    is_signed = member["signature"] is not None
+    return {"name": name, **told(manifest), "manifest": manifest["sha256"], "signed": is_signed}
 
 
 def _contribution(path: Path) -> dict[str, Any]:
     contribution = open_contribution(path)
     manifest = contribution.manifest
-    parameters = sum(math.prod(t["shape"]) for t in manifest["tensors"].values())
+    parameters = _parameters(manifest["tensors"])
     return {
         "kind": "contribution",
         **{key: manifest[key] for key in ("format", "name", "anchor", "dtype")},

@@ -1,8 +1,8 @@
 """Merging: anchor + contributions -> one mixture-of-experts model, without data or training.
 
 The store takes in each contribution once, verified. Every verb then turns one composition
-(composition.py) into another and writes it. Dropping an expert leaves its files out: what stays are
-the files of the model that never had it.
+(composition.py) into another and writes it. A model without an expert has exactly the files of the
+model that never had it.
 """
 
 from collections.abc import Sequence
@@ -46,13 +46,13 @@ def merge(
     Args:
         active: how many experts a token uses (default: 4, or all if there are fewer).
         gate: what each contribution has to pass.
-        store_path: by default `flexolmo-store` beside the model.
-        ways: those of `compose`.
+        store_path: the store (default: `flexolmo-store` beside the model).
+        ways: how files get into the model, see `compose`.
 
     Raises:
         UserError: before any expert's tensor is read, for a contribution to another anchor, one
-            that is expired or not trusted, a name given twice, and `active` above E; then for
-            tensors, the anchor's or a contribution's, that are not what their digests say.
+            that is expired or not trusted, a name given twice, and more active experts than there
+            are; then for tensors that differ from their digests.
     """
     check_new(out)
     anchor = open_anchor(anchor_path)
@@ -86,12 +86,12 @@ def opt_out(
     store_path: Path | None = None,
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Writes the model without these experts: exactly the merge that never had them, and a receipt.
+    """Writes the model without these experts, as the merge that never had them, and a receipt.
 
     Args:
         model_path: a model, or a router run, whose tuned rows the new model then has.
-        untuned: take the rows that were contributed instead, from the store. Tuned rows bear a
-            trace of the experts that were there when they were tuned.
+        untuned: take the contributed rows instead, from the store. Tuned rows bear a trace of the
+            experts that were there when they were tuned.
         sign_key: the coordinator's private key, which signs the receipt.
         store_path, ways: as in `merge`.
 
@@ -116,7 +116,10 @@ def opt_out(
 def apply_tuning(
     run: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS
 ) -> Artifact:
-    """Writes the model of a router run, with the rows that it tuned. Raises UserError."""
+    """Writes the model with the rows that a router run tuned.
+
+    Raises UserError for any other run.
+    """
     check_new(out)
     model, tuning = _tuned(run)
     if not tuning.rows:
@@ -129,8 +132,10 @@ def apply_tuning(
 def undo_tuning(
     model_path: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS
 ) -> Artifact:
-    """Writes the model with the rows that were contributed, from the store, as `merge` did.
-    Raises UserError where the store lacks one."""
+    """Writes the model with the contributed router rows, from the store, as `merge` did.
+
+    Raises UserError where the store lacks one.
+    """
     check_new(out)
     model, tuning = _tuned(open_model(model_path).path)
     store = _store(model, store_path)
@@ -149,8 +154,10 @@ def replace(
     store_path: Path | None = None,
     ways: Sequence[str] = WAYS,
 ) -> Artifact:
-    """Writes the model with a newer contribution in the place of the expert of the same name, or
-    with any where `allow_older`. Raises UserError as `merge` does."""
+    """Writes the model with a newer contribution in place of the expert of the same name.
+
+    With `allow_older` the contribution may be an older one. Raises UserError as `merge` does.
+    """
     check_new(out)
     model, tuning = _tuned(open_model(model_path).path)
     newer = gate.open(contribution, model)
@@ -189,7 +196,10 @@ def append(
 
 
 def open_model(path: Path) -> Artifact:
-    """Opens a merged model for use. Its bytes are those of its description, or UserError."""
+    """Opens a merged model for use.
+
+    Raises UserError for anything else, and where its bytes are not those of its description.
+    """
     artifact = open_artifact(path)
     if artifact.kind != "model":
         raise UserError(
@@ -200,7 +210,10 @@ def open_model(path: Path) -> Artifact:
 
 
 def _planned(model: Artifact, tuning: Tuning, contribution: Contribution) -> Composition:
-    """The model as it is. Raises UserError where it cannot have the contribution in it."""
+    """The composition of the model as it is.
+
+    Raises UserError where the contribution cannot be added: nothing has been written yet.
+    """
     composition = Composition.of_model(model, tuning)
     composition.with_member(_member(contribution), composition.sources[0]).describe()
     return composition
@@ -222,7 +235,10 @@ def _with_contribution(
 def _taken_in(
     composition: Composition, contribution: Contribution, store: Store, anchor: np.ndarray
 ) -> Composition:
-    """With a contribution, out of the store; `anchor` are the sketches of the anchor's matrices."""
+    """The composition with a contribution, which the store takes in.
+
+    `anchor` holds the sketches of the anchor's matrices.
+    """
     held = store.expert(contribution)
     member = _member(contribution, encoded(held.sketch - anchor))
     return composition.with_member(member, Source(held.weights, 0))
@@ -246,7 +262,7 @@ def _anchor_sketch(composition: Composition, model: Artifact, store: Store) -> n
 
 
 def _tuned(path: Path) -> tuple[Artifact, Tuning]:
-    """A merged model, or the model of a router run; and how it was tuned."""
+    """The merged model at `path`, or the model of the router run there, and its tuning."""
     artifact = open_artifact(path)
     model = artifact.base() if artifact.description.get("run") == "router" else artifact
     model = open_model(model.path)
@@ -254,13 +270,12 @@ def _tuned(path: Path) -> tuple[Artifact, Tuning]:
     if artifact.path == model.path:
         return model, Tuning(tuple(traces))
     traces |= dict.fromkeys([*model.experts, *artifact.description.get("data", ())])
-    rows = flatten(artifact.trained())
-    released = {path: np.asarray(a, model.dtype) for path, a in rows.items()}
-    return model, Tuning(tuple(traces), released)
+    rows = {path: np.asarray(a, model.dtype) for path, a in flatten(artifact.trained()).items()}
+    return model, Tuning(tuple(traces), rows)
 
 
 def _contributed(composition: Composition, store: Store) -> list[Source]:
-    """The anchor and the members as they were taken in."""
+    """The anchor and the members in the store, as they were contributed."""
     held = [store.held(anchor_key(composition.anchor["tensors"]), "the model's anchor")]
     for member in composition.members:
         key = expert_key(tensors_of(member))

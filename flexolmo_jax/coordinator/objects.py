@@ -1,10 +1,9 @@
-"""One object of a store: an anchor, or one expert. What its record says, how it is taken in, and a
-check of all its bytes."""
+"""One object of a store, an anchor or an expert: its record, taking it in, checking its bytes."""
 
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,37 +26,39 @@ from .compose import Source, compose
 from .sketch import decoded, encoded, sketch_of
 
 OBJECT_FILE = "object.json"
-LAYOUT = 3  # counted up whenever weights.py lays out the same tensors otherwise
+LAYOUT = 3  # goes up whenever storage/weights.py changes the files of the same tensors
 
 
 def key_of(kind: str, tensors: Mapping[str, Any]) -> str:
-    """What an object of these tensors is named."""
-    return hashlib.sha256(
-        canonical_json({"kind": kind, "layout": LAYOUT, "tensors": tensors}).encode()
-    ).hexdigest()
+    """The name of an object with these tensors: a SHA-256."""
+    content = canonical_json({"kind": kind, "layout": LAYOUT, "tensors": tensors})
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Record:
-    """`object.json`. `files`: of each file its size and, on a disk, inode and time of change in ns;
-    in a bucket its MD5."""
+    """What `object.json` says of an object."""
 
     kind: Literal["anchor", "expert"]
     model: dict[str, Any]
     tensors: DigestedTensors
     sketch: Sketch
+    # by file: size, and on a disk inode and time of change in ns, in a bucket the MD5
     files: dict[Text, tuple[int | str, ...]] = dataclasses.field(default_factory=dict)
     sha256: str = ""
 
     @classmethod
     def read(cls, directory: Path) -> "Record":
-        """Raises UserError where it is missing or damaged."""
+        """The record of the object in a directory.
+
+        Raises UserError where it is missing or damaged.
+        """
         try:
             fields = read_sealed(directory / OBJECT_FILE)
             conform(cls, fields)
             record = cls(**fields)
             build(ModelConfig, record.model).check()
-            record.sketches  # noqa: B018  # raises where it is none
+            record.sketches  # noqa: B018  # raises ValueError where the sketch is damaged
         except (OSError, ValueError, UserError) as error:
             raise UserError(
                 f"{directory / OBJECT_FILE} is damaged ({error!s:.120}); remove {directory}, and"
@@ -66,12 +67,8 @@ class Record:
         return record
 
     def write(self, directory: Path) -> None:
-        """Into the directory of the object."""
-        fields = dataclasses.asdict(self)
-        write_text(
-            directory / OBJECT_FILE,
-            sealed_json({key: value for key, value in fields.items() if key != "sha256"}),
-        )
+        """Writes the record into the object's directory."""
+        write_text(directory / OBJECT_FILE, sealed_json(dataclasses.asdict(self)))
 
     @property
     def entries(self) -> Mapping[str, Mapping[str, Any]]:
@@ -92,31 +89,26 @@ class Record:
         return decoded(self.sketch, self.config)
 
     def matches(self, directory: Path) -> bool:
-        """Whether the object's files are those that were written, as far as sizes and times
-        tell."""
+        """Whether the object's files are the written ones, as far as sizes and times tell."""
         return {name: list(values) for name, values in self.files.items()} == _files_in(directory)
 
     def of_files_in(self, directory: Path) -> "Record":
-        return dataclasses.replace(
-            self, files={name: tuple(values) for name, values in _files_in(directory).items()}
-        )
+        """The record with the sizes and times of the files that are in the directory now."""
+        files = {name: tuple(values) for name, values in _files_in(directory).items()}
+        return dataclasses.replace(self, files=files)
 
     def layouts(self) -> dict[str, Layout]:
+        """The layout of each of the object's arrays."""
         if self.kind == "anchor":
             return layouts(self.config, self.entries)
-        return expert_layouts(
-            self.config,
-            next(iter(self.entries.values()))["dtype"],
-            name_of_tensor("bias", 0) in self.tensors,
-        )
+        dtype = next(iter(self.entries.values()))["dtype"]
+        return expert_layouts(self.config, dtype, name_of_tensor("bias", 0) in self.tensors)
 
 
 def _files_in(directory: Path) -> dict[str, list[int | str]]:
-    found = {
-        name: file
-        for name, file in listing(directory).items()
-        if name not in (OBJECT_FILE, UNFINISHED)
-    }
+    found = listing(directory)
+    for name in (OBJECT_FILE, UNFINISHED):
+        found.pop(name, None)
     if in_bucket(directory):
         return {name: [file.size, file.md5] for name, file in found.items()}
     status = {name: (directory / name).lstat() for name in found}
@@ -124,7 +116,7 @@ def _files_in(directory: Path) -> dict[str, list[int | str]]:
 
 
 def expert_layouts(config: ModelConfig, dtype: str, has_bias: bool) -> dict[str, Layout]:
-    """Of one expert alone, as a model's arrays with that expert."""
+    """The layouts of a single expert's arrays, [L, 1, ...]."""
     L, D, F = config.n_layers, config.d_model, config.d_ffn
     shapes: dict[str, tuple[int, ...]] = {
         "gate": (L, 1, D, F),
@@ -135,53 +127,42 @@ def expert_layouts(config: ModelConfig, dtype: str, has_bias: bool) -> dict[str,
     if has_bias:
         shapes["bias"] = (L, 1)
     config = dataclasses.replace(config, n_experts=2, router_bias=has_bias)
-    return layouts(
-        config,
-        {f"experts/{name}": {"shape": shape, "dtype": dtype} for name, shape in shapes.items()},
-    )
+    tensors = {f"experts/{leaf}": {"shape": s, "dtype": dtype} for leaf, s in shapes.items()}
+    return layouts(config, tensors)
 
 
 def take_anchor(anchor: Artifact, directory: Path) -> Record:
-    """Copies a verified anchor's weights: its own files may be changed by whoever has them."""
-    tensors, source = anchor.description["tensors"], anchor.path / "weights"
-    compose(
-        directory / "weights",
-        layouts(anchor.config, tensors),
-        source,
-        [Source(source, 0)],
-        ("reflink", "copy"),
-    )
-    sketches = sketches_of(directory / "weights", anchor.config)
-    return Record("anchor", to_dict(anchor.config), tensors, encoded(sketches)).of_files_in(
-        directory
-    )
+    """Copies a verified anchor's weights into the directory of an object.
+
+    The files are not linked: whoever has the anchor may change its own.
+    """
+    config, tensors = anchor.config, anchor.description["tensors"]
+    source, target = anchor.path / "weights", directory / "weights"
+    compose(target, layouts(config, tensors), source, [Source(source, 0)], ("reflink", "copy"))
+    sketch = encoded(sketches_of(target, config))
+    return Record("anchor", to_dict(config), tensors, sketch).of_files_in(directory)
 
 
 def sketches_of(weights: Path, config: ModelConfig, expert: int = 0) -> np.ndarray:
-    """Sketches of an expert in a directory of weights, float64 [3 L, buckets]. Reads a matrix at a
-    time."""
-    reader = Reader(weights)
-    return np.stack(
-        [
-            sketch_of(
-                reader.read(
-                    f"experts/{leaf}", (slice(layer, layer + 1), slice(expert, expert + 1))
-                )[0, 0],
-                leaf,
-            )
-            for layer in range(config.n_layers)
-            for leaf in MATRICES
-        ]
-    )
+    """Sketches of an expert in a directory of weights, float64 [3 L, buckets].
+
+    One matrix at a time is in memory.
+    """
+    reader, sketches = Reader(weights), []
+    for layer in range(config.n_layers):
+        box = slice(layer, layer + 1), slice(expert, expert + 1)
+        for leaf in MATRICES:
+            sketches.append(sketch_of(reader.read(f"experts/{leaf}", box)[0, 0], leaf))
+    return np.stack(sketches)
 
 
 def sketch_claim(model: Artifact) -> str:
-    """What is remembered of a model whose sketches are those of its weights."""
+    """The claim, for storage/verified.py, that a model's sketches are those of its weights."""
     return f"sketches {model.description['sha256']}"
 
 
 def take_expert(contribution: Contribution, directory: Path) -> Record:
-    """Reads, checks and lays out a contribution, one tensor at a time."""
+    """Reads and checks a contribution and writes its weights, one tensor at a time."""
     manifest = contribution.manifest
     config = build(ModelConfig, manifest["model"])
     target = expert_layouts(config, manifest["dtype"], contribution.has_bias)
@@ -191,7 +172,7 @@ def take_expert(contribution: Contribution, directory: Path) -> Record:
         if path.removeprefix("experts/") not in MATRICES
     }
     largest = config.d_model * config.d_ffn * np.dtype(manifest["dtype"]).itemsize
-    # one is written while the next is read
+    # two: one is written while the next is read
     buffers = itertools.cycle([np.empty(largest, np.uint8) for _ in range(2)])
     sketches: dict[tuple[int, str], np.ndarray] = {}
 
@@ -209,35 +190,23 @@ def take_expert(contribution: Contribution, directory: Path) -> Record:
                 sketches[layer, leaf] = sketch_of(tensor, leaf)
         for path, values in small.items():
             writer.write(path, (0,) * values.ndim, values)
-    in_order = np.stack(
-        [sketches[layer, leaf] for layer in range(config.n_layers) for leaf in MATRICES]
-    )
-    return Record("expert", manifest["model"], manifest["tensors"], encoded(in_order)).of_files_in(
-        directory
-    )
+    layers = range(config.n_layers)
+    sketch = encoded(np.stack([sketches[layer, leaf] for layer in layers for leaf in MATRICES]))
+    record = Record("expert", manifest["model"], manifest["tensors"], sketch)
+    return record.of_files_in(directory)
 
 
 def check_object(path: Path) -> None:
-    """Reads all of an object. Raises UserError where its files or their bytes are not those that
-    its name and its record say."""
+    """Reads all of an object's bytes.
+
+    Raises UserError where its files or their bytes are not those of its name and its record.
+    """
     record = Record.read(path)
     try:
         if record.key != path.name:
-            raise UserError("it is not what it is named by")
-        target, found = record.layouts(), listing(path)
-        small = {f"weights/{name}": content for name, content in metadata_files(target).items()}
-        sizes = {
-            f"weights/{shard_name(at, index)}": layout.shard_bytes
-            for at, layout in target.items()
-            for index in layout.indices()
-        }
-        sizes |= {name: len(content) for name, content in small.items()}
-        if found.keys() - {OBJECT_FILE} != sizes.keys() or any(
-            found[name].size != size for name, size in sizes.items()
-        ):
-            raise UserError("its files are not those of an object")
-        if any(read_bytes(path / name, len(content)) != content for name, content in small.items()):
-            raise UserError("its metadata is not that of its tensors")
+            raise UserError("its record is that of another object")
+        target = record.layouts()
+        _check_files(path, target)
         _check_tensors(record, target, Reader(path / "weights"))
     except (UserError, OSError, ValueError) as error:
         raise UserError(
@@ -246,19 +215,27 @@ def check_object(path: Path) -> None:
         ) from None
 
 
+def _check_files(path: Path, target: Mapping[str, Layout]) -> None:
+    found = {name: file.size for name, file in listing(path).items() if name != OBJECT_FILE}
+    metadata = {f"weights/{name}": content for name, content in metadata_files(target).items()}
+    sizes = {
+        f"weights/{shard_name(at, index)}": layout.shard_bytes
+        for at, layout in target.items()
+        for index in layout.indices()
+    }
+    if found != sizes | {name: len(content) for name, content in metadata.items()}:
+        raise UserError("its files are not those of an object")
+    for name, content in metadata.items():
+        if read_bytes(path / name, len(content)) != content:
+            raise UserError("its metadata is not that of its tensors")
+
+
 def _check_tensors(record: Record, target: Mapping[str, Layout], reader: Reader) -> None:
     for name, entry in record.entries.items():
-        path, boxes = (
-            (name, list(target[name].boxes()))
-            if record.kind == "anchor"
-            else _expert_boxes(name, target)
-        )
-        if reader.digest(path, boxes) != entry["sha256"]:
+        if record.kind == "anchor":
+            path, boxes = name, target[name].boxes()
+        else:
+            path, layer = leaf_of(name)
+            boxes = target[path].boxes(layer=layer)
+        if reader.digest(path, list(boxes)) != entry["sha256"]:
             raise UserError(f"the bytes of {name} are not those of its record")
-
-
-def _expert_boxes(
-    name: str, target: Mapping[str, Layout]
-) -> tuple[str, Sequence[tuple[slice, ...]]]:
-    path, layer = leaf_of(name)
-    return path, list(target[path].boxes(layer=layer))

@@ -1,11 +1,12 @@
-"""What an owner who leaves is given: a receipt that anybody can check against a model.
+"""The receipt for an owner who leaves, which anybody can check against a model.
 
-    receipt.json   the leavers' manifests and signatures, whole; digests and sketches of their
+    receipt.json   the leavers' whole manifests and signatures; digests and sketches of their
                    weights; who stays; how exact the opt-out is
     receipt.sig    optional: the coordinator's Ed25519 signature over the receipt's bytes
 
-A model holds an expert that has left where one of its experts is it, or nearly it (sketch.py).
-Equal single matrices prove nothing: what training leaves alone is the anchor's in every expert.
+A model still holds an expert that left if one of its experts is a copy of it, or nearly one
+(sketch.py). Two equal matrices prove nothing: a matrix that training did not change is the anchor's
+in every expert.
 """
 
 import datetime
@@ -40,8 +41,10 @@ TUNED = (
 
 @dataclass(frozen=True)
 class Removed:
+    """An expert that left."""
+
     name: Name
-    manifest: dict[str, Any] | None  # of an imported model: none
+    manifest: dict[str, Any] | None  # None: of an imported model
     signature: Text | None
     digests: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=1 << 16)]
     sketch: Sketch
@@ -49,6 +52,8 @@ class Removed:
 
 @dataclass(frozen=True)
 class Remaining:
+    """An expert that stays, with the digest of its manifest."""
+
     name: Name
     manifest: Digest | None
 
@@ -63,7 +68,7 @@ class Receipt:
     removed: Annotated[tuple[Removed, ...], Field(min_length=1)]
     remaining: tuple[Remaining, ...]
     grade: Text
-    # by name: where they lie is the coordinator's business
+    # names only: the owner need not know the coordinator's paths
     models_that_still_hold_it: tuple[Text, ...]
     store_still_holds_it: bool
     sha256: Digest
@@ -72,41 +77,40 @@ class Receipt:
 def make_receipt(
     before: Artifact, after: Composition, names: Iterable[str], store: Store
 ) -> dict[str, Any]:
-    """For a model that is about to lose experts. Raises UserError where an expert that stays is a
-    copy of one that leaves."""
+    """The receipt of these experts leaving the model `before`, which then is `after`.
+
+    Raises UserError where an expert that stays is a copy of one that leaves.
+    """
     ensure_sketches(before)
     names = set(names)
     leaving = [member for member in before.members if member["name"] in names]
     sketches = {member["name"]: _sketch(before, member) for member in before.members}
     for member in after.members:
         for gone in leaving:
-            if digests_of(member) == digests_of(gone) or is_copy(
-                sketches[member["name"]], sketches[gone["name"]]
-            ):
+            name, other = member["name"], gone["name"]
+            is_same = digests_of(member) == digests_of(gone)
+            if is_same or is_copy(sketches[name], sketches[other]):
                 raise UserError(
-                    f"the expert {member['name']!r} is {gone['name']!r}, or nearly; opt it out too"
-                    f" (--expert {member['name']})"
+                    f"the expert {name!r} is a copy of {other!r}, or nearly one; opt it out too"
+                    f" (--expert {name})"
                 )
     digests = set[str]().union(*map(digests_of, leaving))
     holders = {
-        m.path.name
-        for m in [before, *store.models()]
-        if any(digests & digests_of(member) for member in m.members)
+        model.path.name
+        for model in [before, *store.models()]
+        if any(digests & digests_of(member) for member in model.members)
     }
+    remaining = [{"name": m["name"], "manifest": manifest_digest(m)} for m in after.members]
+    in_store = any(store.holds(expert_key(tensors_of(member))) for member in leaving)
     return {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "anchor": before.fingerprint,
         "removed": [_removed(member, sketches[member["name"]]) for member in leaving],
-        "remaining": [
-            {"name": member["name"], "manifest": manifest_digest(member)}
-            for member in after.members
-        ],
+        "remaining": remaining,
         "grade": grade(names, after.tuning.traces),
         "models_that_still_hold_it": sorted(holders),
-        "store_still_holds_it": any(
-            store.holds(expert_key(tensors_of(member))) for member in leaving
-        ),
+        "store_still_holds_it": in_store,
     }
 
 
@@ -121,36 +125,42 @@ def _removed(member: Member, sketch: np.ndarray) -> dict[str, Any]:
 
 
 def digests_of(member: Member) -> set[str]:
-    """Of an expert's matrices and rows. (A bias is one number, which experts may share by
-    accident.)"""
-    return {
-        entry["sha256"] for name, entry in tensors_of(member).items() if not name.endswith(".bias")
-    }
+    """The digests of an expert's matrices and rows.
+
+    Biases are left out: a bias is one number, which two experts may share by accident.
+    """
+    tensors = tensors_of(member)
+    return {entry["sha256"] for name, entry in tensors.items() if not name.endswith(".bias")}
 
 
 def manifest_digest(member: Member) -> str | None:
+    """The SHA-256 of a member's manifest, where it has one."""
     manifest = manifest_of(member)
     return manifest["sha256"] if manifest else member["manifest"]
 
 
 def _sketch(model: Artifact, member: Member) -> np.ndarray:
-    """What training changed, as `ensure_sketches` has checked it. Imported models have no sketch of
-    it: their weights are read."""
+    """The sketch of what training changed in an expert.
+
+    It comes from the description, which `ensure_sketches` has checked. An imported model has none
+    there, so its weights are read.
+    """
     if "sketch" in member:
         return decoded(member["sketch"], model.config)
-    index = model.experts.index(member["name"])
-    return sketches_of(model.path / "weights", model.config, index) - sketches_of(
-        model.path / "weights", model.config
-    )
+    weights, index = model.path / "weights", model.experts.index(member["name"])
+    return sketches_of(weights, model.config, index) - sketches_of(weights, model.config)
 
 
 def ensure_sketches(model: Artifact) -> None:
-    """Makes sure, once, that a model's sketches are those of its weights. Raises UserError."""
+    """Checks a model's sketches as `check_sketches` does, unless it was done before."""
     verified.once(model.path, sketch_claim(model), lambda: check_sketches(model))
 
 
 def check_sketches(model: Artifact) -> None:
-    """Reads all matrices. Raises UserError for a sketch that is not that of the weights."""
+    """Compares a model's sketches with its weights, of which it reads all matrices.
+
+    Raises UserError for a sketch of other weights.
+    """
     kept = [(index, member) for index, member in enumerate(model.members, 1) if "sketch" in member]
     if not kept:
         return
@@ -171,13 +181,15 @@ def check_sketches(model: Artifact) -> None:
 
 
 def grade(names: Iterable[str], tuned_with: Iterable[str]) -> str:
-    """Of an opt-out: whether experts of these names have left a trace in how the router was
-    tuned."""
+    """How exact an opt-out is: not, if the router was tuned with an expert that left."""
     return TUNED if set(names) & set(tuned_with) else EXACT
 
 
 def read_receipt(path: Path) -> dict[str, Any]:
-    """Raises UserError where there is none that can be used."""
+    """The receipt in a file, of this version.
+
+    Raises UserError where it is missing, damaged or of another version.
+    """
     try:
         receipt = read_sealed(path)
         if receipt.get("format") != FORMAT:

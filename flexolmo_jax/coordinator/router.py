@@ -1,8 +1,7 @@
-"""Router tuning: after a merge, router rows and biases alone are trained on public text and
-proxies, every expert active.
+"""Router tuning: after a merge, only router rows and biases are trained, with every expert active.
 
-Rows bear a trace of whoever was there, so each tuning starts from the rows that were contributed:
-who leaves is left out of the next.
+The data are public text and proxies. Tuned rows bear a trace of every expert that was there. So
+each tuning starts from the contributed rows: an expert that left has no part in the next one.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ EPOCHS = 2  # passes over all proxies together, where the config does not say ho
 
 
 def is_trained(path: str) -> bool:
-    """Of a merged model's parameters."""
+    """Whether router tuning trains this parameter of a merged model."""
     return path in ("experts/row", "experts/bias")
 
 
@@ -47,7 +46,7 @@ def tune(
 ) -> Artifact:
     """Tunes a merged model's router on experts' proxies and public text, an equal part of each.
 
-    It starts from the rows that were contributed, whether the router was tuned since or not.
+    It starts from the contributed rows, even if the router has been tuned since.
 
     Args:
         proxies: documents by the expert's name.
@@ -56,7 +55,7 @@ def tune(
         store_path, ways: as in `merge`.
 
     Raises:
-        UserError: for proxies of an expert that the model has not.
+        UserError: for proxies of an expert that the model does not have.
     """
     check_new(out)
     model = open_model(model_path)
@@ -65,9 +64,9 @@ def tune(
     store_path = store_path or absolute(model.path).parent / STORE
     start = work / "contributed" if "router" in model.description else model.path
     tree = _router_tree(settings, model, start, proxies, public)
-    run = settings.run(tree)  # every mistake in the config shows before any document is read
+    run = settings.run(tree)  # raises for a wrong config before any document is read
     for path in (*proxies.values(), *public):
-        has_documents(path)  # raises where there is nothing at all
+        has_documents(path)  # raises where there is no such path
     if start != model.path and not is_whole(start):
         undo_tuning(model.path, start, store_path=store_path, ways=ways)
     _check_start(open_artifact(start), model, work)
@@ -84,7 +83,7 @@ def _router_tree(
     proxies: Mapping[str, Path],
     public: Sequence[Path],
 ) -> dict[str, Any]:
-    """The config of a router run on these data, as a nested dict."""
+    """The config of a router run from the model `start`, as a nested dict."""
     tree = settings.tree({"optim": {"lr": 2e-3, "weight_decay": 0.1}})
     sources: list[dict[str, Any]] = [
         {"path": str(path), "name": name, "weight": 1.0} for name, path in proxies.items()
@@ -96,7 +95,7 @@ def _router_tree(
 
 
 def _steps(run: RunConfig, model: Artifact, proxies: Mapping[str, Path]) -> int:
-    """As many as read the proxies EPOCHS times; public text counts as one expert's."""
+    """The steps that read the proxies EPOCHS times; public text counts as one more expert."""
     length = run.data.seq_len
     opened = (open_data(path, model.tokenizer, length, "train") for path in proxies.values())
     share = len(proxies) / (len(proxies) + 1)
@@ -104,46 +103,51 @@ def _steps(run: RunConfig, model: Artifact, proxies: Mapping[str, Path]) -> int:
 
 
 def _check_start(start: Artifact, model: Artifact, work: Path) -> None:
-    """Raises UserError for what an earlier command left in `work` of another model: somebody who
-    has left may be in it."""
+    """Raises UserError where an earlier command left another model in `work`.
+
+    An expert that has left may be in it.
+    """
     for key in ("fingerprint", "members", "model"):
         if start.description[key] != model.description[key]:
             raise UserError(
-                f"{work} was made of another model than {model.path}; delete it to start anew,"
+                f"{work} was made from another model than {model.path}; delete it to start again,"
                 " or give another --work"
             )
 
 
 def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
-    """Runs a router config; see `train.loop.train`. Raises UserError for a model without
-    experts."""
+    """Runs a router config; see `train.loop.train`.
+
+    Raises UserError for a model without experts.
+    """
     assert run.router is not None  # checked by RunConfig
     model = open_model(path_of(run.router.model))
     if model.config.n_experts == 1:
-        raise UserError(f"{model.path} has no experts; there is nothing to route")
+        raise UserError(f"{model.path} has only the anchor's FFN: there is nothing to route")
     run = dataclasses.replace(run, model=model.config)
     batches, heldout = open_sources(run.data, model.tokenizer, run.train.seed)
 
     def initial(placement):
         params = flatten(model.params(placement=placement))
-        return unflatten(
-            {path: a.astype("float32") if is_trained(path) else a for path, a in params.items()}
-        )
+        for path in filter(is_trained, params):
+            params[path] = params[path].astype("float32")
+        return unflatten(params)
 
+    base = {
+        "base": str(absolute(model.path)),
+        "fingerprint": model.fingerprint,
+        "base_sha256": model.description["sha256"],
+        "data": [d.title for d in run.data.train],
+    }
     job = Job(
-        run,
-        model.config,
-        initial,
-        is_trained,
-        model.experts,
-        model.tokenizer,
-        batches,
-        heldout,
-        base={
-            "base": str(absolute(model.path)),
-            "fingerprint": model.fingerprint,
-            "base_sha256": model.description["sha256"],
-            "data": [d.title for d in run.data.train],
-        },
+        config=run,
+        model=model.config,
+        initial=initial,
+        is_trained=is_trained,
+        experts=model.experts,
+        tokenizer=model.tokenizer,
+        batches=batches,
+        heldout=heldout,
+        base=base,
     )
     return train(job, out)

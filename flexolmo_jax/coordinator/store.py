@@ -1,19 +1,18 @@
-"""The store: every anchor and expert that was taken in, once, verified on the way in and never
-changed after.
+"""The store: every anchor and expert that was taken in, once, verified and never changed after.
 
-    STORE/store.json                  which store this is; only this program writes it
+    STORE/store.json                  marks the store, with its id
     STORE/objects/<key>/object.json   what an object holds: its files, their sizes and times
-    STORE/objects/<key>/weights/      an anchor's, or those of a model of one expert (weights.py)
-    STORE/models/<digest>.json        where the models are that were composed of objects
+    STORE/objects/<key>/weights/      an anchor's weights, or those of one expert
+    STORE/models/<digest>.json        where a model is that was composed of objects
 
-An object is named by what it holds. Models are composed of its files (compose.py). A model stands
-on its own: removing the store, or an object that `gc` finds no model to need, changes none. Before
-an object is used its files are compared with its record; whatever differs is read again, whole.
-Nothing is removed but objects whose files are exactly those of their record, and what bears the
-mark of files.py.
+An object's name is a digest of its tensors. Models are composed of the objects' files (compose.py).
+A model is complete in itself: it stays the same if the store is removed. Before an object is used,
+its files are compared with its record. If they differ, all its bytes are read and checked. `gc`
+only removes objects whose files are those of their record, and what a killed process left, which
+storage/files.py marks.
 
-In a bucket the same files come by copies that the object store makes itself. It has no locks: there
-`gc` leaves alone what changed within the last hour, and should not run while somebody merges.
+In a bucket, the object store copies the files itself. A bucket has no locks. So `gc` keeps what
+changed there within the last hour, and should not run during a merge.
 """
 
 import contextlib
@@ -53,12 +52,12 @@ from .objects import OBJECT_FILE, Record, check_object, key_of, take_anchor, tak
 
 STORE = "flexolmo-store"
 FORMAT = 1
-# what a killed `write_text` leaves
+# a file that a killed `write_text` left
 _TEMPORARY_ENTRY = re.compile(r"\.[0-9a-f]{16}\.json\.\d+\.tmp")
 
 
 class Held(NamedTuple):
-    """An object as it is used."""
+    """An object that was checked: its weights and its sketches."""
 
     weights: Path
     sketch: np.ndarray  # float64 [matrices, buckets], see sketch.py
@@ -66,15 +65,13 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """A directory. `shared` and `alone` hold its lock: composing needs objects to stay, `gc` needs
-    nobody to compose."""
+    """A store's directory and its lock, `shared` by those who compose, taken by `gc` `alone`."""
 
     path: Path
 
     @classmethod
     def at(cls, path: Path) -> "Store":
-        """A store, or a place for a new one. Raises UserError for a directory that holds anything
-        else."""
+        """A store, or a place for a new one. Raises UserError for anything else."""
         store = cls(absolute(path))
         if not store._is_known() and children(store.path):
             raise UserError(
@@ -85,7 +82,7 @@ class Store:
 
     @classmethod
     def existing(cls, path: Path) -> "Store":
-        """Raises UserError where there is none."""
+        """The store in a directory. Raises UserError where there is none."""
         store = cls(absolute(path))
         if not store._is_known():
             if not path.exists():
@@ -105,8 +102,7 @@ class Store:
         return self.path / "models"
 
     def _is_known(self) -> bool:
-        """Whether this is a store. Raises UserError for one of another version, and for a damaged
-        one."""
+        """Whether a store is here. Raises UserError for a damaged one or one of another version."""
         try:
             said = read_sealed(self.path / STORE_FILE)
         except (FileNotFoundError, NotADirectoryError):
@@ -122,7 +118,7 @@ class Store:
                 f" {FORMAT}; give another --store"
             )
         for folder in () if in_bucket(self.path) else (self._objects, self._models):
-            # A link may lead to what another store holds, a pipe would wait for ever.
+            # A link may lead into another store, and opening a pipe would wait for ever.
             if folder.is_symlink() or not folder.is_dir():
                 raise UserError(
                     f"{folder} is not a directory; expected the store's own, and no link;"
@@ -132,8 +128,10 @@ class Store:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Makes the store where there is none. One that was made for nothing goes with the error,
-        unless somebody else uses it by then."""
+        """Keeps the store's objects in place, and makes the store where there is none.
+
+        After an error, a store that was made here is removed again, unless another process uses it.
+        """
         is_new = not self._is_known()
         if is_new:
             try:
@@ -158,14 +156,11 @@ class Store:
         with new_directory(self.path) as directory:
             for name in () if in_bucket(directory) else ("objects", "models"):
                 (directory / name).mkdir()
-            write_text(
-                directory / STORE_FILE,
-                sealed_json({"kind": "store", "format": FORMAT, "id": uuid.uuid4().hex}),
-            )
+            mark = {"kind": "store", "format": FORMAT, "id": uuid.uuid4().hex}
+            write_text(directory / STORE_FILE, sealed_json(mark))
 
     def _unmake(self) -> None:
-        """Takes away what was begun here, but nothing that a model is made of, and nothing of
-        anybody else's."""
+        """Removes what this process made, but no object that a model needs and no foreign file."""
         for entry, model in self._registered().items():
             if not model.exists():
                 remove_file(entry)
@@ -180,35 +175,36 @@ class Store:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
+        """Keeps everybody else from composing."""
         with locked(self._objects):
             yield
 
     def anchor(self, anchor: Artifact) -> Held:
-        """A published anchor, taken in if it is not here yet. Raises UserError for bytes that are
-        not the published ones."""
+        """The object of a published anchor, which is taken in if it is not here yet.
+
+        Raises UserError for bytes that are not the published ones.
+        """
         anchor.ensure()
-        return self._object(
-            anchor_key(anchor.description["tensors"]),
-            lambda directory: take_anchor(anchor, directory),
-        )
+        key = anchor_key(anchor.description["tensors"])
+        return self._object(key, lambda directory: take_anchor(anchor, directory))
 
     def expert(self, contribution: Contribution) -> Held:
-        """A contribution, taken in if it is not here yet. Raises UserError as
-        `Contribution.tensors` does."""
-        key, claim = (
-            expert_key(contribution.manifest["tensors"]),
-            f"contribution {contribution.manifest['sha256']}",
-        )
+        """The object of a contribution, which is taken in if it is not here yet.
+
+        Raises UserError as `Contribution.tensors` does.
+        """
+        key = expert_key(contribution.manifest["tensors"])
+        claim = f"contribution {contribution.manifest['sha256']}"
         if not is_whole(self._objects / key):
             held = self._object(key, lambda directory: take_expert(contribution, directory))
             verified.remember(contribution.path, claim)
             return held
-        # What is here may be whole while what is given is damaged.
+        # The object is whole, but the contribution's own files may be damaged.
         verified.once(contribution.path, claim, contribution.check_tensors)
         return self._checked(key)
 
     def held(self, key: str, what: str) -> Held:
-        """An object that was taken in earlier. Raises UserError where it is not here (any more)."""
+        """An object that was taken in earlier. Raises UserError where it is not here."""
         if not self.holds(key):
             raise UserError(
                 f"the store {self.path} does not hold {what}; give the one that the model was"
@@ -217,19 +213,21 @@ class Store:
         return self._checked(key)
 
     def register(self, model: Path) -> None:
-        """Remembers where a model is about to be. Raises UserError for one inside the store, and
-        for one around it."""
+        """Records where a model is about to be written.
+
+        Raises UserError for a model inside the store, and for one around it.
+        """
         model = absolute(model)
         if model == self.path or model in self.path.parents or self.path in model.parents:
             raise UserError(
-                f"{model} and the store {self.path} lie in each other; give --out or"
-                " --store another place"
+                f"the model {model} and the store {self.path} may not contain each other; give"
+                " another --out or --store"
             )
         entry = self._models / f"{hashlib.sha256(str(model).encode()).hexdigest()[:16]}.json"
         write_text(entry, sealed_json({"path": str(model)}))
 
     def models(self) -> list[Artifact]:
-        """Those that are still where they were composed."""
+        """The models that are still where they were composed."""
         found = []
         for path in self._registered().values():
             try:
@@ -239,34 +237,35 @@ class Store:
         return found
 
     def holds(self, key: str) -> bool:
+        """Whether the store has the object of this name, as a whole."""
         return self._is_known() and is_whole(self._objects / key)
 
     def verify(self) -> int:
-        """Reads every object; returns how many. Raises UserError naming the first that is not what
-        its name says. Writes nothing."""
+        """Reads and checks every object, and returns how many there are. Writes nothing.
+
+        Raises UserError naming the first that is damaged.
+        """
         self._registered()
-        with (
-            contextlib.nullcontext() if in_bucket(self.path) else locked(self._objects, shared=True)
-        ):
+        has_lock = not in_bucket(self.path)
+        with locked(self._objects, shared=True) if has_lock else contextlib.nullcontext():
             objects = self._whole()
             for path in objects:
                 check_object(path)
         return len(objects)
 
     def info(self) -> dict[str, Any]:
-        """What is here: objects, their bytes, and the models that are made of them."""
+        """How many objects there are, their bytes, and the models that are made of them."""
         objects = self._whole()
         size = sum(file.size for path in objects for file in listing(path).values())
         models = {str(model.path): list(model.experts) for model in self.models()}
         return {"kind": "store", "objects": len(objects), "bytes": size, "models": models}
 
     def gc(self) -> dict[str, Any]:
-        """Removes objects that no registered model is made of, and what killed processes left, here
-        and beside those models.
+        """Removes the objects that no registered model needs, and what killed processes left.
 
-        An object that holds anything but the files of its record is left alone, and named.
-        So are models that are not where they were composed: whoever moved one sees that the store
-        has lost it.
+        Both in the store and beside the registered models. An object with other files than those of
+        its record stays and is named. Models that are no longer where they were composed are named
+        too: whoever moved one sees that the store has forgotten it.
         """
         with self.alone():
             unneeded = [path for path in self._unneeded() if is_settled(path)]
@@ -289,19 +288,21 @@ class Store:
                     remove_file(path)
             kept = [path.name for path in children(self._objects)]
         foreign = [path.name for path in unneeded if path not in removed]
-        told = {
+        return {
             "store": str(self.path),
-            "removed": [p.name for p in removed],
+            "removed": [path.name for path in removed],
             "leftovers": len(left),
             "bytes": size,
             "kept": kept,
+            **({"no_longer_there": sorted(forgotten)} if forgotten else {}),
+            **({"left_alone": foreign} if foreign else {}),
         }
-        told |= {"no_longer_there": sorted(forgotten)} if forgotten else {}
-        return told | ({"left_alone": foreign} if foreign else {})
 
     def _unneeded(self) -> list[Path]:
-        """Objects that no model is made of. Raises UserError where a model is there that does not
-        tell what it is made of."""
+        """The objects that no registered model needs.
+
+        Raises UserError for a model whose description cannot be read.
+        """
         needed: set[str] = set()
         for model in self._registered().values():
             try:
@@ -309,26 +310,25 @@ class Store:
                     needed |= set(keys_of(open_artifact(model)))
             except UserError as error:
                 raise UserError(
-                    f"{error}; until then nothing is removed from {self.path}, which may hold"
-                    " its parts"
+                    f"{error}; until then nothing is removed from {self.path}, as the model may"
+                    " need it"
                 ) from None
         return [path for path in self._whole() if path.name not in needed]
 
     def _is_ours(self, path: Path) -> bool:
+        """Whether an object has no other files than those of its record."""
         try:
             return listing(path).keys() - {OBJECT_FILE} == Record.read(path).files.keys()
         except UserError:
             return False
 
     def _whole(self) -> list[Path]:
-        """The objects that are there, and not what somebody is writing."""
-        return [
-            path
-            for path in children(self._objects)
-            if not path.name.startswith(".") and is_whole(path)
-        ]
+        """The objects that are written to the end."""
+        found = children(self._objects)
+        return [path for path in found if not path.name.startswith(".") and is_whole(path)]
 
     def _registered(self) -> dict[Path, Path]:
+        """Where models were composed, by the file in `models` that says so."""
         found = {}
         for entry in children(self._models):
             if entry.suffix != ".json" or entry.name.startswith("."):
@@ -342,19 +342,19 @@ class Store:
         return found
 
     def _object(self, key: str, take: Callable[[Path], Record]) -> Held:
+        """The object of this name, which `take` writes into a directory if it is not here yet."""
         target = self._objects / key
         if not is_whole(target):
             try:
                 with new_directory(target, shared=True) as directory:
                     take(directory).write(directory)
             except (OSError, UserError):
-                if not is_whole(target):  # else another process has put it there meanwhile
+                if not is_whole(target):  # else another process has just written it
                     raise
         return self._checked(key)
 
     def _checked(self, key: str) -> Held:
-        """An object whose files are those of its record; if they are not, whose bytes are still
-        what its name says."""
+        """An object whose files are those of its record, or whose bytes have been checked again."""
         path = self._objects / key
         record = Record.read(path)
         if record.key != key or not record.matches(path):
@@ -366,7 +366,7 @@ class Store:
 
 
 def keys_of(artifact: Artifact) -> list[str]:
-    """The objects that a merged model is made of."""
+    """The names of the objects that a merged model is made of."""
     description = artifact.description
     if artifact.kind != "model" or "anchor" not in description:
         return []

@@ -1,9 +1,8 @@
-"""`flexolmo verify`: every digest of a contribution, an anchor, a model, a store or prepared data,
-recomputed, one shard at a time.
+"""`flexolmo verify`: recomputes every digest of what a directory holds, one shard at a time.
 
-Of a model also what its members claim: each manifest is one of this anchor, its digests are those
-of the expert's tensors, and its signature is right. Nothing is remembered from before, and nothing
-is written.
+It takes a contribution, an anchor, a model, a store or prepared data. Of a model it also checks
+what its members claim: each manifest is for this anchor, its digests are those of the expert's
+tensors, and its signature is right. Earlier checks do not count, and nothing is written.
 """
 
 from collections.abc import Mapping
@@ -37,8 +36,8 @@ from .sketch import decoded, is_copy
 from .store import Store
 
 SIGNATURE_LIMIT = 1 << 12  # bytes
-# By the file that says what a directory is, the first that is there. What does not belong beside it
-# is refused by its reader.
+# What a directory is, by the first of these files that it has. The reader of each kind refuses
+# files that do not belong to it.
 _KINDS = {
     MANIFEST: "contribution",
     DESCRIPTION: "artifact",
@@ -55,7 +54,7 @@ def verify(
     *,
     refuse: bool = False,
 ) -> dict[str, Any]:
-    """What was checked. Raises UserError naming the first thing that is wrong.
+    """Checks a directory and returns what was checked.
 
     Args:
         path: a contribution, anchor, model, store or prepared data.
@@ -63,6 +62,9 @@ def verify(
         trust: who may have signed a contribution, or the members of a model.
         public: held-out text for the admission report of a contribution.
         refuse: raise for the report's findings, which otherwise are warnings.
+
+    Raises:
+        UserError: naming the first thing that is wrong.
     """
     kind = _kind(path)
     _check_asked(path, kind, anchor_path is not None, public is not None, refuse)
@@ -81,7 +83,7 @@ def verify(
 
 def _kind(path: Path) -> str:
     if not path.exists():
-        raise UserError(f"{path} does not exist; expected what flexolmo has made")
+        raise UserError(f"{path} does not exist; expected a directory that flexolmo has made")
     return next((kind for file, kind in _KINDS.items() if (path / file).exists()), "contribution")
 
 
@@ -91,10 +93,13 @@ def _check_asked(path: Path, kind: str, anchor: bool, public: bool, refuse: bool
             "there is nothing to refuse by: the admission report needs public text; give --public"
         )
     if public and kind != "contribution":
-        raise UserError(f"{path} is no contribution, to report on; leave out --public")
+        raise UserError(
+            f"{path} is not a contribution, and only contributions have an admission report; leave"
+            " out --public"
+        )
     if public and not anchor:
         raise UserError(
-            "the admission report is of a contribution tried with its anchor; give --anchor too"
+            "the admission report tries a contribution together with its anchor; give --anchor too"
         )
 
 
@@ -117,9 +122,9 @@ def _verify_artifact(path: Path, anchor: Artifact | None, trust: Trust) -> dict[
 
 
 def _leave_out(path: Path, kind: str, anchor: Artifact | None, trust: Trust) -> None:
-    """Raises UserError where a check is asked for that this kind of thing cannot have.
+    """Raises UserError where a check is asked for that this kind does not have.
 
-    Silence would pass for a check.
+    Leaving it out silently would look as if it had passed.
     """
     if trust.signed:
         raise UserError(f"{path} is {kind}, which nobody signs; leave out --signed and --trust")
@@ -158,8 +163,10 @@ def _judge(path: Path, findings: list[str], refuse: bool) -> None:
 
 
 def _check_anchor(artifact: Artifact, anchor: Artifact | None) -> None:
-    """Raises UserError unless the artifact is, or stands on, this anchor: every digest, not only
-    the fingerprint."""
+    """Raises UserError unless the artifact is this anchor, or was made from it.
+
+    Every digest is compared, not only the fingerprint.
+    """
     if anchor is None:
         return
     if artifact.fingerprint != anchor.fingerprint:
@@ -168,11 +175,8 @@ def _check_anchor(artifact: Artifact, anchor: Artifact | None) -> None:
             f" {anchor.fingerprint}"
         )
     check_model(artifact.path, artifact.description["model"], anchor.description["model"])
-    own = (
-        artifact.description["tensors"]
-        if artifact.kind == "anchor"
-        else anchor_tensors(artifact.description)
-    )
+    description, is_anchor = artifact.description, artifact.kind == "anchor"
+    own = description["tensors"] if is_anchor else anchor_tensors(description)
     for path, entry in anchor.description["tensors"].items():
         if own.get(path) != entry:
             raise UserError(
@@ -182,52 +186,53 @@ def _check_anchor(artifact: Artifact, anchor: Artifact | None) -> None:
 
 
 def verify_model(model: Artifact, trust: Trust = ANY) -> list[dict[str, Any]]:
-    """Who made each member. Raises UserError naming the first file, tensor or claim that is not
-    what was merged.
+    """Checks all of a model and returns who made each member.
 
-    A member of an imported model, or of a model of format 1, has no manifest: `trust` refuses it,
-    if it asks for signatures.
+    A member of an imported model, or of a model of format 1, has no manifest. It is refused if
+    `trust` asks for signatures. Raises UserError naming the first file, tensor or claim that is not
+    what was merged.
     """
     if (model.path / RECEIPT).exists():
         read_receipt(model.path / RECEIPT)
     integrity.check_config(model.path, model.description)
     members = []
     for member in model.members:
-        where = f"{model.path}: the expert {member['name']!r}"
-        signer = None
-        if (manifest := manifest_of(member)) is None:
-            if trust.signed:
-                raise UserError(
-                    f"{where} has no manifest that somebody signed; merge it again from a signed"
-                    " contribution"
-                )
-        else:
-            claimed = recorded(model.path, manifest, member["signature"])
-            if claimed.name != member["name"]:
-                raise UserError(
-                    f"{where} has the manifest of {claimed.name!r}; do not use the model"
-                )
-            signer = claimed.check_origin(model, trust)
-            if claimed.expired:
-                note(f"warning: the licence of {where} expired on {claimed.expired}")
-        members.append(
-            {
-                "name": member["name"],
-                "manifest": manifest["sha256"] if manifest else None,
-                "signed_by": signer,
-            }
-        )
+        signer = _check_member(model, member, trust)
+        manifest = manifest_of(member)
+        digest = manifest["sha256"] if manifest else None
+        members.append({"name": member["name"], "manifest": digest, "signed_by": signer})
     integrity.check(model.path, model.description, model.config)
     check_sketches(model)
     return members
 
 
-def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str, Any]:
-    """Reads all of a model's bytes. The grade is that of this model: a router that was retuned
-    without those who left has no trace of them.
+def _check_member(
+    model: Artifact, member: Mapping[str, Any], trust: Trust
+) -> dict[str, Any] | None:
+    """Who signed the manifest of a member. Raises UserError as `verify_model` does."""
+    where = f"{model.path}: the expert {member['name']!r}"
+    manifest = manifest_of(member)
+    if manifest is None:
+        if trust.signed:
+            raise UserError(
+                f"{where} has no signed manifest; merge it again from a signed contribution"
+            )
+        return None
+    claimed = recorded(model.path, manifest, member["signature"])
+    if claimed.name != member["name"]:
+        raise UserError(f"{where} has the manifest of {claimed.name!r}; do not use the model")
+    signer = claimed.check_origin(model, trust)
+    if claimed.expired:
+        note(f"warning: the licence of {where} expired on {claimed.expired}")
+    return signer
 
-    Raises UserError where it holds one of the removed experts, or is not the merge without them, or
-    nobody trusted signed the receipt.
+
+def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str, Any]:
+    """Checks a model against a receipt, and reads all of the model's bytes.
+
+    The grade returned is that of this model: if its router was retuned without those who left, it
+    has no trace of them. Raises UserError where the model holds a removed expert, is not the merge
+    without them, or nobody trusted signed the receipt.
     """
     receipt = read_receipt(path)
     signer = _signer(path, trust)
@@ -236,8 +241,8 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
         raise UserError(f"{model_path} is a {model.kind}; expected a merged model")
     if model.fingerprint != receipt["anchor"]:
         raise UserError(
-            f"{model_path} stands on the anchor {model.fingerprint}; the receipt is of a model on"
-            f" {receipt['anchor']}"
+            f"{model_path} was made from the anchor {model.fingerprint}; the receipt is for a model"
+            f" made from {receipt['anchor']}"
         )
     _check_leavers(path, receipt)
     _check_members(model, receipt)
@@ -275,8 +280,10 @@ def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
 
 
 def _check_leavers(path: Path, receipt: Mapping[str, Any]) -> None:
-    """What a receipt says of who left is what they handed over: else it could name one expert and
-    look for another."""
+    """Checks that a receipt names the leavers as they were handed over.
+
+    Otherwise it could name one expert and have us look for another.
+    """
     for gone in receipt["removed"]:
         where = f"{path}: the leaver {gone['name']!r}"
         if gone["manifest"] is None:  # of an imported model
@@ -295,7 +302,7 @@ def _check_leavers(path: Path, receipt: Mapping[str, Any]) -> None:
 
 
 def _check_members(model: Artifact, receipt: Mapping[str, Any]) -> None:
-    """What the model says of itself."""
+    """Checks the members that the model's description names."""
     for member in model.members:
         for gone in receipt["removed"]:
             if digests_of(member) == set(gone["digests"]):
@@ -303,13 +310,10 @@ def _check_members(model: Artifact, receipt: Mapping[str, Any]) -> None:
                     f"{model.path} still holds {gone['name']!r}, which the receipt says is removed,"
                     f" as {member['name']!r}"
                 )
-    members = [
-        {"name": member["name"], "manifest": manifest_digest(member)} for member in model.members
-    ]
+    members = [{"name": m["name"], "manifest": manifest_digest(m)} for m in model.members]
     if members != list(receipt["remaining"]):
-        got, expected = (
-            ", ".join(m["name"] for m in each) or "none" for each in (members, receipt["remaining"])
-        )
+        got = ", ".join(member["name"] for member in members) or "none"
+        expected = ", ".join(member["name"] for member in receipt["remaining"]) or "none"
         raise UserError(
             f"{model.path} is made of other contributions ({got}) than the receipt says remain"
             f" ({expected})"
@@ -317,10 +321,11 @@ def _check_members(model: Artifact, receipt: Mapping[str, Any]) -> None:
 
 
 def _check_weights(model: Artifact, receipt: Mapping[str, Any]) -> None:
-    """What lies on the disk, whatever the model says of it."""
-    anchor = sketches_of(model.path / "weights", model.config)
+    """Checks the weights themselves, whatever the description says of them."""
+    weights = model.path / "weights"
+    anchor = sketches_of(weights, model.config)
     for index, name in enumerate(model.experts):
-        here = sketches_of(model.path / "weights", model.config, index) - anchor
+        here = sketches_of(weights, model.config, index) - anchor
         for gone in receipt["removed"]:
             try:
                 removed = decoded(gone["sketch"], model.config)

@@ -1,14 +1,14 @@
-"""What a coordinator should know of an expert before merging it: does it look like one, and what
-would it do to public text?
+"""Trying an expert before it is merged: its weights, and what it does to public text.
 
-Digests and signatures say who made an expert, not that it is good. There are two answers, a cheap
-one and a full one:
+Digests and signatures say who made an expert, not that it is good. There are two checks of that, a
+cheap one and a full one:
 
     admit(contribution, anchor)                 # part of every merge: sane norms, finite results
     admission(contribution, anchor, public)     # a report on weights, routing and public text
 
-Both compare weights with the anchor's, from which every expert starts, and try anchor and expert
-together. `admit` holds one layer at a time. Whatever is out of the policy's bounds is a finding.
+Both compare the weights with the anchor's, from which every expert starts, and run anchor and
+expert together. `admit` keeps one layer in memory at a time. What is outside the policy's bounds is
+a finding.
 """
 
 import dataclasses
@@ -42,47 +42,40 @@ from .contribution import Contribution
 
 RECORDS = 64  # of public text, at most
 ITERATIONS = 16  # of the power method: the largest singular value to a few percent
-# records and tokens of each: so many of random tokens, and as many of the anchor's public text
-TRIED = 2, 64
+TRIED = 2, 64  # records and their tokens: as many random ones as of the anchor's public text
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Bounds for what is merged without a second look. The four experts of `make demo` are in
-    brackets."""
+    """Bounds of what needs no second look; in brackets, the values of the four demo experts."""
 
-    # an expert's Frobenius norm is at most so many times the anchor's, and at least that part of it
-    # (1.4 to 1.6)
+    # the Frobenius norm is at most this multiple of the anchor's, at least 1 / it (1.4 to 1.6)
     norm: float = 3.0
     spectral: float = 4.0  # the same of the largest singular value (1.0 to 1.7)
-    # of the angle between an expert's matrix and the anchor's, at least (0.63 to 0.79)
-    cosine: float = 0.2
-    # a router row is at most so many times as long as the anchor's (4.1 to 7.4)
-    row_norm: float = 25.0
-    # of the routing weight on public text that the expert may take beside the anchor, on average
-    # (0.11 to 0.29)
+    cosine: float = 0.2  # of an expert's matrix and the anchor's, at least (0.63 to 0.79)
+    row_norm: float = 25.0  # a router row's length over the anchor's, at most (4.1 to 7.4)
+    # the expert's mean probability on public text beside the anchor, at most (0.11 to 0.29)
     public_share: float = 0.75
-    # by this part may bits per byte of public text get worse (0.007 to 0.012)
+    # the relative rise of bits per byte of public text, at most (0.007 to 0.012)
     public_loss: float = 0.05
 
 
 DEFAULT = Policy()
-# A merge refuses only what is so many times further out than the policy's norms. Those are for a
-# second look, which a merge has not, and norms grow with training: an expert of the demo would have
-# to grow eightfold. It is still enough: inputs of every layer are bounded, as every branch is
-# normed, so that no product of three matrices 12 times as large comes near the largest number
-# (3e38).
+# A merge refuses only norms beyond this multiple of the policy's bounds. Those call for a second
+# look, which nobody takes during a merge, and norms grow with training: an expert of the demo would
+# have to grow eightfold to be refused. The wider bound still keeps results finite: every branch is
+# normed, so each layer's input is bounded, and no product of it with three matrices 12 times as
+# large comes near float32's largest number (3e38).
 MARGIN = 4.0
 
 
 def admit(contribution: Contribution, anchor: Artifact) -> None:
-    """Refuses an expert whose weights are of another size than any trained one's, or that makes
-    anything but finite numbers.
+    """Refuses an expert whose norms no trained expert has, or whose outputs are not finite.
 
-    `anchor` may be a model that stands on it. Reads and checks every tensor of the contribution,
-    once: files that were admitted and have not changed since are not read again. In memory are one
-    layer of both as stored, and its matrices in float32. Raises UserError as `Contribution.tensors`
-    does, and for findings.
+    `anchor` may be a model made from it. Every tensor of the contribution is read and checked, but
+    files that were admitted and have not changed since are not read again. In memory are one layer
+    of both as stored, and its matrices in float32. Raises UserError as `Contribution.tensors` does,
+    and for findings.
     """
     claim = (
         f"admitted {contribution.manifest['sha256']} to {anchor.fingerprint} within {MARGIN}"
@@ -96,13 +89,14 @@ def _admit(contribution: Contribution, anchor: Artifact) -> None:
         anchor.config, n_experts=1, n_active=1, router_bias=contribution.has_bias
     )
     leaves = (*MATRICES, "row", *(["bias"] if contribution.has_bias else []))
-    theirs = contribution.tensors(
-        order=[name_of_tensor(leaf, layer) for layer in range(config.n_layers) for leaf in leaves]
-    )
+    layers = range(config.n_layers)
+    order = [name_of_tensor(leaf, layer) for layer in layers for leaf in leaves]
+    theirs = contribution.tensors(order=order)
     ours: dict[str, Stored] = anchor.arrays()
     tokens, segments = _texts(anchor)
     x = _embedded(anchor, tokens)
-    for layer in range(config.n_layers):
+    for layer in layers:
+        # no name for the layer's arrays here: it would keep them while the next layer's are read
         x, findings = _try_layer(
             config,
             layer,
@@ -126,8 +120,7 @@ def _try_layer(
     x: np.ndarray,
     segments: np.ndarray,
 ) -> tuple[np.ndarray, list[str]]:
-    """What a layer makes of its input, and findings. Its weights are let go before the next layer's
-    are read."""
+    """The layer's output and the findings. Frees its weights before the next layer's are read."""
     stacked = "trunk/layers/"
     trunk = {
         path.removeprefix(stacked): _on_device(a[layer])
@@ -137,32 +130,26 @@ def _try_layer(
     anchors = {
         name: _on_device(ours[f"experts/{name}"][layer, slice(0, 1)]) for name in (*MATRICES, "row")
     }
-    findings = _size_findings(
-        layer, {name: (_norm(expert[name]), _norm(anchors[name])) for name in anchors}
-    )
-    y = np.asarray(
-        _step(config)(
-            {"layer": unflatten(trunk), "experts": anchors, "expert": expert}, x, segments
-        )
-    )
+    norms = {name: (_norm(expert[name]), _norm(anchors[name])) for name in anchors}
+    findings = _norm_findings(layer, norms)
+    params = {"layer": unflatten(trunk), "experts": anchors, "expert": expert}
+    y = np.asarray(_compiled_layer(config)(params, x, segments))
     if broken := int((~np.isfinite(y).all(axis=-1) & (segments != 0)).sum()):
         made = (
-            f"layer {layer} makes numbers that are not finite of {broken} of"
+            f"layer {layer} gives numbers that are not finite for {broken} of"
             f" {np.count_nonzero(segments)} tokens; expected none"
         )
         findings = findings or [made]
     return y, findings
 
 
-def _size_findings(layer: int, sizes: Mapping[str, tuple[float, float]]) -> list[str]:
-    """`sizes`: norms of the expert's tensors and the anchor's."""
+def _norm_findings(layer: int, norms: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Findings on the norms of each of the expert's tensors and the anchor's."""
     found = []
-    for name, (theirs, ours) in sizes.items():
-        ratio, bound = (
-            theirs / max(ours, 1e-12),
-            MARGIN * (DEFAULT.row_norm if name == "row" else DEFAULT.norm),
-        )
-        if not ratio <= bound:
+    for name, (theirs, ours) in norms.items():
+        ratio = theirs / max(ours, 1e-12)
+        bound = MARGIN * (DEFAULT.row_norm if name == "row" else DEFAULT.norm)
+        if not ratio <= bound:  # NaN is a finding too
             found.append(
                 f"the norm of {name_of_tensor(name, layer)} is {ratio:.3g} times the anchor's;"
                 f" expected at most {bound:.0f} times"
@@ -171,12 +158,12 @@ def _size_findings(layer: int, sizes: Mapping[str, tuple[float, float]]) -> list
 
 
 @functools.lru_cache
-def _step(config: ModelConfig) -> Callable[[Params, np.ndarray, np.ndarray], jax.Array]:
+def _compiled_layer(config: ModelConfig) -> Callable[[Params, np.ndarray, np.ndarray], jax.Array]:
     return jax.jit(functools.partial(forward_layer, config))
 
 
 def _on_device(array: np.ndarray) -> jax.Array:
-    """A copy that JAX owns, so that the array it is read into goes at once."""
+    """A copy that JAX owns, so that the array in host memory is freed at once."""
     return jax.device_put(array).block_until_ready()
 
 
@@ -187,85 +174,81 @@ def _norm(array: jax.Array) -> float:
 
 @jax.jit
 def _scaled_norm(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A power of two, and the norm of the array times it: squares of large weights overflow
-    float32, as their inverses underflow."""
+    """A power of two, and the norm of the array times it.
+
+    Without the scale, squares of large weights overflow float32.
+    """
     scale = jnp.where(jnp.max(jnp.abs(array)) > 2.0**30, 2.0**-80, 1.0)
-    rows = jnp.linalg.norm(array.astype(jnp.float32) * scale, axis=-1)
-    # row by row: one sum of all squares would lose the small ones
-    return scale, jnp.linalg.norm(rows)
+    # Vector by vector: a single sum of all squares would lose the small ones.
+    norms = jnp.linalg.norm(array.astype(jnp.float32) * scale, axis=-1)
+    return scale, jnp.linalg.norm(norms)
 
 
 def _texts(anchor: Artifact) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments [B, T] to try an expert on: random tokens, the same every time, and
-    public text where the anchor carries some."""
+    """Tokens and segments [B, T] to try an expert on.
+
+    The first half is random, but always the same. The second is public text, if the anchor has any.
+    """
     B, T = TRIED[0], min(TRIED[1], anchor.config.max_seq_len)
     tokens, segments = np.zeros((2 * B, T), np.int32), np.zeros((2 * B, T), np.int32)
-    tokens[:B], segments[:B] = (
-        np.random.default_rng(0).integers(0, anchor.tokenizer.vocab_size, (B, T)),
-        1,
-    )
+    tokens[:B] = np.random.default_rng(0).integers(0, anchor.tokenizer.vocab_size, (B, T))
+    segments[:B] = 1
     if (anchor.path / "public" / INDEX_FILE).exists():
         records = open_records(anchor.path / "public", "train")
-        for place, record in zip(
-            range(B, 2 * B), (records[i] for i in range(len(records))), strict=False
-        ):
-            length = min(T, records.seq_len)
-            tokens[place, :length], segments[place, :length] = (
-                record["tokens"][:T],
-                record["segments"][:T],
-            )
-    used = segments.any(axis=1)
+        length = min(T, records.seq_len)
+        for i in range(min(B, len(records))):
+            record = records[i]
+            tokens[B + i, :length] = record["tokens"][:T]
+            segments[B + i, :length] = record["segments"][:T]
+    used = segments.any(axis=1)  # there may be fewer public records than B
     return tokens[used], segments[used]
 
 
 def _embedded(anchor: Artifact, tokens: np.ndarray) -> np.ndarray:
-    """float32 [B, T, D], the embeddings of tokens; the table is read a shard at a time."""
+    """The embeddings of tokens, float32 [B, T, D]; the table is read a shard at a time."""
     x = np.zeros((*tokens.shape, anchor.config.d_model), np.float32)
     path = "trunk/embedding"
     table: Stored = anchor.arrays()[path]
-    for rows, columns in layouts(anchor.config, {path: anchor.description["tensors"][path]})[
-        path
-    ].boxes():
-        here = (rows.start <= tokens) & (tokens < rows.stop)
-        x[here] = table[rows, columns][tokens[here] - rows.start]
+    layout = layouts(anchor.config, {path: anchor.description["tensors"][path]})[path]
+    for ids, dims in layout.boxes():
+        here = (ids.start <= tokens) & (tokens < ids.stop)
+        x[here] = table[ids, dims][tokens[here] - ids.start]
     return x
 
 
 def admission(
     contribution: Contribution, anchor: Artifact, public: Path, policy: Policy = DEFAULT
 ) -> dict[str, Any]:
-    """Measures and findings. Reads and checks every tensor; needs the memory of the anchor and one
-    expert.
+    """The admission report of an expert: measures and findings.
 
-    Raises UserError as `Contribution.tensors` does, and for public data without held-out records.
+    Every tensor is read and checked; anchor and expert are in memory. Raises UserError as
+    `Contribution.tensors` does, and for public data without held-out records.
     """
     model = load(anchor.path)
     ours = {name: np.asarray(model.params["experts"][name]) for name in (*MATRICES, "row")}
-    L, dtype = anchor.config.n_layers, ours["row"].dtype
-    expert = {name: np.zeros_like(array) for name, array in ours.items()} | (
-        {"bias": np.zeros((L, 1), dtype)} if contribution.has_bias else {}
-    )
+    expert = {name: np.zeros_like(array) for name, array in ours.items()}
+    if contribution.has_bias:
+        expert["bias"] = np.zeros((anchor.config.n_layers, 1), ours["row"].dtype)
     for name, tensor in contribution.tensors():
         leaf, layer = leaf_of(name)
         expert[leaf.removeprefix("experts/")][layer, 0] = tensor
     weights = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
-    norms = [
-        np.linalg.norm(a[:, 0].astype(np.float64), axis=1) for a in (expert["row"], ours["row"])
-    ]
-    trial = _trial(contribution, model, expert, public)
+    lengths, anchors = (
+        np.linalg.norm(each["row"][:, 0].astype(np.float64), axis=1) for each in (expert, ours)
+    )
     report = {
         "weights": weights,
-        "row_norm_of_the_anchors": _range(norms[0] / np.maximum(norms[1], 1e-12)),
-        **trial,
+        "row_norm_of_the_anchors": _range(lengths / np.maximum(anchors, 1e-12)),
+        **_trial(contribution, model, expert, public),
     }
-    return _in_json(
-        report | {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)}
-    )
+    judged = {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)}
+    return _in_json(report | judged)
 
 
 def _trial(
     contribution: Contribution, model: Any, expert: Mapping[str, np.ndarray], public: Path
 ) -> dict[str, Any]:
+    """Bits per byte of public text without and with the expert, and the expert's probability."""
     records = open_heldout(public, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len))
     if not len(records):
         raise UserError(f"{public} has no held-out records; give more public text")
@@ -281,40 +264,34 @@ def _trial(
         for architecture, params in ((model.config, model.params), (config, pair))
     )
     by_layer = after.routing[:, 1]
+    bits = {"anchor": before.bits_per_byte, "with_the_expert": after.bits_per_byte}
     return {
         "public_tokens": after.tokens,
         "public_share": float(by_layer.mean()),
         "public_share_by_layer": by_layer.tolist(),
-        "public_bits_per_byte": {
-            "anchor": before.bits_per_byte,
-            "with_the_expert": after.bits_per_byte,
-        },
+        "public_bits_per_byte": bits,
     }
 
 
 def _compare(expert: np.ndarray, anchor: np.ndarray) -> dict[str, dict[str, float]]:
-    """[L, ., .] each: the smallest and the largest of each measure over the layers."""
+    """The least and the most of each measure over the layers, of matrices [L, ., .] each."""
     norm, spectral, cosine = [], [], []
     for theirs, ours in zip(expert, anchor, strict=True):
-        (theirs, scale), (ours, our_scale) = _scaled(theirs), _scaled(ours)
-        scale, sizes = (
-            scale / our_scale,
-            (
-                float(np.linalg.norm(theirs)),
-                float(np.linalg.norm(ours)),
-            ),
-        )
-        norm.append(scale * sizes[0] / max(sizes[1], 1e-12))
-        spectral.append(
-            scale * _largest_singular_value(theirs) / max(_largest_singular_value(ours), 1e-12)
-        )
-        cosine.append(np.vdot(theirs, ours) / max(sizes[0] * sizes[1], 1e-12))
+        (theirs, their_scale), (ours, our_scale) = _scaled(theirs), _scaled(ours)
+        scale = their_scale / our_scale
+        their_norm, our_norm = float(np.linalg.norm(theirs)), float(np.linalg.norm(ours))
+        norm.append(scale * their_norm / max(our_norm, 1e-12))
+        largest, our_largest = _largest_singular_value(theirs), _largest_singular_value(ours)
+        spectral.append(scale * largest / max(our_largest, 1e-12))
+        cosine.append(np.vdot(theirs, ours) / max(their_norm * our_norm, 1e-12))
     return {"Frobenius": _range(norm), "spectral": _range(spectral), "cosine": _range(cosine)}
 
 
 def _scaled(matrix: np.ndarray) -> tuple[np.ndarray, float]:
-    """A float32 matrix whose largest magnitude is 1, and what it was: squares of large weights
-    overflow float32."""
+    """A matrix in float32 divided by its largest magnitude, and that magnitude.
+
+    Without the scale, squares of large weights overflow float32.
+    """
     matrix = matrix.astype(np.float32)
     largest = float(np.abs(matrix).max()) or 1.0
     return matrix / largest, largest
@@ -328,7 +305,7 @@ def _largest_singular_value(matrix: np.ndarray) -> float:
 
 
 def _in_json(value: Any) -> Any:
-    """JSON has no number for what a broken expert makes: null stands for it."""
+    """A value for JSON, which has no numbers that are not finite: they become null."""
     if isinstance(value, dict):
         return {key: _in_json(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -363,7 +340,7 @@ def _findings(report: Mapping[str, Any], policy: Policy) -> list[str]:
         )
     if not report["public_share"] <= policy.public_share:
         found.append(
-            f"it takes {report['public_share']:.0%} of the routing weight on public text; expected"
+            f"it takes {report['public_share']:.0%} of the mixture on public text; expected"
             f" at most {policy.public_share:.0%}"
         )
     bits = report["public_bits_per_byte"]

@@ -1,11 +1,11 @@
-"""Publishing an anchor: a checkpoint becomes the frozen public model that every owner trains
-against.
+"""Publishing an anchor: a checkpoint becomes the frozen model that every owner trains against.
 
-The weights are cast once to the release dtype, optimiser state is left behind, router row 0 becomes
-the mean domain embedding of public text, and tokenizer, embedder and a sample of packed public text
-are written beside them. The fingerprint is a digest over every tensor's name, dtype, shape and
-bytes (router row 0 among them), the architecture, the tokenizer, the embedder and the sample of
-public text: an expert belongs to exactly one fingerprint.
+The weights are cast once to the release dtype, without the optimiser's state. Router row 0 becomes
+the mean embedding of public text. Tokenizer, embedder and a sample of packed public text are
+written beside the weights.
+
+The fingerprint is a digest of the architecture, of every tensor's name, dtype, shape and bytes
+(router row 0 too), of tokenizer, embedder and public sample. An expert fits one fingerprint only.
 """
 
 import dataclasses
@@ -45,20 +45,21 @@ def publish(
     heldout: float = HELDOUT,
     checkpoint_name: str = "last",
 ) -> Artifact:
-    """Makes an anchor of a dense run or model, or of the first expert of an imported model, which
-    keeps its router rows. Models are read a shard at a time.
+    """Makes an anchor of a dense run or model, or of the first expert of an imported model.
+
+    An imported model's router rows are kept. Models are read a shard at a time.
 
     Args:
-        public: documents. The embedder is fitted on them, row 0 comes from them, and they travel
+        public: documents. The embedder is fitted on them, router row 0 comes from them, and they go
             with the anchor as packed records, so that owners have text to contrast their own with.
         embedder: "tfidf", "minilm" or a sentence-transformers model.
         dtype: what the weights are released in.
         seq_len: tokens of a public record (default: the run's).
         heldout: the share of public documents that is for evaluation only.
-        checkpoint_name: of a run: "last", "best", or a step.
+        checkpoint_name: the checkpoint of a run: "last", "best", or a step.
 
     Raises:
-        UserError: for a source that has an anchor, and for an unknown dtype.
+        UserError: for a source with contributed experts, and for an unknown dtype.
     """
     if dtype not in RELEASE_DTYPES:
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
@@ -69,7 +70,7 @@ def publish(
         prepare(public, artifact.tokenizer, length, directory / "public", heldout=heldout)
         fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
         fitted.save(directory / "embedder")
-        # The embedder as owners will load it: their rows and row 0 must come from the same bytes.
+        # As owners will load it: their router rows and row 0 must come from the same embedder.
         loaded = load_embedder(directory / "embedder", allow_hub=True)
         row = domain_embedding(loaded, _documents(public, heldout))
         arrays = _arrays(artifact, checkpoint_name, row)
@@ -89,7 +90,7 @@ def publish(
 
 
 def _dense(source: Path) -> Artifact:
-    """Raises UserError unless an anchor can be made of it."""
+    """The run or model at `source`. Raises UserError unless an anchor can be made of it."""
     artifact = open_artifact(source)
     is_imported = artifact.kind == "model" and artifact.fingerprint is None
     if artifact.is_pair or (artifact.config.n_experts != 1 and not is_imported):
@@ -101,7 +102,7 @@ def _dense(source: Path) -> Artifact:
 
 
 def _arrays(artifact: Artifact, checkpoint_name: str, row: np.ndarray) -> dict[str, Any]:
-    """An anchor's arrays: of a dense model with this router row, of another its first expert's."""
+    """The anchor's arrays: a dense model's with this router row, or those of an imported one."""
     arrays = artifact.arrays(checkpoint_name)
     if artifact.config.n_experts == 1:
         return arrays | {"experts/row": np.broadcast_to(row, arrays["experts/row"].shape)}
@@ -114,7 +115,7 @@ def _arrays(artifact: Artifact, checkpoint_name: str, row: np.ndarray) -> dict[s
 def _describe(
     directory: Path, artifact: Artifact, released: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """Writes the weights. Returns the description of all that lies in the directory."""
+    """Writes the weights, and returns the description of all that is in the directory."""
     config = dataclasses.replace(artifact.config, n_experts=1, n_active=1)
     tensors = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in released.items()}
     axes = flatten(logical_axes(config))
@@ -140,8 +141,10 @@ def _describe(
 
 
 def open_anchor(path: Path) -> Artifact:
-    """Opens a published anchor for use: its bytes are those of its fingerprint. Raises UserError
-    for anything else."""
+    """Opens a published anchor for use.
+
+    Raises UserError for anything else, and where its bytes are not those of its fingerprint.
+    """
     artifact = open_artifact(path)
     if artifact.kind != "anchor":
         raise UserError(
@@ -155,16 +158,18 @@ def open_anchor(path: Path) -> Artifact:
 def embed_domain(
     anchor_path: Path, documents: Sequence[Path], out: Path, *, allow_hub: bool = False
 ) -> np.ndarray:
-    """Writes (as .npy) and returns the mean embedding, float32 [D], of a domain by the anchor's
-    embedder, see `load_embedder`."""
+    """Writes (as .npy) and returns the mean embedding of documents, float32 [D].
+
+    The embedder is the anchor's; for `allow_hub` see `load_embedder`.
+    """
     anchor = open_anchor(anchor_path)
     check_new_file(out)
     embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
-    row = domain_embedding(embedder, _documents(documents))
+    embedding = domain_embedding(embedder, _documents(documents))
     content = io.BytesIO()
-    np.save(content, row)
+    np.save(content, embedding)
     write_new(out, content.getvalue())
-    return row
+    return embedding
 
 
 def _documents(paths: Sequence[Path], heldout: float = HELDOUT) -> Iterator[str]:

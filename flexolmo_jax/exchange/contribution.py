@@ -1,4 +1,4 @@
-"""What an owner hands over: a directory with the expert's tensors and a manifest. Never data.
+"""A contribution, what an owner hands over: the expert's tensors and a manifest. Never data.
 
     expert.safetensors   layers.<l>.ffn.{gate,up,down}, layers.<l>.router.row and, where trained
                          with one, layers.<l>.router.bias
@@ -6,10 +6,10 @@
                          training summary, ... (manifest.py)
     manifest.sig         optional: an Ed25519 signature over the manifest's bytes
 
-docs/contribution-format.md is the specification. Checking one reads the manifest first: another
-anchor, an untrusted key or an expired licence is refused before any tensor is touched. The manifest
-has the digest of every tensor, of the header before them and, in its last key, of itself: a byte
-that changed on the way is found wherever it is.
+docs/contribution-format.md is the specification. The manifest is read first: another anchor, an
+untrusted key or an expired licence is refused before any tensor is read. The manifest has the
+digest of every tensor, of the header of their file and, in its last key, of itself. So every byte
+that changed on the way is found.
 """
 
 import datetime
@@ -37,21 +37,20 @@ from .signature import ANY, Signed, Trust, check_signature
 
 TENSORS, MANIFEST, SIGNATURE = "expert.safetensors", "manifest.json", "manifest.sig"
 MANIFEST_LIMIT = 1 << 22  # bytes; one of 1,024 layers has 0.8 MB
-MANIFEST_SIGNS = 1 << 16  # commas and brackets in one; 1,024 layers have 36,000
+MANIFEST_SIGNS = 1 << 16  # commas and brackets; one of 1,024 layers has 36,000
 SIGNATURE_LIMIT = 1 << 12  # bytes
-HEADER_OF_TENSOR = 512  # bytes of a tensors' header for each tensor, at most; they take 130
+HEADER_OF_TENSOR = 512  # bytes of the tensor file's header for each tensor; they take 130
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """A contribution whose manifest has been read; `check` decides on it, `tensors` reads and
-    checks the rest."""
+    """A contribution whose manifest has been read; `check` judges it, `tensors` reads the rest."""
 
     path: Path
     manifest: dict[str, Any]
     text: bytes  # of the manifest
     signature: bytes | None
-    is_kept: bool = False  # by a model, at `path`, that it was merged into
+    is_kept: bool = False  # whether it is what the merged model at `path` kept of one
 
     @property
     def name(self) -> str:
@@ -71,11 +70,11 @@ class Contribution:
         return self.manifest["router_bias"]
 
     def check(self, anchor: Artifact | None = None, trust: Trust = ANY) -> dict[str, Any] | None:
-        """Whether it may be used (with this anchor, or a model that stands on it), by its manifest
-        alone; returns who signed it.
+        """Checks the manifest and returns who signed it.
 
-        Raises UserError for one made from another anchor, a signature that is wrong, missing, or of
-        a key that may not sign it, and an expired licence.
+        `anchor` may be a model made from it. Raises UserError for a contribution to another anchor,
+        a signature that is wrong, missing, or of a key that may not sign it, and an expired
+        licence.
         """
         signer = self.check_origin(anchor, trust)
         if (expires := self.expired) is not None:
@@ -87,36 +86,16 @@ class Contribution:
     @property
     def expired(self) -> str | None:
         """The last day of a licence that is over."""
-        expires, today = (
-            self.manifest["expires"],
-            datetime.datetime.now(datetime.UTC).date().isoformat(),
-        )
+        expires = self.manifest["expires"]
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
         return expires if expires is not None and expires < today else None
 
     def check_origin(
         self, anchor: Artifact | None = None, trust: Trust = ANY
     ) -> dict[str, Any] | None:
-        """As `check`, whatever the licence says."""
-        if anchor is not None and self.fingerprint != anchor.fingerprint:
-            raise UserError(
-                f"{self.path} was made from the anchor {self.fingerprint[:16]}; {anchor.path} is"
-                f" {str(anchor.fingerprint)[:16]}; experts only fit the anchor they were trained"
-                " against"
-            )
+        """Checks the manifest as `check` does, but not the licence's last day."""
         if anchor is not None:
-            ours, theirs = (
-                {**model, **dict.fromkeys(OF_MERGES, 0)}
-                for model in (self.manifest["model"], anchor.description["model"])
-            )
-            for key, same in (
-                ("model", ours == theirs),
-                ("dtype", self.manifest["dtype"] == anchor.dtype),
-            ):
-                if not same:
-                    raise UserError(
-                        f"{self.path} names the fingerprint of {anchor.path} but has another {key};"
-                        " ask its owner for it again"
-                    )
+            self._check_anchor(anchor)
         expert = Signed(self.name, self.manifest["owner"])
         if not self.is_kept:
             return check_signature(self.text, self.signature, trust, self.path, expert=expert)
@@ -126,18 +105,39 @@ class Contribution:
             self.text, self.signature, trust, where, expert=expert, remedy=remedy
         )
 
+    def _check_anchor(self, anchor: Artifact) -> None:
+        if self.fingerprint != anchor.fingerprint:
+            raise UserError(
+                f"{self.path} was made from the anchor {self.fingerprint[:16]}; {anchor.path} is"
+                f" {str(anchor.fingerprint)[:16]}; experts only fit the anchor they were trained"
+                " against"
+            )
+        ours, theirs = (
+            {**model, **dict.fromkeys(OF_MERGES, 0)}
+            for model in (self.manifest["model"], anchor.description["model"])
+        )
+        is_same = {"model": ours == theirs, "dtype": self.manifest["dtype"] == anchor.dtype}
+        for key, same in is_same.items():
+            if not same:
+                raise UserError(
+                    f"{self.path} names the fingerprint of {anchor.path} but has another {key}; ask"
+                    " its owner for it again"
+                )
+
     def tensors(
         self,
         into: Callable[[str], np.ndarray | None] = lambda name: None,
         order: Sequence[str] | None = None,
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Each tensor by name, checked; one at a time is in memory. `into` may give bytes to read
-        one into.
+        """Each tensor by name, checked; one at a time is in memory.
 
-        They come in the order of the file, or in this `order`.
+        Args:
+            into: by a tensor's name, memory to read it into, or None for new memory.
+            order: the tensors' names in the order to read them (default: that of the file).
 
-        Raises UserError naming the first tensor that is missing, unknown, of another shape or
-        dtype, not finite, or whose bytes are not those of the manifest.
+        Raises:
+            UserError: naming the first tensor that is missing, unknown, of another shape or dtype,
+                not finite, or whose bytes are not those of the manifest.
         """
         with self._tensor_file() as file:
             for name in order or file.entries:
@@ -146,48 +146,49 @@ class Contribution:
                 yield name, tensor
 
     def check_tensors(self) -> int:
-        """Reads and checks every tensor, in the memory of a block whatever their sizes; returns how
-        many. Raises as `tensors` does."""
+        """Reads and checks every tensor block by block, and returns how many there are.
+
+        Raises UserError as `tensors` does.
+        """
         with self._tensor_file() as file:
             for name in file.entries:
                 self._check_tensor(name, *file.check(name))
             return len(file.entries)
 
     def _tensor_file(self) -> TensorFile:
-        """Open, its header checked."""
-        path, declared = self.path / TENSORS, self.manifest["tensors"]
-        file = TensorFile(path, header_limit=HEADER_OF_TENSOR * (1 + len(declared)))
+        """The open file of tensors, its header checked."""
+        header_limit = HEADER_OF_TENSOR * (1 + len(self.manifest["tensors"]))
+        file = TensorFile(self.path / TENSORS, header_limit=header_limit)
         try:
-            for kind, names in (
-                ("misses", declared.keys() - file.entries.keys()),
-                ("holds unknown", file.entries.keys() - declared.keys()),
-            ):
-                if names:
-                    shown = ", ".join(sorted(names)[:3])[:200]
-                    raise UserError(
-                        f"{path} {kind} tensors: {shown!r}; ask its owner for a whole contribution"
-                    )
-            for name, entry in file.entries.items():
-                got, expected = (
-                    (str(entry.dtype), list(entry.shape)),
-                    (
-                        declared[name]["dtype"],
-                        declared[name]["shape"],
-                    ),
-                )
-                if got != expected:
-                    raise UserError(
-                        f"{path}: {name} is {got[0]} {got[1]}; expected {expected[0]} {expected[1]}"
-                    )
-            if file.header_sha256 != self.manifest["header"]:
-                raise UserError(
-                    f"{path} does not have the header of the manifest (its SHA-256 differs); ask"
-                    " its owner for it again"
-                )
+            self._check_header(file)
         except UserError:
             file.close()
             raise
         return file
+
+    def _check_header(self, file: TensorFile) -> None:
+        path, declared = self.path / TENSORS, self.manifest["tensors"]
+        for kind, names in (
+            ("misses", declared.keys() - file.entries.keys()),
+            ("holds unknown", file.entries.keys() - declared.keys()),
+        ):
+            if names:
+                shown = ", ".join(sorted(names)[:3])[:200]
+                raise UserError(
+                    f"{path} {kind} tensors: {shown!r}; ask its owner for a whole contribution"
+                )
+        for name, entry in file.entries.items():
+            got = str(entry.dtype), list(entry.shape)
+            expected = declared[name]["dtype"], declared[name]["shape"]
+            if got != expected:
+                raise UserError(
+                    f"{path}: {name} is {got[0]} {got[1]}; expected {expected[0]} {expected[1]}"
+                )
+        if file.header_sha256 != self.manifest["header"]:
+            raise UserError(
+                f"{path} does not have the header of the manifest (its SHA-256 differs); ask its"
+                " owner for it again"
+            )
 
     def _check_tensor(self, name: str, digest: str, finite: bool) -> None:
         path = self.path / TENSORS
@@ -201,11 +202,16 @@ class Contribution:
 
 
 def tensor_shapes(config: ModelConfig, has_bias: bool) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a contribution to an anchor of this architecture."""
+    """The shape of every tensor of a contribution to an anchor of this architecture, by name."""
     D, F = config.d_model, config.d_ffn
-    per_layer = {"ffn.gate": (D, F), "ffn.up": (D, F), "ffn.down": (F, D), "router.row": (D,)} | (
-        {"router.bias": ()} if has_bias else {}
-    )
+    per_layer: dict[str, tuple[int, ...]] = {
+        "ffn.gate": (D, F),
+        "ffn.up": (D, F),
+        "ffn.down": (F, D),
+        "router.row": (D,),
+    }
+    if has_bias:
+        per_layer["router.bias"] = ()
     return {
         f"layers.{layer}.{name}": shape
         for layer in range(config.n_layers)
@@ -214,8 +220,10 @@ def tensor_shapes(config: ModelConfig, has_bias: bool) -> dict[str, tuple[int, .
 
 
 def open_contribution(path: Path) -> Contribution:
-    """Reads the manifest and the signature. Raises UserError for anything else than a contribution
-    with nothing else in it."""
+    """Reads the manifest and the signature of a contribution.
+
+    Raises UserError for anything else, and for a directory with other files in it.
+    """
     path = path_of(path)
     try:
         names = {child.name for child in children(path)}
@@ -256,8 +264,10 @@ def open_contribution(path: Path) -> Contribution:
 
 
 def recorded(path: Path, manifest: dict[str, Any], signature: str | None) -> Contribution:
-    """A contribution of which a model kept the manifest and the signature. `path` is the model's.
-    Raises UserError for a wrong manifest."""
+    """A contribution whose manifest and signature are kept by the merged model at `path`.
+
+    Raises UserError for a damaged manifest.
+    """
     text = (canonical_json(manifest) + "\n").encode()
     try:
         checked = read_manifest(text)
@@ -271,7 +281,7 @@ def recorded(path: Path, manifest: dict[str, Any], signature: str | None) -> Con
 
 
 def check_expert_name(name: str) -> None:
-    """Names become parts of paths and of command lines. Raises UserError for one that cannot."""
+    """Raises UserError for a name that cannot be part of a path and of a command line."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name) or name == "anchor":
         raise UserError(
             f"the expert's name is {name!r}; expected up to 64 letters, digits, and _ . - inside,"
@@ -280,16 +290,17 @@ def check_expert_name(name: str) -> None:
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:
-    """A manifest's file: canonical JSON with the digest of everything else in it."""
+    """The bytes of a manifest's file: canonical JSON with the digest of the other keys."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return (
-        canonical_json(rest | {"sha256": hashlib.sha256(canonical_json(rest).encode()).hexdigest()})
-        + "\n"
-    ).encode()
+    digest = hashlib.sha256(canonical_json(rest).encode()).hexdigest()
+    return (canonical_json(rest | {"sha256": digest}) + "\n").encode()
 
 
 def read_manifest(text: bytes) -> dict[str, Any]:
-    """The manifest in a file, whoever wrote it. Raises ValueError or UserError where it is none."""
+    """The manifest in these bytes, which anybody may have written.
+
+    Raises ValueError or UserError where they are not a manifest.
+    """
     manifest = parse_json(text, MANIFEST_SIGNS)
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if type(found) is not int or found not in SCHEMAS:
@@ -299,7 +310,7 @@ def read_manifest(text: bytes) -> dict[str, Any]:
         )
     conform(SCHEMAS[found], manifest)
     if text != sealed(manifest):
-        raise ValueError("its bytes are not those that its own digest was taken of")
+        raise ValueError("its bytes are not those of its own digest")
     check_expert_name(manifest["name"])
     config, declared = ModelConfig(**manifest["model"]), manifest["tensors"]
     config.check()

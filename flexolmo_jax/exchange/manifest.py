@@ -1,7 +1,7 @@
-"""What a manifest may say: one schema a version, and which of it was measured.
+"""The keys of a manifest: a schema for each version, and which keys were measured.
 
-Format 2 adds `sequence`, which rises with every contribution of an expert. Format 1 is still read,
-as one with sequence 0. docs/contribution-format.md has a table of the keys.
+Format 2 adds `sequence`, which rises with every contribution of an expert. Format 1 is still read;
+its sequence counts as 0. docs/contribution-format.md has a table of the keys.
 """
 
 import datetime
@@ -52,13 +52,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Training:
-    """Which keys are there depends on where the expert comes from: a pair's run, or an imported
-    model."""
+    """How an expert was trained: keys of a pair's run, or `imported` alone."""
 
     steps: Count = 0
     tokens: Count = 0
     public_share: Share = 0.0
-    # Of the anchor and of the pair, by data set.
+    # of the anchor and of the pair, by data set
     bits_per_byte: dict[
         Literal["anchor", "pair"], Annotated[dict[Line, NotNegative], Field(max_length=1000)]
     ] = field(default_factory=dict)
@@ -102,8 +101,7 @@ SCHEMAS: dict[int, type] = {1: Manifest1, 2: Manifest2}
 
 
 def told(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest, or what a model keeps of one, says of an expert: what was measured apart
-    from what is only said."""
+    """What a manifest, or a model's part of one, says: the measured keys and the stated ones."""
     stated = ("owner", "domain", "licence", "expires", "sequence", "privacy", "tool")
     return {
         "measured": {"by": MEASURED_BY, **manifest["training"]},
@@ -112,11 +110,9 @@ def told(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_newer(member: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    """Whether a contribution may take the place of a model's member: it is that very one, or a
-    later one.
+    """Raises UserError unless a contribution is a model's member itself, or newer.
 
-    Raises UserError for another one whose sequence is not higher: whoever kept an old contribution
-    could hand it over again.
+    Otherwise whoever kept an old contribution could hand it over again.
     """
     known = manifest_of(member) or {}
     before, now = known.get("sequence", 0), manifest.get("sequence", 0)

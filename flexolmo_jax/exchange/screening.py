@@ -1,9 +1,8 @@
-"""What an owner says of somebody else's expert: a verdict, signed like a contribution.
-docs/screening.md is the specification.
+"""Verdicts: what one owner says of another's expert, signed like a contribution.
 
-A coordinator has public text only. An expert that does nothing to that, and ruins another owner's
-domain, is seen by that owner alone: who tries it on their own text (owner/screen.py) and hands back
-one number. Nothing of the text is in a verdict.
+A coordinator has public text only. An expert may leave that as it is and still ruin another owner's
+domain. Only that owner can see it. So the owner tries the expert on private text (owner/screen.py)
+and hands back one number, and nothing of the text. docs/screening.md is the specification.
 """
 
 import datetime
@@ -25,7 +24,7 @@ from .contribution import Contribution
 from .manifest import day
 from .signature import Trust, check_signature, sign
 
-KIND = "flexolmo screening verdict"  # in what is signed: a signature of one is none of a manifest
+KIND = "flexolmo screening verdict"  # signed too, so that no manifest's signature fits a verdict
 FORMAT = 1
 LIMIT = 1 << 16  # bytes
 UNSIGNED = "ask its owner to screen again with --sign-key"
@@ -37,8 +36,7 @@ Count = Annotated[int, Field(ge=1, lt=2**63)]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is signed. `change`: of bits per byte by the candidate, as a part of what they were;
-    0.03 is 3 % worse."""
+    """What is signed."""
 
     kind: Literal["flexolmo screening verdict"]
     format: Literal[1]
@@ -48,6 +46,7 @@ class Verdict:
     model: Digest  # the `sha256` of the description of what it was tried with
     tokens: Count
     bytes: Count
+    # relative change of bits per byte by the candidate: 0.03 is 3 % worse
     change: Annotated[float, Field(ge=-1, allow_inf_nan=False)]
     max_worse: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     verdict: Literal["pass", "fail"]
@@ -63,7 +62,7 @@ def make_verdict(
     change: float,
     max_worse: float,
 ) -> Verdict:
-    """Of today; the change is rounded, and decides."""
+    """A verdict with today's date; the change is rounded first, and then decides."""
     change = round(change, DIGITS)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     verdict = "pass" if change <= max_worse else "fail"
@@ -80,8 +79,10 @@ def write_verdict(verdict: Verdict, key: Ed25519PrivateKey | None, out: Path) ->
 
 
 def read_verdict(path: Path, trust: Trust) -> tuple[Verdict, str | None]:
-    """A verdict and the public key that signed it. Raises UserError for what is none, and for what
-    the policy does not let in."""
+    """A verdict and the public key that signed it.
+
+    Raises UserError for anything else, and for a signature that `trust` refuses.
+    """
     try:
         text = read_bytes(path, LIMIT)
         both = parse_json(text)
@@ -113,17 +114,23 @@ def read_verdict(path: Path, trust: Trust) -> tuple[Verdict, str | None]:
 def check_screening(
     contributions: Sequence[Contribution], verdict_paths: Sequence[Path], trust: Trust
 ) -> None:
-    """Whether all the others have passed each contribution: every key of `trust` but the one that
-    signed it.
+    """Checks that every key of `trust`, but the contribution's own, has passed each contribution.
 
-    `verdict_paths` are files, or directories of `*.json`; a verdict `fail` refuses, whatever else
-    its owner has signed. Raises UserError for verdicts that are missing, damaged, unsigned or by
-    others, and where `trust` lists no keys.
+    One verdict `fail` is enough to refuse, even if its owner signed another that says `pass`.
+
+    Args:
+        contributions: what is to be merged.
+        verdict_paths: files, or directories of `*.json`.
+        trust: the owners' keys.
+
+    Raises:
+        UserError: for a contribution that is refused, verdicts that are missing, damaged, unsigned
+            or by others, and where `trust` lists no keys.
     """
     if trust.keys is None:
         raise UserError(
-            "screening is by the owners whose keys are listed; give --trust DIR, the directory of"
-            " their public keys"
+            "screening needs the list of the owners' keys; give --trust DIR, the directory of their"
+            " public keys"
         )
     verdicts = [(path, *read_verdict(path, trust)) for path in _files(verdict_paths)]
     for contribution in contributions:
@@ -133,11 +140,8 @@ def check_screening(
                 f"nobody could have screened {contribution.path}: --trust lists no other key than"
                 " that of its owner"
             )
-        of_it = [
-            v
-            for v in verdicts
-            if v[1].candidate == contribution.manifest["sha256"] and v[2] in others
-        ]
+        digest = contribution.manifest["sha256"]
+        of_it = [each for each in verdicts if each[1].candidate == digest and each[2] in others]
         for path, verdict, key in of_it:
             if verdict.verdict == "fail":
                 raise UserError(
@@ -145,9 +149,9 @@ def check_screening(
                     f" {verdict.change:.1%} worse, at most {verdict.max_worse:.1%} is expected"
                     f" ({path}); leave it out, or ask its owner for another"
                 )
-        if missing := others - {
-            key for _, verdict, key in of_it if verdict.anchor == contribution.fingerprint
-        }:
+        anchor = contribution.fingerprint
+        passed = {key for _, verdict, key in of_it if verdict.anchor == anchor}
+        if missing := others - passed:
             names = ", ".join(sorted(trust.keys[key] for key in missing))
             raise UserError(
                 f"{contribution.path} is not screened by {names}; ask them for a verdict (`flexolmo"
@@ -162,11 +166,9 @@ def _key(signer: Mapping[str, Any] | None) -> str | None:
 def _files(paths: Sequence[Path]) -> list[Path]:
     files = []
     for path in paths:
-        found = (
-            [child for child in children(path) if child.name.endswith(".json")]
-            if path.is_dir()
-            else [path]
-        )
+        found = [path]
+        if path.is_dir():
+            found = [child for child in children(path) if child.name.endswith(".json")]
         if not found:
             raise UserError(
                 f"{path} holds no verdicts; expected files *.json (`flexolmo screen` writes them)"

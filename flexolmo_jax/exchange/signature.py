@@ -1,8 +1,8 @@
-"""Who made a contribution: an Ed25519 signature over the manifest's exact bytes, in `manifest.sig`.
+"""Signatures: who made a contribution, by Ed25519 over the manifest's exact bytes.
 
-The manifest has the digest of every tensor and of the tensors' header, so that the signature covers
-all that is handed over. Keys are PEM files: `flexolmo keygen OUT` writes OUT (the private one, PKCS
-8) and OUT.pub (SubjectPublicKeyInfo), which openssl reads too.
+The signature is in `manifest.sig`. The manifest has the digest of every tensor and of their file's
+header, so the signature covers all that is handed over. Keys are PEM files, which openssl reads
+too: `flexolmo keygen OUT` writes OUT (the private one, PKCS 8) and OUT.pub (SubjectPublicKeyInfo).
 
 A coordinator's directory of public keys says who may sign what. The key FILE.pub may sign experts
 called FILE, unless `policy.yaml` says:
@@ -42,7 +42,7 @@ KEY_LIMIT = POLICY_LIMIT = 1 << 16  # bytes
 
 @dataclass(frozen=True)
 class SignatureFile:
-    """What `manifest.sig` says: the raw key of 32 bytes and the signature of 64, in base 64."""
+    """The keys of `manifest.sig`: the raw key of 32 bytes and the signature of 64, in base 64."""
 
     algorithm: Literal["ed25519"]
     public_key: Annotated[str, Field(min_length=44, max_length=44)]
@@ -51,7 +51,7 @@ class SignatureFile:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a key may sign: experts of these names, of these owners; None: any."""
+    """What a key may sign: experts of these names and of these owners; None means any."""
 
     names: Annotated[list[str], Field(max_length=1000)] | None = None
     owners: Annotated[list[str], Field(max_length=1000)] | None = None
@@ -79,8 +79,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class Trust:
-    """Which contributions are let in: any (a signature that is there must still be right), signed
-    ones, or those of listed keys."""
+    """Which contributions are let in: any, signed ones, or those of listed keys.
+
+    A signature that is there has to be right in every case.
+    """
 
     signed: bool = False
     keys: dict[str, str] | None = None  # public key -> the name of its file
@@ -88,8 +90,10 @@ class Trust:
 
     @classmethod
     def of(cls, directory: Path | None, signed: bool = False) -> "Trust":
-        """The public keys of a directory, `*.pub`, and its policy. Raises UserError where it has no
-        keys, something that is none, a key twice, or a policy that is none."""
+        """The public keys of a directory, `*.pub`, and its policy.
+
+        Raises UserError where there are no keys, a damaged one, a key twice, or a damaged policy.
+        """
         if directory is None:
             return cls(signed)
         paths = children(directory)
@@ -114,10 +118,10 @@ class Trust:
                 f"{directory} holds no public keys; expected files *{PUBLIC} (`flexolmo keygen`"
                 " writes them)"
             )
-        has_policy = POLICY in {path.name for path in paths}
-        return cls(
-            True, keys, _read_policy(directory / POLICY, set(keys.values())) if has_policy else None
-        )
+        rules = None
+        if POLICY in {path.name for path in paths}:
+            rules = _read_policy(directory / POLICY, set(keys.values()))
+        return cls(True, keys, rules)
 
     def check(self, key: str, name: str, owner: str, where: Path | str) -> None:
         """Raises UserError unless a listed key may sign this expert of this owner."""
@@ -142,11 +146,10 @@ ANY = Trust()
 
 
 def keygen(out: Path) -> str:
-    """Writes a new private key, readable by its owner only, and the public one beside it, or none;
-    returns the public key in base 64.
+    """Writes a new private key, which only its owner can read, and the public key beside it.
 
-    Raises UserError where one of both files exists, where they cannot be written, and inside an
-    anchor, a contribution and their like.
+    Returns the public key in base 64. Either both files are written or none. Raises UserError where
+    one of them exists or cannot be written, and inside an anchor, a contribution or their like.
     """
     check_new_file(out)
     key = Ed25519PrivateKey.generate()
@@ -162,8 +165,10 @@ def keygen(out: Path) -> str:
 
 
 def load_key(path: Path) -> Ed25519PrivateKey:
-    """A private key. Raises UserError where there is none, and for one that somebody else owns or
-    can read."""
+    """The private key in a file.
+
+    Raises UserError where there is none, and for one that somebody else owns or can read.
+    """
     try:
         with open_regular(absolute(path)) as file:
             status, text = os.fstat(file.fileno()), file.read(KEY_LIMIT + 1)
@@ -198,7 +203,7 @@ def load_key(path: Path) -> Ed25519PrivateKey:
 
 
 def sign(manifest: bytes, key: Ed25519PrivateKey) -> bytes:
-    """The content of `manifest.sig`."""
+    """A signature over a manifest's bytes: the content of `manifest.sig`."""
     return _spelled(_encoded(key.public_key()), base64.b64encode(key.sign(manifest)).decode())
 
 
@@ -220,8 +225,16 @@ def check_signature(
 ) -> dict[str, Any] | None:
     """Who signed a file: the public key, and the name it is listed under. None: nobody did.
 
-    `expert` is what a manifest is of; other files are of none. `remedy` is what to do where there
-    is no signature. Raises UserError for what is not let in.
+    Args:
+        content: the file's bytes.
+        signature: those of its signature, if there is one.
+        trust: who may sign.
+        where: the file, for messages.
+        expert: the expert that a manifest is of; None for other files.
+        remedy: what to do where there is no signature.
+
+    Raises:
+        UserError: for a wrong signature, and for what `trust` refuses.
     """
     if signature is None:
         if trust.signed:
@@ -250,8 +263,10 @@ def check_signature(
 
 
 def _read_signature(file: bytes) -> tuple[str, Ed25519PublicKey, bytes]:
-    """The public key as it is written, the key, and what it signed with. Raises ValueError for any
-    spelling but ours."""
+    """The public key in base 64, the key, and the signature.
+
+    Raises ValueError for any spelling but ours.
+    """
     fields = parse_json(file)
     conform(SignatureFile, fields)
     public, signed = fields["public_key"], fields["signature"]
@@ -264,16 +279,13 @@ def _read_signature(file: bytes) -> tuple[str, Ed25519PublicKey, bytes]:
 
 
 def _as_read(name: str) -> str:
-    """A name as somebody reads it: whatever its case, its spaces and how its accents and wide
-    letters are encoded."""
+    """A name without what a reader overlooks: case, spaces, the encoding of accented letters."""
     return "".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def _spelled(public: str, signature: str) -> bytes:
-    return (
-        canonical_json({"algorithm": ALGORITHM, "public_key": public, "signature": signature})
-        + "\n"
-    ).encode()
+    fields = {"algorithm": ALGORITHM, "public_key": public, "signature": signature}
+    return (canonical_json(fields) + "\n").encode()
 
 
 def _read_policy(path: Path, keys: set[str]) -> dict[str, Rule]:
@@ -282,8 +294,8 @@ def _read_policy(path: Path, keys: set[str]) -> dict[str, Rule]:
         conform(Policy, {"rules": rules})
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} is no policy: {reason(error):.200}; expected lines as `key: {{names: [...],"
-            " owners: [...]}`"
+            f"{path} is not a policy: {reason(error):.200}; expected lines such as `key: {{names:"
+            " [...], owners: [...]}`"
         ) from None
     if unknown := sorted(rules.keys() - keys):
         raise UserError(

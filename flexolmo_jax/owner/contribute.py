@@ -1,8 +1,7 @@
-"""An owner's one command: documents -> prepared records -> pair training -> evaluation ->
-contribution. Resumes where it stopped.
+"""An owner's one command: prepares documents, trains a pair and packages its expert.
 
-The work (private records, checkpoints) stays in `<out>.work`, or another place of the owner's; only
-`out` is handed over.
+It resumes where it stopped. Private records and checkpoints stay in `<out>.work`, or another place
+of the owner's. Only `out` is handed over.
 """
 
 from collections.abc import Sequence
@@ -42,25 +41,25 @@ def contribute(
     """Trains an expert on documents against an anchor and packages it.
 
     Args:
-        settings: of the pair run; its anchor, name and data are filled in.
+        settings: those of the pair run; its anchor, name and data are filled in.
         sign_key: the owner's private key.
         work: where private records and checkpoints go (default: `<out>.work`).
         allow_hub: see `load_embedder`.
 
     Raises:
-        UserError: a document file that cannot be read, an `out` that holds something, an anchor
-            that is none, or an `<out>.work` in a bucket from which the documents do not come:
-            others may read there.
+        UserError: for a document file that cannot be read, an `out` that holds something, a path
+            that is not an anchor, and an `<out>.work` in a bucket that the documents do not come
+            from: others may read there.
     """
     anchor = open_anchor(anchor_path)
     check_new(out)
     if sign_key:
-        load_key(sign_key)  # hours before it is used
+        load_key(sign_key)  # raises now for a wrong key, not after hours of training
     option = "--out" if work is None else "--work"
     work = work or _work_beside(out, documents)
     _check_documents(documents)
     tree = _pair_tree(settings, anchor, name, work, allow_hub)
-    run = settings.run(tree)  # every mistake in the config shows before any document is read
+    run = settings.run(tree)  # raises for a wrong config before any document is read
     _check_run(run, anchor)
     if not is_whole(work / "data"):
         try:
@@ -69,7 +68,7 @@ def contribute(
             remove_if_empty(work)  # an earlier run's directory stays
             raise
     elif Index.read(work / "data").inputs != _inputs(documents):
-        raise UserError(f"{work} was made of other documents; delete it, or give a new {option}")
+        raise UserError(f"{work} was made from other documents; delete it, or give a new {option}")
     if not settings.say(tree, "train", "steps"):
         run = settings.run(tree, f"train.steps={_steps(run, work)}")
     train_pair(run, work / "run")
@@ -120,7 +119,7 @@ def _check_run(run: RunConfig, anchor: Artifact) -> None:
 
 
 def _steps(run: RunConfig, work: Path) -> int:
-    """As many as read the owner's records EPOCHS times, beside the public ones."""
+    """The steps that read the owner's records EPOCHS times, beside the public ones."""
     assert run.pair is not None
     records = len(open_records(work / "data", "train"))
     own = run.data.batch_size * (1 - run.pair.public_share)

@@ -1,5 +1,4 @@
-"""Packaging: an owner's pair run becomes a contribution, evaluated as it is handed over; or an
-expert of an imported model does."""
+"""Packaging: an owner's pair run, or an expert of an imported model, becomes a contribution."""
 
 import dataclasses
 import functools
@@ -46,17 +45,25 @@ from flexolmo_jax.train.sources import evaluation_sets
 def package(
     source: Path, out: Path, which: str = "last", sign_key: Path | None = None
 ) -> Contribution:
-    """Makes a contribution of a pair's run: cast to the anchor's dtype first, then evaluated: what
-    is merged is what was measured.
+    """Makes a contribution of a pair's run.
 
-    `sign_key` is an owner's private key. Raises UserError for a source that is no pair's run, a key
-    that is none, and scores that are not finite.
+    The expert is cast to the anchor's dtype first and then evaluated, so that what was measured is
+    what is merged.
+
+    Args:
+        source: the pair's run.
+        out: the contribution's directory.
+        which: the checkpoint: "last", "best", or a step.
+        sign_key: the owner's private key.
+
+    Raises:
+        UserError: for any other source, a wrong key, and scores that are not finite.
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
     run = open_artifact(source)
     if not run.is_pair:
-        raise UserError(f"{source} is not a pair's run; a contribution is made of one")
+        raise UserError(f"{source} is not a pair's run; expected one, to make a contribution from")
     config = load_config(source / "config.yaml")
     assert config.pair is not None
     anchor = open_anchor(run.base().path)
@@ -79,19 +86,21 @@ def package(
         },
         "sequence": config.pair.sequence,
     }
-    return _hand_over(
-        out, anchor, fields, "bias" in released, lambda leaf, layer: released[leaf][layer, 0], key
-    )
+
+    def tensor(leaf: str, layer: int) -> np.ndarray:
+        return released[leaf][layer, 0]
+
+    return _hand_over(out, anchor, fields, "bias" in released, tensor, key)
 
 
 def package_imported(
     source: Path, name: str, anchor_path: Path, out: Path, sign_key: Path | None = None
 ) -> Contribution:
-    """Makes a contribution of an expert of an imported model, to the anchor that was published of
-    that model, a tensor at a time.
+    """Makes a contribution of an expert of an imported model, a tensor at a time.
 
-    Its values are the model's, cast to the anchor's dtype. Raises UserError for a model that was
-    not imported, an expert it does not have, and another anchor than its own.
+    The anchor is the one published from that model. The values are the model's, cast to the
+    anchor's dtype. Raises UserError for a model that was not imported, an expert it does not have,
+    and another anchor.
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
@@ -119,9 +128,11 @@ def package_imported(
         "training": {"imported": model.description["imported"]},
         "sequence": 1,
     }
-    return _hand_over(
-        out, anchor, fields, False, lambda leaf, layer: arrays[f"experts/{leaf}"][layer, index], key
-    )
+
+    def tensor(leaf: str, layer: int) -> np.ndarray:
+        return arrays[f"experts/{leaf}"][layer, index]
+
+    return _hand_over(out, anchor, fields, False, tensor, key)
 
 
 def _hand_over(
@@ -132,8 +143,10 @@ def _hand_over(
     tensor: Callable[[str, int], np.ndarray],
     key: Ed25519PrivateKey | None,
 ) -> Contribution:
-    """Writes a contribution; `tensor` gives a leaf of a layer. `fields` are those of the manifest
-    that say who and how."""
+    """Writes a contribution, whose tensors `tensor(leaf, layer)` gives.
+
+    `fields` are the manifest's keys that say who made the expert and how.
+    """
     shapes = dict(sorted(tensor_shapes(anchor.config, has_bias).items()))
     entries: dict[str, Any] = {}
 
@@ -167,18 +180,16 @@ def _hand_over(
 
 
 def _manifest(fields: dict[str, Any], anchor: Artifact) -> bytes:
-    """Raises UserError for one that would be refused: nothing such is handed over."""
-    text = sealed(
-        fields
-        | {
-            "format": FORMAT,
-            "anchor": anchor.fingerprint,
-            "model": to_dict(anchor.config),
-            "dtype": anchor.dtype,
-            "privacy": "none",  # no training here has any to claim
-            "tool": f"flexolmo-jax {_version()}",
-        }
-    )
+    """The bytes of a manifest. Raises UserError for one that a coordinator would refuse."""
+    of_all = {
+        "format": FORMAT,
+        "anchor": anchor.fingerprint,
+        "model": to_dict(anchor.config),
+        "dtype": anchor.dtype,
+        "privacy": "none",  # training here gives no differential privacy
+        "tool": f"flexolmo-jax {_version()}",
+    }
+    text = sealed(fields | of_all)
     try:
         read_manifest(text)
     except ValueError as error:
@@ -187,15 +198,16 @@ def _manifest(fields: dict[str, Any], anchor: Artifact) -> bytes:
 
 
 def _digest(model: Artifact, path: str, array: Stored, dtype: str) -> str:
-    """Of the anchor's part of an array, in this dtype: read only where the model's own digest is of
-    another one."""
+    """The digest of the anchor's part of an array, in this dtype.
+
+    The array is read only if the model has another dtype, whose digest does not help.
+    """
     if model.dtype == dtype:
         return anchor_tensors(model.description)[path]["sha256"]
     anchors = dataclasses.replace(array, expert=0) if path.startswith("experts/") else array
     digest = hashlib.sha256()
-    for box in layouts(model.config, {path: {"dtype": dtype, "shape": anchors.shape}})[
-        path
-    ].boxes():
+    layout = layouts(model.config, {path: {"dtype": dtype, "shape": anchors.shape}})[path]
+    for box in layout.boxes():
         digest.update(np.ascontiguousarray(anchors[box]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -207,8 +219,7 @@ def _evaluate(
     released: dict[str, np.ndarray],
     config: RunConfig,
 ) -> dict[str, Any]:
-    """Held-out bits per byte of the anchor and of the pair as it is handed over, on the owner's
-    text and on public text."""
+    """Bits per byte of anchor and released pair on held-out text, the owner's and public text."""
     assert config.pair is not None
     public = Dataset(path=config.pair.public or str(anchor.path / "public"), name="public")
     heldout = {d.title: d.path for d in evaluation_sets(config.data, [public])}
@@ -220,14 +231,12 @@ def _evaluate(
     }
     scores: dict[str, Any] = {who: {} for who in scorers}
     for name, path in heldout.items():
-        # Records are scored whatever their length: an owner's need not be as long as the anchor's
-        # public ones.
+        # An owner's records need not be as long as the anchor's public ones.
         records = open_heldout(path_of(path), run.tokenizer, config.data.seq_len)
         if len(records):
             for who, scorer in scorers.items():
-                score = score_records(
-                    scorer, records, run.tokenizer, limit=config.train.eval_records
-                )
+                limit = config.train.eval_records
+                score = score_records(scorer, records, run.tokenizer, limit=limit)
                 scores[who][name] = round(score.bits_per_byte, 6)
     return scores
 

@@ -1,10 +1,9 @@
-"""Training an expert: the anchor, frozen, beside one new expert that starts as a copy of the
-anchor's FFN.
+"""Training an expert: the frozen anchor beside one new expert, a copy of the anchor's FFN at first.
 
-Both run for every token, so there is no dispatch. Trained are the new FFN, its router rows and its
-bias; nothing else has a gradient or an optimiser state. Public text is mixed in
-(`pair.public_share`): from private text alone a row never sees what it should let pass, learns to
-fire always, and drowns the other experts after the merge.
+Both run for every token, so there is no dispatch. Only the new FFN, its router rows and its bias
+are trained; nothing else has a gradient or an optimiser state. Public text is mixed in
+(`pair.public_share`). With private text alone, a row never sees tokens that it should leave to
+others. It would learn to win everywhere, and take the other experts' tokens after the merge.
 """
 
 import dataclasses
@@ -27,6 +26,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import check_expert_name
 from flexolmo_jax.exchange.embedder import domain_embedding, load_embedder
+from flexolmo_jax.integrity import MATRICES
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.runtime.processes import by_the_first
 from flexolmo_jax.storage.paths import absolute, in_bucket, path_of
@@ -34,7 +34,8 @@ from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import train
 from flexolmo_jax.train.sources import open_sources
 
-HIDDEN_RECORDS = 64  # of each source, where rows start from hidden states
+HIDDEN_RECORDS = 64  # of each source, for rows that start from hidden states
+TEXT_RECORDS = 2000  # of each source without raw documents, for rows that start from an embedding
 
 
 def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
@@ -43,20 +44,16 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     assert pair is not None  # checked by RunConfig
     check_expert_name(pair.name)
     anchor = open_anchor(path_of(pair.anchor))
-    tokenizer = anchor.tokenizer
-    if (
-        run.data.tokenizer
-        and Tokenizer.load(path_of(run.data.tokenizer)).digest != tokenizer.digest
-    ):
+    tokenizer, given = anchor.tokenizer, run.data.tokenizer
+    if given and Tokenizer.load(path_of(given)).digest != tokenizer.digest:
         raise UserError(
-            f"data.tokenizer {run.data.tokenizer} is not the tokenizer of {anchor.path}; leave it"
-            " out: a pair uses its anchor's"
+            f"data.tokenizer {given} is not the tokenizer of {anchor.path}; leave it out: a pair"
+            " uses its anchor's"
         )
     model = model_of_pair(run, anchor.config)
     run = dataclasses.replace(run, model=model)
-    batches, heldout = open_sources(
-        _with_shares(run), tokenizer, run.train.seed, extra=_public(run, anchor)
-    )
+    extra = _public(run, anchor)
+    batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=extra)
     row = _row_for_all(pair, run, anchor)
 
     def initial(placement: Placement) -> Params:
@@ -67,14 +64,14 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
         return params | {"expert": jax.jit(make, out_shardings=placed)(params["experts"], row)}
 
     job = Job(
-        run,
-        model,
-        initial,
-        is_trained,
-        ("anchor", pair.name),
-        tokenizer,
-        batches,
-        heldout,
+        config=run,
+        model=model,
+        initial=initial,
+        is_trained=is_trained,
+        experts=("anchor", pair.name),
+        tokenizer=tokenizer,
+        batches=batches,
+        heldout=heldout,
         contrast=_contrast(run),
         base={"base": str(absolute(anchor.path)), "fingerprint": anchor.fingerprint},
     )
@@ -89,20 +86,19 @@ def model_of_pair(run: RunConfig, anchor: ModelConfig) -> ModelConfig:
 
 
 def is_trained(path: str) -> bool:
-    """Of a pair's parameters."""
+    """Whether pair training trains this parameter."""
     return path.startswith("expert/")
 
 
 def new_expert(anchor_experts: Params, row: np.ndarray | None, model: ModelConfig) -> Params:
-    """A float32 copy of the anchor's FFN with the given router row, [D] for all layers or [L, D],
-    or the anchor's own."""
+    """A float32 copy of the anchor's FFN with this router row, or else the anchor's own.
+
+    The row is [D], the same in all layers, or [L, D].
+    """
     L, _, D = anchor_experts["row"].shape
     row = anchor_experts["row"][:, 0] if row is None else row
-    # float32 masters: the release dtype is for handing over, not for steps of 1e-4.
-    expert = {
-        name: jnp.array(anchor_experts[name], jnp.float32, copy=True)
-        for name in ("gate", "up", "down")
-    }
+    # In float32: steps of 1e-4 would be lost in bfloat16, the usual release dtype.
+    expert = {leaf: jnp.array(anchor_experts[leaf], jnp.float32, copy=True) for leaf in MATRICES}
     expert["row"] = jnp.broadcast_to(jnp.asarray(row, jnp.float32), (L, D))[:, None]
     if model.router_bias:
         expert["bias"] = jnp.full((L, 1), model.init_bias, jnp.float32)
@@ -110,8 +106,10 @@ def new_expert(anchor_experts: Params, row: np.ndarray | None, model: ModelConfi
 
 
 def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
-    """The same on every process, of which one reads the documents. Float32 numbers come through
-    JSON as they are."""
+    """The initial row, the same on every process: the first reads the documents.
+
+    It is sent as JSON, which keeps float32 numbers exactly.
+    """
 
     def of_the_first() -> list[float] | None:
         row = initial_row(pair, run, anchor)
@@ -122,8 +120,7 @@ def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarr
 
 
 def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
-    """The router row that a pair starts from, [D], or one for each layer, [L, D]; None for the
-    anchor's own."""
+    """The router row that a pair starts from, [D] or [L, D]; None for the anchor's own."""
     if pair.row == "anchor":
         return None
     if pair.row == "hidden":
@@ -133,26 +130,23 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
             anchor.path / "embedder", anchor.config.d_model, allow_hub=pair.allow_hub_embedder
         )
         return domain_embedding(embedder, _private_documents(run, anchor.tokenizer))
-    width = anchor.config.d_model
-    return (
-        np.random.default_rng(run.train.seed)
-        .normal(0, anchor.config.init_std, width)
-        .astype(np.float32)
-    )
+    random = np.random.default_rng(run.train.seed)
+    return random.normal(0, anchor.config.init_std, anchor.config.d_model).astype(np.float32)
 
 
 def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
-    """What the anchor's routers read of the owner's text, on average, [L, D], at the length of the
-    anchor's own rows."""
+    """The mean input of the anchor's routers on the owner's text, [L, D].
+
+    It is scaled to the length of the anchor's own rows.
+    """
     params = anchor.params()
     rows = params["experts"]["row"].astype(jnp.float32)
 
     def read(rows: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        # With one expert a router's logsumexp is row . hidden state, so that its gradient is the
-        # hidden state.
-        output = forward(
-            anchor.config, params | {"experts": params["experts"] | {"row": rows}}, tokens, segments
-        )
+        # With one expert, a router's logsumexp is row . hidden state: its gradient with respect to
+        # the row is the hidden state.
+        with_rows = params | {"experts": params["experts"] | {"row": rows}}
+        output = forward(anchor.config, with_rows, tokens, segments)
         return jnp.sum(output.router.log_z * (segments > 0))
 
     hidden = jnp.zeros_like(rows)
@@ -160,61 +154,56 @@ def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
         records = open_data(path_of(dataset.path), anchor.tokenizer, run.data.seq_len, "train")
         chosen = np.random.default_rng(0).permutation(len(records))[:HIDDEN_RECORDS].tolist()
         batch = [records[i] for i in chosen]
-        hidden += jax.grad(read)(
-            rows, *(jnp.stack([record[key] for record in batch]) for key in ("tokens", "segments"))
-        )
+        tokens = jnp.stack([record["tokens"] for record in batch])
+        segments = jnp.stack([record["segments"] for record in batch])
+        hidden += jax.grad(read)(rows, tokens, segments)
     lengths = [jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (rows, hidden)]
     return np.asarray((hidden * lengths[0] / lengths[1])[:, 0])
 
 
 def _private_documents(run: RunConfig, tokenizer: Tokenizer):
-    """Raw documents as they are; of prepared directories and token files, records as text."""
+    """The text of raw documents, and of records of prepared directories and token files."""
     for dataset in run.data.train:
         path = path_of(dataset.path)
         if not has_tokens(path) and has_documents(path):
             yield from read_training_documents(path)
         else:
             records = open_data(path, tokenizer, run.data.seq_len, "train")
-            chosen = np.random.default_rng(0).permutation(len(records))[:2000].tolist()
+            chosen = np.random.default_rng(0).permutation(len(records))[:TEXT_RECORDS].tolist()
             for record in read_records(records.__getitem__, chosen, at_once=in_bucket(path)):
                 yield tokenizer.decode(record["tokens"][record["segments"] > 0].tolist())
 
 
 def _with_shares(run: RunConfig):
-    """The owner's sources, scaled to the share that public text leaves."""
+    """The run's data, with the owner's sources scaled to the share that public text leaves."""
     assert run.pair is not None
     total = sum(d.weight for d in run.data.train)
     share = 1 - run.pair.public_share
-    return dataclasses.replace(
-        run.data,
-        train=tuple(
-            dataclasses.replace(d, weight=d.weight / total * share) for d in run.data.train
-        ),
-    )
+    train = (dataclasses.replace(d, weight=d.weight / total * share) for d in run.data.train)
+    return dataclasses.replace(run.data, train=tuple(train))
 
 
 def _contrast(run: RunConfig) -> tuple[tuple[int, float], ...]:
-    """The owner's sources belong to the new expert, public text to the anchor's. Whatever their
-    shares, they count as 2 to 3: after a merge public text is what every expert may wrongly take
-    its part of."""
-    assert run.pair is not None
-    own, public = 1 - run.pair.public_share, run.pair.public_share
-    if not run.pair.is_contrasted:
+    """By source: the expert that its tokens belong to, and their weight in the contrast loss.
+
+    The owner's sources belong to the new expert, public text to the anchor's. Divided by their
+    shares of a batch, the two sides count 0.4 and 0.6. Public text counts more, because after a
+    merge every expert could wrongly take some of it.
+    """
+    pair = run.pair
+    assert pair is not None
+    if not pair.is_contrasted:
         return ()
-    return (
-        *((1, run.pair.contrast * 0.4 / own) for _ in run.data.train),
-        (0, run.pair.contrast * 0.6 / public),
-    )
+    own = 1, pair.contrast * 0.4 / (1 - pair.public_share)
+    public = 0, pair.contrast * 0.6 / pair.public_share
+    return (*(own for _ in run.data.train), public)
 
 
 def _public(run: RunConfig, anchor: Artifact) -> list[Dataset]:
+    """Public text as a source of its share; none if that is 0."""
     assert run.pair is not None
-    if run.pair.public_share == 0:
+    share = run.pair.public_share
+    if share == 0:
         return []
-    return [
-        Dataset(
-            path=run.pair.public or str(anchor.path / "public"),
-            weight=run.pair.public_share,
-            name="public",
-        )
-    ]
+    path = run.pair.public or str(anchor.path / "public")
+    return [Dataset(path=path, weight=share, name="public")]

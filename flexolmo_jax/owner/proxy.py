@@ -1,12 +1,13 @@
-"""Proxies: public documents that resemble an owner's private ones, chosen by the owner, for tuning
-the router after a merge.
+"""Proxies: public documents like an owner's private ones, for tuning the router after a merge.
 
-A classifier, private against public, is trained on an embedder's vectors of both (FlexOlmo, arXiv
-2507.07024, section 3.3), scores the public documents, and the most private-like are kept. It is
-trained twice, on one half of the documents each, and every document is scored by the classifier
-that has not seen it. What leaves are public documents, ordered by their digests; which of them, by
-design, tells something about the private ones, as a domain's name does. A document that is both
-private and public is neither learnt from nor kept: to choose it would tell that the owner has it.
+The owner chooses them. A classifier learns private against public from an embedder's vectors of
+both (FlexOlmo, arXiv 2507.07024, section 3.3). It scores the public documents, and those most like
+private ones are kept. It is trained twice, on one half of the documents each, so that every
+document is scored by the classifier that has not seen it.
+
+Only public documents leave the owner, ordered by their digests. The choice tells something about
+the private ones, as a domain's name does. That is by design. A document that is both private and
+public is neither learnt from nor chosen: choosing it would tell that the owner has it.
 """
 
 import json
@@ -28,22 +29,21 @@ from flexolmo_jax.storage.files import write_new
 from flexolmo_jax.storage.outputs import check_new_file
 
 SHARE = 0.01  # of the public documents
-# documents of each kind that the classifier is trained on (the paper: 500k, balanced)
+# documents of each kind that the classifiers are trained on (the paper: 500k, balanced)
 FEWEST, MOST = 10, 250_000
 GROUP = 4096  # candidates among which diverse ones are chosen at once
-# of a document's own likelihood: that much of it is like no other, so that more can be chosen than
-# vectors are wide
+# added to the kernel's diagonal, relative to it: then more documents can be chosen than vectors
+# have numbers
 RIDGE = 1e-3
 
 
 class Proxies(NamedTuple):
-    """What was chosen, and how well the classifier tells private from public documents that it was
-    not trained on."""
+    """How many documents were chosen, and how accurate the classifiers were."""
 
     documents: int
     of: int  # public documents that were scored
-    accuracy: float  # over as many of each kind
-    private: int  # documents the classifier was trained on, as many public ones
+    accuracy: float  # on documents they were not trained on, as many private as public
+    private: int  # private documents they were trained on, and as many public ones
 
     @property
     def share(self) -> float:
@@ -63,17 +63,20 @@ def select_proxies(
 ) -> Proxies:
     """Writes a share of the public documents, those most like the private ones, as a .jsonl.
 
-    Documents that are held out for evaluation are neither learnt from nor chosen. The text of the
-    private documents and of the candidates is in memory, that of the others is not.
+    Documents held out for evaluation are neither learnt from nor chosen. In memory is the text of
+    the private documents and of the candidates only.
 
     Args:
-        diversity: above 1, they are chosen from so many times as many of the most private-like, by
-            a greedy determinantal point process: it weighs likeness to the private documents
-            against likeness to what is chosen already.
+        share: the part of the public documents to choose.
+        diversity: candidates for each document to choose. Above 1, a greedy determinantal point
+            process chooses among them: it weighs likeness to the private documents against likeness
+            to the chosen ones.
+        heldout: the share of documents that is for evaluation only.
         allow_hub: see `load_embedder`.
 
     Raises:
-        UserError: for an output that exists or is no .jsonl, and too few documents of either kind.
+        UserError: for an output that exists or is not a .jsonl, and for too few documents of either
+            kind.
     """
     if out.suffix != ".jsonl":
         raise UserError(f"--out is {out}; expected a new file that ends in .jsonl")
@@ -81,7 +84,7 @@ def select_proxies(
     if not 0 < share < 1 or diversity < 1:
         raise UserError(
             f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and"
-            " 1 or more"
+            " a diversity of 1 or more"
         )
     anchor = open_anchor(anchor_path)
     loaded = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
@@ -106,8 +109,11 @@ def select_proxies(
 def _learnt_from(
     private: Sequence[Path], public: Sequence[Path], heldout: float
 ) -> tuple[dict[bytes, tuple[str, bool]], set[bytes]]:
-    """By digest, as many private as public documents, and whether each is private; the digests of
-    all public ones that are not private too. Raises UserError where there are too few."""
+    """The documents to learn from, and the digests of all documents that are only public.
+
+    The former are as many private as public ones, by digest: the text, and whether it is private.
+    Raises UserError where there are too few.
+    """
     own = {digest_of(text): text for text in _documents(private, heldout)}
     both, seen = set[bytes](), set[bytes]()
     for text in _documents(public, heldout):
@@ -130,7 +136,7 @@ def _learnt_from(
 def _scored(
     classifiers: "Classifiers", embedder: Embedder, texts: Iterator[str], count: int
 ) -> list[tuple[float, bytes]]:
-    """How private-like each document is, with its digest; the likest first."""
+    """Each document's logit and digest, the most private-like first."""
     scored: list[tuple[float, bytes]] = []
     with bar("scoring public documents", count) as advance:
         for chunk in _chunks(texts):
@@ -142,7 +148,7 @@ def _scored(
 
 
 class Classifiers(NamedTuple):
-    """Two, each of which was trained on one half of all documents and judges the other."""
+    """Two classifiers, each trained on one half of the documents to judge the other half."""
 
     each: tuple["Classifier", "Classifier"]
 
@@ -155,29 +161,31 @@ class Classifiers(NamedTuple):
         return cls((first, second))
 
     def logits(self, digests: Sequence[bytes], vectors: np.ndarray) -> np.ndarray:
-        """[n], above 0 for what seems private."""
+        """Logits [n] of documents, above 0 where one seems private."""
         first, second = (vectors @ one.weights + one.bias for one in self.each)
         return np.where([_half(digest) for digest in digests], first, second)
 
 
 class Classifier(NamedTuple):
-    """The logit of a vector x is x @ weights + bias."""
+    """A linear classifier: the logit of a vector x is x @ weights + bias."""
 
     weights: np.ndarray  # [F]
     bias: float
 
 
 def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier:
-    """Logistic regression of labels 0 and 1 on vectors [n, F] (weights have a Gaussian prior of
-    deviation 1), by L-BFGS."""
+    """Logistic regression of labels 0 and 1 on vectors [n, F], by L-BFGS.
+
+    The prior of the weights is Gaussian with a standard deviation of 1.
+    """
     n = len(labels)
-    scale = np.float32(np.sqrt(vectors.shape[1]))  # unit vectors: entries of about 1
+    # Unit vectors times this have entries of about 1.
+    scale = np.float32(np.sqrt(vectors.shape[1]))
 
     def loss(model):
         logits = vectors @ (scale * model[0]) + model[1]
-        return jnp.mean(jnp.logaddexp(0, logits) - labels * logits) + jnp.sum(
-            (scale * model[0]) ** 2
-        ) / (2 * n)
+        prior = jnp.sum((scale * model[0]) ** 2) / (2 * n)
+        return jnp.mean(jnp.logaddexp(0, logits) - labels * logits) + prior
 
     solver = optax.lbfgs()
 
@@ -201,11 +209,10 @@ def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier
 
 
 def diverse(vectors: np.ndarray, quality: np.ndarray, count: int) -> list[int]:
-    """The likeliest set of so many items under a determinantal point process, greedily (Chen et
-    al., arXiv 1709.05135), in order.
+    """`count` items, greedily the likeliest set under a determinantal point process, in order.
 
-    Its kernel is quality_i * quality_j * cosine of vectors i and j: a set is the likelier the
-    better its items and the less alike.
+    The method is that of Chen et al. (arXiv 1709.05135). The kernel is quality_i * quality_j *
+    cosine(vectors i, j): a set is likelier if its items are better and less alike.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     left = quality.astype(np.float64) ** 2 * (1 + RIDGE)
@@ -224,12 +231,11 @@ def diverse(vectors: np.ndarray, quality: np.ndarray, count: int) -> list[int]:
 def _diverse(
     embedder: Embedder, texts: dict[bytes, str], scores: dict[bytes, float], count: int
 ) -> list[bytes]:
-    """In groups of some thousands, each of which gives the same share."""
+    """The digests of `count` diverse texts: the same share of each group of at most GROUP texts."""
     order = sorted(texts)
     groups = np.array_split(np.arange(len(order)), -(-len(order) // GROUP))
-    ends = np.round(np.cumsum([0, *(len(group) for group in groups)]) * count / len(order)).astype(
-        int
-    )
+    sizes = np.cumsum([0, *(len(group) for group in groups)])
+    ends = np.round(sizes * count / len(order)).astype(int)
     kept = []
     for group, start, end in zip(groups, ends[:-1], ends[1:], strict=True):
         digests = [order[i] for i in group]
@@ -240,12 +246,13 @@ def _diverse(
 
 
 def _embed(embedder: Embedder, texts: Sequence[str], title: str) -> np.ndarray:
-    rows = []
+    """The vectors of texts, with a bar of this title."""
+    vectors = []
     with bar(title, len(texts)) as advance:
         for chunk in _chunks(texts):
-            rows.append(embedder.embed(chunk))
+            vectors.append(embedder.embed(chunk))
             advance(len(chunk))
-    return np.concatenate(rows)
+    return np.concatenate(vectors)
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -260,13 +267,12 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _documents(paths: Sequence[Path], heldout: float) -> Iterator[str]:
-    return (
-        text for path in paths for text in read_training_documents(path, heldout) if text.strip()
-    )
+    for path in paths:
+        yield from (text for text in read_training_documents(path, heldout) if text.strip())
 
 
 def _distinct(paths: Sequence[Path], heldout: float, wanted: set[bytes]) -> Iterator[str]:
-    """Each wanted document once."""
+    """The documents with a wanted digest, each once."""
     left = set(wanted)
     for text in _documents(paths, heldout):
         digest = digest_of(text)
@@ -276,5 +282,5 @@ def _distinct(paths: Sequence[Path], heldout: float, wanted: set[bytes]) -> Iter
 
 
 def _half(digest: bytes) -> int:
-    """0 or 1; not from the bytes that decide what is held out."""
+    """The half that a document is in, 0 or 1; other bytes decide what is held out."""
     return digest[-1] & 1

@@ -1,8 +1,7 @@
-"""`flexolmo screen`: what somebody else's contribution would do to one's own text, told to nobody
-but by one number.
+"""`flexolmo screen`: what another owner's contribution would do to one's own text, as one number.
 
-The model as it is, and the same with the candidate appended, in memory, are scored on the held-out
-records of the owner's documents.
+Two models are scored on the held-out records of the owner's documents: the model as it is, and the
+model with the candidate appended in memory. Nothing else of the text leaves the owner.
 """
 
 import dataclasses
@@ -41,26 +40,19 @@ def screen(
     sign_key: Path | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the verdict. Returns it, and the bits per byte that it came from, which it leaves out.
+    """Writes the verdict. Returns it with the bits per byte behind it, which the verdict omits.
 
     Args:
-        model_path: a merged model on this anchor, or the anchor.
-        documents: the owner's, or prepared directories of them.
-        max_worse: the part by which bits per byte may get worse.
+        model_path: a merged model made from this anchor, or the anchor.
+        documents: the owner's documents, or prepared directories of them.
+        max_worse: the relative rise of bits per byte that still passes.
         limit: how many records of each to read.
 
     Raises:
         UserError: for a candidate that does not fit, text with nothing held out, and numbers that
             are not finite.
     """
-    if not 0 <= max_worse < math.inf:
-        raise UserError(
-            f"--max-worse is {max_worse}; expected a part of bits per byte, as 0.02, and not"
-            " below 0"
-        )
-    check_new_file(out)
-    if out.suffix != ".json":
-        raise UserError(f"{out} has to end in .json, for --require-screening to find it")
+    _check_options(out, max_worse)
     key = load_key(sign_key) if sign_key else None
     anchor, candidate = open_anchor(anchor_path), open_contribution(candidate_path)
     candidate.check(anchor)
@@ -71,7 +63,7 @@ def screen(
     with_it = _bits(appended(model, candidate), documents, limit)
     if not math.isfinite(with_it["bits"]):
         raise UserError(
-            f"{candidate.path} makes numbers that are not finite of your text; it is broken:"
+            f"{candidate.path} gives numbers that are not finite for your text; it is broken:"
             " refuse it"
         )
     verdict = make_verdict(
@@ -86,19 +78,19 @@ def screen(
     write_verdict(verdict, key, out)
     if key is None:
         note(f"warning: {out} is not signed, so --require-screening refuses it; give --sign-key")
-    pairs = (("without", without), ("with_the_candidate", with_it))
-    private = {name: found["bits"] / found["bytes"] for name, found in pairs}
+    both = {"without": without, "with_the_candidate": with_it}
+    private = {name: found["bits"] / found["bytes"] for name, found in both.items()}
     told = {"out": str(out), "signed": key is not None, **dataclasses.asdict(verdict)}
     return told | {"not_in_the_verdict": {"bits_per_byte": private}}
 
 
 def appended(model: LoadedModel, candidate: Contribution) -> LoadedModel:
-    """The model that `flexolmo append` would write, in memory. Raises UserError as
-    `Contribution.tensors` does."""
-    experts, has_bias = (
-        dict(model.params["experts"]),
-        model.config.router_bias or candidate.has_bias,
-    )
+    """The model that `flexolmo append` would write, in memory.
+
+    Raises UserError as `Contribution.tensors` does.
+    """
+    experts = dict(model.params["experts"])
+    has_bias = model.config.router_bias or candidate.has_bias
     L, E, dtype = model.config.n_layers, len(model.experts), experts["row"].dtype
     if has_bias and "bias" not in experts:
         experts["bias"] = jnp.zeros((L, E), dtype)
@@ -111,13 +103,22 @@ def appended(model: LoadedModel, candidate: Contribution) -> LoadedModel:
         new[leaf.removeprefix("experts/")][layer, 0] = tensor
     joined = {name: jnp.concatenate([array, new[name]], axis=1) for name, array in experts.items()}
     active = active_among(model.config, E + 1)
-    config = dataclasses.replace(
-        model.config, n_experts=E + 1, n_active=active, router_bias=has_bias
-    )
-    artifact = dataclasses.replace(
-        model.artifact, config=config, experts=(*model.experts, candidate.name)
-    )
+    sizes = {"n_experts": E + 1, "n_active": active, "router_bias": has_bias}
+    config = dataclasses.replace(model.config, **sizes)
+    names = (*model.experts, candidate.name)
+    artifact = dataclasses.replace(model.artifact, config=config, experts=names)
     return LoadedModel(artifact, model.params | {"experts": joined})
+
+
+def _check_options(out: Path, max_worse: float) -> None:
+    if not 0 <= max_worse < math.inf:
+        raise UserError(
+            f"--max-worse is {max_worse}; expected a fraction of bits per byte, such as 0.02, and"
+            " not below 0"
+        )
+    check_new_file(out)
+    if out.suffix != ".json":
+        raise UserError(f"{out} has to end in .json, for --require-screening to find it")
 
 
 def _check_model(model: Artifact, anchor: Artifact, candidate: Contribution) -> None:
@@ -128,7 +129,7 @@ def _check_model(model: Artifact, anchor: Artifact, candidate: Contribution) -> 
         )
     if model.fingerprint != anchor.fingerprint:
         raise UserError(
-            f"{model.path} stands on the anchor {str(model.fingerprint)[:16]}; {anchor.path} is"
+            f"{model.path} was made from the anchor {str(model.fingerprint)[:16]}; {anchor.path} is"
             f" {str(anchor.fingerprint)[:16]}"
         )
     if candidate.name in model.experts:
@@ -139,7 +140,7 @@ def _check_model(model: Artifact, anchor: Artifact, candidate: Contribution) -> 
 
 
 def _scored(model: LoadedModel, documents: Sequence[Path]) -> list[Path]:
-    """Those with held-out text: of a file with few documents often none is held out."""
+    """The documents with held-out text: a file of few documents often has none."""
     length = min(RAW_SEQ_LEN, model.config.max_seq_len)
     scored = [path for path in documents if len(open_heldout(path, model.tokenizer, length)) > 0]
     if not scored:

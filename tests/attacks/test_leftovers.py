@@ -36,7 +36,7 @@ def test_who_has_left_does_not_come_back_out_of_an_earlier_tuning(
     undo_tuning(tuned, tmp_path / "work" / "contributed", **store)
     monkeypatch.setattr(router, "train_router", lambda run, out: pytest.fail("it was trained"))
     for other in others:
-        with pytest.raises(UserError, match="was made of another model than"):
+        with pytest.raises(UserError, match="was made from another model than"):
             tune(
                 other,
                 {"code": corpora["code"]},

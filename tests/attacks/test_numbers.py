@@ -100,7 +100,7 @@ def test_what_computes_no_numbers_is_refused_whatever_its_norms(anchor, hostile,
     monkeypatch.setattr("flexolmo_jax.exchange.admission.MARGIN", 1e60)
     with pytest.raises(
         UserError,
-        match=r"layer 0 makes numbers that are not finite of \d+ of \d+ tokens; expected none",
+        match=r"layer 0 gives numbers that are not finite for \d+ of \d+ tokens; expected none",
     ):
         admit(open_contribution(hostile), open_artifact(anchor))
 

@@ -70,7 +70,7 @@ def test_a_near_copy_of_a_leaver_is_found(anchor, contributions, tmp_path, chang
     both = merge(
         anchor, [contributions["law"], contributions["code"], twin], tmp_path / "both"
     ).path
-    with pytest.raises(UserError, match="'twin' is 'law', or nearly"):
+    with pytest.raises(UserError, match="'twin' is a copy of 'law', or nearly one"):
         opt_out(both, ["law"], tmp_path / "no")
     model = merge(anchor, [contributions["law"], contributions["code"]], tmp_path / "model").path
     one = opt_out(model, ["law"], tmp_path / "one").path
@@ -253,7 +253,7 @@ def test_a_receipt_is_of_models_on_its_own_anchor(anchor, anchor32, without_law,
     assert verify_receipt(tmp_path / "receipt.json", merge(anchor, [], tmp_path / "right").path)[
         "verified"
     ]
-    with pytest.raises(UserError, match="the receipt is of a model on"):
+    with pytest.raises(UserError, match="the receipt is for a model made from"):
         verify_receipt(tmp_path / "receipt.json", merge(anchor32, [], tmp_path / "wrong").path)
 
 
@@ -282,7 +282,7 @@ def test_an_expert_of_the_same_digests_has_to_leave_too(anchor, contributions, t
     """Promise: who left is gone, under whatever name."""
     twin = remade(contributions["law"], tmp_path / "twin", "twin", lambda key, values: values)
     model = merge(anchor, [contributions["law"], twin], tmp_path / "model").path
-    with pytest.raises(UserError, match="'twin' is 'law'"):
+    with pytest.raises(UserError, match="'twin' is a copy of 'law'"):
         opt_out(model, ["law"], tmp_path / "out")
 
 

@@ -403,7 +403,7 @@ def test_models_and_anchors_of_format_1_are_read_and_their_claims_are_not_taken(
         {"name": "code", "manifest": None, "signed_by": None}
     ]
     assert load(before).experts == ("anchor", "code")
-    with pytest.raises(UserError, match="no manifest that somebody signed"):
+    with pytest.raises(UserError, match="has no signed manifest"):
         verify(before, trust=Trust(signed=True))
     with pytest.raises(UserError, match="merged by an earlier version"):
         opt_out(before, ["code"], tmp_path / "out")

@@ -286,7 +286,7 @@ def test_an_expert_with_the_weights_of_one_that_leaves_has_to_leave_too(
         sealed(json.loads((twin / MANIFEST).read_text()) | {"name": "twin"})
     )
     model = merge(anchor, [contributions["law"], twin], tmp_path / "model").path
-    with pytest.raises(UserError, match="'twin' is 'law', or nearly"):
+    with pytest.raises(UserError, match="'twin' is a copy of 'law', or nearly one"):
         opt_out(model, ["law"], tmp_path / "out")
     assert open_artifact(opt_out(model, ["law", "twin"], tmp_path / "out").path).experts == (
         "anchor",

@@ -132,7 +132,7 @@ def test_an_expert_that_takes_public_text_for_itself_is_found(
         public=prepared["public"],
     )["admission"]
     assert report["public_share"] > 0.75 and any(
-        "of the routing weight on public text" in found for found in report["findings"]
+        "of the mixture on public text" in found for found in report["findings"]
     )
 
 
@@ -219,7 +219,7 @@ BOUNDS = {
     ),
     "gate has little in common": (["weights", "gate", "cosine", "least"], DEFAULT.cosine, -1),
     "a router row is": (["row_norm_of_the_anchors", "most"], DEFAULT.row_norm, 1),
-    "of the routing weight": (["public_share"], DEFAULT.public_share, 1),
+    "of the mixture on public text": (["public_share"], DEFAULT.public_share, 1),
     "of public text get": (["public_bits_per_byte", "with_the_expert"], 1 + DEFAULT.public_loss, 1),
 }
 

@@ -303,7 +303,7 @@ def test_mistakes_are_told_before_anything_is_scored(
     out, documents = tmp_path / "verdict.json", [prepared["care"]]
     for model, says in (
         (pair_runs["care"], "is a run"),
-        (anchor32, "stands on the anchor"),
+        (anchor32, "was made from the anchor"),
         (of_care, "already has an expert 'care'"),
     ):
         with pytest.raises(UserError, match=says):
@@ -382,7 +382,7 @@ def test_an_expert_that_makes_no_numbers_gets_no_verdict(
         tmp_path / "huge",
         lambda t: {n: np.full_like(a, 3e38) if "ffn" in n else a for n, a in t.items()},
     )
-    with pytest.raises(UserError, match="makes numbers that are not finite of your text"):
+    with pytest.raises(UserError, match="gives numbers that are not finite for your text"):
         screen(huge, anchor, of_care, [prepared["care"]], tmp_path / "verdict.json")
     assert not (tmp_path / "verdict.json").exists()
 
