@@ -1,5 +1,4 @@
-"""flexolmo-jax: one language model from organisations that do not share data (FlexOlmo, arXiv
-2507.07024), in JAX.
+"""FlexOlmo (arXiv 2507.07024) in JAX: one language model of owners who do not share their data.
 
 model = flexolmo_jax.load("demo/merged")        # a run, an anchor or a merged model
 model.logits(ids, without=("legal",))           # int [B, T] -> float32 [B, T, V]
@@ -16,7 +15,7 @@ __all__ = ["LoadedModel", "RunError", "UserError", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: `flexolmo --help` and a wrong config answer at once, without importing JAX.
+    # Imported on first use: `flexolmo --help` and a wrong config answer at once, without JAX.
     import importlib
 
     home = {"load": "loaded", "LoadedModel": "loaded", "UserError": "errors", "RunError": "errors"}

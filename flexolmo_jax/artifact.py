@@ -1,15 +1,14 @@
-"""What a path holds: a training run, a published anchor or a merged model; opened and loaded the
-same way.
+"""A training run, a published anchor or a merged model, opened and loaded the same way.
 
-Each has a `flexolmo.json` that says what it is, its weights as an Orbax checkpoint, and the
-tokenizer:
+Each is a directory with a description (`flexolmo.json`), the tokenizer, and its weights as an Orbax
+checkpoint:
 
     RUN      config.yaml  checkpoints/<step>/  metrics.jsonl
     ANCHOR   weights/     embedder/            public/ (packed public records for owners)
     MODEL    weights/
 
-A pair's run holds its expert only and names its anchor by path and fingerprint; a router run holds
-rows and biases.
+The run of a pair stores the new expert only, and that of a router the router rows and biases. Both
+name what they were trained on by its path and its anchor's fingerprint.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,14 +48,14 @@ __all__ = [
     "write_description",
 ]
 
-DEFAULT_ACTIVE = 4  # experts that a token of a merged model uses, where nobody says how many
-# where a tensor of this path and shape goes
+DEFAULT_ACTIVE = 4  # experts that a token of a merged model uses, unless a number is given
+# from a tensor's path and shape to where it goes
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened run, anchor or model. Opening reads JSON only; `params` reads the weights."""
+    """An opened run, anchor or model. Opening it reads JSON only; `params` reads the weights."""
 
     path: Path
     kind: str  # run | anchor | model
@@ -70,19 +69,17 @@ class Artifact:
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the published anchor that this is or stands on; None for an anchor's run and a joint
-        model."""
+        """That of the anchor this is or stands on; None for an anchor's run and a joint model."""
         return self.description.get("fingerprint")
 
     @property
     def dtype(self) -> str:
-        """Of the weights of a published anchor and of a merged model."""
+        """The dtype of an anchor's or a model's weights."""
         return next(iter(self.description["tensors"].values()))["dtype"]
 
     @property
     def members(self) -> tuple[dict[str, Any], ...]:
-        """What a model keeps of the contributions that it was merged from, in the order of its
-        experts."""
+        """What a model keeps of each contribution in it, in the order of its experts."""
         return tuple(self.description.get("members", ()))
 
     @cached_property
@@ -90,34 +87,32 @@ class Artifact:
         return Tokenizer.load(self.path)
 
     def params(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
-        """The whole parameter tree (a pair's with its anchor's), on one device unless a placement
-        is given.
+        """The whole parameter tree. That of a pair includes the anchor.
 
-        `which` chooses a run's checkpoint: last, best or a step.
+        Args:
+            which: a run's checkpoint: last, best or a step.
+            placement: where each tensor goes; without it, all go to one device.
         """
         placement = placement or _on_one_device
         if self.kind == "run":
             own = self.trained(which, placement)
-            return (
-                unflatten(flatten(self.base().params(placement=placement)) | flatten(own))
-                if "base" in self.description
-                else own
-            )
+            if "base" not in self.description:
+                return own
+            return unflatten(flatten(self.base().params(placement=placement)) | flatten(own))
         self.ensure()
         return loading.load(Reader(self.path / "weights"), self._stored(placement))
 
     def trained(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
-        """What a run trained: of a pair the expert, of a router run rows and biases, of others
-        everything."""
+        """What a run trained: a pair's new expert, router rows and biases, or all parameters."""
         target = self._stored(placement or _on_one_device)
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
             return checkpoints.restore_part("params", target, self.step(which))
 
     def arrays(self, which: str = "last") -> dict[str, Any]:
-        """Each parameter by path: of an anchor or a model as `Stored`, read when it is asked for;
-        of a run in memory.
+        """Each parameter by its path. Raises UserError as `ensure` does.
 
-        Raises UserError as `ensure` does.
+        Those of an anchor or a model are `Stored`: they are read when they are indexed. Those of a
+        run are in memory.
         """
         if self.kind == "run":
             return flatten(self.params(which))
@@ -129,24 +124,25 @@ class Artifact:
         }
 
     def step(self, which: str = "last") -> int:
-        """The step of a run's checkpoint: last, best, or the step itself. Raises UserError where
-        there is no such one."""
+        """The step of a run's last or best checkpoint, or of the step given.
+
+        Raises UserError if there is no such checkpoint.
+        """
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
             return checkpoints.choose(which)
 
     def base(self) -> "Artifact":
-        """The anchor of a pair's run, the model of a router run; refused if it is no longer the one
-        trained against."""
+        """What a run was trained on: a pair's anchor, or the model whose router was tuned.
+
+        Raises UserError if it has changed since.
+        """
         base = open_artifact(path_of(self.description["base"]))
-        # A merged model has its anchor's fingerprint: what makes it this one are its experts, and
-        # which contributions they are.
-        is_it = base.fingerprint == self.fingerprint and (
-            base.kind != "model" or base.experts == self.experts
-        )
-        if not is_it or self.description.get("base_sha256") not in (
-            None,
-            base.description["sha256"],
-        ):
+        # All models of one anchor share its fingerprint. They differ in their experts, and in the
+        # contributions that these came from, which the description's digest covers.
+        has_our_experts = base.kind != "model" or base.experts == self.experts
+        digest = self.description.get("base_sha256")
+        is_described = digest is None or digest == base.description["sha256"]
+        if base.fingerprint != self.fingerprint or not has_our_experts or not is_described:
             raise UserError(
                 f"{self.path} was trained on another version of {base.path} (fingerprint"
                 f" {self.fingerprint}); restore that one"
@@ -154,11 +150,10 @@ class Artifact:
         return base
 
     def ensure(self) -> None:
-        """Makes sure that an anchor's or a model's bytes are those of its description and its
-        fingerprint.
+        """Raises UserError unless an anchor's or a model's bytes match its description.
 
-        They are read once, and again when a file was changed; of several processes the first does
-        it for all. Raises UserError.
+        The bytes are read once, and again after a file has changed. Of several processes, the first
+        reads for all.
         """
 
         def check() -> None:
@@ -168,7 +163,7 @@ class Artifact:
             by_the_first(lambda: verified.once(self.path, self._claim, check))
 
     def remember(self) -> None:
-        """Says that this process has just written all of it, of verified bytes."""
+        """Counts all files as verified: this process has just written them from verified bytes."""
         verified.remember(self.path, self._claim)
 
     @property
@@ -176,13 +171,11 @@ class Artifact:
         return f"{self.kind} {self.description['sha256']}"
 
     def check_experts(self, names: Sequence[str]) -> None:
-        """Raises UserError unless each of these experts is there and none of them is the
-        anchor's."""
+        """Raises UserError for an expert that does not exist, and for the anchor."""
         for name in names:
             if name not in self.experts:
-                raise UserError(
-                    f"no expert {name!r} in {self.path}; it has {', '.join(self.experts)}"
-                )
+                known = ", ".join(self.experts)
+                raise UserError(f"no expert {name!r} in {self.path}; it has {known}")
             if name == "anchor":
                 raise UserError(
                     "the anchor cannot be excluded: every expert was trained beside it; exclude"
@@ -204,22 +197,27 @@ def _on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
 
 
 def open_artifact(path: str | Path) -> Artifact:
-    """Raises UserError where the path holds none, one that contradicts itself, or one of a newer
-    format."""
+    """Opens a run, an anchor or a model.
+
+    Raises UserError if there is none, if its description contradicts itself, or if its format is
+    newer than this version.
+    """
     path = path_of(path)
     description, config = read_description(path)
     return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
 
 
 def active_among(config: ModelConfig, experts: int) -> int:
-    """How many a token uses when a model gets or loses experts: a number that was given stays, one
-    that was not goes with them."""
+    """How many experts a token uses once the model has this many.
+
+    A number that the user gave stays. The default follows the number of experts.
+    """
     given = config.n_active != min(config.n_experts, DEFAULT_ACTIVE)
     return min(config.n_active if given else DEFAULT_ACTIVE, experts)
 
 
 def describe(params: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The `tensors` entry of a description: shape and dtype of each, by path."""
+    """The `tensors` of a description: each one's dtype and shape, by its path."""
     return {
         path: {"dtype": str(a.dtype), "shape": list(a.shape)} for path, a in flatten(params).items()
     }

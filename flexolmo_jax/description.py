@@ -1,9 +1,10 @@
-"""`flexolmo.json`, what a run, an anchor or a model says of itself: one schema a kind, and a digest
-of all the rest in its last key.
+"""`flexolmo.json`: the description of a run, an anchor or a model, with one schema for each kind.
 
-Format 2 (in brackets format 1, which is still read): an anchor's fingerprint covers its sample of
-public text (it did not); a model keeps its anchor's parts and every member's manifest and
-signature, whole (the anchor's tensors, and some keys of each manifest).
+Its key `sha256` is the digest of all the others. The format is 2, and format 1 is still read:
+
+    format  an anchor's fingerprint covers     a model keeps of its anchor and its members
+    2       its public text too                the anchor's parts; whole manifests and signatures
+    1       all parts but its public text      the anchor's tensors; some keys of each manifest
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from flexolmo_jax.storage.untrusted import JSON_LIMIT, conform, parse_json, read
 
 DESCRIPTION = "flexolmo.json"
 FORMAT = 2
-SIGNS = 1 << 19  # commas and brackets in one; 32 experts of 32 layers have 90,000
+# commas and brackets in a description; with 32 experts of 32 layers it has 90,000
+SIGNS = 1 << 19
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
@@ -51,7 +53,9 @@ DigestedTensors = dict[Annotated[str, Field(max_length=100)], DigestedTensor]
 
 
 @dataclass(frozen=True)
-class _Every:
+class _Common:
+    """The keys of every kind."""
+
     format: Annotated[int, Field(ge=1)]
     kind: str
     model: dict[str, Any]  # a ModelConfig, checked as one
@@ -60,14 +64,12 @@ class _Every:
 
 
 @dataclass(frozen=True)
-class Run(_Every):
+class Run(_Common):
     run: Literal["anchor", "pair", "router", "joint"]
     tensors: Tensors
-    # of a pair and a router run: the path of what it was trained against ...
-    base: str | None = None
-    fingerprint: Digest | None = None  # ... and the anchor's
-    # of a router run: of the description of the model that it was trained on
-    base_sha256: Digest | None = None
+    base: str | None = None  # a pair or a router run: path of the anchor or model it trained on
+    fingerprint: Digest | None = None  # ... and the anchor's fingerprint
+    base_sha256: Digest | None = None  # a router run: digest of that model's description
     data: tuple[str, ...] = ()
 
 
@@ -79,7 +81,7 @@ class Embedder:
 
 
 @dataclass(frozen=True)
-class Anchor(_Every):
+class Anchor(_Common):
     tensors: DigestedTensors
     tokenizer: Digest
     embedder: Embedder
@@ -90,7 +92,7 @@ class Anchor(_Every):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a fingerprint is the digest of. An imported model has nothing but the tensors."""
+    """What a fingerprint is the digest of. Of an imported model's anchor: only the tensors."""
 
     tensors: DigestedTensors
     model: dict[str, Any] | None = None
@@ -101,19 +103,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class Member:
-    """An expert that was merged: its contribution's manifest, which has a schema of its own, and
-    the signature of that."""
+    """A merged expert, with the manifest of its contribution and the signature of that."""
 
     name: Name
-    manifest: dict[str, Any]
+    manifest: dict[str, Any]  # checked by a schema of its own, in exchange/manifest.py
     signature: Text | None
     sketch: Sketch
 
 
 @dataclass(frozen=True)
 class FlatMember:
-    """An expert of an imported model, or of a model of format 1: nobody can check what is said of
-    it, but for its tensors."""
+    """An expert of an imported model or of format 1. Only what it says of tensors is checked."""
 
     name: Name
     tensors: DigestedTensors
@@ -129,17 +129,19 @@ class FlatMember:
 
 @dataclass(frozen=True)
 class Tuned:
-    tuned_with: Annotated[tuple[Text, ...], Field(min_length=1)]  # not with nobody
+    """Router rows and biases that replace those of the members."""
+
+    tuned_with: Annotated[tuple[Text, ...], Field(min_length=1)]
     tensors: dict[Literal["experts/row", "experts/bias"], Digest]
 
 
 @dataclass(frozen=True)
-class Model(_Every):
+class Model(_Common):
     tensors: Tensors
     tokenizer: Digest
     members: tuple[Member | FlatMember, ...]
     fingerprint: Digest | None
-    # None: assembled of dense models, which have digests of their own
+    # None: assembled from dense models; then each tensor has its digest in `tensors`
     anchor: Parts | DigestedTensors | None = None
     imported: Text | None = None
     router: Tuned | None = None
@@ -150,22 +152,22 @@ SCHEMAS: dict[str, type] = {"run": Run, "anchor": Anchor, "model": Model}
 
 
 def read_description(path: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """The description in a directory, checked by its schema, and its model config. Raises UserError
-    for any other."""
+    """Reads a directory's description, and the model config in it.
+
+    Raises UserError for one that is missing, damaged, contradictory, or of a newer format.
+    """
     file = path / DESCRIPTION
     try:
         description = read_sealed(file)
-        if not isinstance(description.get("format"), int) or description["format"] > FORMAT:
-            got = description.get("format")
+        got, kind = description.get("format"), description.get("kind")
+        if not isinstance(got, int) or got > FORMAT:
             raise UserError(
                 f"{path} has format {got!r:.20}; this version reads up to {FORMAT}; upgrade"
                 " flexolmo-jax"
             )
-        if description.get("kind") not in SCHEMAS:
-            raise ValueError(
-                f"its kind is {description.get('kind')!r:.40}; expected one of {', '.join(SCHEMAS)}"
-            )
-        conform(SCHEMAS[description["kind"]], description)
+        if kind not in SCHEMAS:
+            raise ValueError(f"its kind is {kind!r:.40}; expected one of {', '.join(SCHEMAS)}")
+        conform(SCHEMAS[kind], description)
         return description, _config_of(description)
     except FileNotFoundError:
         if not path.exists():
@@ -177,55 +179,54 @@ def read_description(path: Path) -> tuple[dict[str, Any], ModelConfig]:
         ) from None
     except (ValueError, TypeError, OSError) as error:
         raise UserError(
-            f"{file} is damaged ({type(error).__name__}: {error!s:.200}); restore it or make the"
-            " artifact anew"
+            f"{file} is damaged ({type(error).__name__}: {error!s:.200}); restore it or make a new"
+            " one"
         ) from None
 
 
 def _config_of(description: Mapping[str, Any]) -> ModelConfig:
-    """Raises ValueError where model config, experts, members and tensors do not fit together."""
-    if empty := [
-        key for key, value in description.items() if value is None and key != "fingerprint"
-    ]:
-        raise ValueError(f"its {empty[0]} is null; expected none or a value")
+    """The model config. Raises ValueError if experts, members and tensors do not fit it."""
+    for key, value in description.items():
+        if value is None and key != "fingerprint":
+            raise ValueError(f"its {key} is null; expected a value, or no such key")
     try:
         config = build(ModelConfig, description["model"], "model")
         config.check()
     except UserError as error:
         raise ValueError(str(error)) from None
-    experts = description["experts"]
+    experts, kind = description["experts"], description["kind"]
     expected = 2 if description.get("run") == "pair" else config.n_experts
     if len(experts) != expected or len(set(experts)) != len(experts):
         raise ValueError(
             f"it has the experts {', '.join(experts)[:80]}; expected {expected} different ones"
         )
-    if description["kind"] == "run":
+    if kind == "run":
         return config
     if len({tensor["dtype"] for tensor in description["tensors"].values()}) != 1:
         raise ValueError("its tensors are of several dtypes; expected one")
-    if description["kind"] == "anchor" and (config.n_experts != 1 or experts != ["anchor"]):
+    if kind == "anchor" and (config.n_experts != 1 or experts != ["anchor"]):
         raise ValueError(
-            f"it is an anchor of {config.n_experts} experts, {experts[0]!r:.40} first; expected"
-            " 'anchor' alone"
+            f"it is an anchor with {config.n_experts} experts, {experts[0]!r:.40} first; expected"
+            " one, 'anchor'"
         )
-    if description["kind"] == "model" and "anchor" in description:
+    if kind == "model" and "anchor" in description:
         _check_merged(description)
         return config
     if any(tensor.get("sha256") is None for tensor in description["tensors"].values()):
         raise ValueError("a tensor has no SHA-256")
-    if description["kind"] == "model" and (
-        description["members"] or description["fingerprint"] is not None
-    ):
-        raise ValueError("it has members or a fingerprint, and no anchor")
+    if kind == "model" and (description["members"] or description["fingerprint"] is not None):
+        raise ValueError("it has members or a fingerprint, but no anchor")
     return config
 
 
 def _check_merged(description: Mapping[str, Any]) -> None:
-    """Of a model with an anchor: what belongs together in its format. An imported one has no
-    fingerprint, and members without manifests."""
+    """Raises ValueError if a model's anchor and members do not fit each other or its format.
+
+    An imported model has no fingerprint, and its members have no manifests.
+    """
     anchor, members = description["anchor"], description["members"]
     if description["experts"] != ["anchor", *(member["name"] for member in members)]:
-        raise ValueError("its experts are not its anchor and its members in their order")
+        raise ValueError("its experts are not its anchor and its members, in their order")
     has_parts = isinstance(anchor.get("tensors"), dict) and "dtype" not in anchor["tensors"]
     if has_parts != (description["format"] > 1):
         raise ValueError(f"its anchor is not described as in format {description['format']}")
@@ -233,13 +234,12 @@ def _check_merged(description: Mapping[str, Any]) -> None:
     if is_merged and not all(anchor.get(key) for key in ("model", "tokenizer", "embedder")):
         raise ValueError("its anchor lacks parts of its fingerprint")
     if any(isinstance(member["manifest"], dict) != is_merged for member in members):
-        raise ValueError(
-            f"its members {'have no' if is_merged else 'have'} manifests; expected the contrary"
-        )
+        expected = "manifests" if is_merged else "no manifests"
+        raise ValueError(f"its members are of the wrong kind; expected members with {expected}")
 
 
 def write_description(directory: Path, description: Mapping[str, Any]) -> None:
-    """Writes `flexolmo.json`. Raises ValueError for what could not be read again."""
+    """Writes `flexolmo.json`. Raises UserError if it would be too long to be read again."""
     sealed = sealed_json({"format": FORMAT, **description})
     if len(sealed) > JSON_LIMIT:
         raise UserError(
@@ -250,23 +250,23 @@ def write_description(directory: Path, description: Mapping[str, Any]) -> None:
 
 
 def canonical_json(value: Any) -> str:
-    """The one spelling of a JSON value that digests are taken of."""
+    """The JSON text that digests are taken of: each value has exactly one."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def sealed_json(description: Mapping[str, Any]) -> str:
-    """A JSON object, readable, with the digest of everything else in it."""
+    """A JSON object as indented text, with the digest of all its keys added as `sha256`."""
     rest = {key: value for key, value in description.items() if key != "sha256"}
     rest["sha256"] = hashlib.sha256(canonical_json(rest).encode()).hexdigest()
     return json.dumps(rest, indent=1, sort_keys=True) + "\n"
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `sealed_json` wrote. Raises OSError, ValueError or UserError."""
+    """Reads what `sealed_json` wrote. Raises OSError, ValueError or UserError."""
     text = read_bytes(path)
     description = parse_json(text, SIGNS)
     if not isinstance(description, dict):
         raise ValueError(f"it is {description!r:.40}; expected an object")
     if text != sealed_json(description).encode():
-        raise ValueError("its bytes are not those that its own digest was taken of")
+        raise ValueError("its bytes do not match its digest")
     return description

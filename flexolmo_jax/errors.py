@@ -1,12 +1,11 @@
-"""The one error a user is meant to see, and how strangers' words are shown: on one line, without
-effect on a terminal."""
+"""The errors that a user is meant to see. Each prints as one line."""
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text of anybody, to be shown: what is not printable (escapes, line ends, marks that turn the
-    direction of writing) is spelled out.
+    """The text with every unprintable character, except those in `keep`, written as an escape.
 
-    `keep`: characters that stay as they are all the same.
+    Text that comes from others may hold line ends, terminal commands, or marks that reverse the
+    direction of writing. Printed as they are, they could make one message look like another.
     """
     if text.isprintable():
         return text
@@ -16,16 +15,14 @@ def printable(text: str, keep: str = "") -> str:
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: says what was got, what was expected and what to do, in one
-    line."""
+    """A mistake of the user: one line that says what was got, what was expected, what to do."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class RunError(Exception):
-    """A run that cannot go on for a reason in the run itself (a diverged loss): one line as well,
-    but status 1."""
+    """A run that cannot go on, as when its loss diverges. Exits with status 1, not 2."""
 
     def __str__(self) -> str:
         return printable(super().__str__())

@@ -5,11 +5,12 @@
     run       one `lax.while_loop`: feed the last token, choose the next, until a limit is reached
               or every prompt has ended
 
-A prompt's last token is fed by the loop, so that one step serves the first token and all others,
-and streaming calls the same compiled program with a limit of one token more each time: it cannot
-give other tokens than generating in one go. Lengths are rounded up to powers of two, and everything
-about a request but greedy or not is a run-time array: other prompts, limits, seeds or experts
-rarely compile anew.
+The loop also feeds a prompt's last token, so that the same step chooses the first token and all
+others. Streaming calls the same compiled program, each time with a limit of one token more. So it
+gives the same tokens as generating all of them in one call.
+
+Compiling is rare. Lengths are rounded up to powers of two. All else about a request, except whether
+it is greedy, is a run-time array: prompts, limits, seeds and excluded experts.
 """
 
 import functools
@@ -44,16 +45,15 @@ COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: among the `top_k` likeliest, of these the fewest that make up
-    `top_p`, at `temperature`."""
+    """How the next token is chosen. `sample` says how the values work together."""
 
     temperature: float = 0.0  # 0: greedy, the lowest id wins ties
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    top_k: int = 0  # choose among the likeliest; 0: all
+    top_p: float = 1.0  # and of these among the fewest that have this much probability
     seed: int = 0  # the same seed, prompt and place in the batch give the same completion
 
     def check(self) -> None:
-        """Raises UserError for values that mean nothing."""
+        """Raises UserError for values out of range."""
         warmth, k, p, seed = self.temperature, self.top_k, self.top_p, self.seed
         _expect(0 <= warmth < math.inf, "temperature", warmth, "0 (greedy) or a positive number")
         _expect(k >= 0, "top_k", k, "0 (all) or the number of tokens to choose from")
@@ -62,11 +62,11 @@ class Sampling:
 
 
 class Decoder(NamedTuple):
-    """A model, and what generating needs to know of its tokenizer."""
+    """A model, and what generation needs to know of its tokenizer."""
 
     config: ModelConfig
     params: Params
-    vocab_size: int  # the tokenizer's: ids from there on are padding and never chosen
+    vocab_size: int  # the tokenizer's; larger ids pad the embedding and are never chosen
     eos_id: int  # ends a completion; -1 for none
 
 
@@ -78,17 +78,18 @@ def generate(
     sampling: Sampling = Sampling(),
     on_token: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[list[int]]:
-    """The completions of a batch of prompts, each cut before its EOS. A completion does not depend
-    on the other prompts.
+    """The completions of a batch of prompts, each cut before its EOS.
+
+    A completion does not depend on the other prompts.
 
     Args:
-        choices: the cache has their dtype, too, and lies on their mesh.
+        choices: the dtype and the mesh are those of the cache too.
         on_token: called after every step with its index and the chosen ids [B]; prompts that have
             ended give `eos_id`.
 
     Raises:
-        UserError: no prompts, an empty prompt, ids outside the vocabulary, nothing to generate,
-            more tokens than `config.max_seq_len`, or sampling values that mean nothing.
+        UserError: no prompts, an empty prompt, ids outside the vocabulary, no tokens to generate,
+            more tokens than `config.max_seq_len`, or sampling values out of range.
     """
     config, params, _, eos_id = decoder
     vocab_size = min(decoder.vocab_size, config.vocab_size)
@@ -123,7 +124,7 @@ def generate(
 def _left_padded(
     prompts: Sequence[Sequence[int]], largest: int
 ) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
-    """The prompts without their last tokens, ending at the same slot, and their lengths."""
+    """The prompts without their last tokens, padded on the left, and their lengths."""
     lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
     P = _bucket(max(map(len, prompts)) - 1, largest)
     tokens = np.zeros((len(prompts), P), np.int32)
@@ -133,8 +134,10 @@ def _left_padded(
 
 
 class TextStream:
-    """Turns ids into text as they come. A token may end inside a character: its bytes wait for the
-    rest."""
+    """Turns ids into text as they come.
+
+    A token may end inside a character. Its bytes then wait for the rest of the character.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -142,12 +145,11 @@ class TextStream:
         self._printed = 0  # characters of these that were returned
 
     def push(self, token: int) -> str:
-        """The text that is certain now and was not before; often one word, empty inside a
-        character."""
+        """Returns the text that this token completes: often one word; empty inside a character."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
-        # Bytes that begin a character decode to one U+FFFD, always the last; what is before it
-        # stays as it is.
+        # The bytes of an incomplete character decode to one U+FFFD, at the end. The text before it
+        # is final.
         incomplete = text.endswith("\ufffd")
         new = text[self._printed : len(text) - incomplete]
         if incomplete:
@@ -157,16 +159,16 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed."""
+        """Returns the rest at the end: U+FFFD for a character that was never completed."""
         left = self._tokenizer.decode(self._ids)[self._printed :]
         self._ids, self._printed = [], 0
         return left
 
 
 class Request(NamedTuple):
-    """What a batch asks for, as arrays: changing any of it compiles nothing."""
+    """A batch's settings, as arrays: other values need no other program."""
 
-    first_slot: Int[Array, "B"]  # of the cache; what is before it is padding
+    first_slot: Int[Array, "B"]  # of the prompt in the cache; the slots before it are padding
     eos_id: Int[Array, ""]
     allowed: Bool[Array, "E"]
     temperature: Float[Array, ""]
@@ -176,8 +178,7 @@ class Request(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between two steps. The cache has a slot for each of P prompt tokens and each of N new
-    ones."""
+    """The state between two steps. The cache has P slots for prompt tokens and N for new ones."""
 
     cache: KVCache
     token: Int[Array, "B"]  # chosen last, not yet in the cache
@@ -195,8 +196,10 @@ def programs(
     dtype: str,
     mesh: Mesh | None = None,
 ) -> tuple[Callable, Callable]:
-    """The jitted (prefill, run) that all calls with these values share; each compiles once per
-    batch size and buckets."""
+    """The jitted (prefill, run) for these values.
+
+    Each compiles once for a batch size and rounded lengths.
+    """
 
     def model(params: Params, request: Request, tokens: Array, positions: Array, context):
         choices = Choices(active, request.allowed, dtype=dtype, mesh=mesh)
@@ -211,8 +214,8 @@ def programs(
         mask = (slots <= slots[:, None]) & (slots >= request.first_slot[:, None, None])
         positions = jnp.maximum(slots - request.first_slot[:, None], 0)
         context = CachedContext(mask, empty_cache(config, B, P, jnp.dtype(dtype)), slot=0)
-        # The logits are not used, so the compiler leaves out the head: [B, P, V] would dwarf the
-        # rest.
+        # The logits are not used, so the compiler drops the head. They would be [B, P, V], which
+        # is larger than all the rest.
         cache = model(params, request, tokens, positions, context).cache
         room = ((0, 0), (0, 0), (0, 0), (0, new_slots), (0, 0))
         cache = sharding.constrain(mesh, jax.tree.map(lambda a: jnp.pad(a, room), cache), CACHE)
@@ -227,7 +230,7 @@ def programs(
         positions = (slot - request.first_slot)[:, None]
         context = CachedContext(mask, state.cache, slot)
         out = model(params, request, state.token[:, None], positions, context)
-        assert out.cache is not None  # as one went in
+        assert out.cache is not None  # since the context has one
         token = _next_token(out.logits[:, 0, :vocab_size], request, state.step, greedy)
         token = jnp.where(state.ended, request.eos_id, token)
         chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
@@ -264,11 +267,13 @@ def sample(
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, ""]:
-    """Draws a token: temperature, then the `top_k` likeliest, then the nucleus of `top_p` of what
-    these have (Holtzman et al., arXiv 1904.09751: a token stays while those likelier than it have
-    less than `top_p`, so that one always does)."""
+    """Draws a token: temperature first, then the `top_k` likeliest, then their nucleus of `top_p`.
+
+    The nucleus (Holtzman et al., arXiv 1904.09751) keeps a token while the likelier ones together
+    have less than `top_p`. So at least one token is always kept.
+    """
     order = jnp.argsort(logits, descending=True, stable=True)  # the lowest id first among equals
-    # the maximum first: a low temperature overflows otherwise
+    # subtract the maximum before dividing: a low temperature would overflow
     scaled = (logits[order] - jnp.max(logits)) / temperature
     scaled = jnp.where(jnp.arange(len(logits)) < top_k, scaled, -jnp.inf)
     likelihood = jax.nn.softmax(scaled)
@@ -286,17 +291,10 @@ def _check(
         _expect(len(prompt) > 0, f"prompt {i}", "no tokens", "at least one; give it some text")
         known = min(prompt) >= 0 and max(prompt) < vocab_size
         _expect(known, f"prompt {i}", "ids outside the vocabulary", f"0 to {vocab_size - 1}")
-        limit = config.max_seq_len - max_new_tokens
-        expected = (
-            f"at most {config.max_seq_len} together (model.max_seq_len); shorten the prompt or"
-            " generate less"
-        )
-        _expect(
-            len(prompt) <= limit,
-            f"prompt {i}",
-            f"{len(prompt)} tokens and {max_new_tokens} new ones",
-            expected,
-        )
+        fits = len(prompt) + max_new_tokens <= config.max_seq_len
+        got = f"{len(prompt)} tokens and {max_new_tokens} new ones"
+        most = f"at most {config.max_seq_len} together (model.max_seq_len)"
+        _expect(fits, f"prompt {i}", got, f"{most}; shorten the prompt or generate less")
 
 
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:
@@ -305,6 +303,5 @@ def _expect(holds: bool, name: str, got: object, expected: str) -> None:
 
 
 def _bucket(length: int, largest: int) -> int:
-    """The power of two that a length is rounded up to, which bounds how many programs are
-    compiled."""
+    """The length, rounded up to a power of two so that few programs are compiled."""
     return min(max(SMALLEST_BUCKET, 1 << max(length - 1, 0).bit_length()), largest)

@@ -1,13 +1,12 @@
-"""Whether the bytes of an anchor or a model are those that its description says: exactly its files,
-every digest, its fingerprint.
+"""Checks an anchor's or a model's files against its description: names, digests, fingerprint.
 
-An anchor's fingerprint is the digest of `parts`: its architecture, every tensor's dtype, shape and
-SHA-256, the tokenizer, the embedder and the sample of public text. A merged model keeps its
-anchor's parts, so that its trunk and expert 0 are held to the same fingerprint.
+An anchor's fingerprint is the digest of its parts: its architecture, every tensor's dtype, shape
+and SHA-256, the tokenizer, the embedder and the sample of public text. A merged model keeps its
+anchor's parts, so its trunk and its expert 0 are checked against the same fingerprint.
 
-What is read for a check is what is read for use: Zarr's and Orbax's own files in `weights/` must
-be, byte for byte, those that weights.py writes for the tensors of the description, and nothing else
-may lie beside them.
+The bytes that are checked must be the bytes that are used. Zarr's and Orbax's own files decide how
+weights are read, so they must equal what weights.py writes for the described tensors, and the
+directory may hold no other files.
 """
 
 import hashlib
@@ -28,20 +27,22 @@ from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.storage.paths import children, in_bucket, listing, open_regular, size_of
 from flexolmo_jax.storage.untrusted import read_bytes
-from flexolmo_jax.storage.weights import Layout, Reader, metadata_files, shard_name
+from flexolmo_jax.storage.weights import Box, Layout, Reader, metadata_files, shard_name
 
 RECEIPT, RECEIPT_SIGNATURE = "receipt.json", "receipt.sig"
-_BESIDE = {"model": {RECEIPT, RECEIPT_SIGNATURE}}  # by kind, what may be there and need not
+_OPTIONAL = {"model": {RECEIPT, RECEIPT_SIGNATURE}}  # files by the kind of artifact
 MATRICES = ("gate", "up", "down")
 # keys of a model's config that a merge decides
 OF_MERGES = ("n_experts", "n_active", "router_bias")
 EMBEDDER_LIMIT = 1 << 30  # bytes of an embedder's file
-ZEROS = "zeros"  # in the place of a digest: a bias that an expert does not have
+ZEROS = "zeros"  # in place of a digest: the bias of an expert that has none is stored as zeros
 
 
 def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> None:
-    """Reads all of an anchor or a model. Raises UserError naming the first thing that is not what
-    its description says."""
+    """Reads every byte of an anchor or a model.
+
+    Raises UserError that names the first difference from its description.
+    """
     check_files(path, description, config)
     if Tokenizer.load(path).digest != description["tokenizer"]:
         raise UserError(f"{path}: its tokenizer is not the one of its description; fetch it again")
@@ -57,23 +58,19 @@ def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> No
         if digest != expected:
             raise UserError(
                 f"{path}: the bytes of {what} are not those of its description; fetch it again, or"
-                " make it anew"
+                " make a new one"
             )
 
 
 def check_config(path: Path, description: Mapping[str, Any]) -> None:
-    """Raises UserError for a merged model that would run with another architecture than its
-    fingerprint covers."""
-    if (
-        description["kind"] == "model"
-        and description["format"] > 1
-        and description["fingerprint"] is not None
-    ):
+    """Raises UserError if a merged model's architecture is not the one that its anchor has."""
+    is_merged = description["kind"] == "model" and description["fingerprint"] is not None
+    if is_merged and description["format"] > 1:  # format 1 kept no architecture of the anchor
         check_model(path, description["model"], description["anchor"]["model"])
 
 
 def check_model(path: Path, ours: Mapping[str, Any], anchors: Mapping[str, Any]) -> None:
-    """Raises UserError unless an architecture is the anchor's, but for what a merge decides."""
+    """Raises UserError unless an architecture is the anchor's, except for what a merge decides."""
     for key in sorted((ours.keys() | anchors.keys()) - set(OF_MERGES)):
         if ours.get(key) != anchors.get(key):
             raise UserError(
@@ -83,23 +80,24 @@ def check_model(path: Path, ours: Mapping[str, Any], anchors: Mapping[str, Any])
 
 
 def check_files(path: Path, description: Mapping[str, Any], config: ModelConfig) -> None:
-    """Names, kinds and sizes of all files, and the content of small ones; reads no weights."""
+    """Checks names, kinds and sizes of all files, and Zarr's and Orbax's byte for byte.
+
+    Reads no weights. Raises UserError.
+    """
     expected, found = _sizes(path, description, config), listing(path)
     for name, content in metadata_files(layouts(config, description["tensors"])).items():
-        if (
-            f"weights/{name}" in found
-            and _content(path / "weights" / name, len(content)) != content
-        ):
+        file = path / "weights" / name
+        if f"weights/{name}" in found and _content(file, len(content)) != content:
             raise UserError(
-                f"{path / 'weights' / name} does not belong to these tensors (another layout, or"
-                f" changed); make {path} anew"
+                f"{file} does not belong to these tensors (another layout, or changed); make a new"
+                f" {path}"
             )
     if missing := expected.keys() - found.keys():
         raise UserError(
-            f"{path} is not whole: it misses {min(missing)} ({len(missing)} files are missing);"
+            f"{path} is not whole: {min(missing)} is missing ({len(missing)} files are missing);"
             " fetch it again"
         )
-    expected |= dict.fromkeys(found.keys() & _BESIDE.get(description["kind"], set()))
+    expected |= dict.fromkeys(found.keys() & _OPTIONAL.get(description["kind"], set()))
     if unknown := found.keys() - expected.keys():
         raise UserError(
             f"{path} holds unknown files: {', '.join(map(repr, sorted(unknown)[:3]))}; remove them,"
@@ -115,7 +113,7 @@ def check_files(path: Path, description: Mapping[str, Any], config: ModelConfig)
 
 
 def _content(file: Path, size: int) -> bytes | None:
-    """Of a regular file of at most so many bytes."""
+    """The bytes of a regular file; None if it is none, or has more than `size` bytes."""
     try:
         return read_bytes(file, size)
     except (OSError, UserError):
@@ -125,31 +123,28 @@ def _content(file: Path, size: int) -> bytes | None:
 def _sizes(
     path: Path, description: Mapping[str, Any], config: ModelConfig
 ) -> dict[str, int | None]:
-    """Bytes of every file by name, None where they are not known beforehand."""
+    """The size of every file by its name; None if the description does not imply it."""
     tensors, shapes = description["tensors"], parameter_shapes(config)
     for name in tensors.keys() | shapes.keys():
         got = tuple(tensors[name]["shape"]) if name in tensors else None
         if got != shapes.get(name):
             raise UserError(
-                f"{path}: {name!r:.60} has the shape {got}; the model's config makes it"
-                f" {shapes.get(name)}; do not use it"
+                f"{path}: {name!r:.60} has the shape {got}; expected {shapes.get(name)}, as the"
+                " model's config says; do not use it"
             )
     target = layouts(config, tensors)
     sizes: dict[str, int | None] = {DESCRIPTION: None, TOKENIZER_FILE: None}
     sizes |= {f"weights/{name}": len(content) for name, content in metadata_files(target).items()}
-    sizes |= {
-        f"weights/{shard_name(at, index)}": layout.shard_bytes
-        for at, layout in target.items()
-        for index in layout.indices()
-    }
+    for at, layout in target.items():
+        names = (f"weights/{shard_name(at, index)}" for index in layout.indices())
+        sizes |= dict.fromkeys(names, layout.shard_bytes)
     if description["kind"] == "anchor":
         sizes["embedder/embedder.json"] = None
         if (path / "embedder" / "embedder.npz").exists():
             sizes["embedder/embedder.npz"] = None  # covered by the embedder's digest
         sizes["public/index.json"] = None
-        sizes |= dict.fromkeys(
-            (f"public/{name}" for name in Index.read(path / "public").files), None
-        )
+        public = Index.read(path / "public").files
+        sizes |= dict.fromkeys((f"public/{name}" for name in public), None)
     return sizes
 
 
@@ -166,30 +161,28 @@ def _check_anchor(path: Path, description: Mapping[str, Any]) -> None:
 
 
 def parts_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What the fingerprint of an anchor, or of the anchor that a model was merged from, is the
-    digest of."""
+    """The parts of an anchor, or of a model's anchor: what a fingerprint is the digest of."""
     if description["kind"] != "anchor":
         return dict(description["anchor"])
-    parts = {key: description[key] for key in ("model", "tensors", "tokenizer")} | {
-        "embedder": description["embedder"]["sha256"]
-    }
-    return parts | (
-        {"public": description["public_sha256"]} if "public_sha256" in description else {}
-    )
+    parts = {key: description[key] for key in ("model", "tensors", "tokenizer")}
+    parts["embedder"] = description["embedder"]["sha256"]
+    if "public_sha256" in description:
+        parts["public"] = description["public_sha256"]
+    return parts
 
 
 def is_of_its_anchor(description: Mapping[str, Any]) -> bool:
-    """Whether the fingerprint of a model is the one of its anchor's parts. Format 1 kept no parts:
-    nobody can tell."""
-    return (
-        description["format"] == 1
-        or fingerprint_of(parts_of(description)) == description["fingerprint"]
-    )
+    """Whether a model's fingerprint is the digest of its anchor's parts.
+
+    True for format 1, which kept no parts to compute it from.
+    """
+    if description["format"] == 1:
+        return True
+    return fingerprint_of(parts_of(description)) == description["fingerprint"]
 
 
 def anchor_tensors(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Dtype, shape and SHA-256 of every tensor of the anchor that a merged or imported model stands
-    on."""
+    """Dtype, shape and SHA-256 of every tensor of a merged or imported model's anchor."""
     return description["anchor"] if description["format"] == 1 else description["anchor"]["tensors"]
 
 
@@ -199,24 +192,24 @@ def tensors_of(member: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest_of(member: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The whole manifest that a member was merged with. Imported models, and those of format 1,
-    have none."""
+    """A member's whole manifest; None in imported models and in those of format 1."""
     return member["manifest"] if isinstance(member.get("manifest"), dict) else None
 
 
 def tensor_digests(
     path: Path, description: Mapping[str, Any], config: ModelConfig
 ) -> Iterator[tuple[str, str, str]]:
-    """(what, SHA-256 of its bytes on the disk, SHA-256 that it should have) of all tensors, with a
-    bar. A shard at a time is in memory."""
+    """Yields (name for messages, SHA-256 of the stored values, SHA-256 expected) of every tensor.
+
+    Shows a progress bar. One shard at a time is in memory.
+    """
     reader, tensors = Reader(path / "weights"), description["tensors"]
     total = sum(int(np.prod(t["shape"])) * np.dtype(t["dtype"]).itemsize for t in tensors.values())
     with bar(f"verify {path.name}", float(total), in_bytes=True) as advance:
-        for what, at, expected, boxes in _jobs(description, config):
+        for what, at, expected, boxes in _expected_digests(description, config):
             if expected == ZEROS:
-                is_zero = not any(
-                    np.count_nonzero(reader.read(at, box).view(np.uint8)) for box in boxes
-                )
+                stored = (reader.read(at, box).view(np.uint8) for box in boxes)
+                is_zero = not any(np.count_nonzero(values) for values in stored)
                 yield what, ZEROS if is_zero else "other numbers", expected
             else:
                 yield what, reader.digest(at, boxes), expected
@@ -224,10 +217,14 @@ def tensor_digests(
             advance(values * np.dtype(tensors[at]["dtype"]).itemsize)
 
 
-def _jobs(
+def _expected_digests(
     description: Mapping[str, Any], config: ModelConfig
-) -> Iterator[tuple[str, str, str, Any]]:
-    """(what, array, SHA-256 that it should have, its parts in the array)."""
+) -> Iterator[tuple[str, str, str, list[Box]]]:
+    """Yields (name for messages, array, SHA-256 expected, the parts of the array it covers).
+
+    The trunk and expert 0 must have the anchor's digests, and every other expert those of its
+    contribution. Tuned router rows have digests of their own.
+    """
     tensors, tuned = description["tensors"], description.get("router", {}).get("tensors", {})
     for at, layout in layouts(config, tensors).items():
         if "anchor" not in description or description["kind"] == "anchor":
@@ -237,35 +234,28 @@ def _jobs(
         elif not at.startswith("experts/"):
             yield at, at, anchor_tensors(description)[at]["sha256"], list(layout.boxes())
         else:
-            yield from _expert_jobs(description, at, layout)
+            yield from _expected_of_experts(description, at, layout)
 
 
-def _expert_jobs(
+def _expected_of_experts(
     description: Mapping[str, Any], at: str, layout: Layout
-) -> Iterator[tuple[str, str, str, Any]]:
+) -> Iterator[tuple[str, str, str, list[Box]]]:
     anchor = anchor_tensors(description)
-    if at in anchor:
-        yield f"{at} of anchor", at, anchor[at]["sha256"], list(layout.boxes(expert=0))
-    else:
-        yield f"{at} of anchor", at, ZEROS, list(layout.boxes(expert=0))
+    expected = anchor[at]["sha256"] if at in anchor else ZEROS
+    yield f"{at} of anchor", at, expected, list(layout.boxes(expert=0))
     for index, member in enumerate(description["members"], 1):
-        tensors = tensors_of(member)
-        if name_of_tensor(at, 0) not in tensors:  # a bias that it does not have
-            yield f"{at} of {member['name']}", at, ZEROS, list(layout.boxes(expert=index))
+        tensors, owner = tensors_of(member), member["name"]
+        if name_of_tensor(at, 0) not in tensors:  # an expert without a bias
+            yield f"{at} of {owner}", at, ZEROS, list(layout.boxes(expert=index))
             continue
         for layer in range(layout.shape[0]):
             name = name_of_tensor(at, layer)
-            yield (
-                f"{name} of {member['name']}",
-                at,
-                tensors[name]["sha256"],
-                list(layout.boxes(layer=layer, expert=index)),
-            )
+            boxes = list(layout.boxes(layer=layer, expert=index))
+            yield f"{name} of {owner}", at, tensors[name]["sha256"], boxes
 
 
 def layouts(config: ModelConfig, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:
-    """How tensors of an anchor, an expert or a model, of which dtype and shape are given by path,
-    are stored."""
+    """How tensors are laid out in files, by path; `tensors` gives their dtypes and shapes."""
     axes = flatten(logical_axes(config))
     return {
         path: Layout.of(tuple(entry["shape"]), entry["dtype"], axes[path])
@@ -274,8 +264,7 @@ def layouts(config: ModelConfig, tensors: Mapping[str, Mapping[str, Any]]) -> di
 
 
 def leaf_of(name: str) -> tuple[str, int]:
-    """Where a tensor of a contribution goes in a model: ("experts/gate", 3) for
-    "layers.3.ffn.gate"."""
+    """A contribution's tensor in a model: "layers.3.ffn.gate" is ("experts/gate", 3)."""
     _, layer, _, leaf = name.split(".")
     return f"experts/{leaf}", int(layer)
 
@@ -287,7 +276,7 @@ def name_of_tensor(leaf: str, layer: int) -> str:
 
 
 def embedder_digest(directory: Path) -> str:
-    """Over the names and bytes of the embedder's files."""
+    """SHA-256 over the names and contents of the embedder's files."""
     digest = hashlib.sha256()
     for path in children(directory):
         if (size := size_of(path)) > EMBEDDER_LIMIT:
@@ -299,12 +288,10 @@ def embedder_digest(directory: Path) -> str:
 
 
 def public_digest(directory: Path) -> str:
-    """Of an anchor's public records that owners train on. Held-out ones leave no trace in a
-    fingerprint."""
+    """SHA-256 of the public records that owners train on. Held-out records are not covered."""
     files = Index.read(directory).files
-    return hashlib.sha256(
-        canonical_json({name: files[name] for name in files if name.startswith("train.")}).encode()
-    ).hexdigest()
+    train = {name: digest for name, digest in files.items() if name.startswith("train.")}
+    return hashlib.sha256(canonical_json(train).encode()).hexdigest()
 
 
 def fingerprint_of(parts: Mapping[str, Any]) -> str:
@@ -312,5 +299,5 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
 
 
 def tensor_digest(array: np.ndarray) -> str:
-    """SHA-256 of the values, row-major."""
+    """SHA-256 of the values in C order."""
     return hashlib.sha256(np.asarray(array, order="C").reshape(-1).view(np.uint8).data).hexdigest()

@@ -22,12 +22,14 @@ from flexolmo_jax.runtime.sharding import batch_ways, make_mesh, parameter_shard
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights with what is needed to use them. Experts are switched by name:
-    `without=("code",)`."""
+    """A model's weights with what is needed to use them.
+
+    Experts are excluded by name, in each call: `without=("code",)`.
+    """
 
     artifact: Artifact
     params: Params
-    mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
+    mesh: Mesh | None = None  # the devices that the weights are spread over; None: one device
 
     @property
     def config(self) -> ModelConfig:
@@ -35,7 +37,7 @@ class LoadedModel:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """Names; "anchor" first."""
+        """The experts' names, "anchor" first."""
         return self.artifact.experts
 
     @property
@@ -47,8 +49,14 @@ class LoadedModel:
     ) -> np.ndarray:
         """int [B, T] -> float32 [B, T, V]. Each of the B sequences is one document.
 
-        Raises UserError for an expert that is not there, for excluding the anchor or every expert,
-        and for `active` above what is allowed.
+        Args:
+            ids: token ids.
+            without: names of experts to exclude.
+            active: experts per token; by default what the model was saved with.
+
+        Raises:
+            UserError: an expert that does not exist, excluding the anchor or every expert, or
+                `active` above the number of experts that are left.
         """
         k, allowed = self.selection(without, active)
         ids = np.asarray(ids, np.int32)
@@ -70,67 +78,75 @@ class LoadedModel:
         seed: int = 0,
         on_token: Callable[[int, np.ndarray], None] | None = None,
     ) -> list[str] | list[list[int]]:
-        """Completions only, of the kind the prompts are (strings or lists of ids). Greedy unless a
-        temperature is given."""
+        """The completions of the prompts, without the prompts: text for text, ids for ids.
+
+        The sampling values are those of `Sampling`; by default it is greedy. `without` and `active`
+        are as in `logits`, `on_token` is as in `flexolmo_jax.generate.generate`. Raises UserError.
+        """
         k, allowed = self.selection(without, active)
         self.check_batch(len(prompts))
-        of_text = all(isinstance(prompt, str) for prompt in prompts)
+        tokenizer, ids = self.tokenizer, []
         for number, prompt in enumerate(prompts):
             if isinstance(prompt, str):
                 _check_unicode(number, prompt)
-        ids = [
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-            for prompt in prompts
-        ]
-        tokenizer = self.tokenizer
+                ids.append(tokenizer.encode(prompt))
+            else:
+                ids.append(list(prompt))
         decoder = Decoder(self.config, self.params, tokenizer.vocab_size, tokenizer.eos_id)
         choices = Choices(k, jnp.asarray(allowed), mesh=self.mesh)
         sampling = Sampling(temperature, top_k, top_p, seed)
         completions = generate(decoder, ids, max_new_tokens, choices, sampling, on_token)
-        return [tokenizer.decode(ids) for ids in completions] if of_text else completions
+        if all(isinstance(prompt, str) for prompt in prompts):
+            return [tokenizer.decode(ids) for ids in completions]
+        return completions
 
     def check_batch(self, size: int) -> None:
-        """Raises UserError where a batch of this size does not divide over the mesh."""
+        """Raises UserError if a batch of this size cannot be divided evenly over the mesh."""
         if self.mesh is not None and size % (ways := batch_ways(self.mesh)):
             raise UserError(
-                f"{size} sequences do not divide over {ways} devices of the mesh's data x fsdp x"
-                " expert; give a multiple, or use tensor alone"
+                f"{size} sequences do not divide over {ways} devices (the mesh's data x fsdp x"
+                f" expert); give a multiple of {ways}, or a mesh with the tensor axis only"
             )
 
     def selection(
         self, without: Sequence[str] = (), active: int | None = None
     ) -> tuple[int, np.ndarray]:
-        """(experts a token uses, bool [E] of the experts it may choose from).
+        """Returns (experts a token uses, bool [E] of the experts it may choose from).
 
-        The stored number of active experts shrinks to what is allowed; a number asked for does not.
+        The stored number of active experts shrinks if fewer experts are left. A number that was
+        asked for does not: it raises UserError.
         """
         return select_experts(self.artifact, without, active)
 
 
 def load(path: str | Path, which: str = "last", mesh: MeshConfig | None = None) -> LoadedModel:
-    """Loads a run (`which`: its last or best checkpoint, or a step), a published anchor or a merged
-    model.
+    """Loads a run, a published anchor or a merged model.
 
-    `mesh`: the devices to spread its weights over, for a model that one does not hold. The tensor
-    axis alone suits generation best: every device reads its own part of every weight, and nothing
-    is gathered. Raises UserError for a mesh that the devices do not fill.
+    Args:
+        which: a run's checkpoint: last, best, or a step.
+        mesh: the devices to spread the weights over, for a model that is too large for one. For
+            generation use the tensor axis only: every device then reads its own part of every
+            weight, and nothing is gathered.
+
+    Raises:
+        UserError: nothing to load, damaged files, or a mesh that does not fit the devices.
     """
     artifact = open_artifact(path)
     if mesh is None:
         return LoadedModel(artifact, artifact.params(which))
-    where = make_mesh(mesh)
+    devices = make_mesh(mesh)
     axes = flatten(logical_axes(artifact.config, pair=artifact.is_pair))
-    return LoadedModel(
-        artifact,
-        artifact.params(which, lambda path, shape: parameter_sharding(where, axes[path], shape)),
-        where,
-    )
+
+    def placement(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        return parameter_sharding(devices, axes[path], shape)
+
+    return LoadedModel(artifact, artifact.params(which, placement), devices)
 
 
 def _check_unicode(number: int, prompt: str) -> None:
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # as bytes of a command line that are no UTF-8
+    except UnicodeEncodeError as error:  # such as a command line that is not in UTF-8
         raise UserError(
             f"prompt {number}: character {error.start} is not Unicode; give the prompt in UTF-8"
         ) from None
@@ -144,7 +160,7 @@ def select_experts(
     allowed = np.array([name not in without for name in artifact.experts])
     if len(artifact.experts) > 1 and allowed.sum() == 1:
         raise UserError(
-            f"every expert of {artifact.path} is excluded; what is left is the anchor: use the"
+            f"every expert of {artifact.path} is excluded, and only the anchor is left; use the"
             " anchor itself"
         )
     stored = len(artifact.experts) if artifact.is_pair else artifact.config.n_active
@@ -159,8 +175,7 @@ def select_experts(
 @functools.lru_cache
 def _forward(config: ModelConfig, active: int, mesh: Mesh | None) -> Callable[..., jax.Array]:
     def logits(params: Params, ids: jax.Array, allowed: jax.Array) -> jax.Array:
-        return forward(
-            config, params, jnp.asarray(ids), active=active, allowed=allowed, mesh=mesh
-        ).logits
+        ids = jnp.asarray(ids)
+        return forward(config, params, ids, active=active, allowed=allowed, mesh=mesh).logits
 
     return jax.jit(logits)

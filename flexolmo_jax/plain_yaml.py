@@ -1,10 +1,9 @@
-"""YAML, in whoever's file: small, of few levels, every key once. All YAML of the package is read
-here.
+"""The one reader of YAML: files are small and shallow, and give every key once.
 
     parse_yaml(b"lr: 1.5")                 # {"lr": 1.5}: numbers and dates as in YAML 1.1
-    parse_yaml(b"lr: 1.5", strings=True)   # {"lr": "1.5"}: `no` and `1` are names too
+    parse_yaml(b"lr: 1.5", strings=True)   # {"lr": "1.5"}: so that `no` and `1` can be names
 
-Refused are aliases, which make gigabytes of a few lines, and tags, which make objects.
+Aliases are refused: a few lines of them expand to gigabytes. Tags are refused: they create objects.
 """
 
 from pathlib import Path
@@ -14,25 +13,27 @@ import yaml
 
 from flexolmo_jax.errors import UserError
 
-LIMIT = 1 << 18  # bytes; a config of a thousand sources has fewer
+LIMIT = 1 << 18  # bytes; a config with a thousand sources is smaller
 DEPTH = 32  # levels of nesting
-NUMBER = 100  # characters; digits to the base of 60 take quadratic time
+# characters of a number; those in base 60 ("1:59:59") take quadratic time to parse
+NUMBER = 100
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The sections of a YAML file, {} for nothing. Raises UserError for what is no regular file
-    (nor a link to one), or no such YAML."""
+    """The sections of a YAML file; an empty file has none.
+
+    Raises UserError for anything but a regular file, or a link to one, with such YAML.
+    """
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever, a device never end
+        if path.exists() and not path.is_file():  # reading a pipe may never end
             raise UserError(f"{path} is not a regular file; expected a YAML file")
         with path.open("rb") as file:
             tree = parse_yaml(file.read(LIMIT + 1)) or {}
     except FileNotFoundError:
         raise UserError(f"no config at {path}; expected a YAML file") from None
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; expected a YAML file"
-        ) from None
+        said = error.strerror or error
+        raise UserError(f"cannot read {path}: {said}; expected a YAML file") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -41,8 +42,10 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def parse_yaml(text: bytes | str, *, strings: bool = False) -> Any:
-    """Mappings, lists and values; of `strings`, values and keys are all strings. Raises ValueError,
-    in one line, for anything else."""
+    """The mappings, lists and values of a YAML text; with `strings`, all values stay strings.
+
+    Raises ValueError, in one line, for anything else.
+    """
     if len(text) > LIMIT:
         raise ValueError(f"it has more than {LIMIT} bytes")
     try:
@@ -54,7 +57,7 @@ def parse_yaml(text: bytes | str, *, strings: bool = False) -> Any:
 
 
 class _Bounded:
-    """What is refused while a document is read, before anything is made of it."""
+    """Refuses aliases, tags and deep nesting while it reads, before any object is built."""
 
     _level = 0
 
@@ -83,11 +86,7 @@ class _Strings(_Bounded, yaml.BaseLoader): ...
 
 class _Values(_Bounded, yaml.SafeLoader):
     def construct_scalar(self, node: Any) -> Any:
-        if (
-            node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-            and len(node.value) > NUMBER
-        ):
-            raise ValueError(
-                f"a number has {len(node.value)} characters; expected at most {NUMBER}"
-            )
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and (length := len(node.value)) > NUMBER:
+            raise ValueError(f"a number has {length} characters; expected at most {NUMBER}")
         return super().construct_scalar(node)

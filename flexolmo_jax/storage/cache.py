@@ -1,5 +1,4 @@
-"""Where what can be had again is kept: `$FLEXOLMO_CACHE`, or a folder of the user's home, or for
-lack of one nowhere for long."""
+"""The cache of downloads and other files that can be made again."""
 
 import functools
 import os
@@ -15,20 +14,22 @@ _one_at_a_time = threading.Lock()
 
 
 def cache_folder(name: str = "", on_disk: bool = False) -> Path:
-    """`$FLEXOLMO_CACHE`, where it is set (to a bucket: unless it must be `on_disk`); else
-    ~/.cache/flexolmo-jax, or its folder `name`.
+    """`$FLEXOLMO_CACHE`, or else the folder `name` of ~/.cache/flexolmo-jax.
 
-    Where there is no home folder or it cannot be written, as in a container, a temporary folder
-    takes its place, which only this user may read and which is removed when this process ends. A
-    note says so.
+    If the home folder is missing or read-only, as in some containers, this is a temporary folder,
+    with a note. Only this user can read it, and it is removed when the process ends.
+
+    Args:
+        name: a folder in the default cache; $FLEXOLMO_CACHE has none of these folders.
+        on_disk: ignore a $FLEXOLMO_CACHE that is in a bucket.
     """
-    said = os.environ.get(CACHE_VARIABLE)
-    if said and not (on_disk and in_bucket(said)):
-        return path_of(said)
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen and not (on_disk and in_bucket(chosen)):
+        return path_of(chosen)
     try:
         folder = Path.home() / ".cache" / "flexolmo-jax" / name
         folder.mkdir(parents=True, exist_ok=True)
-        # modes say nothing to root, nor of a disk that is full or read-only
+        # Write to find out: root may write whatever the modes say, and a disk may be full.
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RuntimeError) as error:  # Path.home() raises RuntimeError
@@ -40,6 +41,6 @@ def cache_folder(name: str = "", on_disk: bool = False) -> Path:
 def _temporary(why: str) -> tempfile.TemporaryDirectory[str]:
     note(
         f"no cache in the home folder ({why}): a temporary one is used; set {CACHE_VARIABLE} to a"
-        " folder that can be written"
+        " folder that you can write to"
     )
     return tempfile.TemporaryDirectory(prefix="flexolmo-cache-")

@@ -1,13 +1,13 @@
-"""Orbax, and nothing else touches it: training checkpoints by step.
+"""Training checkpoints by step. No other module uses Orbax.
 
-Training checkpoints are asynchronous; the newest few and the best are kept. Orbax restores a
-flipped bit without a word, so each step carries digests of its files; reading a step checks them,
-and a run that goes on falls back over damaged ones with a note. Published weights are Orbax
-checkpoints too, written by weights.py and read by loading.py without it.
+Saving is asynchronous. The newest few checkpoints and the best are kept. Orbax does not notice a
+flipped bit, so each step has digests of its files, which are checked when it is restored. A run
+that resumes skips damaged checkpoints with a note. Published weights are Orbax checkpoints too, but
+weights.py writes them and loading.py reads them, both without Orbax.
 
-On a disk a step gets its name when all of it is there. In a bucket, where nothing can be renamed,
-it is complete when Orbax has written `commit_success.txt`; the digests are those that the object
-store keeps of every object, so that no byte is read again to seal or check.
+On a disk, a step gets its name when it is complete. In a bucket nothing can be renamed: there a
+step is complete once Orbax has written `commit_success.txt`. The digests are then those that the
+object store keeps of its objects, so that sealing and checking read no data again.
 """
 
 import functools
@@ -32,20 +32,19 @@ from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 
 DIGESTS = "_DIGESTS"
 COMMIT = "commit_success.txt"  # Orbax's, in a bucket
-# the last two Orbax writes last into a step's directory: times, no state
+# files without a digest; Orbax writes the last two after the digests: they hold times, no state
 UNSEALED = {DIGESTS, COMMIT, "_CHECKPOINT_METADATA"}
-# of digests, by their length in hex: sealed on a disk, sealed in a bucket
-ALGORITHMS = {64: "sha256", 32: "md5"}
-# where Orbax writes the metrics of a checkpoint that was saved with some
-METRICS = "metrics/metrics"
+ALGORITHMS = {64: "sha256", 32: "md5"}  # by a digest's length in hex: on a disk, in a bucket
+# what reading a damaged file of digests raises
+_MALFORMED = ValueError, KeyError, TypeError, AttributeError, StopIteration
+METRICS = "metrics/metrics"  # Orbax's file of metrics, in steps that were evaluated
 Tree = dict[str, Any]
 
 
 class StepCheckpoints:
-    """The checkpoints of one run. A context manager: leaving it waits for the save that is under
-    way.
+    """The checkpoints of one run. A context manager: leaving it waits for a save in progress.
 
-    Without `keep`, the number of newest ones that stay, it only reads.
+    `keep` is how many of the newest stay. Without it, this only reads.
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
@@ -74,8 +73,8 @@ class StepCheckpoints:
         make_folder(self._directory)
         for path in children(self._directory):
             if path.name.isdigit() and not _is_committed(path):
-                # what a killed save, or a killed removal, left; on a disk it has another name, and
-                # goes by Orbax
+                # A save or a removal was killed in a bucket. What it leaves on a disk has another
+                # name, and Orbax removes it.
                 discard(path)
             elif path.name.isdigit() and not (_is_step(path.name) and _is_complete(path)):
                 note(f"warning: checkpoint {path} is incomplete; it is set aside")
@@ -92,14 +91,16 @@ class StepCheckpoints:
                 self._manager.close()
 
     def save(self, step: int, state: Tree, loss: float | None = None) -> None:
-        """Starts saving; `loss` (lower is better) decides which checkpoint is the best."""
+        """Starts saving. The checkpoint with the lowest `loss` is the best."""
         assert self._manager is not None
         metrics = None if loss is None else {"loss": loss}
         self._manager.save(step, args=ocp.args.PyTreeSave(state), metrics=metrics, force=True)
 
     def _seal(self) -> None:
-        """Puts digests into the step that Orbax is about to finish: it calls this before it gives
-        the directory its name, or its mark."""
+        """Writes the digests of a step's files.
+
+        Orbax calls this just before it completes a step, by its name or its `commit_success.txt`.
+        """
         if is_first():
             for path in children(self._directory):
                 is_finished = path.name.isdigit() and _is_committed(path)
@@ -108,23 +109,17 @@ class StepCheckpoints:
                     write_text(path / DIGESTS, json.dumps(digests, indent=1, sort_keys=True) + "\n")
 
     def wait(self) -> None:
-        """Until the save that is under way is complete."""
+        """Waits until a save in progress is complete."""
         assert self._manager is not None
         self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
-        """The complete ones, newest first."""
-        return sorted(
-            (
-                int(p.name)
-                for p in children(self._directory)
-                if _is_step(p.name) and _is_complete(p)
-            ),
-            reverse=True,
-        )
+        """The steps of complete checkpoints, newest first."""
+        named = (path for path in children(self._directory) if _is_step(path.name))
+        return sorted((int(path.name) for path in named if _is_complete(path)), reverse=True)
 
     def choose(self, which: str) -> int:
-        """The step that "last", "best" or a number names."""
+        """The step that "last", "best" or a number names. Raises UserError if there is none."""
         steps = self.steps()
         if not steps:
             raise UserError(
@@ -152,18 +147,15 @@ class StepCheckpoints:
         return int(which)
 
     def restore(self, target: Tree, step: int) -> Tree:
-        """`target`: ShapeDtypeStructs with shardings. Raises UserError for a damaged or missing
-        checkpoint."""
-        return self._restore(
-            ocp.args.PyTreeRestore(
-                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-            ),
-            step,
-        )
+        """Restores a step into `target`'s shapes and shardings (a tree of ShapeDtypeStructs).
+
+        Raises UserError for a damaged or missing checkpoint.
+        """
+        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+        return self._restore(ocp.args.PyTreeRestore(target, restore_args=restore_args), step)
 
     def restore_part(self, key: str, target: Tree, step: int) -> Tree:
-        """Only the branch `key` of what was saved, without reading the rest (an optimiser's state,
-        say)."""
+        """Restores only the branch `key`, without reading the rest, such as optimiser state."""
         target = {key: target}
         args = ocp.args.PyTreeRestore(
             target,
@@ -179,15 +171,19 @@ class StepCheckpoints:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 return checkpointer.restore(path, args=args)
         except Exception as error:  # Orbax raises bare Exception for data that it cannot read
-            if joined():  # the files are right: what failed is this process, or the way to another
+            # The files passed their check. With several processes, one of them or the network
+            # between them may have failed, so the checkpoint is not to blame.
+            if joined():
                 raise
             raise UserError(
                 f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}"
             ) from error
 
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
-        """The newest checkpoint that restores, None where there is none. Damaged newer ones are
-        noted and set aside, in `damaged/`."""
+        """Restores the newest checkpoint that is intact; None if there is none.
+
+        Damaged ones are moved to `damaged/`, with a note.
+        """
         for step in by_the_first(self.steps):
             try:
                 return step, self.restore(target, step)
@@ -199,52 +195,47 @@ class StepCheckpoints:
         return None
 
     def _set_aside(self, step: str) -> None:
-        """Not deleted: what looks damaged may be a disk that failed to answer."""
+        """Moves a step to `damaged/`. It is not deleted: perhaps only the disk failed to read."""
         aside = self._directory.with_name("damaged")
         again = sum(path.name.split(".")[0] == step for path in children(aside))
         move(self._directory / step, aside / (f"{step}.{again}" if again else step))
 
 
 def _is_step(name: str) -> bool:
-    """Whether a name is a step's number: other scripts have digits too, which are no numbers, and a
-    name has 255 of them."""
+    """Whether a name is a step's number: few digits, all in ASCII (`isdigit` takes others too)."""
     return name.isascii() and name.isdigit() and len(name) < 19
 
 
 def _is_complete(step: Path) -> bool:
-    """Whether everything that says what a checkpoint is can be read: Orbax lists, and trips over,
-    anything named like a step."""
-    metrics = step / METRICS
+    """Whether a step is finished and its metadata can be read.
+
+    Orbax lists every directory with a step's name, and fails if one of them is incomplete.
+    """
     if not _is_committed(step):
         return False
+    needed = ["_CHECKPOINT_METADATA", "default/_METADATA", DIGESTS]
     try:
-        for path in (
-            step / "_CHECKPOINT_METADATA",
-            step / "default" / "_METADATA",
-            step / DIGESTS,
-            *([metrics] if metrics.exists() else []),
-        ):
-            _json(path)
+        if (step / METRICS).exists():
+            needed.append(METRICS)
+        for name in needed:
+            _json(step / name)
     except (OSError, ValueError, UserError):
         return False
     return True
 
 
 def _json(path: Path) -> Any:
-    """Raises OSError, ValueError or UserError for what is no JSON in a regular file of a bounded
-    size."""
+    """The JSON in a small regular file. Raises OSError, ValueError or UserError."""
     return parse_json(read_bytes(path, JSON_LIMIT))
 
 
 def _is_committed(step: Path) -> bool:
-    """Whether a save into a directory with a step's name has finished, and nobody has begun to
-    remove it. On a disk the name says so."""
+    """Whether a step's save has finished and no removal has begun. On a disk its name says so."""
     return not in_bucket(step) or (is_whole(step) and (step / COMMIT).exists())
 
 
 def _digests(step: Path, algorithm: str, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Of a step's files, or these of them, by name: as the object store tells them, where it
-    does."""
+    """The digests of a step's files, or of those in `names`; the object store's own if it has."""
     found = listing(step)
 
     def of(name: str) -> tuple[str, str]:
@@ -258,35 +249,26 @@ def _digests(step: Path, algorithm: str, names: Iterable[str] | None = None) -> 
 
 
 def _check(step: Path, names: Iterable[str] | None = None) -> None:
-    """Raises UserError where a step's files, or these of them, are not those that were saved."""
+    """Raises UserError unless a step's files, or those in `names`, are what was saved."""
     try:
         expected = _json(step / DIGESTS)
         found = _digests(step, ALGORITHMS[len(next(iter(expected.values())))], names)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        StopIteration,
-        UserError,
-    ) as error:
+    except (OSError, UserError, *_MALFORMED) as error:
         raise UserError(f"checkpoint {step} cannot be read: {_first_line(error)}") from None
-    expected = expected if names is None else {name: expected.get(name) for name in found}
-    if wrong := sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-    ):
-        raise UserError(f"checkpoint {step} is damaged: {wrong[0]} is not what was saved")
+    compared = found.keys() if names is not None else expected.keys() | found.keys()
+    for name in sorted(compared):
+        if expected.get(name) != found.get(name):
+            raise UserError(f"checkpoint {step} is damaged: {name} is not what was saved")
 
 
 def abstract(tree: Tree, sharding: jax.sharding.Sharding | None = None) -> Tree:
-    """ShapeDtypeStructs of a tree of arrays, each with its own sharding or with the one given."""
+    """ShapeDtypeStructs of a tree of arrays, with `sharding` or each with its own."""
     return jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or a.sharding), tree
     )
 
 
 def _first_line(error: BaseException) -> str:
-    # what TensorStore said, without Orbax's page of JSON around it
+    # TensorStore's message, without the long JSON that Orbax puts around it
     error = error.__cause__ or error
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,10 +1,9 @@
-"""Weights from where they lie onto devices, through the one reader that verifying and merging use
-too.
+"""Loads weights onto devices, with the same reader that verifying and merging use.
 
-Every device gets its own part of each array, and a process reads the parts of its devices only. A
-part is read in pieces of a few shards, some ahead of the one that is being placed; host memory
-holds those, however large a model is. Nothing is left under way: what was started is waited for,
-whatever ends the loading.
+Every device gets its own part of each array, and a process reads only the parts of its devices. A
+part is read in pieces of a few shards, and a few pieces are read while another is placed. So the
+host's memory holds a few pieces, however large the model is. All reads have ended when loading
+returns or raises.
 """
 
 import contextlib
@@ -23,10 +22,10 @@ import numpy as np
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.weights import Box, Reader
 
-PIECE = 1 << 25  # bytes of an array that are read at once, where its chunks are not larger
+PIECE = 1 << 25  # bytes of an array that are read at once, unless a chunk is larger
 AHEAD = 6  # pieces that are read while another is placed
 IN_HOST_MEMORY = ("cpu",)  # platforms whose devices have no memory of their own
-ALIGNED = 64  # bytes that host memory has to be aligned to for XLA to use it as it is
+ALIGNED = 64  # bytes; XLA uses host memory without a copy if it is aligned to this
 
 Asked = TypeVar("Asked")
 Read = TypeVar("Read")
@@ -34,14 +33,14 @@ Read = TypeVar("Read")
 
 class _Piece(NamedTuple):
     path: str
-    part: Box  # of the array: what these devices hold
-    box: Box  # of the array too: what is read at once
+    part: Box  # the part of the array that these devices hold
+    box: Box  # the piece of that part, also in the array's indices
     devices: tuple[Any, ...]  # jax.Devices
-    last: bool  # of its part
+    last: bool  # whether it is the last piece of its part
 
     @property
     def place(self) -> Box:
-        """Of the box in its part."""
+        """The box in its part's indices."""
         return tuple(
             slice(b.start - p.start, b.stop - p.start)
             for b, p in zip(self.box, self.part, strict=True)
@@ -49,11 +48,10 @@ class _Piece(NamedTuple):
 
 
 def load(reader: Reader, target: dict[str, Any]) -> dict[str, Any]:
-    """Reads parameters into the shapes, dtypes and shardings of `target`, a tree of
-    ShapeDtypeStructs.
+    """Reads parameters with the shapes, dtypes and shardings of `target`.
 
-    Raises UserError for data that is not what was written, and for arrays that are not as the
-    target says.
+    `target` is a tree of ShapeDtypeStructs. Raises UserError for damaged data, and for arrays of
+    another shape or dtype.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(target)
     named = {"/".join(key.key for key in keys): leaf for keys, leaf in leaves}
@@ -62,9 +60,8 @@ def load(reader: Reader, target: dict[str, Any]) -> dict[str, Any]:
     pieces = (piece for path, leaf in named.items() for piece in _pieces(reader, path, leaf))
     placed: dict[str, list[jax.Array]] = {path: [] for path in named}
     room: _OnHost | _OnDevices | None = None
-    with contextlib.closing(
-        _ahead(lambda piece: reader.read(piece.path, piece.box), pieces)
-    ) as read:
+    read = _ahead(lambda piece: reader.read(piece.path, piece.box), pieces)
+    with contextlib.closing(read):
         for piece, values in read:
             room = room or _room(piece, values.dtype)
             room.put(piece.place, values)
@@ -89,7 +86,7 @@ def _check(reader: Reader, path: str, leaf: jax.ShapeDtypeStruct) -> None:
 
 
 def _pieces(reader: Reader, path: str, leaf: jax.ShapeDtypeStruct) -> Iterator[_Piece]:
-    """What the devices of this process need of an array; what several hold is read once."""
+    """The pieces that this process's devices need; a part that several hold is read once."""
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         ends = tuple(s.indices(n)[:2] for s, n in zip(index or (), leaf.shape, strict=True))
@@ -102,8 +99,7 @@ def _pieces(reader: Reader, path: str, leaf: jax.ShapeDtypeStruct) -> Iterator[_
 
 
 def _cut(part: Box, chunk: tuple[int, ...], itemsize: int) -> Iterator[Box]:
-    """Boxes of whole chunks and at most PIECE bytes, where a chunk is no larger, that fill a part
-    of an array."""
+    """Cuts a part of an array into boxes of whole chunks, of at most PIECE bytes if possible."""
     size = [s.stop - s.start for s in part]
     for axis, n in enumerate(chunk):
         excess = math.prod(size) * itemsize / PIECE
@@ -118,15 +114,14 @@ def _cut(part: Box, chunk: tuple[int, ...], itemsize: int) -> Iterator[Box]:
 
 
 def _room(piece: _Piece, dtype: np.dtype) -> "_OnHost | _OnDevices":
-    """For a part of an array: where its pieces come together."""
+    """Memory in which the pieces of one part are put together."""
     shape = tuple(s.stop - s.start for s in piece.part)
     on_host = piece.last or all(device.platform in IN_HOST_MEMORY for device in piece.devices)
     return (_OnHost if on_host else _OnDevices)(shape, dtype, piece.devices)
 
 
 class _OnHost:
-    """Host memory, which CPU devices then use as their own; for other devices only what is one
-    piece."""
+    """Host memory: for CPU devices, which then use it as it is, and for parts of one piece."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: tuple[Any, ...]):
         self._devices = devices
@@ -139,14 +134,14 @@ class _OnHost:
         self._values[place] = values
 
     def arrays(self) -> list[jax.Array]:
-        """One for each device. No transfer is left under way."""
+        """One array for each device. Waits for all transfers."""
         return jax.block_until_ready(
             [jax.device_put(self._values, device) for device in self._devices]
         )
 
 
 class _OnDevices:
-    """The devices' own memory, for parts that the host may have no room for."""
+    """The devices' own memory, for parts that may be too large for the host's."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: tuple[Any, ...]):
         self._parts = [jnp.zeros(shape, dtype, device=device) for device in devices]
@@ -156,7 +151,7 @@ class _OnDevices:
         self._parts = [
             _put_into(part, jax.device_put(values, part.sharding), start) for part in self._parts
         ]
-        jax.block_until_ready(self._parts)  # then nobody needs `values` any more
+        jax.block_until_ready(self._parts)  # after this, `values` is no longer needed
 
     def arrays(self) -> list[jax.Array]:
         return self._parts
@@ -170,11 +165,9 @@ def _put_into(part: jax.Array, values: jax.Array, start: list[int]) -> jax.Array
 def _ahead(
     read: Callable[[Asked], Read], asked: Iterable[Asked]
 ) -> Generator[tuple[Asked, Read], None, None]:
-    """(what was asked for, what was read), in order. Closing it waits for what is being read."""
-    pool, waiting = (
-        ThreadPoolExecutor(AHEAD, thread_name_prefix="weights"),
-        deque[tuple[Asked, Future[Read]]](),
-    )
+    """Yields (what was asked for, what was read), in order. Closing it waits for all reads."""
+    pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="weights")
+    waiting = deque[tuple[Asked, Future[Read]]]()
     try:
         for one in asked:
             waiting.append((one, pool.submit(read, one)))

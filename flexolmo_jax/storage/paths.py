@@ -1,9 +1,8 @@
-"""Where files lie: in directories of this machine, or in a bucket of an object store
-(gs://bucket/name).
+"""Paths of files on this machine and in buckets of an object store (gs://bucket/name).
 
-A path in a bucket is one of etils' epath, which has pathlib's interface and goes through gcsfs;
-arrays go through TensorStore. Here is what both kinds of path need and pathlib has no word for.
-What an object store has not, directories, links, locks and renaming, files.py makes up for.
+A path in a bucket is an etils.epath, which has pathlib's interface and uses gcsfs. Arrays go
+through TensorStore. This module has what both kinds of path need and pathlib does not offer.
+Object stores have no directories, links, locks or renaming: files.py works around that.
 """
 
 import base64
@@ -23,38 +22,38 @@ from typing import Any, BinaryIO, NamedTuple
 from flexolmo_jax.errors import UserError
 
 BUCKETS = "gs://"
-# bytes of an object that one request reads or writes, where it is read or written from its start to
-# its end
-BLOCK = 1 << 25
+BLOCK = 1 << 25  # bytes of an object per request, when all of it is read or written in order
 _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
-# what gcsfs and TensorStore begin with
+# in the messages of gcsfs and TensorStore
 _REFUSALS = ("Forbidden: ", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 class File(NamedTuple):
-    """What a listing tells of one."""
+    """What a listing says of one file."""
 
     size: int  # bytes
     modified: float  # seconds since 1970
-    md5: str = ""  # in hex, where it is an object whose store has computed it
+    md5: str = ""  # in hex; of objects only, and if the store has computed it
 
 
 def path_of(path: str | os.PathLike[str]) -> Path:
-    """A path as a user gives it. Raises UserError for one in a bucket where gcsfs is not installed,
-    and for a misspelt one."""
+    """The path that a user gave.
+
+    Raises UserError for a misspelt one, and for one in a bucket if gcsfs is not installed.
+    """
     text = os.fspath(path)
     if not in_bucket(text):
         if _SCHEME.match(text):
             raise UserError(
-                f"got the path {text}; expected one of this machine, or of a bucket:"
+                f"got the path {text}; expected one on this machine, or in a bucket:"
                 " gs://bucket/name"
             )
         return Path(path)
     if not _NAME.fullmatch(text):
         raise UserError(
-            f"got the path {text}; expected gs://bucket/name, the bucket's name in small letters,"
-            " digits, and - _ . inside"
+            f"got the path {text}; expected gs://bucket/name, with small letters and digits in the"
+            " bucket's name, and - _ . inside it"
         )
     from etils import epath
 
@@ -71,18 +70,20 @@ def bucket_of(path: Path) -> str:
 
 
 def absolute(path: Path) -> Path:
-    """The one name of a place: without links and dots."""
+    """The absolute path, with links resolved."""
     return path if in_bucket(path) else path.resolve()
 
 
 def listing(directory: Path) -> dict[str, File]:
-    """Every file below a directory by its path from there, links too; nothing where there is no
-    directory."""
+    """Every file and link below a directory, by its relative path.
+
+    Empty if there is no such directory.
+    """
     if in_bucket(directory):
         start = len(str(directory)) - len(BUCKETS) + 1
         try:
             found = file_system().find(str(directory), detail=True)
-        except FileNotFoundError:  # the bucket
+        except FileNotFoundError:  # there is no such bucket
             return {}
         return {
             name[start:]: File(info["size"], _seconds(info["mtime"]), _hex(info.get("md5Hash", "")))
@@ -90,10 +91,8 @@ def listing(directory: Path) -> dict[str, File]:
         }
     files = {}
     for folder, folders, names in os.walk(directory):
-        for name in (
-            *names,
-            *(name for name in folders if os.path.islink(os.path.join(folder, name))),
-        ):
+        links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
+        for name in (*names, *links):
             path = os.path.join(folder, name)
             status = os.lstat(path)
             files[os.path.relpath(path, directory)] = File(status.st_size, status.st_mtime)
@@ -101,7 +100,7 @@ def listing(directory: Path) -> dict[str, File]:
 
 
 def children(directory: Path) -> list[Path]:
-    """What lies in a directory, by name; nothing where there is none."""
+    """The files and folders in a directory, sorted. Empty if there is no such directory."""
     if not in_bucket(directory):
         return sorted(directory.iterdir()) if directory.is_dir() else []
     try:
@@ -112,56 +111,54 @@ def children(directory: Path) -> list[Path]:
 
 
 def files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files at any depth whose names end so, but hidden ones, in the order of their paths: the same
-    here and in a bucket."""
-    names = sorted(
-        (name for name in listing(directory) if name.endswith(suffixes)),
-        key=lambda name: name.split("/"),
-    )
+    """The files at any depth with one of these suffixes, sorted by path, without hidden ones.
+
+    The order is the same on a disk and in a bucket.
+    """
+    names = (name for name in listing(directory) if name.endswith(suffixes))
+    names = sorted(names, key=lambda name: name.split("/"))
     paths = (directory / name for name in names if not name.rpartition("/")[2].startswith("."))
     return [path for path in paths if in_bucket(path) or path.is_file()]
 
 
 def size_of(file: Path) -> int:
-    """Bytes. Raises OSError where there is no such file."""
+    """The size in bytes. Raises OSError if there is no such file."""
     return file_system().info(str(file))["size"] if in_bucket(file) else file.stat().st_size
 
 
 def open_to_read(file: Path) -> BinaryIO:
-    """For reading it from its start to its end, or long stretches of it. Raises OSError for what is
-    no regular file: a pipe never ends."""
+    """Opens a file to read all of it, or long parts.
+
+    Raises OSError for anything but a regular file: reading a pipe may never end.
+    """
     if not in_bucket(file):
         return io.BufferedReader(_regular(file, os.O_RDONLY))
     return io.BufferedReader(file_system().open(str(file), "rb", block_size=BLOCK))
 
 
 def open_to_write(file: Path) -> BinaryIO:
-    """For writing it from its start to its end, a block of it in memory: an object is there when it
-    is closed."""
-    return (
-        file_system().open(str(file), "wb", block_size=BLOCK)
-        if in_bucket(file)
-        else file.open("wb")
-    )
+    """Opens a file to write it in order, with a block in memory. An object exists once closed."""
+    if in_bucket(file):
+        return file_system().open(str(file), "wb", block_size=BLOCK)
+    return file.open("wb")
 
 
 def read_range(file: Path, start: int, end: int) -> bytes:
-    """These bytes of it, or those of them that it has."""
+    """The bytes from `start` to `end`; fewer if the file ends before."""
     if in_bucket(file):
         try:
             return file_system().cat_file(str(file), start, end)
-        except Exception as error:  # gcsfs has its own
+        except Exception as error:  # gcsfs has exceptions of its own
             if getattr(error, "code", None) != 416:
                 raise
-            return b""  # it ends before
+            return b""  # 416: the object ends before `start`
     with file.open("rb") as opened:
         opened.seek(start)
         return opened.read(end - start)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A file of a stranger, for reading. Raises OSError for anything but a regular file, a link
-    among them."""
+    """Opens a file that others made. Raises OSError for all but a regular file, links included."""
     return open_to_read(path) if in_bucket(path) else _regular(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
@@ -174,7 +171,7 @@ def _regular(path: Path, flags: int) -> io.FileIO:
 
 
 def kvstore(directory: Path) -> dict[str, Any]:
-    """TensorStore's name of a directory."""
+    """TensorStore's specification of a directory."""
     if in_bucket(directory):
         bucket, _, name = str(directory).removeprefix(BUCKETS).partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{name}/" if name else ""}
@@ -182,16 +179,14 @@ def kvstore(directory: Path) -> dict[str, Any]:
 
 
 def copy_objects(pairs: Sequence[tuple[Path, Path]]) -> None:
-    """Has an object store copy objects: no byte comes here."""
+    """Copies objects inside the object store. No byte passes through this machine."""
     if pairs:
-        file_system().copy(
-            [str(source) for source, _ in pairs], [str(target) for _, target in pairs]
-        )
+        sources, targets = zip(*pairs, strict=True)
+        file_system().copy(list(map(str, sources)), list(map(str, targets)))
 
 
 def join_objects(parts: Sequence[Path], target: Path) -> None:
-    """Has an object store make one object of several of the same bucket, of which `target` may be
-    one: no byte comes here."""
+    """Joins objects of one bucket into `target`, which may be one of them, inside the store."""
     file_system().merge(str(target), [str(part) for part in parts])
 
 
@@ -202,7 +197,7 @@ def remove_objects(paths: Sequence[Path]) -> None:
 
 @functools.cache
 def file_system() -> Any:
-    """Of all buckets. It remembers no listing: TensorStore and other processes write there too."""
+    """gcsfs, for all buckets. It caches no listings: others write there at the same time."""
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(
             "paths in buckets (gs://) need gcsfs; install it: pip install 'flexolmo-jax[gcs]'"
@@ -210,33 +205,28 @@ def file_system() -> Any:
     import fsspec
     import fsspec.config
 
-    # for epath's as well
+    # epath's own gcsfs must not cache listings either
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    # it logs, with a traceback, what it also raises
+    # gcsfs raises errors and also logs them, with a traceback
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     return fsspec.filesystem("gcs")
 
 
 def reason(error: BaseException) -> str:
-    """What the system, or an object store, whose errors have no strerror, says of an error: one
-    line."""
+    """The reason of an error in one line. An object store's errors have no strerror."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     said = " ".join(str(error).split())
-    return (
-        f"{os.strerror(errno.ENOENT)} ({said})"
-        if isinstance(error, FileNotFoundError)
-        else said[:300]
-    )
+    if isinstance(error, FileNotFoundError):
+        return f"{os.strerror(errno.ENOENT)} ({said})"
+    return said[:300]
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether it is an object store that tells this error, or the way to one: through gcsfs and its
-    libraries, or TensorStore."""
+    """Whether an error comes from an object store, or from the network on the way to it."""
     library = type(error).__module__.split(".")[0]
-    return library in ("gcsfs", "google", "aiohttp") or any(
-        word in str(error) for word in _REFUSALS
-    )
+    is_denied = any(word in str(error) for word in _REFUSALS)
+    return is_denied or library in ("gcsfs", "google", "aiohttp")
 
 
 def _hex(digest: str) -> str:

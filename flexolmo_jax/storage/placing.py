@@ -1,8 +1,6 @@
-"""Having a file's bytes in a second place: by another name of the same file, by a clone that shares
-its blocks, or by a copy.
+"""Puts a file's bytes in a second place by hard link, by reflink, or by copy.
 
-A file gets a second name only while nobody can write to it: through one of its names it would be
-changed under all the others.
+Only a read-only file may be linked: writing through one name would change the file under all names.
 """
 
 import errno
@@ -17,11 +15,11 @@ from flexolmo_jax.errors import UserError
 
 from .files import before_change, make_folder
 
-# modes: of files that several directories may share; the bits that it lacks
-READ_ONLY, WRITABLE = 0o444, 0o222
-WAYS = ("link", "reflink", "copy")  # to have a file's bytes in a second place, the cheapest first
+READ_ONLY = 0o444  # the mode of files that several directories may share
+WRITABLE = 0o222  # the mode bits that such a file must not have
+WAYS = ("link", "reflink", "copy")  # the cheapest first
 _CLONE = 0x40049409  # Linux's FICLONE
-_NOT_HERE = (
+_UNSUPPORTED = (  # errors that mean: this way does not work here
     errno.EXDEV,
     errno.EPERM,
     errno.EACCES,
@@ -34,10 +32,9 @@ _NOT_HERE = (
 
 
 def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
-    """Puts a file's bytes in a second place: the first of the ways that the file system has.
-    Returns which.
+    """Puts a file's bytes in a second place by the first of `ways` that works, and returns it.
 
-    Raises UserError where it has none of them.
+    Raises UserError if none of them works.
     """
     make_folder(target.parent)
     before_change("link", target)
@@ -48,30 +45,26 @@ def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
                 target.chmod(READ_ONLY)
             return way
         except OSError as error:
-            if error.errno not in _NOT_HERE:
+            if error.errno not in _UNSUPPORTED:
                 raise
             if way == ways[-1]:
                 raise UserError(
-                    f"{target} cannot be made of {source} by {way}: {error.strerror}; try --by auto"
+                    f"cannot make {target} from {source} by {way}: {error.strerror}; try --by auto"
                 ) from error
-    raise ValueError(f"{ways!r} names no way")
+    raise ValueError(f"got no way; expected some of {', '.join(WAYS)}")
 
 
 def _link(source: Path, target: Path) -> None:
-    """Raises EPERM for a file that is not ours or may be written: through one of its names it would
-    be changed in all the others."""
+    """Links a read-only file of this user. Raises EPERM for any other file."""
     status = os.lstat(source)
-    if (
-        not stat.S_ISREG(status.st_mode)
-        or status.st_mode & WRITABLE
-        or status.st_uid != os.geteuid()
-    ):
+    is_read_only = stat.S_ISREG(status.st_mode) and not status.st_mode & WRITABLE
+    if not is_read_only or status.st_uid != os.geteuid():
         raise OSError(errno.EPERM, "its file may be changed under another name", str(source))
     os.link(source, target, follow_symlinks=False)
 
 
 def _reflink(source: Path, target: Path) -> None:
-    """A copy that shares the disk's blocks until one of both is changed (btrfs, XFS)."""
+    """A copy that shares blocks on the disk until one of the two changes (btrfs, XFS)."""
     try:
         with source.open("rb") as reading, target.open("xb") as writing:
             fcntl.ioctl(writing, _CLONE, reading.fileno())

@@ -1,11 +1,11 @@
-"""Safetensors files, tensor by tensor: reading, trusting nothing in them, and writing.
+"""Reads and writes safetensors files, one tensor at a time. Nothing in a file is trusted.
 
-    u64 little-endian: bytes of the header | header: JSON {name: {dtype, shape, data_offsets}} |
+    length of the header, u64 little-endian | header: JSON {name: {dtype, shape, data_offsets}} |
     data: the tensors, without gaps
 
-A header is read whole; a tensor is read in blocks that are digested while they are in the cache.
-Nothing is allocated that the file's size does not cover. What the safetensors library refuses is
-refused here: https://huggingface.co/docs/safetensors
+A tensor is read in blocks, and each block is digested while it is in the processor's cache. No
+more memory is allocated than the file has bytes. What the safetensors library refuses is refused
+here too: https://huggingface.co/docs/safetensors
 """
 
 import hashlib
@@ -33,8 +33,11 @@ NAMES = {
 DTYPES = {dtype: name for name, dtype in NAMES.items()}
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 NAME_LIMIT = 1000  # characters of a tensor's name
-SIGNS_LIMIT = 1 << 19  # commas and brackets in a header: 65,000 matrices have fewer
+SIGNS_LIMIT = 1 << 19  # commas and brackets in a header; one of 65,000 matrices has fewer
 BLOCK = 1 << 22  # bytes read and digested at a time
+# what parsing raises for a header that is not as described above
+_MALFORMED = ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+# by dtype: unsigned integers of its size, the bits without the sign, the bits of infinity
 _INFINITY = {
     "bfloat16": (np.uint16, 0x7FFF, 0x7F80),
     "float16": (np.uint16, 0x7FFF, 0x7C00),
@@ -44,7 +47,7 @@ _INFINITY = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in the file."""
+    """A tensor's dtype and shape, and its first byte and its end in the file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -53,14 +56,21 @@ class Entry:
 
 
 class TensorFile:
-    """An open file; a context manager. `entries` in the order of the data; `header_sha256` of the
-    length and the header."""
+    """An open safetensors file; a context manager.
+
+    Attributes:
+        entries: the tensors by name, in the order of the data.
+        header_sha256: SHA-256 of the first 8 bytes and the header.
+    """
 
     def __init__(
         self, path: Path, *, with_metadata: bool = False, header_limit: int = HEADER_LIMIT
     ):
-        """Raises UserError for anything that is not a whole, regular safetensors file; for one with
-        `__metadata__`, unless allowed; and for a header of more bytes than `header_limit`."""
+        """Opens a file and reads its header.
+
+        Raises UserError for anything but a complete safetensors file, for `__metadata__` without
+        `with_metadata`, and for a header of more than `header_limit` bytes.
+        """
         self.path, self._with_metadata, self._header_limit = path, with_metadata, header_limit
         try:
             self._file = open_regular(path)
@@ -84,8 +94,10 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str, into: np.ndarray | None = None) -> tuple[np.ndarray, str, bool]:
-        """A tensor, the SHA-256 of its bytes, and whether all its values are finite. `into`: bytes
-        to lay it in, at least its size."""
+        """Returns a tensor, the SHA-256 of its bytes, and whether all its values are finite.
+
+        `into` is memory to read it into, of at least its size in bytes.
+        """
         entry = self.entries[name]
         size = entry.end - entry.begin
         data = np.empty(size, np.uint8) if into is None else into[:size]
@@ -96,7 +108,7 @@ class TensorFile:
         return data.view(entry.dtype).reshape(entry.shape), digest.hexdigest(), finite.holds
 
     def check(self, name: str) -> tuple[str, bool]:
-        """What `read` tells of a tensor, whatever its size, in the memory of a block."""
+        """Returns the SHA-256 and finiteness that `read` does, with one block in memory."""
         entry, block = self.entries[name], np.empty(BLOCK, np.uint8)
         digest, finite = hashlib.sha256(), FiniteCheck(entry.dtype)
         for start in range(entry.begin, entry.end, BLOCK):
@@ -106,7 +118,7 @@ class TensorFile:
         return digest.hexdigest(), finite.holds
 
     def read_part(self, name: str, start: int, shape: tuple[int, ...]) -> tuple[np.ndarray, bool]:
-        """So many values from the `start`-th on, and whether all of them are finite."""
+        """Returns values of this shape from the `start`-th on, and whether all are finite."""
         dtype = self.entries[name].dtype
         data, finite = np.empty(math.prod(shape) * dtype.itemsize, np.uint8), FiniteCheck(dtype)
         for block in self._blocks(self.entries[name].begin + start * dtype.itemsize, data):
@@ -114,7 +126,7 @@ class TensorFile:
         return data.view(dtype).reshape(shape), finite.holds
 
     def _blocks(self, begin: int, data: np.ndarray) -> Iterator[np.ndarray]:
-        """The parts of `data`, filled from this place of the file on."""
+        """Fills `data` from byte `begin` of the file, and yields it block by block."""
         self._file.seek(begin)
         for start in range(0, len(data), BLOCK):
             block = data[start : start + BLOCK]
@@ -128,8 +140,8 @@ class TensorFile:
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
             raise UserError(
-                f"{self.path} cannot be read as safetensors: its header is said to be {length}"
-                f" bytes long, in a file of {size}"
+                f"{self.path} cannot be read as safetensors: its header should have {length}"
+                f" bytes, but the file has {size}"
             )
         if length > self._header_limit:
             raise UserError(
@@ -139,14 +151,7 @@ class TensorFile:
         text = self._file.read(length)
         try:
             entries = _parse(text, 8 + length, self._with_metadata)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except _MALFORMED as error:
             raise UserError(
                 f"{self.path} cannot be read as safetensors: {type(error).__name__} in its header:"
                 f" {error!s:.80}"
@@ -161,15 +166,17 @@ class TensorFile:
             end = entry.end
         if end != size:
             raise UserError(
-                f"{self.path} cannot be read as safetensors: it has {size} bytes, its header tells"
-                f" of {end}"
+                f"{self.path} cannot be read as safetensors: it has {size} bytes; its header"
+                f" describes {end}"
             )
         return entries, hashlib.sha256(start + text).hexdigest()
 
 
 class FiniteCheck:
-    """Whether bytes of whole numbers, block after block, are finite ones: by their exponent bits,
-    several times as fast as isfinite."""
+    """Checks that blocks of numbers are finite, by their exponent bits.
+
+    This is several times as fast as np.isfinite.
+    """
 
     def __init__(self, dtype: np.dtype):
         self.holds = True
@@ -192,8 +199,7 @@ def write_tensors(
     tensors: Iterable[np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a file of tensors that come one by one, in the order in which `entries` tells their
-    dtypes and shapes."""
+    """Writes tensors one by one. `entries` has their dtypes and shapes, in the same order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, (dtype, shape) in entries.items():
@@ -214,15 +220,13 @@ def write_tensors(
 
 
 def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
-    """The entries of a header, by position; `data` is where the data starts."""
+    """The entries of a header, in the order of the data, which starts at byte `data`."""
     entries = {}
     for name, fields in _objects(text).items():
         if name == "__metadata__":
             if not with_metadata:
                 raise ValueError("it has __metadata__; nothing but tensors is expected")
-            if not isinstance(fields, dict) or not all(
-                isinstance(value, str) for value in fields.values()
-            ):
+            if not isinstance(fields, dict) or not _are_strings(fields.values()):
                 raise ValueError("its __metadata__ is not of strings")
             continue
         if len(name) > NAME_LIMIT:
@@ -234,26 +238,22 @@ def _parse(text: bytes, data: int, with_metadata: bool) -> dict[str, Entry]:
         kind, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         if not isinstance(kind, str) or kind not in NAMES:
             raise ValueError(f"{name!r:.80} has dtype {kind!r:.20}; expected {', '.join(NAMES)}")
-        if not (
-            _are_sizes(shape) and len(shape) <= 8 and _are_sizes(offsets) and len(offsets) == 2
-        ):
+        if not (_are_sizes(shape, most=8) and _are_sizes(offsets, most=2) and len(offsets) == 2):
             raise ValueError(f"{name!r:.80} is described as {fields!r:.80}")
         (begin, end), dtype = offsets, NAMES[kind]
-        # Sizes of 0 count as 1 in the bound: the library multiplies them in their order, and
-        # refuses what is beyond 64 bits on the way.
-        if (
-            end - begin != math.prod(shape) * dtype.itemsize
-            or math.prod(n or 1 for n in shape) >= 2**60
-        ):
+        # Sizes of 0 count as 1 here. The library multiplies the sizes in order, and refuses a shape
+        # when the product overflows 64 bits on the way.
+        is_too_large = math.prod(n or 1 for n in shape) >= 2**60
+        if is_too_large or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name!r:.80} has {end - begin} bytes for {dtype} {shape!r:.80}")
         entries[name] = Entry(dtype, tuple(shape), data + begin, data + end)
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
 
 
 def _objects(text: bytes) -> dict[str, Any]:
-    """A header's JSON. What it would take to parse is bounded before it is parsed."""
+    """A header's JSON. Bounds the memory that parsing takes before it parses."""
     if not text.startswith(b"{") or not text.rstrip(b" ").endswith(b"}"):
-        raise ValueError("it is no JSON object with nothing but spaces behind")
+        raise ValueError("it is not a JSON object followed only by spaces")
     if len(text) > HEADER_LIMIT // 4 and not (text.isascii() and b"\\u" not in text):
         raise ValueError(
             "it is long and has characters beyond ASCII, which take four bytes each in memory"
@@ -261,5 +261,11 @@ def _objects(text: bytes) -> dict[str, Any]:
     return parse_json(text, SIGNS_LIMIT)
 
 
-def _are_sizes(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**48 for n in numbers)
+def _are_strings(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _are_sizes(numbers: Any, most: int) -> bool:
+    if not isinstance(numbers, list) or len(numbers) > most:
+        return False
+    return all(type(n) is int and 0 <= n < 2**48 for n in numbers)

@@ -1,11 +1,10 @@
-"""Files of strangers: read within bounds, parsed strictly, checked against one schema each.
+"""Reads files that others made: within bounds, strictly, and each against a schema.
 
-    text = read_bytes(path, limit)          # a regular file, no link, of so many bytes at most
+    text = read_bytes(path, limit)          # a regular file, no link, of at most `limit` bytes
     value = parse_json(text)                # every key once, finite numbers, few levels
-    conform(Schema, value)                  # a dataclass: which keys, types and bounds
+    conform(Schema, value)                  # a dataclass with the keys, types and bounds
 
-Nothing is allocated before the size of it is known, and whatever is wrong raises `UserError`,
-OSError or ValueError.
+Sizes are checked before memory is allocated. Every mistake raises UserError, OSError or ValueError.
 """
 
 import functools
@@ -19,14 +18,15 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import open_regular, size_of
 
-# bytes of a description; one of 64 experts, 100 layers and all digests has 6 MB
-JSON_LIMIT = 1 << 24
+JSON_LIMIT = 1 << 24  # bytes; a description of 64 experts and 100 layers has 6 MB
 DEPTH = 32  # levels of nesting
 
 
 def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
-    """All of a small file. Raises OSError for what is no regular file, UserError for one of more
-    than `limit` bytes."""
+    """The bytes of a small file.
+
+    Raises OSError for anything but a regular file, UserError for more than `limit` bytes.
+    """
     with open_regular(path) as file:
         text = file.read(limit + 1)
     if len(text) > limit:
@@ -35,12 +35,15 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
 
 
 def parse_json(text: bytes | str, signs: int | None = None, keys: int | None = None) -> Any:
-    """JSON in UTF-8 that says everything once. Raises ValueError for anything else, deep nesting,
-    numbers that are not finite.
+    """Parses strict JSON in UTF-8.
 
-    `signs` is how many commas and brackets it may have: each may take 500 bytes of memory, which no
-    limit on the file's own bytes tells. `keys` is how many an object may have: a schema takes a
-    kilobyte for each that does not belong.
+    Args:
+        signs: the most commas and brackets. Each may take 500 bytes of memory when parsed, so a
+            limit on the size of the file alone does not bound the memory.
+        keys: the most keys of an object. Checking a schema takes a kilobyte per unknown key.
+
+    Raises:
+        ValueError: no JSON, a key given twice, deep nesting, or a number that is not finite.
     """
     if signs is not None:
         marks = (b",", b"{", b"[") if isinstance(text, bytes) else (",", "{", "[")
@@ -60,7 +63,7 @@ def parse_json(text: bytes | str, signs: int | None = None, keys: int | None = N
         raise ValueError(f"it has more than {DEPTH} levels") from None
     _check_depth(value)
     if "\\ud" in text or "\\uD" in text:
-        # Half a surrogate pair is no Unicode; UnicodeEncodeError is a ValueError.
+        # Refuse half a surrogate pair, which is not Unicode: UnicodeEncodeError is a ValueError.
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -92,12 +95,9 @@ def _finite(number: str) -> float:
 def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(DEPTH):
-        groups = [
-            outer.values() if isinstance(outer, dict) else outer
-            for outer in level
-            if isinstance(outer, dict | list)
-        ]
-        level = [inner for group in groups for inner in group]
+        lists = [value for value in level if isinstance(value, list)]
+        lists += [value.values() for value in level if isinstance(value, dict)]
+        level = [inner for values in lists for inner in values]
         if not level:
             return
     raise ValueError(f"it has more than {DEPTH} levels")
@@ -105,8 +105,10 @@ def _check_depth(value: Any) -> None:
 
 @contextmanager
 def no_panic(what: str) -> Iterator[None]:
-    """Around calls of libraries written in Rust. Their panics, which are no Exception of Python's,
-    become a UserError that names `what`."""
+    """Turns a panic of a library written in Rust into a UserError that names `what`.
+
+    Such a panic is a BaseException, so `except Exception` would not catch it.
+    """
     try:
         yield
     except BaseException as error:
@@ -116,11 +118,10 @@ def no_panic(what: str) -> Iterator[None]:
 
 
 def conform(schema: type, value: Any) -> None:
-    """Raises ValueError, in one line, unless a value of JSON's types is what a dataclass says: its
-    keys and no others, types, bounds.
+    """Raises ValueError, in one line, unless a JSON value has a dataclass's keys, types and bounds.
 
-    Bounds are written as pydantic's: `Annotated[int, Field(ge=1)]`. Types are taken strictly: "1"
-    and true are no integers.
+    Other keys are refused. Bounds are pydantic's: `Annotated[int, Field(ge=1)]`. Types are strict:
+    "1" and true are no integers.
     """
     import pydantic
 
@@ -128,15 +129,13 @@ def conform(schema: type, value: Any) -> None:
         _adapter(schema).validate_json(json.dumps(value), strict=True, extra="forbid")
     except pydantic.ValidationError as error:
         if (mistakes := error.error_count()) > 1000:
-            # to list them would take a minute
+            # listing them would take a minute
             raise ValueError(f"it has {mistakes} keys and values that do not belong") from None
         first = error.errors(include_url=False)[0]
-        # pydantic's own words have brackets
+        # parts with brackets are pydantic's own, and not keys of the file
         where = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "it"
-        where, message = (
-            where[:120] if where.isprintable() else repr(where[:120]),
-            first["msg"].removeprefix("Value error, "),
-        )
+        where = where[:120] if where.isprintable() else repr(where[:120])
+        message = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict | list) else f", got {first['input']!r:.40}"
         raise ValueError(f"{where}: {message[:120]}{got}") from None
 

@@ -1,12 +1,12 @@
-"""What has been verified, remembered by the identity of its files, so that bytes nobody touched are
-not read twice.
+"""Remembers which directories were verified, so that unchanged files are not read twice.
 
     ~/.cache/flexolmo-jax/verified/<digest>   (or below $XDG_CACHE_HOME)
 
-The digest is over what was verified and, of every file of the directory, its name, device, inode,
-size and time of change. It lies in the user's own cache, out of reach of what is verified. Where
-that cannot be written, or others may write to it, nothing is remembered. A file that is changed and
-given back its old time is found by `flexolmo verify` only, which always reads everything.
+The digest covers the claim that was verified and, for every file of the directory, its name,
+device, inode, size and times. It is kept in the user's own cache, so a directory cannot say of
+itself that it was verified. Nothing is remembered if the cache cannot be written, or if others can
+write to it. If somebody changes a file and restores its old times, only `flexolmo verify` notices:
+it always reads everything.
 """
 
 import hashlib
@@ -20,14 +20,17 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import in_bucket, listing
 
-RULES = 2  # counted up whenever more is checked than before
+RULES = 2  # raised whenever a version checks more, so that everything is verified again
 
 
 def once(directory: Path, claim: str, check: Callable[[], object]) -> None:
-    """Calls `check` unless it passed for these very files before. Raises what it raises, and
-    UserError where they change meanwhile.
+    """Calls `check`, unless it has passed for these unchanged files before.
 
-    `claim`: what a passed check means, as "anchor <fingerprint>".
+    Args:
+        claim: what a passed check means, such as "anchor <digest of its description>".
+
+    Raises:
+        UserError: the files changed during the check. Whatever `check` raises comes through.
     """
     before = identity(directory, claim)
     if _is_known(before):
@@ -35,21 +38,20 @@ def once(directory: Path, claim: str, check: Callable[[], object]) -> None:
     check()
     if identity(directory, claim) != before:
         raise UserError(
-            f"{directory} changed while it was verified; let nobody write there, and run it again"
+            f"{directory} changed while it was verified; stop all writing there and run it again"
         )
     _remember(before)
 
 
 def remember(directory: Path, claim: str) -> None:
-    """For files that this process has just made of verified ones."""
+    """Counts a directory as verified: this process has just made it from verified files."""
     _remember(identity(directory, claim))
 
 
 def identity(directory: Path, claim: str) -> str:
-    """Of all files in a directory, or of one file, as they are now."""
-    return hashlib.sha256(
-        json.dumps([RULES, claim, sorted(_files(directory))]).encode()
-    ).hexdigest()
+    """The digest of a claim and of the names, sizes and times of a directory's files."""
+    text = json.dumps([RULES, claim, sorted(_files(directory))])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _files(directory: Path) -> Iterator[list[Any]]:
@@ -58,10 +60,8 @@ def _files(directory: Path) -> Iterator[list[Any]]:
             yield [f"{directory}/{name}", file.size, file.modified, file.md5]
         return
     for folder, folders, names in os.walk(directory):
-        for name in (
-            *names,
-            *(name for name in folders if os.path.islink(os.path.join(folder, name))),
-        ):
+        links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
+        for name in (*names, *links):
             path = os.path.join(folder, name)
             status = os.lstat(path)
             mine = [
@@ -72,8 +72,8 @@ def _files(directory: Path) -> Iterator[list[Any]]:
                 status.st_size,
                 status.st_mtime_ns,
             ]
-            # Giving a file a second name changes this time too, so it says something of those alone
-            # that have one.
+            # The time of change also changes when a file gets another hard link. It counts only for
+            # files with a single link.
             yield [*mine, status.st_ctime_ns if status.st_nlink == 1 else 0]
 
 
@@ -87,19 +87,16 @@ def _remember(identity: str) -> None:
         try:
             (folder / identity).touch()
         except OSError:
-            return  # a full disk, say: it is verified again next time
+            return  # the disk is full, for example: it is verified again next time
 
 
 def _folder() -> Path | None:
     try:
-        folder = (
-            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            / "flexolmo-jax"
-            / "verified"
-        )
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache / "flexolmo-jax" / "verified"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
-    except (OSError, RuntimeError):  # no home at all
+    except (OSError, RuntimeError):  # no home folder, or no permission
         return None
     is_mine = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return folder if is_mine else None

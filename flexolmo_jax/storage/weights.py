@@ -1,16 +1,15 @@
-"""Weights on disk: what any Orbax restores with any sharding, written a shard at a time.
+"""Weights in files, written a shard at a time; Orbax restores them with any sharding.
 
-Each parameter is a Zarr 3 array. A shard, which is a file, holds one slice of the leading axes: one
-layer's matrix, of one expert. So experts are files: merging and taking out experts moves files and
-leaves their bytes alone. Inside a shard lie chunks that split the "embed" axis, so that a device
-which holds a part of it reads that part; each has a CRC-32C, so that a flipped bit is an error and
-not a weight.
+Each parameter is a Zarr 3 array. A shard is one file and holds one matrix: of one layer and one
+expert. So experts are files: adding or removing an expert moves files and leaves their bytes alone.
+Chunks inside a shard split the "embed" axis, so that a device which holds a part of that axis reads
+only this part. Each chunk has a CRC-32C, so that a flipped bit is an error and not a wrong weight.
 
     <parameter>/zarr.json                 <parameter> is its path, with dots
     <parameter>/c/<index of the shard>
     _METADATA, _CHECKPOINT_METADATA       Orbax's
-    commit_success.txt                    Orbax's, and last: in a bucket, it takes a checkpoint
-                                          without it for one that is still being written
+    commit_success.txt                    Orbax's, written last: in a bucket, Orbax takes a
+                                          checkpoint without it as not finished
 """
 
 import dataclasses
@@ -31,12 +30,11 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import before_change, write_bytes
 from flexolmo_jax.storage.paths import in_bucket, kvstore
 
-CHUNK = 1 << 21  # bytes at most of a chunk, where its axis can be halved so far
-# chunks at least of a shard, so that as many devices read only their own, where that leaves ...
-PIECES = 16
-SMALL = 1 << 18  # ... so many bytes a chunk
+CHUNK = 1 << 21  # the most bytes of a chunk, if its axis can be halved that often
+PIECES = 16  # the fewest chunks of a shard: so many devices can each read only their own ...
+SMALL = 1 << 18  # ... unless chunks would become smaller than this many bytes
 COMMIT = "commit_success.txt"
-SHARD = 1 << 26  # bytes at most of a shard, where its first axis can
+SHARD = 1 << 26  # the most bytes of a shard, if its first axis can be halved that often
 
 Index = tuple[int, ...]
 Box = tuple[slice, ...]
@@ -53,8 +51,10 @@ class Layout:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: str, axes: tuple[str | None, ...]) -> "Layout":
-        """For a parameter with these logical axes: one shard an expert and, of matrices, a
-        layer."""
+        """The layout of a parameter: a shard for each expert and, if it has matrices, each layer.
+
+        `axes` are its logical axes.
+        """
         inside = [axis not in ("layers", "expert") for axis in axes]
         shard = [
             n if within or (axis == "layers" and sum(inside) < 2) else 1
@@ -74,18 +74,17 @@ class Layout:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Shards along each axis."""
+        """The number of shards along each axis."""
         return tuple(-(-n // size) for n, size in zip(self.shape, self.shard, strict=True))
 
     @property
     def shard_bytes(self) -> int:
-        """Of the file of a shard: chunks, each with a CRC-32C, and an index of them with
-        another."""
+        """The size of a shard's file: each chunk has a CRC-32C, and so has their index."""
         chunks = math.prod(self.shard) // math.prod(self.chunk)
         return math.prod(self.shard) * np.dtype(self.dtype).itemsize + 4 * chunks + 16 * chunks + 4
 
     def indices(self) -> Iterator[Index]:
-        """Of all shards, in the order in which their values lie in the array."""
+        """The indices of all shards, in C order."""
         return itertools.product(*map(range, self.counts))
 
     def box(self, index: Index) -> Box:
@@ -96,16 +95,14 @@ class Layout:
         )
 
     def whole(self) -> list[Box]:
-        """All of it at once: for small arrays, whose shards need not follow each other in the
-        array."""
+        """One box of the whole array, for small arrays: shards may not be consecutive in it."""
         return [tuple(slice(0, n) for n in self.shape)]
 
     def boxes(self, **at: int) -> Iterator[Box]:
-        """All parts; with `layer` or `expert` only what belongs to it. Those two are the first axes
-        of what is stacked.
+        """The shards' boxes; with `layer` or `expert`, only the parts that belong to it.
 
-        They follow each other in the array, except those of several experts' rows, which come
-        expert by expert.
+        Layer and expert are the first two axes. The boxes are consecutive in the array, except for
+        router rows of several experts: those come expert by expert.
         """
         chosen = {("layer", "expert").index(name): i for name, i in at.items()}
         for index in self.indices():
@@ -116,7 +113,7 @@ class Layout:
                 yield tuple(box)
 
     def metadata(self) -> dict[str, Any]:
-        """Of Zarr."""
+        """The content of zarr.json."""
         checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         sharding = {"chunk_shape": self.chunk, "codecs": checked, "index_codecs": checked}
         return {
@@ -132,8 +129,10 @@ class Layout:
 
 
 class Writer:
-    """Writes the arrays of one directory. A context manager: leaving it without an error waits for
-    all and completes the checkpoint."""
+    """Writes the arrays of one directory. A context manager.
+
+    Leaving it without an error waits for all writes and completes the checkpoint.
+    """
 
     def __init__(self, directory: Path, layouts: Mapping[str, Layout]):
         self.directory, self.layouts = directory, layouts
@@ -153,15 +152,17 @@ class Writer:
             self._writing.result()
             for file in self._written:
                 if not in_bucket(file):
-                    file.chmod(0o444)  # other models may come to share it
+                    file.chmod(0o444)  # only read-only files are shared by link
         elif self._writing is not None:
-            self._writing.exception()  # waits; one error is enough
+            self._writing.exception()  # waits, and raises no second error
         if kind is None:
             write_bytes(self.directory / COMMIT, self._metadata[COMMIT])
 
     def write(self, path: str, index: Index, values: np.ndarray) -> None:
-        """Starts writing one shard when the one before it is done; until then `values` must stay as
-        they are."""
+        """Waits for the shard before, then starts writing this one.
+
+        `values` must not change until the next call or until the Writer is left.
+        """
         if self._writing is not None:
             self._writing.result()
         if path not in self._arrays:
@@ -174,19 +175,19 @@ class Writer:
         )
 
     def write_slice(self, path: str, prefix: Index, values: np.ndarray) -> None:
-        """As `write`, for what the leading axes select, which may be several shards."""
+        """Writes all shards whose index starts with `prefix`, as `write` does."""
         layout = self.layouts[path]
         for rest in itertools.product(*map(range, layout.counts[len(prefix) :])):
             index = (*prefix, *rest)
             self.write(path, index, values[layout.box(index)[len(prefix) :]])
 
     def file(self, path: str, index: Index) -> Path:
-        """Where a shard lies."""
+        """The file of a shard."""
         return self.directory / shard_name(path, index)
 
 
 class Reader:
-    """Reads a directory that any version of this package or plain Orbax wrote as Zarr arrays."""
+    """Reads a directory of Zarr arrays that this package, in any version, or Orbax wrote."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -196,25 +197,24 @@ class Reader:
         return array_directory(self.directory, path).exists()
 
     def file(self, path: str, index: Index) -> Path:
-        """Where a shard lies, if the array has the layout that the index is of."""
+        """The file of a shard, if the array has the layout that the index belongs to."""
         return self.directory / shard_name(path, index)
 
     def digest(self, path: str, boxes: Iterable[Box]) -> str:
-        """SHA-256 of the values (row-major, little-endian) of parts that follow each other."""
+        """SHA-256 of the values of consecutive parts (C order, little-endian)."""
         digest = hashlib.sha256()
         for box in boxes:
-            digest.update(
-                np.ascontiguousarray(self.read(path, box)).reshape(-1).view(np.uint8).data
-            )
+            values = np.ascontiguousarray(self.read(path, box))
+            digest.update(values.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     def read(self, path: str, box: Box) -> np.ndarray:
-        """A part of an array. Raises UserError for data that is not what was written."""
+        """A part of an array. Raises UserError for damaged data."""
         with self._told(path):
             return self._array(path)[box].read().result()
 
     def shape_and_dtype(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Of a whole array. Raises UserError where it cannot be opened."""
+        """The shape and dtype of an array. Raises UserError if it cannot be opened."""
         array = self._array(path)
         return tuple(array.shape), array.dtype.numpy_dtype
 
@@ -241,8 +241,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class Stored:
-    """An array on the disk where one in memory is expected: what is indexed is read, and cast.
-    `expert`: only that one of several."""
+    """An array in files that is used like one in memory: indexing reads a part and casts it.
+
+    With `expert` it is that expert's slice of the array.
+    """
 
     reader: Reader
     path: str
@@ -264,19 +266,17 @@ class Stored:
     def __getitem__(self, index: Any) -> np.ndarray:
         """`index`: integers or slices without steps. Raises UserError as `Reader.read` does."""
         index = list(index if isinstance(index, tuple) else (index,))
-        if self.expert is not None and len(index) > 1:
-            index[1] = (
-                slice(self.expert, self.expert + 1) if isinstance(index[1], slice) else self.expert
-            )
-        elif self.expert is not None:
-            index.append(slice(self.expert, self.expert + 1))
+        if self.expert is not None:
+            one = slice(self.expert, self.expert + 1)
+            is_slice = len(index) < 2 or isinstance(index[1], slice)
+            index[1:2] = [one if is_slice else self.expert]
         return self.reader.read(self.path, tuple(index)).astype(self.dtype, copy=False)
 
 
 def save(
     directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]
 ) -> dict[str, str]:
-    """Writes arrays by path and returns their SHA-256s."""
+    """Writes arrays and returns the SHA-256 of each, by path."""
     layouts = {path: Layout.of(a.shape, str(a.dtype), axes[path]) for path, a in params.items()}
     digests = {}
     with Writer(directory, layouts) as writer:
@@ -291,13 +291,13 @@ def save(
 
 
 def metadata_files(layouts: Mapping[str, Layout]) -> dict[str, bytes]:
-    """Everything in a directory of weights but the shards, by name."""
-    arrays = {
-        f"{path.replace('/', '.')}/zarr.json": layout.metadata() for path, layout in layouts.items()
-    }
-    return {
-        name: _canonical(content) for name, content in (arrays | orbax_metadata(layouts)).items()
-    } | {COMMIT: b"complete\n"}
+    """All files in a directory of weights except the shards: their contents by name."""
+    contents = {}
+    for path, layout in layouts.items():
+        contents[f"{path.replace('/', '.')}/zarr.json"] = layout.metadata()
+    contents |= orbax_metadata(layouts)
+    files = {name: _canonical(content) for name, content in contents.items()}
+    return files | {COMMIT: b"complete\n"}
 
 
 def array_directory(directory: Path, path: str) -> Path:
@@ -310,22 +310,23 @@ def shard_name(path: str, index: Index) -> str:
 
 
 def open_array(directory: Path) -> ts.TensorStore:
-    """Without a cache, and without a sync a file: whoever completes the directory syncs all of
-    it."""
+    """Opens a Zarr array without a cache.
+
+    Files are not synced one by one: whoever completes the directory syncs all of it.
+    """
     spec = {
         "driver": "zarr3",
         "kvstore": kvstore(directory),
-        # a shard of zeros is a file too: a missing one is then an error
+        # A shard of zeros is written too, so a missing file is an error when reading.
         "store_data_equal_to_fill_value": True,
-        "fill_missing_data_reads": False,  # ... for whoever reads as well
+        "fill_missing_data_reads": False,
         "recheck_cached_data": False,
     }
     return ts.open(spec, open=True, context=ts.Context({"file_io_sync": False})).result()
 
 
 def orbax_metadata(layouts: Mapping[str, Layout]) -> dict[str, Any]:
-    """What makes arrays a checkpoint of Orbax: its files, by name. They hold no times: equal
-    weights are equal files."""
+    """Orbax's own files of a checkpoint, by name. Without times: equal weights are equal files."""
     leaves = {}
     for path, layout in sorted(layouts.items()):
         keys = path.split("/")
