@@ -97,7 +97,7 @@ def main() -> None:
         )
 
 
-def run(work: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:
+def run(work: Path, config: ModelConfig) -> dict[str, dict[str, Any]]:  # noqa: PLR0915 - a list
     inputs = work / "inputs"
     make_anchor(inputs / "anchor", work / "dense", config)
     for number in range(EXPERTS):

@@ -194,14 +194,19 @@ def _config_of(description: Mapping[str, Any]) -> ModelConfig:
         config.check()
     except UserError as error:
         raise ValueError(str(error)) from None
-    experts, kind = description["experts"], description["kind"]
+    experts = description["experts"]
     expected = 2 if description.get("run") == "pair" else config.n_experts
     if len(experts) != expected or len(set(experts)) != len(experts):
         raise ValueError(
             f"it has the experts {', '.join(experts)[:80]}; expected {expected} different ones"
         )
-    if kind == "run":
-        return config
+    if description["kind"] != "run":
+        _check_published(description, config)
+    return config
+
+
+def _check_published(description: Mapping[str, Any], config: ModelConfig) -> None:
+    experts, kind = description["experts"], description["kind"]
     if len({tensor["dtype"] for tensor in description["tensors"].values()}) != 1:
         raise ValueError("its tensors are of several dtypes; expected one")
     if kind == "anchor" and (config.n_experts != 1 or experts != ["anchor"]):
@@ -211,12 +216,11 @@ def _config_of(description: Mapping[str, Any]) -> ModelConfig:
         )
     if kind == "model" and "anchor" in description:
         _check_merged(description)
-        return config
+        return
     if any(tensor.get("sha256") is None for tensor in description["tensors"].values()):
         raise ValueError("a tensor has no SHA-256")
     if kind == "model" and (description["members"] or description["fingerprint"] is not None):
         raise ValueError("it has members or a fingerprint, but no anchor")
-    return config
 
 
 def _check_merged(description: Mapping[str, Any]) -> None:

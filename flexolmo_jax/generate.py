@@ -222,20 +222,7 @@ def programs(
         chosen = jnp.full((B, new_slots), request.eos_id)
         return State(cache, last, jnp.zeros(B, bool), jnp.int32(0), chosen)
 
-    def step(params: Params, request: Request, state: State) -> State:
-        S, N = state.cache.keys.shape[3], state.chosen.shape[1]
-        slot = S - N + state.step
-        slots = jnp.arange(S)
-        mask = (slots <= slot) & (slots >= request.first_slot[:, None, None])
-        positions = (slot - request.first_slot)[:, None]
-        context = CachedContext(mask, state.cache, slot)
-        out = model(params, request, state.token[:, None], positions, context)
-        assert out.cache is not None  # since the context has one
-        token = _next_token(out.logits[:, 0, :vocab_size], request, state.step, greedy)
-        token = jnp.where(state.ended, request.eos_id, token)
-        chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
-        ended = state.ended | (token == request.eos_id)
-        return State(out.cache, token, ended, state.step + 1, chosen)
+    step = functools.partial(_step, model, vocab_size, greedy)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def run(params: Params, state: State, request: Request, until: Array) -> State:
@@ -247,6 +234,30 @@ def programs(
         return jax.lax.while_loop(goes_on, functools.partial(step, params, request), state)
 
     return prefill, run
+
+
+def _step(
+    model: Callable,
+    vocab_size: int,
+    greedy: bool,
+    params: Params,
+    request: Request,
+    state: State,
+) -> State:
+    """Feeds every prompt's last token and chooses its next one."""
+    S, N = state.cache.keys.shape[3], state.chosen.shape[1]
+    slot = S - N + state.step
+    slots = jnp.arange(S)
+    mask = (slots <= slot) & (slots >= request.first_slot[:, None, None])
+    positions = (slot - request.first_slot)[:, None]
+    context = CachedContext(mask, state.cache, slot)
+    out = model(params, request, state.token[:, None], positions, context)
+    assert out.cache is not None  # since the context has one
+    token = _next_token(out.logits[:, 0, :vocab_size], request, state.step, greedy)
+    token = jnp.where(state.ended, request.eos_id, token)
+    chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
+    ended = state.ended | (token == request.eos_id)
+    return State(out.cache, token, ended, state.step + 1, chosen)
 
 
 def _next_token(

@@ -65,7 +65,7 @@ class LoadedModel:
         self.check_batch(len(ids))
         return np.asarray(_forward(self.config, k, self.mesh)(self.params, ids, allowed))
 
-    def generate(
+    def generate(  # noqa: PLR0913 - a model call
         self,
         prompts: Sequence[str] | Sequence[Sequence[int]],
         max_new_tokens: int = 128,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "flexolmo_jax"
+ROOT = Path(__file__).parents[1]
+PACKAGE, KERNELS = ROOT / "flexolmo_jax", ROOT / "kernels"
 # Calls that take something away or give it another name, on modules of the standard library and on
 # paths.
 CHANGES = {
@@ -149,3 +150,15 @@ def test_a_wheel_holds_every_file_of_the_package_that_is_no_module():
     }
     found = {path for path in PACKAGE.rglob("*") if path.suffix not in ("", ".py", ".pyc")}
     assert {path for path in found if "kernels" not in path.parts} == declared
+
+
+@pytest.mark.parametrize(
+    "path", [*modules(), *sorted(KERNELS.rglob("*.py"))], ids=lambda path: path.relative_to(ROOT)
+)
+def test_modules_and_functions_fit_a_reader(path: Path):
+    """At most 400 lines a module and 50 a function, docstrings included."""
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: length for name, length in lengths.items() if length > 50} == {}

@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def export_hf(
+def export_hf(  # noqa: PLR0913 - the verb's options
     source: Path,
     out: Path,
     *,

@@ -31,7 +31,7 @@ from .sketch import encoded
 from .store import STORE, Store, anchor_key, expert_key
 
 
-def merge(
+def merge(  # noqa: PLR0913 - the verb's options
     anchor_path: Path,
     contribution_paths: Sequence[Path],
     out: Path,
@@ -76,7 +76,7 @@ def merge(
         return composition.write(out, store, ways)
 
 
-def opt_out(
+def opt_out(  # noqa: PLR0913 - the verb's options
     model_path: Path,
     names: Sequence[str],
     out: Path,
@@ -144,7 +144,7 @@ def undo_tuning(
         return composition.untuned(_contributed(composition, store)).write(out, store, ways)
 
 
-def replace(
+def replace(  # noqa: PLR0913 - the verb's options
     model_path: Path,
     contribution: Path,
     out: Path,

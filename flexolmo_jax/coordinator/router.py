@@ -33,7 +33,7 @@ def is_trained(path: str) -> bool:
     return path in ("experts/row", "experts/bias")
 
 
-def tune(
+def tune(  # noqa: PLR0913 - the verb's options
     model_path: Path,
     proxies: Mapping[str, Path],
     public: Sequence[Path],

@@ -22,7 +22,7 @@ from flexolmo_jax.train.evaluate import Score, make_scorer, score_records
 RAW_SEQ_LEN = 1024
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - the verb's options
     model: LoadedModel,
     data: Sequence[Path],
     *,

@@ -68,7 +68,7 @@ def sample_documents(
     return found
 
 
-def extract(
+def extract(  # noqa: PLR0913 - the verb's options
     model: LoadedModel,
     documents: Sequence[Sequence[int]],
     *,

@@ -34,7 +34,7 @@ from .embedder import domain_embedding, fit_embedder, load_embedder
 RELEASE_DTYPES = ("bfloat16", "float32")
 
 
-def publish(
+def publish(  # noqa: PLR0913 - the verb's options
     source: Path,
     public: Sequence[Path],
     out: Path,
@@ -70,20 +70,15 @@ def publish(
         prepare(public, artifact.tokenizer, length, directory / "public", heldout=heldout)
         fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
         fitted.save(directory / "embedder")
-        # As owners will load it: their router rows and row 0 must come from the same embedder.
-        loaded = load_embedder(directory / "embedder", allow_hub=True)
-        row = domain_embedding(loaded, _documents(public, heldout))
-        arrays = _arrays(artifact, checkpoint_name, row)
-        released = {path: a.astype(dtype) for path, a in arrays.items()}
+        row = _row_0(directory / "embedder", public, heldout)
+        arrays = _arrays(artifact, checkpoint_name, row).items()
+        released = {path: a.astype(dtype) for path, a in arrays}
         description = _describe(directory, artifact, released, dtype)
         description["embedder"] |= {"name": fitted.name, "version": fitted.version}
         description["public"] = [name_of(path) for path in public]
         write_description(directory, description)
-    parameters = sum(a.size for a in released.values())
-    note(
-        f"published {out}: fingerprint {description['fingerprint'][:16]}, {parameters:,} parameters"
-        f" in {dtype}"
-    )
+    fingerprint, parameters = description["fingerprint"], sum(a.size for a in released.values())
+    note(f"published {out}: fingerprint {fingerprint[:16]}, {parameters:,} parameters in {dtype}")
     anchor = open_artifact(out)
     anchor.remember()
     return anchor
@@ -99,6 +94,12 @@ def _dense(source: Path) -> Artifact:
             " dense run or model"
         )
     return artifact
+
+
+def _row_0(embedder: Path, public: Sequence[Path], heldout: float) -> np.ndarray:
+    """By the embedder as owners will load it: their rows and row 0 must come from the same one."""
+    loaded = load_embedder(embedder, allow_hub=True)
+    return domain_embedding(loaded, _documents(public, heldout))
 
 
 def _arrays(artifact: Artifact, checkpoint_name: str, row: np.ndarray) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Verdict:
     verdict: Literal["pass", "fail"]
 
 
-def make_verdict(
+def make_verdict(  # noqa: PLR0913 - the fields of a verdict
     *,
     anchor: str,
     candidate: str,

@@ -156,7 +156,7 @@ def init_params(config: ModelConfig, key: Array, *, pair: bool = False) -> Param
     return nnx.to_pure_dict(nnx.state(Transformer(config, pair, nnx.Rngs(params=key))))
 
 
-def forward(
+def forward(  # noqa: PLR0913 - a model call
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "B T"],

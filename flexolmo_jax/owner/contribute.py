@@ -27,7 +27,7 @@ from .pair import train_pair
 EPOCHS = 2  # passes over the owner's records, where the config does not say how many steps
 
 
-def contribute(
+def contribute(  # noqa: PLR0913 - the verb's options
     anchor_path: Path,
     documents: Sequence[Path],
     name: str,

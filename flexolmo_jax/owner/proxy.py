@@ -50,7 +50,7 @@ class Proxies(NamedTuple):
         return self.documents / self.of
 
 
-def select_proxies(
+def select_proxies(  # noqa: PLR0913 - the verb's options
     anchor_path: Path,
     private: Sequence[Path],
     public: Sequence[Path],
@@ -90,12 +90,7 @@ def select_proxies(
     loaded = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
     embedder = widened(loaded)
     learnt_from, seen = _learnt_from(private, public, heldout)
-    digests = sorted(learnt_from)
-    texts = [learnt_from[digest][0] for digest in digests]
-    labels = np.array([learnt_from[digest][1] for digest in digests], np.float32)
-    vectors = _embed(embedder, texts, "embedding what is learnt from")
-    classifiers = Classifiers.fit(digests, vectors, labels)
-    accuracy = float(np.mean((classifiers.logits(digests, vectors) > 0) == (labels > 0)))
+    classifiers, accuracy = _fitted(embedder, learnt_from)
     scored = _scored(classifiers, embedder, _distinct(public, heldout, seen), len(seen))
     count = max(1, round(share * len(scored)))
     candidates = {digest: score for score, digest in scored[: count * diversity]}
@@ -103,7 +98,8 @@ def select_proxies(
     kept = sorted(candidates) if diversity == 1 else _diverse(embedder, chosen, candidates, count)
     lines = (json.dumps({"text": chosen[digest]}, ensure_ascii=False) for digest in sorted(kept))
     write_new(out, "".join(f"{line}\n" for line in lines).encode())
-    return Proxies(len(kept), len(scored), accuracy, int(labels.sum()))
+    learnt = sum(is_private for _, is_private in learnt_from.values())
+    return Proxies(len(kept), len(scored), accuracy, learnt)
 
 
 def _learnt_from(
@@ -131,6 +127,18 @@ def _learnt_from(
     for text in _distinct(public, heldout, set(sorted(seen)[:count])):
         learnt_from[digest_of(text)] = text, False
     return learnt_from, seen
+
+
+def _fitted(
+    embedder: Embedder, learnt_from: dict[bytes, tuple[str, bool]]
+) -> tuple["Classifiers", float]:
+    """Classifiers of private text, and their accuracy on documents they were not fitted on."""
+    digests = sorted(learnt_from)
+    texts = [learnt_from[digest][0] for digest in digests]
+    labels = np.array([learnt_from[digest][1] for digest in digests], np.float32)
+    vectors = _embed(embedder, texts, "embedding what is learnt from")
+    classifiers = Classifiers.fit(digests, vectors, labels)
+    return classifiers, float(np.mean((classifiers.logits(digests, vectors) > 0) == (labels > 0)))
 
 
 def _scored(

@@ -29,7 +29,7 @@ from flexolmo_jax.storage.outputs import check_new_file
 MAX_WORSE = 0.02
 
 
-def screen(
+def screen(  # noqa: PLR0913 - the verb's options
     candidate_path: Path,
     anchor_path: Path,
     model_path: Path,
@@ -61,11 +61,7 @@ def screen(
     documents = _scored(model, documents)
     without = _bits(model, documents, limit)
     with_it = _bits(appended(model, candidate), documents, limit)
-    if not math.isfinite(with_it["bits"]):
-        raise UserError(
-            f"{candidate.path} gives numbers that are not finite for your text; it is broken:"
-            " refuse it"
-        )
+    _check_finite(candidate, with_it["bits"])
     verdict = make_verdict(
         anchor=str(anchor.fingerprint),
         candidate=candidate.manifest["sha256"],
@@ -82,6 +78,14 @@ def screen(
     private = {name: found["bits"] / found["bytes"] for name, found in both.items()}
     told = {"out": str(out), "signed": key is not None, **dataclasses.asdict(verdict)}
     return told | {"not_in_the_verdict": {"bits_per_byte": private}}
+
+
+def _check_finite(candidate: Contribution, bits: float) -> None:
+    if not math.isfinite(bits):
+        raise UserError(
+            f"{candidate.path} gives numbers that are not finite for your text; it is broken:"
+            " refuse it"
+        )
 
 
 def appended(model: LoadedModel, candidate: Contribution) -> LoadedModel:

@@ -42,7 +42,18 @@ Box = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one parameter is stored."""
+    """How one parameter is stored: a shard is a file, a chunk is what is read and checked at once.
+
+    `experts/gate` of 7 experts of the paper's 7B model, in bfloat16:
+
+        shape        [32, 7, 4096, 11008]   layers, experts, embed, ffn: 20.2 GB
+        shard        [1, 1, 2048, 11008]    half a matrix: a whole one, 90 MB, is above SHARD
+        files        32 x 7 x 2 = 448       c/<layer>/<expert>/<half>/0
+        a file       45,089,412 bytes       45,088,768 of weights; the rest is checksums and index
+        chunk        [1, 1, 64, 11008]      1.4 MB: a device that holds 1/64 of "embed" reads 1/64
+
+    Taking an expert out leaves 64 files of this array out, and rewrites none.
+    """
 
     shape: tuple[int, ...]
     dtype: str
