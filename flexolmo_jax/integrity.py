@@ -1,7 +1,7 @@
 """Checks an anchor's or a model's files against its description: names, digests, fingerprint.
 
 An anchor's fingerprint is the digest of its parts: its architecture, every tensor's dtype, shape
-and SHA-256, the tokenizer, the embedder and the sample of public text. A merged model keeps its
+and SHA-256, the tokenizer, the embedder and the public training records (not the held-out ones). A merged model keeps its
 anchor's parts, so its trunk and its expert 0 are checked against the same fingerprint.
 
 The bytes that are checked must be the bytes that are used. Zarr's and Orbax's own files decide how
@@ -295,6 +295,7 @@ def public_digest(directory: Path) -> str:
 
 
 def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    """The digest of an anchor's parts, as `parts_of` reads them from its description."""
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
 

@@ -1,9 +1,15 @@
 """The command `flexolmo <verb>`.
 
-Exit status: 0 done; 2 a user's mistake, told in one line; 1 a run that cannot go on; 130 and 42
-stopped by Ctrl-C or SIGTERM with everything saved; 75 another process of the run is lost, or
-nothing moved for too long. After 42 and 75 (and 134 and 137, by which the runtime and the system
-kill) the same command goes on. Progress and notes go to stderr; stdout holds the result, as one
+Exit status:
+    0    done
+    1    a run that cannot go on
+    2    a user's mistake, told in one line
+    42   stopped by SIGTERM; a training run saves first
+    75   another process of the run is lost, or nothing moved for too long
+    130  stopped by Ctrl-C; a training run saves first
+
+After 42 and 75 (and 134 and 137, by which the runtime and the system kill) a launcher may give the
+same command again: a run resumes. Progress and notes go to stderr; stdout holds the result, as one
 JSON object with --json.
 """
 

@@ -5,7 +5,8 @@ the mean embedding of public text. Tokenizer, embedder and a sample of packed pu
 written beside the weights.
 
 The fingerprint is a digest of the architecture, of every tensor's name, dtype, shape and bytes
-(router row 0 too), of tokenizer, embedder and public sample. An expert fits one fingerprint only.
+(router row 0 too), of tokenizer, embedder and public training records (integrity.py). An expert fits one
+fingerprint only.
 """
 
 import dataclasses

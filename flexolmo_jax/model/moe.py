@@ -40,8 +40,8 @@ class Choices:
 
     active: int  # experts that a token uses
     allowed: Bool[Array, "E"]  # experts that tokens may use
-    # Added to the routers' logits where they weight experts, not to what is reported of them. For
-    # training with every expert active. A layer gets its own part.
+    # Added to the routers' logits, and only where they mix the experts' outputs: what is reported
+    # is without it. For training with every expert active. A layer gets its own part.
     noise: Float[Array, "*L B T E"] | None = None
     dtype: DTypeLike = jnp.float32  # of activations
     remat: str = "none"  # what the backward pass computes again, see `rematerialised`
@@ -244,7 +244,8 @@ def _every_expert(
     y = jnp.zeros_like(x)
     for i in range(count):
         weight = weights[:, i, None]
-        # `where`, never a product with 0: NaN in an excluded expert must not leak.
+        # `where`, never a product with 0: NaN in an excluded expert must not leak. Its row and
+        # bias are masked in `kernels/route`; the sparse mixture never reads it.
         out = swiglu(x, gate[i], up[i], down[i])
         y += jnp.where(weight > 0, out * weight.astype(x.dtype), 0)
     return y

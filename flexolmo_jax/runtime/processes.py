@@ -234,7 +234,8 @@ def stop_requests() -> Iterator[Callable[[int], int | None]]:
     """Yields a function to be called once after every step with its number: it returns the exit
     status to stop with after this step, or None.
 
-    SIGTERM and Ctrl-C ask for a stop; a second Ctrl-C kills as usual. Of several processes one
+    SIGTERM and Ctrl-C ask for a stop. It is seen after the next step: a save that goes on is
+    completed, and that step is saved too. A second Ctrl-C kills as usual. Of several processes one
     gets the signal, and all stop at the same step. Outside of the main thread, signals are not
     caught.
     """

@@ -119,10 +119,11 @@ def constrain(mesh: Mesh | None, tree: Any, axes: Axes) -> Any:
 def parameter_sharding(
     mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-    """The sharding of one parameter, or of another array with logical axes. An axis whose size its
-    mesh axis does not divide stays whole.
+    """The sharding of one parameter, or of another array with logical axes.
 
-    Experts whose number the expert axis does not divide are spread over it along "embed" instead.
+    Axes are spread as LOGICAL_TO_MESH says. One whose size the mesh does not divide stays whole;
+    of experts whose number it does not divide, "embed" is spread over fsdp and expert together.
+    Where such experts run, `over_experts` fills their number up with empty ones.
     """
     names: list[Any] = [LOGICAL_TO_MESH[axis] for axis in axes]
     if "expert" in axes and "embed" in axes and shape[axes.index("expert")] % mesh.shape["expert"]:

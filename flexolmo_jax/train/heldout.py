@@ -1,4 +1,7 @@
-"""Bits per byte of a run's held-out sets, between its steps."""
+"""Bits per byte of a run's held-out sets, between its steps.
+
+Which documents are held out is decided in data/documents.py.
+"""
 
 import functools
 
