@@ -1,8 +1,9 @@
 """Checks an anchor's or a model's files against its description: names, digests, fingerprint.
 
 An anchor's fingerprint is the digest of its parts: its architecture, every tensor's dtype, shape
-and SHA-256, the tokenizer, the embedder and the public training records (not the held-out ones). A merged model keeps its
-anchor's parts, so its trunk and its expert 0 are checked against the same fingerprint.
+and SHA-256, the tokenizer, the embedder and the public training records (not the held-out ones). A
+merged model keeps its anchor's parts, so its trunk and its expert 0 are checked against the same
+fingerprint.
 
 The bytes that are checked must be the bytes that are used. Zarr's and Orbax's own files decide how
 weights are read, so they must equal what weights.py writes for the described tensors, and the

@@ -4,8 +4,8 @@ The weights are cast once to the release dtype, without the optimiser's state. R
 the mean embedding of public text. Tokenizer, embedder and a sample of packed public text are
 written beside the weights.
 
-The fingerprint is a digest of the architecture, of every tensor's name, dtype, shape and bytes
-(router row 0 too), of tokenizer, embedder and public training records (integrity.py). An expert fits one
+The fingerprint (integrity.py) is a digest of the architecture, of every tensor's name, dtype, shape
+and bytes (router row 0 too), of tokenizer, embedder and public training records. An expert fits one
 fingerprint only.
 """
 
