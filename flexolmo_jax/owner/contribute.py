@@ -25,6 +25,8 @@ from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of, size_of
 from .package import package
 from .pair import train_pair
 
+# keys of a run that `contribute` fills in
+FILLED = ("run", "pair.anchor", "pair.name", "data.train")
 EPOCHS = 2  # passes over the owner's records, where the config does not say how many steps
 
 
@@ -60,7 +62,8 @@ def contribute(
     work = work or _work_beside(out, documents)
     _check_documents(documents)
     tree = _pair_tree(settings, anchor, name, work, allow_hub)
-    run = settings.run(tree)  # every mistake in the config shows before any document is read
+    # every mistake in the config shows before any document is read
+    run = settings.run(tree, FILLED)
     _check_run(run, anchor)
     if not is_whole(work / "data"):
         try:
@@ -71,7 +74,7 @@ def contribute(
     elif Index.read(work / "data").inputs != _inputs(documents):
         raise UserError(f"{work} was made of other documents; delete it, or give a new {option}")
     if not settings.say(tree, "train", "steps"):
-        run = settings.run(tree, f"train.steps={_steps(run, work)}")
+        run = settings.run(tree, FILLED, f"train.steps={_steps(run, work)}")
     train_pair(run, work / "run")
     return package(work / "run", out, sign_key=sign_key)
 
