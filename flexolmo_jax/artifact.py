@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax import integrity
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.description import (
     DESCRIPTION,
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 DEFAULT_ACTIVE = 4  # experts that a token of a merged model uses, where nobody says how many
+OF_PAIRS = ("router_bias", "init_bias")  # keys of a pair's model that are not its anchor's
 # where a tensor of this path and shape goes
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -138,6 +139,18 @@ class Artifact:
         """The anchor of a pair's run, the model of a router run; refused if it is no longer the one
         trained against."""
         base = open_artifact(path_of(self.description["base"]))
+        expected = "anchor" if self.is_pair else "model"
+        if base.kind != expected:
+            raise UserError(
+                f"{self.path} was trained on {base.path}, which is a {base.kind} now; expected"
+                f" its {expected}; restore that one"
+            )
+        ours, its, own = to_dict(self.config), to_dict(base.config), OF_PAIRS * self.is_pair
+        if changed := [key for key in ours if ours[key] != its[key] and key not in own]:
+            raise UserError(
+                f"{self.path} has another model.{changed[0]} than {base.path}, on which it was"
+                " trained; do not use it"
+            )
         # A merged model has its anchor's fingerprint: what makes it this one are its experts, and
         # which contributions they are.
         is_it = base.fingerprint == self.fingerprint and (
@@ -208,6 +221,8 @@ def open_artifact(path: str | Path) -> Artifact:
     format."""
     path = path_of(path)
     description, config = read_description(path)
+    if description["kind"] == "run":
+        integrity.check_run(path, description, config)
     return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
 
 

@@ -177,13 +177,19 @@ class StepCheckpoints:
         path = absolute(self._directory) / str(step) / "default"
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(path, args=args)
+                restored = checkpointer.restore(path, args=args)
         except Exception as error:  # Orbax raises bare Exception for data that it cannot read
             if joined():  # the files are right: what failed is this process, or the way to another
                 raise
             raise UserError(
                 f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}"
             ) from error
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(restored)):
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} lacks parameters that its run trained;"
+                " restore the run's own checkpoints"
+            )
+        return restored
 
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
         """The newest checkpoint that restores, None where there is none. Damaged newer ones are
