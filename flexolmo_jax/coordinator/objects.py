@@ -4,6 +4,7 @@ check of all its bytes."""
 import dataclasses
 import hashlib
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import MATRICES, layouts, leaf_of, name_of_tensor
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.storage.outputs import UNFINISHED
-from flexolmo_jax.storage.paths import in_bucket, listing
+from flexolmo_jax.storage.paths import File, in_bucket, listing
 from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name
 
@@ -27,6 +28,7 @@ from .compose import Source, compose
 from .sketch import decoded, encoded, sketch_of
 
 OBJECT_FILE = "object.json"
+_TEMPORARY_RECORD = re.compile(re.escape(f".{OBJECT_FILE}.") + r"\d+\.tmp")
 LAYOUT = 3  # counted up whenever weights.py lays out the same tensors otherwise
 
 
@@ -111,12 +113,18 @@ class Record:
         )
 
 
-def _files_in(directory: Path) -> dict[str, list[int | str]]:
-    found = {
+def content_of(directory: Path) -> dict[str, File]:
+    """The files of an object, but its record, and what another process is writing of that, or was
+    killed while it did."""
+    return {
         name: file
         for name, file in listing(directory).items()
-        if name not in (OBJECT_FILE, UNFINISHED)
+        if name not in (OBJECT_FILE, UNFINISHED) and not _TEMPORARY_RECORD.fullmatch(name)
     }
+
+
+def _files_in(directory: Path) -> dict[str, list[int | str]]:
+    found = content_of(directory)
     if in_bucket(directory):
         return {name: [file.size, file.md5] for name, file in found.items()}
     status = {name: (directory / name).lstat() for name in found}
@@ -224,7 +232,7 @@ def check_object(path: Path) -> None:
     try:
         if record.key != path.name:
             raise UserError("it is not what it is named by")
-        target, found = record.layouts(), listing(path)
+        target, found = record.layouts(), content_of(path)
         small = {f"weights/{name}": content for name, content in metadata_files(target).items()}
         sizes = {
             f"weights/{shard_name(at, index)}": layout.shard_bytes
@@ -232,7 +240,7 @@ def check_object(path: Path) -> None:
             for index in layout.indices()
         }
         sizes |= {name: len(content) for name, content in small.items()}
-        if found.keys() - {OBJECT_FILE} != sizes.keys() or any(
+        if found.keys() != sizes.keys() or any(
             found[name].size != size for name, size in sizes.items()
         ):
             raise UserError("its files are not those of an object")
