@@ -145,12 +145,6 @@ class Artifact:
                 f"{self.path} was trained on {base.path}, which is a {base.kind} now; expected"
                 f" its {expected}; restore that one"
             )
-        ours, its, own = to_dict(self.config), to_dict(base.config), OF_PAIRS * self.is_pair
-        if changed := [key for key in ours if ours[key] != its[key] and key not in own]:
-            raise UserError(
-                f"{self.path} has another model.{changed[0]} than {base.path}, on which it was"
-                " trained; do not use it"
-            )
         # A merged model has its anchor's fingerprint: what makes it this one are its experts, and
         # which contributions they are.
         is_it = base.fingerprint == self.fingerprint and (
@@ -163,6 +157,12 @@ class Artifact:
             raise UserError(
                 f"{self.path} was trained on another version of {base.path} (fingerprint"
                 f" {self.fingerprint}); restore that one"
+            )
+        ours, its, own = to_dict(self.config), to_dict(base.config), OF_PAIRS * self.is_pair
+        if changed := [key for key in ours if ours[key] != its[key] and key not in own]:
+            raise UserError(
+                f"{self.path} has another model.{changed[0]} than {base.path}, on which it was"
+                " trained; do not use it"
             )
         return base
 
