@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax import integrity
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.description import (
     DESCRIPTION,
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 DEFAULT_ACTIVE = 4  # experts that a token of a merged model uses, unless a number is given
+OF_PAIRS = ("router_bias", "init_bias")  # keys of a pair's model that are not its anchor's
 # from a tensor's path and shape to where it goes
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -137,6 +138,12 @@ class Artifact:
         Raises UserError if it has changed since.
         """
         base = open_artifact(path_of(self.description["base"]))
+        expected = "anchor" if self.is_pair else "model"
+        if base.kind != expected:
+            raise UserError(
+                f"{self.path} was trained on {base.path}, which is a {base.kind} now; expected"
+                f" its {expected}; restore that one"
+            )
         # All models of one anchor share its fingerprint. They differ in their experts, and in the
         # contributions that these came from, which the description's digest covers.
         has_our_experts = base.kind != "model" or base.experts == self.experts
@@ -146,6 +153,12 @@ class Artifact:
             raise UserError(
                 f"{self.path} was trained on another version of {base.path} (fingerprint"
                 f" {self.fingerprint}); restore that one"
+            )
+        ours, its, own = to_dict(self.config), to_dict(base.config), OF_PAIRS * self.is_pair
+        if changed := [key for key in ours if ours[key] != its[key] and key not in own]:
+            raise UserError(
+                f"{self.path} has another model.{changed[0]} than {base.path}, on which it was"
+                " trained; do not use it"
             )
         return base
 
@@ -204,6 +217,8 @@ def open_artifact(path: str | Path) -> Artifact:
     """
     path = path_of(path)
     description, config = read_description(path)
+    if description["kind"] == "run":
+        integrity.check_run(path, description, config)
     return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
 
 

@@ -10,6 +10,7 @@ weights are read, so they must equal what weights.py writes for the described te
 directory may hold no other files.
 """
 
+import dataclasses
 import hashlib
 import stat
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,40 @@ def check_model(path: Path, ours: Mapping[str, Any], anchors: Mapping[str, Any])
                 f"{path} has model.{key} {ours.get(key)!r:.40}; its anchor has"
                 f" {anchors.get(key)!r:.40}; do not use it"
             )
+
+
+def check_run(path: Path, description: Mapping[str, Any], config: ModelConfig) -> None:
+    """Raises UserError unless a run trained what its kind and its model's architecture say: of a
+    pair an expert, of a router run rows and biases, of any other everything."""
+    kind = description["run"]
+    if (kind in ("pair", "router")) != ("base" in description):
+        raise UserError(
+            f"{path} is a run ({kind}) {'with' if 'base' in description else 'without'} a base;"
+            " only a pair and a router run stand on one; train it anew"
+        )
+    expected = _trained_shapes(kind, config)
+    found = {name: tuple(entry["shape"]) for name, entry in description["tensors"].items()}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"{path}: {name!r:.60} has the shape {found.get(name)}; a run ({kind}) of this"
+                f" model makes it {expected.get(name)}; do not use it"
+            )
+
+
+def _trained_shapes(kind: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    if kind == "pair":  # an anchor has no bias, its new expert may have one
+        config = dataclasses.replace(config, n_experts=2)
+    shapes = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
+    if kind == "pair":
+        return {
+            name.replace("experts/", "expert/"): (shape[0], 1, *shape[2:])
+            for name, shape in shapes.items()
+            if name.startswith("experts/")
+        }
+    if kind == "router":
+        return {name: shapes[name] for name in ("experts/row", "experts/bias") if name in shapes}
+    return shapes
 
 
 def check_files(path: Path, description: Mapping[str, Any], config: ModelConfig) -> None:

@@ -7,7 +7,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -97,8 +97,16 @@ class Settings:
             override.startswith(given) for override in self.overrides
         )
 
-    def run(self, tree: dict[str, Any], *more: str) -> RunConfig:
-        """The checked config of a filled-in tree, and of more overrides."""
+    def run(self, tree: dict[str, Any], filled: Collection[str], *more: str) -> RunConfig:
+        """The checked config of a tree, and of more overrides. Raises UserError for an override of
+        a key that is `filled` in: what was checked would not be what runs."""
+        for override in self.overrides:
+            key = override.partition("=")[0]
+            if any(key == each or each.startswith(f"{key}.") for each in filled):
+                raise UserError(
+                    f"--set got {override!r:.200}; expected another key: {key!r:.80} follows from"
+                    " the command's own arguments; leave it out"
+                )
         return resolve(tree, [*self.overrides, *more])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import MATRICES, layouts, leaf_of, name_of_tensor
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.storage.outputs import UNFINISHED
-from flexolmo_jax.storage.paths import in_bucket, listing
+from flexolmo_jax.storage.paths import File, in_bucket, listing
 from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name
 
@@ -26,6 +27,7 @@ from .compose import Source, compose
 from .sketch import decoded, encoded, sketch_of
 
 OBJECT_FILE = "object.json"
+_TEMPORARY_RECORD = re.compile(re.escape(f".{OBJECT_FILE}.") + r"\d+\.tmp")
 LAYOUT = 3  # goes up whenever storage/weights.py changes the files of the same tensors
 
 
@@ -105,10 +107,17 @@ class Record:
         return expert_layouts(self.config, dtype, name_of_tensor("bias", 0) in self.tensors)
 
 
+def content_of(directory: Path) -> dict[str, File]:
+    """The files of an object without its record, or what a process is writing of that."""
+    return {
+        name: file
+        for name, file in listing(directory).items()
+        if name not in (OBJECT_FILE, UNFINISHED) and not _TEMPORARY_RECORD.fullmatch(name)
+    }
+
+
 def _files_in(directory: Path) -> dict[str, list[int | str]]:
-    found = listing(directory)
-    for name in (OBJECT_FILE, UNFINISHED):
-        found.pop(name, None)
+    found = content_of(directory)
     if in_bucket(directory):
         return {name: [file.size, file.md5] for name, file in found.items()}
     status = {name: (directory / name).lstat() for name in found}
@@ -216,7 +225,7 @@ def check_object(path: Path) -> None:
 
 
 def _check_files(path: Path, target: Mapping[str, Layout]) -> None:
-    found = {name: file.size for name, file in listing(path).items() if name != OBJECT_FILE}
+    found = {name: file.size for name, file in content_of(path).items()}
     metadata = {f"weights/{name}": content for name, content in metadata_files(target).items()}
     sizes = {
         f"weights/{shard_name(at, index)}": layout.shard_bytes

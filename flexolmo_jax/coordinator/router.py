@@ -25,6 +25,8 @@ from flexolmo_jax.train.sources import open_sources
 from .merge import apply_tuning, open_model, undo_tuning
 from .store import STORE
 
+# keys of a run that `tune` fills in
+FILLED = ("run", "router.model", "data.train")
 EPOCHS = 2  # passes over all proxies together, where the config does not say how many steps
 
 
@@ -64,14 +66,14 @@ def tune(  # noqa: PLR0913 - the verb's options
     store_path = store_path or absolute(model.path).parent / STORE
     start = work / "contributed" if "router" in model.description else model.path
     tree = _router_tree(settings, model, start, proxies, public)
-    run = settings.run(tree)  # raises for a wrong config before any document is read
+    run = settings.run(tree, FILLED)  # raises for a wrong config before any document is read
     for path in (*proxies.values(), *public):
         has_documents(path)  # raises where there is no such path
     if start != model.path and not is_whole(start):
         undo_tuning(model.path, start, store_path=store_path, ways=ways)
     _check_start(open_artifact(start), model, work)
     if not settings.say(tree, "train", "steps"):
-        run = settings.run(tree, f"train.steps={_steps(run, model, proxies)}")
+        run = settings.run(tree, FILLED, f"train.steps={_steps(run, model, proxies)}")
     train_router(run, work / "run")
     return apply_tuning(work / "run", out, store_path=store_path, ways=ways)
 

@@ -48,7 +48,7 @@ from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import STORE_FILE, is_whole
 from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, path_of
 
-from .objects import OBJECT_FILE, Record, check_object, key_of, take_anchor, take_expert
+from .objects import Record, check_object, content_of, key_of, take_anchor, take_expert
 
 STORE = "flexolmo-store"
 FORMAT = 1
@@ -318,7 +318,7 @@ class Store:
     def _is_ours(self, path: Path) -> bool:
         """Whether an object has no other files than those of its record."""
         try:
-            return listing(path).keys() - {OBJECT_FILE} == Record.read(path).files.keys()
+            return content_of(path).keys() == Record.read(path).files.keys()
         except UserError:
             return False
 

@@ -9,6 +9,7 @@ cannot be read is a `UserError` that names the file and the line.
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,9 @@ _LINE_FORM = 'expected one JSON object a line with a "text" string'
 LONGEST = 1 << 26  # bytes of a line: a few compressed kilobytes may unpack to gigabytes
 _PIECE = 1 << 12  # compressed bytes that are unpacked at once, to at most about 80 MB
 _CHUNK = 1 << 20
+# bytes of a line beside its strings: as empty lists they take 30 times as much
+_LARGE = 1 << 20
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 
 
 def read_documents(path: Path, advance: Callable[[int], Any] | None = None) -> Iterator[str]:
@@ -103,7 +107,12 @@ def _read_file(path: Path, advance: Callable[[int], Any]) -> Iterator[str]:
             if path.name.endswith(".parquet"):
                 yield from _read_parquet(path, raw, advance)
             elif path.name.endswith(".txt"):
-                data = raw.read()
+                data = raw.read(LONGEST + 1)
+                if len(data) > LONGEST:
+                    raise UserError(
+                        f"{path} has more than {LONGEST} bytes; a .txt is one document; cut it into"
+                        " several, or make it a .jsonl"
+                    )
                 advance(len(data))
                 yield _decode(data, path, 1)
             else:
@@ -133,6 +142,11 @@ def _read_lines(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Ite
 
 def _document(line: bytes, path: Path, number: int) -> str:
     content = _decode(line, path, number)
+    if len(line) > _LARGE and len(_STRING.sub("", content)) > _LARGE:
+        raise UserError(
+            f"{path}, line {number}: it has more than {_LARGE} bytes that are no text; keep only"
+            ' "text"'
+        )
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -183,24 +197,29 @@ def _zstd_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         raise UserError(
             f"reading {path} needs the package zstandard: pip install zstandard"
         ) from error
-    frame, rest = None, b""
+    frame, rest, size = None, [], 0  # of the last line, its pieces so far
     try:
         while chunk := raw.read(_CHUNK):
             while chunk:
                 frame = frame or zstandard.ZstdDecompressor().decompressobj()
                 piece, chunk = chunk[:_PIECE], chunk[_PIECE:]
-                *lines, rest = (rest + frame.decompress(piece)).split(b"\n")
-                yield from lines
-                if len(rest) > LONGEST:
-                    yield rest  # refused
+                first, *more = frame.decompress(piece).split(b"\n")
+                rest.append(first)
+                size += len(first)
+                if more:
+                    yield b"".join(rest)
+                    yield from more[:-1]
+                    rest, size = [more[-1]], len(more[-1])
+                if size > LONGEST:
+                    yield b"".join(rest)  # refused
                 chunk = (frame.unused_data if frame.eof else b"") + chunk
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
         raise UserError(f"cannot read {path}: {error}; is the file complete?") from error
     if frame is not None:
         raise UserError(f"cannot read {path}: it ends inside a zstd frame; is the file complete?")
-    if rest:
-        yield rest
+    if size:
+        yield b"".join(rest)
 
 
 def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Iterator[str]:
@@ -218,7 +237,7 @@ def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> I
                     f"{path} has the columns {', '.join(table.schema_arrow.names)}; expected one"
                     ' named "text"'
                 )
-            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+            for batch in table.iter_batches(batch_size=32, columns=["text"]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     yield _checked_text(text, f"{path}, document {number}")

@@ -160,7 +160,7 @@ def prepare_cached(
 
 def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
     index = Index.read(path)
-    if index.tokenizer_digest != tokenizer.digest:
+    if (index.tokenizer_digest, index.vocab_size) != (tokenizer.digest, tokenizer.vocab_size):
         raise UserError(
             f"{path} was prepared with another tokenizer than the one asked for: prepare it"
             " again with that one"

@@ -160,8 +160,14 @@ class Records:
 
     def __getitem__(self, index: int) -> Record:
         """One record as "tokens" and "segments", int32 [T]."""
+        tokens = self._tokens[index].astype(np.int64)
+        if (largest := tokens.max()) >= self.index.vocab_size:
+            raise UserError(
+                f"{self.path}: record {index} has the token {largest}; expected less than"
+                f" {self.index.vocab_size}, its vocabulary; prepare the data again"
+            )
         return {
-            "tokens": self._tokens[index].astype(np.int32),
+            "tokens": tokens.astype(np.int32),
             "segments": self._segments[index].astype(np.int32),
         }
 

@@ -24,6 +24,8 @@ from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of, size_of
 from .package import package
 from .pair import train_pair
 
+# keys of a run that `contribute` fills in
+FILLED = ("run", "pair.anchor", "pair.name", "data.train")
 EPOCHS = 2  # passes over the owner's records, where the config does not say how many steps
 
 
@@ -59,7 +61,7 @@ def contribute(  # noqa: PLR0913 - the verb's options
     work = work or _work_beside(out, documents)
     _check_documents(documents)
     tree = _pair_tree(settings, anchor, name, work, allow_hub)
-    run = settings.run(tree)  # raises for a wrong config before any document is read
+    run = settings.run(tree, FILLED)  # raises for a wrong config before any document is read
     _check_run(run, anchor)
     if not is_whole(work / "data"):
         try:
@@ -70,7 +72,7 @@ def contribute(  # noqa: PLR0913 - the verb's options
     elif Index.read(work / "data").inputs != _inputs(documents):
         raise UserError(f"{work} was made from other documents; delete it, or give a new {option}")
     if not settings.say(tree, "train", "steps"):
-        run = settings.run(tree, f"train.steps={_steps(run, work)}")
+        run = settings.run(tree, FILLED, f"train.steps={_steps(run, work)}")
     train_pair(run, work / "run")
     return package(work / "run", out, sign_key=sign_key)
 

@@ -64,8 +64,8 @@ def package(
     run = open_artifact(source)
     if not run.is_pair:
         raise UserError(f"{source} is not a pair's run; expected one, to make a contribution from")
-    config = load_config(source / "config.yaml")
-    assert config.pair is not None
+    config = _config_of(source, run)
+    assert config.pair is not None  # checked by _config_of
     anchor = open_anchor(run.base().path)
     dtype = anchor.dtype
     step = run.step(which)
@@ -91,6 +91,18 @@ def package(
         return released[leaf][layer, 0]
 
     return _hand_over(out, anchor, fields, "bias" in released, tensor, key)
+
+
+def _config_of(source: Path, run: Artifact) -> RunConfig:
+    """The config of a pair's run. Raises UserError for that of another run."""
+    config = load_config(source / "config.yaml")
+    if config.pair is None or ("anchor", config.pair.name) != run.experts:
+        got = "no pair" if config.pair is None else f"the pair of {config.pair.name!r}"
+        raise UserError(
+            f"{source / 'config.yaml'} describes {got}; the run trained {run.experts[1]!r}; restore"
+            " the run's own config.yaml"
+        )
+    return config
 
 
 def package_imported(

@@ -169,7 +169,7 @@ class StepCheckpoints:
         path = absolute(self._directory) / str(step) / "default"
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(path, args=args)
+                restored = checkpointer.restore(path, args=args)
         except Exception as error:  # Orbax raises bare Exception for data that it cannot read
             # The files passed their check. With several processes, one of them or the network
             # between them may have failed, so the checkpoint is not to blame.
@@ -178,6 +178,12 @@ class StepCheckpoints:
             raise UserError(
                 f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}"
             ) from error
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(restored)):
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} lacks parameters that its run trained;"
+                " restore the run's own checkpoints"
+            )
+        return restored
 
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
         """Restores the newest checkpoint that is intact; None if there is none.

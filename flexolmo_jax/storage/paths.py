@@ -70,8 +70,15 @@ def bucket_of(path: Path) -> str:
 
 
 def absolute(path: Path) -> Path:
-    """The absolute path, with links resolved."""
-    return path if in_bucket(path) else path.resolve()
+    """The absolute path, with links resolved. Raises UserError for links in a circle."""
+    if in_bucket(path):
+        return path
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # of pathlib, before Python 3.13
+        raise UserError(
+            f"{path} is a link that leads back to itself; expected a place; remove the link"
+        ) from error
 
 
 def listing(directory: Path) -> dict[str, File]:

@@ -78,8 +78,10 @@ def _files(directory: Path) -> Iterator[list[Any]]:
 
 
 def _is_known(identity: str) -> bool:
-    folder = _folder()
-    return folder is not None and (folder / identity).is_file()
+    try:
+        return (folder := _folder()) is not None and (folder / identity).is_file()
+    except OSError:  # a folder that may not be searched
+        return False
 
 
 def _remember(identity: str) -> None:
@@ -92,7 +94,11 @@ def _remember(identity: str) -> None:
 
 def _folder() -> Path | None:
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not cache.is_absolute():  # below the working directory, which may be a stranger's
+            cache = Path.home() / ".cache"
+        if not cache.is_absolute():
+            return None
         folder = cache / "flexolmo-jax" / "verified"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()

@@ -101,6 +101,11 @@ def score_records(
         bits += float(nats) / math.log(2)
         routing = routing + np.asarray(shares, np.float64)
         n_tokens += int(scored.sum())
+        if (largest := tokens.max()) >= tokenizer.vocab_size:
+            raise UserError(
+                f"{records.path} has the token {largest}; expected less than"
+                f" {tokenizer.vocab_size}, the tokenizer's; prepare the data again"
+            )
         n_bytes += int(tokenizer.byte_lengths[tokens[scored]].sum())
         advance(len(batch))
     if n_bytes == 0:

@@ -71,6 +71,11 @@ def _check_config(job: Job, out: Path) -> None:
 def _check_base(job: Job, out: Path) -> None:
     """Raises UserError where the anchor or model at the same path is another one by now."""
     description = open_artifact(out).description
+    if description["run"] != job.config.run:
+        raise UserError(
+            f"{out} holds a run of run: {description['run']}; got a config of run:"
+            f" {job.config.run}; restore the config it was started with, or give a new --out"
+        )
     for key in ("fingerprint", "base_sha256"):
         kept, now = description.get(key), job.base.get(key)
         if kept is None and key == "base_sha256":  # runs of earlier versions have none
