@@ -29,7 +29,7 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, describe, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
-from flexolmo_jax.coordinator.compose import Source
+from flexolmo_jax.coordinator.compose import StoredExpert
 from flexolmo_jax.coordinator.composition import Composition
 from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
@@ -417,7 +417,7 @@ def make_sparse_model(path: Path, like: Artifact) -> None:
     }
     parts |= {"tokenizer": like.tokenizer.digest, "embedder": "0" * 64, "public": "0" * 64}
     members = tuple(member(number) for number in range(6))
-    sources = tuple(Source(path / "weights", index) for index in range(7))
+    sources = tuple(StoredExpert(path / "weights", index) for index in range(7))
     composition = Composition(
         like.tokenizer,
         parts,

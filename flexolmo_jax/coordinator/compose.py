@@ -17,7 +17,7 @@ from flexolmo_jax.storage.placing import WAYS, place
 from flexolmo_jax.storage.weights import Index, Layout, Reader, Writer
 
 
-class Source(NamedTuple):
+class StoredExpert(NamedTuple):
     """An expert in a directory of weights, by its place on the expert axis."""
 
     weights: Path
@@ -34,13 +34,16 @@ class Step(NamedTuple):
 
 
 def plan(
-    target: Mapping[str, Layout], trunk: Path, experts: Sequence[Source], given: Sequence[str] = ()
+    target: Mapping[str, Layout],
+    trunk: Path,
+    experts: Sequence[StoredExpert],
+    given: Sequence[str] = (),
 ) -> Iterator[Step]:
     """A step for every file of the target.
 
     The arrays `given` come from memory, and so do biases that an expert does not have.
     """
-    readers = {source.weights: Reader(source.weights) for source in experts}
+    readers = {expert.weights: Reader(expert.weights) for expert in experts}
     for path, layout in target.items():
         for index in layout.indices():
             if path in given:
@@ -49,16 +52,16 @@ def plan(
                 yield Step(path, index, trunk, index)
             else:
                 layer, expert, *rest = index
-                source = experts[expert]
-                weights = source.weights if readers[source.weights].has(path) else None
-                yield Step(path, index, weights, (layer, source.index, *rest))
+                stored = experts[expert]
+                weights = stored.weights if readers[stored.weights].has(path) else None
+                yield Step(path, index, weights, (layer, stored.index, *rest))
 
 
 def compose(
     directory: Path,
     target: Mapping[str, Layout],
     trunk: Path,
-    experts: Sequence[Source],
+    experts: Sequence[StoredExpert],
     ways: Sequence[str] = WAYS,
     instead: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, int]:
@@ -71,7 +74,7 @@ def compose(
         experts: each expert's weights.
         ways: "link", "reflink" and "copy" take whole files; "stream" goes through memory, a shard
             at a time. The first way that works is taken.
-        instead: arrays by path that are written in place of the sources'.
+        instead: arrays by path that are written in place of the stored ones.
 
     Raises:
         UserError: for data that cannot be read, and where a bucket has none of the ways.
@@ -81,7 +84,7 @@ def compose(
             f"{directory} is in a bucket, which has no {' and no '.join(ways)}; try --by auto"
         )
     instead, taken = instead or {}, Counter[str]()
-    places = (trunk, *(source.weights for source in experts))
+    places = (trunk, *(expert.weights for expert in experts))
     readers = {weights: Reader(weights) for weights in places}
     copies: list[tuple[Path, Path]] = []  # from bucket to bucket, made at the end, many at once
     with Writer(directory, target) as writer:

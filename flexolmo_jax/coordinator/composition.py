@@ -4,7 +4,7 @@ The value says which anchor, which members in which order, how many experts a to
 router rows.
 
     composition.without(["law"]) == the composition that never had it
-    composition.with_member(member, source).without([member.name]) == composition
+    composition.with_member(member, expert).without([member.name]) == composition
 
 On the expert axis the anchor's FFN comes first, then the members. The trunk is the anchor's, byte
 for byte. `describe` gives the model's description and `write` the model. Both depend on the value
@@ -31,7 +31,7 @@ from flexolmo_jax.storage.files import new_directory, write_bytes
 from flexolmo_jax.storage.placing import WAYS
 from flexolmo_jax.storage.weights import Reader
 
-from .compose import Source, compose
+from .compose import StoredExpert, compose
 from .objects import sketch_claim
 from .store import Store
 
@@ -58,7 +58,7 @@ class Composition:
     model: Mapping[str, Any]  # the anchor's config
     trunk: Path  # the weights with the trunk
     members: tuple[Member, ...]
-    sources: tuple[Source, ...]  # each expert's weights, the anchor's first
+    stored: tuple[StoredExpert, ...]  # each expert's weights, the anchor's first
     active: int | None = None  # as it was asked for; None: DEFAULT_ACTIVE, or all
     tuning: Tuning = field(default_factory=Tuning)
     # keys that only the description of an imported model has
@@ -75,7 +75,7 @@ class Composition:
             model=parts["model"],
             trunk=weights,
             members=(),
-            sources=(Source(weights, 0),),
+            stored=(StoredExpert(weights, 0),),
             active=active,
         )
 
@@ -107,7 +107,7 @@ class Composition:
             model=parts.get("model") or description["model"],
             trunk=weights,
             members=model.members,
-            sources=tuple(Source(weights, i) for i in range(experts)),
+            stored=tuple(StoredExpert(weights, i) for i in range(experts)),
             active=None if is_default else active,
             tuning=tuning,
             more={key: description[key] for key in ("imported",) if key in description},
@@ -125,21 +125,21 @@ class Composition:
         return dataclasses.replace(
             self,
             members=tuple(self.members[i - 1] for i in kept[1:]),
-            sources=tuple(self.sources[i] for i in kept),
+            stored=tuple(self.stored[i] for i in kept),
             tuning=dataclasses.replace(self.tuning, rows=rows),
             active=self.active and min(self.active, len(kept)),
         )
 
-    def with_member(self, member: Member, source: Source) -> "Composition":
+    def with_member(self, member: Member, expert: StoredExpert) -> "Composition":
         """The composition with this expert, in place of the one of its name or as the last."""
-        members, sources, names = list(self.members), list(self.sources), self.experts
+        members, stored, names = list(self.members), list(self.stored), self.experts
         at = names.index(member["name"]) if member["name"] in names else len(names)
-        members[at - 1 : at], sources[at : at + 1] = [member], [source]
-        return dataclasses.replace(self, members=tuple(members), sources=tuple(sources))
+        members[at - 1 : at], stored[at : at + 1] = [member], [expert]
+        return dataclasses.replace(self, members=tuple(members), stored=tuple(stored))
 
-    def untuned(self, contributed: Sequence[Source]) -> "Composition":
+    def untuned(self, contributed: Sequence[StoredExpert]) -> "Composition":
         """The composition with the contributed router rows: all experts from the store."""
-        return dataclasses.replace(self, sources=tuple(contributed), tuning=Tuning())
+        return dataclasses.replace(self, stored=tuple(contributed), tuning=Tuning())
 
     def describe(self) -> dict[str, Any]:
         """The model's description, without its digest.
@@ -202,7 +202,7 @@ class Composition:
             return {path: self.tuning.rows[path] for path in paths}
         found = {}
         for path in paths:
-            of_experts = [_rows_of(path, source, tensors[path]) for source in self.sources]
+            of_experts = [_rows_of(path, expert, tensors[path]) for expert in self.stored]
             found[path] = np.stack(of_experts, axis=1)
         return found
 
@@ -221,7 +221,7 @@ class Composition:
             tensors = description["tensors"]
             target, rows = layouts(ModelConfig(**description["model"]), tensors), self.rows(tensors)
             weights = directory / "weights"
-            taken = compose(weights, target, self.trunk, self.sources, ways, rows)
+            taken = compose(weights, target, self.trunk, self.stored, ways, rows)
             for name, content in beside.items():
                 write_bytes(directory / name, content)
             write_description(directory, description)
@@ -232,10 +232,10 @@ class Composition:
         return model
 
 
-def _rows_of(path: str, source: Source, entry: Mapping[str, Any]) -> np.ndarray:
+def _rows_of(path: str, expert: StoredExpert, entry: Mapping[str, Any]) -> np.ndarray:
     """An expert's rows or biases in all layers; biases are 0 where it has none."""
-    reader = Reader(source.weights)
+    reader = Reader(expert.weights)
     if not reader.has(path):
         layers, _, *rest = entry["shape"]
         return np.zeros((layers, *rest), entry["dtype"])
-    return reader.read(path, (slice(None), slice(source.index, source.index + 1)))[:, 0]
+    return reader.read(path, (slice(None), slice(expert.index, expert.index + 1)))[:, 0]

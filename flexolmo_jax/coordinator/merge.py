@@ -22,7 +22,7 @@ from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute
 from flexolmo_jax.storage.placing import WAYS
 
-from .compose import Source
+from .compose import StoredExpert
 from .composition import Composition, Member, Tuning
 from .gate import ANYBODY, Gate
 from .objects import sketches_of
@@ -65,7 +65,7 @@ def merge(  # noqa: PLR0913 - the verb's options
                 f"two experts are called {contribution.name!r}; give each contribution a name of"
                 " its own"
             )
-        planned = planned.with_member(_member(contribution), planned.sources[0])
+        planned = planned.with_member(_member(contribution), planned.stored[0])
     planned.describe()  # raises before anything is read or written
     gate.check(contributions, anchor)
     with store.shared():
@@ -215,7 +215,7 @@ def _planned(model: Artifact, tuning: Tuning, contribution: Contribution) -> Com
     Raises UserError where the contribution cannot be added: nothing has been written yet.
     """
     composition = Composition.of_model(model, tuning)
-    composition.with_member(_member(contribution), composition.sources[0]).describe()
+    composition.with_member(_member(contribution), composition.stored[0]).describe()
     return composition
 
 
@@ -241,7 +241,7 @@ def _taken_in(
     """
     held = store.expert(contribution)
     member = _member(contribution, encoded(held.sketch - anchor))
-    return composition.with_member(member, Source(held.weights, 0))
+    return composition.with_member(member, StoredExpert(held.weights, 0))
 
 
 def _member(contribution: Contribution, sketch: str = "") -> Member:
@@ -274,13 +274,13 @@ def _tuned(path: Path) -> tuple[Artifact, Tuning]:
     return model, Tuning(tuple(traces), rows)
 
 
-def _contributed(composition: Composition, store: Store) -> list[Source]:
+def _contributed(composition: Composition, store: Store) -> list[StoredExpert]:
     """The anchor and the members in the store, as they were contributed."""
     held = [store.held(anchor_key(composition.anchor["tensors"]), "the model's anchor")]
     for member in composition.members:
         key = expert_key(tensors_of(member))
         held.append(store.held(key, f"the contribution of {member['name']!r}"))
-    return [Source(each.weights, 0) for each in held]
+    return [StoredExpert(each.weights, 0) for each in held]
 
 
 def _store(model: Artifact, path: Path | None) -> Store:

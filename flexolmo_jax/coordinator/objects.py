@@ -23,7 +23,7 @@ from flexolmo_jax.storage.paths import File, in_bucket, listing
 from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name
 
-from .compose import Source, compose
+from .compose import StoredExpert, compose
 from .sketch import decoded, encoded, sketch_of
 
 OBJECT_FILE = "object.json"
@@ -147,7 +147,9 @@ def take_anchor(anchor: Artifact, directory: Path) -> Record:
     """
     config, tensors = anchor.config, anchor.description["tensors"]
     source, target = anchor.path / "weights", directory / "weights"
-    compose(target, layouts(config, tensors), source, [Source(source, 0)], ("reflink", "copy"))
+    compose(
+        target, layouts(config, tensors), source, [StoredExpert(source, 0)], ("reflink", "copy")
+    )
     sketch = encoded(sketches_of(target, config))
     return Record("anchor", to_dict(config), tensors, sketch).of_files_in(directory)
 
