@@ -198,7 +198,7 @@ def test_a_changed_object_is_found(merged):
     with pytest.raises(UserError, match="gate"):
         verify(merged)
     (merged / shard).unlink()
-    with pytest.raises(UserError, match="misses"):
+    with pytest.raises(UserError, match="is missing"):
         verify(merged)
     with pytest.raises(UserError, match="is not whole"):
         load(merged)

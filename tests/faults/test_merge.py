@@ -255,5 +255,5 @@ def test_a_missing_shard_is_an_error_and_not_zeros(model, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="is not whole"):
         open_artifact(copy).params()
-    with pytest.raises(UserError, match="misses"):
+    with pytest.raises(UserError, match="is missing"):
         verify(copy)
