@@ -153,7 +153,9 @@ def test_a_wheel_holds_every_file_of_the_package_that_is_no_module():
 
 
 @pytest.mark.parametrize(
-    "path", [*modules(), *sorted(KERNELS.rglob("*.py"))], ids=lambda path: path.relative_to(ROOT)
+    "path",
+    [*modules(), *sorted(KERNELS.rglob("*.py"))],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_modules_and_functions_fit_a_reader(path: Path):
     """At most 400 lines a module and 50 a function, docstrings included."""
