@@ -74,11 +74,16 @@ def absolute(path: Path) -> Path:
     if in_bucket(path):
         return path
     try:
-        return path.resolve()
-    except RuntimeError as error:  # of pathlib, before Python 3.13
+        found = path.resolve()
+        # Since Python 3.13 nothing is raised, and the circle stays in the path.
+        is_circle = any(place.is_symlink() for place in (found, *found.parents))
+    except RuntimeError:
+        is_circle = True
+    if is_circle:
         raise UserError(
             f"{path} is a link that leads back to itself; expected a place; remove the link"
-        ) from error
+        )
+    return found
 
 
 def listing(directory: Path) -> dict[str, File]:
