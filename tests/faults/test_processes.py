@@ -199,7 +199,7 @@ def test_sigterm_to_any_process_saves_the_same_step_of_all_and_any_number_goes_o
     with Processes(count, config, tmp_path / "run") as processes:
         processes.wait_for_step(12)
         processes.all[which].terminate()
-        assert processes.statuses(within=60) == [42] * count, processes.told()
+        assert processes.statuses(within=240) == [42] * count, processes.told()
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert 12 < steps[-1] < STEPS and steps[-1] % 10, "not a regular save"
     assert f"stopped by a signal at step {steps[-1]}" in processes.logs[0].read_text()
