@@ -28,6 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import (
     CACHE,
     CachedContext,
@@ -106,7 +107,8 @@ def generate(
         seed=jnp.uint32(sampling.seed),
     )
     greedy, dtype = sampling.temperature < COLDEST, jnp.dtype(choices.dtype).name
-    prefill, run = programs(config, choices.active, vocab_size, greedy, dtype, choices.mesh)
+    how = greedy, dtype, choices.mesh, choices.kernels
+    prefill, run = programs(config, choices.active, vocab_size, *how)
     last = np.array([prompt[-1] for prompt in prompts], np.int32)
     state = prefill(params, tokens, last, request, _bucket(max_new_tokens, config.max_seq_len))
     if on_token is None:
@@ -188,13 +190,14 @@ class State(NamedTuple):
 
 
 @functools.lru_cache
-def programs(
+def programs(  # noqa: PLR0913 - what a model call depends on
     config: ModelConfig,
     active: int,
     vocab_size: int,
     greedy: bool,
     dtype: str,
     mesh: Mesh | None = None,
+    kernels: Kernels = "auto",
 ) -> tuple[Callable, Callable]:
     """The jitted (prefill, run) for these values.
 
@@ -202,7 +205,7 @@ def programs(
     """
 
     def model(params: Params, request: Request, tokens: Array, positions: Array, context):
-        choices = Choices(active, request.allowed, dtype=dtype, mesh=mesh)
+        choices = Choices(active, request.allowed, dtype=dtype, mesh=mesh, kernels=kernels)
         return decode(config, params, tokens, positions, context, choices)
 
     @functools.partial(jax.jit, static_argnums=4)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flexolmo_jax.artifact import Artifact, open_artifact
-from flexolmo_jax.config import MeshConfig, ModelConfig
+from flexolmo_jax.config import MeshConfig, ModelConfig, expect
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Decoder, Sampling, generate
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Choices, Params, forward, logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.sharding import batch_ways, make_mesh, parameter_sharding
@@ -30,6 +32,7 @@ class LoadedModel:
     artifact: Artifact
     params: Params
     mesh: Mesh | None = None  # the devices that the weights are spread over; None: one device
+    kernels: Kernels = "auto"  # that route tokens
 
     @property
     def config(self) -> ModelConfig:
@@ -63,7 +66,8 @@ class LoadedModel:
         if ids.ndim != 2:
             raise UserError(f"ids have shape {ids.shape}; expected [batch, time]")
         self.check_batch(len(ids))
-        return np.asarray(_forward(self.config, k, self.mesh)(self.params, ids, allowed))
+        run = _forward(self.config, k, self.mesh, self.kernels)
+        return np.asarray(run(self.params, ids, allowed))
 
     def generate(  # noqa: PLR0913 - a model call
         self,
@@ -93,7 +97,7 @@ class LoadedModel:
             else:
                 ids.append(list(prompt))
         decoder = Decoder(self.config, self.params, tokenizer.vocab_size, tokenizer.eos_id)
-        choices = Choices(k, jnp.asarray(allowed), mesh=self.mesh)
+        choices = Choices(k, jnp.asarray(allowed), mesh=self.mesh, kernels=self.kernels)
         sampling = Sampling(temperature, top_k, top_p, seed)
         completions = generate(decoder, ids, max_new_tokens, choices, sampling, on_token)
         if all(isinstance(prompt, str) for prompt in prompts):
@@ -119,7 +123,12 @@ class LoadedModel:
         return select_experts(self.artifact, without, active)
 
 
-def load(path: str | Path, which: str = "last", mesh: MeshConfig | None = None) -> LoadedModel:
+def load(
+    path: str | Path,
+    which: str = "last",
+    mesh: MeshConfig | None = None,
+    kernels: Kernels = "auto",
+) -> LoadedModel:
     """Loads a run, a published anchor or a merged model.
 
     Args:
@@ -127,20 +136,24 @@ def load(path: str | Path, which: str = "last", mesh: MeshConfig | None = None) 
         mesh: the devices to spread the weights over, for a model that is too large for one. For
             generation use the tensor axis only: every device then reads its own part of every
             weight, and nothing is gathered.
+        kernels: that route tokens: the platform's own, "xla" or "pallas".
 
     Raises:
-        UserError: nothing to load, damaged files, or a mesh that does not fit the devices.
+        UserError: nothing to load, damaged files, a mesh that does not fit the devices, or kernels
+            that there are not.
     """
+    known = get_args(Kernels)
+    expect(kernels in known, "kernels", kernels, f"one of {', '.join(known)}")
     artifact = open_artifact(path)
     if mesh is None:
-        return LoadedModel(artifact, artifact.params(which))
+        return LoadedModel(artifact, artifact.params(which), kernels=kernels)
     devices = make_mesh(mesh)
     axes = flatten(logical_axes(artifact.config, pair=artifact.is_pair))
 
     def placement(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         return parameter_sharding(devices, axes[path], shape)
 
-    return LoadedModel(artifact, artifact.params(which, placement), devices)
+    return LoadedModel(artifact, artifact.params(which, placement), devices, kernels)
 
 
 def _check_unicode(number: int, prompt: str) -> None:
@@ -173,9 +186,12 @@ def select_experts(
 
 
 @functools.lru_cache
-def _forward(config: ModelConfig, active: int, mesh: Mesh | None) -> Callable[..., jax.Array]:
+def _forward(
+    config: ModelConfig, active: int, mesh: Mesh | None, kernels: Kernels
+) -> Callable[..., jax.Array]:
     def logits(params: Params, ids: jax.Array, allowed: jax.Array) -> jax.Array:
         ids = jnp.asarray(ids)
-        return forward(config, params, ids, active=active, allowed=allowed, mesh=mesh).logits
+        how: dict[str, Any] = {"active": active, "mesh": mesh, "kernels": kernels}
+        return forward(config, params, ids, allowed=allowed, **how).logits
 
     return jax.jit(logits)

@@ -2,3 +2,8 @@
 
 Installed as `flexolmo_jax.kernels`.
 """
+
+from typing import Literal
+
+# Which kernels route tokens to their experts and back, see `choice`.
+Kernels = Literal["auto", "xla", "pallas"]

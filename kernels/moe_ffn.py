@@ -13,6 +13,7 @@ expert on every token (`expert_ffn.swiglu`) is less work.
 
 from jaxtyping import Array, Float
 
+from . import Kernels
 from .grouped_matmul import expert_ffn
 from .permute import combine, permute, permute_probabilities
 from .route import Routing, dispatch_plan
@@ -24,12 +25,16 @@ def sparse_experts(
     gate: Float[Array, "E D F"],
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
+    *,
+    kernels: Kernels = "auto",
 ) -> Float[Array, "N D"]:
     """Runs the chosen experts. One that no token chose is never read: NaN in it reaches nothing.
 
-    A slot of probability 0 (an excluded expert in an excess slot) is not dispatched.
+    A slot of probability 0 (an excluded expert in an excess slot) is not dispatched. `kernels` are
+    those of plan and permutation, as in `choice`; the grouped products are the platform's.
     """
-    plan = dispatch_plan(routing.ids, routing.probabilities > 0, gate.shape[0])
-    tokens, probabilities = permute(x, plan), permute_probabilities(routing.probabilities, plan)
+    plan = dispatch_plan(routing.ids, routing.probabilities > 0, gate.shape[0], kernels=kernels)
+    tokens = permute(x, plan, kernels=kernels)
+    probabilities = permute_probabilities(routing.probabilities, plan, kernels=kernels)
     outputs = expert_ffn(tokens, probabilities, plan.sizes, gate, up, down)
-    return combine(outputs, plan)
+    return combine(outputs, plan, kernels=kernels)

@@ -3,9 +3,10 @@
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.storage.paths import in_bucket, path_of
 from flexolmo_jax.storage.placing import WAYS
 
@@ -157,6 +158,12 @@ SELECTING = (
         help="exclude this expert (may be given again)",
     ),
     option("--active", type=int, metavar="K", help="experts a token uses (default: the model's)"),
+)
+KERNELS = option(
+    "--kernels",
+    choices=get_args(Kernels),
+    default="auto",
+    help="that route tokens to experts (auto: the platform's own)",
 )
 MESH = option(
     "--mesh",

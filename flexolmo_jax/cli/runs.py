@@ -3,10 +3,11 @@
 import argparse
 from typing import Any
 
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.processes import join
 from flexolmo_jax.storage.paths import path_of
 
-from .options import OUT, SET, local, positive, prompts_by_context
+from .options import KERNELS, OUT, SET, local, positive, prompts_by_context
 from .verbs import option, verb
 
 _SEVERAL = (
@@ -80,6 +81,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         help="a decoding step instead, as 16x4096",
     ),
     SET,
+    KERNELS,
 )
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     import os
@@ -87,6 +89,11 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT, slice_of
 
     where = slice_of(args.topology)
+    if args.decode is None and args.kernels != "auto":
+        raise UserError(
+            f"--kernels {args.kernels} is for --decode; a run's step has those of its config: --set"
+            f" kernels={args.kernels}"
+        )
     os.environ.update(COMPILER_ENVIRONMENT)  # before JAX is imported
     from flexolmo_jax.plan.report import plan_decoding, plan_training, show
 
@@ -99,7 +106,7 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
 
         model, mesh = decoded(args.path, args.set)
         prompts, context = args.decode
-        report = plan_decoding(model, where, prompts, context, mesh)
+        report = plan_decoding(model, where, prompts, context, mesh, args.kernels)
     return report if args.json else report | {"text": show(report)}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import path_of
 
-from .options import CHECKPOINT, HELDOUT, MESH, MODEL, SELECTING, positive, size
+from .options import CHECKPOINT, HELDOUT, KERNELS, MESH, MODEL, SELECTING, positive, size
 from .printing import for_terminal
 from .verbs import option, verb
 
@@ -37,6 +37,7 @@ from .verbs import option, verb
     option("--batch-size", type=positive, default=16),
     CHECKPOINT,
     MESH,
+    KERNELS,
 )
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.evals.bits_per_byte import evaluate
@@ -48,7 +49,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.harness and not args.tasks:
         raise UserError("--harness is for tasks; give --tasks too")
     tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
-    model = load(args.path, args.checkpoint, args.mesh)
+    model = load(args.path, args.checkpoint, args.mesh, args.kernels)
     result = {}
     if args.data:
         how = {"split": args.split, "limit": args.limit, "batch_size": args.batch_size}
@@ -134,11 +135,12 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
     *SELECTING,
     CHECKPOINT,
     MESH,
+    KERNELS,
 )
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.loaded import load
 
-    model = load(args.path, args.checkpoint, args.mesh)
+    model = load(args.path, args.checkpoint, args.mesh, args.kernels)
     sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "seed")}
     how = {**_selection(args), **sampling}
     if len(args.prompt) == 1 and not args.json:

@@ -30,6 +30,7 @@ from .run import (
     TrainConfig,
     check_microbatch,
 )
+from .section import expect
 
 __all__ = [
     "DEFAULTS",
@@ -51,6 +52,7 @@ __all__ = [
     "build",
     "check_microbatch",
     "dump_yaml",
+    "expect",
     "load_config",
     "override",
     "resolve",

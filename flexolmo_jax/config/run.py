@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.kernels import Kernels
 
 from .model import ModelConfig
 from .section import Section, expect
@@ -243,6 +244,7 @@ class RunConfig(Section):
     """One training run. The resolved config is saved in the run's directory."""
 
     run: Literal["anchor", "pair", "router", "joint"] = "anchor"
+    kernels: Kernels = "auto"  # that route tokens: the platform's, plain XLA's or Pallas
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

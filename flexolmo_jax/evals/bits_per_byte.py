@@ -41,7 +41,7 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     """
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
-    scorer = make_scorer(model.config, k, mesh=model.mesh)
+    scorer = make_scorer(model.config, k, mesh=model.mesh, kernels=model.kernels)
     put = (
         jnp.asarray
         if model.mesh is None

@@ -20,6 +20,7 @@ import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.runtime.progress import bar
@@ -87,7 +88,7 @@ class _Adapter:
         self._loaded, self._selection = model, {"without": without, "active": active}
         self._context, self._batch_size = model.config.max_seq_len, batch_size
         k, self._allowed = model.selection(without, active)
-        self._scores = _scores(model.config, k)
+        self._scores = _scores(model.config, k, model.kernels)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         queries = []
@@ -192,12 +193,15 @@ def _write_task(task: Task, folder: Path) -> None:
 
 
 @functools.lru_cache
-def _scores(config: ModelConfig, active: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def _scores(
+    config: ModelConfig, active: int, kernels: Kernels
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     @jax.jit
     def scores(
         params: Params, tokens: jax.Array, segments: jax.Array, allowed: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        logits = forward(config, params, tokens, segments, active=active, allowed=allowed).logits
+        how: dict[str, Any] = {"active": active, "kernels": kernels}
+        logits = forward(config, params, tokens, segments, allowed=allowed, **how).logits
         targets = jnp.roll(tokens, -1, axis=1)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
         likeliest = jnp.argmax(logits, axis=-1) == targets

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.records import Record, scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Output, Params, forward
 from flexolmo_jax.runtime.sharding import put_batch
@@ -70,7 +71,7 @@ class OfModel:
     def __init__(self, model: LoadedModel, without: Sequence[str] = (), active: int | None = None):
         self._model = model
         active, self._allowed = model.selection(without, active)
-        self._run = _losses(model.config, active, model.mesh)
+        self._run = _losses(model.config, active, model.mesh, model.kernels)
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
         self._model.check_batch(len(tokens))
@@ -208,12 +209,13 @@ class Document(NamedTuple):
 
 
 @functools.lru_cache
-def _losses(config: ModelConfig, active: int, mesh: Mesh | None = None) -> Callable[..., jax.Array]:
+def _losses(
+    config: ModelConfig, active: int, mesh: Mesh | None, kernels: Kernels
+) -> Callable[..., jax.Array]:
     @jax.jit
     def losses(params: Params, tokens: jax.Array, segments: jax.Array, allowed: Any) -> jax.Array:
-        output = forward(
-            config, params, tokens, segments, active=active, allowed=allowed, mesh=mesh
-        )
+        how: dict[str, Any] = {"active": active, "mesh": mesh, "kernels": kernels}
+        output = forward(config, params, tokens, segments, allowed=allowed, **how)
         return _own_losses(output, tokens, mesh)
 
     return losses

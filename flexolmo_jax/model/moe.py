@@ -12,6 +12,7 @@ optimiser state.
 Source: FlexOlmo, arXiv 2507.07024, section 3.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.kernels.expert_ffn import swiglu
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
 from flexolmo_jax.kernels.route import (
@@ -46,6 +48,7 @@ class Choices:
     dtype: DTypeLike = jnp.float32  # of activations
     remat: str = "none"  # what the backward pass computes again, see `rematerialised`
     mesh: Mesh | None = None  # that parameters and batch are spread over
+    kernels: Kernels = "auto"  # that route tokens, see `kernels.choice`
 
 
 class RouterOutput(NamedTuple):
@@ -98,14 +101,15 @@ class Experts(nnx.Module):
         self,
         x: Float[Array, "N D"],
         routing: Routing,
-        mesh: Mesh | None = None,
+        choices: Choices,
         layer: Int[Array, ""] | int | None = None,
     ) -> Float[Array, "N D"]:
         """The same where each token runs only the experts that it chose. No token is dropped.
 
         With `layer` the matrices are those of all layers, and what no token chose is never read.
         """
-        spread = sharding.over_experts(self._mesh(mesh), _chosen_experts)
+        chosen = functools.partial(_chosen_experts, choices.kernels)
+        spread = sharding.over_experts(self._mesh(choices.mesh), chosen)
         matrices = (m.astype(x.dtype) for m in self._matrices())
         return spread(((x, routing), layer), *matrices)
 
@@ -160,6 +164,18 @@ def router_logits(x: Float[Array, "N D"], groups: tuple[Experts, ...]) -> Float[
     return jnp.matmul(x.astype(jnp.float32), rows.T, precision="highest") + _bias(groups)
 
 
+def route(logits: Float[Array, "N E"], choices: Choices) -> Routing:
+    """The `active` experts of each token, of which each device routes its own."""
+
+    def of_shard(logits: Array, allowed: Array) -> tuple[Array, ...]:
+        return tuple(route_topk(logits, choices.active, allowed, kernels=choices.kernels))
+
+    by_token = ("batch", None)
+    out = (by_token, by_token, ("batch",))
+    run = sharding.on_each_shard(choices.mesh, of_shard, (by_token, (None,)), out)
+    return Routing(*run(logits, choices.allowed))
+
+
 def sparse_mixture(
     x: Float[Array, "N D"],
     logits: Float[Array, "N E"],
@@ -169,9 +185,9 @@ def sparse_mixture(
 ) -> Mixed:
     """Route, dispatch, combine: each token runs only its `active` experts. For a single group."""
     (experts,) = groups
-    routing = route_topk(logits, choices.active, choices.allowed)  # ids and probabilities [N, A]
+    routing = route(logits, choices)
     weights = dense_probabilities(routing, logits.shape[1])
-    y = experts.sparse(x, routing, choices.mesh, layer)
+    y = experts.sparse(x, routing, choices, layer)
     return y, weights, routing.log_z
 
 
@@ -185,7 +201,7 @@ def dense_mixture(
     """Every expert runs on every token; what a token did not choose counts with weight 0."""
     E = logits.shape[1]
     if choices.active < E:
-        routing = route_topk(logits, choices.active, choices.allowed)
+        routing = route(logits, choices)
         weights, log_z = dense_probabilities(routing, E), routing.log_z
     else:  # nothing to choose, and sorting is not free
         weights, log_z = router_probabilities(logits, choices.allowed)
@@ -193,12 +209,13 @@ def dense_mixture(
     if choices.noise is not None:
         noisy = logits + choices.noise.reshape(logits.shape)
         used = router_probabilities(noisy, choices.allowed)[0]
-    y, first = jnp.zeros_like(x), 0
+    # Summed in float32, rounded once.
+    y, first = jnp.zeros(x.shape, jnp.float32), 0
     for experts in groups:
         count = experts.row.shape[0]
         y += experts(x, used[:, first : first + count], choices.mesh, layer)
         first += count
-    return y, weights, log_z
+    return y.astype(x.dtype), weights, log_z
 
 
 def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:
@@ -241,17 +258,18 @@ def _every_expert(
     # Padded, as the last device may hold empty experts behind the last one.
     padded = jnp.pad(weights, ((0, 0), (0, count)))
     weights = jax.lax.dynamic_slice_in_dim(padded, first, count, axis=1)
-    y = jnp.zeros_like(x)
+    y = jnp.zeros(x.shape, jnp.float32)  # rounded once
     for i in range(count):
         weight = weights[:, i, None]
         # `where`, never a product with 0: NaN in an excluded expert must not leak. Its row and
         # bias are masked in `kernels/route`; the sparse mixture never reads it.
         out = swiglu(x, gate[i], up[i], down[i])
-        y += jnp.where(weight > 0, out * weight.astype(x.dtype), 0)
-    return y
+        y += jnp.where(weight > 0, out.astype(jnp.float32) * weight, 0)
+    return y.astype(x.dtype)
 
 
 def _chosen_experts(
+    kernels: Kernels,
     inputs: tuple[tuple[Float[Array, "N D"], Routing], Int[Array, ""] | None],
     gate: Array,
     up: Array,
@@ -270,4 +288,4 @@ def _chosen_experts(
     routing = routing._replace(
         probabilities=jnp.where(mine, routing.probabilities, 0), ids=jnp.where(mine, local, 0)
     )
-    return sparse_experts(x, routing, gate, up, down)
+    return sparse_experts(x, routing, gate, up, down, kernels=kernels)

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.kernels import Kernels
 
 from .layers import Attention, CachedContext, Context, KVCache, Linear, PackedContext, RMSNorm
 from .moe import Choices, Experts, RouterOutput, mixture
@@ -167,6 +168,7 @@ def forward(  # noqa: PLR0913 - a model call
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     mesh: Mesh | None = None,
+    kernels: Kernels = "auto",
     router_noise: Float[Array, "L B T E"] | None = None,
 ) -> Output:
     """Runs whole sequences of packed documents.
@@ -175,12 +177,12 @@ def forward(  # noqa: PLR0913 - a model call
         segments: the document of each token, 0 for padding; no token attends outside its own.
         active: experts a token uses; by default the config's, and both of a pair's.
         allowed: experts that tokens may use; by default all.
-        router_noise, dtype, remat, mesh: as in `Choices`.
+        router_noise, dtype, remat, mesh, kernels: as in `Choices`.
     """
     if segments is None:
         segments = jnp.ones(tokens.shape, jnp.int32)
     active, allowed = _all_experts(config, params, active, allowed)
-    choices = Choices(active, allowed, router_noise, dtype, remat, mesh)
+    choices = Choices(active, allowed, router_noise, dtype, remat, mesh, kernels)
     positions = document_positions(segments)
     return bind(config, params)(tokens, positions, PackedContext(segments), choices)
 

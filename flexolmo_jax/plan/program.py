@@ -3,6 +3,7 @@
 from typing import Any
 
 from flexolmo_jax.config import RunConfig, to_dict
+from flexolmo_jax.kernels import Kernels
 
 
 def program_of(run: RunConfig) -> dict[str, Any]:
@@ -21,4 +22,11 @@ def program_of(run: RunConfig) -> dict[str, Any]:
         "train": {key: getattr(run.train, key) for key in ("accumulate", "compute_dtype", "remat")},
         "pair": pair,
         "mesh": to_dict(run.mesh),
+        **named(run.kernels),
     }
+
+
+def named(kernels: Kernels) -> dict[str, str]:
+    """Kernels that are asked for by name. Those of the platform are not named: plans of earlier
+    versions have none."""
+    return {} if kernels == "auto" else {"kernels": kernels}

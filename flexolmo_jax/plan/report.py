@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 
 from flexolmo_jax.config import MeshConfig, ModelConfig, RunConfig, check_microbatch, to_dict
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.tpus import Slice, slices_of
 from flexolmo_jax.train.flops import forward_flops, step_flops
 
 from .collectives import collectives
-from .program import program_of
+from .program import named, program_of
 from .roofline import ASSUMPTIONS, by_kind_and_axis, roofline
 from .steps import DECODING_MESH, Step, architecture, decoding_step, fsdp_minimum, training_step
 
@@ -54,7 +55,12 @@ def plan_training(
 
 
 def plan_decoding(
-    model: ModelConfig, slice_: Slice, batch: int, context: int, mesh: MeshConfig = DECODING_MESH
+    model: ModelConfig,
+    slice_: Slice,
+    batch: int,
+    context: int,
+    mesh: MeshConfig = DECODING_MESH,
+    kernels: Kernels = "auto",
 ) -> dict[str, Any]:
     """The report of one decoding step in bfloat16: a token for each of `batch` prompts.
 
@@ -62,13 +68,15 @@ def plan_decoding(
     """
     where = _mesh(mesh, slice_, 1)
     flops = batch * sum(forward_flops(model, model.n_active, context))
-    report = _compile(decoding_step(model, where, batch, context), slice_, where, flops, batch)
+    step = decoding_step(model, where, batch, context, kernels)
+    report = _compile(step, slice_, where, flops, batch)
     advice = {}
     if not report["fits"]:
         smaller = "fewer prompts or a shorter context (--decode PROMPTSxCONTEXT), or "
         advice = {"change": _larger(slice_, report, smaller)}
     decode = {"batch": batch, "context": context}
     program = {"model": to_dict(model), "mesh": to_dict(mesh), "decode": decode}
+    program |= named(kernels)
     return _head(slice_, 1, where) | {"program": program, "model_flops": flops} | report | advice
 
 

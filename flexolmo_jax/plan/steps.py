@@ -27,6 +27,7 @@ from flexolmo_jax.config import (
 from flexolmo_jax.coordinator.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Request, State, programs
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import CACHE, Params, empty_cache, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten, partition, unflatten
 from flexolmo_jax.owner.pair import is_trained as is_trained_in_a_pair
@@ -149,7 +150,9 @@ def fsdp_minimum(step: Step, dtype: str) -> int:
     return total * jnp.dtype(dtype).itemsize
 
 
-def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> Step:
+def decoding_step(
+    model: ModelConfig, mesh: Mesh, batch: int, context: int, kernels: Kernels = "auto"
+) -> Step:
     """The loop that `flexolmo generate` runs: a pass chooses a token for every prompt.
 
     The cache has `context` slots.
@@ -175,7 +178,7 @@ def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> S
         of(dtype=jnp.float32),
         of(dtype=jnp.uint32),
     )
-    _, run = programs(model, model.n_active, model.vocab_size, True, RELEASED, mesh)
+    _, run = programs(model, model.n_active, model.vocab_size, True, RELEASED, mesh, kernels)
     kinds = {"frozen": params, "cache": cache, "batch": (state._replace(cache=None), request)}
     return Step(run, (params, state, request, of()), kinds)
 

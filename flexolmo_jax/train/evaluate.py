@@ -21,6 +21,7 @@ from flexolmo_jax.data.records import scored_targets
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.runtime.sharding import replicated
 from flexolmo_jax.storage.paths import in_bucket
@@ -48,7 +49,11 @@ class Score:
 
 @functools.lru_cache
 def make_scorer(
-    config: ModelConfig, active: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
+    config: ModelConfig,
+    active: int | None = None,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    kernels: Kernels = "auto",
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted (params, tokens, segments, scored, allowed=None) -> sums: a `Scorer` once it is
     given the parameters."""
@@ -62,7 +67,15 @@ def make_scorer(
         allowed: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         output = forward(
-            config, params, tokens, segments, active=active, allowed=allowed, dtype=dtype, mesh=mesh
+            config,
+            params,
+            tokens,
+            segments,
+            active=active,
+            allowed=allowed,
+            dtype=dtype,
+            mesh=mesh,
+            kernels=kernels,
         )
         losses, _ = token_losses(output.hidden, output.head, tokens, mesh)
         counted = predicts(scored).astype(jnp.float32)

@@ -25,7 +25,8 @@ class Evaluation:
         # A router run, as in its training, has every expert active.
         active = job.model.n_experts if job.config.run == "router" else None
         self._job = job
-        self._score = make_scorer(job.model, active, job.config.train.compute_dtype, mesh)
+        dtype, kernels = job.config.train.compute_dtype, job.config.kernels
+        self._score = make_scorer(job.model, active, dtype, mesh, kernels)
         self._compiled = False
         # Of a microbatch's size: what fits in memory for a step does so here.
         self._batch_size = job.config.data.batch_size // job.config.train.accumulate

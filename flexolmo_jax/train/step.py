@@ -102,6 +102,7 @@ def _loss(
         dtype=run.train.compute_dtype,
         remat=run.train.remat,
         mesh=mesh,
+        kernels=run.kernels,
         router_noise=None if noise is None else jnp.moveaxis(noise, 1, 0),  # [L, B, T, 2]
     )
     contrast = Contrast(batch["expert"], batch["expert_weight"]) if "expert" in batch else None

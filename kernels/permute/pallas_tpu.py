@@ -30,7 +30,7 @@ def permute(
     interpret: Interpret = False,
     tokens: int = TOKENS,
 ) -> Float[Array, "M D"]:
-    """`reference.permute`, `tokens` a block. Raises ValueError unless D is a multiple of 128."""
+    """`reference.permute`, `tokens` a block. Of the plan it reads `places` and `sizes`."""
     (N, D), A = x.shape, plan.places.shape[1]
     x = _lanes(x)
     out = pl.pallas_call(
@@ -44,7 +44,7 @@ def permute(
         interpret=interpret,
         name="permute",
     )(_blocks(plan.places, tokens), jnp.sum(plan.sizes).reshape(1), x)
-    return out.reshape(N * A, D)
+    return out.reshape(N * A, -1)[:, :D]
 
 
 def combine(
@@ -54,10 +54,8 @@ def combine(
     interpret: Interpret = False,
     tokens: int = TOKENS,
 ) -> Float[Array, "N D"]:
-    """`reference.combine`, `tokens` a block (a multiple of `GROUP`).
-
-    Raises ValueError unless D is a multiple of 128.
-    """
+    """`reference.combine`, `tokens` a block (a multiple of `GROUP`). Of the plan it reads
+    `places`."""
     (N, A), D = plan.places.shape, outputs.shape[1]
     outputs = _lanes(outputs)
     y = jax.ShapeDtypeStruct((N, *outputs.shape[1:]), outputs.dtype)
@@ -75,7 +73,7 @@ def combine(
         interpret=interpret,
         name="combine",
     )(_blocks(plan.places, tokens), outputs)
-    return out.reshape(N, D)
+    return out.reshape(N, -1)[:, :D]
 
 
 def _permute_kernel(places_ref, used_ref, x_ref, out_ref, zero_ref, arrived):
@@ -143,13 +141,9 @@ def _combine_kernel(places_ref, outputs_ref, y_ref, buffer_ref, arrived, *, acti
 
 
 def _lanes(x: Array) -> Float[Array, "N lanes 128"]:
-    """The view in which a token can be copied alone."""
-    if x.shape[1] % LANES:
-        raise ValueError(
-            f"Pallas copies tokens in whole lanes: D must be a multiple of {LANES}, got"
-            f" {x.shape[1]}; use 'xla'"
-        )
-    return x.reshape(x.shape[0], -1, LANES)
+    """The view in which a token can be copied alone; its last lanes are padded where D is no
+    multiple of 128."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES))).reshape(x.shape[0], -1, LANES)
 
 
 def _blocks(places: Int[Array, "N A"], tokens: int) -> Int[Array, "blocks 1 slots"]:

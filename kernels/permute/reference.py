@@ -1,4 +1,4 @@
-"""Tokens into expert order and back, in plain XLA: gathers only.
+"""Tokens into expert order and back, in plain XLA: tokens are gathered only.
 
     permute:      out[i] = x[slots[i] // A]                 0 in an unused place
     combine:      y[n]   = sum_a outputs[places[n, a]]      nothing for a slot without a place
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..route import DispatchPlan
+from ..route.reference import to_places
 
 
 def permute(x: Float[Array, "N D"], plan: DispatchPlan) -> Float[Array, "M D"]:
@@ -31,11 +32,16 @@ def combine(outputs: Float[Array, "M D"], plan: DispatchPlan) -> Float[Array, "N
     return y.astype(outputs.dtype)
 
 
-def to_places(values: Float[Array, "N A"], plan: DispatchPlan) -> Float[Array, " M"]:
+def gathered(values: Float[Array, "N A"], plan: DispatchPlan) -> Float[Array, " M"]:
     """One number for each slot, in expert order; 0 in an unused place."""
     return jnp.take(values.reshape(-1), plan.slots, mode="fill", fill_value=0)
 
 
+def scattered(values: Float[Array, "N A"], plan: DispatchPlan) -> Float[Array, " M"]:
+    """`gathered` without the plan's `slots`."""
+    return to_places(values, plan.places)
+
+
 def to_slots(values: Float[Array, " M"], plan: DispatchPlan) -> Float[Array, "N A"]:
-    """The inverse of `to_places`; 0 for a slot without a place."""
+    """The inverse of `gathered`; 0 for a slot without a place."""
     return jnp.take(values, plan.places, mode="fill", fill_value=0)

@@ -10,15 +10,13 @@ of a model without it.
 """
 
 import functools
-from typing import Literal
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from .. import Kernels, choice
 from . import pallas_tpu, reference
 from .reference import DispatchPlan, Routing
-
-Implementation = Literal["xla", "pallas", "pallas_interpret"]
 
 
 def route_topk(
@@ -26,20 +24,19 @@ def route_topk(
     active: int,
     allowed: Bool[Array, " E"] | None = None,
     *,
-    implementation: Implementation | None = None,
+    kernels: Kernels = "auto",
 ) -> Routing:
     """Chooses `active` experts for each token.
 
     Differentiable in the logits through the probabilities and `log_z`; logits, ids and `log_z` are
     all that is saved for it. Where fewer than `active` experts are allowed, the excess slots have
-    probability 0 and their ids mean nothing. None is XLA on every platform: on TPU, Pallas saves a
-    few MB, microseconds beside the experts' milliseconds (counted in the README). A named
-    implementation is used or raises.
+    probability 0 and their ids mean nothing. `kernels` are those of `choice`. The compiler does not
+    partition Pallas: on more than one device, call this inside `jax.shard_map`, over tokens.
     """
     E = logits.shape[1]
     if not 1 <= active <= E:
         raise ValueError(f"active must be between 1 and the number of experts, {E}; got {active}")
-    return _route(reference.masked(logits, allowed), active, check(implementation))
+    return _route(reference.masked(logits, allowed), active, kernels)
 
 
 def dispatch_plan(
@@ -47,54 +44,41 @@ def dispatch_plan(
     chosen: Bool[Array, "N A"],
     num_experts: int,
     *,
-    implementation: Implementation | None = None,
+    kernels: Kernels = "auto",
 ) -> DispatchPlan:
     """Places for all chosen slots in expert order, as a stable sort by expert would give them.
 
-    They are counted, not sorted. `chosen` (probability > 0) says which slots get a place.
-    `implementation` as in `route_topk`.
+    They are counted, not sorted. `chosen` (probability > 0) says which slots get a place. `kernels`
+    as in `route_topk`. The way back, `slots`, is plain XLA: where nothing reads it, the compiler
+    drops it.
     """
-    implementation = check(implementation)
-    if implementation == "xla":
-        return reference.dispatch_plan(ids, chosen, num_experts)
-    return pallas_tpu.dispatch_plan(
-        ids, chosen, num_experts, interpret=implementation == "pallas_interpret"
+    sizes, places = choice.run(
+        kernels,
+        functools.partial(reference.counted, num_experts=num_experts),
+        functools.partial(pallas_tpu.counted, num_experts=num_experts),
+        ids,
+        chosen,
+    )
+    return DispatchPlan(sizes, places, reference.inverse(places))
+
+
+def _run(logits: Float[Array, "N E"], active: int, kernels: Kernels) -> Routing:
+    return choice.run(
+        kernels,
+        functools.partial(reference.route_forward, active=active),
+        functools.partial(pallas_tpu.route_forward, active=active),
+        logits,
     )
 
 
-def check(implementation: str | None) -> Implementation:
-    """The implementation to use. Raises ValueError for an unknown name."""
-    match implementation:
-        case None:
-            return "xla"
-        case "xla" | "pallas" | "pallas_interpret":
-            return implementation
-    raise ValueError(
-        "implementation must be None, 'xla', 'pallas' or 'pallas_interpret'; got"
-        f" {implementation!r}"
-    )
-
-
-def _run(logits: Float[Array, "N E"], active: int, implementation: Implementation) -> Routing:
-    if implementation == "xla":
-        return reference.route_forward(logits, active)
-    return pallas_tpu.route_forward(logits, active, interpret=implementation == "pallas_interpret")
-
-
-def _forward(logits, active, implementation):
-    routing = _run(logits, active, implementation)
+def _forward(logits, active, kernels):
+    routing = _run(logits, active, kernels)
     return routing, (logits, routing.ids, routing.log_z)
 
 
-def _backward(active, implementation, saved, cotangents: Routing):
-    logits, ids, log_z = saved
-    if implementation == "xla":
-        backward = reference.route_backward
-    else:
-        backward = functools.partial(
-            pallas_tpu.route_backward, interpret=implementation == "pallas_interpret"
-        )
-    return (backward(logits, ids, log_z, cotangents.probabilities, cotangents.log_z),)
+def _backward(active, kernels, saved, cotangents: Routing):
+    backwards = reference.route_backward, pallas_tpu.route_backward
+    return (choice.run(kernels, *backwards, *saved, cotangents.probabilities, cotangents.log_z),)
 
 
 _route = jax.custom_vjp(_run, nondiff_argnums=(1, 2))

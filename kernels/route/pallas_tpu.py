@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from .reference import DispatchPlan, Routing
+from .reference import Routing
 
 Interpret = bool | pltpu.InterpretParams
 
@@ -22,10 +22,7 @@ LANES, SUBLANES = 128, 8
 TOKENS = 1024  # a block of the routing kernels
 # Slots in a tile of the plan: the triangular matrix fills the matrix unit of v6e and tpu7x once.
 TILE = 256
-CHUNK = 1024  # slots whose places are in scalar memory at once when the plan is inverted
-# Slots of the inverse: 512 KiB of scalar memory, which has 1 MiB on v5e, v5p, v6e and tpu7x. Counts
-# up to here are exact in float32.
-SCALARS = 2**17
+LARGEST = 2**24  # slots of a plan: counts up to here are exact in float32
 
 
 def route_forward(
@@ -87,21 +84,18 @@ def route_backward(
     return dlogits[:E, :N].T
 
 
-def dispatch_plan(
+def counted(
     ids: Int[Array, "N A"],
     chosen: Bool[Array, "N A"],
     num_experts: int,
     *,
     interpret: Interpret = False,
-) -> DispatchPlan:
-    """`reference.dispatch_plan`. Raises ValueError for more slots than scalar memory holds."""
+) -> tuple[Int[Array, " E"], Int[Array, "N A"]]:
+    """`reference.counted`. Raises ValueError for more slots than float32 counts."""
     N, A = ids.shape
     M, E = N * A, num_experts
-    if M > SCALARS:
-        raise ValueError(
-            f"the plan's Pallas kernel holds at most {SCALARS} slots in scalar memory, got {N}"
-            f" tokens x {A}; use 'xla'"
-        )
+    if M > LARGEST:
+        raise ValueError(f"a plan has at most {LARGEST} slots, got {N} tokens x {A}; use 'xla'")
     experts = _rounded(E, SUBLANES)
     expert = jnp.where(chosen, ids, -1).reshape(1, M)
     expert = jnp.pad(expert, ((0, 0), (0, -M % TILE)), constant_values=-1)
@@ -123,32 +117,7 @@ def dispatch_plan(
         interpret=interpret,
         name="dispatch_plan",
     )(expert)
-    sizes, places = sizes[:E, 0], places[0, :M]
-    return DispatchPlan(sizes, places.reshape(N, A), _inverse(places, jnp.sum(sizes), interpret))
-
-
-def _inverse(
-    places: Int[Array, " M"], used: Int[Array, ""], interpret: Interpret
-) -> Int[Array, " M"]:
-    """The slot at each place, M in unused ones.
-
-    In scalar stores, because a vector store cannot write to scattered addresses.
-    """
-    M = places.size
-    chunks = jnp.pad(places, (0, -M % CHUNK), constant_values=M).reshape(-1, 1, CHUNK)
-    return pl.pallas_call(
-        _inverse_kernel,
-        grid=(chunks.shape[0],),
-        in_specs=[
-            pl.BlockSpec((None, 1, CHUNK), lambda i: (i, 0, 0), memory_space=pltpu.SMEM),
-            pl.BlockSpec(memory_space=pltpu.SMEM),
-        ],
-        out_specs=pl.BlockSpec(memory_space=pltpu.SMEM),
-        out_shape=jax.ShapeDtypeStruct((M,), jnp.int32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        interpret=interpret,
-        name="dispatch_plan_inverse",
-    )(chunks, used.reshape(1))
+    return sizes[:E, 0], places[0, :M].reshape(N, A)
 
 
 def _forward_kernel(logits_ref, probabilities_ref, ids_ref, log_z_ref, *, active: int):
@@ -218,24 +187,6 @@ def _plan_kernel(expert_ref, places_ref, sizes_ref, taken_ref, *, no_place: int)
         places_ref[...] = jnp.where(expert >= 0, place.astype(jnp.int32), no_place)
 
     taken_ref[...] += counts
-
-
-def _inverse_kernel(places_ref, used_ref, slots_ref):
-    M, chunk = slots_ref.shape[0], pl.program_id(0)
-
-    @pl.when(chunk == 0)
-    def _():
-        @pl.loop(used_ref[0], M)
-        def _(place):
-            slots_ref[place] = M
-
-    @pl.loop(0, CHUNK)
-    def _(i):
-        place = places_ref[0, i]
-
-        @pl.when(place < M)
-        def _():
-            slots_ref[place] = chunk * CHUNK + i
 
 
 def _before(size: int, axis: int) -> Float[Array, "size size"]:

@@ -104,10 +104,11 @@ def route_backward(
     return jnp.where(p > 0, p * (g - inner + dlog_z[:, None]), 0)
 
 
-def dispatch_plan(
+def counted(
     ids: Int[Array, "N A"], chosen: Bool[Array, "N A"], num_experts: int
-) -> DispatchPlan:
-    """Places by expert, and by slot inside an expert: what a stable sort by expert gives."""
+) -> tuple[Int[Array, " E"], Int[Array, "N A"]]:
+    """Sizes, and places by expert, and by slot inside an expert: what a stable sort by expert
+    gives."""
     N, A = ids.shape
     M, E = N * A, num_experts
     expert = jnp.where(chosen, ids, E).reshape(M)  # E: counts for no expert
@@ -123,5 +124,16 @@ def dispatch_plan(
     place = earlier_in_tile.astype(jnp.int32) + (earlier_tiles + smaller_experts)[:, None]
     places = jnp.sum(jnp.where(one_hot, place, 0), axis=-1).reshape(-1)[:M]
     places = jnp.where(expert < E, places, M)
-    slots = jnp.full(M, M).at[places].set(jnp.arange(M), mode="drop", unique_indices=True)
-    return DispatchPlan(sizes, places.reshape(N, A), slots)
+    return sizes, places.reshape(N, A)
+
+
+def inverse(places: Int[Array, "N A"]) -> Int[Array, " M"]:
+    """The slot at each place, M in unused ones."""
+    slots = jnp.arange(places.size, dtype=jnp.int32).reshape(places.shape)
+    return to_places(slots, places, unused=places.size)
+
+
+def to_places(values: Array, places: Int[Array, "N A"], unused: int = 0) -> Array:
+    """A value for each slot, put at the slot's place; `unused` in unused places."""
+    out = jnp.full(places.size, unused, values.dtype)
+    return out.at[places.reshape(-1)].set(values.reshape(-1), mode="drop", unique_indices=True)

@@ -1,6 +1,6 @@
 """Tokens into expert order and back: values and gradients; and no race where DMAs copy.
 
-One suite, inherited for each implementation; plans are made here by sorting, not by the code under
+One suite, inherited by each kind of kernels; plans are made here by sorting, not by the code under
 test.
 """
 
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.kernels.permute import (
     combine,
     pallas_tpu,
@@ -29,14 +30,14 @@ from flexolmo_jax.kernels.permute import (
     reference,
 )
 from flexolmo_jax.kernels.permute.shapes import SHAPES
-from flexolmo_jax.kernels.route import DispatchPlan, Implementation
+from flexolmo_jax.kernels.route import DispatchPlan
 
 N, A, E, D = 150, 3, 5, 256  # more tokens than a block of the kernels, and not a multiple of one
 SEED, UNUSED = st.integers(0, 2**31), st.floats(0, 1)
 
 
 def few(examples: int) -> settings:
-    # The suite is inherited on purpose: one property, drawn for each implementation.
+    # The suite is inherited on purpose: one property, drawn for each kind of kernels.
     return settings(
         max_examples=examples,
         deadline=None,
@@ -77,21 +78,21 @@ def random(*shape: int, dtype=jnp.float32, seed: int = 0):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def value_and_pullback(function, x, plan, dout, implementation):
-    value, pullback = jax.vjp(lambda x: function(x, plan, implementation=implementation), x)
+def value_and_pullback(function, x, plan, dout, kernels):
+    value, pullback = jax.vjp(lambda x: function(x, plan, kernels=kernels), x)
     return value, pullback(dout)[0]
 
 
 class PermuteSuite:
-    """What holds for every implementation."""
+    """What holds for all kernels."""
 
-    implementation: Implementation
+    kernels: Kernels
 
     def run(self, function, x, plan, dout=None):
         if dout is None:
             size = plan.slots.size if function is permute else plan.places.shape[0]
             dout = jnp.zeros((size, x.shape[1]), x.dtype)
-        return value_and_pullback(function, x, plan, dout, self.implementation)
+        return value_and_pullback(function, x, plan, dout, self.kernels)
 
     @few(10)
     @given(SEED, UNUSED)
@@ -155,7 +156,7 @@ class PermuteSuite:
         arguments = (x, plan, dout) if function is permute else (dout, plan, x)
         program = str(
             jax.make_jaxpr(value_and_pullback, static_argnums=(0, 4))(
-                function, *arguments, self.implementation
+                function, *arguments, self.kernels
             )
         )
         assert not re.search(r"= (sort|scatter\S*)\[", program)
@@ -163,16 +164,12 @@ class PermuteSuite:
 
 @pytest.mark.tpu
 class TestXla(PermuteSuite):
-    implementation = "xla"
+    kernels = "xla"
 
 
-class TestPallasInterpreted(PermuteSuite):
-    implementation = "pallas_interpret"
-
-
-@pytest.mark.tpu(only=True)
+@pytest.mark.tpu
 class TestPallas(PermuteSuite):
-    implementation = "pallas"
+    kernels = "pallas"  # on a CPU interpreted
 
 
 def test_the_search_for_sorts_and_scatters_can_find_them():
@@ -186,37 +183,52 @@ def test_the_search_for_sorts_and_scatters_can_find_them():
 @example(0, 1.0)
 def test_permute_probabilities_and_their_gradient_follow_the_plan_both_ways(seed, unused):
     plan, values, dout = plan_of(seed, unused), random(N, A), random(N * A, seed=1)
-    out, pullback = jax.vjp(lambda values: permute_probabilities(values, plan), values)
     slots, places = np.asarray(plan.slots), np.asarray(plan.places)
-    np.testing.assert_array_equal(out, np.append(np.asarray(values).reshape(-1), 0)[slots])
-    np.testing.assert_array_equal(pullback(dout)[0], np.append(np.asarray(dout), 0)[places])
+    without_slots = plan._replace(slots=jnp.full_like(plan.slots, -1))
+    for kernels, own in ("xla", plan), ("pallas", without_slots):
+        run = functools.partial(permute_probabilities, plan=own, kernels=kernels)
+        out, pullback = jax.vjp(run, values)
+        np.testing.assert_array_equal(out, np.append(np.asarray(values).reshape(-1), 0)[slots])
+        np.testing.assert_array_equal(pullback(dout)[0], np.append(np.asarray(dout), 0)[places])
 
 
-def test_the_gradient_of_permute_probabilities_is_a_gather():
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_the_gradient_of_permute_probabilities_is_a_gather(kernels):
     plan = plan_of(0, 0.5)
-    gradient = jax.grad(lambda values: jnp.sum(permute_probabilities(values, plan) ** 2))
-    program = str(jax.make_jaxpr(gradient)(random(N, A)))
+    run = functools.partial(permute_probabilities, plan=plan, kernels=kernels)
+    _, pullback = jax.vjp(run, random(N, A))
+    program = str(jax.make_jaxpr(pullback)(random(N * A)))
     assert "gather[" in program
     assert "scatter" not in program
 
 
 @pytest.mark.parametrize("function", [permute, combine])
-def test_a_named_implementation_is_used_or_fails(function):
+def test_pallas_runs_where_it_is_named_and_reads_the_places_alone(function):
     plan, x = plan_of(0, 0.0), random(N if function is permute else N * A, D)
-    with pytest.raises(
-        ValueError, match="must be None, 'xla', 'pallas' or 'pallas_interpret'; got 'cuda'"
-    ):
-        function(x, plan, implementation="cuda")
-    # Pallas itself, lowering a TPU kernel for the CPU
-    with pytest.raises(ValueError, match="interpret mode"):
-        jax.block_until_ready(function(x, plan, implementation="pallas"))
-    with pytest.raises(ValueError, match="multiple of 128, got 200; use 'xla'"):
-        function(x[:, :200], plan, implementation="pallas")
+    with pytest.raises(ValueError, match="'cuda'; expected one of auto, xla, pallas"):
+        function(x, plan, kernels="cuda")
+    for kernels, has_kernel in ("auto", False), ("xla", False), ("pallas", True):
+        run = jax.jit(functools.partial(function, kernels=kernels))
+        text = run.trace(x, plan).lower(lowering_platforms=("tpu",)).as_text()
+        assert (f'kernel_name = "{function.__name__}"' in text) == has_kernel
+    without_slots = plan._replace(slots=jnp.full_like(plan.slots, -1))
+    np.testing.assert_array_equal(
+        function(x, without_slots, kernels="pallas"), function(x, plan, kernels="xla")
+    )
+
+
+@pytest.mark.parametrize("function", [permute, combine])
+@pytest.mark.parametrize("width", [12, 200])
+def test_pallas_takes_tokens_of_any_width(function, width):
+    plan, x = plan_of(0, 0.2), random(N if function is permute else N * A, width)
+    np.testing.assert_array_equal(
+        function(x, plan, kernels="pallas"), function(x, plan, kernels="xla")
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_real_shapes_are_traced(name, implementation):
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_real_shapes_are_traced(name, kernels):
     tokens, experts, active, width = SHAPES[name]
     shapes = (experts,), (tokens, active), (tokens * active,)
     plan = jax.eval_shape(lambda: DispatchPlan(*(jnp.zeros(shape, jnp.int32) for shape in shapes)))
@@ -224,7 +236,7 @@ def test_real_shapes_are_traced(name, implementation):
         jax.ShapeDtypeStruct((length, width), jnp.bfloat16) for length in (tokens, tokens * active)
     )
     for function, value, wanted in ((permute, x, dispatched), (combine, dispatched, x)):
-        run = functools.partial(function, implementation=implementation)
+        run = functools.partial(function, kernels=kernels)
         assert jax.eval_shape(run, value, plan) == wanted
 
 

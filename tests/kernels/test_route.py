@@ -1,7 +1,7 @@
 """Routing and the plan: softmax over all experts, then top-k; excluded experts leave no trace; the
 plan sorts without a sort.
 
-One suite, inherited for each implementation.
+One suite, inherited by each kind of kernels.
 """
 
 import functools
@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.typing import ArrayLike
 
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.kernels.route import (
-    Implementation,
     dense_probabilities,
     dispatch_plan,
     route_topk,
@@ -36,7 +36,7 @@ SHAPES = st.sampled_from([(1, 1, 1), (40, 5, 3), (150, 8, 2), (300, 9, 4)])
 
 
 def few(examples: int) -> settings:
-    # The suite is inherited on purpose: one property, drawn for each implementation.
+    # The suite is inherited on purpose: one property, drawn for each kind of kernels.
     return settings(
         max_examples=examples,
         deadline=None,
@@ -45,12 +45,12 @@ def few(examples: int) -> settings:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 5))
-def routed(logits, allowed, active, dprobabilities, dlog_z, implementation):
+def routed(logits, allowed, active, dprobabilities, dlog_z, kernels):
     """The routing, and the logits' gradient for given gradients of the probabilities, laid out by
     expert, and of `log_z`."""
 
     def value(logits):
-        routing = route_topk(logits, active, allowed, implementation=implementation)
+        routing = route_topk(logits, active, allowed, kernels=kernels)
         dense = dense_probabilities(routing, logits.shape[1])
         return jnp.sum(dense * dprobabilities) + jnp.sum(routing.log_z * dlog_z), routing
 
@@ -58,13 +58,13 @@ def routed(logits, allowed, active, dprobabilities, dlog_z, implementation):
     return routing, dlogits
 
 
-plan_of = jax.jit(dispatch_plan, static_argnums=2, static_argnames="implementation")
+plan_of = jax.jit(dispatch_plan, static_argnums=2, static_argnames="kernels")
 
 
 class RouteSuite:
-    """What holds for every implementation."""
+    """What holds for all kernels."""
 
-    implementation: Implementation
+    kernels: Kernels
 
     def route(
         self, logits, active, allowed=None, dprobabilities: ArrayLike = 0.0, dlog_z: ArrayLike = 0.0
@@ -74,7 +74,7 @@ class RouteSuite:
         dprobabilities = jnp.broadcast_to(jnp.asarray(dprobabilities, jnp.float32), logits.shape)
         dlog_z = jnp.broadcast_to(jnp.asarray(dlog_z, jnp.float32), logits.shape[:1])
         return jax.tree.map(
-            np.asarray, routed(logits, allowed, active, dprobabilities, dlog_z, self.implementation)
+            np.asarray, routed(logits, allowed, active, dprobabilities, dlog_z, self.kernels)
         )
 
     def plan(self, ids, chosen, num_experts):
@@ -82,7 +82,7 @@ class RouteSuite:
             jnp.asarray(ids, jnp.int32),
             jnp.asarray(chosen),
             num_experts,
-            implementation=self.implementation,
+            kernels=self.kernels,
         )
 
     @few(40)
@@ -156,9 +156,7 @@ class RouteSuite:
         logits = np.linspace(-1, 1, N * E, dtype=np.float32).reshape(N, E)
 
         def value(logits):
-            routing = route_topk(
-                logits, E, jnp.asarray(allowed), implementation=self.implementation
-            )
+            routing = route_topk(logits, E, jnp.asarray(allowed), kernels=self.kernels)
             return routing.probabilities, routing.ids
 
         probabilities, pullback, ids = jax.vjp(value, jnp.asarray(logits), has_aux=True)
@@ -171,8 +169,8 @@ class RouteSuite:
         logits = jax.random.normal(jax.random.key(0), (2100, 9))
         dprobabilities = jax.random.normal(jax.random.key(1), logits.shape)
         (routing, dlogits), (want, dwant) = (
-            routed(logits, jnp.arange(9) != 4, 4, dprobabilities, logits[:, 0], implementation)
-            for implementation in (self.implementation, "xla")
+            routed(logits, jnp.arange(9) != 4, 4, dprobabilities, logits[:, 0], kernels)
+            for kernels in (self.kernels, "xla")
         )
         np.testing.assert_array_equal(routing.ids, want.ids)
         for got, expected in (
@@ -248,62 +246,54 @@ class RouteSuite:
     def test_the_plan_is_made_without_a_sort(self):
         ids = jnp.zeros((300, 4), jnp.int32)
         assert sorts(lambda ids: jnp.argsort(ids.reshape(-1)), ids)
-        assert not sorts(
-            lambda ids: dispatch_plan(ids, ids >= 0, 9, implementation=self.implementation), ids
-        )
+        assert not sorts(lambda ids: dispatch_plan(ids, ids >= 0, 9, kernels=self.kernels), ids)
 
 
 @pytest.mark.tpu
 class TestXla(RouteSuite):
-    implementation = "xla"
+    kernels = "xla"
 
 
-class TestPallasInterpreted(RouteSuite):
-    implementation = "pallas_interpret"
-
-
-@pytest.mark.tpu(only=True)
+@pytest.mark.tpu
 class TestPallas(RouteSuite):
-    implementation = "pallas"
-
-
-def test_the_default_is_xla():
-    logits = jax.random.normal(jax.random.key(0), (N, E))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        route_topk(logits, 3),
-        route_topk(logits, 3, implementation="xla"),
-    )
+    kernels = "pallas"  # on a CPU interpreted
 
 
 @pytest.mark.parametrize(
     "run",
     [
-        lambda x, i: route_topk(x, 3, implementation=i),
-        lambda x, i: dispatch_plan(x > 0, x > 0, E, implementation=i),
+        lambda x, kernels: route_topk(x, 3, kernels=kernels),
+        lambda x, kernels: dispatch_plan(x > 0, x > 0, E, kernels=kernels),
     ],
 )
-def test_a_named_implementation_is_used_or_fails(run):
+def test_the_platform_chooses_or_the_name_does(run):
     logits = jnp.ones((N, E))
-    with pytest.raises(
-        ValueError, match="must be None, 'xla', 'pallas' or 'pallas_interpret'; got 'cuda'"
-    ):
+    with pytest.raises(ValueError, match="'cuda'; expected one of auto, xla, pallas"):
         run(logits, "cuda")
-    # Pallas itself, lowering a TPU kernel for the CPU
-    with pytest.raises(ValueError, match="interpret mode"):
-        jax.block_until_ready(run(logits, "pallas"))
+    names = {"route_forward", "dispatch_plan"}
+    for kernels, platform, has_kernels in [
+        ("auto", "tpu", True),
+        ("auto", "cpu", False),
+        ("auto", "cuda", False),
+        ("pallas", "tpu", True),
+        ("pallas", "cpu", False),
+        ("xla", "tpu", False),
+    ]:
+        traced = jax.jit(run, static_argnums=1).trace(logits, kernels)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert any(f'kernel_name = "{name}"' in text for name in names) == has_kernels
 
 
 @pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_real_shapes_are_traced(name, implementation):
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_real_shapes_are_traced(name, kernels):
     N, E, A, _ = REAL[name]
     routing = jax.eval_shape(
-        lambda x: route_topk(x, A, implementation=implementation),
+        lambda x: route_topk(x, A, kernels=kernels),
         jax.ShapeDtypeStruct((N, E), jnp.float32),
     )
     plan = jax.eval_shape(
-        lambda ids, p: dispatch_plan(ids, p > 0, E, implementation=implementation),
+        lambda ids, p: dispatch_plan(ids, p > 0, E, kernels=kernels),
         routing.ids,
         routing.probabilities,
     )
@@ -316,14 +306,14 @@ def test_more_active_experts_than_there_are_or_none_are_refused(active):
         route_topk(jnp.ones((N, E)), active)
 
 
-def test_a_plan_too_large_for_scalar_memory_is_refused():
+def test_a_plan_of_more_slots_than_float32_counts_is_refused():
     with pytest.raises(ValueError, match="use 'xla'"):
         jax.eval_shape(
             lambda: dispatch_plan(
-                jnp.zeros((2**16, 4), jnp.int32),
-                jnp.ones((2**16, 4), bool),
+                jnp.zeros((2**23, 4), jnp.int32),
+                jnp.ones((2**23, 4), bool),
                 E,
-                implementation="pallas",
+                kernels="pallas",
             )
         )
 

@@ -57,21 +57,21 @@ def program(
         case "route":
 
             def route(logits, allowed):
-                routing = route_topk(logits, k, allowed, implementation="pallas")
+                routing = route_topk(logits, k, allowed, kernels="pallas")
                 return routing.probabilities, routing.log_z
 
             return with_gradients(route, 1), (of(N, E, dtype=jnp.float32), of(E, dtype=jnp.bool))
         case "dispatch_plan":
             arguments = of(N, k, dtype=jnp.int32), of(N, k, dtype=jnp.bool)
             return (
-                lambda ids, chosen: dispatch_plan(ids, chosen, E, implementation="pallas"),
+                lambda ids, chosen: dispatch_plan(ids, chosen, E, kernels="pallas"),
                 arguments,
             )
         case "permute":
-            return lambda x, plan: permute(x, plan, implementation="pallas"), (of(N, D), plan)
+            return lambda x, plan: permute(x, plan, kernels="pallas"), (of(N, D), plan)
         case "combine":
             arguments = of(M, D), plan
-            return lambda out, plan: combine(out, plan, implementation="pallas"), arguments
+            return lambda out, plan: combine(out, plan, kernels="pallas"), arguments
         case "attention":
             B, T, H, K, C = OLMO2_32B if numbers else OLMO2_7B
             arguments = of(B, T, H, C), of(B, T, K, C), of(B, T, K, C), of(B, T, dtype=jnp.int32)
