@@ -5,6 +5,7 @@ there is nothing to choose and nothing to dispatch.
 """
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -14,5 +15,6 @@ def swiglu(
     up: Float[Array, "D F"],
     down: Float[Array, "F D"],
 ) -> Float[Array, "N D"]:
-    """One expert: `(silu(x gate) * (x up)) down`."""
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    """One expert: `(silu(x gate) * (x up)) down`. What is between products is in float32."""
+    gated, upped = (x @ gate).astype(jnp.float32), (x @ up).astype(jnp.float32)
+    return (jax.nn.silu(gated) * upped).astype(x.dtype) @ down

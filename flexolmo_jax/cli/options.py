@@ -68,6 +68,12 @@ def mesh(text: str) -> Any:
     return built
 
 
+def kernels(text: str) -> str:
+    if text not in (known := get_args(Kernels)):
+        raise UserError(f"--kernels got {text!r:.80}; expected one of {', '.join(known)}")
+    return text
+
+
 def size(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
     try:
@@ -161,9 +167,10 @@ SELECTING = (
 )
 KERNELS = option(
     "--kernels",
-    choices=get_args(Kernels),
+    type=kernels,
     default="auto",
-    help="that route tokens to experts (auto: the platform's own)",
+    metavar="|".join(get_args(Kernels)),
+    help="that route tokens to experts (default: the platform's own)",
 )
 MESH = option(
     "--mesh",

@@ -96,13 +96,16 @@ def _megablox(interpret: bool) -> Products:
         M, K, N = *x.shape, w.shape[1 if transposed else 2]
         tiling = gmm_tiling(M, K, N)
         x = jnp.pad(x, ((0, -M % tiling[0]), (0, 0)))
-        return gmm(x, w, sizes, dtype, tiling, transpose_rhs=transposed, interpret=interpret)[:M]
+        with jax.named_scope("megablox_gmm"):  # the library calls all of its kernels `kernel`
+            y = gmm(x, w, sizes, dtype, tiling, transpose_rhs=transposed, interpret=interpret)
+        return y[:M]
 
     def outer(x, dy, sizes, dtype):
         tiling = tgmm_tiling(x.shape[0], x.shape[1], dy.shape[1])
         x, dy = (jnp.pad(a, ((0, -a.shape[0] % tiling[0]), (0, 0))) for a in (x, dy))
         # It accumulates in float32 over all tokens of a group and rounds to `dtype` once.
-        return tgmm(x.T, dy, sizes, dtype, tiling, interpret=interpret)
+        with jax.named_scope("megablox_tgmm"):
+            return tgmm(x.T, dy, sizes, dtype, tiling, interpret=interpret)
 
     return Products(matmul, outer)
 

@@ -2,6 +2,7 @@
 experts are spread."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.config import MeshConfig, ModelConfig, OptimConfig
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime import sharding
@@ -53,9 +55,12 @@ def parameters(config: ModelConfig, pair: bool = False) -> Params:
     return params
 
 
-def value_and_gradients(config: ModelConfig, params: Params, mesh=None, allowed=None):
+def value_and_gradients(
+    config: ModelConfig, params: Params, mesh=None, allowed=None, kernels: Kernels = "auto"
+):
     def loss(params, tokens, segments, targets):
-        output = forward(config, params, tokens, segments, allowed=allowed, mesh=mesh)
+        how: dict[str, Any] = {"mesh": mesh, "kernels": kernels}
+        output = forward(config, params, tokens, segments, allowed=allowed, **how)
         sums = loss_sums(
             output, tokens, targets, OptimConfig(router_z_loss=0.1, load_balance=0.1), mesh=mesh
         )
@@ -81,17 +86,18 @@ def on_one_device(config: ModelConfig, pair: bool = False):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "experts", "active"),
+    ("mesh", "experts", "active", "kernels"),
     [
-        *((mesh, 3, 2) for mesh in MESHES),
-        *(("data 2 x expert 4", *sizes) for sizes in [(4, 2), (3, 3)]),
+        *((mesh, 3, 2, "auto") for mesh in MESHES),
+        *(("data 2 x expert 4", *sizes, "auto") for sizes in [(4, 2), (3, 3)]),
+        *((mesh, 3, 2, "pallas") for mesh in ("fsdp 8", "fsdp 2 x tensor 2 x expert 2")),
     ],
 )
-def test_a_mixture_has_the_same_gradients_on_every_mesh(mesh, experts, active):
+def test_a_mixture_has_the_same_gradients_on_every_mesh(mesh, experts, active, kernels):
     """3 experts do not divide over 2 or 4 devices: empty ones fill up the last."""
     config = model(experts, active)
     value, weights, gradients = value_and_gradients(
-        config, parameters(config), sharding.make_mesh(MESHES[mesh])
+        config, parameters(config), sharding.make_mesh(MESHES[mesh]), kernels=kernels
     )
     expected, expected_weights, expected_gradients = on_one_device(config)
     np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -187,6 +187,21 @@ def test_routing_is_in_float32_whatever_the_compute_dtype():
     jax.tree.map(np.testing.assert_array_equal, router, expected)
 
 
+@pytest.mark.parametrize("groups_of", [lambda params: [params], split], ids=["merged", "pair"])
+def test_a_dense_mixture_in_bfloat16_is_as_near_to_float32_as_a_sparse_one(groups_of):
+    """The experts' outputs are summed in float32, and what is between an expert's products is in
+    float32."""
+    params, h = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (some_experts(), H))
+
+    def error(groups, active):
+        y, _ = jitted(h, groups, active)
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (h, groups))
+        expected, _ = jitted(*wide, active)
+        return np.linalg.norm(y.astype(jnp.float32) - expected) / np.linalg.norm(expected)
+
+    assert error(groups_of(params), E) <= 1.1 * error([params], E - 1)
+
+
 def test_the_router_asks_for_full_float32_products():
     """Accelerators multiply float32 in fewer bits unless asked; a CPU cannot show the difference,
     the program text can."""

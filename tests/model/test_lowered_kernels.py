@@ -1,0 +1,69 @@
+"""What a sparse model's program holds for each TPU: the kernels that kernels/README.md names."""
+
+import functools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.kernels import Kernels
+from flexolmo_jax.model import forward, init_params
+
+README = Path(__file__).parents[2] / "kernels" / "README.md"
+ROUTING = {"route_forward", "route_backward", "dispatch_plan", "permute", "combine"}
+DEVICES = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+CONFIG = ModelConfig(
+    vocab_size=256, d_model=256, n_layers=2, n_heads=2, n_kv_heads=2, n_experts=4, n_active=2
+)
+
+
+def named_by_the_table(tpu: str) -> set[str]:
+    """The kernels in the row of this TPU."""
+    rows = [line for line in README.read_text().splitlines() if line.startswith(f"| {tpu} |")]
+    return set(re.findall(r"`(\w+)`", rows[0]))
+
+
+def lowered(kernels: Kernels, tpu: str) -> str:
+    """The gradient of a model of two layers, lowered for this TPU."""
+
+    def loss(params, tokens):
+        output = forward(CONFIG, params, tokens, dtype="bfloat16", remat="full", kernels=kernels)
+        return jnp.sum(output.logits)
+
+    params = jax.eval_shape(functools.partial(init_params, CONFIG), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    device = AbstractDevice(device_kind=DEVICES[tpu], num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss)).trace(params, tokens)
+        return traced.lower(lowering_platforms=("tpu",)).as_text(debug_info=True)
+
+
+def kernels_in(text: str) -> set[str]:
+    return set(re.findall(r'kernel_name = "(\w+)"', text))
+
+
+@pytest.mark.parametrize("tpu", DEVICES)
+def test_a_sparse_model_holds_the_kernels_that_the_table_names(tpu):
+    named = named_by_the_table(tpu)
+    assert named and named <= ROUTING
+    text = lowered("auto", tpu)
+    assert kernels_in(text) & ROUTING == named
+    products = (
+        {"ragged_dot"} if jax.__version_info__ >= (0, 12) else {"megablox_gmm", "megablox_tgmm"}
+    )
+    assert products == set(re.findall(r"\bragged_dot\b|megablox_t?gmm", text))
+
+
+@pytest.mark.parametrize(("kernels", "named"), [("pallas", ROUTING), ("xla", set())])
+def test_named_kernels_are_the_program_s(kernels, named):
+    assert kernels_in(lowered(kernels, "v5p")) & ROUTING == named
+
+
+@pytest.mark.parametrize(("kernels", "sorts"), [("xla", True), ("auto", False), ("pallas", False)])
+def test_routing_by_pallas_sorts_nothing(kernels, sorts):
+    assert ("top_k" in lowered(kernels, "v5p")) == sorts
