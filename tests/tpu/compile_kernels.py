@@ -11,6 +11,7 @@ tiling can compile for minutes. Nothing is run.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from programs import CASES
+from traffic import hbm_bytes
 
 from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT
 
@@ -78,7 +80,8 @@ def in_a_process(case: str, topology: str) -> dict[str, Any]:
 
 
 def compile_case(case: str, topology: str) -> dict[str, Any]:
-    """Seconds, GiB of arguments and temporaries, and how many Mosaic kernels the program holds."""
+    """Seconds, GiB of arguments and temporaries, MB moved in and out of HBM, and how many Mosaic
+    kernels and sorts the program holds."""
     import jax
     from jax.experimental import topologies
     from programs import F, N, experts_and_active, program
@@ -106,6 +109,8 @@ def compile_case(case: str, topology: str) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - start, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
         "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 3),
+        "hbm_mb": round(hbm_bytes(text) / 1e6),
+        "sorts": len(re.findall(r" sort\(", text)),
         "kernels": text.count('custom_call_target="tpu_custom_call"'),
     }
 

@@ -1,30 +1,33 @@
 """The programs that are compiled and timed for TPUs: every Pallas kernel and the sparse MoE layer,
-at 7B shapes."""
+at 7B shapes. `routing` is the layer without its experts' products."""
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.kernels.attention import attention
 from flexolmo_jax.kernels.attention.shapes import OLMO2_7B, OLMO2_32B
 from flexolmo_jax.kernels.grouped_matmul import expert_ffn
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
-from flexolmo_jax.kernels.permute import combine, permute
+from flexolmo_jax.kernels.permute import combine, permute, permute_probabilities
 from flexolmo_jax.kernels.route import DispatchPlan, dispatch_plan, route_topk
 
 N, D, F = 8192, 4096, 11008  # tokens, model, FFN
 CASES = (
     "route", "dispatch_plan", "permute", "combine", "attention", "attention-gqa",
-    "expert_ffn-E7-k5", "expert_ffn-E8-k4", "moe_layer-E7-k5", "moe_layer-E8-k4",
+    "expert_ffn-E7-k5", "expert_ffn-E8-k4", "moe_layer-E7-k5-auto",
+    *(f"{name}-E8-k4-{own}" for name in ("routing", "moe_layer") for own in get_args(Kernels)),
 )  # fmt: skip
 
 
 def experts_and_active(case: str) -> tuple[int, int]:
     """Those in the name, as E7-k5, or 8 and 4."""
-    numbers = case.split("-")[1:]
-    return (int(numbers[0][1:]), int(numbers[1][1:])) if len(numbers) == 2 else (8, 4)
+    numbers = re.search(r"-E(\d+)-k(\d+)", case)
+    return (int(numbers[1]), int(numbers[2])) if numbers else (8, 4)
 
 
 def program(
@@ -92,11 +95,28 @@ def program(
                 ),
                 arguments,
             )
-        case "moe_layer":
+        case "routing" | "moe_layer":
+            kernels: Any = numbers[-1]
 
-            def layer(x, rows, gate, up, down):
+            def routed(x, rows):
                 logits = jnp.matmul(x.astype(jnp.float32), rows.T, precision="highest")
-                return sparse_experts(x, route_topk(logits, k), gate, up, down)
+                return route_topk(logits, k, jnp.ones(E, bool), kernels=kernels)
 
-            return with_gradients(layer, 5), (of(N, D), of(E, D, dtype=jnp.float32), *experts)
+            def layer(x, rows, *experts):
+                routing = routed(x, rows)
+                if experts:
+                    return sparse_experts(x, routing, *experts, kernels=kernels)
+                plan = dispatch_plan(routing.ids, routing.probabilities > 0, E, kernels=kernels)
+                p = permute_probabilities(routing.probabilities, plan, kernels=kernels)
+                # barriers, as around products
+                tokens, p = jax.lax.optimization_barrier((permute(x, plan, kernels=kernels), p))
+                out = jax.lax.optimization_barrier(tokens * p[:, None].astype(tokens.dtype))
+                return combine(out, plan, kernels=kernels)
+
+            def forward_and_backward(dy, *arguments):
+                y, pullback = jax.vjp(layer, *arguments)
+                return y, pullback(dy)
+
+            arguments = of(N, D), of(N, D), of(E, D, dtype=jnp.float32)
+            return forward_and_backward, arguments + (experts if name == "moe_layer" else ())
     raise ValueError(case)
