@@ -24,7 +24,10 @@ from flexolmo_jax.train.pretrain import pretrain
 from tests.tiny import pair_config, run_config
 
 SPARSE = ("model.n_experts=3", "model.n_active=2", "train.steps=4", "train.save_every=2")
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def assert_close(got, expected) -> None:
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -55,10 +58,10 @@ def test_a_run_trains_by_pallas_as_by_xla(by_xla, prepared, tmp_path, asked):
     run = tmp_path / "run"
     pretrain(run_config("joint", prepared["public"], *SPARSE, "kernels=pallas"), run)
     assert asked == {"pallas"}
-    np.testing.assert_allclose(losses(run), losses(by_xla), **CLOSE)
+    assert_close(losses(run), losses(by_xla))
     summaries = [json.loads((path / "summary.json").read_text()) for path in (run, by_xla)]
     scores, expected = (list(summary["bits_per_byte"].values()) for summary in summaries)
-    np.testing.assert_allclose(scores, expected, **CLOSE)
+    assert_close(scores, expected)
     trained, wanted = (flatten(open_artifact(path).params()) for path in (run, by_xla))
     for path, value in wanted.items():
         assert np.linalg.norm(trained[path] - value) <= 1e-4 * np.linalg.norm(value), path
@@ -76,7 +79,7 @@ def test_a_run_resumes_with_other_kernels_as_the_same_run(by_xla, tmp_path, aske
     config = dataclasses.replace(load_config(run / "config.yaml"), kernels="pallas")
     pretrain(config, run)
     assert asked == {"pallas"}
-    np.testing.assert_allclose(losses(run), losses(by_xla), **CLOSE)
+    assert_close(losses(run), losses(by_xla))
     assert load_config(run / "config.yaml").kernels == "pallas"
 
 
@@ -94,7 +97,7 @@ def test_a_model_evaluates_and_generates_by_pallas_as_by_xla(model, prepared, ca
 
     (scores, completions), (expected, wanted) = results("pallas"), results("xla")
     assert asked == {"pallas", "xla"}
-    np.testing.assert_allclose(scores, expected, **CLOSE)
+    assert_close(scores, expected)
     assert completions == wanted
 
 

@@ -185,7 +185,8 @@ def test_permute_probabilities_and_their_gradient_follow_the_plan_both_ways(seed
     plan, values, dout = plan_of(seed, unused), random(N, A), random(N * A, seed=1)
     slots, places = np.asarray(plan.slots), np.asarray(plan.places)
     without_slots = plan._replace(slots=jnp.full_like(plan.slots, -1))
-    for kernels, own in ("xla", plan), ("pallas", without_slots):
+    plans: dict[Kernels, DispatchPlan] = {"xla": plan, "pallas": without_slots}
+    for kernels, own in plans.items():
         run = functools.partial(permute_probabilities, plan=own, kernels=kernels)
         out, pullback = jax.vjp(run, values)
         np.testing.assert_array_equal(out, np.append(np.asarray(values).reshape(-1), 0)[slots])

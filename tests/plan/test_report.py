@@ -5,13 +5,15 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import re
 
 import jax
 import pytest
 
 from flexolmo_jax.cli import main
-from flexolmo_jax.config import load_config
+from flexolmo_jax.config import MeshConfig, load_config
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.plan.program import program_of
@@ -85,6 +87,19 @@ def test_a_decoding_step_keeps_its_cache_where_it_lies():
     assert compiled.output_shardings.cache.keys.shard_shape((2, 4, 8, 64, 32)) == (2, 4, 1, 64, 32)
 
 
+def test_a_decoding_step_is_planned_with_the_kernels_that_are_named():
+    model, _ = decoded(ROOT / "configs" / "7b" / "joint.yaml")
+    sizes: dict[str, int] = dict(d_model=256, d_ffn=64, n_layers=2, n_heads=2, n_kv_heads=2)
+    model, where = dataclasses.replace(model, **sizes), make_mesh(MeshConfig(fsdp=1))
+    routing = {"route_forward", "dispatch_plan", "permute", "combine"}
+    cases: dict[Kernels, set[str]] = {"xla": set(), "pallas": routing}
+    for kernels, named in cases.items():
+        step = decoding_step(model, where, 4, 64, kernels)
+        lowered = step.function.trace(*step.arguments).lower(lowering_platforms=("tpu",))
+        found = set(re.findall(r'kernel_name = "(\w+)"', lowered.as_text()))
+        assert found - {"kernel"} == named  # below jax 0.12 megablox's products are `kernel`
+
+
 def test_a_program_is_the_same_where_only_what_the_compiler_never_sees_differs():
     run = load_config(PAIR)
     same = load_config(
@@ -99,6 +114,7 @@ def test_a_program_is_the_same_where_only_what_the_compiler_never_sees_differs()
         "model.d_ffn=64",
         "pair.contrast=0",
         "train.accumulate=8",
+        "kernels=pallas",
     ):
         assert program_of(load_config(PAIR, [change])) != program_of(run), change
 
