@@ -59,7 +59,7 @@ def value_and_gradients(config: ModelConfig, params: Params, mesh=None, allowed=
         sums = loss_sums(
             output, tokens, targets, OptimConfig(router_z_loss=0.1, load_balance=0.1), mesh=mesh
         )
-        return sums.total / B / T, output.router.weights
+        return sums.total / B / T, output.router.probabilities
 
     batch = [TOKENS, SEGMENTS, TARGETS]
     if mesh is not None:

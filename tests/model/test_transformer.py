@@ -261,7 +261,7 @@ def test_permuting_the_experts_changes_no_logit():
     expected = jitted(CONFIG, random_params(), TOKENS)
     permuted = jitted(CONFIG, on_experts(random_params(), lambda leaf: leaf[:, order]), TOKENS)
     assert_close(permuted.logits, expected.logits)
-    assert_close(permuted.router.weights, expected.router.weights[..., order])
+    assert_close(permuted.router.probabilities, expected.router.probabilities[..., order])
 
 
 def test_a_merged_model_with_every_expert_masked_is_the_anchor():
@@ -269,7 +269,7 @@ def test_a_merged_model_with_every_expert_masked_is_the_anchor():
     del anchor["experts"]["bias"]
     alone = jitted(CONFIG, random_params(), TOKENS, allowed=jnp.arange(E) == 0)
     assert_close(alone.logits, jitted(DENSE, anchor, TOKENS).logits, 1e-6)
-    assert (alone.router.weights[..., 0] == 1).all()
+    assert (alone.router.probabilities[..., 0] == 1).all()
 
 
 def test_the_router_of_a_dense_model_has_no_influence():
@@ -307,7 +307,7 @@ def test_renormalising_the_chosen_weights_changes_nothing(monkeypatch):
     expected = forward(CONFIG, random_params(), TOKENS)
     monkeypatch.setattr(moe, "route_topk", renormalised)
     got = forward(CONFIG, random_params(), TOKENS)
-    assert np.abs(got.router.weights - expected.router.weights).max() > 0.1
+    assert np.abs(got.router.probabilities - expected.router.probabilities).max() > 0.1
     assert_close(got.logits, expected.logits, 1e-4)
 
 
@@ -348,7 +348,7 @@ def test_bfloat16_compute_gives_float32_logits_near_those_of_float32_and_finite_
         jitted(CONFIG, random_params(), TOKENS, active=E, dtype=dtype)
         for dtype in ("bfloat16", "float32")
     )
-    assert low.logits.dtype == low.router.weights.dtype == jnp.float32
+    assert low.logits.dtype == low.router.probabilities.dtype == jnp.float32
     assert_close(low.logits, high.logits, 0.1)
     for gradient in jax.tree.leaves(gradients(CONFIG, random_params(), dtype="bfloat16")):
         assert gradient.dtype == jnp.float32
@@ -415,7 +415,7 @@ def test_the_presets_have_the_published_numbers_of_parameters(preset, changes, p
 
     logits, router = jax.eval_shape(logits_and_routing, shapes, tokens)
     assert logits.shape == (1, 64, config.vocab_size) and logits.dtype == jnp.float32
-    assert router.weights.shape == (config.n_layers, 1, 64, config.n_experts + pair)
+    assert router.probabilities.shape == (config.n_layers, 1, 64, config.n_experts + pair)
 
 
 @pytest.mark.parametrize("pair", [False, True])

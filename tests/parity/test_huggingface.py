@@ -98,7 +98,7 @@ def test_every_layer_and_the_logits_equal_those_of_transformers(architecture, co
             clear = np.ones(tokens.shape, bool)
             if theirs.router_logits is not None:
                 expected, clear = top_k(theirs.router_logits[l], config.n_active)
-                agree &= ((whole.router.weights[l] > 0) == (expected > 0)).all(axis=-1)
+                agree &= ((whole.router.probabilities[l] > 0) == (expected > 0)).all(axis=-1)
                 message = f"router of layer {l}, length {length}"
                 assert np.array_equal((weights[l] > 0)[clear], (expected > 0)[clear]), message
                 np.testing.assert_allclose(
@@ -303,7 +303,7 @@ def ours(config: ModelConfig, params: Params, tokens, inputs, middles):
         attended, _ = layer.attention(x, positions, PackedContext(segments))
         choices = Choices(config.n_active, jnp.ones(config.n_experts, bool))
         mixed, router = mixture(h, (group,), choices)
-        return x + layer.attention_norm(attended), router.weights, h + layer.ffn_norm(mixed)
+        return x + layer.attention_norm(attended), router.probabilities, h + layer.ffn_norm(mixed)
 
     return forward(config, params, tokens), *jax.lax.map(run, (layers, experts, inputs, middles))
 

@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
     np.testing.assert_allclose(sums.cross_entropy, nats, rtol=1e-5)
     np.testing.assert_allclose(sums.total, nats + 0.1 * squares + 0.01 * of_router, rtol=1e-5)
     share = np.mean(
-        [np.asarray(output.router.weights)[:, b, t - 1].mean(0) for b, t in places], axis=0
+        [np.asarray(output.router.probabilities)[:, b, t - 1].mean(0) for b, t in places], axis=0
     )
     np.testing.assert_allclose(sums.router_share / len(places), share, rtol=1e-5)
     entropy = sum(output.router.entropy[:, b, t - 1].mean() for b, t in places)
