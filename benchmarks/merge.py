@@ -29,9 +29,9 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, describe, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
-from flexolmo_jax.coordinator.compose import StoredExpert
 from flexolmo_jax.coordinator.composition import Composition
 from flexolmo_jax.coordinator.gate import Gate
+from flexolmo_jax.coordinator.materialize import StoredExpert
 from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
 from flexolmo_jax.coordinator.objects import sketch_claim
 from flexolmo_jax.coordinator.sketch import BUCKETS, encoded

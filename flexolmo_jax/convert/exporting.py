@@ -34,7 +34,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def export_hf(  # noqa: PLR0913 - the verb's options
-    source: Path,
+    path: Path,
     out: Path,
     *,
     max_shard_size: int = 5 * 10**9,
@@ -53,7 +53,7 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     """
     check_new(out)
     clear(out)
-    artifact = open_artifact(source)
+    artifact = open_artifact(path)
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if eval_data and not drop_bias:
@@ -153,19 +153,19 @@ def _scores(artifact: Artifact, which: str, data: Sequence[Path]) -> dict[str, A
 
 def shards(table: Sequence[Entry], itemsize: int, limit: int) -> dict[str, list[Entry]]:
     """The tensors of each file, in the table's order."""
-    parts: list[list[Entry]] = [[]]
+    files: list[list[Entry]] = [[]]
     size = 0
     for entry in table:
         nbytes = math.prod(entry.shape) * itemsize
-        if parts[-1] and size + nbytes > limit:
-            parts.append([])
+        if files[-1] and size + nbytes > limit:
+            files.append([])
             size = 0
-        parts[-1].append(entry)
+        files[-1].append(entry)
         size += nbytes
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    count = len(parts)
-    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(parts, 1)}
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    count = len(files)
+    return {f"model-{i:05}-of-{count:05}.safetensors": file for i, file in enumerate(files, 1)}
 
 
 def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from flexolmo_jax.storage.files import new_directory, write_bytes
 from flexolmo_jax.storage.placing import WAYS
 from flexolmo_jax.storage.weights import Reader
 
-from .compose import StoredExpert, compose
+from .materialize import StoredExpert, materialize
 from .objects import sketch_claim
 from .store import Store
 
@@ -221,7 +221,7 @@ class Composition:
             tensors = description["tensors"]
             target, rows = layouts(ModelConfig(**description["model"]), tensors), self.rows(tensors)
             weights = directory / "weights"
-            taken = compose(weights, target, self.trunk, self.stored, ways, rows)
+            taken = materialize(weights, target, self.trunk, self.stored, ways, rows)
             for name, content in beside.items():
                 write_bytes(directory / name, content)
             write_description(directory, description)

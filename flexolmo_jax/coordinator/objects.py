@@ -23,7 +23,7 @@ from flexolmo_jax.storage.paths import File, in_bucket, listing
 from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name
 
-from .compose import StoredExpert, compose
+from .materialize import StoredExpert, materialize
 from .sketch import decoded, encoded, sketch_of
 
 OBJECT_FILE = "object.json"
@@ -146,11 +146,10 @@ def take_anchor(anchor: Artifact, directory: Path) -> Record:
     The files are not linked: whoever has the anchor may change its own.
     """
     config, tensors = anchor.config, anchor.description["tensors"]
-    source, target = anchor.path / "weights", directory / "weights"
-    compose(
-        target, layouts(config, tensors), source, [StoredExpert(source, 0)], ("reflink", "copy")
-    )
-    sketch = encoded(sketches_of(target, config))
+    published, own = anchor.path / "weights", directory / "weights"
+    experts, ways = [StoredExpert(published, 0)], ("reflink", "copy")
+    materialize(own, layouts(config, tensors), published, experts, ways)
+    sketch = encoded(sketches_of(own, config))
     return Record("anchor", to_dict(config), tensors, sketch).of_files_in(directory)
 
 

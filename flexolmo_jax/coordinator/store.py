@@ -5,11 +5,11 @@
     STORE/objects/<key>/weights/      an anchor's weights, or those of one expert
     STORE/models/<digest>.json        where a model is that was composed of objects
 
-An object's name is a digest of its tensors. Models are composed of the objects' files (compose.py).
-A model is complete in itself: it stays the same if the store is removed. Before an object is used,
-its files are compared with its record. If they differ, all its bytes are read and checked. `gc`
-only removes objects whose files are those of their record, and what a killed process left, which
-storage/files.py marks.
+An object's name is a digest of its tensors. Models are composed of the objects' files
+(materialize.py). A model is complete in itself: it stays the same if the store is removed. Before
+an object is used, its files are compared with its record. If they differ, all its bytes are read
+and checked. `gc` only removes objects whose files are those of their record, and what a killed
+process left, which storage/files.py marks.
 
 In a bucket, the object store copies the files itself. A bucket has no locks. So `gc` keeps what
 changed there within the last hour, and should not run during a merge.
@@ -60,7 +60,7 @@ class Held(NamedTuple):
     """An object that was checked: its weights and its sketches."""
 
     weights: Path
-    sketch: np.ndarray  # float64 [matrices, buckets], see sketch.py
+    sketches: np.ndarray  # float64 [matrices, buckets], see sketch.py
 
 
 @dataclass(frozen=True)

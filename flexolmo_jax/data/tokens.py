@@ -65,9 +65,9 @@ class TokenRecords:
         """One record as "tokens" and "segments", int32 [T]."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        place = bisect_right(self._ends, index)
-        file, tokens = self._files[place]
-        start = (index - (self._ends[place - 1] if place else 0)) * self.seq_len
+        number = bisect_right(self._ends, index)
+        file, tokens = self._files[number]
+        start = (index - (self._ends[number - 1] if number else 0)) * self.seq_len
         record = tokens[start : start + self.seq_len].astype(np.int32)
         self._check(file, record)
         segments = np.ones(self.seq_len, np.int32)

@@ -106,14 +106,14 @@ def load_tasks(names: Sequence[str], limit: int | None = None) -> list[Task]:
             " then try again"
         ) from None
     with archive:
-        places = [
+        paths = [
             name.removeprefix(f"{FOLDER}/")
             for name in archive.namelist()
             if name.startswith(FOLDER) and name.endswith(".jsonl.gz")
         ]
         forms = {
             folder.replace("/", "_", 1): folder
-            for folder in (place.rpartition("/")[0] for place in places)
+            for folder in (path.rpartition("/")[0] for path in paths)
         }
         tasks = []
         for name in names:
@@ -186,9 +186,9 @@ def batches(
         chosen = order[start : start + size]
         width = -(-len(queries[chosen[-1]]) // BUCKET) * BUCKET
         tokens, segments = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
-        for place, i in enumerate(chosen):
+        for b, i in enumerate(chosen):
             length = len(queries[i])
-            tokens[place, :length], segments[place, :length] = queries[i], 1
+            tokens[b, :length], segments[b, :length] = queries[i], 1
         yield chosen, tokens, segments
 
 

@@ -232,12 +232,12 @@ def admission(
     for name, tensor in contribution.tensors():
         leaf, layer = leaf_of(name)
         expert[leaf.removeprefix("experts/")][layer, 0] = tensor
-    weights = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
+    matrices = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
     lengths, anchors = (
         np.linalg.norm(each["row"][:, 0].astype(np.float64), axis=1) for each in (expert, ours)
     )
     report = {
-        "weights": weights,
+        "weights": matrices,
         "row_norm_of_the_anchors": _range(lengths / np.maximum(anchors, 1e-12)),
         **_trial(contribution, model, expert, public),
     }

@@ -49,8 +49,8 @@ CHUNK = 256  # documents embedded between two steps of the progress bar
 # embedders that need no model of a hub: part of this package, or in a pip package
 OWN = ("tfidf", "minilm")
 
-# Runs of letters, runs of digits, and every other visible character on its own: all visible text
-# has tokens.
+# Runs of letters, runs of digits, and every other character but spaces on its own: any text that
+# is not blank has tokens.
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
 
 
@@ -180,33 +180,33 @@ class TfidfEmbedder:
         return f"{FORMAT} sha256:{hashlib.sha256(digests).hexdigest()}"
 
     @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        return {word: place for place, word in enumerate(self.words)}
+    def _terms(self) -> dict[str, int]:
+        return {word: term for term, word in enumerate(self.words)}
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         out = np.zeros((len(texts), self.dim), np.float32)
         for i, text in enumerate(texts):
             counts: Counter[int] = Counter()
             for word, count in _count_words(text).items():
-                counts[self._place(word)] += count
+                counts[self._term(word)] += count
             if not counts:
                 continue
-            places = sorted(counts)
-            frequency = np.array([1 + math.log(counts[place]) for place in places], np.float32)
-            vector = frequency * self.idf[places]
+            terms = sorted(counts)
+            frequency = np.array([1 + math.log(counts[term]) for term in terms], np.float32)
+            vector = frequency * self.idf[terms]
             vector /= np.linalg.norm(vector)
-            out[i] = _project(vector[None], self.signs[places], self.dim)[0]
+            out[i] = _project(vector[None], self.signs[terms], self.dim)[0]
         return out
 
     def save(self, directory: Path) -> None:
         write_values(directory, self.idf, self.signs)
         write_description(directory, self.name, self.version, self.dim, words=self.words)
 
-    def _place(self, word: str) -> int:
-        """Where a word's idf and signs are: its own place, or that of its bucket."""
-        place = self._places.get(word)
-        if place is not None:
-            return place
+    def _term(self, word: str) -> int:
+        """The index of a word's idf and signs: its own, or that of its bucket."""
+        term = self._terms.get(word)
+        if term is not None:
+            return term
         hashed = zlib.crc32(word.encode("utf-8", "surrogatepass"))
         return len(self.words) + hashed % (len(self.idf) - len(self.words))
 

@@ -73,7 +73,10 @@ class RMSNorm(nnx.Module):
 def rotate(
     x: Float[Array, "B T H C"], positions: Int[Array, "B T"], theta: float
 ) -> Float[Array, "B T H C"]:
-    """Rotary position embedding, half-split layout (HF's), cos and sin in float32."""
+    """Rotary position embedding: a head's halves are turned against each other, as in HF's OLMo 2.
+
+    cos and sin are in float32.
+    """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies

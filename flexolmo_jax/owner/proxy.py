@@ -170,21 +170,21 @@ class Classifiers(NamedTuple):
 
     def logits(self, digests: Sequence[bytes], vectors: np.ndarray) -> np.ndarray:
         """Logits [n] of documents, above 0 where one seems private."""
-        first, second = (vectors @ one.weights + one.bias for one in self.each)
+        first, second = (vectors @ one.coefficients + one.bias for one in self.each)
         return np.where([_half(digest) for digest in digests], first, second)
 
 
 class Classifier(NamedTuple):
-    """A linear classifier: the logit of a vector x is x @ weights + bias."""
+    """A linear classifier: the logit of a vector x is x @ coefficients + bias."""
 
-    weights: np.ndarray  # [F]
+    coefficients: np.ndarray  # [F]
     bias: float
 
 
 def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier:
     """Logistic regression of labels 0 and 1 on vectors [n, F], by L-BFGS.
 
-    The prior of the weights is Gaussian with a standard deviation of 1.
+    The prior of the coefficients is Gaussian with a standard deviation of 1.
     """
     n = len(labels)
     # Unit vectors times this have entries of about 1.
@@ -212,8 +212,8 @@ def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier
 
         return jax.lax.fori_loop(0, steps, step, (model, solver.init(model)))[0]
 
-    weights, bias = solve()
-    return Classifier(np.asarray(scale * weights), float(bias))
+    coefficients, bias = solve()
+    return Classifier(np.asarray(scale * coefficients), float(bias))
 
 
 def diverse(vectors: np.ndarray, quality: np.ndarray, count: int) -> list[int]:

@@ -59,19 +59,19 @@ def architecture(run: RunConfig) -> ModelConfig:
     For a pair or a router run it is that of the anchor or model at the run's path; where there is
     none yet, the config's `model`. Raises UserError if that is not given either.
     """
-    source = run.pair.anchor if run.pair else run.router.model if run.router else run.train.init
-    if source and path_of(source).exists():
-        model = open_artifact(source).config
+    start = run.pair.anchor if run.pair else run.router.model if run.router else run.train.init
+    if start and path_of(start).exists():
+        model = open_artifact(start).config
         return model_of_pair(run, model) if run.pair else model
     if run.model.vocab_size == 0:
-        where = f"{source} does not exist and " if source else ""
+        where = f"{start} does not exist and " if start else ""
         raise UserError(
             f"{where}model.vocab_size is not given; a plan needs the architecture: --set"
             " model.preset=7b, or the keys of `model`"
         )
     if run.run == "router" and run.model.n_experts == 1:
         raise UserError(
-            f"{source} does not exist, and model.n_experts is 1; say how many experts are merged:"
+            f"{start} does not exist, and model.n_experts is 1; say how many experts are merged:"
             " --set model.n_experts=7"
         )
     return run.model
@@ -143,7 +143,7 @@ def fsdp_minimum(step: Step, dtype: str) -> int:
     for tree, gradients in ((step.kinds["parameters"], 1), (step.kinds["frozen"], 0)):
         for path, a in flatten(tree).items():
             own = math.prod(a.sharding.shard_shape(a.shape))
-            of_others = own * (sharding.ways_gathered(a.sharding) - 1)
+            of_others = own * (sharding.devices_gathered(a.sharding) - 1)
             gathers = 1 if path == "trunk/embedding" else 2
             total += of_others * (gathers + gradients)
     return total * jnp.dtype(dtype).itemsize

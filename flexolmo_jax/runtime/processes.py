@@ -198,9 +198,9 @@ def by_the_first(function: Callable[[], Any]) -> Any:
     global _alone
     if not _joined or _alone:
         return function()
-    store, key = _store(), f"flexolmo/{next(_turns)}"
+    values, key = _key_value_store(), f"flexolmo/{next(_turns)}"
     if not is_first():
-        outcome = json.loads(store.blocking_key_value_get(key, _FOR_EVER))
+        outcome = json.loads(values.blocking_key_value_get(key, _FOR_EVER))
     else:
         _alone = True
         try:
@@ -209,7 +209,7 @@ def by_the_first(function: Callable[[], Any]) -> Any:
             outcome = {"error": str(error)}
         finally:
             _alone = False
-        store.key_value_set(key, json.dumps(outcome))
+        values.key_value_set(key, json.dumps(outcome))
     if "error" in outcome:
         raise UserError(outcome["error"])
     return outcome["result"]
@@ -222,7 +222,7 @@ def compile_for_all(function: Any, *arguments: Any) -> None:
     by_the_first(lambda: None)
 
 
-def _store() -> Any:
+def _key_value_store() -> Any:
     """JAX's key-value store of a run's processes, which has no public name."""
     from jax._src import distributed
 

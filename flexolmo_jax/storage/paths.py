@@ -193,8 +193,8 @@ def kvstore(directory: Path) -> dict[str, Any]:
 def copy_objects(pairs: Sequence[tuple[Path, Path]]) -> None:
     """Copies objects inside the object store. No byte passes through this machine."""
     if pairs:
-        sources, targets = zip(*pairs, strict=True)
-        file_system().copy(list(map(str, sources)), list(map(str, targets)))
+        originals, targets = zip(*pairs, strict=True)
+        file_system().copy(list(map(str, originals)), list(map(str, targets)))
 
 
 def join_objects(parts: Sequence[Path], target: Path) -> None:
