@@ -154,7 +154,8 @@ class Artifact:
                 f"{self.path} was trained on another version of {base.path} (fingerprint"
                 f" {self.fingerprint}); restore that one"
             )
-        ours, its, own = to_dict(self.config), to_dict(base.config), OF_PAIRS * self.is_pair
+        ours, its = to_dict(self.config), to_dict(base.config)
+        own = OF_PAIRS if self.is_pair else ()
         if changed := [key for key in ours if ours[key] != its[key] and key not in own]:
             raise UserError(
                 f"{self.path} has another model.{changed[0]} than {base.path}, on which it was"

@@ -134,7 +134,8 @@ class Composition:
         """The composition with this expert, in place of the one of its name or as the last."""
         members, stored, names = list(self.members), list(self.stored), self.experts
         at = names.index(member["name"]) if member["name"] in names else len(names)
-        members[at - 1 : at], stored[at : at + 1] = [member], [expert]
+        stored[at : at + 1] = [expert]
+        members[at - 1 : at] = [member]  # expert 0 is the anchor's, which is no member
         return dataclasses.replace(self, members=tuple(members), stored=tuple(stored))
 
     def untuned(self, contributed: Sequence[StoredExpert]) -> "Composition":

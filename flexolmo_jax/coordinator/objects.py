@@ -229,8 +229,8 @@ def _check_files(path: Path, target: Mapping[str, Layout]) -> None:
     found = {name: file.size for name, file in content_of(path).items()}
     metadata = {f"weights/{name}": content for name, content in metadata_files(target).items()}
     sizes = {
-        f"weights/{shard_name(at, index)}": layout.shard_bytes
-        for at, layout in target.items()
+        f"weights/{shard_name(array, index)}": layout.shard_bytes
+        for array, layout in target.items()
         for index in layout.indices()
     }
     if found != sizes | {name: len(content) for name, content in metadata.items()}:

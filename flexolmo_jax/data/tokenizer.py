@@ -243,9 +243,8 @@ def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str)
             f"{where} lacks tokens for {len(missing)} bytes and would lose text: expected a"
             " byte-level BPE"
         )
-    if foreign := next(
-        (name for name in model["vocab"] if name not in added and not BYTES.issuperset(name)), None
-    ):
+    learnt = (name for name in model["vocab"] if name not in added)
+    if foreign := next((name for name in learnt if not BYTES.issuperset(name)), None):
         raise UserError(
             f"{where} has the token {foreign!r}, which does not spell bytes: expected a"
             " byte-level BPE"

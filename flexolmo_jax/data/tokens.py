@@ -118,7 +118,6 @@ def _map(file: Path, vocab_size: int) -> np.ndarray | BucketArray:
             " complete?"
         )
     tokens = map_array(file, dtype, 0, (size // dtype.itemsize,))
-    is_wide = (
-        dtype == np.uint16 and size % 4 == 0 and size >= 64 and not tokens[:_SAMPLE][1::2].any()
-    )
+    may_be_wide = dtype == np.uint16 and size % 4 == 0 and size >= 64
+    is_wide = may_be_wide and not tokens[:_SAMPLE][1::2].any()
     return map_array(file, np.dtype(np.uint32), 0, (size // 4,)) if is_wide else tokens

@@ -135,7 +135,8 @@ def resolve(name: str, forms: Sequence[str] | dict[str, str]) -> tuple[str, str]
     is_bpb = name.endswith("_bpb") and name not in forms
     base = name.removesuffix("_bpb") if is_bpb else name
     for short, long in ALIASES.items():
-        base = long + base[len(short) :] if base == short or base.startswith(f"{short}_") else base
+        if base == short or base.startswith(f"{short}_"):
+            base = long + base[len(short) :]
     order = sorted(FORMS, key=lambda form: not form.startswith("gold")) if is_bpb else FORMS
     meant = (base, *(f"{base}_{form}".rstrip("_") for form in order))
     form = next((form for form in meant if form in forms), None)
@@ -214,12 +215,10 @@ def summarise(metric: str, scored: Sequence[Scored]) -> dict[str, Any]:
         bits.append(-choices[label].log_likelihood / n_bytes / math.log(2))
     if not bits:
         raise ValueError("there is no document of which every choice was scored")
-    chosen = (
-        {} if metric == "bpb" else {metric: float(np.mean(correct)), "soft": float(np.mean(soft))}
-    )
+    choice = {metric: float(np.mean(correct)), "soft": float(np.mean(soft))}
     return {
         "metric": metric,
-        **chosen,
+        **({} if metric == "bpb" else choice),
         "bits_per_byte": float(np.mean(bits)),
         "documents": len(bits),
     }

@@ -18,10 +18,8 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.attention import attention, masked_attention
 from flexolmo_jax.runtime import sharding
 
-# logical axes of activations
+# logical axes of activations and of a KV cache
 QUERIES, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-
-
 CACHE = ("layers", "batch", "kv_heads", None, None)
 
 

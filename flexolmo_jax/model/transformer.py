@@ -120,11 +120,11 @@ class Transformer(nnx.Module):
 
         def layer_step(carry, xs):
             x, cache = carry
-            state, states, index, noise = xs
-            layer = nnx.merge(graph, state)
+            layer_state, expert_states, index, noise = xs
+            layer = nnx.merge(graph, layer_state)
             experts = tuple(
-                nnx.merge(graph, whole, state)
-                for (graph, whole, _), state in zip(groups, states, strict=True)
+                nnx.merge(group, matrices, state)
+                for (group, matrices, _), state in zip(groups, expert_states, strict=True)
             )
             here = context.of_layer(index, cache)
             own = dataclasses.replace(choices, noise=noise)

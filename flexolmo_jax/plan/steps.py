@@ -157,7 +157,7 @@ def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> S
     params = parameters(model, mesh, pair=False, dtype=lambda _: RELEASED)
     everywhere = sharding.replicated(mesh)
 
-    def of(*shape: int, dtype: Any = jnp.int32) -> Any:
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
     cache = jax.eval_shape(
@@ -165,35 +165,31 @@ def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> S
     )
     placed = sharding.parameter_sharding(mesh, CACHE, cache.keys.shape)
     cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), cache)
-    state = State(cache, of(batch), of(batch, dtype=bool), of(), of(batch, context // 2))
+    state = State(
+        cache, array(batch), array(batch, dtype=bool), array(), array(batch, context // 2)
+    )
     request = Request(
-        of(batch),
-        of(),
-        of(model.n_experts, dtype=bool),
-        of(dtype=jnp.float32),
-        of(),
-        of(dtype=jnp.float32),
-        of(dtype=jnp.uint32),
+        first_slot=array(batch),
+        eos_id=array(),
+        allowed=array(model.n_experts, dtype=bool),
+        temperature=array(dtype=jnp.float32),
+        top_k=array(),
+        top_p=array(dtype=jnp.float32),
+        seed=array(dtype=jnp.uint32),
     )
     _, run = programs(model, model.n_active, model.vocab_size, True, RELEASED, mesh)
     kinds = {"frozen": params, "cache": cache, "batch": (state._replace(cache=None), request)}
-    return Step(run, (params, state, request, of()), kinds)
+    return Step(run, (params, state, request, array()), kinds)
 
 
 def parameters(
     model: ModelConfig, mesh: Mesh, *, pair: bool, dtype: Callable[[str], str]
 ) -> Params:
+    """A model's parameters as ShapeDtypeStructs on the mesh; `dtype` gives that of a path."""
     axes = flatten(logical_axes(model, pair=pair))
-    shapes = flatten(
-        jax.eval_shape(functools.partial(init_params, model, pair=pair), jax.random.key(0))
-    )
-    return unflatten(
-        {
-            path: jax.ShapeDtypeStruct(
-                a.shape,
-                dtype(path),
-                sharding=sharding.parameter_sharding(mesh, axes[path], a.shape),
-            )
-            for path, a in shapes.items()
-        }
-    )
+    make = functools.partial(init_params, model, pair=pair)
+    params = {}
+    for path, a in flatten(jax.eval_shape(make, jax.random.key(0))).items():
+        placed = sharding.parameter_sharding(mesh, axes[path], a.shape)
+        params[path] = jax.ShapeDtypeStruct(a.shape, dtype(path), sharding=placed)
+    return unflatten(params)

@@ -142,9 +142,8 @@ def detect(environment: Mapping[str, str]) -> Place | None:
         names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
         need(*names, of=f"SLURM_NTASKS is {environment['SLURM_NTASKS']}", hint="start it with srun")
         return Place(None, None, None)
-    if len((environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")) > 1 or environment.get(
-        "MEGASCALE_COORDINATOR_ADDRESS"
-    ):
+    hosts = (environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")
+    if len(hosts) > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return Place(None, None, None)  # GKE
     # A TPU VM: its metadata server knows its pod. Programs compiled for a TPU elsewhere have none.
     has_tpu = importlib.util.find_spec("libtpu") and any(

@@ -244,14 +244,16 @@ def _digests(step: Path, algorithm: str, names: Iterable[str] | None = None) -> 
     """The digests of a step's files, or of those in `names`; the object store's own if it has."""
     found = listing(step)
 
-    def of(name: str) -> tuple[str, str]:
+    def digest_of(name: str) -> tuple[str, str]:
         if algorithm == "md5" and found[name].md5:
             return name, found[name].md5
         with open_to_read(step / name) as file:
             return name, hashlib.file_digest(file, algorithm).hexdigest()  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(4) as pool:
-        return dict(pool.map(of, sorted(found.keys() - UNSEALED) if names is None else names))
+        return dict(
+            pool.map(digest_of, sorted(found.keys() - UNSEALED) if names is None else names)
+        )
 
 
 def _check(step: Path, names: Iterable[str] | None = None) -> None:

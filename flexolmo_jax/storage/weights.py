@@ -221,7 +221,7 @@ class Reader:
 
     def read(self, path: str, box: Box) -> np.ndarray:
         """A part of an array. Raises UserError for damaged data."""
-        with self._told(path):
+        with self._as_user_error(path):
             return self._array(path)[box].read().result()
 
     def shape_and_dtype(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -235,12 +235,12 @@ class Reader:
 
     def _array(self, path: str) -> ts.TensorStore:
         if path not in self._arrays:
-            with self._told(path):
+            with self._as_user_error(path):
                 self._arrays[path] = open_array(array_directory(self.directory, path))
         return self._arrays[path]
 
     @contextmanager
-    def _told(self, path: str) -> Iterator[None]:
+    def _as_user_error(self, path: str) -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError, IndexError) as error:
