@@ -72,12 +72,8 @@ def _by_platform(direction: int, implementation: Implementation | None, *args):
     version = jax.__version_info__
     tpu = "ragged_dot" if version >= (0, 12) else "megablox"
     gpu = "ragged_dot" if version >= (0, 11) else "reference"
-    return jax.lax.platform_dependent(
-        *args,
-        cpu=_PASSES["blocks"][direction],
-        tpu=_PASSES[tpu][direction],
-        default=_PASSES[gpu][direction],
-    )
+    cpu, tpu, other = (_PASSES[name][direction] for name in ("blocks", tpu, gpu))
+    return jax.lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=other)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
