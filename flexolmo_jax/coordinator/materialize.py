@@ -84,8 +84,7 @@ def materialize(
             f"{directory} is in a bucket, which has no {' and no '.join(ways)}; try --by auto"
         )
     instead, taken = instead or {}, Counter[str]()
-    origins = (trunk, *(expert.weights for expert in experts))
-    readers = {origin: Reader(origin) for origin in origins}
+    readers = {origin: Reader(origin) for origin in (trunk, *(one.weights for one in experts))}
     copies: list[tuple[Path, Path]] = []  # from bucket to bucket, made at the end, many at once
     with Writer(directory, target) as writer:
         for path, index, origin, origin_index in plan(target, trunk, experts, tuple(instead)):
@@ -101,12 +100,12 @@ def materialize(
                     box = (box[0], slice(expert, expert + 1), *box[2:])
                 writer.write(path, index, readers[origin].read(path, box))
                 taken["stream"] += 1
-            elif in_bucket(directory):
-                file = readers[origin].file(path, origin_index)
-                copies.append((file, writer.file(path, index)))
-                taken["server-side copy"] += 1
             else:
-                file = readers[origin].file(path, origin_index)
-                taken[place(file, writer.file(path, index), ways)] += 1
+                file, copy = readers[origin].file(path, origin_index), writer.file(path, index)
+                if in_bucket(directory):
+                    copies.append((file, copy))
+                    taken["server-side copy"] += 1
+                else:
+                    taken[place(file, copy, ways)] += 1
         copy_objects(copies)
     return dict(taken)

@@ -43,7 +43,7 @@ from flexolmo_jax.train.sources import evaluation_sets
 
 
 def package(
-    run_path: Path, out: Path, which: str = "last", sign_key: Path | None = None
+    path: Path, out: Path, which: str = "last", sign_key: Path | None = None
 ) -> Contribution:
     """Makes a contribution of a pair's run.
 
@@ -51,7 +51,7 @@ def package(
     what is merged.
 
     Args:
-        run_path: the pair's run.
+        path: the pair's run.
         out: the contribution's directory.
         which: the checkpoint: "last", "best", or a step.
         sign_key: the owner's private key.
@@ -61,12 +61,10 @@ def package(
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
-    run = open_artifact(run_path)
+    run = open_artifact(path)
     if not run.is_pair:
-        raise UserError(
-            f"{run_path} is not a pair's run; expected one, to make a contribution from"
-        )
-    config = _config_of(run_path, run)
+        raise UserError(f"{path} is not a pair's run; expected one, to make a contribution from")
+    config = _config_of(path, run)
     assert config.pair is not None  # checked by _config_of
     anchor = open_anchor(run.base().path)
     dtype = anchor.dtype
@@ -95,13 +93,13 @@ def package(
     return _hand_over(out, anchor, fields, "bias" in released, tensor, key)
 
 
-def _config_of(run_path: Path, run: Artifact) -> RunConfig:
+def _config_of(path: Path, run: Artifact) -> RunConfig:
     """The config of a pair's run. Raises UserError for that of another run."""
-    config = load_config(run_path / "config.yaml")
+    config = load_config(path / "config.yaml")
     if config.pair is None or ("anchor", config.pair.name) != run.experts:
         got = "no pair" if config.pair is None else f"the pair of {config.pair.name!r}"
         raise UserError(
-            f"{run_path / 'config.yaml'} describes {got}; the run trained {run.experts[1]!r};"
+            f"{path / 'config.yaml'} describes {got}; the run trained {run.experts[1]!r};"
             " restore the run's own config.yaml"
         )
     return config
