@@ -14,7 +14,7 @@ import numpy as np
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import copy_objects, in_bucket
 from flexolmo_jax.storage.placing import WAYS, place
-from flexolmo_jax.storage.weights import Index, Layout, Reader, Writer
+from flexolmo_jax.storage.weights import Box, Index, Layout, Reader, Writer
 
 
 class StoredExpert(NamedTuple):
@@ -89,15 +89,12 @@ def materialize(
     with Writer(directory, target) as writer:
         for path, index, origin, origin_index in plan(target, trunk, experts, tuple(instead)):
             layout = target[path]
-            box = layout.box(index)
             if path in instead:
-                writer.write(path, index, instead[path][box])
+                writer.write(path, index, instead[path][layout.box(index)])
             elif origin is None:  # a bias that the expert does not have
                 writer.write(path, index, np.zeros(layout.shard, layout.dtype))
             elif "stream" in ways or in_bucket(origin) != in_bucket(directory):
-                if origin_index != index:  # the expert has another place there
-                    expert = origin_index[1]
-                    box = (box[0], slice(expert, expert + 1), *box[2:])
+                box = _box_there(layout, index, origin_index)
                 writer.write(path, index, readers[origin].read(path, box))
                 taken["stream"] += 1
             else:
@@ -109,3 +106,12 @@ def materialize(
                     taken[place(file, copy, ways)] += 1
         copy_objects(copies)
     return dict(taken)
+
+
+def _box_there(layout: Layout, index: Index, origin_index: Index) -> Box:
+    """A shard's part of the array in the other weights, where the expert may have another index."""
+    box = layout.box(index)
+    if origin_index == index:
+        return box
+    expert = origin_index[1]
+    return (box[0], slice(expert, expert + 1), *box[2:])
