@@ -124,9 +124,11 @@ class _FewShuffled:
 
     def __init__(self, records: Source, seed: tuple[int, int]):
         self._records = records
-        self._order = lru_cache(2)(
-            lambda epoch: np.random.default_rng((*seed, epoch)).permutation(len(records))
-        )
+
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((*seed, epoch)).permutation(len(records))
+
+        self._order = lru_cache(2)(order)
 
     def __len__(self) -> int:
         return sys.maxsize

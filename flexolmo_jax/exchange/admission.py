@@ -233,12 +233,12 @@ def admission(
         leaf, layer = leaf_of(name)
         expert[leaf.removeprefix("experts/")][layer, 0] = tensor
     matrices = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
-    lengths, anchors = (
+    row_norms, our_row_norms = (
         np.linalg.norm(each["row"][:, 0].astype(np.float64), axis=1) for each in (expert, ours)
     )
     report = {
         "weights": matrices,
-        "row_norm_of_the_anchors": _range(lengths / np.maximum(anchors, 1e-12)),
+        "row_norm_of_the_anchors": _range(row_norms / np.maximum(our_row_norms, 1e-12)),
         **_trial(contribution, model, expert, public),
     }
     judged = {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)}

@@ -91,9 +91,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, pair: bool, rngs: nnx.Rngs):
         def stack(num_experts: int, has_bias: bool) -> Experts:
-            return nnx.vmap(functools.partial(Experts, config, num_experts, has_bias))(
-                rngs.split(config.n_layers)
-            )
+            of_layer = functools.partial(Experts, config, num_experts, has_bias)
+            return nnx.vmap(of_layer)(rngs.split(config.n_layers))
 
         self.config = config
         self.trunk = Trunk(config, rngs)

@@ -103,10 +103,11 @@ def _imbalance(
     when balanced to 1 when one expert takes all."""
     is_chosen = (probabilities > 0).astype(jnp.float32)
     chosen = jnp.einsum("lbte,bt->le", is_chosen, mask.astype(jnp.float32))
-    choices, probability = (
-        s / jnp.maximum(jnp.sum(s, axis=-1, keepdims=True), 1e-9) for s in (chosen, share)
-    )
-    return jnp.mean(jnp.sum(choices * probability, axis=-1))
+
+    def shares(sums: Float[Array, "L E"]) -> Float[Array, "L E"]:
+        return sums / jnp.maximum(jnp.sum(sums, axis=-1, keepdims=True), 1e-9)
+
+    return jnp.mean(jnp.sum(shares(chosen) * shares(share), axis=-1))
 
 
 def _surprise(
