@@ -14,7 +14,7 @@ import numpy as np
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import copy_objects, in_bucket
 from flexolmo_jax.storage.placing import WAYS, place
-from flexolmo_jax.storage.weights import Box, Index, Layout, Reader, Writer
+from flexolmo_jax.storage.weights import Box, Layout, Reader, ShardIndex, Writer
 
 
 class StoredExpert(NamedTuple):
@@ -28,9 +28,9 @@ class PlannedFile(NamedTuple):
     """One file to write, a shard of an array, and the shard of other weights that has its bytes."""
 
     path: str  # of the array
-    index: Index  # of the shard
+    index: ShardIndex  # of the shard
     origin: Path | None  # the other weights; None: the shard comes from memory
-    origin_index: Index  # of the shard there
+    origin_index: ShardIndex  # of the shard there
 
 
 def plan(
@@ -108,7 +108,7 @@ def materialize(
     return dict(taken)
 
 
-def _box_there(layout: Layout, index: Index, origin_index: Index) -> Box:
+def _box_there(layout: Layout, index: ShardIndex, origin_index: ShardIndex) -> Box:
     """A shard's part of the array in the other weights, where the expert may have another index."""
     box = layout.box(index)
     if origin_index == index:

@@ -7,8 +7,8 @@
 
 An object's name is a digest of its tensors. Models are composed of the objects' files
 (materialize.py). A model is complete in itself: it stays the same if the store is removed. Before
-an object is used, its files are compared with its record. If they differ, all its bytes are read
-and checked. `gc` only removes objects whose files are those of their record, and what a killed
+an object is used, its files are compared with its inventory. If they differ, all its bytes are read
+and checked. `gc` only removes objects whose files are those of their inventory, and what a killed
 process left, which storage/files.py marks.
 
 In a bucket, the object store copies the files itself. A bucket has no locks. So `gc` keeps what
@@ -48,7 +48,7 @@ from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import STORE_FILE, is_whole
 from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, path_of
 
-from .objects import Record, check_object, content_of, key_of, take_anchor, take_expert
+from .objects import Inventory, check_object, content_of, key_of, take_anchor, take_expert
 
 STORE = "flexolmo-store"
 FORMAT = 1
@@ -213,7 +213,7 @@ class Store:
         return self._checked(key)
 
     def register(self, model: Path) -> None:
-        """Records where a model is about to be written.
+        """Notes where a model is about to be written.
 
         Raises UserError for a model inside the store, and for one around it.
         """
@@ -264,8 +264,8 @@ class Store:
         """Removes the objects that no registered model needs, and what killed processes left.
 
         Both in the store and beside the registered models. An object with other files than those of
-        its record stays and is named. Models that are no longer where they were composed are named
-        too: whoever moved one sees that the store has forgotten it.
+        its inventory stays and is named. So are models that are no longer where they were composed:
+        whoever moved one sees that the store has forgotten it.
         """
         with self.alone():
             unneeded = [path for path in self._unneeded() if is_settled(path)]
@@ -316,9 +316,9 @@ class Store:
         return [path for path in self._whole() if path.name not in needed]
 
     def _is_ours(self, path: Path) -> bool:
-        """Whether an object has no other files than those of its record."""
+        """Whether an object has no other files than those of its inventory."""
         try:
-            return content_of(path).keys() == Record.read(path).files.keys()
+            return content_of(path).keys() == Inventory.read(path).files.keys()
         except UserError:
             return False
 
@@ -341,7 +341,7 @@ class Store:
                 ) from None
         return found
 
-    def _object(self, key: str, take: Callable[[Path], Record]) -> Held:
+    def _object(self, key: str, take: Callable[[Path], Inventory]) -> Held:
         """The object of this name, which `take` writes into a directory if it is not here yet."""
         target = self._objects / key
         if not is_whole(target):
@@ -354,15 +354,15 @@ class Store:
         return self._checked(key)
 
     def _checked(self, key: str) -> Held:
-        """An object whose files are those of its record, or whose bytes have been checked again."""
+        """An object with the files of its inventory, or whose bytes have been checked again."""
         path = self._objects / key
-        record = Record.read(path)
-        if record.key != key or not record.matches(path):
+        inventory = Inventory.read(path)
+        if inventory.key != key or not inventory.matches(path):
             note(f"{path} was copied or changed since it was taken in; it is read again")
             check_object(path)
             with contextlib.suppress(OSError):
-                record.of_files_in(path).write(path)
-        return Held(path / "weights", record.sketches)
+                inventory.of_files_in(path).write(path)
+        return Held(path / "weights", inventory.sketches)
 
 
 def keys_of(artifact: Artifact) -> list[str]:

@@ -121,15 +121,18 @@ def detect(environment: Mapping[str, str]) -> Place | None:
     Raises UserError where only a part of it is set.
     """
 
-    def need(*names: str, of: str, hint: str) -> None:
+    def need(*names: str, because: str, hint: str) -> None:
         if missing := [name for name in names if not environment.get(name)]:
             raise UserError(
-                f"{of}, but {missing[0]} is not set; {hint}, or --distributed none for one process"
+                f"{because}, but {missing[0]} is not set; {hint}, or --distributed none for"
+                " one process"
             )
 
     if environment.get("JAX_COORDINATOR_ADDRESS"):
         names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        need(*names, of="JAX_COORDINATOR_ADDRESS is set", hint=f"set {' and '.join(names)} too")
+        need(
+            *names, because="JAX_COORDINATOR_ADDRESS is set", hint=f"set {' and '.join(names)} too"
+        )
         try:
             processes, process = (int(environment[name]) for name in names)
         except ValueError:
@@ -140,7 +143,11 @@ def detect(environment: Mapping[str, str]) -> Place | None:
         return _checked(environment["JAX_COORDINATOR_ADDRESS"], processes, process)
     if int(environment.get("SLURM_NTASKS") or 1) > 1:
         names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-        need(*names, of=f"SLURM_NTASKS is {environment['SLURM_NTASKS']}", hint="start it with srun")
+        need(
+            *names,
+            because=f"SLURM_NTASKS is {environment['SLURM_NTASKS']}",
+            hint="start it with srun",
+        )
         return Place(None, None, None)
     hosts = (environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")
     if len(hosts) > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):

@@ -222,7 +222,7 @@ def test_an_object_under_the_name_of_another_is_not_merged(anchor, contributions
         lambda: verify(tmp_path / STORE),
         lambda: merge(anchor, [contributions["code"]], tmp_path / "again"),
     ):
-        with pytest.raises(UserError, match="its record is that of another object"):
+        with pytest.raises(UserError, match="its inventory is that of another object"):
             use()
     assert not (tmp_path / "again").exists()
 

@@ -247,8 +247,8 @@ def test_opting_out_of_a_damaged_model_is_refused(model, tmp_path):
 def test_what_a_store_holds_and_knows_is_on_the_disk_before_it_is_seen(
     anchor, contributions, tmp_path, monkeypatch
 ):
-    """Promise: what is verified is what runs. After a power cut there is no object, record or model
-    whose bytes were only in memory."""
+    """Promise: what is verified is what runs. After a power cut there is no object, inventory or
+    model whose bytes were only in memory."""
     with monkeypatch.context() as patch:
         recorder = Recorder(patch)
         model = merge(anchor, [contributions["code"]], tmp_path / "model").path
