@@ -101,21 +101,18 @@ def test_the_anchor_has_no_bias_whatever_is_stored_there():
 def test_a_bias_lowers_an_expert_and_never_raises_it():
     params = some_experts()
 
-    def weight(bias):
-        return np.asarray(
-            jitted(H, [params | {"bias": params["bias"].at[2].set(bias)}], E)[1].probabilities[
-                ..., 2
-            ]
-        )
+    def probability(bias):
+        biased = params | {"bias": params["bias"].at[2].set(bias)}
+        return np.asarray(jitted(H, [biased], E)[1].probabilities[..., 2])
 
-    np.testing.assert_array_equal(weight(3.0), weight(0.0))
-    assert (weight(-1.0) < weight(0.0)).all()
+    np.testing.assert_array_equal(probability(3.0), probability(0.0))
+    assert (probability(-1.0) < probability(0.0)).all()
 
 
 @pytest.mark.parametrize("active", [2, E])
 def test_entropy_is_that_of_the_allowed_experts_probabilities(active):
     params, allowed = some_experts(), EVERYONE.at[3].set(False)
-    # every expert active: the weights are all of the probabilities
+    # every expert active: none of the probabilities is left out
     p = np.asarray(jitted(H, [params], E, allowed)[1].probabilities, np.float64)
     expected = -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-30)), 0), axis=-1)
     np.testing.assert_allclose(
