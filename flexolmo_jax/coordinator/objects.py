@@ -24,7 +24,7 @@ from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name
 
 from .compose import StoredExpert, compose
-from .sketch import decoded, encoded, sketch_of
+from .sketch import agree, decoded, encoded, sketch_of
 
 OBJECT_FILE = "object.json"
 _TEMPORARY_RECORD = re.compile(re.escape(f".{OBJECT_FILE}.") + r"\d+\.tmp")
@@ -98,6 +98,12 @@ class Record:
         """The record with the sizes and times of the files that are in the directory now."""
         files = {name: tuple(values) for name, values in _files_in(directory).items()}
         return dataclasses.replace(self, files=files)
+
+    def statement(self, directory: Path) -> str:
+        """What is vouched for (storage/verified.py): that these files have this record's bytes."""
+        where = str(directory) if in_bucket(directory) else directory.stat().st_dev
+        fields = dataclasses.asdict(self) | {"sha256": ""}
+        return canonical_json({"object": fields, "where": where})
 
     def layouts(self) -> dict[str, Layout]:
         """The layout of each of the object's arrays."""
@@ -219,6 +225,8 @@ def check_object(path: Path) -> None:
         target = record.layouts()
         _check_files(path, target)
         _check_tensors(record, target, Reader(path / "weights"))
+        if not agree(record.sketches, sketches_of(path / "weights", record.config)):
+            raise UserError("the sketch in its record is not that of its weights")
     except (UserError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged: {error!s:.200}; remove it, and merge again to take its"

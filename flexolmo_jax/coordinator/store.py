@@ -7,7 +7,8 @@
 
 An object's name is a digest of its tensors. Models are composed of the objects' files (compose.py).
 A model is complete in itself: it stays the same if the store is removed. Before an object is used,
-its files are compared with its record. If they differ, all its bytes are read and checked. `gc`
+its files are compared with its record. If they differ, or this user has not checked the object yet,
+all its bytes are read and checked. `gc`
 only removes objects whose files are those of their record, and what a killed process left, which
 storage/files.py marks.
 
@@ -347,21 +348,33 @@ class Store:
         if not is_whole(target):
             try:
                 with new_directory(target, shared=True) as directory:
-                    take(directory).write(directory)
+                    record = take(directory)
+                    record.write(directory)
+                    verified.vouch(record.statement(directory))
             except (OSError, UserError):
                 if not is_whole(target):  # else another process has just written it
                     raise
         return self._checked(key)
 
     def _checked(self, key: str) -> Held:
-        """An object whose files are those of its record, or whose bytes have been checked again."""
+        """An object that this user has checked, whose files are those of its record since.
+
+        Anybody may have written the record: one that nobody vouches for is read again, too.
+        """
         path = self._objects / key
         record = Record.read(path)
-        if record.key != key or not record.matches(path):
-            note(f"{path} was copied or changed since it was taken in; it is read again")
+        is_checked = record.key == key and verified.is_vouched(record.statement(path))
+        if not (is_checked and record.matches(path)):
+            note(f"{path} was copied or changed, or another user took it in; it is read again")
+            record = record.of_files_in(path)
             check_object(path)
+            if not record.matches(path):
+                raise UserError(
+                    f"{path} changed while it was read; stop all writing there and run it again"
+                )
             with contextlib.suppress(OSError):
-                record.of_files_in(path).write(path)
+                record.write(path)
+            verified.vouch(record.statement(path))
         return Held(path / "weights", record.sketches)
 
 
