@@ -20,7 +20,7 @@ import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +212,15 @@ class Store:
                 " merged with (--store), or merge again"
             )
         return self._checked(key)
+
+    def check_again(self, weights: Collection[Path]) -> None:
+        """Checks again those of these directories of weights that are objects of this store.
+
+        Raises UserError as `held` does.
+        """
+        for directory in weights:
+            if directory.parent.parent == self._objects:
+                self._checked(directory.parent.name)
 
     def register(self, model: Path) -> None:
         """Records where a model is about to be written.

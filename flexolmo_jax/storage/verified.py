@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,26 @@ def vouch(statement: str) -> None:
 def is_vouched(statement: str) -> bool:
     """Whether `vouch` was told this very statement. Whoever wrote it into a file may be anybody."""
     return _is_known(_digest(statement))
+
+
+@contextmanager
+def unchanged(directories: Collection[Path]) -> Iterator[None]:
+    """Raises UserError at the end where other files are in a directory than at the beginning.
+
+    What was verified in between is then what was used. More links to a file are no change.
+    """
+    before = {directory: _status(directory) for directory in directories}
+    yield
+    for directory, files in before.items():
+        if _status(directory) != files:
+            raise UserError(
+                f"{directory} changed while it was used; stop all writing there and run it again"
+            )
+
+
+def _status(directory: Path) -> list[Any]:
+    files = sorted(_files(directory))
+    return files if in_bucket(directory) else [status[:-1] for status in files]
 
 
 def identity(directory: Path, claim: str) -> str:
