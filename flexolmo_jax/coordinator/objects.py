@@ -100,7 +100,7 @@ class Inventory:
         return dataclasses.replace(self, files=files)
 
     def statement(self, directory: Path) -> str:
-        """What is vouched for (storage/verified.py): these files have the bytes of the inventory."""
+        """What is vouched for (storage/verified.py): these files hold what the inventory says."""
         where = str(directory) if in_bucket(directory) else directory.stat().st_dev
         fields = dataclasses.asdict(self) | {"sha256": ""}
         return canonical_json({"object": fields, "where": where})
