@@ -77,6 +77,7 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         _write_json(directory / "generation_config.json", generation)
         write_bytes(directory / "README.md", _card(artifact, config, scores).encode())
         _write_json(directory / "config.json", fields)
+        artifact.ensure()  # again: another directory may have got its name meanwhile
     plural = "s" * (len(files) > 1)
     (architecture,) = fields["architectures"]
     note(f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}")

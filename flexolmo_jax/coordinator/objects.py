@@ -24,7 +24,7 @@ from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name
 
 from .materialize import StoredExpert, materialize
-from .sketch import decoded, encoded, sketch_of
+from .sketch import agree, decoded, encoded, sketch_of
 
 OBJECT_FILE = "object.json"
 _TEMPORARY_INVENTORY = re.compile(re.escape(f".{OBJECT_FILE}.") + r"\d+\.tmp")
@@ -98,6 +98,12 @@ class Inventory:
         """The inventory with the sizes and times of the files that are in the directory now."""
         files = {name: tuple(values) for name, values in _files_in(directory).items()}
         return dataclasses.replace(self, files=files)
+
+    def statement(self, directory: Path) -> str:
+        """What is vouched for (storage/verified.py): these files hold what the inventory says."""
+        where = str(directory) if in_bucket(directory) else directory.stat().st_dev
+        fields = dataclasses.asdict(self) | {"sha256": ""}
+        return canonical_json({"object": fields, "where": where})
 
     def layouts(self) -> dict[str, Layout]:
         """The layout of each of the object's arrays."""
@@ -218,6 +224,8 @@ def check_object(path: Path) -> None:
         target = inventory.layouts()
         _check_files(path, target)
         _check_tensors(inventory, target, Reader(path / "weights"))
+        if not agree(inventory.sketches, sketches_of(path / "weights", inventory.config)):
+            raise UserError("the sketch in its inventory is not that of its weights")
     except (UserError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged: {error!s:.200}; remove it, and merge again to take its"

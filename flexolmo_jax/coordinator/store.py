@@ -7,9 +7,9 @@
 
 An object's name is a digest of its tensors. Models are composed of the objects' files
 (materialize.py). A model is complete in itself: it stays the same if the store is removed. Before
-an object is used, its files are compared with its inventory. If they differ, all its bytes are read
-and checked. `gc` only removes objects whose files are those of their inventory, and what a killed
-process left, which storage/files.py marks.
+an object is used, its files are compared with its inventory. If they differ, or this user has not
+checked the object yet, all its bytes are read and checked. `gc` only removes objects whose files
+are those of their inventory, and what a killed process left, which storage/files.py marks.
 
 In a bucket, the object store copies the files itself. A bucket has no locks. So `gc` keeps what
 changed there within the last hour, and should not run during a merge.
@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +212,15 @@ class Store:
             )
         return self._checked(key)
 
+    def check_again(self, weights: Collection[Path]) -> None:
+        """Checks again those of these directories of weights that are objects of this store.
+
+        Raises UserError as `held` does.
+        """
+        for directory in weights:
+            if directory.parent.parent == self._objects:
+                self._checked(directory.parent.name)
+
     def register(self, model: Path) -> None:
         """Notes where a model is about to be written.
 
@@ -347,21 +356,33 @@ class Store:
         if not is_whole(target):
             try:
                 with new_directory(target, shared=True) as directory:
-                    take(directory).write(directory)
+                    inventory = take(directory)
+                    inventory.write(directory)
+                    verified.vouch(inventory.statement(directory))
             except (OSError, UserError):
                 if not is_whole(target):  # else another process has just written it
                     raise
         return self._checked(key)
 
     def _checked(self, key: str) -> Held:
-        """An object with the files of its inventory, or whose bytes have been checked again."""
+        """An object that this user has checked, whose files are those of its inventory since.
+
+        Anybody may have written the inventory: one that nobody vouches for is read again, too.
+        """
         path = self._objects / key
         inventory = Inventory.read(path)
-        if inventory.key != key or not inventory.matches(path):
-            note(f"{path} was copied or changed since it was taken in; it is read again")
+        is_checked = inventory.key == key and verified.is_vouched(inventory.statement(path))
+        if not (is_checked and inventory.matches(path)):
+            note(f"{path} was copied or changed, or another user took it in; it is read again")
+            inventory = inventory.of_files_in(path)
             check_object(path)
+            if not inventory.matches(path):
+                raise UserError(
+                    f"{path} changed while it was read; stop all writing there and run it again"
+                )
             with contextlib.suppress(OSError):
-                inventory.of_files_in(path).write(path)
+                inventory.write(path)
+            verified.vouch(inventory.statement(path))
         return Held(path / "weights", inventory.sketches)
 
 

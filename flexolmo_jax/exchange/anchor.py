@@ -29,6 +29,7 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import weights
 from flexolmo_jax.storage.files import new_directory, write_new
 from flexolmo_jax.storage.outputs import check_new_file
+from flexolmo_jax.storage.paths import in_bucket
 
 from .embedder import domain_embedding, fit_embedder, load_embedder
 
@@ -78,10 +79,14 @@ def publish(  # noqa: PLR0913 - the verb's options
         description["embedder"] |= {"name": fitted.name, "version": fitted.version}
         description["public"] = [name_of(path) for path in public]
         write_description(directory, description)
+        artifact.ensure()  # again: another directory may have got its name meanwhile
+        if not in_bucket(out):
+            open_artifact(directory).remember()
     fingerprint, parameters = description["fingerprint"], sum(a.size for a in released.values())
     note(f"published {out}: fingerprint {fingerprint[:16]}, {parameters:,} parameters in {dtype}")
     anchor = open_artifact(out)
-    anchor.remember()
+    if in_bucket(out):  # where the mark of an unfinished directory was one of its files
+        anchor.remember()
     return anchor
 
 
@@ -167,6 +172,7 @@ def embed_domain(
     anchor = open_anchor(anchor_path)
     check_new_file(out)
     embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    anchor.ensure()  # again, now that it is read
     embedding = domain_embedding(embedder, _documents(documents))
     content = io.BytesIO()
     np.save(content, embedding)

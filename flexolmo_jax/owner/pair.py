@@ -129,6 +129,7 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
         embedder = load_embedder(
             anchor.path / "embedder", anchor.config.d_model, allow_hub=pair.allow_hub_embedder
         )
+        anchor.ensure()  # again, now that it is read
         return domain_embedding(embedder, _private_documents(run, anchor.tokenizer))
     random = np.random.default_rng(run.train.seed)
     return random.normal(0, anchor.config.init_std, anchor.config.d_model).astype(np.float32)

@@ -88,6 +88,7 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
         )
     anchor = open_anchor(anchor_path)
     loaded = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    anchor.ensure()  # again, now that it is read
     embedder = widened(loaded)
     learnt_from, seen = _learnt_from(private, public, heldout)
     classifiers, accuracy = _fitted(embedder, learnt_from)
