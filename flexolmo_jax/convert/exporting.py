@@ -70,7 +70,6 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     eos, pad = tokenizer.eos_id, tokenizer.pad_id
     fields = hf_config(config, dtype=dtype, eos_token_id=eos, pad_token_id=pad)
     generation = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
-    architecture = fields["architectures"][0]
     files = shards(key_table(config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
         tokenizer.save(directory / "tokenizer.json")
@@ -80,7 +79,7 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         write_bytes(directory / "README.md", _card(artifact, config, scores).encode())
         _write_json(directory / "config.json", fields)
         artifact.ensure()  # again: another directory may have got its name meanwhile
-    plural = "s" * (len(files) > 1)
+    architecture, plural = fields["architectures"][0], "s" * (len(files) > 1)
     note(f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}")
     figures = {"dtype": dtype, "bytes": total, "files": len(files)}
     return {"out": str(out), "architecture": architecture, **figures, **scores}
