@@ -131,7 +131,7 @@ CHANGES: dict[str, Callable[[TfidfEmbedder], dict[str, Any]]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_an_embedder_is_one_that_publishing_makes(tmp_path, change):
     """A claim is believed with cause only: the projection is said to be the fixed one, and that of
-    a hostile anchor was taken, with a fingerprint that is right. With an idf out of bounds, owners got
+    a hostile anchor was taken, its fingerprint being right. With an idf out of bounds, owners got
     rows that are no numbers, and were told to lower their learning rate."""
     embedder = fit_embedder("tfidf", ["the river", "a farmer", "our village"], 8)
     assert isinstance(embedder, TfidfEmbedder)
