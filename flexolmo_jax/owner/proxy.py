@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.data.documents import HELDOUT, digest_of, read_training_documents
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.embedder import CHUNK, Embedder, load_embedder, widened
 from flexolmo_jax.runtime.progress import bar
