@@ -25,10 +25,10 @@ from flexolmo_jax.storage.placing import WAYS
 from .composition import Composition, Member, Tuning
 from .gate import ANYBODY, Gate
 from .materialize import StoredExpert
-from .objects import sketches_of
+from .objects import anchor_key, expert_key, sketches_of
 from .receipt import make_receipt
 from .sketch import encoded
-from .store import STORE, Store, anchor_key, expert_key
+from .store import STORE, Store
 
 
 def merge(  # noqa: PLR0913 - the verb's options

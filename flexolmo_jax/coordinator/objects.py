@@ -1,5 +1,6 @@
 """An object of a store, an anchor or an expert: its inventory, taking it in, checking its bytes."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -17,6 +18,8 @@ from flexolmo_jax.description import DigestedTensors, Sketch, Text, canonical_js
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import MATRICES, layouts, leaf_of, name_of_tensor
+from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.storage.outputs import UNFINISHED
 from flexolmo_jax.storage.paths import File, in_bucket, listing
@@ -35,6 +38,14 @@ def key_of(kind: str, tensors: Mapping[str, Any]) -> str:
     """The name of an object with these tensors: a SHA-256."""
     content = canonical_json({"kind": kind, "layout": LAYOUT, "tensors": tensors})
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def anchor_key(tensors: Mapping[str, Any]) -> str:
+    return key_of("anchor", tensors)
+
+
+def expert_key(tensors: Mapping[str, Any]) -> str:
+    return key_of("expert", tensors)
 
 
 @dataclass(frozen=True)
@@ -210,6 +221,30 @@ def take_expert(contribution: Contribution, directory: Path) -> Inventory:
     sketch = encoded(np.stack([sketches[layer, leaf] for layer in layers for leaf in MATRICES]))
     inventory = Inventory("expert", manifest["model"], manifest["tensors"], sketch)
     return inventory.of_files_in(directory)
+
+
+def checked(path: Path) -> Inventory:
+    """The inventory of an object that this user has checked, and whose files are those of it since.
+
+    Anybody may have written the inventory. The object is read where nobody vouches for it.
+
+    Raises UserError as `check_object` does.
+    """
+    inventory = Inventory.read(path)
+    is_known = inventory.key == path.name and verified.is_vouched(inventory.statement(path))
+    if is_known and inventory.matches(path):
+        return inventory
+    note(f"{path} was copied or changed, or another user took it in; it is read again")
+    inventory = inventory.of_files_in(path)
+    check_object(path)
+    if not inventory.matches(path):
+        raise UserError(
+            f"{path} changed while it was read; stop all writing there and run it again"
+        )
+    with contextlib.suppress(OSError):
+        inventory.write(path)
+    verified.vouch(inventory.statement(path))
+    return inventory
 
 
 def check_object(path: Path) -> None:

@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,6 @@ from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sea
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import anchor_tensors, tensors_of
-from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import (
     abandoned,
@@ -46,9 +45,25 @@ from flexolmo_jax.storage.files import (
 )
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import STORE_FILE, is_whole
-from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, path_of
+from flexolmo_jax.storage.paths import (
+    absolute,
+    check_for_arrays,
+    children,
+    in_bucket,
+    listing,
+    path_of,
+)
 
-from .objects import Inventory, check_object, content_of, key_of, take_anchor, take_expert
+from .objects import (
+    Inventory,
+    anchor_key,
+    check_object,
+    checked,
+    content_of,
+    expert_key,
+    take_anchor,
+    take_expert,
+)
 
 STORE = "flexolmo-store"
 FORMAT = 1
@@ -73,6 +88,7 @@ class Store:
     def at(cls, path: Path) -> "Store":
         """A store, or a place for a new one. Raises UserError for anything else."""
         store = cls(absolute(path))
+        check_for_arrays(store.path)
         if not store._is_known() and children(store.path):
             raise UserError(
                 f"{path} is not a store of this version: it has no {STORE_FILE}; give --store a new"
@@ -227,6 +243,7 @@ class Store:
         Raises UserError for a model inside the store, and for one around it.
         """
         model = absolute(model)
+        check_for_arrays(model)
         if model == self.path or model in self.path.parents or self.path in model.parents:
             raise UserError(
                 f"the model {model} and the store {self.path} may not contain each other; give"
@@ -365,25 +382,8 @@ class Store:
         return self._checked(key)
 
     def _checked(self, key: str) -> Held:
-        """An object that this user has checked, whose files are those of its inventory since.
-
-        Anybody may have written the inventory: one that nobody vouches for is read again, too.
-        """
         path = self._objects / key
-        inventory = Inventory.read(path)
-        is_checked = inventory.key == key and verified.is_vouched(inventory.statement(path))
-        if not (is_checked and inventory.matches(path)):
-            note(f"{path} was copied or changed, or another user took it in; it is read again")
-            inventory = inventory.of_files_in(path)
-            check_object(path)
-            if not inventory.matches(path):
-                raise UserError(
-                    f"{path} changed while it was read; stop all writing there and run it again"
-                )
-            with contextlib.suppress(OSError):
-                inventory.write(path)
-            verified.vouch(inventory.statement(path))
-        return Held(path / "weights", inventory.sketches)
+        return Held(path / "weights", checked(path).sketches)
 
 
 def keys_of(artifact: Artifact) -> list[str]:
@@ -395,11 +395,3 @@ def keys_of(artifact: Artifact) -> list[str]:
         anchor_key(anchor_tensors(description)),
         *(expert_key(tensors_of(member)) for member in description["members"]),
     ]
-
-
-def anchor_key(tensors: Mapping[str, Any]) -> str:
-    return key_of("anchor", tensors)
-
-
-def expert_key(tensors: Mapping[str, Any]) -> str:
-    return key_of("expert", tensors)

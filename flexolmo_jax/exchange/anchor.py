@@ -29,7 +29,6 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import weights
 from flexolmo_jax.storage.files import new_directory, write_new
 from flexolmo_jax.storage.outputs import check_new_file
-from flexolmo_jax.storage.paths import in_bucket
 
 from .embedder import domain_embedding, fit_embedder, load_embedder
 
@@ -80,13 +79,10 @@ def publish(  # noqa: PLR0913 - the verb's options
         description["public"] = [name_of(path) for path in public]
         write_description(directory, description)
         artifact.ensure()  # again: another directory may have got its name meanwhile
-        if not in_bucket(out):
-            open_artifact(directory).remember()
-    fingerprint, parameters = description["fingerprint"], sum(a.size for a in released.values())
-    note(f"published {out}: fingerprint {fingerprint[:16]}, {parameters:,} parameters in {dtype}")
+    fingerprint, count = description["fingerprint"], sum(a.size for a in released.values())
+    note(f"published {out}: fingerprint {fingerprint[:16]}, {count:,} parameters in {dtype}")
     anchor = open_artifact(out)
-    if in_bucket(out):  # where the mark of an unfinished directory was one of its files
-        anchor.remember()
+    anchor.remember()
     return anchor
 
 

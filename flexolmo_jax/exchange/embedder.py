@@ -45,6 +45,7 @@ FIT_DOCUMENTS = 20_000  # vocabulary and idf hardly change after this many
 # of a document: its subject shows early, and this bounds the time for books
 MAX_CHARACTERS = 8000
 WIDE = 1024  # dimensions of a TF-IDF vector that tells texts apart
+IDF = (0.999, 100.0)  # the bounds of ln((1 + documents) / (1 + n)) + 1
 CHUNK = 256  # documents embedded between two steps of the progress bar
 # embedders that need no model of a hub: part of this package, or in a pip package
 OWN = ("tfidf", "minilm")
@@ -115,6 +116,7 @@ def load_embedder(directory: Path, dim: int | None = None, *, allow_hub: bool = 
         words = tuple(saved.get("words") or ())
         values = read_values(directory, len(words), saved["dim"])
         embedder = TfidfEmbedder(saved["dim"], words, *values)
+        _check_fitted(embedder, directory)
     else:
         embedder = _encoder(name, saved["dim"])
     if embedder.version != version:
@@ -124,6 +126,28 @@ def load_embedder(directory: Path, dim: int | None = None, *, allow_hub: bool = 
             f" {version}; {remedy}"
         )
     return embedder
+
+
+def _check_fitted(embedder: "TfidfEmbedder", directory: Path) -> None:
+    """Raises UserError for values that no fitting gives, whatever their digest.
+
+    A projection that somebody chose could tell more of an owner's text than the fixed one, and
+    weights out of bounds give rows that are no numbers.
+    """
+    words, (least, most) = list(embedder.words), IDF
+    signs = _random_signs(len(embedder.idf), embedder.dim)
+    for what, is_right in {
+        "words that are not sorted, or twice there": words == sorted(set(words)),
+        f"an idf that is not from {least} to {most}": bool(
+            ((embedder.idf >= least) & (embedder.idf <= most)).all()
+        ),
+        "another projection than the fixed one": np.array_equal(embedder.signs, signs),
+    }.items():
+        if not is_right:
+            raise UserError(
+                f"{directory} has {what}; `flexolmo publish` does not make that: do not use the"
+                " anchor"
+            )
 
 
 def widened(embedder: Embedder) -> Embedder:

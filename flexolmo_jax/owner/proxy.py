@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.data.documents import HELDOUT, digest_of, read_training_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
@@ -87,8 +88,7 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
             " a diversity of 1 or more"
         )
     anchor = open_anchor(anchor_path)
-    loaded = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
-    anchor.ensure()  # again, now that it is read
+    loaded = _embedder(anchor, allow_hub)
     embedder = widened(loaded)
     learnt_from, seen = _learnt_from(private, public, heldout)
     classifiers, accuracy = _fitted(embedder, learnt_from)
@@ -101,6 +101,12 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
     write_new(out, "".join(f"{line}\n" for line in lines).encode())
     learnt = sum(is_private for _, is_private in learnt_from.values())
     return Proxies(len(kept), len(scored), accuracy, learnt)
+
+
+def _embedder(anchor: Artifact, allow_hub: bool) -> Embedder:
+    loaded = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    anchor.ensure()  # again, now that it is read
+    return loaded
 
 
 def _learnt_from(

@@ -27,7 +27,14 @@ from flexolmo_jax.runtime.processes import by_the_first, is_first, joined
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import discard, make_folder, move, write_text
 from flexolmo_jax.storage.outputs import is_whole
-from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, open_to_read
+from flexolmo_jax.storage.paths import (
+    absolute,
+    check_for_arrays,
+    children,
+    in_bucket,
+    listing,
+    open_to_read,
+)
 from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 
 DIGESTS = "_DIGESTS"
@@ -48,6 +55,7 @@ class StepCheckpoints:
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
+        check_for_arrays(directory)
         self._directory = directory
         self._manager: ocp.CheckpointManager | None = None
         if keep is None:

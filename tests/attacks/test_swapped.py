@@ -1,19 +1,26 @@
 """Attacks by whoever renames directories while a command runs. The promise: what is verified is
 what runs, and what is remembered as verified was."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from flexolmo_jax.artifact import Artifact, open_artifact
+from flexolmo_jax.artifact import Artifact, open_artifact, read_sealed, sealed_json
 from flexolmo_jax.convert.exporting import export_hf
 from flexolmo_jax.coordinator import composition
+from flexolmo_jax.coordinator import verify as verifying
 from flexolmo_jax.coordinator.materialize import materialize
 from flexolmo_jax.coordinator.merge import append, merge, opt_out
+from flexolmo_jax.coordinator.objects import Inventory
+from flexolmo_jax.coordinator.receipt import read_receipt
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import embed_domain
+from flexolmo_jax.exchange.embedder import TfidfEmbedder, load_embedder
+from flexolmo_jax.exchange.signature import keygen
 from flexolmo_jax.loaded import load
 from flexolmo_jax.storage import files
 
@@ -29,6 +36,10 @@ def other(anchor, contributions, tmp_path) -> Path:
     sizes."""
     order = [contributions[name] for name in ("care", "law", "code")]
     return merge(anchor, order, tmp_path / "other", active=2, store_path=tmp_path / "others").path
+
+
+def experts_in(store: Path) -> set[Path]:
+    return {path for path in (store / "objects").iterdir() if Inventory.read(path).kind == "expert"}
 
 
 def swap(one: Path, other: Path) -> None:
@@ -85,10 +96,9 @@ def test_a_tokenizer_is_that_of_its_description(mine):
 def test_an_embedder_is_that_of_its_anchor(anchor, corpora, swaps, tmp_path):
     """What is verified is what runs: rows came from an embedder that was exchanged meanwhile."""
     mine, theirs = (shutil.copytree(anchor, tmp_path / name) for name in ("mine", "theirs"))
-    file = theirs / "embedder" / "embedder.npz"
-    values = bytearray(file.read_bytes())
-    values[-100] ^= 1
-    file.write_bytes(values)
+    embedder = cast(TfidfEmbedder, load_embedder(theirs / "embedder"))
+    shutil.rmtree(theirs / "embedder")
+    dataclasses.replace(embedder, idf=embedder.idf + 1).save(theirs / "embedder")
     swaps(mine, theirs)
     with pytest.raises(UserError):
         embed_domain(mine, [corpora["law"]], tmp_path / "row.npy")
@@ -102,10 +112,11 @@ def test_what_is_composed_of_is_what_was_verified(
     """What is verified is what runs: files of another directory got into the new model, which
     counted as verified from then on."""
     store = tmp_path / "store"
-    law = [contributions["law"]]
+    law, code = ([contributions[name]] for name in ("law", "code"))
     merge(anchor, law, tmp_path / "law", store_path=store)
-    objects = sorted((store / "objects").iterdir())
-    pair = (mine, other) if of == "model" else (objects[0], objects[1])
+    one = experts_in(store)
+    merge(anchor, code, tmp_path / "code", store_path=store)
+    pair = (mine, other) if of == "model" else (*one, *(experts_in(store) - one))
 
     def materialize_others(*given, **more):
         if not (pair[0].with_name("aside")).exists():
@@ -119,6 +130,29 @@ def test_what_is_composed_of_is_what_was_verified(
         else:
             merge(anchor, law, tmp_path / "out", store_path=store)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_receipt_is_read_once(model, tmp_path, monkeypatch):
+    """A claim is believed with cause only: a forged receipt was read, and then the signature of the
+    one that had taken its place was checked."""
+    keygen(tmp_path / "key")
+    out = opt_out(
+        model, ["law"], tmp_path / "out", sign_key=tmp_path / "key", store_path=tmp_path / "s"
+    )
+    signed, forged = tmp_path / "signed.json", tmp_path / "receipt.json"
+    shutil.copy(out.path / "receipt.json", signed)
+    shutil.copy(out.path / "receipt.sig", tmp_path)
+    forged.write_text(sealed_json(read_sealed(signed) | {"date": "2000-01-01"}))
+
+    def read_then_swap(path: Path) -> dict[str, Any]:
+        receipt = read_receipt(path)
+        if signed.exists():
+            signed.replace(path)
+        return receipt
+
+    monkeypatch.setattr(verifying, "read_receipt", read_then_swap)
+    with pytest.raises(UserError, match="is for other bytes"):
+        verifying.verify_receipt(forged, out.path)
 
 
 def test_what_takes_a_new_models_place_does_not_count_as_verified(
