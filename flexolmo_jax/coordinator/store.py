@@ -289,15 +289,15 @@ class Store:
     def gc(self) -> dict[str, Any]:
         """Removes the objects that no registered model needs, and what killed processes left.
 
-        Both in the store and beside the registered models. An object with other files than those of
-        its inventory stays and is named. So are models that are no longer where they were composed:
-        whoever moved one sees that the store has forgotten it.
+        The latter also beside the store and the registered models. An object with other files than
+        those of its inventory stays and is named. So are models that are no longer where they were
+        composed: whoever moved one sees that the store has forgotten it.
         """
         with self.alone():
             unneeded = [path for path in self._unneeded() if is_settled(path)]
             removed = [path for path in unneeded if self._is_ours(path)]
             size = sum(file.size for path in removed for file in listing(path).values())
-            left = set(abandoned(self._objects))
+            left = {*abandoned(self._objects), *abandoned(self.path.parent, self.path.name)}
             forgotten = []
             for entry, model in self._registered().items():
                 left |= set(abandoned(model.parent, model.name))

@@ -29,8 +29,9 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import weights
 from flexolmo_jax.storage.files import new_directory, write_new
 from flexolmo_jax.storage.outputs import check_new_file
+from flexolmo_jax.storage.paths import in_bucket
 
-from .embedder import domain_embedding, fit_embedder, load_embedder
+from .embedder import Embedder, domain_embedding, fit_embedder, load_embedder
 
 RELEASE_DTYPES = ("bfloat16", "float32")
 
@@ -74,15 +75,16 @@ def publish(  # noqa: PLR0913 - the verb's options
         row = _row_0(directory / "embedder", public, heldout)
         arrays = _arrays(artifact, checkpoint_name, row).items()
         released = {path: a.astype(dtype) for path, a in arrays}
-        description = _describe(directory, artifact, released, dtype)
-        description["embedder"] |= {"name": fitted.name, "version": fitted.version}
-        description["public"] = [name_of(path) for path in public]
-        write_description(directory, description)
+        description = _describe(directory, artifact, released, fitted)
+        write_description(directory, description | {"public": [name_of(path) for path in public]})
         artifact.ensure()  # again: another directory may have got its name meanwhile
+        if not in_bucket(out):  # here, as others may put something else in its place
+            open_artifact(directory).remember()
     fingerprint, count = description["fingerprint"], sum(a.size for a in released.values())
     note(f"published {out}: fingerprint {fingerprint[:16]}, {count:,} parameters in {dtype}")
     anchor = open_artifact(out)
-    anchor.remember()
+    if in_bucket(out):  # where the mark of an unfinished directory was one of its files
+        anchor.remember()
     return anchor
 
 
@@ -116,11 +118,13 @@ def _arrays(artifact: Artifact, checkpoint_name: str, row: np.ndarray) -> dict[s
 
 
 def _describe(
-    directory: Path, artifact: Artifact, released: dict[str, Any], dtype: str
+    directory: Path, artifact: Artifact, released: dict[str, Any], embedder: Embedder
 ) -> dict[str, Any]:
     """Writes the weights, and returns the description of all that is in the directory."""
     config = dataclasses.replace(artifact.config, n_experts=1, n_active=1)
-    tensors = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in released.items()}
+    tensors = {
+        path: {"dtype": str(a.dtype), "shape": list(a.shape)} for path, a in released.items()
+    }
     axes = flatten(logical_axes(config))
     for path, digest in weights.save(directory / "weights", released, axes).items():
         tensors[path]["sha256"] = digest
@@ -131,13 +135,14 @@ def _describe(
         "embedder": embedder_digest(directory / "embedder"),
         "public": public_digest(directory / "public"),
     }
+    name = {"name": embedder.name, "version": embedder.version}
     return {
         "kind": "anchor",
         "model": parts["model"],
         "experts": ["anchor"],
         "tensors": tensors,
         "tokenizer": parts["tokenizer"],
-        "embedder": {"sha256": parts["embedder"]},
+        "embedder": {"sha256": parts["embedder"]} | name,
         "public_sha256": parts["public"],
         "fingerprint": fingerprint_of(parts),
     }
