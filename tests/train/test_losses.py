@@ -16,7 +16,8 @@ from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.sharding import batch_sharding, make_mesh, parameter_sharding
 from flexolmo_jax.train.losses import loss_sums, token_losses
 from flexolmo_jax.train.optimizer import make_optimizer
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.state import TrainState
+from flexolmo_jax.train.step import make_step
 
 L, B, T, E, V = 2, 8, 6, 4, 11
 CONFIG = ModelConfig(
