@@ -28,17 +28,12 @@ def abstract_params(
 ) -> Params:
     """All parameters as ShapeDtypeStructs, each with its sharding. `dtype`: by path."""
     axes = flatten(logical_axes(model, pair=pair))
-    shapes = flatten(
-        jax.eval_shape(functools.partial(init_params, model, pair=pair), jax.random.key(0))
-    )
-    return unflatten(
-        {
-            path: jax.ShapeDtypeStruct(
-                a.shape, dtype(path), sharding=parameter_sharding(mesh, axes[path], a.shape)
-            )
-            for path, a in shapes.items()
-        }
-    )
+    make = functools.partial(init_params, model, pair=pair)
+    params = {}
+    for path, a in flatten(jax.eval_shape(make, jax.random.key(0))).items():
+        placed = parameter_sharding(mesh, axes[path], a.shape)
+        params[path] = jax.ShapeDtypeStruct(a.shape, dtype(path), sharding=placed)
+    return unflatten(params)
 
 
 def abstract_state(
