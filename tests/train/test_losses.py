@@ -93,7 +93,7 @@ def test_contrast_is_the_surprise_at_the_expert_that_a_record_belongs_to():
     )
     counted = np.asarray(predicts(TARGETS))
     surprise = sum(
-        weight[b] * -np.log(output.router.weights[:, b, t, expert[b]]).mean()
+        weight[b] * -np.log(output.router.probabilities[:, b, t, expert[b]]).mean()
         for b, t in zip(*counted.nonzero(), strict=True)
     )
     np.testing.assert_allclose(contrasted.total - plain.total, surprise, rtol=1e-4)
