@@ -56,23 +56,23 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=extra)
     row = _row_for_all(pair, run, anchor)
 
-    def initial(placement: Placement) -> Params:
-        params = anchor.params(placement=placement)
+    def initial(placement: Placement, base: Params) -> Params:
         make = functools.partial(new_expert, model=model)
-        shapes = jax.eval_shape(make, params["experts"], row)
+        shapes = jax.eval_shape(make, base["experts"], row)
         placed = {name: placement(f"expert/{name}", a.shape) for name, a in shapes.items()}
-        return params | {"expert": jax.jit(make, out_shardings=placed)(params["experts"], row)}
+        return {"expert": jax.jit(make, out_shardings=placed)(base["experts"], row)}
 
     job = Job(
         config=run,
         model=model,
-        initial=initial,
         is_trained=is_trained,
+        initial=initial,
         experts=("anchor", pair.name),
         tokenizer=tokenizer,
         batches=batches,
         heldout=heldout,
         contrast=_contrast(run),
+        load_base=lambda placement: anchor.params(placement=placement),
         base={"base": str(absolute(anchor.path)), "fingerprint": anchor.fingerprint},
     )
     return train(job, out)

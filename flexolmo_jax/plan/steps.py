@@ -27,14 +27,15 @@ from flexolmo_jax.config import (
 from flexolmo_jax.coordinator.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Request, State, programs
-from flexolmo_jax.model import CACHE, Params, empty_cache, init_params, logical_axes
-from flexolmo_jax.model.tree import flatten, partition, unflatten
+from flexolmo_jax.model import CACHE, empty_cache
+from flexolmo_jax.model.tree import flatten, partition
 from flexolmo_jax.owner.pair import is_trained as is_trained_in_a_pair
 from flexolmo_jax.owner.pair import model_of_pair
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.storage.paths import path_of
-from flexolmo_jax.train.optimizer import abstract_state, make_optimizer
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.optimizer import make_optimizer
+from flexolmo_jax.train.state import abstract_params, abstract_state
+from flexolmo_jax.train.step import make_step
 
 RELEASED = "bfloat16"  # what a published anchor and a merged model are stored in
 # Nothing is gathered: every device reads its own part of every weight.
@@ -105,7 +106,7 @@ def training_step(
     """
     check_microbatch(run, mesh.shape)
     is_trained = is_trained or IS_TRAINED.get(run.run, lambda _: True)
-    params = parameters(
+    params = abstract_params(
         model,
         mesh,
         pair=run.pair is not None,
@@ -113,7 +114,7 @@ def training_step(
     )
     trained, frozen = partition(params, is_trained)
     optimizer = make_optimizer(run.optim, run.train.steps)
-    state = TrainState(trained, abstract_state(optimizer, trained, sharding.replicated(mesh)))
+    state = abstract_state(optimizer, trained, mesh)
     B, T = run.data.batch_size, run.data.seq_len
     records = {
         "tokens": ((B, T), "int32"),
@@ -154,7 +155,7 @@ def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> S
 
     The cache has `context` slots.
     """
-    params = parameters(model, mesh, pair=False, dtype=lambda _: RELEASED)
+    params = abstract_params(model, mesh, pair=False, dtype=lambda _: RELEASED)
     everywhere = sharding.replicated(mesh)
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
@@ -180,16 +181,3 @@ def decoding_step(model: ModelConfig, mesh: Mesh, batch: int, context: int) -> S
     _, run = programs(model, model.n_active, model.vocab_size, True, RELEASED, mesh)
     kinds = {"frozen": params, "cache": cache, "batch": (state._replace(cache=None), request)}
     return Step(run, (params, state, request, array()), kinds)
-
-
-def parameters(
-    model: ModelConfig, mesh: Mesh, *, pair: bool, dtype: Callable[[str], str]
-) -> Params:
-    """A model's parameters as ShapeDtypeStructs on the mesh; `dtype` gives that of a path."""
-    axes = flatten(logical_axes(model, pair=pair))
-    make = functools.partial(init_params, model, pair=pair)
-    params = {}
-    for path, a in flatten(jax.eval_shape(make, jax.random.key(0))).items():
-        placed = sharding.parameter_sharding(mesh, axes[path], a.shape)
-        params[path] = jax.ShapeDtypeStruct(a.shape, dtype(path), sharding=placed)
-    return unflatten(params)

@@ -277,13 +277,6 @@ def _check(step: Path, names: Iterable[str] | None = None) -> None:
             raise UserError(f"checkpoint {step} is damaged: {name} is not what was saved")
 
 
-def abstract(tree: Tree, sharding: jax.sharding.Sharding | None = None) -> Tree:
-    """ShapeDtypeStructs of a tree of arrays, with `sharding` or each with its own."""
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or a.sharding), tree
-    )
-
-
 def _first_line(error: BaseException) -> str:
     # TensorStore's message, without the long JSON that Orbax puts around it
     error = error.__cause__ or error

@@ -35,7 +35,7 @@ def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
     model = dataclasses.replace(run.model, vocab_size=vocab_size)
     initialise = functools.partial(init_params, model)
 
-    def initial(placement: Placement) -> Params:
+    def initial(placement: Placement, base: Params) -> Params:
         key = jax.random.key(run.train.seed)
         shapes = flatten(jax.eval_shape(initialise, key))
         shardings = unflatten({path: placement(path, a.shape) for path, a in shapes.items()})
@@ -52,7 +52,7 @@ def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
             f" {run.run} cannot start from it"
         )
 
-    def initial(placement: Placement) -> Params:
+    def initial(placement: Placement, base: Params) -> Params:
         # Masters are float32 whatever the release dtype: steps of 1e-4 vanish in bfloat16.
         return jax.tree.map(lambda a: a.astype("float32"), start.params(placement=placement))
 
@@ -63,11 +63,11 @@ def _start(
     run: RunConfig,
     model: ModelConfig,
     tokenizer: Tokenizer,
-    initial: Callable[[Placement], Params],
+    initial: Callable[[Placement, Params], Params],
     out: Path,
 ) -> dict[str, Any]:
     run = dataclasses.replace(run, model=model)
     batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
-    job = Job(run, model, initial, lambda path: True, experts, tokenizer, batches, heldout)
+    job = Job(run, model, lambda path: True, initial, experts, tokenizer, batches, heldout)
     return train(job, out)

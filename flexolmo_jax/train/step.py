@@ -3,7 +3,7 @@ microbatches."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,13 @@ from flexolmo_jax.runtime.tpus import step_options
 
 from .losses import Contrast, LossSums, loss_sums, predicts
 from .optimizer import learning_rate
+from .state import TrainState
 
 # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]; contrast: "expert", "expert_weight" [B]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # (trained, frozen parameters, batch) -> (gradients, sums): of the batch's sum, not of its mean
 Gradient = Callable[[Params, Params, Batch], tuple[Params, LossSums]]
-
-
-class TrainState(NamedTuple):
-    """What changes from step to step and is checkpointed: the trained parameters and their
-    optimiser state, nothing frozen."""
-
-    params: Params
-    optimizer: Any
 
 
 # (state, frozen parameters, batch, step number) -> (state, metrics)

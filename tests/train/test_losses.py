@@ -14,9 +14,10 @@ from flexolmo_jax.kernels.cross_entropy import chunks
 from flexolmo_jax.model import Output, RouterOutput, forward, init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.sharding import batch_sharding, make_mesh, parameter_sharding
-from flexolmo_jax.train.losses import loss_sums, token_losses
+from flexolmo_jax.train.losses import Contrast, loss_sums, predicts, token_losses
 from flexolmo_jax.train.optimizer import make_optimizer
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.state import TrainState
+from flexolmo_jax.train.step import make_step
 
 L, B, T, E, V = 2, 8, 6, 4, 11
 CONFIG = ModelConfig(
@@ -81,6 +82,22 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
     np.testing.assert_allclose(sums.router_share / len(places), share, rtol=1e-5)
     entropy = sum(output.router.entropy[:, b, t - 1].mean() for b, t in places)
     np.testing.assert_allclose(sums.router_entropy, entropy, rtol=1e-5)
+
+
+def test_contrast_is_the_surprise_at_the_expert_that_a_record_belongs_to():
+    output = random_output()
+    expert, weight = np.arange(B) % E, np.linspace(0.5, 2, B, dtype=np.float32)
+    contrast = Contrast(jnp.asarray(expert, jnp.int32), jnp.asarray(weight))
+    plain, contrasted = (
+        loss_sums(output, TOKENS, TARGETS, PLAIN, given) for given in (None, contrast)
+    )
+    counted = np.asarray(predicts(TARGETS))
+    surprise = sum(
+        weight[b] * -np.log(output.router.probabilities[:, b, t, expert[b]]).mean()
+        for b, t in zip(*counted.nonzero(), strict=True)
+    )
+    np.testing.assert_allclose(contrasted.total - plain.total, surprise, rtol=1e-4)
+    np.testing.assert_array_equal(contrasted.cross_entropy, plain.cross_entropy)
 
 
 @pytest.mark.parametrize("active", [1, 2, 4])
