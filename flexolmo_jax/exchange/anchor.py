@@ -36,7 +36,7 @@ RELEASE_DTYPES = ("bfloat16", "float32")
 
 
 def publish(  # noqa: PLR0913 - the verb's options
-    source: Path,
+    dense_path: Path,
     public: Sequence[Path],
     out: Path,
     *,
@@ -60,14 +60,14 @@ def publish(  # noqa: PLR0913 - the verb's options
         checkpoint_name: the checkpoint of a run: "last", "best", or a step.
 
     Raises:
-        UserError: for a source with contributed experts, and for an unknown dtype.
+        UserError: for a model with contributed experts, and for an unknown dtype.
     """
     if dtype not in RELEASE_DTYPES:
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
-    artifact = _dense(source)
+    artifact = _dense(dense_path)
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory / "tokenizer.json")
-        length = seq_len or _trained_seq_len(source) or min(artifact.config.max_seq_len, 1024)
+        length = seq_len or _trained_seq_len(dense_path) or min(artifact.config.max_seq_len, 1024)
         prepare(public, artifact.tokenizer, length, directory / "public", heldout=heldout)
         fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
         fitted.save(directory / "embedder")
@@ -78,20 +78,21 @@ def publish(  # noqa: PLR0913 - the verb's options
         description["embedder"] |= {"name": fitted.name, "version": fitted.version}
         description["public"] = [name_of(path) for path in public]
         write_description(directory, description)
-    fingerprint, parameters = description["fingerprint"], sum(a.size for a in released.values())
-    note(f"published {out}: fingerprint {fingerprint[:16]}, {parameters:,} parameters in {dtype}")
+        artifact.ensure()  # again: another directory may have got its name meanwhile
+    fingerprint, count = description["fingerprint"], sum(a.size for a in released.values())
+    note(f"published {out}: fingerprint {fingerprint[:16]}, {count:,} parameters in {dtype}")
     anchor = open_artifact(out)
     anchor.remember()
     return anchor
 
 
-def _dense(source: Path) -> Artifact:
-    """The run or model at `source`. Raises UserError unless an anchor can be made of it."""
-    artifact = open_artifact(source)
+def _dense(path: Path) -> Artifact:
+    """The run or model at `path`. Raises UserError unless an anchor can be made of it."""
+    artifact = open_artifact(path)
     is_imported = artifact.kind == "model" and artifact.fingerprint is None
     if artifact.is_pair or (artifact.config.n_experts != 1 and not is_imported):
         raise UserError(
-            f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a"
+            f"{path} has experts {', '.join(artifact.experts)}; an anchor is published from a"
             " dense run or model"
         )
     return artifact
@@ -167,6 +168,7 @@ def embed_domain(
     anchor = open_anchor(anchor_path)
     check_new_file(out)
     embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    anchor.ensure()  # again, now that it is read
     embedding = domain_embedding(embedder, _documents(documents))
     content = io.BytesIO()
     np.save(content, embedding)

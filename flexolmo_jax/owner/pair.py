@@ -129,6 +129,7 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
         embedder = load_embedder(
             anchor.path / "embedder", anchor.config.d_model, allow_hub=pair.allow_hub_embedder
         )
+        anchor.ensure()  # again, now that it is read
         return domain_embedding(embedder, _private_documents(run, anchor.tokenizer))
     random = np.random.default_rng(run.train.seed)
     return random.normal(0, anchor.config.init_std, anchor.config.d_model).astype(np.float32)
@@ -142,7 +143,7 @@ def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
     params = anchor.params()
     rows = params["experts"]["row"].astype(jnp.float32)
 
-    def read(rows: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    def summed_log_z(rows: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         # With one expert, a router's logsumexp is row . hidden state: its gradient with respect to
         # the row is the hidden state.
         with_rows = params | {"experts": params["experts"] | {"row": rows}}
@@ -156,9 +157,9 @@ def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
         batch = [records[i] for i in chosen]
         tokens = jnp.stack([record["tokens"] for record in batch])
         segments = jnp.stack([record["segments"] for record in batch])
-        hidden += jax.grad(read)(rows, tokens, segments)
-    lengths = [jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (rows, hidden)]
-    return np.asarray((hidden * lengths[0] / lengths[1])[:, 0])
+        hidden += jax.grad(summed_log_z)(rows, tokens, segments)
+    row_length, length = (jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (rows, hidden))
+    return np.asarray((hidden * row_length / length)[:, 0])
 
 
 def _private_documents(run: RunConfig, tokenizer: Tokenizer):
@@ -184,7 +185,7 @@ def _with_shares(run: RunConfig):
 
 
 def _contrast(run: RunConfig) -> tuple[tuple[int, float], ...]:
-    """By source: the expert that its tokens belong to, and their weight in the contrast loss.
+    """By source: the expert that its tokens belong to, and how much they count in the loss.
 
     The owner's sources belong to the new expert, public text to the anchor's. Divided by their
     shares of a batch, the two sides count 0.4 and 0.6. Public text counts more, because after a

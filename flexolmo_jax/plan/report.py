@@ -190,11 +190,11 @@ def _needed(message: str) -> int:
 def _training_advice(
     run: RunConfig, slice_: Slice, slices: int, mesh: Mesh, report: dict[str, Any]
 ) -> str:
-    ways = sharding.batch_ways(mesh)
-    records = run.data.batch_size // run.train.accumulate // ways
+    devices = sharding.devices_of_batch(mesh)
+    records = run.data.batch_size // run.train.accumulate // devices
     if records > 1:
         return (
-            f"--set train.accumulate={run.data.batch_size // ways} (a device holds {records}"
+            f"--set train.accumulate={run.data.batch_size // devices} (a device holds {records}"
             " records at once; then it holds 1)"
         )
     if run.train.remat != "full":

@@ -45,18 +45,18 @@ def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
-    source = open_artifact(run.train.init)
-    if source.is_pair or (source.config.n_experts > 1) != (run.run == "joint"):
+    start = open_artifact(run.train.init)
+    if start.is_pair or (start.config.n_experts > 1) != (run.run == "joint"):
         raise UserError(
-            f"train.init {source.path} is a {source.kind} of {len(source.experts)} experts; run:"
+            f"train.init {start.path} is a {start.kind} of {len(start.experts)} experts; run:"
             f" {run.run} cannot start from it"
         )
 
     def initial(placement: Placement) -> Params:
         # Masters are float32 whatever the release dtype: steps of 1e-4 vanish in bfloat16.
-        return jax.tree.map(lambda a: a.astype("float32"), source.params(placement=placement))
+        return jax.tree.map(lambda a: a.astype("float32"), start.params(placement=placement))
 
-    return _start(run, source.config, source.tokenizer, initial, out)
+    return _start(run, start.config, start.tokenizer, initial, out)
 
 
 def _start(

@@ -47,6 +47,7 @@ def make_step(
     """The jitted step. The old state's buffers are reused."""
     schedule = learning_rate(run.optim, run.train.steps)
     gradient = jax.grad(functools.partial(_loss, model, run, mesh), has_aux=True)
+    gradient = _accumulated(gradient, run.train.accumulate)
 
     def step(
         state: TrainState, frozen: Params, batch: Batch, number: jax.Array | int
@@ -57,9 +58,7 @@ def make_step(
             key = jax.random.fold_in(jax.random.key(run.train.seed), number)
             noise = _router_noise(key, batch["tokens"].shape, model.n_layers)
             batch = batch | {"router_noise": run.pair.router_noise * noise}
-        sums_of_gradients, sums = _accumulated(gradient, run.train.accumulate)(
-            state.params, frozen, batch
-        )
+        sums_of_gradients, sums = gradient(state.params, frozen, batch)
         gradients = jax.tree.map(lambda g: g / count, sums_of_gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         metrics = {

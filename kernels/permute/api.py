@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array, Float
 
 from ..route import DispatchPlan, Implementation
-from ..route.api import check
+from ..route.api import resolved
 from . import pallas_tpu, reference
 
 
@@ -27,7 +27,7 @@ def permute(
     Its gradient sums in float32. None is XLA on every platform: on TPU, Pallas moves more bytes
     (counted in the README). A named implementation is used or raises.
     """
-    return _permute(x, plan, check(implementation))
+    return _permute(x, plan, resolved(implementation))
 
 
 def combine(
@@ -40,7 +40,7 @@ def combine(
 
     An unused place is never read. `implementation` as in `permute`.
     """
-    return _combine(outputs, plan, check(implementation))
+    return _combine(outputs, plan, resolved(implementation))
 
 
 @jax.custom_vjp

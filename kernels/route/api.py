@@ -39,7 +39,7 @@ def route_topk(
     E = logits.shape[1]
     if not 1 <= active <= E:
         raise ValueError(f"active must be between 1 and the number of experts, {E}; got {active}")
-    return _route(reference.masked(logits, allowed), active, check(implementation))
+    return _route(reference.masked(logits, allowed), active, resolved(implementation))
 
 
 def dispatch_plan(
@@ -54,7 +54,7 @@ def dispatch_plan(
     They are counted, not sorted. `chosen` (probability > 0) says which slots get a place.
     `implementation` as in `route_topk`.
     """
-    implementation = check(implementation)
+    implementation = resolved(implementation)
     if implementation == "xla":
         return reference.dispatch_plan(ids, chosen, num_experts)
     return pallas_tpu.dispatch_plan(
@@ -62,7 +62,7 @@ def dispatch_plan(
     )
 
 
-def check(implementation: str | None) -> Implementation:
+def resolved(implementation: str | None) -> Implementation:
     """The implementation to use. Raises ValueError for an unknown name."""
     match implementation:
         case None:

@@ -37,21 +37,21 @@ TOKENS = jnp.asarray(RNG.integers(0, V, (B, T)), jnp.int32)
 TARGETS = jnp.asarray(loss_targets(SEGMENTS))
 
 
-def output_of(logits: np.ndarray, weights: np.ndarray, log_z: np.ndarray) -> Output:
+def output_of(logits: np.ndarray, probabilities: np.ndarray, log_z: np.ndarray) -> Output:
     """Hidden states that are their logits: the head is the identity."""
     return Output(
         jnp.asarray(logits),
         jnp.eye(V),
-        RouterOutput(jnp.asarray(weights), jnp.asarray(log_z), 2 * jnp.asarray(log_z)),
+        RouterOutput(jnp.asarray(probabilities), jnp.asarray(log_z), 2 * jnp.asarray(log_z)),
         None,
     )
 
 
 def random_output() -> Output:
-    weights = RNG.dirichlet(np.ones(E), (L, B, T)).astype(np.float32)
+    probabilities = RNG.dirichlet(np.ones(E), (L, B, T)).astype(np.float32)
     return output_of(
         RNG.normal(0, 2, (B, T, V)).astype(np.float32),
-        weights,
+        probabilities,
         RNG.normal(size=(L, B, T)).astype(np.float32),
     )
 
@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
     np.testing.assert_allclose(sums.cross_entropy, nats, rtol=1e-5)
     np.testing.assert_allclose(sums.total, nats + 0.1 * squares + 0.01 * of_router, rtol=1e-5)
     share = np.mean(
-        [np.asarray(output.router.weights)[:, b, t - 1].mean(0) for b, t in places], axis=0
+        [np.asarray(output.router.probabilities)[:, b, t - 1].mean(0) for b, t in places], axis=0
     )
     np.testing.assert_allclose(sums.router_share / len(places), share, rtol=1e-5)
     entropy = sum(output.router.entropy[:, b, t - 1].mean() for b, t in places)
@@ -85,10 +85,10 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
 
 @pytest.mark.parametrize("active", [1, 2, 4])
 def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_all(active):
-    def per_token(weights: np.ndarray) -> float:
+    def per_token(probabilities: np.ndarray) -> float:
         output = output_of(
             np.zeros((B, T, V), np.float32),
-            weights.astype(np.float32),
+            probabilities.astype(np.float32),
             np.zeros((L, B, T), np.float32),
         )
         plain, balanced = (
@@ -98,7 +98,7 @@ def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_a
         return float(balanced.total - plain.total) / (B * (T - 1))
 
     # T - 1 = 5 places a record and B = 8 records: every expert is chosen equally often, with top-k
-    # weights that do not add up to 1.
+    # probabilities that do not add up to 1.
     turn = (
         np.arange(B * T).reshape(B, T)[..., None] * 0
         + np.arange(B)[:, None, None]
@@ -120,11 +120,11 @@ def test_losses_and_gradients_in_chunks_on_a_mesh_are_those_of_one_device(axes, 
         jnp.asarray(RNG.normal(size=shape), jnp.float32)
         for shape in ((B, T, width), (width, vocabulary))
     )
-    weights = jnp.asarray(RNG.normal(size=(2, B, T)), jnp.float32)
+    factors = jnp.asarray(RNG.normal(size=(2, B, T)), jnp.float32)
 
     def total(mesh, hidden, head, tokens):
         losses, log_z = token_losses(hidden, head, tokens, mesh)
-        return jnp.sum(losses * weights[0] + log_z * weights[1])
+        return jnp.sum(losses * factors[0] + log_z * factors[1])
 
     value_and_gradients = jax.value_and_grad(total, (1, 2))
     expected = jax.jit(functools.partial(value_and_gradients, None))(hidden, head, TOKENS)
