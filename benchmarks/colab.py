@@ -29,7 +29,9 @@ DEVICES = {
 
 
 def main() -> None:
-    print("| device | run | memory, GiB | of | FLOPs a step | steps | minutes |\n" + "|---" * 7 + "|")
+    print(
+        "| device | run | memory, GiB | of | FLOPs a step | steps | minutes |\n" + "|---" * 7 + "|"
+    )
     for device, (accelerator, topology, memory, peak) in DEVICES.items():
         for run, config, steps in runs(accelerator):
             report = plan(config, topology)
@@ -43,7 +45,8 @@ def runs(accelerator: str) -> list[tuple[str, dict, int]]:
     """(name, config, steps) of the anchor and of an expert, as the notebook writes them."""
     cells = [cell.source for cell in jupytext.read(QUICKSTART).cells]
     names: dict = {"accelerator": accelerator}
-    exec(next(cell for cell in cells if "SIZES = {" in cell), names)
+    sizes = next(cell for cell in cells if "SIZES = {" in cell)
+    exec(sizes.replace("print(", "str("), names)
     written = next(cell for cell in cells if "cat > anchor.yaml" in cell)
     heredoc = written[written.index("cat > anchor.yaml") : written.index("\nEOF") + 5]
     with tempfile.TemporaryDirectory() as folder:

@@ -16,15 +16,22 @@
 # Any OLMo 2 checkpoint can be an anchor: import it, publish it, let an owner train an expert
 # against it, merge, and go back to Hugging Face's format. Set `HF_CHECKPOINT` to a directory with
 # `config.json`, `*.safetensors` and `tokenizer.json` (`huggingface-cli download
-# allenai/OLMo-2-0425-1B --local-dir olmo2`); a Colab TPU holds the 1B. Without one a small model is
+# allenai/OLMo-2-0425-1B --local-dir olmo2`). An expert of the 1B takes 16.7 GiB as compiled for a
+# TPU: a v6e holds it (31.2 GiB), a v5e does not (15.8). Without a checkpoint a small model is
 # trained and exported first, so that the notebook runs anywhere.
 
 # %%
 import os
 
-size = dict(STEPS=500, SAVE_EVERY=100) if accelerator else dict(STEPS=40, SAVE_EVERY=20)  # noqa: F821
+checkpoint = os.environ.setdefault("HF_CHECKPOINT", "olmo2")
+if os.path.exists(os.path.join(checkpoint, "model.safetensors.index.json")):  # large
+    size = dict(STEPS=500, SAVE_EVERY=100, LR=4e-4, COMPUTE="bfloat16")
+else:
+    size = dict(STEPS=40, SAVE_EVERY=20, LR=1e-2, COMPUTE="float32")
+if accelerator == "cuda":
+    size["COMPUTE"] = "float32"  # a T4 has no bfloat16
 os.environ |= {name: str(value) for name, value in size.items()}
-os.environ["HF_CHECKPOINT"] = os.environ.get("HF_CHECKPOINT", "olmo2")
+print(size)
 
 # %% [markdown]
 # ## Public and private text, and a checkpoint where there is none
@@ -63,7 +70,8 @@ os.environ["HF_CHECKPOINT"] = os.environ.get("HF_CHECKPOINT", "olmo2")
 # set -e
 # [ -e legal ] || flexolmo contribute --anchor anchor --documents text/legal.jsonl --name legal \
 #   --out legal --set train.steps=$STEPS --set train.save_every=$SAVE_EVERY \
-#   --set data.batch_size=8 --set optim.lr=1e-2
+#   --set train.compute_dtype=$COMPUTE --set train.remat=full \
+#   --set data.batch_size=8 --set optim.lr=$LR
 # [ -e merged ] || flexolmo merge --anchor anchor legal --out merged
 # [ -e merged-hf ] || flexolmo export-hf merged merged-hf --drop-bias
 # ls merged-hf

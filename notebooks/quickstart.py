@@ -24,9 +24,10 @@
 # %% [markdown]
 # ## How large
 #
-# Computed by the TPU's compiler for one TPU v5e (not measured): the anchor takes 6.9 of 15.8 GiB
-# and 2 minutes, an expert 8.0 GiB and 1 minute, if the chip reaches 30 % of its peak. A v6e is
-# faster. In float32, which a T4 needs, the same fits in its 15 GiB: 13 minutes and 6 minutes.
+# Computed from what the TPU's compiler says (benchmarks/colab.py), not measured, if a chip reaches
+# 30 % of its peak: on a v5e the anchor takes 6.9 of 15.8 GiB and 2 minutes, each of two experts 6.5
+# GiB and 1 minute; a v6e is faster. A T4 has no bfloat16: in float32 the anchor takes 9 of its 15
+# GiB and 13 minutes, each expert 7 minutes.
 
 # %%
 import os
@@ -42,10 +43,10 @@ SIZES = {
     ),
     "cuda": dict(
         MB=20, VOCAB=8192, D=512, LAYERS=8, HEADS=8, SEQ=512, BATCH=32, COMPUTE="float32",
-        STEPS=800, EXPERT_STEPS=200, SAVE_EVERY=100, LR=2e-3, EXPERT_LR=2e-3, INIT_STD=0.04,
+        STEPS=500, EXPERT_STEPS=200, SAVE_EVERY=100, LR=2e-3, EXPERT_LR=2e-3, INIT_STD=0.04,
     ),
 }  # fmt: skip
-size = SIZES[accelerator]  # noqa: F821
+size = SIZES[accelerator]
 os.environ |= {name: str(value) for name, value in size.items()}
 print(size)
 
@@ -94,7 +95,8 @@ print(size)
 
 # %% language="bash"
 # set -e
-# [ -e merged ] || flexolmo merge --anchor anchor contributions/code contributions/legal --out merged
+# [ -e merged ] || flexolmo merge --anchor anchor contributions/code contributions/legal \
+#   --out merged
 # [ -e without-legal ] || flexolmo opt-out merged --expert legal --out without-legal
 # for model in anchor merged without-legal; do
 #   flexolmo eval $model --data text/code.jsonl text/legal.jsonl --limit 16 --json > $model.json

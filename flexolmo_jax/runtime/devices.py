@@ -2,6 +2,7 @@
 
 import functools
 import glob
+from typing import Any
 
 import jax
 
@@ -14,14 +15,15 @@ ACCELERATORS = {
 }
 
 
-def all_devices() -> list[jax.Device]:
-    """All devices of JAX's default backend.
+def all_devices() -> list[Any]:
+    """All devices (`jax.Device`) of JAX's default backend.
 
     JAX runs on the CPU where it cannot use an accelerator, and only logs it. One note says so,
     unless the CPU was asked for (JAX_PLATFORMS=cpu).
     """
     found = jax.devices()
-    if found[0].platform == "cpu" and not jax.config.jax_platforms:
+    chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    if found[0].platform == "cpu" and not chosen:
         _note_fallback()
     return found
 
