@@ -32,6 +32,7 @@ from flexolmo_jax.description import (
 )
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.runtime.devices import all_devices
 from flexolmo_jax.runtime.processes import by_the_first
 from flexolmo_jax.storage import checkpoint, loading, verified
 from flexolmo_jax.storage.paths import path_of
@@ -215,7 +216,7 @@ class Artifact:
 
 
 def _on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(all_devices()[0])
 
 
 def open_artifact(path: str | Path) -> Artifact:

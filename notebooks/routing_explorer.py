@@ -18,18 +18,8 @@
 # Set `FLEXOLMO_MODEL` to the model's path.
 
 # %%
-import importlib.util
-
-if importlib.util.find_spec("flexolmo_jax") is None:
-    # !pip install -q flexolmo-jax
-    pass
-
-# %%
 import os
 
-import jax
-
-print(jax.devices())
 MODEL = os.environ.get("FLEXOLMO_MODEL", "merged")
 TEXT = '''def permission(self, licence):
     """Permission is hereby granted, free of charge, to any person obtaining a copy."""

@@ -18,6 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from flexolmo_jax.config import MeshConfig
 from flexolmo_jax.errors import UserError
 
+from .devices import all_devices
+
 AXES = ("data", "fsdp", "tensor", "expert")
 BATCH = PartitionSpec(("data", "fsdp", "expert"))
 
@@ -42,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
     Raises UserError for a mesh that does not fit the devices: see `MeshConfig.sizes`.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(all_devices() if devices is None else devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = list(config.sizes(len(devices), slices).values())
     needed = math.prod(sizes)
