@@ -19,6 +19,7 @@ from flexolmo_jax import integrity
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.coordinator.merge import merge, opt_out
 from flexolmo_jax.coordinator.verify import verify
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor, publish
 from flexolmo_jax.integrity import fingerprint_of, layouts, parts_of, tensor_digest
@@ -110,7 +111,7 @@ def forged(anchor: Path, to: Path, part: str) -> Path:
             fields["model"]["merges"][0],
         )
         (copy / "tokenizer.json").write_text(json.dumps(fields))
-        digest = open_artifact(copy).tokenizer.digest
+        digest = Tokenizer.load(copy).digest
         return redescribed(copy, lambda d: d.update(tokenizer=digest))
     if part == "embedder":
         content = bytearray((copy / "embedder" / "embedder.npz").read_bytes())
