@@ -32,7 +32,7 @@ demo: $(runtime) ## the whole story on real text on a CPU
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/demo.sh
 
 notebooks: $(testing) ## .ipynb files of notebooks/*.py, for Colab
-	$(VENV)/bin/jupytext --to ipynb notebooks/*.py
+	$(VENV)/bin/python launch/colab/build.py
 
 test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -29,9 +29,9 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, describe, open_artifact, write_description
 from flexolmo_jax.config import ModelConfig, to_dict
-from flexolmo_jax.coordinator.compose import StoredExpert
 from flexolmo_jax.coordinator.composition import Composition
 from flexolmo_jax.coordinator.gate import Gate
+from flexolmo_jax.coordinator.materialize import StoredExpert
 from flexolmo_jax.coordinator.merge import append, merge, opt_out, replace
 from flexolmo_jax.coordinator.objects import sketch_claim
 from flexolmo_jax.coordinator.sketch import BUCKETS, encoded
@@ -417,16 +417,16 @@ def make_sparse_model(path: Path, like: Artifact) -> None:
     }
     parts |= {"tokenizer": like.tokenizer.digest, "embedder": "0" * 64, "public": "0" * 64}
     members = tuple(member(number) for number in range(6))
-    sources = tuple(StoredExpert(path / "weights", index) for index in range(7))
+    experts = tuple(StoredExpert(path / "weights", index) for index in range(7))
     composition = Composition(
-        like.tokenizer,
-        parts,
-        fingerprint_of(parts),
-        parts["model"],
-        path / "weights",
-        members,
-        sources,
-        5,
+        tokenizer=like.tokenizer,
+        anchor=parts,
+        fingerprint=fingerprint_of(parts),
+        model=parts["model"],
+        trunk=path / "weights",
+        members=members,
+        stored=experts,
+        active=5,
     )
     description = composition.describe()
     target = layouts(ModelConfig(**description["model"]), description["tensors"])

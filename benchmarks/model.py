@@ -30,7 +30,8 @@ from flexolmo_jax.config import ModelConfig, resolve
 from flexolmo_jax.convert.huggingface import hf_config, to_hf
 from flexolmo_jax.generate import Decoder, generate
 from flexolmo_jax.model import Choices, forward, init_params
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.state import TrainState
+from flexolmo_jax.train.step import make_step
 
 CONFIG = ModelConfig(
     vocab_size=8192,

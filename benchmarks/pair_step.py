@@ -128,7 +128,8 @@ def measure(mode: str, repetitions: int) -> dict[str, float]:
     from flexolmo_jax.model import init_params
     from flexolmo_jax.model.tree import partition
     from flexolmo_jax.train.optimizer import make_optimizer
-    from flexolmo_jax.train.step import TrainState, make_step
+    from flexolmo_jax.train.state import TrainState
+    from flexolmo_jax.train.step import make_step
 
     run = resolve(
         {

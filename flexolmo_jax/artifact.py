@@ -32,6 +32,7 @@ from flexolmo_jax.description import (
 )
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.runtime.devices import all_devices
 from flexolmo_jax.runtime.processes import by_the_first
 from flexolmo_jax.storage import checkpoint, loading, verified
 from flexolmo_jax.storage.paths import path_of
@@ -85,7 +86,13 @@ class Artifact:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.path)
+        """Raises UserError for another one than that of the description."""
+        tokenizer = Tokenizer.load(self.path)
+        if tokenizer.digest != self.description.get("tokenizer", tokenizer.digest):
+            raise UserError(
+                f"{self.path}: its tokenizer is not the one of its description; fetch it again"
+            )
+        return tokenizer
 
     def params(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
         """The whole parameter tree. That of a pair includes the anchor.
@@ -101,7 +108,9 @@ class Artifact:
                 return own
             return unflatten(flatten(self.base().params(placement=placement)) | flatten(own))
         self.ensure()
-        return loading.load(Reader(self.path / "weights"), self._stored(placement))
+        params = loading.load(Reader(self.path / "weights"), self._stored(placement))
+        self.ensure()  # again: another directory may have got this name meanwhile
+        return params
 
     def trained(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
         """What a run trained: a pair's new expert, router rows and biases, or all parameters."""
@@ -154,7 +163,8 @@ class Artifact:
                 f"{self.path} was trained on another version of {base.path} (fingerprint"
                 f" {self.fingerprint}); restore that one"
             )
-        ours, its, own = to_dict(self.config), to_dict(base.config), OF_PAIRS * self.is_pair
+        ours, its = to_dict(self.config), to_dict(base.config)
+        own = OF_PAIRS if self.is_pair else ()
         if changed := [key for key in ours if ours[key] != its[key] and key not in own]:
             raise UserError(
                 f"{self.path} has another model.{changed[0]} than {base.path}, on which it was"
@@ -206,7 +216,7 @@ class Artifact:
 
 
 def _on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.SingleDeviceSharding(all_devices()[0])
 
 
 def open_artifact(path: str | Path) -> Artifact:

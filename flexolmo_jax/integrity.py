@@ -171,8 +171,8 @@ def _sizes(
     target = layouts(config, tensors)
     sizes: dict[str, int | None] = {DESCRIPTION: None, TOKENIZER_FILE: None}
     sizes |= {f"weights/{name}": len(content) for name, content in metadata_files(target).items()}
-    for at, layout in target.items():
-        names = (f"weights/{shard_name(at, index)}" for index in layout.indices())
+    for array, layout in target.items():
+        names = (f"weights/{shard_name(array, index)}" for index in layout.indices())
         sizes |= dict.fromkeys(names, layout.shard_bytes)
     if description["kind"] == "anchor":
         sizes["embedder/embedder.json"] = None
@@ -242,15 +242,15 @@ def tensor_digests(
     reader, tensors = Reader(path / "weights"), description["tensors"]
     total = sum(int(np.prod(t["shape"])) * np.dtype(t["dtype"]).itemsize for t in tensors.values())
     with bar(f"verify {path.name}", float(total), in_bytes=True) as advance:
-        for what, at, expected, boxes in _expected_digests(description, config):
+        for what, array, expected, boxes in _expected_digests(description, config):
             if expected == ZEROS:
-                stored = (reader.read(at, box).view(np.uint8) for box in boxes)
+                stored = (reader.read(array, box).view(np.uint8) for box in boxes)
                 is_zero = not any(np.count_nonzero(values) for values in stored)
                 yield what, ZEROS if is_zero else "other numbers", expected
             else:
-                yield what, reader.digest(at, boxes), expected
+                yield what, reader.digest(array, boxes), expected
             values = sum(int(np.prod([part.stop - part.start for part in box])) for box in boxes)
-            advance(values * np.dtype(tensors[at]["dtype"]).itemsize)
+            advance(values * np.dtype(tensors[array]["dtype"]).itemsize)
 
 
 def _expected_digests(
@@ -262,32 +262,33 @@ def _expected_digests(
     contribution. Tuned router rows have digests of their own.
     """
     tensors, tuned = description["tensors"], description.get("router", {}).get("tensors", {})
-    for at, layout in layouts(config, tensors).items():
+    for array, layout in layouts(config, tensors).items():
         if "anchor" not in description or description["kind"] == "anchor":
-            yield at, at, tensors[at]["sha256"], list(layout.boxes())
-        elif at in tuned:
-            yield at, at, tuned[at], layout.whole()
-        elif not at.startswith("experts/"):
-            yield at, at, anchor_tensors(description)[at]["sha256"], list(layout.boxes())
+            yield array, array, tensors[array]["sha256"], list(layout.boxes())
+        elif array in tuned:
+            yield array, array, tuned[array], layout.whole()
+        elif not array.startswith("experts/"):
+            digest = anchor_tensors(description)[array]["sha256"]
+            yield array, array, digest, list(layout.boxes())
         else:
-            yield from _expected_of_experts(description, at, layout)
+            yield from _expected_of_experts(description, array, layout)
 
 
 def _expected_of_experts(
-    description: Mapping[str, Any], at: str, layout: Layout
+    description: Mapping[str, Any], array: str, layout: Layout
 ) -> Iterator[tuple[str, str, str, list[Box]]]:
     anchor = anchor_tensors(description)
-    expected = anchor[at]["sha256"] if at in anchor else ZEROS
-    yield f"{at} of anchor", at, expected, list(layout.boxes(expert=0))
+    expected = anchor[array]["sha256"] if array in anchor else ZEROS
+    yield f"{array} of anchor", array, expected, list(layout.boxes(expert=0))
     for index, member in enumerate(description["members"], 1):
-        tensors, owner = tensors_of(member), member["name"]
-        if name_of_tensor(at, 0) not in tensors:  # an expert without a bias
-            yield f"{at} of {owner}", at, ZEROS, list(layout.boxes(expert=index))
+        tensors, expert = tensors_of(member), member["name"]
+        if name_of_tensor(array, 0) not in tensors:  # an expert without a bias
+            yield f"{array} of {expert}", array, ZEROS, list(layout.boxes(expert=index))
             continue
         for layer in range(layout.shape[0]):
-            name = name_of_tensor(at, layer)
+            name = name_of_tensor(array, layer)
             boxes = list(layout.boxes(layer=layer, expert=index))
-            yield f"{name} of {owner}", at, tensors[name]["sha256"], boxes
+            yield f"{name} of {expert}", array, tensors[name]["sha256"], boxes
 
 
 def layouts(config: ModelConfig, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Layout]:

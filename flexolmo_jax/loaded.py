@@ -19,7 +19,7 @@ from flexolmo_jax.generate import Decoder, Sampling, generate
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Choices, Params, forward, logical_axes
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.runtime.sharding import batch_ways, make_mesh, parameter_sharding
+from flexolmo_jax.runtime.sharding import devices_of_batch, make_mesh, parameter_sharding
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class LoadedModel:
 
     def check_batch(self, size: int) -> None:
         """Raises UserError if a batch of this size cannot be divided evenly over the mesh."""
-        if self.mesh is not None and size % (ways := batch_ways(self.mesh)):
+        if self.mesh is not None and size % (devices := devices_of_batch(self.mesh)):
             raise UserError(
-                f"{size} sequences do not divide over {ways} devices (the mesh's data x fsdp x"
-                f" expert); give a multiple of {ways}, or a mesh with the tensor axis only"
+                f"{size} sequences do not divide over {devices} devices (the mesh's data x fsdp x"
+                f" expert); give a multiple of {devices}, or a mesh with the tensor axis only"
             )
 
     def selection(

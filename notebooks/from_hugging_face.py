@@ -16,27 +16,22 @@
 # Any OLMo 2 checkpoint can be an anchor: import it, publish it, let an owner train an expert
 # against it, merge, and go back to Hugging Face's format. Set `HF_CHECKPOINT` to a directory with
 # `config.json`, `*.safetensors` and `tokenizer.json` (`huggingface-cli download
-# allenai/OLMo-2-0425-1B --local-dir olmo2`); a Colab TPU holds the 1B. Without one a small model is
+# allenai/OLMo-2-0425-1B --local-dir olmo2`). An expert of the 1B takes 16.7 GiB as compiled for a
+# TPU: a v6e holds it (31.2 GiB), a v5e does not (15.8). Without a checkpoint a small model is
 # trained and exported first, so that the notebook runs anywhere.
 
 # %%
-import importlib.util
 import os
-import sys
 
-if importlib.util.find_spec("flexolmo_jax") is None:
-    # !pip install -q flexolmo-jax
-    pass
-os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
-
-# %%
-import jax
-
-print(jax.devices())
-os.environ["HF_CHECKPOINT"] = os.environ.get("HF_CHECKPOINT", "olmo2")
-os.environ["STEPS"] = "40" if jax.default_backend() == "cpu" else "500"
-if jax.default_backend() != "cpu":  # the commands below need the device that this process holds
-    jax.extend.backend.clear_backends()
+checkpoint = os.environ.setdefault("HF_CHECKPOINT", "olmo2")
+if os.path.exists(os.path.join(checkpoint, "model.safetensors.index.json")):  # large
+    size = dict(STEPS=500, SAVE_EVERY=100, LR=4e-4, COMPUTE="bfloat16")
+else:
+    size = dict(STEPS=40, SAVE_EVERY=20, LR=1e-2, COMPUTE="float32")
+if accelerator == "cuda":
+    size["COMPUTE"] = "float32"  # a T4 has no bfloat16
+os.environ |= {name: str(value) for name, value in size.items()}
+print(size)
 
 # %% [markdown]
 # ## Public and private text, and a checkpoint where there is none
@@ -45,7 +40,8 @@ if jax.default_backend() != "cpu":  # the commands below need the device that th
 # set -e
 # flexolmo data fetch text --domain public --domain legal --max-mb 0.5
 # if [ ! -e "$HF_CHECKPOINT" ]; then
-#   flexolmo tokenizer train --input text/public.jsonl --vocab-size 1024 --out tokenizer.json
+#   [ -e tokenizer.json ] || flexolmo tokenizer train --input text/public.jsonl \
+#     --vocab-size 1024 --out tokenizer.json
 #   cat > small.yaml <<EOF
 # run: anchor
 # model:
@@ -64,47 +60,29 @@ if jax.default_backend() != "cpu":  # the commands below need the device that th
 
 # %% language="bash"
 # set -e
-# flexolmo import-hf "$HF_CHECKPOINT" imported
-# flexolmo publish imported --public text/public.jsonl --seq-len 256 --out anchor
+# [ -e imported ] || flexolmo import-hf "$HF_CHECKPOINT" imported
+# [ -e anchor ] || flexolmo publish imported --public text/public.jsonl --seq-len 256 --out anchor
 
 # %% [markdown]
 # ## An owner trains an expert against it; the coordinator merges and exports
 
 # %% language="bash"
 # set -e
-# flexolmo contribute --anchor anchor --documents text/legal.jsonl --name legal --out legal \
-#   --set train.steps=$STEPS --set data.batch_size=8 --set optim.lr=1e-2
-# flexolmo merge --anchor anchor legal --out merged
-# flexolmo export-hf merged merged-hf --drop-bias
+# [ -e legal ] || flexolmo contribute --anchor anchor --documents text/legal.jsonl --name legal \
+#   --out legal --set train.steps=$STEPS --set train.save_every=$SAVE_EVERY \
+#   --set train.compute_dtype=$COMPUTE --set train.remat=full \
+#   --set data.batch_size=8 --set optim.lr=$LR
+# [ -e merged ] || flexolmo merge --anchor anchor legal --out merged
+# [ -e merged-hf ] || flexolmo export-hf merged merged-hf --drop-bias
+# ls merged-hf
 
 # %% [markdown]
 # ## The anchor inside the merged model is the imported one, bit for bit
+#
+# `verify` recomputes the digest of every array of the model and compares them with the anchor's.
 
-# %%
-import json
-from pathlib import Path
-
-import numpy as np
-
-import flexolmo_jax
-
-imported, merged = flexolmo_jax.load("imported"), flexolmo_jax.load("merged")
-prompt = "Permission is hereby granted, free of charge, to any person"
-ids = np.array([merged.tokenizer.encode(prompt)])
-
-
-def anchors(model, name):
-    return np.asarray(model.params["experts"][name])[:, 0]
-
-
-same = all(
-    np.array_equal(
-        anchors(imported, name).astype(anchors(merged, name).dtype), anchors(merged, name)
-    )
-    for name in ("gate", "up", "down")
-)
-architectures = json.loads(Path("merged-hf/config.json").read_text())["architectures"]
-print("experts:", merged.experts)
-print("anchor unchanged:", same, "| architecture:", architectures)
-print("logits of the merged model:", merged.logits(ids).shape)
-assert same and merged.experts == ("anchor", "legal")
+# %% language="bash"
+# set -e
+# flexolmo verify merged --anchor anchor
+# flexolmo generate merged --prompt "Permission is hereby granted, free of charge" \
+#   --max-new-tokens 24

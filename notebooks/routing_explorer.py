@@ -14,22 +14,12 @@
 # # Which expert does each token use?
 #
 # Give it a merged model (`make demo` leaves one in `demo/merged`; the quickstart one in `merged`)
-# and a text of your own: every token is drawn in the colour of the expert with the largest weight,
-# layer by layer. Set `FLEXOLMO_MODEL` to the model's path.
-
-# %%
-import importlib.util
-
-if importlib.util.find_spec("flexolmo_jax") is None:
-    # !pip install -q flexolmo-jax
-    pass
+# and a text of your own: every token is drawn in the colour of its likeliest expert, by layer.
+# Set `FLEXOLMO_MODEL` to the model's path.
 
 # %%
 import os
 
-import jax
-
-print(jax.devices())
 MODEL = os.environ.get("FLEXOLMO_MODEL", "merged")
 TEXT = '''def permission(self, licence):
     """Permission is hereby granted, free of charge, to any person obtaining a copy."""
@@ -48,8 +38,8 @@ from flexolmo_jax.model import forward
 model = flexolmo_jax.load(MODEL)
 ids = model.tokenizer.encode(TEXT)
 output = forward(model.config, model.params, jnp.asarray([ids]), active=len(model.experts))
-weights = np.asarray(output.router.weights)[:, 0]  # [layers, tokens, experts]
-print(model.experts, weights.shape)
+probabilities = np.asarray(output.router.probabilities)[:, 0]  # [layers, tokens, experts]
+print(model.experts, probabilities.shape)
 
 # %% [markdown]
 # ## Draw it
@@ -85,15 +75,16 @@ legend = " ".join(
     for i, name in enumerate(model.experts)
 )
 layers = "".join(
-    f"<h4>layer {layer}</h4>{tokens_in_colour(of_layer)}" for layer, of_layer in enumerate(weights)
+    f"<h4>layer {layer}</h4>{tokens_in_colour(of_layer)}"
+    for layer, of_layer in enumerate(probabilities)
 )
-display(HTML(f"{legend}<h4>mean over layers</h4>{tokens_in_colour(weights.mean(0))}{layers}"))
+display(HTML(f"{legend}<h4>mean over layers</h4>{tokens_in_colour(probabilities.mean(0))}{layers}"))
 
 # %% [markdown]
 # ## Shares by layer
 
 # %%
 print("layer  " + "  ".join(f"{name:>10}" for name in model.experts))
-for layer, shares in enumerate(weights.mean(1)):
+for layer, shares in enumerate(probabilities.mean(1)):
     print(f"{layer:5}  " + "  ".join(f"{share:10.1%}" for share in shares))
-assert np.allclose(weights.sum(-1), 1, atol=1e-4)
+assert np.allclose(probabilities.sum(-1), 1, atol=1e-4)

@@ -22,7 +22,8 @@ from flexolmo_jax.owner.pair import is_trained as is_trained_in_a_pair
 from flexolmo_jax.runtime.sharding import parameter_sharding
 from flexolmo_jax.train.metrics import read_metrics
 from flexolmo_jax.train.optimizer import make_optimizer
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.state import TrainState
+from flexolmo_jax.train.step import make_step
 from tests.tiny import MODEL, SEQ_LEN
 
 ROOT = Path(__file__).parent.parent

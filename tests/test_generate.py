@@ -1,5 +1,5 @@
-"""Generation: the cache changes nothing, rows do not see each other, sampling keeps to its support,
-text comes out whole."""
+"""Generation: the cache changes nothing, prompts do not see each other, sampling keeps to its
+support."""
 
 import dataclasses
 import functools
@@ -10,14 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import MeshConfig, ModelConfig
-from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.generate import Decoder, Sampling, TextStream, generate, programs, sample
+from flexolmo_jax.generate import Decoder, Sampling, generate, programs, sample
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model import Choices, Params, forward, init_params
 
@@ -95,7 +92,7 @@ def test_greedy_generation_is_the_argmax_of_whole_forward_passes(config):
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         assert len(completion) == N
         assert_greedy(prompt, completion, config, params_of(config), active=config.n_active)
-    assert len({tuple(row) for row in completions}) == len(PROMPTS)
+    assert len({tuple(ids) for ids in completions}) == len(PROMPTS)
 
 
 def test_a_pair_generates_with_both_experts():
@@ -108,7 +105,7 @@ def test_a_pair_generates_with_both_experts():
     )
 
 
-def test_a_row_of_a_batch_equals_the_prompt_alone():
+def test_a_prompt_of_a_batch_is_completed_as_it_is_alone():
     for prompt, completion in zip(PROMPTS, greedy(), strict=True):
         assert run([prompt]) == [completion]
 
@@ -140,15 +137,15 @@ def test_bfloat16_chooses_tokens_that_are_nearly_best_in_float32():
 # --- ends ---
 
 
-def test_a_completion_is_cut_before_its_eos_and_the_other_rows_go_on():
+def test_a_completion_is_cut_before_its_eos_and_the_other_prompts_go_on():
     whole = greedy()
     eos = whole[1][4]
-    expected = [row[: row.index(eos)] if eos in row else row for row in whole]
+    expected = [ids[: ids.index(eos)] if eos in ids else ids for ids in whole]
     assert len(expected[1]) <= 4 and max(map(len, expected)) == N
     assert run(eos_id=eos) == expected
 
 
-def test_generation_stops_when_every_row_has_ended():
+def test_generation_stops_when_every_prompt_has_ended():
     eos, steps = greedy()[1][4], []
     run([PROMPTS[1]], eos_id=eos, on_token=lambda step, tokens: steps.append(tokens.tolist()))
     assert len(steps) == greedy()[1].index(eos) + 1 and steps[-1] == [eos]
@@ -171,7 +168,7 @@ def test_streaming_gives_the_tokens_of_generating_in_one_go(sampling):
 
 
 def test_fewer_new_tokens_are_a_prefix():
-    assert run(max_new_tokens=1) == [row[:1] for row in greedy()]
+    assert run(max_new_tokens=1) == [ids[:1] for ids in greedy()]
 
 
 # --- experts ---
@@ -267,14 +264,14 @@ def test_a_seed_repeats_and_another_differs():
     assert run(sampling=HOT) != run(sampling=dataclasses.replace(HOT, seed=8))
 
 
-def test_a_sampled_row_does_not_depend_on_the_other_rows():
+def test_a_sampled_completion_does_not_depend_on_the_other_prompts():
     others = [PROMPTS[0], *PROMPTS[:0:-1]]
     assert run(sampling=HOT)[0] == run(others, sampling=HOT)[0]
 
 
 def test_equal_prompts_of_a_batch_are_sampled_independently():
-    rows = run([PROMPTS[1]] * len(PROMPTS), sampling=HOT)
-    assert len({tuple(row) for row in rows}) == len(rows)
+    completions = run([PROMPTS[1]] * len(PROMPTS), sampling=HOT)
+    assert len({tuple(ids) for ids in completions}) == len(completions)
 
 
 # --- mistakes ---
@@ -307,46 +304,6 @@ def test_a_prompt_and_its_completion_may_fill_the_context():
     prompt = [i % VOCAB for i in range(CONFIG.max_seq_len - N)]
     (completion,) = run([prompt])
     assert_greedy(prompt, completion, CONFIG, params_of())
-
-
-# --- text ---
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    """Bytes and a few merges: most characters outside ASCII are several tokens."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "text.txt").write_text("the cat sat on the mat. the rat ate the hat. " * 5)
-    return train_tokenizer([folder / "text.txt"], 270, folder / "tokenizer.json")
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text())
-@example("the 猫 sat on 🧶, naïve \ufffd\ufffd")
-def test_streamed_text_is_the_text_and_no_piece_splits_a_character(tokenizer, text):
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    pieces.append(stream.finish())
-    assert "".join(pieces) == text
-    assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 269)))
-def test_streamed_text_of_any_ids_is_what_the_tokenizer_decodes(tokenizer, ids):
-    stream = TextStream(tokenizer)
-    ids = [i for i in ids if i < tokenizer.vocab_size]
-    assert "".join(stream.push(i) for i in ids) + stream.finish() == tokenizer.decode(ids)
-
-
-def test_whole_characters_are_not_held_back(tokenizer):
-    stream, given_so_far = TextStream(tokenizer), ""
-    for char in "aé猫🧶b":
-        for token in tokenizer.encode(char):
-            assert not given_so_far.endswith(char)
-            given_so_far += stream.push(token)
-        assert given_so_far.endswith(char)
-    assert stream.finish() == ""
 
 
 @pytest.mark.parametrize("mesh", ["tensor=4", "tensor=2,expert=2", "fsdp=2,tensor=2,expert=2"])

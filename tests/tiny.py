@@ -5,6 +5,7 @@ Real files made by the real functions, once for all tests of a process: a model 
 width 32 trained for 20 steps.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexolmo_jax.config import RunConfig, resolve
+from flexolmo_jax.config import RunConfig, dump_yaml, resolve
 from flexolmo_jax.coordinator.merge import merge
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -163,3 +164,33 @@ def contributions(tiny: Path, pair_runs: dict[str, Path]) -> dict[str, Path]:
 def model(tiny: Path, anchor: Path, contributions: dict[str, Path]) -> Path:
     """All three experts merged, two of four active."""
     return merge(anchor, list(contributions.values()), tiny / "model", active=2).path
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """One of everything that a verb takes."""
+
+    public: Path  # documents
+    code: Path
+    data: Path  # the public ones, prepared
+    config: Path  # of the anchor's run
+    run: Path
+    anchor: Path
+    other_anchor: Path
+    pair: Path  # code's run
+    contributions: tuple[Path, ...]  # code's first
+    model: Path  # of code, law and care
+
+
+@pytest.fixture(scope="module")
+def paths(
+    tiny, corpora, prepared, anchor_run, anchor, anchor32, pair_runs, contributions, model
+) -> Paths:
+    config = tiny / "anchor.yaml"
+    config.write_text(dump_yaml(run_config("anchor", prepared["public"])))
+    return Paths(
+        public=corpora["public"], code=corpora["code"], data=prepared["public"], config=config,
+        run=anchor_run, anchor=anchor,
+        other_anchor=anchor32, pair=pair_runs["code"], contributions=tuple(contributions.values()),
+        model=model,
+    )  # fmt: skip

@@ -14,12 +14,13 @@ JSON object with --json.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from flexolmo_jax.errors import RunError, UserError, printable
-from flexolmo_jax.runtime import processes
+from flexolmo_jax.runtime import environment, processes
 from flexolmo_jax.runtime.interrupts import catch, was_raised
 from flexolmo_jax.runtime.processes import ending, is_first
 from flexolmo_jax.runtime.streams import set_streams
@@ -52,6 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
         # What JAX, Orbax and others tell themselves is no news to a user.
         logging.disable(logging.WARNING)
     try:
+        environment.check(os.environ)
         result = args.run_verb(args)
     except Exception as error:
         if was_raised():
@@ -88,6 +90,8 @@ def _told(error: Exception) -> str | None:
             f"the object store refused: {reason(error)}; check the bucket's name and your"
             " credentials, and run it again"
         )
+    if (told := environment.refusal(error)) is not None:
+        return told
     if isinstance(error, OSError):  # a file that may not be read, where the verb did not foresee it
         return f"{reason(error)}: {error.filename or ''}".rstrip(": ")
     return None

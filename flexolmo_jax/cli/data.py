@@ -55,8 +55,8 @@ def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(args.tokenizer)
-    shares = {"heldout": args.heldout, "workers": args.workers}
-    index = prepare(args.input, tokenizer, args.seq_len, args.out, **shares)
+    how = {"heldout": args.heldout, "workers": args.workers}
+    index = prepare(args.input, tokenizer, args.seq_len, args.out, **how)
     splits = {split: dataclasses.asdict(stats) for split, stats in index.splits.items()}
     return {"out": str(args.out), **splits, "duplicates_removed": index.duplicates_removed}
 

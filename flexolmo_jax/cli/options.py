@@ -76,10 +76,9 @@ def kernels(text: str) -> str:
 
 def size(text: str) -> int:
     match = re.fullmatch(r"([0-9.]+) *([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    number, unit = (match[1], match[2].upper() or " ") if match else ("0", " ")
     try:
-        count = (
-            int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-        )
+        count = int(float(number) * 1000 ** " KMGT".index(unit))
     except (ValueError, OverflowError):
         count = 0
     if count < 1:

@@ -71,11 +71,10 @@ def _package(args: argparse.Namespace) -> dict[str, Any]:
             " give both or none"
         )
     if args.expert:
-        model, anchor = args.run, args.anchor
-        return _packaged(
-            args, package_imported(model, args.expert, anchor, args.out, args.sign_key)
-        )
-    return _packaged(args, package(args.run, args.out, args.checkpoint, args.sign_key))
+        made = package_imported(args.run, args.expert, args.anchor, args.out, args.sign_key)
+    else:
+        made = package(args.run, args.out, args.checkpoint, args.sign_key)
+    return _packaged(args, made)
 
 
 def _packaged(args: argparse.Namespace, contribution: Any) -> dict[str, Any]:

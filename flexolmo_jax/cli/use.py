@@ -110,9 +110,8 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.loaded import load
 
     model = load(args.path, args.checkpoint, args.mesh)
-    texts = (
-        text for path in args.documents for text in read_training_documents(path, args.heldout)
-    )
+    paths, heldout = args.documents, args.heldout
+    texts = (text for path in paths for text in read_training_documents(path, heldout))
     documents = sample_documents(texts, model.tokenizer, args.limit, args.prefix, args.tokens)
     sampled = {"prefix": args.prefix, "samples": args.samples}
     how = {"batch_size": args.batch_size, "seed": args.seed, **_selection(args)}

@@ -293,12 +293,12 @@ def check_microbatch(run: RunConfig, sizes: Mapping[str, int]) -> None:
     """Raises UserError where a microbatch does not divide over the mesh axes that a batch is spread
     over."""
     microbatch = run.data.batch_size // run.train.accumulate
-    ways = sizes["data"] * sizes["fsdp"] * sizes["expert"]
-    if microbatch % ways:
+    devices = sizes["data"] * sizes["fsdp"] * sizes["expert"]
+    if microbatch % devices:
         raise UserError(
             f"a microbatch of {microbatch} records (data.batch_size {run.data.batch_size} /"
-            f" train.accumulate {run.train.accumulate}) does not divide over the {ways} devices of"
-            " mesh.data x fsdp x expert; change one of them"
+            f" train.accumulate {run.train.accumulate}) does not divide over the {devices} devices"
+            " of mesh.data x fsdp x expert; change one of them"
         )
 
 

@@ -34,7 +34,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def export_hf(  # noqa: PLR0913 - the verb's options
-    source: Path,
+    path: Path,
     out: Path,
     *,
     max_shard_size: int = 5 * 10**9,
@@ -43,23 +43,22 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     eval_data: Sequence[Path] = (),
     which: str = "last",
 ) -> dict[str, Any]:
-    """Writes the checkpoint and returns its figures.
+    """Writes the checkpoint, an anchor's or a model's tensor by tensor, and returns its figures.
 
-    Anchors and models are read one tensor at a time; of a run, all is in memory. `max_shard_size`:
-    the most bytes of a file, unless one tensor has more. `dtype`: by default the stored one.
-    `drop_bias` leaves router biases out, which changes the model: `eval_data` is then scored with
-    and without them. Raises UserError for biases that matter and are not to be dropped, and for an
-    unknown dtype.
+    Args:
+        max_shard_size: the most bytes of a file, unless one tensor has more.
+        dtype: by default the stored one.
+        drop_bias: leave router biases out, which changes the model.
+        eval_data: is scored with and without the biases that are dropped.
+        which: a run's checkpoint: last, best or a step.
+
+    Raises:
+        UserError: for biases that matter and are not to be dropped, and for an unknown dtype.
     """
     check_new(out)
     clear(out)
-    artifact = open_artifact(source)
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if eval_data and not drop_bias:
-        raise UserError(
-            "--eval-data is scored before and after biases are dropped; give --drop-bias too"
-        )
+    artifact = open_artifact(path)
+    _check_options(dtype, drop_bias, eval_data)
     arrays, config = _arrays(artifact, which)
     dtype = dtype or str(arrays["trunk/embedding"].dtype)
     scores: dict[str, Any] = {}
@@ -70,7 +69,6 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     eos, pad = tokenizer.eos_id, tokenizer.pad_id
     fields = hf_config(config, dtype=dtype, eos_token_id=eos, pad_token_id=pad)
     generation = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
-    architecture = fields["architectures"][0]
     files = shards(key_table(config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
         tokenizer.save(directory / "tokenizer.json")
@@ -79,10 +77,21 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         _write_json(directory / "generation_config.json", generation)
         write_bytes(directory / "README.md", _card(artifact, config, scores).encode())
         _write_json(directory / "config.json", fields)
+        artifact.ensure()  # again: another directory may have got its name meanwhile
     plural = "s" * (len(files) > 1)
+    (architecture,) = fields["architectures"]
     note(f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}")
-    figures = {"dtype": dtype, "bytes": total, "files": len(files)}
-    return {"out": str(out), "architecture": architecture, **figures, **scores}
+    made = {"out": str(out), "architecture": architecture}
+    return made | {"dtype": dtype, "bytes": total, "files": len(files)} | scores
+
+
+def _check_options(dtype: str | None, drop_bias: bool, eval_data: Sequence[Path]) -> None:
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if eval_data and not drop_bias:
+        raise UserError(
+            "--eval-data is scored before and after biases are dropped; give --drop-bias too"
+        )
 
 
 def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
@@ -153,19 +162,19 @@ def _scores(artifact: Artifact, which: str, data: Sequence[Path]) -> dict[str, A
 
 def shards(table: Sequence[Entry], itemsize: int, limit: int) -> dict[str, list[Entry]]:
     """The tensors of each file, in the table's order."""
-    parts: list[list[Entry]] = [[]]
+    files: list[list[Entry]] = [[]]
     size = 0
     for entry in table:
         nbytes = math.prod(entry.shape) * itemsize
-        if parts[-1] and size + nbytes > limit:
-            parts.append([])
+        if files[-1] and size + nbytes > limit:
+            files.append([])
             size = 0
-        parts[-1].append(entry)
+        files[-1].append(entry)
         size += nbytes
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    count = len(parts)
-    return {f"model-{i:05}-of-{count:05}.safetensors": part for i, part in enumerate(parts, 1)}
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    count = len(files)
+    return {f"model-{i:05}-of-{count:05}.safetensors": file for i, file in enumerate(files, 1)}
 
 
 def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> str:

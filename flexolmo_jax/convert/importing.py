@@ -46,7 +46,7 @@ SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
+def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     """Writes a model: a dense one for OLMo 2; for FlexOlmo one whose expert 0 is the anchor and
     whose others have these names (default: expert1, expert2, ...).
 
@@ -56,12 +56,12 @@ def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     """
     check_new(out)
     clear(out)
-    fields = _read_json(source / "config.json")
+    fields = _read_json(hf_path / "config.json")
     config = model_config(fields)
     experts = _names(names, config.n_experts)
-    tokenizer = _tokenizer(source, config)
+    tokenizer = _tokenizer(hf_path, config)
     with ExitStack() as files:
-        checkpoint = _Checkpoint(source, files)
+        checkpoint = _Checkpoint(hf_path, files)
         table = key_table(config, fields["model_type"])
         tensors = checkpoint.locate(table, tied=bool(fields.get("tie_word_embeddings")))
         dtype = checkpoint.dtype
@@ -88,11 +88,11 @@ def import_hf(source: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     return open_artifact(out)
 
 
-def _tokenizer(source: Path, config: ModelConfig) -> Tokenizer:
-    tokenizer = Tokenizer.load(source)
+def _tokenizer(hf_path: Path, config: ModelConfig) -> Tokenizer:
+    tokenizer = Tokenizer.load(hf_path)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{source} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size"
+            f"{hf_path} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size"
             f" {config.vocab_size}; {TOGETHER}"
         )
     return tokenizer
@@ -105,7 +105,7 @@ class _Index:
     weight_map: dict[str, Annotated[str, Field(pattern=FILE_NAME)]]
 
 
-class _Source(NamedTuple):
+class _Located(NamedTuple):
     """Where in the checkpoint the values of one entry of the key table are."""
 
     file: TensorFile
@@ -151,12 +151,12 @@ class _Checkpoint:
             )
         self.dtype = next(iter(dtypes))
 
-    def locate(self, table: Sequence[Entry], tied: bool) -> dict[str, list[_Source]]:
-        """The sources of each leaf, by its path, in the order of its index.
+    def locate(self, table: Sequence[Entry], tied: bool) -> dict[str, list[_Located]]:
+        """Where each leaf is, by its path, in the order of its index.
 
         Raises UserError naming tensors that are missing, unexpected or of another shape.
         """
-        found: dict[str, list[_Source]] = defaultdict(list)
+        found: dict[str, list[_Located]] = defaultdict(list)
         missing, used = [], set()
         experts = 1 + max((entry.index[1] for entry in table if len(entry.index) == 2), default=0)
         for entry in table:
@@ -174,7 +174,7 @@ class _Checkpoint:
                     f"{file.path}: {name} has shape {file.entries[name].shape}; expected {shape} by"
                     f" config.json; {TOGETHER}"
                 )
-            found["/".join(entry.path)].append(_Source(file, name, start, entry))
+            found["/".join(entry.path)].append(_Located(file, name, start, entry))
             used.add(name)
         unexpected = sorted(self._files.keys() - used)
         for what, names in (("misses", missing), ("has unexpected", unexpected)):
@@ -200,7 +200,7 @@ def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | Non
 def _write(
     directory: Path,
     target: Mapping[str, Layout],
-    tensors: Mapping[str, list[_Source]],
+    tensors: Mapping[str, list[_Located]],
     experts: Sequence[str],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Writes the arrays; returns what a model's description says of its anchor and its members."""
@@ -257,19 +257,19 @@ def _by_expert(
 
 
 def _slices(
-    layout: Layout, sources: Sequence[_Source]
+    layout: Layout, located: Sequence[_Located]
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """A leaf in contiguous parts: matrices one by one, vectors of all layers at once.
 
     Zeros where the checkpoint has none, as OLMo 2 has no router.
     """
-    if not sources:
+    if not located:
         yield (), np.zeros(layout.shape, layout.dtype)
-    elif sources[0].entry.transpose or not sources[0].entry.index:
-        for source in sources:
-            yield source.entry.index, source.read()
+    elif located[0].entry.transpose or not located[0].entry.index:
+        for one in located:
+            yield one.entry.index, one.read()
     else:
-        yield (), np.stack([source.read() for source in sources]).reshape(layout.shape)
+        yield (), np.stack([one.read() for one in located]).reshape(layout.shape)
 
 
 def _names(names: Sequence[str], experts: int) -> tuple[str, ...]:
@@ -290,15 +290,15 @@ def _tensor_files(directory: Path) -> list[Path]:
     found = [name for name in present if name.endswith(".safetensors")]
     expected = found
     if INDEX in present:
-        weights: dict[str, Any] = {"weight_map": _read_json(directory / INDEX).get("weight_map")}
+        index: dict[str, Any] = {"weight_map": _read_json(directory / INDEX).get("weight_map")}
         try:
-            conform(_Index, weights)
+            conform(_Index, index)
         except ValueError as error:
             raise UserError(
                 f"{directory / INDEX} has no weight_map from tensors to files beside it ({error});"
                 " download it again"
             ) from None
-        expected = sorted(set(weights["weight_map"].values()))
+        expected = sorted(set(index["weight_map"].values()))
     elif found and (match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", found[0])):
         expected = [
             f"{match[1]}-{i:05}-of-{match[2]}.safetensors" for i in range(1, int(match[2]) + 1)

@@ -28,10 +28,11 @@ from flexolmo_jax.integrity import anchor_tensors, layouts, manifest_of, parts_o
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import new_directory, write_bytes
+from flexolmo_jax.storage.paths import in_bucket
 from flexolmo_jax.storage.placing import WAYS
 from flexolmo_jax.storage.weights import Reader
 
-from .compose import StoredExpert, compose
+from .materialize import StoredExpert, materialize
 from .objects import sketch_claim
 from .store import Store
 
@@ -61,6 +62,8 @@ class Composition:
     stored: tuple[StoredExpert, ...]  # each expert's weights, the anchor's first
     active: int | None = None  # as it was asked for; None: DEFAULT_ACTIVE, or all
     tuning: Tuning = field(default_factory=Tuning)
+    # the model whose files are taken, as long as they are its own; None: all are a store's
+    given: Artifact | None = field(default=None, compare=False)
     # keys that only the description of an imported model has
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -110,6 +113,7 @@ class Composition:
             stored=tuple(StoredExpert(weights, i) for i in range(experts)),
             active=None if is_default else active,
             tuning=tuning,
+            given=model,
             more={key: description[key] for key in ("imported",) if key in description},
         )
 
@@ -134,7 +138,8 @@ class Composition:
         """The composition with this expert, in place of the one of its name or as the last."""
         members, stored, names = list(self.members), list(self.stored), self.experts
         at = names.index(member["name"]) if member["name"] in names else len(names)
-        members[at - 1 : at], stored[at : at + 1] = [member], [expert]
+        stored[at : at + 1] = [expert]
+        members[at - 1 : at] = [member]  # expert 0 is the anchor's, which is no member
         return dataclasses.replace(self, members=tuple(members), stored=tuple(stored))
 
     def untuned(self, contributed: Sequence[StoredExpert]) -> "Composition":
@@ -216,20 +221,31 @@ class Composition:
         """Writes the model, with the files `beside` its own, and registers it with the store."""
         description = self.describe()
         store.register(out)  # first, so that `gc` finds what a killed process left beside it
-        with new_directory(out) as directory:
+        origins = {self.trunk, *(expert.weights for expert in self.stored)}
+        with new_directory(out) as directory, verified.unchanged(origins):
+            if self.given:
+                self.given.ensure()
+            store.check_again(origins)
             self.tokenizer.save(directory / "tokenizer.json")
             tensors = description["tensors"]
             target, rows = layouts(ModelConfig(**description["model"]), tensors), self.rows(tensors)
             weights = directory / "weights"
-            taken = compose(weights, target, self.trunk, self.stored, ways, rows)
+            taken = materialize(weights, target, self.trunk, self.stored, ways, rows)
             for name, content in beside.items():
                 write_bytes(directory / name, content)
             write_description(directory, description)
+            if not in_bucket(out):  # here, as others may put something else in its place
+                _remember(open_artifact(directory))
         note(f"composed {out}: {', '.join(f'{n} files by {way}' for way, n in taken.items())}")
         model = open_artifact(out)
-        model.remember()
-        verified.remember(model.path, sketch_claim(model))
+        if in_bucket(out):  # where the mark of an unfinished directory was one of its files
+            _remember(model)
         return model
+
+
+def _remember(model: Artifact) -> None:
+    model.remember()
+    verified.remember(model.path, sketch_claim(model))
 
 
 def _rows_of(path: str, expert: StoredExpert, entry: Mapping[str, Any]) -> np.ndarray:

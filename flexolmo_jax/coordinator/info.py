@@ -14,7 +14,7 @@ from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, ope
 from flexolmo_jax.exchange.manifest import told
 from flexolmo_jax.integrity import manifest_of
 from flexolmo_jax.storage.outputs import STORE_FILE
-from flexolmo_jax.train.metrics import last_row
+from flexolmo_jax.train.metrics import last_entry
 
 from .store import Store
 
@@ -36,7 +36,7 @@ def info(path: Path) -> dict[str, Any]:
     described = {key: description[key] for key in keep if key in description}
     if "members" in described:
         described["members"] = [_member(member) for member in described["members"]]
-    entry = last_row(path) if artifact.kind == "run" else None
+    entry = last_entry(path) if artifact.kind == "run" else None
     return {
         "kind": artifact.kind,
         "experts": list(artifact.experts),

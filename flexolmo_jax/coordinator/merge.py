@@ -22,13 +22,13 @@ from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute
 from flexolmo_jax.storage.placing import WAYS
 
-from .compose import StoredExpert
 from .composition import Composition, Member, Tuning
 from .gate import ANYBODY, Gate
-from .objects import sketches_of
+from .materialize import StoredExpert
+from .objects import anchor_key, expert_key, sketches_of
 from .receipt import make_receipt
 from .sketch import encoded
-from .store import STORE, Store, anchor_key, expert_key
+from .store import STORE, Store
 
 
 def merge(  # noqa: PLR0913 - the verb's options
@@ -47,7 +47,7 @@ def merge(  # noqa: PLR0913 - the verb's options
         active: how many experts a token uses (default: 4, or all if there are fewer).
         gate: what each contribution has to pass.
         store_path: the store (default: `flexolmo-store` beside the model).
-        ways: how files get into the model, see `compose`.
+        ways: how files get into the model, see `materialize`.
 
     Raises:
         UserError: before any expert's tensor is read, for a contribution to another anchor, one
@@ -72,7 +72,7 @@ def merge(  # noqa: PLR0913 - the verb's options
         held = store.anchor(anchor)
         composition = Composition.of_anchor(anchor, held.weights, active)
         for contribution in contributions:
-            composition = _taken_in(composition, contribution, store, held.sketch)
+            composition = _taken_in(composition, contribution, store, held.sketches)
         return composition.write(out, store, ways)
 
 
@@ -228,19 +228,16 @@ def _with_contribution(
     ways: Sequence[str],
 ) -> Artifact:
     with store.shared():
-        anchor = _anchor_sketch(composition, model, store)
-        return _taken_in(composition, contribution, store, anchor).write(out, store, ways)
+        sketches = _anchor_sketches(composition, model, store)
+        return _taken_in(composition, contribution, store, sketches).write(out, store, ways)
 
 
 def _taken_in(
-    composition: Composition, contribution: Contribution, store: Store, anchor: np.ndarray
+    composition: Composition, contribution: Contribution, store: Store, anchor_sketches: np.ndarray
 ) -> Composition:
-    """The composition with a contribution, which the store takes in.
-
-    `anchor` holds the sketches of the anchor's matrices.
-    """
+    """The composition with a contribution, which the store takes in."""
     held = store.expert(contribution)
-    member = _member(contribution, encoded(held.sketch - anchor))
+    member = _member(contribution, encoded(held.sketches - anchor_sketches))
     return composition.with_member(member, StoredExpert(held.weights, 0))
 
 
@@ -254,10 +251,10 @@ def _member(contribution: Contribution, sketch: str = "") -> Member:
     }
 
 
-def _anchor_sketch(composition: Composition, model: Artifact, store: Store) -> np.ndarray:
+def _anchor_sketches(composition: Composition, model: Artifact, store: Store) -> np.ndarray:
     key = anchor_key(composition.anchor["tensors"])
     if store.holds(key):
-        return store.held(key, "the anchor").sketch
+        return store.held(key, "the anchor").sketches
     return sketches_of(model.path / "weights", model.config)
 
 

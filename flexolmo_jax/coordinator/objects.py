@@ -1,5 +1,6 @@
-"""One object of a store, an anchor or an expert: its record, taking it in, checking its bytes."""
+"""An object of a store, an anchor or an expert: its inventory, taking it in, checking its bytes."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -17,17 +18,19 @@ from flexolmo_jax.description import DigestedTensors, Sketch, Text, canonical_js
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import MATRICES, layouts, leaf_of, name_of_tensor
+from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.storage.outputs import UNFINISHED
 from flexolmo_jax.storage.paths import File, in_bucket, listing
 from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name
 
-from .compose import StoredExpert, compose
-from .sketch import decoded, encoded, sketch_of
+from .materialize import StoredExpert, materialize
+from .sketch import agree, decoded, encoded, sketch_of
 
 OBJECT_FILE = "object.json"
-_TEMPORARY_RECORD = re.compile(re.escape(f".{OBJECT_FILE}.") + r"\d+\.tmp")
+_TEMPORARY_INVENTORY = re.compile(re.escape(f".{OBJECT_FILE}.") + r"\d+\.tmp")
 LAYOUT = 3  # goes up whenever storage/weights.py changes the files of the same tensors
 
 
@@ -37,8 +40,16 @@ def key_of(kind: str, tensors: Mapping[str, Any]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def anchor_key(tensors: Mapping[str, Any]) -> str:
+    return key_of("anchor", tensors)
+
+
+def expert_key(tensors: Mapping[str, Any]) -> str:
+    return key_of("expert", tensors)
+
+
 @dataclass(frozen=True)
-class Record:
+class Inventory:
     """What `object.json` says of an object."""
 
     kind: Literal["anchor", "expert"]
@@ -50,26 +61,26 @@ class Record:
     sha256: str = ""
 
     @classmethod
-    def read(cls, directory: Path) -> "Record":
-        """The record of the object in a directory.
+    def read(cls, directory: Path) -> "Inventory":
+        """The inventory of the object in a directory.
 
         Raises UserError where it is missing or damaged.
         """
         try:
             fields = read_sealed(directory / OBJECT_FILE)
             conform(cls, fields)
-            record = cls(**fields)
-            build(ModelConfig, record.model).check()
-            record.sketches  # noqa: B018  # raises ValueError where the sketch is damaged
+            inventory = cls(**fields)
+            build(ModelConfig, inventory.model).check()
+            inventory.sketches  # noqa: B018  # raises ValueError where the sketch is damaged
         except (OSError, ValueError, UserError) as error:
             raise UserError(
                 f"{directory / OBJECT_FILE} is damaged ({error!s:.120}); remove {directory}, and"
                 " merge again"
             ) from None
-        return record
+        return inventory
 
     def write(self, directory: Path) -> None:
-        """Writes the record into the object's directory."""
+        """Writes the inventory into the object's directory."""
         write_text(directory / OBJECT_FILE, sealed_json(dataclasses.asdict(self)))
 
     @property
@@ -94,10 +105,16 @@ class Record:
         """Whether the object's files are the written ones, as far as sizes and times tell."""
         return {name: list(values) for name, values in self.files.items()} == _files_in(directory)
 
-    def of_files_in(self, directory: Path) -> "Record":
-        """The record with the sizes and times of the files that are in the directory now."""
+    def of_files_in(self, directory: Path) -> "Inventory":
+        """The inventory with the sizes and times of the files that are in the directory now."""
         files = {name: tuple(values) for name, values in _files_in(directory).items()}
         return dataclasses.replace(self, files=files)
+
+    def statement(self, directory: Path) -> str:
+        """What is vouched for (storage/verified.py): these files hold what the inventory says."""
+        where = str(directory) if in_bucket(directory) else directory.stat().st_dev
+        fields = dataclasses.asdict(self) | {"sha256": ""}
+        return canonical_json({"object": fields, "where": where})
 
     def layouts(self) -> dict[str, Layout]:
         """The layout of each of the object's arrays."""
@@ -108,11 +125,11 @@ class Record:
 
 
 def content_of(directory: Path) -> dict[str, File]:
-    """The files of an object without its record, or what a process is writing of that."""
+    """The files of an object without its inventory, or what a process is writing of that."""
     return {
         name: file
         for name, file in listing(directory).items()
-        if name not in (OBJECT_FILE, UNFINISHED) and not _TEMPORARY_RECORD.fullmatch(name)
+        if name not in (OBJECT_FILE, UNFINISHED) and not _TEMPORARY_INVENTORY.fullmatch(name)
     }
 
 
@@ -140,18 +157,17 @@ def expert_layouts(config: ModelConfig, dtype: str, has_bias: bool) -> dict[str,
     return layouts(config, tensors)
 
 
-def take_anchor(anchor: Artifact, directory: Path) -> Record:
+def take_anchor(anchor: Artifact, directory: Path) -> Inventory:
     """Copies a verified anchor's weights into the directory of an object.
 
     The files are not linked: whoever has the anchor may change its own.
     """
     config, tensors = anchor.config, anchor.description["tensors"]
-    source, target = anchor.path / "weights", directory / "weights"
-    compose(
-        target, layouts(config, tensors), source, [StoredExpert(source, 0)], ("reflink", "copy")
-    )
-    sketch = encoded(sketches_of(target, config))
-    return Record("anchor", to_dict(config), tensors, sketch).of_files_in(directory)
+    published, own = anchor.path / "weights", directory / "weights"
+    experts, ways = [StoredExpert(published, 0)], ("reflink", "copy")
+    materialize(own, layouts(config, tensors), published, experts, ways)
+    sketch = encoded(sketches_of(own, config))
+    return Inventory("anchor", to_dict(config), tensors, sketch).of_files_in(directory)
 
 
 def sketches_of(weights: Path, config: ModelConfig, expert: int = 0) -> np.ndarray:
@@ -172,7 +188,7 @@ def sketch_claim(model: Artifact) -> str:
     return f"sketches {model.description['sha256']}"
 
 
-def take_expert(contribution: Contribution, directory: Path) -> Record:
+def take_expert(contribution: Contribution, directory: Path) -> Inventory:
     """Reads and checks a contribution and writes its weights, one tensor at a time."""
     manifest = contribution.manifest
     config = build(ModelConfig, manifest["model"])
@@ -203,22 +219,48 @@ def take_expert(contribution: Contribution, directory: Path) -> Record:
             writer.write(path, (0,) * values.ndim, values)
     layers = range(config.n_layers)
     sketch = encoded(np.stack([sketches[layer, leaf] for layer in layers for leaf in MATRICES]))
-    record = Record("expert", manifest["model"], manifest["tensors"], sketch)
-    return record.of_files_in(directory)
+    inventory = Inventory("expert", manifest["model"], manifest["tensors"], sketch)
+    return inventory.of_files_in(directory)
+
+
+def checked(path: Path) -> Inventory:
+    """The inventory of an object that this user has checked, and whose files are those of it since.
+
+    Anybody may have written the inventory. The object is read where nobody vouches for it.
+
+    Raises UserError as `check_object` does.
+    """
+    inventory = Inventory.read(path)
+    is_known = inventory.key == path.name and verified.is_vouched(inventory.statement(path))
+    if is_known and inventory.matches(path):
+        return inventory
+    note(f"{path} was copied or changed, or another user took it in; it is read again")
+    inventory = inventory.of_files_in(path)
+    check_object(path)
+    if not inventory.matches(path):
+        raise UserError(
+            f"{path} changed while it was read; stop all writing there and run it again"
+        )
+    with contextlib.suppress(OSError):
+        inventory.write(path)
+    verified.vouch(inventory.statement(path))
+    return inventory
 
 
 def check_object(path: Path) -> None:
     """Reads all of an object's bytes.
 
-    Raises UserError where its files or their bytes are not those of its name and its record.
+    Raises UserError where its files or their bytes are not those of its name and its inventory.
     """
-    record = Record.read(path)
+    inventory = Inventory.read(path)
     try:
-        if record.key != path.name:
-            raise UserError("its record is that of another object")
-        target = record.layouts()
+        if inventory.key != path.name:
+            raise UserError("its inventory is that of another object")
+        target = inventory.layouts()
         _check_files(path, target)
-        _check_tensors(record, target, Reader(path / "weights"))
+        _check_tensors(inventory, target, Reader(path / "weights"))
+        if not agree(inventory.sketches, sketches_of(path / "weights", inventory.config)):
+            raise UserError("the sketch in its inventory is not that of its weights")
     except (UserError, OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged: {error!s:.200}; remove it, and merge again to take its"
@@ -230,8 +272,8 @@ def _check_files(path: Path, target: Mapping[str, Layout]) -> None:
     found = {name: file.size for name, file in content_of(path).items()}
     metadata = {f"weights/{name}": content for name, content in metadata_files(target).items()}
     sizes = {
-        f"weights/{shard_name(at, index)}": layout.shard_bytes
-        for at, layout in target.items()
+        f"weights/{shard_name(array, index)}": layout.shard_bytes
+        for array, layout in target.items()
         for index in layout.indices()
     }
     if found != sizes | {name: len(content) for name, content in metadata.items()}:
@@ -241,12 +283,12 @@ def _check_files(path: Path, target: Mapping[str, Layout]) -> None:
             raise UserError("its metadata is not that of its tensors")
 
 
-def _check_tensors(record: Record, target: Mapping[str, Layout], reader: Reader) -> None:
-    for name, entry in record.entries.items():
-        if record.kind == "anchor":
+def _check_tensors(inventory: Inventory, target: Mapping[str, Layout], reader: Reader) -> None:
+    for name, entry in inventory.entries.items():
+        if inventory.kind == "anchor":
             path, boxes = name, target[name].boxes()
         else:
             path, layer = leaf_of(name)
             boxes = target[path].boxes(layer=layer)
         if reader.digest(path, list(boxes)) != entry["sha256"]:
-            raise UserError(f"the bytes of {name} are not those of its record")
+            raise UserError(f"the bytes of {name} are not those of its inventory")

@@ -27,9 +27,9 @@ from flexolmo_jax.storage.paths import reason
 from flexolmo_jax.storage.untrusted import conform
 
 from .composition import Composition, Member
-from .objects import sketch_claim, sketches_of
+from .objects import expert_key, sketch_claim, sketches_of
 from .sketch import agree, decoded, encoded, is_copy
-from .store import Store, expert_key
+from .store import Store
 
 FORMAT = 2
 EXACT = "exact"

@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.artifact import Artifact, open_artifact
+import jax
+
+from flexolmo_jax.artifact import Artifact, Placement, open_artifact
 from flexolmo_jax.config import DEFAULTS, RunConfig, Settings, section_of
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.model import Params
+from flexolmo_jax.model.tree import partition
 from flexolmo_jax.storage.outputs import check_new, is_whole
 from flexolmo_jax.storage.paths import absolute, path_of
 from flexolmo_jax.storage.placing import WAYS
@@ -129,11 +132,8 @@ def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
     run = dataclasses.replace(run, model=model.config)
     batches, heldout = open_sources(run.data, model.tokenizer, run.train.seed)
 
-    def initial(placement):
-        params = flatten(model.params(placement=placement))
-        for path in filter(is_trained, params):
-            params[path] = params[path].astype("float32")
-        return unflatten(params)
+    def initial(placement: Placement, base: Params) -> Params:
+        return jax.tree.map(lambda a: a.astype("float32"), partition(base, is_trained)[0])
 
     base = {
         "base": str(absolute(model.path)),
@@ -144,12 +144,13 @@ def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
     job = Job(
         config=run,
         model=model.config,
-        initial=initial,
         is_trained=is_trained,
+        initial=initial,
         experts=model.experts,
         tokenizer=model.tokenizer,
         batches=batches,
         heldout=heldout,
+        load_base=lambda placement: model.params(placement=placement),
         base=base,
     )
     return train(job, out)

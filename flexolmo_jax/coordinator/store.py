@@ -5,11 +5,11 @@
     STORE/objects/<key>/weights/      an anchor's weights, or those of one expert
     STORE/models/<digest>.json        where a model is that was composed of objects
 
-An object's name is a digest of its tensors. Models are composed of the objects' files (compose.py).
-A model is complete in itself: it stays the same if the store is removed. Before an object is used,
-its files are compared with its record. If they differ, all its bytes are read and checked. `gc`
-only removes objects whose files are those of their record, and what a killed process left, which
-storage/files.py marks.
+An object's name is a digest of its tensors. Models are composed of the objects' files
+(materialize.py). A model is complete in itself: it stays the same if the store is removed. Before
+an object is used, its files are compared with its inventory. If they differ, or this user has not
+checked the object yet, all its bytes are read and checked. `gc` only removes objects whose files
+are those of their inventory, and what a killed process left, which storage/files.py marks.
 
 In a bucket, the object store copies the files itself. A bucket has no locks. So `gc` keeps what
 changed there within the last hour, and should not run during a merge.
@@ -19,7 +19,7 @@ import contextlib
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,6 @@ from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sea
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import anchor_tensors, tensors_of
-from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import (
     abandoned,
@@ -46,9 +45,25 @@ from flexolmo_jax.storage.files import (
 )
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import STORE_FILE, is_whole
-from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, path_of
+from flexolmo_jax.storage.paths import (
+    absolute,
+    check_for_arrays,
+    children,
+    in_bucket,
+    listing,
+    path_of,
+)
 
-from .objects import Record, check_object, content_of, key_of, take_anchor, take_expert
+from .objects import (
+    Inventory,
+    anchor_key,
+    check_object,
+    checked,
+    content_of,
+    expert_key,
+    take_anchor,
+    take_expert,
+)
 
 STORE = "flexolmo-store"
 FORMAT = 1
@@ -60,7 +75,7 @@ class Held(NamedTuple):
     """An object that was checked: its weights and its sketches."""
 
     weights: Path
-    sketch: np.ndarray  # float64 [matrices, buckets], see sketch.py
+    sketches: np.ndarray  # float64 [matrices, buckets], see sketch.py
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class Store:
     def at(cls, path: Path) -> "Store":
         """A store, or a place for a new one. Raises UserError for anything else."""
         store = cls(absolute(path))
+        check_for_arrays(store.path)
         if not store._is_known() and children(store.path):
             raise UserError(
                 f"{path} is not a store of this version: it has no {STORE_FILE}; give --store a new"
@@ -212,12 +228,22 @@ class Store:
             )
         return self._checked(key)
 
+    def check_again(self, weights: Collection[Path]) -> None:
+        """Checks again those of these directories of weights that are objects of this store.
+
+        Raises UserError as `held` does.
+        """
+        for directory in weights:
+            if directory.parent.parent == self._objects:
+                self._checked(directory.parent.name)
+
     def register(self, model: Path) -> None:
-        """Records where a model is about to be written.
+        """Notes where a model is about to be written.
 
         Raises UserError for a model inside the store, and for one around it.
         """
         model = absolute(model)
+        check_for_arrays(model)
         if model == self.path or model in self.path.parents or self.path in model.parents:
             raise UserError(
                 f"the model {model} and the store {self.path} may not contain each other; give"
@@ -263,15 +289,15 @@ class Store:
     def gc(self) -> dict[str, Any]:
         """Removes the objects that no registered model needs, and what killed processes left.
 
-        Both in the store and beside the registered models. An object with other files than those of
-        its record stays and is named. Models that are no longer where they were composed are named
-        too: whoever moved one sees that the store has forgotten it.
+        The latter also beside the store and the registered models. An object with other files than
+        those of its inventory stays and is named. So are models that are no longer where they were
+        composed: whoever moved one sees that the store has forgotten it.
         """
         with self.alone():
             unneeded = [path for path in self._unneeded() if is_settled(path)]
             removed = [path for path in unneeded if self._is_ours(path)]
             size = sum(file.size for path in removed for file in listing(path).values())
-            left = set(abandoned(self._objects))
+            left = {*abandoned(self._objects), *abandoned(self.path.parent, self.path.name)}
             forgotten = []
             for entry, model in self._registered().items():
                 left |= set(abandoned(model.parent, model.name))
@@ -316,9 +342,9 @@ class Store:
         return [path for path in self._whole() if path.name not in needed]
 
     def _is_ours(self, path: Path) -> bool:
-        """Whether an object has no other files than those of its record."""
+        """Whether an object has no other files than those of its inventory."""
         try:
-            return content_of(path).keys() == Record.read(path).files.keys()
+            return content_of(path).keys() == Inventory.read(path).files.keys()
         except UserError:
             return False
 
@@ -341,28 +367,23 @@ class Store:
                 ) from None
         return found
 
-    def _object(self, key: str, take: Callable[[Path], Record]) -> Held:
+    def _object(self, key: str, take: Callable[[Path], Inventory]) -> Held:
         """The object of this name, which `take` writes into a directory if it is not here yet."""
         target = self._objects / key
         if not is_whole(target):
             try:
                 with new_directory(target, shared=True) as directory:
-                    take(directory).write(directory)
+                    inventory = take(directory)
+                    inventory.write(directory)
+                    verified.vouch(inventory.statement(directory))
             except (OSError, UserError):
                 if not is_whole(target):  # else another process has just written it
                     raise
         return self._checked(key)
 
     def _checked(self, key: str) -> Held:
-        """An object whose files are those of its record, or whose bytes have been checked again."""
         path = self._objects / key
-        record = Record.read(path)
-        if record.key != key or not record.matches(path):
-            note(f"{path} was copied or changed since it was taken in; it is read again")
-            check_object(path)
-            with contextlib.suppress(OSError):
-                record.of_files_in(path).write(path)
-        return Held(path / "weights", record.sketches)
+        return Held(path / "weights", checked(path).sketches)
 
 
 def keys_of(artifact: Artifact) -> list[str]:
@@ -374,11 +395,3 @@ def keys_of(artifact: Artifact) -> list[str]:
         anchor_key(anchor_tensors(description)),
         *(expert_key(tensors_of(member)) for member in description["members"]),
     ]
-
-
-def anchor_key(tensors: Mapping[str, Any]) -> str:
-    return key_of("anchor", tensors)
-
-
-def expert_key(tensors: Mapping[str, Any]) -> str:
-    return key_of("expert", tensors)

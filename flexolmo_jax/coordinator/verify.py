@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax import integrity
-from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact
+from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, sealed_json
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
@@ -235,7 +235,7 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
     without them, or nobody trusted signed the receipt.
     """
     receipt = read_receipt(path)
-    signer = _signer(path, trust)
+    signer = _signer(path, receipt, trust)
     model = open_artifact(model_path)
     if model.kind != "model" or "anchor" not in model.description:
         raise UserError(f"{model_path} is a {model.kind}; expected a merged model")
@@ -261,7 +261,7 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
     }
 
 
-def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
+def _signer(path: Path, receipt: Mapping[str, Any], trust: Trust) -> dict[str, Any] | None:
     signature = path.with_name(RECEIPT_SIGNATURE)
     try:
         signed = read_bytes(signature, SIGNATURE_LIMIT)
@@ -270,7 +270,8 @@ def _signer(path: Path, trust: Trust) -> dict[str, Any] | None:
     except OSError as error:
         raise UserError(f"cannot read {signature}: {reason(error)}") from None
     remedy = f"expected {signature}; ask the coordinator for it (opt-out --sign-key)"
-    signer = check_signature(read_bytes(path), signed, trust, path, remedy=remedy)
+    # The bytes of what was read: the file may be another one by now.
+    signer = check_signature(sealed_json(receipt).encode(), signed, trust, path, remedy=remedy)
     if signer is None:
         note(
             f"warning: nobody signed {path}: anybody may have written it; ask the coordinator for a"

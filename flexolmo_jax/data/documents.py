@@ -22,7 +22,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 HELDOUT = 0.05  # share of documents kept for evaluation
 INDEX_FILE = "index.json"  # makes a directory a prepared one: see data/records.py
 
-_LINE_FORM = 'expected one JSON object a line with a "text" string'
+_EXPECTED_LINE = 'expected one JSON object a line with a "text" string'
 LONGEST = 1 << 26  # bytes of a line: a few compressed kilobytes may unpack to gigabytes
 _PIECE = 1 << 12  # compressed bytes that are unpacked at once, to at most about 80 MB
 _CHUNK = 1 << 20
@@ -150,13 +150,13 @@ def _document(line: bytes, path: Path, number: int) -> str:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error}); {_LINE_FORM}") from error
+        raise UserError(f"{path}, line {number}: not JSON ({error}); {_EXPECTED_LINE}") from error
     if not isinstance(document, dict):
         raise UserError(
-            f"{path}, line {number}: got a JSON {type(document).__name__}; {_LINE_FORM}"
+            f"{path}, line {number}: got a JSON {type(document).__name__}; {_EXPECTED_LINE}"
         )
     if "text" not in document:
-        raise UserError(f'{path}, line {number}: the object has no "text"; {_LINE_FORM}')
+        raise UserError(f'{path}, line {number}: the object has no "text"; {_EXPECTED_LINE}')
     return _checked_text(document["text"], f"{path}, line {number}")
 
 

@@ -1,7 +1,7 @@
-"""Batches from weighted sources of records, as a pure function of (seed, step).
+"""Batches from a mixture of sources of records, as a pure function of (seed, step).
 
 Each source is shuffled again every epoch and repeated for ever. Grain interleaves the sources, in
-the proportion of their weights, into one endless sequence of records; batch s of B records is the
+proportion to their shares, into one endless sequence of records; batch s of B records is the
 elements [s B, (s + 1) B). A process takes from each batch the records that its devices need, by
 their places. So any number of processes sees the same global batches, and a run is resumed from its
 step alone.
@@ -77,9 +77,9 @@ class Batches:
 
 
 def mixture(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int) -> Batches:
-    """Batches in which sources appear in the proportion of their weights, whose sum is free.
+    """Batches in which sources appear in proportion to their shares, whose sum is free.
 
-    Raises UserError where there is no source, one has no records or no positive weight, they differ
+    Raises UserError where there is no source, one has no records or no positive share, they differ
     in sequence length or tokenizer, or all of them together have fewer records than one batch.
     """
     _check(sources, batch_size, seed)
@@ -89,7 +89,7 @@ def mixture(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int)
     ]
     mixed = shuffled[0]
     if len(shuffled) > 1:
-        mixed = grain.MapDataset.mix(shuffled, weights=[weight for _, weight in sources])
+        mixed = grain.MapDataset.mix(shuffled, weights=[share for _, share in sources])
     at_once = any(in_bucket(records.path) for records, _ in sources)
     return Batches(mixed, batch_size, sources[0][0].seq_len, at_once)
 
@@ -124,9 +124,11 @@ class _FewShuffled:
 
     def __init__(self, records: Source, seed: tuple[int, int]):
         self._records = records
-        self._order = lru_cache(2)(
-            lambda epoch: np.random.default_rng((*seed, epoch)).permutation(len(records))
-        )
+
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((*seed, epoch)).permutation(len(records))
+
+        self._order = lru_cache(2)(order)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -144,10 +146,10 @@ def _check(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int) 
     if seed < 0:
         raise UserError(f"got seed {seed}, expected 0 or more")
     first = sources[0][0]
-    for records, weight in sources:
-        if not (weight > 0 and math.isfinite(weight)):
+    for records, share in sources:
+        if not (share > 0 and math.isfinite(share)):
             raise UserError(
-                f"{records.path} has weight {weight}, expected more than 0: leave out a source that"
+                f"{records.path} has weight {share}, expected more than 0: leave out a source that"
                 " should not be used"
             )
         if len(records) == 0:

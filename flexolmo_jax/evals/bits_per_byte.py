@@ -1,7 +1,7 @@
 """`flexolmo eval`: bits per byte and routing shares of a run, anchor or model on held-out text."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,9 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
     scorer = make_scorer(model.config, k, mesh=model.mesh, kernels=model.kernels)
-    put = (
-        jnp.asarray
-        if model.mesh is None
-        else functools.partial(put_batch, model.mesh, range(batch_size), batch_size)
-    )
+    put: Callable[[np.ndarray], jax.Array] = jnp.asarray
+    if model.mesh is not None:
+        put = functools.partial(put_batch, model.mesh, range(batch_size), batch_size)
 
     def score_batch(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return scorer(model.params, *map(put, batch), allowed)

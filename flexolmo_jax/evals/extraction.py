@@ -86,6 +86,7 @@ def extract(  # noqa: PLR0913 - the verb's options
     with bar("extracting", samples * len(documents)) as advance:
         for start in range(0, len(documents), batch_size):
             chunk = [list(document) for document in documents[start : start + batch_size]]
+            own = slice(start, start + len(chunk))
             truths = np.array([ids[prefix:] for ids in chunk])
             # the last chunk is filled up, so that one compiled program serves all
             prompts = [ids[:prefix] for ids in chunk + [chunk[0]] * (batch_size - len(chunk))]
@@ -93,9 +94,7 @@ def extract(  # noqa: PLR0913 - the verb's options
                 options["seed"] = seed + i * len(documents) + start
                 sampled = model.generate(prompts, length, **options)[: len(chunk)]
                 found = similarities([list(ids) for ids in sampled], truths)
-                best[start : start + len(chunk)] = np.maximum(
-                    best[start : start + len(chunk)], found
-                )
+                best[own] = np.maximum(best[own], found)
                 advance(len(chunk))
     extracted = int((best >= ALIKE).sum())
     return Extraction(

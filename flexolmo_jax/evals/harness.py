@@ -34,8 +34,8 @@ NEW_TOKENS = 256  # that are generated, where a task does not say how many
 def evaluate_through_harness(model: Any, tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
     """{task: the harness's results} of multiple choice tasks.
 
-    The tasks are first written into `folder`, in the harness's form. Raises UserError without the
-    harness, and for a task whose choices do not all follow one context.
+    The tasks are first written into `folder`, as the harness reads them. Raises UserError without
+    the harness, and for a task whose choices do not all follow one context.
     """
     lm_eval, task_manager = _harness()
     for task in tasks:
@@ -130,9 +130,9 @@ class _Adapter:
             for chosen, tokens, segments in each:
                 scores = self._scores(self._loaded.params, tokens, segments, self._allowed)
                 log_p, likeliest = map(np.asarray, scores)
-                for place, i in enumerate(chosen):
+                for b, i in enumerate(chosen):
                     ids, count = queries[i]
-                    own = place, slice(len(ids) - count, len(ids))
+                    own = b, slice(len(ids) - count, len(ids))
                     total = float(log_p[own].sum(dtype=np.float64))
                     result[i] = total, bool(likeliest[own].all())
                 advance(len(chosen))
@@ -173,7 +173,7 @@ def _write_task(task: Task, folder: Path) -> None:
         lines.append(json.dumps(document | {"choices": choices}) + "\n")
     data = folder / f"{task.name}.jsonl"
     write_text(data, "".join(lines))
-    form = {
+    fields = {
         "task": task.name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data)}},
@@ -189,7 +189,7 @@ def _write_task(task: Task, folder: Path) -> None:
         ],
         "metadata": {"version": 1},
     }
-    write_text(folder / f"{task.name}.yaml", json.dumps(form, indent=1) + "\n")
+    write_text(folder / f"{task.name}.yaml", json.dumps(fields, indent=1) + "\n")
 
 
 @functools.lru_cache

@@ -188,13 +188,13 @@ class WeightedSoup:
         result = np.array(self._uniform.losses(tokens, segments))
         each = _stacked_losses(self._each, tokens, segments).astype(np.float64)
         logits = -_before(each, segments) / self._temperature
-        places = np.arange(tokens.shape[1])
+        positions = np.arange(tokens.shape[1])
         for record, start, end in _documents(segments):
             first = start + self._prompt
             if end > first:
                 of_models = logits[:, record, first]
                 shares = np.exp(of_models - _log_sum_exp(of_models)).astype(np.float32)
-                own = ((places >= start) & (places < end))[None].astype(np.int32)
+                own = ((positions >= start) & (positions < end))[None].astype(np.int32)
                 losses = self._run(self._stacked, shares, tokens[record : record + 1], own)
                 result[record, first:end] = np.asarray(losses)[0, first:end]
         return result

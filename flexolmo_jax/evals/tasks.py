@@ -106,14 +106,14 @@ def load_tasks(names: Sequence[str], limit: int | None = None) -> list[Task]:
             " then try again"
         ) from None
     with archive:
-        places = [
+        paths = [
             name.removeprefix(f"{FOLDER}/")
             for name in archive.namelist()
             if name.startswith(FOLDER) and name.endswith(".jsonl.gz")
         ]
         forms = {
             folder.replace("/", "_", 1): folder
-            for folder in (place.rpartition("/")[0] for place in places)
+            for folder in (path.rpartition("/")[0] for path in paths)
         }
         tasks = []
         for name in names:
@@ -135,7 +135,8 @@ def resolve(name: str, forms: Sequence[str] | dict[str, str]) -> tuple[str, str]
     is_bpb = name.endswith("_bpb") and name not in forms
     base = name.removesuffix("_bpb") if is_bpb else name
     for short, long in ALIASES.items():
-        base = long + base[len(short) :] if base == short or base.startswith(f"{short}_") else base
+        if base == short or base.startswith(f"{short}_"):
+            base = long + base[len(short) :]
     order = sorted(FORMS, key=lambda form: not form.startswith("gold")) if is_bpb else FORMS
     meant = (base, *(f"{base}_{form}".rstrip("_") for form in order))
     form = next((form for form in meant if form in forms), None)
@@ -186,9 +187,9 @@ def batches(
         chosen = order[start : start + size]
         width = -(-len(queries[chosen[-1]]) // BUCKET) * BUCKET
         tokens, segments = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
-        for place, i in enumerate(chosen):
+        for b, i in enumerate(chosen):
             length = len(queries[i])
-            tokens[place, :length], segments[place, :length] = queries[i], 1
+            tokens[b, :length], segments[b, :length] = queries[i], 1
         yield chosen, tokens, segments
 
 
@@ -214,12 +215,10 @@ def summarise(metric: str, scored: Sequence[Scored]) -> dict[str, Any]:
         bits.append(-choices[label].log_likelihood / n_bytes / math.log(2))
     if not bits:
         raise ValueError("there is no document of which every choice was scored")
-    chosen = (
-        {} if metric == "bpb" else {metric: float(np.mean(correct)), "soft": float(np.mean(soft))}
-    )
+    choice = {metric: float(np.mean(correct)), "soft": float(np.mean(soft))}
     return {
         "metric": metric,
-        **chosen,
+        **({} if metric == "bpb" else choice),
         "bits_per_byte": float(np.mean(bits)),
         "documents": len(bits),
     }

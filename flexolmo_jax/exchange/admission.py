@@ -36,7 +36,7 @@ from flexolmo_jax.model import Params, forward_layer
 from flexolmo_jax.model.tree import unflatten
 from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.weights import Stored
-from flexolmo_jax.train.evaluate import make_scorer, score_records
+from flexolmo_jax.train.evaluate import Score, make_scorer, score_records
 
 from .contribution import Contribution
 
@@ -232,13 +232,13 @@ def admission(
     for name, tensor in contribution.tensors():
         leaf, layer = leaf_of(name)
         expert[leaf.removeprefix("experts/")][layer, 0] = tensor
-    weights = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
-    lengths, anchors = (
+    matrices = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
+    row_norms, our_row_norms = (
         np.linalg.norm(each["row"][:, 0].astype(np.float64), axis=1) for each in (expert, ours)
     )
     report = {
-        "weights": weights,
-        "row_norm_of_the_anchors": _range(lengths / np.maximum(anchors, 1e-12)),
+        "weights": matrices,
+        "row_norm_of_the_anchors": _range(row_norms / np.maximum(our_row_norms, 1e-12)),
         **_trial(contribution, model, expert, public),
     }
     judged = {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)}
@@ -254,15 +254,12 @@ def _trial(
         raise UserError(f"{public} has no held-out records; give more public text")
     pair = model.params | {"expert": {name: jnp.asarray(a) for name, a in expert.items()}}
     config = dataclasses.replace(model.config, router_bias=contribution.has_bias)
-    before, after = (
-        score_records(
-            functools.partial(make_scorer(architecture), params),
-            records,
-            model.tokenizer,
-            limit=RECORDS,
-        )
-        for architecture, params in ((model.config, model.params), (config, pair))
-    )
+
+    def scored(architecture: ModelConfig, params: Params) -> Score:
+        scorer = functools.partial(make_scorer(architecture), params)
+        return score_records(scorer, records, model.tokenizer, limit=RECORDS)
+
+    before, after = scored(model.config, model.params), scored(config, pair)
     by_layer = after.routing[:, 1]
     bits = {"anchor": before.bits_per_byte, "with_the_expert": after.bits_per_byte}
     return {

@@ -29,14 +29,15 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import weights
 from flexolmo_jax.storage.files import new_directory, write_new
 from flexolmo_jax.storage.outputs import check_new_file
+from flexolmo_jax.storage.paths import in_bucket
 
-from .embedder import domain_embedding, fit_embedder, load_embedder
+from .embedder import Embedder, domain_embedding, fit_embedder, load_embedder
 
 RELEASE_DTYPES = ("bfloat16", "float32")
 
 
 def publish(  # noqa: PLR0913 - the verb's options
-    source: Path,
+    dense_path: Path,
     public: Sequence[Path],
     out: Path,
     *,
@@ -60,38 +61,40 @@ def publish(  # noqa: PLR0913 - the verb's options
         checkpoint_name: the checkpoint of a run: "last", "best", or a step.
 
     Raises:
-        UserError: for a source with contributed experts, and for an unknown dtype.
+        UserError: for a model with contributed experts, and for an unknown dtype.
     """
     if dtype not in RELEASE_DTYPES:
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
-    artifact = _dense(source)
+    artifact = _dense(dense_path)
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory / "tokenizer.json")
-        length = seq_len or _trained_seq_len(source) or min(artifact.config.max_seq_len, 1024)
+        length = seq_len or _trained_seq_len(dense_path) or min(artifact.config.max_seq_len, 1024)
         prepare(public, artifact.tokenizer, length, directory / "public", heldout=heldout)
         fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
         fitted.save(directory / "embedder")
         row = _row_0(directory / "embedder", public, heldout)
         arrays = _arrays(artifact, checkpoint_name, row).items()
         released = {path: a.astype(dtype) for path, a in arrays}
-        description = _describe(directory, artifact, released, dtype)
-        description["embedder"] |= {"name": fitted.name, "version": fitted.version}
-        description["public"] = [name_of(path) for path in public]
-        write_description(directory, description)
-    fingerprint, parameters = description["fingerprint"], sum(a.size for a in released.values())
-    note(f"published {out}: fingerprint {fingerprint[:16]}, {parameters:,} parameters in {dtype}")
+        description = _describe(directory, artifact, released, fitted)
+        write_description(directory, description | {"public": [name_of(path) for path in public]})
+        artifact.ensure()  # again: another directory may have got its name meanwhile
+        if not in_bucket(out):  # here, as others may put something else in its place
+            open_artifact(directory).remember()
+    fingerprint, count = description["fingerprint"], sum(a.size for a in released.values())
+    note(f"published {out}: fingerprint {fingerprint[:16]}, {count:,} parameters in {dtype}")
     anchor = open_artifact(out)
-    anchor.remember()
+    if in_bucket(out):  # where the mark of an unfinished directory was one of its files
+        anchor.remember()
     return anchor
 
 
-def _dense(source: Path) -> Artifact:
-    """The run or model at `source`. Raises UserError unless an anchor can be made of it."""
-    artifact = open_artifact(source)
+def _dense(path: Path) -> Artifact:
+    """The run or model at `path`. Raises UserError unless an anchor can be made of it."""
+    artifact = open_artifact(path)
     is_imported = artifact.kind == "model" and artifact.fingerprint is None
     if artifact.is_pair or (artifact.config.n_experts != 1 and not is_imported):
         raise UserError(
-            f"{source} has experts {', '.join(artifact.experts)}; an anchor is published from a"
+            f"{path} has experts {', '.join(artifact.experts)}; an anchor is published from a"
             " dense run or model"
         )
     return artifact
@@ -115,11 +118,13 @@ def _arrays(artifact: Artifact, checkpoint_name: str, row: np.ndarray) -> dict[s
 
 
 def _describe(
-    directory: Path, artifact: Artifact, released: dict[str, Any], dtype: str
+    directory: Path, artifact: Artifact, released: dict[str, Any], embedder: Embedder
 ) -> dict[str, Any]:
     """Writes the weights, and returns the description of all that is in the directory."""
     config = dataclasses.replace(artifact.config, n_experts=1, n_active=1)
-    tensors = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in released.items()}
+    tensors = {
+        path: {"dtype": str(a.dtype), "shape": list(a.shape)} for path, a in released.items()
+    }
     axes = flatten(logical_axes(config))
     for path, digest in weights.save(directory / "weights", released, axes).items():
         tensors[path]["sha256"] = digest
@@ -130,13 +135,14 @@ def _describe(
         "embedder": embedder_digest(directory / "embedder"),
         "public": public_digest(directory / "public"),
     }
+    name = {"name": embedder.name, "version": embedder.version}
     return {
         "kind": "anchor",
         "model": parts["model"],
         "experts": ["anchor"],
         "tensors": tensors,
         "tokenizer": parts["tokenizer"],
-        "embedder": {"sha256": parts["embedder"]},
+        "embedder": {"sha256": parts["embedder"]} | name,
         "public_sha256": parts["public"],
         "fingerprint": fingerprint_of(parts),
     }
@@ -167,6 +173,7 @@ def embed_domain(
     anchor = open_anchor(anchor_path)
     check_new_file(out)
     embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    anchor.ensure()  # again, now that it is read
     embedding = domain_embedding(embedder, _documents(documents))
     content = io.BytesIO()
     np.save(content, embedding)

@@ -45,12 +45,13 @@ FIT_DOCUMENTS = 20_000  # vocabulary and idf hardly change after this many
 # of a document: its subject shows early, and this bounds the time for books
 MAX_CHARACTERS = 8000
 WIDE = 1024  # dimensions of a TF-IDF vector that tells texts apart
+IDF = (0.999, 100.0)  # the bounds of ln((1 + documents) / (1 + n)) + 1
 CHUNK = 256  # documents embedded between two steps of the progress bar
 # embedders that need no model of a hub: part of this package, or in a pip package
 OWN = ("tfidf", "minilm")
 
-# Runs of letters, runs of digits, and every other visible character on its own: all visible text
-# has tokens.
+# Runs of letters, runs of digits, and every other character but spaces on its own: any text that
+# is not blank has tokens.
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]|_")
 
 
@@ -115,6 +116,7 @@ def load_embedder(directory: Path, dim: int | None = None, *, allow_hub: bool = 
         words = tuple(saved.get("words") or ())
         values = read_values(directory, len(words), saved["dim"])
         embedder = TfidfEmbedder(saved["dim"], words, *values)
+        _check_fitted(embedder, directory)
     else:
         embedder = _encoder(name, saved["dim"])
     if embedder.version != version:
@@ -124,6 +126,28 @@ def load_embedder(directory: Path, dim: int | None = None, *, allow_hub: bool = 
             f" {version}; {remedy}"
         )
     return embedder
+
+
+def _check_fitted(embedder: "TfidfEmbedder", directory: Path) -> None:
+    """Raises UserError for values that no fitting gives, whatever their digest.
+
+    A projection that somebody chose could tell more of an owner's text than the fixed one, and
+    weights out of bounds give rows that are no numbers.
+    """
+    words, (least, most) = list(embedder.words), IDF
+    signs = _random_signs(len(embedder.idf), embedder.dim)
+    for what, is_right in {
+        "words that are not sorted, or twice there": words == sorted(set(words)),
+        f"an idf that is not from {least} to {most}": bool(
+            ((embedder.idf >= least) & (embedder.idf <= most)).all()
+        ),
+        "another projection than the fixed one": np.array_equal(embedder.signs, signs),
+    }.items():
+        if not is_right:
+            raise UserError(
+                f"{directory} has {what}; `flexolmo publish` does not make that: do not use the"
+                " anchor"
+            )
 
 
 def widened(embedder: Embedder) -> Embedder:
@@ -180,33 +204,33 @@ class TfidfEmbedder:
         return f"{FORMAT} sha256:{hashlib.sha256(digests).hexdigest()}"
 
     @functools.cached_property
-    def _places(self) -> dict[str, int]:
-        return {word: place for place, word in enumerate(self.words)}
+    def _terms(self) -> dict[str, int]:
+        return {word: term for term, word in enumerate(self.words)}
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         out = np.zeros((len(texts), self.dim), np.float32)
         for i, text in enumerate(texts):
             counts: Counter[int] = Counter()
             for word, count in _count_words(text).items():
-                counts[self._place(word)] += count
+                counts[self._term(word)] += count
             if not counts:
                 continue
-            places = sorted(counts)
-            frequency = np.array([1 + math.log(counts[place]) for place in places], np.float32)
-            vector = frequency * self.idf[places]
+            terms = sorted(counts)
+            frequency = np.array([1 + math.log(counts[term]) for term in terms], np.float32)
+            vector = frequency * self.idf[terms]
             vector /= np.linalg.norm(vector)
-            out[i] = _project(vector[None], self.signs[places], self.dim)[0]
+            out[i] = _project(vector[None], self.signs[terms], self.dim)[0]
         return out
 
     def save(self, directory: Path) -> None:
         write_values(directory, self.idf, self.signs)
         write_description(directory, self.name, self.version, self.dim, words=self.words)
 
-    def _place(self, word: str) -> int:
-        """Where a word's idf and signs are: its own place, or that of its bucket."""
-        place = self._places.get(word)
-        if place is not None:
-            return place
+    def _term(self, word: str) -> int:
+        """The index of a word's idf and signs: its own, or that of its bucket."""
+        term = self._terms.get(word)
+        if term is not None:
+            return term
         hashed = zlib.crc32(word.encode("utf-8", "surrogatepass"))
         return len(self.words) + hashed % (len(self.idf) - len(self.words))
 

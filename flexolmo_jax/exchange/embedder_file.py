@@ -45,8 +45,8 @@ class _Saved:
 
 def write_description(directory: Path, name: str, version: str, dim: int, **more: Any) -> None:
     """Writes embedder.json into a directory."""
-    form = {"format": FORMAT, "projection_seed": PROJECTION_SEED}
-    content = form | {"name": name, "version": version, "dim": dim} | more
+    versions = {"format": FORMAT, "projection_seed": PROJECTION_SEED}
+    content = versions | {"name": name, "version": version, "dim": dim} | more
     write_bytes(directory / "embedder.json", (json.dumps(content, indent=1) + "\n").encode("ascii"))
 
 
@@ -55,10 +55,10 @@ def read_description(directory: Path) -> dict[str, Any]:
     path = directory / "embedder.json"
     try:
         saved = parse_json(read_bytes(path), SIGNS, 32)
-        form = isinstance(saved, dict) and (saved.get("format"), saved.get("projection_seed"))
-        if form and form != (FORMAT, PROJECTION_SEED):
+        versions = isinstance(saved, dict) and (saved.get("format"), saved.get("projection_seed"))
+        if versions and versions != (FORMAT, PROJECTION_SEED):
             raise UserError(
-                f"{path} has (format, projection seed) {form!r:.80}, this flexolmo-jax reads"
+                f"{path} has (format, projection seed) {versions!r:.80}, this flexolmo-jax reads"
                 f" {(FORMAT, PROJECTION_SEED)}; install the version that published the anchor"
             )
         conform(_Saved, saved)

@@ -159,8 +159,8 @@ def _embed_texts(
         for start in range(0, len(texts_of_length), BATCH):
             batch = texts_of_length[start : start + BATCH]
             ids, mask = np.zeros((BATCH, length), np.int32), np.zeros((BATCH, length), bool)
-            for place, i in enumerate(batch):
-                ids[place, : len(encoded[i])], mask[place, : len(encoded[i])] = encoded[i], True
+            for b, i in enumerate(batch):
+                ids[b, : len(encoded[i])], mask[b, : len(encoded[i])] = encoded[i], True
             # a batch that is not full gives vectors of padding at its end
             vectors.update(zip(batch, np.asarray(run(ids, mask)), strict=False))
     return np.stack([vectors[i] for i in range(len(texts))])

@@ -18,10 +18,8 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.attention import attention, masked_attention
 from flexolmo_jax.runtime import sharding
 
-# logical axes of activations
+# logical axes of activations and of a KV cache
 QUERIES, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-
-
 CACHE = ("layers", "batch", "kv_heads", None, None)
 
 
@@ -73,7 +71,10 @@ class RMSNorm(nnx.Module):
 def rotate(
     x: Float[Array, "B T H C"], positions: Int[Array, "B T"], theta: float
 ) -> Float[Array, "B T H C"]:
-    """Rotary position embedding, half-split layout (HF's), cos and sin in float32."""
+    """Rotary position embedding: a head's halves are turned against each other, as in HF's OLMo 2.
+
+    cos and sin are in float32.
+    """
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies

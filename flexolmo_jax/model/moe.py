@@ -54,9 +54,9 @@ class Choices:
 class RouterOutput(NamedTuple):
     """What the routers did with each token."""
 
-    weights: Float[Array, "*L B T E"]  # of each expert; 0 where it was not chosen
+    probabilities: Float[Array, "*L B T E"]  # of each expert; 0 where it was not chosen
     log_z: Float[Array, "*L B T"]  # logsumexp of the logits, for the z-loss
-    entropy: Float[Array, "*L B T"]  # of the probabilities, in nats; no gradient
+    entropy: Float[Array, "*L B T"]  # of all probabilities, in nats; no gradient
 
 
 class Experts(nnx.Module):
@@ -77,11 +77,11 @@ class Experts(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "N D"],
-        weights: Float[Array, "N E"],
+        probabilities: Float[Array, "N E"],
         mesh: Mesh | None = None,
         layer: Int[Array, ""] | int | None = None,
     ) -> Float[Array, "N D"]:
-        """`sum over e of weights[n, e] * FFN_e(x_n)`: every expert runs on every token.
+        """`sum over e of probabilities[n, e] * FFN_e(x_n)`: every expert runs on every token.
 
         With `layer` the matrices are those of all layers, `[L, E, ...]`.
         """
@@ -95,7 +95,8 @@ class Experts(nnx.Module):
         # Saved for the backward pass: what comes in, and the products. Otherwise slices of the
         # matrices are saved for every layer, which is a copy of the model.
         saved = jax.checkpoint_policies.dots_saveable
-        return jax.checkpoint(run, policy=saved, prevent_cse=False)((x, weights), *matrices)
+        run = jax.checkpoint(run, policy=saved, prevent_cse=False)
+        return run((x, probabilities), *matrices)
 
     def sparse(
         self,
@@ -143,16 +144,17 @@ def mixture(
     E = logits.shape[1]
     # A pair's groups lie in two trees: it runs both, whatever is active.
     mix = sparse_mixture if choices.active < E and len(groups) == 1 else dense_mixture
-    y, weights, log_z = mix(x, logits, groups, choices, layer)
+    y, probabilities, log_z = mix(x, logits, groups, choices, layer)
     router = RouterOutput(
-        weights=weights.reshape(B, T, E),
+        probabilities=probabilities.reshape(B, T, E),
         log_z=log_z.reshape(B, T),
         entropy=_entropy(logits, log_z, choices.allowed).reshape(B, T),
     )
     return y.reshape(B, T, D), router
 
 
-Mixed = tuple[Float[Array, "N D"], Float[Array, "N E"], Float[Array, "N"]]  # y, weights, log_z
+# y, probabilities, log_z
+Mixed = tuple[Float[Array, "N D"], Float[Array, "N E"], Float[Array, "N"]]
 
 
 def router_logits(x: Float[Array, "N D"], groups: tuple[Experts, ...]) -> Float[Array, "N E"]:
@@ -185,10 +187,10 @@ def sparse_mixture(
 ) -> Mixed:
     """Route, dispatch, combine: each token runs only its `active` experts. For a single group."""
     (experts,) = groups
-    routing = route(logits, choices)
-    weights = dense_probabilities(routing, logits.shape[1])
+    routing = route(logits, choices)  # ids and probabilities [N, A]
+    probabilities = dense_probabilities(routing, logits.shape[1])
     y = experts.sparse(x, routing, choices, layer)
-    return y, weights, routing.log_z
+    return y, probabilities, routing.log_z
 
 
 def dense_mixture(
@@ -198,14 +200,14 @@ def dense_mixture(
     choices: Choices,
     layer: Int[Array, ""] | int | None,
 ) -> Mixed:
-    """Every expert runs on every token; what a token did not choose counts with weight 0."""
+    """Every expert runs on every token; what a token did not choose has probability 0."""
     E = logits.shape[1]
     if choices.active < E:
         routing = route(logits, choices)
-        weights, log_z = dense_probabilities(routing, E), routing.log_z
+        probabilities, log_z = dense_probabilities(routing, E), routing.log_z
     else:  # nothing to choose, and sorting is not free
-        weights, log_z = router_probabilities(logits, choices.allowed)
-    used = weights
+        probabilities, log_z = router_probabilities(logits, choices.allowed)
+    used = probabilities
     if choices.noise is not None:
         noisy = logits + choices.noise.reshape(logits.shape)
         used = router_probabilities(noisy, choices.allowed)[0]
@@ -215,7 +217,7 @@ def dense_mixture(
         count = experts.row.shape[0]
         y += experts(x, used[:, first : first + count], choices.mesh, layer)
         first += count
-    return y.astype(x.dtype), weights, log_z
+    return y.astype(x.dtype), probabilities, log_z
 
 
 def _bias(groups: tuple[Experts, ...]) -> Float[Array, "E"]:
@@ -253,18 +255,18 @@ def _every_expert(
     A loop over experts, not one batched product: canonical matmuls reach the hardware's peak,
     `td,edf->etf` does not.
     """
-    (x, weights), _ = inputs
+    (x, probabilities), _ = inputs
     count = gate.shape[0]
     # Padded, as the last device may hold empty experts behind the last one.
-    padded = jnp.pad(weights, ((0, 0), (0, count)))
-    weights = jax.lax.dynamic_slice_in_dim(padded, first, count, axis=1)
+    padded = jnp.pad(probabilities, ((0, 0), (0, count)))
+    own = jax.lax.dynamic_slice_in_dim(padded, first, count, axis=1)
     y = jnp.zeros(x.shape, jnp.float32)  # rounded once
     for i in range(count):
-        weight = weights[:, i, None]
+        p = own[:, i, None]
         # `where`, never a product with 0: NaN in an excluded expert must not leak. Its row and
         # bias are masked in `kernels/route`; the sparse mixture never reads it.
         out = swiglu(x, gate[i], up[i], down[i])
-        y += jnp.where(weight > 0, out.astype(jnp.float32) * weight, 0)
+        y += jnp.where(p > 0, out.astype(jnp.float32) * p, 0)
     return y.astype(x.dtype)
 
 

@@ -92,9 +92,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, pair: bool, rngs: nnx.Rngs):
         def stack(num_experts: int, has_bias: bool) -> Experts:
-            return nnx.vmap(functools.partial(Experts, config, num_experts, has_bias))(
-                rngs.split(config.n_layers)
-            )
+            of_layer = functools.partial(Experts, config, num_experts, has_bias)
+            return nnx.vmap(of_layer)(rngs.split(config.n_layers))
 
         self.config = config
         self.trunk = Trunk(config, rngs)
@@ -121,11 +120,11 @@ class Transformer(nnx.Module):
 
         def layer_step(carry, xs):
             x, cache = carry
-            state, states, index, noise = xs
-            layer = nnx.merge(graph, state)
+            layer_state, expert_states, index, noise = xs
+            layer = nnx.merge(graph, layer_state)
             experts = tuple(
-                nnx.merge(graph, whole, state)
-                for (graph, whole, _), state in zip(groups, states, strict=True)
+                nnx.merge(group, matrices, state)
+                for (group, matrices, _), state in zip(groups, expert_states, strict=True)
             )
             here = context.of_layer(index, cache)
             own = dataclasses.replace(choices, noise=noise)

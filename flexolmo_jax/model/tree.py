@@ -10,11 +10,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key in sorted(tree):
         value = tree[key]
-        flat |= (
-            flatten(value, f"{prefix}{key}/")
-            if isinstance(value, Mapping)
-            else {prefix + key: value}
-        )
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
@@ -34,9 +33,9 @@ def partition(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parts of a tree whose paths belong, and the rest."""
     flat = flatten(tree)
-    return unflatten({k: v for k, v in flat.items() if belongs(k)}), unflatten(
-        {k: v for k, v in flat.items() if not belongs(k)}
-    )
+    chosen = {path: value for path, value in flat.items() if belongs(path)}
+    rest = {path: value for path, value in flat.items() if path not in chosen}
+    return unflatten(chosen), unflatten(rest)
 
 
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ from flexolmo_jax.train.sources import evaluation_sets
 
 
 def package(
-    source: Path, out: Path, which: str = "last", sign_key: Path | None = None
+    path: Path, out: Path, which: str = "last", sign_key: Path | None = None
 ) -> Contribution:
     """Makes a contribution of a pair's run.
 
@@ -51,20 +51,20 @@ def package(
     what is merged.
 
     Args:
-        source: the pair's run.
+        path: the pair's run.
         out: the contribution's directory.
         which: the checkpoint: "last", "best", or a step.
         sign_key: the owner's private key.
 
     Raises:
-        UserError: for any other source, a wrong key, and scores that are not finite.
+        UserError: for any other run, a wrong key, and scores that are not finite.
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
-    run = open_artifact(source)
+    run = open_artifact(path)
     if not run.is_pair:
-        raise UserError(f"{source} is not a pair's run; expected one, to make a contribution from")
-    config = _config_of(source, run)
+        raise UserError(f"{path} is not a pair's run; expected one, to make a contribution from")
+    config = _config_of(path, run)
     assert config.pair is not None  # checked by _config_of
     anchor = open_anchor(run.base().path)
     dtype = anchor.dtype
@@ -93,20 +93,20 @@ def package(
     return _hand_over(out, anchor, fields, "bias" in released, tensor, key)
 
 
-def _config_of(source: Path, run: Artifact) -> RunConfig:
+def _config_of(path: Path, run: Artifact) -> RunConfig:
     """The config of a pair's run. Raises UserError for that of another run."""
-    config = load_config(source / "config.yaml")
+    config = load_config(path / "config.yaml")
     if config.pair is None or ("anchor", config.pair.name) != run.experts:
         got = "no pair" if config.pair is None else f"the pair of {config.pair.name!r}"
         raise UserError(
-            f"{source / 'config.yaml'} describes {got}; the run trained {run.experts[1]!r}; restore"
-            " the run's own config.yaml"
+            f"{path / 'config.yaml'} describes {got}; the run trained {run.experts[1]!r};"
+            " restore the run's own config.yaml"
         )
     return config
 
 
 def package_imported(
-    source: Path, name: str, anchor_path: Path, out: Path, sign_key: Path | None = None
+    model_path: Path, name: str, anchor_path: Path, out: Path, sign_key: Path | None = None
 ) -> Contribution:
     """Makes a contribution of an expert of an imported model, a tensor at a time.
 
@@ -116,19 +116,19 @@ def package_imported(
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
-    model, anchor = open_artifact(source), open_anchor(anchor_path)
+    model, anchor = open_artifact(model_path), open_anchor(anchor_path)
     if model.kind != "model" or model.fingerprint is not None:
         raise UserError(
-            f"{source} is not an imported model; expected one that `flexolmo import-hf` made, or a"
-            " pair's run without --expert"
+            f"{model_path} is not an imported model; expected one that `flexolmo import-hf` made,"
+            " or a pair's run without --expert"
         )
     model.check_experts([name])
     arrays = {path: array.astype(anchor.dtype) for path, array in model.arrays().items()}
     for path, entry in anchor.description["tensors"].items():
         if _digest(model, path, arrays[path], anchor.dtype) != entry["sha256"]:
             raise UserError(
-                f"{anchor_path} is not the anchor of {source}: {path} differs; give what `flexolmo"
-                f" publish` made of {source}"
+                f"{anchor_path} is not the anchor of {model_path}: {path} differs; give what"
+                f" `flexolmo publish` made of {model_path}"
             )
     index = model.experts.index(name)
     fields = {

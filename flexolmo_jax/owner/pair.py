@@ -56,23 +56,23 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=extra)
     row = _row_for_all(pair, run, anchor)
 
-    def initial(placement: Placement) -> Params:
-        params = anchor.params(placement=placement)
+    def initial(placement: Placement, base: Params) -> Params:
         make = functools.partial(new_expert, model=model)
-        shapes = jax.eval_shape(make, params["experts"], row)
+        shapes = jax.eval_shape(make, base["experts"], row)
         placed = {name: placement(f"expert/{name}", a.shape) for name, a in shapes.items()}
-        return params | {"expert": jax.jit(make, out_shardings=placed)(params["experts"], row)}
+        return {"expert": jax.jit(make, out_shardings=placed)(base["experts"], row)}
 
     job = Job(
         config=run,
         model=model,
-        initial=initial,
         is_trained=is_trained,
+        initial=initial,
         experts=("anchor", pair.name),
         tokenizer=tokenizer,
         batches=batches,
         heldout=heldout,
         contrast=_contrast(run),
+        load_base=lambda placement: anchor.params(placement=placement),
         base={"base": str(absolute(anchor.path)), "fingerprint": anchor.fingerprint},
     )
     return train(job, out)
@@ -129,6 +129,7 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
         embedder = load_embedder(
             anchor.path / "embedder", anchor.config.d_model, allow_hub=pair.allow_hub_embedder
         )
+        anchor.ensure()  # again, now that it is read
         return domain_embedding(embedder, _private_documents(run, anchor.tokenizer))
     random = np.random.default_rng(run.train.seed)
     return random.normal(0, anchor.config.init_std, anchor.config.d_model).astype(np.float32)
@@ -142,7 +143,7 @@ def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
     params = anchor.params()
     rows = params["experts"]["row"].astype(jnp.float32)
 
-    def read(rows: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    def summed_log_z(rows: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
         # With one expert, a router's logsumexp is row . hidden state: its gradient with respect to
         # the row is the hidden state.
         with_rows = params | {"experts": params["experts"] | {"row": rows}}
@@ -156,9 +157,9 @@ def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
         batch = [records[i] for i in chosen]
         tokens = jnp.stack([record["tokens"] for record in batch])
         segments = jnp.stack([record["segments"] for record in batch])
-        hidden += jax.grad(read)(rows, tokens, segments)
-    lengths = [jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (rows, hidden)]
-    return np.asarray((hidden * lengths[0] / lengths[1])[:, 0])
+        hidden += jax.grad(summed_log_z)(rows, tokens, segments)
+    row_length, length = (jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (rows, hidden))
+    return np.asarray((hidden * row_length / length)[:, 0])
 
 
 def _private_documents(run: RunConfig, tokenizer: Tokenizer):
@@ -184,7 +185,7 @@ def _with_shares(run: RunConfig):
 
 
 def _contrast(run: RunConfig) -> tuple[tuple[int, float], ...]:
-    """By source: the expert that its tokens belong to, and their weight in the contrast loss.
+    """By source: the expert that its tokens belong to, and how much they count in the loss.
 
     The owner's sources belong to the new expert, public text to the anchor's. Divided by their
     shares of a batch, the two sides count 0.4 and 0.6. Public text counts more, because after a

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.data.documents import HELDOUT, digest_of, read_training_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
@@ -87,7 +88,7 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
             " a diversity of 1 or more"
         )
     anchor = open_anchor(anchor_path)
-    loaded = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    loaded = _embedder(anchor, allow_hub)
     embedder = widened(loaded)
     learnt_from, seen = _learnt_from(private, public, heldout)
     classifiers, accuracy = _fitted(embedder, learnt_from)
@@ -100,6 +101,12 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
     write_new(out, "".join(f"{line}\n" for line in lines).encode())
     learnt = sum(is_private for _, is_private in learnt_from.values())
     return Proxies(len(kept), len(scored), accuracy, learnt)
+
+
+def _embedder(anchor: Artifact, allow_hub: bool) -> Embedder:
+    loaded = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
+    anchor.ensure()  # again, now that it is read
+    return loaded
 
 
 def _learnt_from(
@@ -170,21 +177,21 @@ class Classifiers(NamedTuple):
 
     def logits(self, digests: Sequence[bytes], vectors: np.ndarray) -> np.ndarray:
         """Logits [n] of documents, above 0 where one seems private."""
-        first, second = (vectors @ one.weights + one.bias for one in self.each)
+        first, second = (vectors @ one.coefficients + one.bias for one in self.each)
         return np.where([_half(digest) for digest in digests], first, second)
 
 
 class Classifier(NamedTuple):
-    """A linear classifier: the logit of a vector x is x @ weights + bias."""
+    """A linear classifier: the logit of a vector x is x @ coefficients + bias."""
 
-    weights: np.ndarray  # [F]
+    coefficients: np.ndarray  # [F]
     bias: float
 
 
 def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier:
     """Logistic regression of labels 0 and 1 on vectors [n, F], by L-BFGS.
 
-    The prior of the weights is Gaussian with a standard deviation of 1.
+    The prior of the coefficients is Gaussian with a standard deviation of 1.
     """
     n = len(labels)
     # Unit vectors times this have entries of about 1.
@@ -212,8 +219,8 @@ def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier
 
         return jax.lax.fori_loop(0, steps, step, (model, solver.init(model)))[0]
 
-    weights, bias = solve()
-    return Classifier(np.asarray(scale * weights), float(bias))
+    coefficients, bias = solve()
+    return Classifier(np.asarray(scale * coefficients), float(bias))
 
 
 def diverse(vectors: np.ndarray, quality: np.ndarray, count: int) -> list[int]:

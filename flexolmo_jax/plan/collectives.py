@@ -54,7 +54,7 @@ class Collective:
     # "" as it is written; "ring": a move of a ring that overlaps with a product; "all-reduce":
     # written as an all-reduce
     form: str
-    source: str  # what it comes from: the operation's name in the traced program
+    traced: str  # what it comes from: the operation's name in the traced program
     operand: str  # the first operand's HLO type, as f32[4096,256]
 
     @property
@@ -98,14 +98,14 @@ def _each_operand(
         return []
     is_single = kind == "collective-permute" or _BETWEEN_SLICES.search(instruction.attributes)
     op = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.attributes)
-    source = op[1].replace("\\'", "'") if op else ""
+    traced = op[1].replace("\\'", "'") if op else ""
     found = []
     for i, operand in enumerate(instruction.operands[: 1 if is_single else None]):
         meaning, form = _meaning(program, computation, instruction, i)
         type_ = computation.instructions[operand].type
         received = _received(kind, bytes_of(type_), size) / (2 if form == "all-reduce" else 1)
         found.append(
-            Collective(meaning, axes, size, received, runs, form, source, first_array(type_))
+            Collective(meaning, axes, size, received, runs, form, traced, first_array(type_))
         )
     return found
 
@@ -116,11 +116,11 @@ def _with_whole_rings(found: Iterable[Collective]) -> list[Collective]:
     rings: dict[str, set[str]] = {}
     for one in found:
         if one.form == "ring":
-            rings.setdefault(one.source, set()).add(one.kind)
-    kinds = {source: kinds.pop() for source, kinds in rings.items() if len(kinds) == 1}
+            rings.setdefault(one.traced, set()).add(one.kind)
+    kinds = {traced: kinds.pop() for traced, kinds in rings.items() if len(kinds) == 1}
     return [
-        dataclasses.replace(one, kind=kinds[one.source], form="ring")
-        if one.kind == "collective-permute" and one.source in kinds
+        dataclasses.replace(one, kind=kinds[one.traced], form="ring")
+        if one.kind == "collective-permute" and one.traced in kinds
         else one
         for one in found
     ]

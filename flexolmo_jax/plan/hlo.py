@@ -140,7 +140,7 @@ def parse(hlo: str) -> Program:
 
 
 def bytes_of(type_: str) -> int:
-    """Of an array or a tuple of arrays, layouts aside."""
+    """Of an array or a tuple of arrays."""
     total = 0
     for dtype, shape in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", type_)):
         width = _WIDTHS.get(dtype)
@@ -152,7 +152,7 @@ def bytes_of(type_: str) -> int:
 
 
 def first_array(type_: str) -> str:
-    """The first array of a type without its layout, as f32[4096,256]."""
+    """The first array of a type, as f32[4096,256], without its order in memory."""
     match = _ARRAY.search(type_)
     return match[0] if match else ""
 

@@ -51,6 +51,8 @@ def plan_training(
     else:
         more = {"change": _training_advice(run, slice_, slices, mesh, report)}
     what = {"program": program, "model_flops": flops.model}
+    # Nothing else lies on a device between a restore and the first step.
+    what["restore_bytes"] = size_of(step.arguments[:2])
     return _head(slice_, slices, mesh) | what | report | more
 
 
@@ -198,11 +200,11 @@ def _needed(message: str) -> int:
 def _training_advice(
     run: RunConfig, slice_: Slice, slices: int, mesh: Mesh, report: dict[str, Any]
 ) -> str:
-    ways = sharding.batch_ways(mesh)
-    records = run.data.batch_size // run.train.accumulate // ways
+    devices = sharding.devices_of_batch(mesh)
+    records = run.data.batch_size // run.train.accumulate // devices
     if records > 1:
         return (
-            f"--set train.accumulate={run.data.batch_size // ways} (a device holds {records}"
+            f"--set train.accumulate={run.data.batch_size // devices} (a device holds {records}"
             " records at once; then it holds 1)"
         )
     if run.train.remat != "full":
@@ -262,6 +264,8 @@ def _memory(report: dict[str, Any]) -> list[str]:
     }
     sizes = {name: report.get(key, 0) for key, name in names.items()}
     lines = [f"  {name:<20}{_gib(size):>12}" for name, size in sizes.items() if size >= 2**20]
+    if "restore_bytes" in report:
+        lines.append(f"  a run that resumes starts with {_gib(report['restore_bytes'])}")
     return ["memory, a device:", *lines]
 
 

@@ -54,9 +54,10 @@ def bandwidth(slice_: Slice, mesh: Mesh, axes: Sequence[str]) -> float:
     chip = slice_.chip
     if len({getattr(device, "slice_index", 0) for device in group}) > 1:
         return 1e9 / 8 * chip.dcn_gbits / chip.devices
-    places = np.array([device.coords[: chip.dimensions] for device in group])
+    coordinates = np.array([device.coords[: chip.dimensions] for device in group])
     links = 0
-    for extent, size in zip((len(set(column)) for column in places.T), slice_.shape, strict=True):
+    extents = (len(set(column)) for column in coordinates.T)
+    for extent, size in zip(extents, slice_.shape, strict=True):
         if extent > 1:
             links += 2 if extent == size and size >= chip.wraps_at else 1
     # The devices of one chip share its links. A group that needs no link is one chip, whose devices

@@ -28,14 +28,15 @@ from flexolmo_jax.coordinator.router import is_trained as is_trained_in_a_router
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Request, State, programs
 from flexolmo_jax.kernels import Kernels
-from flexolmo_jax.model import CACHE, Params, empty_cache, init_params, logical_axes
-from flexolmo_jax.model.tree import flatten, partition, unflatten
+from flexolmo_jax.model import CACHE, empty_cache
+from flexolmo_jax.model.tree import flatten, partition
 from flexolmo_jax.owner.pair import is_trained as is_trained_in_a_pair
 from flexolmo_jax.owner.pair import model_of_pair
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.storage.paths import path_of
-from flexolmo_jax.train.optimizer import abstract_state, make_optimizer
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.optimizer import make_optimizer
+from flexolmo_jax.train.state import abstract_params, abstract_state
+from flexolmo_jax.train.step import make_step
 
 RELEASED = "bfloat16"  # what a published anchor and a merged model are stored in
 # Nothing is gathered: every device reads its own part of every weight.
@@ -60,19 +61,19 @@ def architecture(run: RunConfig) -> ModelConfig:
     For a pair or a router run it is that of the anchor or model at the run's path; where there is
     none yet, the config's `model`. Raises UserError if that is not given either.
     """
-    source = run.pair.anchor if run.pair else run.router.model if run.router else run.train.init
-    if source and path_of(source).exists():
-        model = open_artifact(source).config
+    start = run.pair.anchor if run.pair else run.router.model if run.router else run.train.init
+    if start and path_of(start).exists():
+        model = open_artifact(start).config
         return model_of_pair(run, model) if run.pair else model
     if run.model.vocab_size == 0:
-        where = f"{source} does not exist and " if source else ""
+        where = f"{start} does not exist and " if start else ""
         raise UserError(
             f"{where}model.vocab_size is not given; a plan needs the architecture: --set"
             " model.preset=7b, or the keys of `model`"
         )
     if run.run == "router" and run.model.n_experts == 1:
         raise UserError(
-            f"{source} does not exist, and model.n_experts is 1; say how many experts are merged:"
+            f"{start} does not exist, and model.n_experts is 1; say how many experts are merged:"
             " --set model.n_experts=7"
         )
     return run.model
@@ -106,7 +107,7 @@ def training_step(
     """
     check_microbatch(run, mesh.shape)
     is_trained = is_trained or IS_TRAINED.get(run.run, lambda _: True)
-    params = parameters(
+    params = abstract_params(
         model,
         mesh,
         pair=run.pair is not None,
@@ -114,7 +115,7 @@ def training_step(
     )
     trained, frozen = partition(params, is_trained)
     optimizer = make_optimizer(run.optim, run.train.steps)
-    state = TrainState(trained, abstract_state(optimizer, trained, sharding.replicated(mesh)))
+    state = abstract_state(optimizer, trained, mesh)
     B, T = run.data.batch_size, run.data.seq_len
     records = {
         "tokens": ((B, T), "int32"),
@@ -144,7 +145,7 @@ def fsdp_minimum(step: Step, dtype: str) -> int:
     for tree, gradients in ((step.kinds["parameters"], 1), (step.kinds["frozen"], 0)):
         for path, a in flatten(tree).items():
             own = math.prod(a.sharding.shard_shape(a.shape))
-            of_others = own * (sharding.ways_gathered(a.sharding) - 1)
+            of_others = own * (sharding.devices_gathered(a.sharding) - 1)
             gathers = 1 if path == "trunk/embedding" else 2
             total += of_others * (gathers + gradients)
     return total * jnp.dtype(dtype).itemsize
@@ -157,10 +158,10 @@ def decoding_step(
 
     The cache has `context` slots.
     """
-    params = parameters(model, mesh, pair=False, dtype=lambda _: RELEASED)
+    params = abstract_params(model, mesh, pair=False, dtype=lambda _: RELEASED)
     everywhere = sharding.replicated(mesh)
 
-    def of(*shape: int, dtype: Any = jnp.int32) -> Any:
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
 
     cache = jax.eval_shape(
@@ -168,35 +169,18 @@ def decoding_step(
     )
     placed = sharding.parameter_sharding(mesh, CACHE, cache.keys.shape)
     cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), cache)
-    state = State(cache, of(batch), of(batch, dtype=bool), of(), of(batch, context // 2))
+    state = State(
+        cache, array(batch), array(batch, dtype=bool), array(), array(batch, context // 2)
+    )
     request = Request(
-        of(batch),
-        of(),
-        of(model.n_experts, dtype=bool),
-        of(dtype=jnp.float32),
-        of(),
-        of(dtype=jnp.float32),
-        of(dtype=jnp.uint32),
+        first_slot=array(batch),
+        eos_id=array(),
+        allowed=array(model.n_experts, dtype=bool),
+        temperature=array(dtype=jnp.float32),
+        top_k=array(),
+        top_p=array(dtype=jnp.float32),
+        seed=array(dtype=jnp.uint32),
     )
     _, run = programs(model, model.n_active, model.vocab_size, True, RELEASED, mesh, kernels)
     kinds = {"frozen": params, "cache": cache, "batch": (state._replace(cache=None), request)}
-    return Step(run, (params, state, request, of()), kinds)
-
-
-def parameters(
-    model: ModelConfig, mesh: Mesh, *, pair: bool, dtype: Callable[[str], str]
-) -> Params:
-    axes = flatten(logical_axes(model, pair=pair))
-    shapes = flatten(
-        jax.eval_shape(functools.partial(init_params, model, pair=pair), jax.random.key(0))
-    )
-    return unflatten(
-        {
-            path: jax.ShapeDtypeStruct(
-                a.shape,
-                dtype(path),
-                sharding=sharding.parameter_sharding(mesh, axes[path], a.shape),
-            )
-            for path, a in shapes.items()
-        }
-    )
+    return Step(run, (params, state, request, array()), kinds)

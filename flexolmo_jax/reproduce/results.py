@@ -240,7 +240,9 @@ def _extraction_table(spec: Spec, extraction: Mapping[str, Any]) -> Table:
 
 
 def _table(means: Lines, columns: list[str], reference: str = "anchor") -> Table:
-    lines = {name: {column: of[column] for column in columns} for name, of in means.items()}
+    lines = {
+        name: {column: figures[column] for column in columns} for name, figures in means.items()
+    }
     return Table(columns, lines, reference=reference)
 
 
@@ -250,14 +252,14 @@ def _columns(spec: Spec) -> list[str]:
 
 def _intro(spec: Spec, results: Mapping[str, Any]) -> str:
     accuracy = ", ".join(
-        f"{name.removeprefix('proxies-')} {of['accuracy']:.1%}"
-        for name, of in results["proxies"].items()
+        f"{name.removeprefix('proxies-')} {chosen['accuracy']:.1%}"
+        for name, chosen in results["proxies"].items()
     )
     flops = ", ".join(
-        f"{of['times']}x {of['joint_of_pairs']:.3f}" for of in results["flops"].values()
+        f"{run['times']}x {run['joint_of_pairs']:.3f}" for run in results["flops"].values()
     )
     overlap = ", ".join(
-        f"{name} {of['share_in_training_text']:.1%}" for name, of in results["heldout"].items()
+        f"{name} {text['share_in_training_text']:.1%}" for name, text in results["heldout"].items()
     )
     seeds = "one seed" if spec.seeds == 1 else f"means over {spec.seeds} seeds, of ablations one"
     return (

@@ -50,11 +50,8 @@ class Spec:
     tuned_ablations: tuple[str, ...] = ()  # those whose router is tuned too
 
     def check(self) -> None:
-        if (
-            len(self.domains) < 2
-            or len(set(self.domains) | set(self.public)) < len(self.domains) + len(self.public)
-            or not self.public
-        ):
+        are_different = len({*self.domains, *self.public}) == len(self.domains) + len(self.public)
+        if len(self.domains) < 2 or not self.public or not are_different:
             raise UserError(
                 f"domains are {', '.join(self.domains) or 'none'} and public"
                 f" {', '.join(self.public) or 'none'}; expected two or more private domains and a"

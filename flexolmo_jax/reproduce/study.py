@@ -117,7 +117,8 @@ def _start(name: str, root: Path, workers: int) -> subprocess.Popen:
         environment["XLA_FLAGS"] = (
             f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
         )
-    command = [sys.executable, "-m", "flexolmo_jax.reproduce.study", str(root), name]
+    # -P: else modules of the working directory would be imported in the place of the real ones
+    command = [sys.executable, "-P", "-m", "flexolmo_jax.reproduce.study", str(root), name]
     with _log(root, name).open("a") as log:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment

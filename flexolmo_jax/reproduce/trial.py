@@ -118,9 +118,8 @@ class Trial:
 
     def joint(self, times: int) -> RunConfig:
         """A run on all data, mixed as the pairs had it, with `times` the FLOPs of all pairs."""
-        start, anchor = (
-            open_artifact(self.path / name).config for name in ("joint-start", "anchor")
-        )
+        anchor = open_artifact(self.path / "anchor").config
+        start = open_artifact(self.path / "joint-start").config
         run, report = self.joint_of(times, anchor, start)
         write_json(self.path / f"flops-{times}x.json", report)
         return run

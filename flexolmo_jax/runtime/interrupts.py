@@ -26,7 +26,7 @@ _raised = threading.Event()
 def catch(command: Sequence[str]) -> None:
     """From now on Ctrl-C raises KeyboardInterrupt in the main thread where that is safe.
 
-    `command`: the source files that only choose what to do; what they import is imported before
+    `command`: the Python files that only choose what to do; what they import is imported before
     anything has begun. Where the parent process ignores the signal, as for jobs in the background,
     it stays ignored.
     """

@@ -121,15 +121,18 @@ def detect(environment: Mapping[str, str]) -> Place | None:
     Raises UserError where only a part of it is set.
     """
 
-    def need(*names: str, of: str, hint: str) -> None:
+    def need(*names: str, because: str, hint: str) -> None:
         if missing := [name for name in names if not environment.get(name)]:
             raise UserError(
-                f"{of}, but {missing[0]} is not set; {hint}, or --distributed none for one process"
+                f"{because}, but {missing[0]} is not set; {hint}, or --distributed none for"
+                " one process"
             )
 
     if environment.get("JAX_COORDINATOR_ADDRESS"):
         names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        need(*names, of="JAX_COORDINATOR_ADDRESS is set", hint=f"set {' and '.join(names)} too")
+        need(
+            *names, because="JAX_COORDINATOR_ADDRESS is set", hint=f"set {' and '.join(names)} too"
+        )
         try:
             processes, process = (int(environment[name]) for name in names)
         except ValueError:
@@ -140,11 +143,14 @@ def detect(environment: Mapping[str, str]) -> Place | None:
         return _checked(environment["JAX_COORDINATOR_ADDRESS"], processes, process)
     if int(environment.get("SLURM_NTASKS") or 1) > 1:
         names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
-        need(*names, of=f"SLURM_NTASKS is {environment['SLURM_NTASKS']}", hint="start it with srun")
+        need(
+            *names,
+            because=f"SLURM_NTASKS is {environment['SLURM_NTASKS']}",
+            hint="start it with srun",
+        )
         return Place(None, None, None)
-    if len((environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")) > 1 or environment.get(
-        "MEGASCALE_COORDINATOR_ADDRESS"
-    ):
+    hosts = (environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")
+    if len(hosts) > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return Place(None, None, None)  # GKE
     # A TPU VM: its metadata server knows its pod. Programs compiled for a TPU elsewhere have none.
     has_tpu = importlib.util.find_spec("libtpu") and any(
@@ -198,9 +204,9 @@ def by_the_first(function: Callable[[], Any]) -> Any:
     global _alone
     if not _joined or _alone:
         return function()
-    store, key = _store(), f"flexolmo/{next(_turns)}"
+    values, key = _key_value_store(), f"flexolmo/{next(_turns)}"
     if not is_first():
-        outcome = json.loads(store.blocking_key_value_get(key, _FOR_EVER))
+        outcome = json.loads(values.blocking_key_value_get(key, _FOR_EVER))
     else:
         _alone = True
         try:
@@ -209,7 +215,7 @@ def by_the_first(function: Callable[[], Any]) -> Any:
             outcome = {"error": str(error)}
         finally:
             _alone = False
-        store.key_value_set(key, json.dumps(outcome))
+        values.key_value_set(key, json.dumps(outcome))
     if "error" in outcome:
         raise UserError(outcome["error"])
     return outcome["result"]
@@ -222,7 +228,7 @@ def compile_for_all(function: Any, *arguments: Any) -> None:
     by_the_first(lambda: None)
 
 
-def _store() -> Any:
+def _key_value_store() -> Any:
     """JAX's key-value store of a run's processes, which has no public name."""
     from jax._src import distributed
 

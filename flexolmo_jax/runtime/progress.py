@@ -52,11 +52,9 @@ def bar(
 @contextlib.contextmanager
 def _drawn(description: str, total: float | None, in_bytes: bool) -> Iterator[Callable[..., None]]:
     count = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
-    title, text_column = (
-        TextColumn(template, markup=False)
-        for template in ("{task.description}", "{task.fields[text]}")
-    )
-    columns = (title, BarColumn(), *count, TimeRemainingColumn(), text_column)
+    title = TextColumn("{task.description}", markup=False)
+    after = TextColumn("{task.fields[text]}", markup=False)
+    columns = (title, BarColumn(), *count, TimeRemainingColumn(), after)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, text="")
 

@@ -18,6 +18,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from flexolmo_jax.config import MeshConfig
 from flexolmo_jax.errors import UserError
 
+from .devices import all_devices
+
 AXES = ("data", "fsdp", "tensor", "expert")
 BATCH = PartitionSpec(("data", "fsdp", "expert"))
 
@@ -42,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
     Raises UserError for a mesh that does not fit the devices: see `MeshConfig.sizes`.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(all_devices() if devices is None else devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = list(config.sizes(len(devices), slices).values())
     needed = math.prod(sizes)
@@ -79,7 +81,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
-def batch_ways(mesh: Mesh) -> int:
+def devices_of_batch(mesh: Mesh) -> int:
     """Over how many devices the records of a batch are spread."""
     return math.prod(mesh.shape[axis] for axis in BATCH[0])
 
@@ -134,7 +136,7 @@ def parameter_sharding(
     return NamedSharding(mesh, PartitionSpec(*names))
 
 
-def ways_gathered(placement: NamedSharding) -> int:
+def devices_gathered(placement: NamedSharding) -> int:
     """Over how many devices a parameter is spread that all need the whole of it: those along
     `fsdp`."""
     return math.prod(
@@ -169,8 +171,8 @@ def on_each_shard(
         whole = set()
         for arg, names in zip(args, axes, strict=True):
             for size, name in zip(arg.shape, names, strict=True):
-                ways = math.prod(mesh.shape[axis] for axis in _as_tuple(to_mesh.get(name)))
-                if size % ways:
+                devices = math.prod(mesh.shape[axis] for axis in _as_tuple(to_mesh.get(name)))
+                if size % devices:
                     whole.add(to_mesh[name])
 
         def spec(names: Axes) -> PartitionSpec:
@@ -211,12 +213,12 @@ def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Calla
         out = function((tokens, layer), gate, up, down, first)
         return jax.lax.psum_scatter(jax.lax.psum(out, "tensor"), "expert", tiled=True)
 
-    def spread(inputs: Any, *weights: jax.Array) -> jax.Array:
+    def spread(inputs: Any, *matrices: jax.Array) -> jax.Array:
         specs = [
-            PartitionSpec(*(None,) * (w.ndim - 3), *axes)
-            for w, axes in zip(weights, (wide, wide, tall), strict=True)
+            PartitionSpec(*(None,) * (m.ndim - 3), *axes)
+            for m, axes in zip(matrices, (wide, wide, tall), strict=True)
         ]
-        filled = [_filled_up(mesh, w, spec) for w, spec in zip(weights, specs, strict=True)]
+        filled = [_filled_up(mesh, m, spec) for m, spec in zip(matrices, specs, strict=True)]
         # Varying axes are not checked: loops over a traced number of blocks would have to declare
         # those of what they carry.
         in_specs = ((BATCH, PartitionSpec()), *specs)
@@ -227,14 +229,14 @@ def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Calla
     return spread
 
 
-def _filled_up(mesh: Mesh, weights: jax.Array, spec: PartitionSpec) -> jax.Array:
+def _filled_up(mesh: Mesh, matrices: jax.Array, spec: PartitionSpec) -> jax.Array:
     """With empty experts behind the last, which no token can choose, and empty units in each, up to
     numbers that the mesh divides."""
     missing = [
         -size % mesh.shape[axis] if axis else 0
-        for size, axis in zip(weights.shape, spec, strict=True)
+        for size, axis in zip(matrices.shape, spec, strict=True)
     ]
-    return jnp.pad(weights, [(0, n) for n in missing])
+    return jnp.pad(matrices, [(0, n) for n in missing])
 
 
 def _as_tuple(axes: Any) -> tuple[str, ...]:

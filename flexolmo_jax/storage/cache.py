@@ -16,8 +16,9 @@ _one_at_a_time = threading.Lock()
 def cache_folder(name: str = "", on_disk: bool = False) -> Path:
     """`$FLEXOLMO_CACHE`, or else the folder `name` of ~/.cache/flexolmo-jax.
 
-    If the home folder is missing or read-only, as in some containers, this is a temporary folder,
-    with a note. Only this user can read it, and it is removed when the process ends.
+    If the home folder is missing or read-only, as in some containers, or its path is relative, this
+    is a temporary folder, with a note. Only this user can read it, and it is removed when the
+    process ends.
 
     Args:
         name: a folder in the default cache; $FLEXOLMO_CACHE has none of these folders.
@@ -28,6 +29,8 @@ def cache_folder(name: str = "", on_disk: bool = False) -> Path:
         return path_of(chosen)
     try:
         folder = Path.home() / ".cache" / "flexolmo-jax" / name
+        if not folder.is_absolute():  # below the working directory, which may be a stranger's
+            raise RuntimeError("its path is relative")
         folder.mkdir(parents=True, exist_ok=True)
         # Write to find out: root may write whatever the modes say, and a disk may be full.
         with tempfile.TemporaryFile(dir=folder):

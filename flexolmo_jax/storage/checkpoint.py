@@ -27,7 +27,14 @@ from flexolmo_jax.runtime.processes import by_the_first, is_first, joined
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import discard, make_folder, move, write_text
 from flexolmo_jax.storage.outputs import is_whole
-from flexolmo_jax.storage.paths import absolute, children, in_bucket, listing, open_to_read
+from flexolmo_jax.storage.paths import (
+    absolute,
+    check_for_arrays,
+    children,
+    in_bucket,
+    listing,
+    open_to_read,
+)
 from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 
 DIGESTS = "_DIGESTS"
@@ -48,6 +55,7 @@ class StepCheckpoints:
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
+        check_for_arrays(directory)
         self._directory = directory
         self._manager: ocp.CheckpointManager | None = None
         if keep is None:
@@ -244,14 +252,16 @@ def _digests(step: Path, algorithm: str, names: Iterable[str] | None = None) -> 
     """The digests of a step's files, or of those in `names`; the object store's own if it has."""
     found = listing(step)
 
-    def of(name: str) -> tuple[str, str]:
+    def digest_of(name: str) -> tuple[str, str]:
         if algorithm == "md5" and found[name].md5:
             return name, found[name].md5
         with open_to_read(step / name) as file:
             return name, hashlib.file_digest(file, algorithm).hexdigest()  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(4) as pool:
-        return dict(pool.map(of, sorted(found.keys() - UNSEALED) if names is None else names))
+        return dict(
+            pool.map(digest_of, sorted(found.keys() - UNSEALED) if names is None else names)
+        )
 
 
 def _check(step: Path, names: Iterable[str] | None = None) -> None:
@@ -265,13 +275,6 @@ def _check(step: Path, names: Iterable[str] | None = None) -> None:
     for name in sorted(compared):
         if expected.get(name) != found.get(name):
             raise UserError(f"checkpoint {step} is damaged: {name} is not what was saved")
-
-
-def abstract(tree: Tree, sharding: jax.sharding.Sharding | None = None) -> Tree:
-    """ShapeDtypeStructs of a tree of arrays, with `sharding` or each with its own."""
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding or a.sharding), tree
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -353,10 +353,10 @@ def remove_if_empty(directory: Path) -> None:
             directory.rmdir()
 
 
-def move_file(source: Path, target: Path) -> None:
+def move_file(file: Path, target: Path) -> None:
     """Renames a file of this machine, replacing `target`, which is on the same file system."""
     before_change("rename", target)
-    os.replace(source, target)
+    os.replace(file, target)
 
 
 def move(directory: Path, target: Path) -> None:

@@ -187,14 +187,28 @@ def kvstore(directory: Path) -> dict[str, Any]:
     if in_bucket(directory):
         bucket, _, name = str(directory).removeprefix(BUCKETS).partition("/")
         return {"driver": "gcs", "bucket": bucket, "path": f"{name}/" if name else ""}
+    check_for_arrays(directory)
     return {"driver": "file", "path": str(directory.absolute())}
+
+
+def check_for_arrays(directory: Path) -> None:
+    """Raises UserError for a directory whose name TensorStore does not take as it is.
+
+    It takes a backslash for a slash, and so would read and write elsewhere.
+    """
+    text = os.fspath(directory if in_bucket(directory) else directory.absolute())
+    if "\\" in text or text.encode("utf-8", "replace").decode() != text:
+        raise UserError(
+            f"weights cannot lie in {text}; expected a path in UTF-8 without a backslash; rename"
+            " its folders, or choose another place"
+        )
 
 
 def copy_objects(pairs: Sequence[tuple[Path, Path]]) -> None:
     """Copies objects inside the object store. No byte passes through this machine."""
     if pairs:
-        sources, targets = zip(*pairs, strict=True)
-        file_system().copy(list(map(str, sources)), list(map(str, targets)))
+        originals, targets = zip(*pairs, strict=True)
+        file_system().copy(list(map(str, originals)), list(map(str, targets)))
 
 
 def join_objects(parts: Sequence[Path], target: Path) -> None:

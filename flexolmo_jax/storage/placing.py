@@ -31,7 +31,7 @@ _UNSUPPORTED = (  # errors that mean: this way does not work here
 )
 
 
-def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
+def place(original: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
     """Puts a file's bytes in a second place by the first of `ways` that works, and returns it.
 
     Raises UserError if none of them works.
@@ -40,7 +40,7 @@ def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
     before_change("link", target)
     for way in ways:
         try:
-            {"link": _link, "reflink": _reflink, "copy": shutil.copyfile}[way](source, target)
+            {"link": _link, "reflink": _reflink, "copy": shutil.copyfile}[way](original, target)
             if way != "link":
                 target.chmod(READ_ONLY)
             return way
@@ -49,24 +49,25 @@ def place(source: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
                 raise
             if way == ways[-1]:
                 raise UserError(
-                    f"cannot make {target} from {source} by {way}: {error.strerror}; try --by auto"
+                    f"cannot make {target} from {original} by {way}: {error.strerror}; try"
+                    " --by auto"
                 ) from error
     raise ValueError(f"got no way; expected some of {', '.join(WAYS)}")
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(original: Path, target: Path) -> None:
     """Links a read-only file of this user. Raises EPERM for any other file."""
-    status = os.lstat(source)
+    status = os.lstat(original)
     is_read_only = stat.S_ISREG(status.st_mode) and not status.st_mode & WRITABLE
     if not is_read_only or status.st_uid != os.geteuid():
-        raise OSError(errno.EPERM, "its file may be changed under another name", str(source))
-    os.link(source, target, follow_symlinks=False)
+        raise OSError(errno.EPERM, "its file may be changed under another name", str(original))
+    os.link(original, target, follow_symlinks=False)
 
 
-def _reflink(source: Path, target: Path) -> None:
+def _reflink(original: Path, target: Path) -> None:
     """A copy that shares blocks on the disk until one of the two changes (btrfs, XFS)."""
     try:
-        with source.open("rb") as reading, target.open("xb") as writing:
+        with original.open("rb") as reading, target.open("xb") as writing:
             fcntl.ioctl(writing, _CLONE, reading.fileno())
     except OSError:
         target.unlink(missing_ok=True)

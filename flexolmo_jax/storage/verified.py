@@ -4,16 +4,17 @@
 
 The digest covers the claim that was verified and, for every file of the directory, its name,
 device, inode, size and times. It is kept in the user's own cache, so a directory cannot say of
-itself that it was verified. Nothing is remembered if the cache cannot be written, or if others can
-write to it. If somebody changes a file and restores its old times, only `flexolmo verify` notices:
-it always reads everything.
+itself that it was verified. Nothing is remembered if the cache cannot be written, if others can
+write to it, or if its folder is a link, which others may have made. If somebody changes a file and
+restores its old times, only `flexolmo verify` notices: it always reads everything.
 """
 
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,43 @@ def remember(directory: Path, claim: str) -> None:
     _remember(identity(directory, claim))
 
 
+def vouch(statement: str) -> None:
+    """Counts a statement as this program's own: this user's process has just found it to be so."""
+    _remember(_digest(statement))
+
+
+def is_vouched(statement: str) -> bool:
+    """Whether `vouch` was told this very statement. Whoever wrote it into a file may be anybody."""
+    return _is_known(_digest(statement))
+
+
+@contextmanager
+def unchanged(directories: Collection[Path]) -> Iterator[None]:
+    """Raises UserError at the end where other files are in a directory than at the beginning.
+
+    What was verified in between is then what was used. More links to a file are no change.
+    """
+    before = {directory: _status(directory) for directory in directories}
+    yield
+    for directory, files in before.items():
+        if _status(directory) != files:
+            raise UserError(
+                f"{directory} changed while it was used; stop all writing there and run it again"
+            )
+
+
+def _status(directory: Path) -> list[Any]:
+    files = sorted(_files(directory))
+    return files if in_bucket(directory) else [status[:-1] for status in files]
+
+
 def identity(directory: Path, claim: str) -> str:
     """The digest of a claim and of the names, sizes and times of a directory's files."""
-    text = json.dumps([RULES, claim, sorted(_files(directory))])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _digest(claim, sorted(_files(directory)))
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([RULES, *parts]).encode()).hexdigest()
 
 
 def _files(directory: Path) -> Iterator[list[Any]]:
@@ -100,9 +134,16 @@ def _folder() -> Path | None:
         if not cache.is_absolute():
             return None
         folder = cache / "flexolmo-jax" / "verified"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
+        cache.mkdir(parents=True, exist_ok=True)
+        for path in (folder.parent, folder):
+            path.mkdir(mode=0o700, exist_ok=True)
+        return folder if _is_mine(folder) else None
     except (OSError, RuntimeError):  # no home folder, or no permission
         return None
-    is_mine = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return folder if is_mine else None
+
+
+def _is_mine(folder: Path) -> bool:
+    """Whether only this user can put anything into a folder, which is no link to another."""
+    status = folder.lstat()
+    is_open = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not is_open

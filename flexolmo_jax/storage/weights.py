@@ -36,7 +36,7 @@ SMALL = 1 << 18  # ... unless chunks would become smaller than this many bytes
 COMMIT = "commit_success.txt"
 SHARD = 1 << 26  # the most bytes of a shard, if its first axis can be halved that often
 
-Index = tuple[int, ...]
+ShardIndex = tuple[int, ...]
 Box = tuple[slice, ...]
 
 
@@ -94,11 +94,11 @@ class Layout:
         chunks = math.prod(self.shard) // math.prod(self.chunk)
         return math.prod(self.shard) * np.dtype(self.dtype).itemsize + 4 * chunks + 16 * chunks + 4
 
-    def indices(self) -> Iterator[Index]:
+    def indices(self) -> Iterator[ShardIndex]:
         """The indices of all shards, in C order."""
         return itertools.product(*map(range, self.counts))
 
-    def box(self, index: Index) -> Box:
+    def box(self, index: ShardIndex) -> Box:
         """The part of the array that a shard holds."""
         return tuple(
             slice(i * n, min((i + 1) * n, end))
@@ -169,7 +169,7 @@ class Writer:
         if kind is None:
             write_bytes(self.directory / COMMIT, self._metadata[COMMIT])
 
-    def write(self, path: str, index: Index, values: np.ndarray) -> None:
+    def write(self, path: str, index: ShardIndex, values: np.ndarray) -> None:
         """Waits for the shard before, then starts writing this one.
 
         `values` must not change until the next call or until the Writer is left.
@@ -185,14 +185,14 @@ class Writer:
             values.reshape(array.shape), can_reference_source_data_indefinitely=True
         )
 
-    def write_slice(self, path: str, prefix: Index, values: np.ndarray) -> None:
+    def write_slice(self, path: str, prefix: ShardIndex, values: np.ndarray) -> None:
         """Writes all shards whose index starts with `prefix`, as `write` does."""
         layout = self.layouts[path]
         for rest in itertools.product(*map(range, layout.counts[len(prefix) :])):
             index = (*prefix, *rest)
             self.write(path, index, values[layout.box(index)[len(prefix) :]])
 
-    def file(self, path: str, index: Index) -> Path:
+    def file(self, path: str, index: ShardIndex) -> Path:
         """The file of a shard."""
         return self.directory / shard_name(path, index)
 
@@ -207,7 +207,7 @@ class Reader:
     def has(self, path: str) -> bool:
         return array_directory(self.directory, path).exists()
 
-    def file(self, path: str, index: Index) -> Path:
+    def file(self, path: str, index: ShardIndex) -> Path:
         """The file of a shard, if the array has the layout that the index belongs to."""
         return self.directory / shard_name(path, index)
 
@@ -221,7 +221,7 @@ class Reader:
 
     def read(self, path: str, box: Box) -> np.ndarray:
         """A part of an array. Raises UserError for damaged data."""
-        with self._told(path):
+        with self._as_user_error(path):
             return self._array(path)[box].read().result()
 
     def shape_and_dtype(self, path: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -235,12 +235,12 @@ class Reader:
 
     def _array(self, path: str) -> ts.TensorStore:
         if path not in self._arrays:
-            with self._told(path):
+            with self._as_user_error(path):
                 self._arrays[path] = open_array(array_directory(self.directory, path))
         return self._arrays[path]
 
     @contextmanager
-    def _told(self, path: str) -> Iterator[None]:
+    def _as_user_error(self, path: str) -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError, IndexError) as error:
@@ -315,7 +315,7 @@ def array_directory(directory: Path, path: str) -> Path:
     return directory / path.replace("/", ".")
 
 
-def shard_name(path: str, index: Index) -> str:
+def shard_name(path: str, index: ShardIndex) -> str:
     """The file of a shard in a directory of weights."""
     return "/".join((path.replace("/", "."), "c", *map(str, index)))
 

@@ -79,7 +79,8 @@ def make_scorer(
         )
         losses, _ = token_losses(output.hidden, output.head, tokens, mesh)
         counted = predicts(scored).astype(jnp.float32)
-        shares = output.router.weights / jnp.sum(output.router.weights, axis=-1, keepdims=True)
+        p = output.router.probabilities
+        shares = p / jnp.sum(p, axis=-1, keepdims=True)
         sums = jnp.sum(losses * counted), jnp.einsum("lbte,bt->le", shares, counted)
         # every process reads them
         return sums if mesh is None else jax.lax.with_sharding_constraint(sums, replicated(mesh))

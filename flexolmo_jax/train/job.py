@@ -1,5 +1,5 @@
-"""What the training loop is given. It knows nothing of FlexOlmo: a job is initial parameters, which
-of them are trained, and what to train and evaluate them on."""
+"""What the training loop is given. It knows nothing of FlexOlmo: a job is what it stands on, the
+first values of what it trains, and what to train and evaluate them on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,15 +19,18 @@ class Job:
 
     config: RunConfig
     model: ModelConfig
-    # makes or reads the whole parameter tree, each tensor placed as told
-    initial: Callable[[Placement], Params]
     # by path; the rest is frozen: no gradient, no optimiser state, not in checkpoints
     is_trained: Callable[[str], bool]
+    # makes or reads what is trained, each tensor placed as told, from what `load_base` returned;
+    # only asked where there is no checkpoint
+    initial: Callable[[Placement, Params], Params]
     experts: tuple[str, ...]  # names, the anchor's first
     tokenizer: Tokenizer
     batches: Batches
     heldout: dict[str, Source]
     # for each source of the mixture: (expert its tokens belong to, how much they count in the loss)
     contrast: tuple[tuple[int, float], ...] = ()
+    # reads what the run stands on, with everything frozen in it; an anchor or joint run has none
+    load_base: Callable[[Placement], Params] = lambda placement: {}
     # pair, router: {"base": path, "fingerprint": digest, ...}
     base: dict[str, Any] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """The one training loop, in the order of events.
 
-Place parameters on the mesh; restore the newest good checkpoint; for each step take its batch (a
-pure function of the step's number), dispatch it, then read the metrics of the step before;
-evaluate and save now and then, and always at the end.
+Restore the newest good checkpoint, or make the first state; for each step take its batch (a pure
+function of the step's number), dispatch it, then read the metrics of the step before; evaluate and
+save now and then, and always at the end.
 """
 
 import json
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.artifact import Placement
 from flexolmo_jax.config import check_microbatch
 from flexolmo_jax.errors import RunError
-from flexolmo_jax.model import Params, logical_axes
+from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten, partition
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.processes import by_the_first, compile_for_all, is_first, stop_requests
@@ -34,10 +34,11 @@ from .heldout import Evaluation
 from .job import Job
 from .log import Log
 from .metrics import MetricsWriter
-from .optimizer import abstract_state, make_optimizer
+from .optimizer import make_optimizer
 from .profile import Profile
 from .run_directory import claim, describe_run
-from .step import TrainState, make_step
+from .state import TrainState, abstract_params, abstract_state, first_state
+from .step import make_step
 from .watchdog import Watchdog
 
 
@@ -83,32 +84,36 @@ class Trainer:
             self._mesh = sharding.make_mesh(job.config.mesh)
             check_microbatch(job.config, self._mesh.shape)
             claim(job, out)
-            params = job.initial(_placement(job, self._mesh))
-            trained, self._frozen = partition(params, job.is_trained)
-            optimizer = make_optimizer(job.config.optim, job.config.train.steps)
-            self._state = TrainState(trained, _init_optimizer(optimizer, trained, self._mesh))
-            describe_run(job, out, trained)
-            self._dispatch = make_step(job.model, job.config, optimizer, self._mesh)
+            self._optimizer = make_optimizer(job.config.optim, job.config.train.steps)
+            self._dispatch = make_step(job.model, job.config, self._optimizer, self._mesh)
             self._evaluation = Evaluation(job, self._mesh)
             self._checkpoints = stack.enter_context(
                 checkpoint.StepCheckpoints(out / "checkpoints", keep=job.config.train.keep)
             )
 
     def restore(self) -> int:
-        """Takes over the state of the newest good checkpoint and returns its step; 0 without one.
+        """Takes over the state of the newest good checkpoint and returns its step. Without one,
+        makes the first state and returns 0.
 
         A run resumes bit for bit from parameters and optimiser state alone: a step's batch and its
-        noise are functions of the step's number.
+        noise are functions of the step's number. It never holds two states at once.
         """
+        job, placement = self._job, _placement(self._job, self._mesh)
+        with self._accounting.spent("init"):
+            base = job.load_base(placement)
+            self._frozen = partition(base, job.is_trained)[1]
+            abstract = _abstract_state(job, self._optimizer, self._mesh)
+            describe_run(job, self._out, abstract.params)
         with self._accounting.spent("restore"):
-            wanted = checkpoint.abstract(self._state._asdict())
-            restored = self._checkpoints.restore_latest(wanted)
-        if restored is None:
-            return 0
-        done, state = restored
-        self._state = TrainState(**state)
-        note(f"{self._out} resumes from step {done}")
-        return done
+            restored = self._checkpoints.restore_latest(abstract._asdict())
+        if restored is not None:
+            done, state = restored
+            self._state = TrainState(**state)
+            note(f"{self._out} resumes from step {done}")
+            return done
+        with self._accounting.spent("init"):
+            self._state = first_state(self._optimizer, job.initial(placement, base), abstract)
+        return 0
 
     def begin(self, done: int) -> Callable[[int], int | None]:
         """Opens log, profile and batches for the steps after `done`; returns the function that says
@@ -222,8 +227,9 @@ def _placement(job: Job, mesh: Mesh) -> Placement:
     return lambda path, shape: sharding.parameter_sharding(mesh, axes[path], shape)
 
 
-def _init_optimizer(optimizer: optax.GradientTransformation, trained: Params, mesh: Mesh) -> Any:
-    """The optimiser's first state, made in place: a parameter's moments have its sharding."""
-    abstract = abstract_state(optimizer, trained, sharding.replicated(mesh))
-    shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    return jax.jit(optimizer.init, out_shardings=shardings)(trained)
+def _abstract_state(job: Job, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    # In float32, whatever the dtype of what they start from: see `initial` of each kind of run.
+    params = abstract_params(
+        job.model, mesh, pair=job.config.run == "pair", dtype=lambda path: "float32"
+    )
+    return abstract_state(optimizer, partition(params, job.is_trained)[0], mesh)

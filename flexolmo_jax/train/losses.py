@@ -78,16 +78,16 @@ def loss_sums(
     cross_entropy = jnp.sum(losses * mask)
     total = cross_entropy + optim.z_loss * jnp.sum(jnp.square(log_z) * mask)
     router = output.router
-    E = router.weights.shape[-1]
+    E = router.probabilities.shape[-1]
     if optim.router_z_loss and E > 1:
         total += optim.router_z_loss * jnp.sum(jnp.mean(jnp.square(router.log_z), axis=0) * mask)
-    share = jnp.einsum("lbte,bt->le", router.weights, mask.astype(jnp.float32))
+    share = jnp.einsum("lbte,bt->le", router.probabilities, mask.astype(jnp.float32))
     if optim.load_balance and E > 1:
         # Switch Transformer's (arXiv 2101.03961, section 2.2): times E it is 1 when balanced.
-        imbalance = _imbalance(router.weights, share, mask)
+        imbalance = _imbalance(router.probabilities, share, mask)
         total += optim.load_balance * E * imbalance * jnp.sum(mask)
     if contrast is not None:
-        total += _surprise(router.weights, contrast, mask)
+        total += _surprise(router.probabilities, contrast, mask)
     return LossSums(
         total,
         cross_entropy,
@@ -97,20 +97,21 @@ def loss_sums(
 
 
 def _imbalance(
-    weights: Float[Array, "L B T E"], share: Float[Array, "L E"], mask: Bool[Array, "B T"]
+    probabilities: Float[Array, "L B T E"], share: Float[Array, "L E"], mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """Sum over experts of (its share of the choices) * (its share of the probability): from 1 / E
     when balanced to 1 when one expert takes all."""
-    is_chosen = (weights > 0).astype(jnp.float32)
+    is_chosen = (probabilities > 0).astype(jnp.float32)
     chosen = jnp.einsum("lbte,bt->le", is_chosen, mask.astype(jnp.float32))
-    choices, probability = (
-        s / jnp.maximum(jnp.sum(s, axis=-1, keepdims=True), 1e-9) for s in (chosen, share)
-    )
-    return jnp.mean(jnp.sum(choices * probability, axis=-1))
+
+    def shares(sums: Float[Array, "L E"]) -> Float[Array, "L E"]:
+        return sums / jnp.maximum(jnp.sum(sums, axis=-1, keepdims=True), 1e-9)
+
+    return jnp.mean(jnp.sum(shares(chosen) * shares(share), axis=-1))
 
 
 def _surprise(
-    weights: Float[Array, "L B T E"], contrast: Contrast, mask: Bool[Array, "B T"]
+    probabilities: Float[Array, "L B T E"], contrast: Contrast, mask: Bool[Array, "B T"]
 ) -> Float[Array, ""]:
     """-ln p of the expert that a token belongs to, averaged over the routers: the owner's text
     belongs to the new expert, public text to the anchor's.
@@ -121,6 +122,6 @@ def _surprise(
     """
     expert = contrast.expert[None, :, None, None]
     # In a pair both experts are active, so that these are all of the probabilities.
-    p = jnp.take_along_axis(weights, expert, axis=-1)[..., 0]
+    p = jnp.take_along_axis(probabilities, expert, axis=-1)[..., 0]
     surprise = -jnp.log(jnp.maximum(p, 1e-20))
     return jnp.sum(jnp.mean(surprise, axis=0) * contrast.weight[:, None] * mask)

@@ -21,7 +21,7 @@ from flexolmo_jax.storage.paths import in_bucket, open_regular, path_of, reason,
 from flexolmo_jax.storage.untrusted import read_bytes
 
 METRICS_LIMIT = 1 << 30  # bytes
-ROW_LIMIT = 1 << 20  # bytes of the last row
+ENTRY_LIMIT = 1 << 20  # bytes of the last entry
 SECONDS = 30.0  # between two additions to an object
 
 
@@ -119,17 +119,19 @@ def read_lines(path: Path) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def last_row(directory: Path) -> dict[str, Any] | None:
-    """The last row of a run, whatever the length of the file. Raises UserError where it is
-    damaged."""
+def last_entry(directory: Path) -> dict[str, Any] | None:
+    """The last entry of a run, whatever the length of the file.
+
+    Raises UserError where it is damaged.
+    """
     path = directory / "metrics.jsonl"
     try:
         if not path.exists() or not (size := size_of(path)):
             return None
         with open_regular(path) as file:
-            file.seek(max(0, size - ROW_LIMIT))
-            *rows, _ = file.read(ROW_LIMIT).split(b"\n")
-        return json.loads(rows[-1])
+            file.seek(max(0, size - ENTRY_LIMIT))
+            *lines, _ = file.read(ENTRY_LIMIT).split(b"\n")
+        return json.loads(lines[-1])
     except (OSError, ValueError, IndexError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({reason(error):.80}); restore it, or remove it"

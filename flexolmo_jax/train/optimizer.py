@@ -1,13 +1,9 @@
 """AdamW with linear warm-up, a cosine and clipping by global norm: upstream's optimiser and
 schedule."""
 
-from typing import Any
-
-import jax
 import optax
 
 from flexolmo_jax.config import OptimConfig
-from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import flatten, unflatten
 
 
@@ -36,26 +32,6 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
             weight_decay=optim.weight_decay,
             mask=_decayed,
         ),
-    )
-
-
-def abstract_state(
-    optimizer: optax.GradientTransformation, trained: Params, replicated: jax.sharding.Sharding
-) -> Any:
-    """The optimiser's state as ShapeDtypeStructs: moments have the sharding of their parameters
-    (arrays, or ShapeDtypeStructs)."""
-    state = jax.eval_shape(optimizer.init, trained)
-    shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, parameter: parameter.sharding,
-        state,
-        trained,
-        transform_non_params=lambda _: replicated,
-    )
-    return jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        state,
-        shardings,
     )
 
 

@@ -35,7 +35,7 @@ def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
     model = dataclasses.replace(run.model, vocab_size=vocab_size)
     initialise = functools.partial(init_params, model)
 
-    def initial(placement: Placement) -> Params:
+    def initial(placement: Placement, base: Params) -> Params:
         key = jax.random.key(run.train.seed)
         shapes = flatten(jax.eval_shape(initialise, key))
         shardings = unflatten({path: placement(path, a.shape) for path, a in shapes.items()})
@@ -45,29 +45,29 @@ def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
-    source = open_artifact(run.train.init)
-    if source.is_pair or (source.config.n_experts > 1) != (run.run == "joint"):
+    start = open_artifact(run.train.init)
+    if start.is_pair or (start.config.n_experts > 1) != (run.run == "joint"):
         raise UserError(
-            f"train.init {source.path} is a {source.kind} of {len(source.experts)} experts; run:"
+            f"train.init {start.path} is a {start.kind} of {len(start.experts)} experts; run:"
             f" {run.run} cannot start from it"
         )
 
-    def initial(placement: Placement) -> Params:
+    def initial(placement: Placement, base: Params) -> Params:
         # Masters are float32 whatever the release dtype: steps of 1e-4 vanish in bfloat16.
-        return jax.tree.map(lambda a: a.astype("float32"), source.params(placement=placement))
+        return jax.tree.map(lambda a: a.astype("float32"), start.params(placement=placement))
 
-    return _start(run, source.config, source.tokenizer, initial, out)
+    return _start(run, start.config, start.tokenizer, initial, out)
 
 
 def _start(
     run: RunConfig,
     model: ModelConfig,
     tokenizer: Tokenizer,
-    initial: Callable[[Placement], Params],
+    initial: Callable[[Placement, Params], Params],
     out: Path,
 ) -> dict[str, Any]:
     run = dataclasses.replace(run, model=model)
     batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
-    job = Job(run, model, initial, lambda path: True, experts, tokenizer, batches, heldout)
+    job = Job(run, model, lambda path: True, initial, experts, tokenizer, batches, heldout)
     return train(job, out)

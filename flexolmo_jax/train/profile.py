@@ -9,7 +9,7 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import write_bytes
 from flexolmo_jax.storage.paths import in_bucket
 
-PLACE = "profile"  # in a run's directory: plugins/profile/<when>/<host>.xplane.pb
+FOLDER = "profile"  # in a run's directory: plugins/profile/<when>/<host>.xplane.pb
 
 
 class Profile:
@@ -17,7 +17,7 @@ class Profile:
     own."""
 
     def __init__(self, steps: tuple[int, int] | None, out: Path):
-        self._steps, self._out = steps, out / PLACE
+        self._steps, self._out = steps, out / FOLDER
         self._local: tempfile.TemporaryDirectory[str] | None = None
         self._running = False
 

@@ -3,7 +3,7 @@ microbatches."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,13 @@ from flexolmo_jax.runtime.tpus import step_options
 
 from .losses import Contrast, LossSums, loss_sums, predicts
 from .optimizer import learning_rate
+from .state import TrainState
 
 # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]; contrast: "expert", "expert_weight" [B]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # (trained, frozen parameters, batch) -> (gradients, sums): of the batch's sum, not of its mean
 Gradient = Callable[[Params, Params, Batch], tuple[Params, LossSums]]
-
-
-class TrainState(NamedTuple):
-    """What changes from step to step and is checkpointed: the trained parameters and their
-    optimiser state, nothing frozen."""
-
-    params: Params
-    optimizer: Any
 
 
 # (state, frozen parameters, batch, step number) -> (state, metrics)
@@ -47,6 +40,7 @@ def make_step(
     """The jitted step. The old state's buffers are reused."""
     schedule = learning_rate(run.optim, run.train.steps)
     gradient = jax.grad(functools.partial(_loss, model, run, mesh), has_aux=True)
+    gradient = _accumulated(gradient, run.train.accumulate)
 
     def step(
         state: TrainState, frozen: Params, batch: Batch, number: jax.Array | int
@@ -57,9 +51,7 @@ def make_step(
             key = jax.random.fold_in(jax.random.key(run.train.seed), number)
             noise = _router_noise(key, batch["tokens"].shape, model.n_layers)
             batch = batch | {"router_noise": run.pair.router_noise * noise}
-        sums_of_gradients, sums = _accumulated(gradient, run.train.accumulate)(
-            state.params, frozen, batch
-        )
+        sums_of_gradients, sums = gradient(state.params, frozen, batch)
         gradients = jax.tree.map(lambda g: g / count, sums_of_gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         metrics = {

@@ -27,5 +27,5 @@ def accepts(q: Array, k: Array, v: Array, segments: Array) -> bool:
     try:
         jax.eval_shape(attention, q, k, v, segments)
     except (RuntimeError, NotImplementedError, ValueError):
-        return False  # no cuDNN, or not for this head size or layout
+        return False  # no cuDNN, or not for this head size
     return True

@@ -30,6 +30,5 @@ def cross_entropy(
     """
     if implementation is None:
         implementation = "reference" if x.shape[0] * head.shape[1] <= chunks.LARGEST else "chunks"
-    return {"reference": reference.cross_entropy, "chunks": chunks.cross_entropy}[implementation](
-        x, head, targets
-    )
+    functions = {"reference": reference.cross_entropy, "chunks": chunks.cross_entropy}
+    return functions[implementation](x, head, targets)

@@ -21,7 +21,8 @@ from . import blocks_cpu, grouped, reference
 
 Implementation = Literal["blocks", "ragged_dot", "megablox", "megablox_interpret", "reference"]
 
-_MODULES = {
+FORWARD, BACKWARD = 0, 1
+_PASSES = {
     "blocks": (blocks_cpu.forward, blocks_cpu.backward),
     "ragged_dot": grouped.with_products(grouped.RAGGED_DOT),
     "megablox": grouped.with_products(grouped.MEGABLOX),
@@ -64,31 +65,32 @@ def expert_ffn(
     return _expert_ffn(x, probabilities, sizes, gate, up, down, implementation)
 
 
-def _by_platform(part: int, implementation: Implementation | None, *args):
-    """The forward (0) or backward (1) pass of the implementation, or of the platform's own."""
+def _by_platform(direction: int, implementation: Implementation | None, *args):
+    """The forward or backward pass of the implementation, or of the platform's own."""
     if implementation is not None:
-        return _MODULES[implementation][part](*args)
+        return _PASSES[implementation][direction](*args)
     version = jax.__version_info__
     tpu = "ragged_dot" if version >= (0, 12) else "megablox"
     gpu = "ragged_dot" if version >= (0, 11) else "reference"
-    return jax.lax.platform_dependent(
-        *args, cpu=_MODULES["blocks"][part], tpu=_MODULES[tpu][part], default=_MODULES[gpu][part]
-    )
+    cpu, tpu, other = (_PASSES[name][direction] for name in ("blocks", tpu, gpu))
+    return jax.lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=other)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _expert_ffn(x, probabilities, sizes, gate, up, down, implementation):
     # Where no gradient is taken, XLA drops the pre-activations: nothing reads them.
-    return _by_platform(0, implementation, x, probabilities, sizes, gate, up, down)[0]
+    return _by_platform(FORWARD, implementation, x, probabilities, sizes, gate, up, down)[0]
 
 
 def _forward(x, probabilities, sizes, gate, up, down, implementation):
-    out, gated, upped = _by_platform(0, implementation, x, probabilities, sizes, gate, up, down)
+    out, gated, upped = _by_platform(
+        FORWARD, implementation, x, probabilities, sizes, gate, up, down
+    )
     return out, (x, probabilities, sizes, gate, up, down, gated, upped)
 
 
 def _backward(implementation, saved, dout):
-    dx, dprobabilities, dgate, dup, ddown = _by_platform(1, implementation, *saved, dout)
+    dx, dprobabilities, dgate, dup, ddown = _by_platform(BACKWARD, implementation, *saved, dout)
     return dx, dprobabilities, None, dgate, dup, ddown
 
 

@@ -32,9 +32,9 @@ def forward(x, probabilities, sizes, gate, up, down):
 
     def block(span, expert, mask, carry):
         out, gated, upped = carry
-        xb = span.of(x)
+        xb = span.part_of(x)
         g, u = _times(xb, gate[expert]), _times(xb, up[expert])
-        hidden = swiglu.scaled(g, u, span.of(probabilities)).astype(x.dtype)
+        hidden = swiglu.scaled(g, u, span.part_of(probabilities)).astype(x.dtype)
         y = _times(hidden, down[expert])
         return span.set(out, y, mask), span.set(gated, g, mask), span.set(upped, u, mask)
 
@@ -47,10 +47,10 @@ def backward(x, probabilities, sizes, gate, up, down, gated, upped, dout):
 
     def block(span, expert, mask, carry):
         dx, dprobabilities, dgate, dup, ddown = carry
-        xb, doutb = _only(span.of(x), mask), _only(span.of(dout), mask)
+        xb, doutb = _only(span.part_of(x), mask), _only(span.part_of(dout), mask)
         dhidden = _times_transposed(doutb, down[expert])
-        g, u = span.of(gated).astype(jnp.float32), span.of(upped).astype(jnp.float32)
-        h, dp, dg, du = swiglu.gradient(g, u, span.of(probabilities), dhidden)
+        g, u = span.part_of(gated).astype(jnp.float32), span.part_of(upped).astype(jnp.float32)
+        h, dp, dg, du = swiglu.gradient(g, u, span.part_of(probabilities), dhidden)
         # Masked after the arithmetic: 0 times a NaN of the next group is NaN.
         h, dg, du = (_only(a, mask).astype(x.dtype) for a in (h, dg, du))
         dxb = _times_transposed(dg, gate[expert]) + _times_transposed(du, up[expert])
@@ -88,14 +88,14 @@ class _Span:
     def __init__(self, start, size: int):
         self.start, self.size = start, size
 
-    def of(self, a):
+    def part_of(self, a):
         return jax.lax.dynamic_slice_in_dim(a, self.start, self.size)
 
     def set(self, a, value, mask):
         """`a` with `value` at these places, as far as `mask` is True."""
         value = value.astype(a.dtype)
         if mask is not None:
-            value = jnp.where(mask if a.ndim == 1 else mask[:, None], value, self.of(a))
+            value = jnp.where(mask if a.ndim == 1 else mask[:, None], value, self.part_of(a))
         return jax.lax.dynamic_update_slice_in_dim(a, value, self.start, 0)
 
 

@@ -191,10 +191,8 @@ def _plan_kernel(expert_ref, places_ref, sizes_ref, taken_ref, *, no_place: int)
 
 def _before(size: int, axis: int) -> Float[Array, "size size"]:
     """1 where the index along `axis` is smaller than the other one."""
-    earlier, later = (
-        jax.lax.broadcasted_iota(jnp.int32, (size, size), i) for i in (axis, 1 - axis)
-    )
-    return (earlier < later).astype(jnp.float32)
+    index = functools.partial(jax.lax.broadcasted_iota, jnp.int32, (size, size))
+    return (index(axis) < index(1 - axis)).astype(jnp.float32)
 
 
 def _columns(logits: Float[Array, "N E"]) -> tuple[Float[Array, "E N"], int]:

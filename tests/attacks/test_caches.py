@@ -39,8 +39,8 @@ def test_a_cache_that_may_not_be_searched_is_none(tmp_path, monkeypatch):
 
 
 def test_a_store_outlives_a_kill_while_it_writes_a_record(anchor, contributions, tmp_path):
-    """What was stopped goes on: a copied store is read again and its records are written anew. A
-    kill there, or another command at the same moment, made its objects damaged."""
+    """What was stopped goes on: a copied store is read again and its inventories are written
+    anew. A kill there, or another command at the same moment, made its objects damaged."""
     law = [contributions["law"]]
     merge(anchor, law, tmp_path / "model", store_path=tmp_path / "first")
     store = shutil.copytree(tmp_path / "first", tmp_path / "store")

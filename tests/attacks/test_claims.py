@@ -19,7 +19,7 @@ from flexolmo_jax.exchange.screening import (
 )
 from flexolmo_jax.exchange.signature import Trust, keygen, load_key, sign
 from flexolmo_jax.loaded import load
-from tests.attacks.test_what_runs import copied
+from tests.attacks.forging import copied
 
 
 @pytest.fixture

@@ -163,12 +163,12 @@ def test_a_large_embedder_or_metrics_file_costs_little(tmp_path):
     with costing_at_most(100, 60):
         embedder_digest(tmp_path / "embedder")
         with pytest.raises(UserError, match="is damaged"):
-            metrics.last_row(tmp_path)
+            metrics.last_entry(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' * 100_000 + b'{"step": 2}\n{"st')
-    assert metrics.last_row(tmp_path) == {"step": 2}
+    assert metrics.last_entry(tmp_path) == {"step": 2}
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1')
     with pytest.raises(UserError, match="is damaged"):
-        metrics.last_row(tmp_path)
+        metrics.last_entry(tmp_path)
     os.truncate(tmp_path / "embedder" / "embedder.npz", 2**30 + 1)
     with pytest.raises(UserError, match="expected at most"):
         embedder_digest(tmp_path / "embedder")

@@ -10,7 +10,7 @@ from flexolmo_jax.coordinator.merge import opt_out
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import load
-from tests.attacks.test_what_runs import copied, redescribed
+from tests.attacks.forging import copied, redescribed
 
 
 @pytest.mark.parametrize(

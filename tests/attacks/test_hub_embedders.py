@@ -1,10 +1,12 @@
 """An anchor names its embedder. The promise: no owner's machine fetches and runs a stranger's model
 because an anchor says so."""
 
+import dataclasses
 import json
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.description import write_description
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.embedder import fit_embedder, load_embedder
+from flexolmo_jax.exchange.embedder import TfidfEmbedder, fit_embedder, load_embedder
 from flexolmo_jax.exchange.embedder_file import PROJECTION_SEED
 from flexolmo_jax.integrity import embedder_digest, fingerprint_of, parts_of
 
@@ -116,3 +118,23 @@ def test_with_the_owners_word_it_is_loaded_without_remote_code(hostile, fetched)
     with pytest.raises(UserError, match="the anchor was published with 1"):
         load_embedder(hostile / "embedder", allow_hub=True)
     assert fetched == [("attacker/model", {"trust_remote_code": False})]
+
+
+CHANGES: dict[str, Callable[[TfidfEmbedder], dict[str, Any]]] = {
+    "idf of zeros": lambda e: {"idf": np.zeros_like(e.idf)},
+    "idf beyond all": lambda e: {"idf": np.full_like(e.idf, 3e38)},
+    "another projection": lambda e: {"signs": ~e.signs},
+    "words twice": lambda e: {"words": (e.words[0],) * len(e.words)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_embedder_is_one_that_publishing_makes(tmp_path, change):
+    """A claim is believed with cause only: the projection is said to be the fixed one, and that of
+    a hostile anchor was taken, its fingerprint being right. With an idf out of bounds, owners got
+    rows that are no numbers, and were told to lower their learning rate."""
+    embedder = fit_embedder("tfidf", ["the river", "a farmer", "our village"], 8)
+    assert isinstance(embedder, TfidfEmbedder)
+    dataclasses.replace(embedder, **CHANGES[change](embedder)).save(tmp_path)
+    with pytest.raises(UserError, match="does not make that"):
+        load_embedder(tmp_path, 8)

@@ -110,13 +110,16 @@ def saves(place: str) -> None:
     second, and removes the others."""
     import jax
 
-    from flexolmo_jax.storage.checkpoint import StepCheckpoints, abstract
+    from flexolmo_jax.storage.checkpoint import StepCheckpoints
     from flexolmo_jax.storage.paths import path_of
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with StepCheckpoints(path_of(place), keep=1) as checkpoints:
         restored = checkpoints.restore_latest(
-            abstract(jax.tree.map(jax.numpy.asarray, state(0)), device)
+            jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, jax.numpy.float32, sharding=device),
+                state(0),
+            )
         )
         start, found = restored or (0, state(0))
         assert start >= done.value, f"step {done.value} was saved; what is left is {start}"

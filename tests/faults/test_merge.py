@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.artifact import Artifact, open_artifact
+from flexolmo_jax.coordinator.gate import Gate
 from flexolmo_jax.coordinator.merge import append, merge, opt_out
 from flexolmo_jax.coordinator.store import STORE, Store
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.storage import files
-from tests.faults.kill_everywhere import contents
+from tests.faults.kill_everywhere import contents, killed_before
 
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
 pytestmark = pytest.mark.filterwarnings(
@@ -46,6 +47,28 @@ def test_a_killed_merge_or_opt_out_leaves_nothing_or_all_and_a_rerun_finishes(
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     tried = dict(line.split() for line in result.stdout.splitlines())
     assert int(tried["merge"]) > 200 // every and int(tried["opt-out"]) > 60 // every
+
+
+def test_gc_removes_what_a_process_left_beside_the_store_that_it_had_just_made(
+    anchor, contributions, tmp_path
+):
+    """Killed after the store got its name, before its temporary folder was gone."""
+
+    def left() -> list[Path]:
+        return list(tmp_path.glob(f".{STORE}.*.tmp"))
+
+    def act() -> None:
+        merge(anchor, [contributions["law"]], tmp_path / "out", gate=Gate(admission=False))
+
+    place = 1
+    while not left():
+        assert killed_before(place, act), "the merge ended before it was killed at that moment"
+        if not (tmp_path / STORE).exists():
+            for path in left():
+                shutil.rmtree(path)
+        place += 1
+    assert Store.existing(tmp_path / STORE).gc()["leftovers"] > 0
+    assert not left()
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def value_and_gradients(
         sums = loss_sums(
             output, tokens, targets, OptimConfig(router_z_loss=0.1, load_balance=0.1), mesh=mesh
         )
-        return sums.total / B / T, output.router.weights
+        return sums.total / B / T, output.router.probabilities
 
     batch = [TOKENS, SEGMENTS, TARGETS]
     if mesh is not None:
@@ -76,8 +76,9 @@ def value_and_gradients(
             params,
         )
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    (value, weights), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, *batch)
-    return value, weights, {path: np.asarray(a) for path, a in flatten(gradients).items()}
+    value_and_grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, probabilities), gradients = value_and_grad(params, *batch)
+    return value, probabilities, {path: np.asarray(a) for path, a in flatten(gradients).items()}
 
 
 @functools.cache
@@ -96,12 +97,12 @@ def on_one_device(config: ModelConfig, pair: bool = False):
 def test_a_mixture_has_the_same_gradients_on_every_mesh(mesh, experts, active, kernels):
     """3 experts do not divide over 2 or 4 devices: empty ones fill up the last."""
     config = model(experts, active)
-    value, weights, gradients = value_and_gradients(
+    value, probabilities, gradients = value_and_gradients(
         config, parameters(config), sharding.make_mesh(MESHES[mesh]), kernels=kernels
     )
-    expected, expected_weights, expected_gradients = on_one_device(config)
+    expected, expected_probabilities, expected_gradients = on_one_device(config)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    np.testing.assert_array_equal(weights > 0, expected_weights > 0)
+    np.testing.assert_array_equal(probabilities > 0, expected_probabilities > 0)
     for path, gradient in expected_gradients.items():
         assert np.linalg.norm(gradients[path] - gradient) <= 1e-4 * np.linalg.norm(gradient), path
 

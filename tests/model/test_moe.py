@@ -68,7 +68,7 @@ def test_one_expert_is_exactly_its_ffn_whatever_its_row_and_bias():
             jnp.ones(1, bool),
         )
         np.testing.assert_array_equal(y, ffn)
-        assert (router.weights == 1).all()
+        assert (router.probabilities == 1).all()
 
 
 @pytest.mark.parametrize("active", [1, 2, 3])
@@ -86,7 +86,7 @@ def test_the_sparse_path_equals_the_dense_one_in_values_and_gradients(active):
     (_, (y, router)), gradients = value_and_gradients(lambda params: [params], H, params)
     (_, (expected, expected_router)), expected_gradients = value_and_gradients(split, H, params)
     assert_close(y, expected)
-    np.testing.assert_array_equal(router.weights, expected_router.weights)
+    np.testing.assert_array_equal(router.probabilities, expected_router.probabilities)
     jax.tree.map(assert_close, gradients, expected_gradients)
 
 
@@ -101,20 +101,19 @@ def test_the_anchor_has_no_bias_whatever_is_stored_there():
 def test_a_bias_lowers_an_expert_and_never_raises_it():
     params = some_experts()
 
-    def weight(bias):
-        return np.asarray(
-            jitted(H, [params | {"bias": params["bias"].at[2].set(bias)}], E)[1].weights[..., 2]
-        )
+    def probability(bias):
+        biased = params | {"bias": params["bias"].at[2].set(bias)}
+        return np.asarray(jitted(H, [biased], E)[1].probabilities[..., 2])
 
-    np.testing.assert_array_equal(weight(3.0), weight(0.0))
-    assert (weight(-1.0) < weight(0.0)).all()
+    np.testing.assert_array_equal(probability(3.0), probability(0.0))
+    assert (probability(-1.0) < probability(0.0)).all()
 
 
 @pytest.mark.parametrize("active", [2, E])
 def test_entropy_is_that_of_the_allowed_experts_probabilities(active):
     params, allowed = some_experts(), EVERYONE.at[3].set(False)
-    # every expert active: the weights are all of the probabilities
-    p = np.asarray(jitted(H, [params], E, allowed)[1].weights, np.float64)
+    # every expert active: none of the probabilities is left out
+    p = np.asarray(jitted(H, [params], E, allowed)[1].probabilities, np.float64)
     expected = -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-30)), 0), axis=-1)
     np.testing.assert_allclose(
         jitted(H, [params], active, allowed)[1].entropy, expected, rtol=1e-4, atol=1e-6
@@ -147,7 +146,7 @@ def test_a_masked_expert_has_no_influence(excluded, active, poison):
     allowed = EVERYONE.at[gone].set(False)
     expected = jitted(H, [params], active, allowed)
     jax.tree.map(np.testing.assert_array_equal, jitted(H, [poisoned], active, allowed), expected)
-    assert not expected[1].weights[..., gone].any()
+    assert not expected[1].probabilities[..., gone].any()
     assert np.isfinite(expected[0]).all()
 
 
@@ -159,7 +158,7 @@ def test_masking_an_expert_equals_dropping_it(active, excluded):
     dropped = jax.tree.map(lambda leaf: jnp.delete(leaf, excluded, axis=0), params)
     expected, expected_router = jitted(H, [dropped], min(active, E - 1), jnp.ones(E - 1, bool))
     assert_close(y, expected)
-    assert_close(np.delete(router.weights, excluded, -1), expected_router.weights)
+    assert_close(np.delete(router.probabilities, excluded, -1), expected_router.probabilities)
     assert_close(router.log_z, expected_router.log_z)
 
 
@@ -170,7 +169,7 @@ def test_permuting_the_experts_permutes_their_weights_and_nothing_else(order, ac
     y, router = jitted(H, [params], active)
     permuted, permuted_router = jitted(H, [jax.tree.map(lambda leaf: leaf[order], params)], active)
     assert_close(permuted, y)
-    assert_close(permuted_router.weights, router.weights[..., order])
+    assert_close(permuted_router.probabilities, router.probabilities[..., order])
 
 
 def test_routing_is_in_float32_whatever_the_compute_dtype():
@@ -179,7 +178,7 @@ def test_routing_is_in_float32_whatever_the_compute_dtype():
     h = H.astype(jnp.bfloat16)
     y, router = jitted(h, [some_experts()], 2)
     _, expected = jitted(h.astype(jnp.float32), [some_experts()], 2)
-    assert (y.dtype, router.weights.dtype, router.log_z.dtype) == (
+    assert (y.dtype, router.probabilities.dtype, router.log_z.dtype) == (
         jnp.bfloat16,
         jnp.float32,
         jnp.float32,

@@ -8,7 +8,11 @@ from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.model import forward
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.owner import pair as pair_module
 from flexolmo_jax.owner.pair import initial_row, train_pair
+from flexolmo_jax.runtime.sharding import make_mesh
+from flexolmo_jax.train.feed import Feed
+from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.metrics import read_metrics
 from tests.tiny import pair_config
 
@@ -78,3 +82,30 @@ def test_an_expert_trained_alone_has_all_the_weight_and_leaves_its_router_as_it_
         trained["expert/gate"],
         np.asarray(open_artifact(anchor).params()["experts"]["gate"], np.float32),
     )
+
+
+def test_the_owners_text_belongs_to_the_new_expert_and_public_text_to_the_anchors(
+    anchor, prepared, tmp_path, monkeypatch
+):
+    """A batch's records are told apart by their tokens: no two domains share a sentence."""
+    jobs: list[Job] = []
+    monkeypatch.setattr(pair_module, "train", lambda job, out: jobs.append(job))
+    run = pair_config(anchor, prepared["law"], "law", "pair.contrast=0.5", "pair.public_share=0.25")
+    train_pair(run, tmp_path / "run")
+    records = open_records(prepared["law"], "train")
+    of_owner = {records[i]["tokens"].tobytes() for i in range(len(records))}
+    feed = Feed(jobs[0], make_mesh(run.mesh), 0)
+    batches = [feed.next() for _ in range(4)]
+    feed.close()
+    is_owners = [
+        np.asarray(tokens, np.int32).tobytes() in of_owner
+        for batch in batches
+        for tokens in batch["tokens"]
+    ]
+    assert 0 < sum(is_owners) < len(is_owners)
+    expert, weight = (
+        np.concatenate([batch[key] for batch in batches]) for key in ("expert", "expert_weight")
+    )
+    np.testing.assert_array_equal(expert, np.where(is_owners, 1, 0))
+    expected = np.where(is_owners, 0.5 * 0.4 / 0.75, 0.5 * 0.6 / 0.25)
+    np.testing.assert_allclose(weight, expected, rtol=1e-6)

@@ -83,7 +83,7 @@ def test_every_layer_and_the_logits_equal_those_of_transformers(architecture, co
     for length in LENGTHS:
         tokens = random_tokens(config, length)
         theirs = traced(model, tokens)
-        whole, middles, weights, outputs = ours(
+        whole, middles, probabilities, outputs = ours(
             config, params, jnp.asarray(tokens), theirs.inputs, theirs.middles
         )
         # tokens for which, in the whole model too, every layer chose the same experts
@@ -98,11 +98,11 @@ def test_every_layer_and_the_logits_equal_those_of_transformers(architecture, co
             clear = np.ones(tokens.shape, bool)
             if theirs.router_logits is not None:
                 expected, clear = top_k(theirs.router_logits[l], config.n_active)
-                agree &= ((whole.router.weights[l] > 0) == (expected > 0)).all(axis=-1)
+                agree &= ((whole.router.probabilities[l] > 0) == (expected > 0)).all(axis=-1)
                 message = f"router of layer {l}, length {length}"
-                assert np.array_equal((weights[l] > 0)[clear], (expected > 0)[clear]), message
+                assert np.array_equal((probabilities[l] > 0)[clear], (expected > 0)[clear]), message
                 np.testing.assert_allclose(
-                    weights[l][clear], expected[clear], atol=1e-5, err_msg=message
+                    probabilities[l][clear], expected[clear], atol=1e-5, err_msg=message
                 )
             message = f"experts of layer {l}, length {length}"
             np.testing.assert_allclose(
@@ -273,8 +273,8 @@ def traced(model, tokens: np.ndarray) -> Trace:
 
 
 def top_k(logits: np.ndarray, active: int) -> tuple[np.ndarray, np.ndarray]:
-    """The weight of each expert (0 where not chosen) by the definition, and which tokens' choice is
-    not a matter of rounding."""
+    """The probability of each expert (0 where not chosen) by the definition, and which tokens'
+    choice is not a matter of rounding."""
     p = np.exp(logits - logits.max(-1, keepdims=True), dtype=np.float64)
     p /= p.sum(-1, keepdims=True)
     ranked = -np.sort(-p, axis=-1)
@@ -303,7 +303,7 @@ def ours(config: ModelConfig, params: Params, tokens, inputs, middles):
         attended, _ = layer.attention(x, positions, PackedContext(segments))
         choices = Choices(config.n_active, jnp.ones(config.n_experts, bool))
         mixed, router = mixture(h, (group,), choices)
-        return x + layer.attention_norm(attended), router.weights, h + layer.ffn_norm(mixed)
+        return x + layer.attention_norm(attended), router.probabilities, h + layer.ffn_norm(mixed)
 
     return forward(config, params, tokens), *jax.lax.map(run, (layers, experts, inputs, middles))
 

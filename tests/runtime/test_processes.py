@@ -153,7 +153,7 @@ def test_what_the_first_process_does_for_all_may_itself_be_done_by_the_first(mon
         key_value_set = told.__setitem__
 
     monkeypatch.setattr(processes, "_joined", True)
-    monkeypatch.setattr(processes, "_store", Store)
+    monkeypatch.setattr(processes, "_key_value_store", Store)
     assert by_the_first(lambda: by_the_first(lambda: 1) + 1) == 2
     assert list(told.values()) == ['{"result": 2}']
     with pytest.raises(UserError, match="inner"):

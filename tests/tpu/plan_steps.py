@@ -51,6 +51,7 @@ def a_pair_reduces_gradients_of_its_expert_alone(topology: str) -> str:
         report[key]
         for key in ("parameters_bytes", "frozen_bytes", "optimizer_bytes", "batch_bytes")
     )
+    assert report["restore_bytes"] == held - report["batch_bytes"], report
     total = held + report["temporary_bytes"] + report["result_bytes"]
     assert abs(total - report["peak_bytes"]) < 0.02 * total and report["temporary_bytes"] > 0, (
         total,

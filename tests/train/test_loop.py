@@ -2,6 +2,7 @@
 not its own."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -21,11 +22,13 @@ from flexolmo_jax.cli import main
 from flexolmo_jax.config import RunConfig, dump_yaml
 from flexolmo_jax.coordinator.router import train_router
 from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.owner.pair import train_pair
 from flexolmo_jax.storage.checkpoint import StepCheckpoints
 from flexolmo_jax.train import loop
+from flexolmo_jax.train.evaluate import make_scorer, score_records
 from flexolmo_jax.train.metrics import MetricsWriter, read_metrics
 from flexolmo_jax.train.pretrain import pretrain
 from tests.tiny import documents, pair_config, run_config, write_jsonl
@@ -315,7 +318,7 @@ def test_router_tuning_trains_rows_and_biases_and_nothing_else(model, prepared, 
     run = run_config(
         "router", prepared["public"], sources, "train.steps=3", router={"model": str(model)}
     )
-    train_router(run, tmp_path / "run")
+    result = train_router(run, tmp_path / "run")
     tuned = open_artifact(tmp_path / "run")
     assert set(tuned.description["tensors"]) == {"experts/row", "experts/bias"}
     before, after = flatten(open_artifact(model).params()), flatten(tuned.params())
@@ -327,6 +330,23 @@ def test_router_tuning_trains_rows_and_biases_and_nothing_else(model, prepared, 
         != np.asarray(after[path], np.float32).tobytes()
     }
     assert changed == {"experts/row", "experts/bias"}
+
+    # It trains and scores with all four experts active, of which the model uses two: their
+    # probabilities add up to 1.
+    shares = [entry["router_share"] for entry in read_metrics(tmp_path / "run") if "loss" in entry]
+    assert len(shares) == 3 and tuned.config.n_active == 2
+    assert [sum(share.values()) for share in shares] == pytest.approx([1, 1, 1], rel=1e-5)
+    records = open_records(prepared["code"], "heldout")
+    of_all, of_two = (
+        score_records(
+            functools.partial(make_scorer(tuned.config, active), tuned.params()),
+            records,
+            tuned.tokenizer,
+        ).bits_per_byte
+        for active in (4, 2)
+    )
+    assert result["bits_per_byte"]["code"] == pytest.approx(of_all, rel=1e-5)
+    assert of_two != pytest.approx(of_all, rel=1e-4)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])

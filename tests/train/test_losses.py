@@ -14,9 +14,10 @@ from flexolmo_jax.kernels.cross_entropy import chunks
 from flexolmo_jax.model import Output, RouterOutput, forward, init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.sharding import batch_sharding, make_mesh, parameter_sharding
-from flexolmo_jax.train.losses import loss_sums, token_losses
+from flexolmo_jax.train.losses import Contrast, loss_sums, predicts, token_losses
 from flexolmo_jax.train.optimizer import make_optimizer
-from flexolmo_jax.train.step import TrainState, make_step
+from flexolmo_jax.train.state import TrainState
+from flexolmo_jax.train.step import make_step
 
 L, B, T, E, V = 2, 8, 6, 4, 11
 CONFIG = ModelConfig(
@@ -37,21 +38,21 @@ TOKENS = jnp.asarray(RNG.integers(0, V, (B, T)), jnp.int32)
 TARGETS = jnp.asarray(loss_targets(SEGMENTS))
 
 
-def output_of(logits: np.ndarray, weights: np.ndarray, log_z: np.ndarray) -> Output:
+def output_of(logits: np.ndarray, probabilities: np.ndarray, log_z: np.ndarray) -> Output:
     """Hidden states that are their logits: the head is the identity."""
     return Output(
         jnp.asarray(logits),
         jnp.eye(V),
-        RouterOutput(jnp.asarray(weights), jnp.asarray(log_z), 2 * jnp.asarray(log_z)),
+        RouterOutput(jnp.asarray(probabilities), jnp.asarray(log_z), 2 * jnp.asarray(log_z)),
         None,
     )
 
 
 def random_output() -> Output:
-    weights = RNG.dirichlet(np.ones(E), (L, B, T)).astype(np.float32)
+    probabilities = RNG.dirichlet(np.ones(E), (L, B, T)).astype(np.float32)
     return output_of(
         RNG.normal(0, 2, (B, T, V)).astype(np.float32),
-        weights,
+        probabilities,
         RNG.normal(size=(L, B, T)).astype(np.float32),
     )
 
@@ -76,19 +77,35 @@ def test_the_loss_is_that_of_plain_numpy_on_exactly_the_targets():
     np.testing.assert_allclose(sums.cross_entropy, nats, rtol=1e-5)
     np.testing.assert_allclose(sums.total, nats + 0.1 * squares + 0.01 * of_router, rtol=1e-5)
     share = np.mean(
-        [np.asarray(output.router.weights)[:, b, t - 1].mean(0) for b, t in places], axis=0
+        [np.asarray(output.router.probabilities)[:, b, t - 1].mean(0) for b, t in places], axis=0
     )
     np.testing.assert_allclose(sums.router_share / len(places), share, rtol=1e-5)
     entropy = sum(output.router.entropy[:, b, t - 1].mean() for b, t in places)
     np.testing.assert_allclose(sums.router_entropy, entropy, rtol=1e-5)
 
 
+def test_contrast_is_the_surprise_at_the_expert_that_a_record_belongs_to():
+    output = random_output()
+    expert, weight = np.arange(B) % E, np.linspace(0.5, 2, B, dtype=np.float32)
+    contrast = Contrast(jnp.asarray(expert, jnp.int32), jnp.asarray(weight))
+    plain, contrasted = (
+        loss_sums(output, TOKENS, TARGETS, PLAIN, given) for given in (None, contrast)
+    )
+    counted = np.asarray(predicts(TARGETS))
+    surprise = sum(
+        weight[b] * -np.log(output.router.probabilities[:, b, t, expert[b]]).mean()
+        for b, t in zip(*counted.nonzero(), strict=True)
+    )
+    np.testing.assert_allclose(contrasted.total - plain.total, surprise, rtol=1e-4)
+    np.testing.assert_array_equal(contrasted.cross_entropy, plain.cross_entropy)
+
+
 @pytest.mark.parametrize("active", [1, 2, 4])
 def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_all(active):
-    def per_token(weights: np.ndarray) -> float:
+    def per_token(probabilities: np.ndarray) -> float:
         output = output_of(
             np.zeros((B, T, V), np.float32),
-            weights.astype(np.float32),
+            probabilities.astype(np.float32),
             np.zeros((L, B, T), np.float32),
         )
         plain, balanced = (
@@ -98,7 +115,7 @@ def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_a
         return float(balanced.total - plain.total) / (B * (T - 1))
 
     # T - 1 = 5 places a record and B = 8 records: every expert is chosen equally often, with top-k
-    # weights that do not add up to 1.
+    # probabilities that do not add up to 1.
     turn = (
         np.arange(B * T).reshape(B, T)[..., None] * 0
         + np.arange(B)[:, None, None]
@@ -120,11 +137,11 @@ def test_losses_and_gradients_in_chunks_on_a_mesh_are_those_of_one_device(axes, 
         jnp.asarray(RNG.normal(size=shape), jnp.float32)
         for shape in ((B, T, width), (width, vocabulary))
     )
-    weights = jnp.asarray(RNG.normal(size=(2, B, T)), jnp.float32)
+    factors = jnp.asarray(RNG.normal(size=(2, B, T)), jnp.float32)
 
     def total(mesh, hidden, head, tokens):
         losses, log_z = token_losses(hidden, head, tokens, mesh)
-        return jnp.sum(losses * weights[0] + log_z * weights[1])
+        return jnp.sum(losses * factors[0] + log_z * factors[1])
 
     value_and_gradients = jax.value_and_grad(total, (1, 2))
     expected = jax.jit(functools.partial(value_and_gradients, None))(hidden, head, TOKENS)

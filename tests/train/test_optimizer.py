@@ -1,11 +1,15 @@
 """The schedule's values and what weight decay leaves alone."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax.config import OptimConfig
+from flexolmo_jax.config import ModelConfig, OptimConfig
+from flexolmo_jax.model import init_params
+from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.train.optimizer import learning_rate, make_optimizer
 
 
@@ -37,23 +41,27 @@ def test_a_run_shorter_than_its_warm_up_has_a_schedule():
         assert np.isfinite(values).all() and (values >= 0).all() and values.max() <= 9e-4 * 1.0001
 
 
-def test_weight_decay_spares_the_embedding_and_clipping_bounds_the_gradient():
-    optim = OptimConfig(lr=0.5, warmup=0, weight_decay=0.1, final_fraction=1.0)
-    params = {
-        "trunk": {"embedding": jnp.ones((2, 2)), "head": {"kernel": jnp.ones((2, 2))}},
-        "experts": {"gate": jnp.ones((1, 2))},
-    }
-    optimizer = make_optimizer(optim, 10)
-    zeros = {
-        "trunk": {"embedding": jnp.zeros((2, 2)), "head": {"kernel": jnp.zeros((2, 2))}},
-        "experts": {"gate": jnp.zeros((1, 2))},
-    }
-    updates: Any
+def test_weight_decay_takes_everything_but_the_embedding():
+    """Norms, router rows and biases too, as upstream."""
+    model = ModelConfig(
+        vocab_size=32, d_model=8, n_layers=2, n_heads=2, n_kv_heads=2, d_ffn=12, n_experts=3
+    )
+    shapes = jax.eval_shape(functools.partial(init_params, model, pair=True), jax.random.key(0))
+    params = jax.tree.map(lambda a: jnp.full(a.shape, 0.3), shapes)
+    optimizer = make_optimizer(
+        OptimConfig(lr=0.5, warmup=0, weight_decay=0.1, final_fraction=1.0), 10
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    np.testing.assert_array_equal(updates["trunk"]["embedding"], 0)
-    np.testing.assert_allclose(updates["trunk"]["head"]["kernel"], -0.05, rtol=1e-6)
-    np.testing.assert_allclose(updates["experts"]["gate"], -0.05, rtol=1e-6)
+    after = flatten(updates)  # type: ignore[arg-type]
+    ends = {path.rpartition("/")[2] for path in after}
+    assert {"embedding", "scale", "kernel", "gate", "row", "bias"} <= ends
+    for path, update in after.items():
+        decayed = 0 if path == "trunk/embedding" else -0.5 * 0.1 * 0.3
+        np.testing.assert_allclose(update, decayed, rtol=1e-5, err_msg=path)
 
+
+def test_clipping_bounds_the_gradient():
     params = {"a": jnp.zeros(4)}
     # a large eps makes updates follow gradients
     optimizer = make_optimizer(OptimConfig(lr=1.0, warmup=0, eps=1e3, clip=1.0), 10)

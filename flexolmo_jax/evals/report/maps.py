@@ -34,7 +34,7 @@ def routing_section(routing: Mapping[str, np.ndarray], experts: Sequence[str]) -
     return (
         f'<div class="maps">\n{maps}\n</div>\n'
         f'<div class="note scale"><span>share of the expert (%)</span>{_scale(most)}</div>\n'
-        '<p class="note">Rows are layers, the first at the top; the last row is the mean over the'
+        '<p class="note">Each line is a layer, the first at the top; the last is the mean over the'
         " layers.</p>"
     )
 

@@ -1,4 +1,4 @@
-"""Writing weights whose trunk and experts lie elsewhere: a plan with a step a file, then its steps.
+"""Writing a composition's weights: a plan of all files first, then one file after the other.
 
 All weights have one layout (storage/weights.py), so each file can be linked, cloned or copied as it
 is. Only two things go through memory: files between a disk and a bucket, and the arrays `instead`.
@@ -14,7 +14,7 @@ import numpy as np
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import copy_objects, in_bucket
 from flexolmo_jax.storage.placing import WAYS, place
-from flexolmo_jax.storage.weights import Index, Layout, Reader, Writer
+from flexolmo_jax.storage.weights import Box, Layout, Reader, ShardIndex, Writer
 
 
 class StoredExpert(NamedTuple):
@@ -24,13 +24,13 @@ class StoredExpert(NamedTuple):
     index: int
 
 
-class Step(NamedTuple):
-    """One file to write: shard `index` of an array is shard `at` of that array in `source`."""
+class PlannedFile(NamedTuple):
+    """One file to write, a shard of an array, and the shard of other weights that has its bytes."""
 
-    path: str
-    index: Index
-    source: Path | None  # None: the shard comes from memory
-    at: Index
+    path: str  # of the array
+    index: ShardIndex  # of the shard
+    origin: Path | None  # the other weights; None: the shard comes from memory
+    origin_index: ShardIndex  # of the shard there
 
 
 def plan(
@@ -38,8 +38,8 @@ def plan(
     trunk: Path,
     experts: Sequence[StoredExpert],
     given: Sequence[str] = (),
-) -> Iterator[Step]:
-    """A step for every file of the target.
+) -> Iterator[PlannedFile]:
+    """Every file of the target.
 
     The arrays `given` come from memory, and so do biases that an expert does not have.
     """
@@ -47,17 +47,17 @@ def plan(
     for path, layout in target.items():
         for index in layout.indices():
             if path in given:
-                yield Step(path, index, None, index)
+                yield PlannedFile(path, index, None, index)
             elif not path.startswith("experts/"):
-                yield Step(path, index, trunk, index)
+                yield PlannedFile(path, index, trunk, index)
             else:
                 layer, expert, *rest = index
                 stored = experts[expert]
-                weights = stored.weights if readers[stored.weights].has(path) else None
-                yield Step(path, index, weights, (layer, stored.index, *rest))
+                origin = stored.weights if readers[stored.weights].has(path) else None
+                yield PlannedFile(path, index, origin, (layer, stored.index, *rest))
 
 
-def compose(
+def materialize(
     directory: Path,
     target: Mapping[str, Layout],
     trunk: Path,
@@ -84,26 +84,34 @@ def compose(
             f"{directory} is in a bucket, which has no {' and no '.join(ways)}; try --by auto"
         )
     instead, taken = instead or {}, Counter[str]()
-    places = (trunk, *(expert.weights for expert in experts))
-    readers = {weights: Reader(weights) for weights in places}
+    readers = {origin: Reader(origin) for origin in (trunk, *(one.weights for one in experts))}
     copies: list[tuple[Path, Path]] = []  # from bucket to bucket, made at the end, many at once
     with Writer(directory, target) as writer:
-        for path, index, source, at in plan(target, trunk, experts, tuple(instead)):
+        for path, index, origin, origin_index in plan(target, trunk, experts, tuple(instead)):
             layout = target[path]
-            box = layout.box(index)
             if path in instead:
-                writer.write(path, index, instead[path][box])
-            elif source is None:  # a bias that the expert does not have
+                writer.write(path, index, instead[path][layout.box(index)])
+            elif origin is None:  # a bias that the expert does not have
                 writer.write(path, index, np.zeros(layout.shard, layout.dtype))
-            elif "stream" in ways or in_bucket(source) != in_bucket(directory):
-                if at != index:  # the expert has another place there
-                    box = (box[0], slice(at[1], at[1] + 1), *box[2:])
-                writer.write(path, index, readers[source].read(path, box))
+            elif "stream" in ways or in_bucket(origin) != in_bucket(directory):
+                box = _box_there(layout, index, origin_index)
+                writer.write(path, index, readers[origin].read(path, box))
                 taken["stream"] += 1
-            elif in_bucket(directory):
-                copies.append((readers[source].file(path, at), writer.file(path, index)))
-                taken["server-side copy"] += 1
             else:
-                taken[place(readers[source].file(path, at), writer.file(path, index), ways)] += 1
+                file, copy = readers[origin].file(path, origin_index), writer.file(path, index)
+                if in_bucket(directory):
+                    copies.append((file, copy))
+                    taken["server-side copy"] += 1
+                else:
+                    taken[place(file, copy, ways)] += 1
         copy_objects(copies)
     return dict(taken)
+
+
+def _box_there(layout: Layout, index: ShardIndex, origin_index: ShardIndex) -> Box:
+    """A shard's part of the array in the other weights, where the expert may have another index."""
+    box = layout.box(index)
+    if origin_index == index:
+        return box
+    expert = origin_index[1]
+    return (box[0], slice(expert, expert + 1), *box[2:])

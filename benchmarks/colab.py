@@ -1,0 +1,80 @@
+"""Plans the quickstart's runs on Colab's accelerators: memory from the TPU's compiler, minutes from
+its count of operations. Nothing is run, and nothing here was measured on an accelerator.
+
+    python benchmarks/colab.py        # with libtpu (see `flexolmo plan`); prints a table
+
+A T4 has no plan of its own: its line is the float32 program as compiled for a v5e, beside the T4's
+memory and its peak in float32.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jupytext
+import yaml
+
+QUICKSTART = Path(__file__).parent.parent / "notebooks" / "quickstart.py"
+GIB = 2**30
+REACHED = 0.3  # of the peak, assumed
+# accelerator of the notebook, slice to compile for, memory (GiB) and peak (FLOP/s) where they are
+# not the slice's
+DEVICES = {
+    "v5e-1": ("tpu", "v5e:1x1", None, 197e12),
+    "v6e-1": ("tpu", "v6e:1x1", None, 918e12),
+    "T4": ("cuda", "v5e:1x1", 15.0, 8.1e12),
+}
+
+
+def main() -> None:
+    print(
+        "| device | run | memory, GiB | of | FLOPs a step | steps | minutes |\n" + "|---" * 7 + "|"
+    )
+    for device, (accelerator, topology, memory, peak) in DEVICES.items():
+        for run, config, steps in runs(accelerator):
+            report = plan(config, topology)
+            held, limit = report["peak_bytes"] / GIB, memory or report["hbm_bytes"] / GIB
+            minutes = report["model_flops"] * steps / (peak * REACHED) / 60
+            figures = f"{report['model_flops']:.2e} | {steps} | {minutes:.1f}"
+            print(f"| {device} | {run} | {held:.1f} | {limit:.1f} | {figures} |", flush=True)
+
+
+def runs(accelerator: str) -> list[tuple[str, dict, int]]:
+    """(name, config, steps) of the anchor and of an expert, as the notebook writes them."""
+    cells = [cell.source for cell in jupytext.read(QUICKSTART).cells]
+    names: dict = {"accelerator": accelerator}
+    sizes = next(cell for cell in cells if "SIZES = {" in cell)
+    exec(sizes.replace("print(", "str("), names)
+    written = next(cell for cell in cells if "cat > anchor.yaml" in cell)
+    heredoc = written[written.index("cat > anchor.yaml") : written.index("\nEOF") + 5]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["bash", "-c", heredoc], cwd=folder, check=True)
+        anchor = yaml.safe_load((Path(folder) / "anchor.yaml").read_text())
+    size = names["size"]
+    anchor["model"]["vocab_size"] = size["VOCAB"]
+    pair = {
+        **anchor,
+        "run": "pair",
+        "train": anchor["train"] | {"steps": size["EXPERT_STEPS"]},
+        "pair": {"anchor": "anchor", "name": "code", "contrast": 1.0},
+    }
+    return [("anchor", anchor, size["STEPS"]), ("expert", pair, size["EXPERT_STEPS"])]
+
+
+def plan(config: dict, topology: str) -> dict:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(config, file)
+        file.flush()
+        command = [sys.executable, "-m", "flexolmo_jax.cli", "plan", file.name, "--json"]
+        done = subprocess.run(
+            [*command, "--topology", topology], capture_output=True, text=True, check=False
+        )
+    if not done.stdout:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""What several modules of attacks stand on."""
+
+from tests.attacks.foreign import sources
+
+__all__ = ["sources"]

@@ -1,0 +1,94 @@
+"""Files of strangers that are good, and what reads them: what the attacks on each start from."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from flexolmo_jax.config import ModelConfig, dump_yaml, load_config
+from flexolmo_jax.convert.huggingface import hf_config, to_hf
+from flexolmo_jax.convert.importing import INDEX, import_hf
+from flexolmo_jax.data.records import open_records
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange.embedder import fit_embedder, load_embedder
+from flexolmo_jax.model import init_params
+from tests.tiny import run_config
+
+MODEL = ModelConfig(
+    vocab_size=384,
+    d_model=16,
+    n_layers=2,
+    n_heads=2,
+    n_kv_heads=1,
+    d_ffn=8,
+    n_experts=2,
+    n_active=2,
+    router_bias=False,
+)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, prepared, tiny_tokenizer) -> dict[str, Path]:
+    """A good one of each: a checkpoint in Hugging Face's form, prepared records, an embedder, a
+    run's config."""
+    root = tmp_path_factory.mktemp("foreign")
+    checkpoint, fitted = root / "hf", root / "embedder"
+    checkpoint.mkdir()
+    fitted.mkdir()
+    tensors = to_hf(MODEL, jax.tree.map(np.asarray, init_params(MODEL, jax.random.key(0))))
+    save_file(tensors, checkpoint / "model.safetensors")
+    (checkpoint / "config.json").write_text(json.dumps(hf_config(MODEL)))
+    (checkpoint / INDEX).write_text(
+        json.dumps(
+            {
+                "metadata": {"total_size": 1},
+                "weight_map": dict.fromkeys(tensors, "model.safetensors"),
+            }
+        )
+    )
+    tiny_tokenizer.save(checkpoint)
+    fit_embedder("tfidf", ["the river feeds the valley", "a farmer paints"], 16).save(fitted)
+    config = root / "config.yaml"
+    config.write_text(dump_yaml(run_config("anchor", prepared["public"])))
+    return {
+        "hf": checkpoint,
+        "prepared": Path(shutil.copytree(prepared["public"], root / "prepared")),
+        "embedder": fitted,
+        "run": config,
+    }
+
+
+def read_prepared(path: Path) -> None:
+    data = open_records(path, "train")
+    data.check_digests()
+    assert data[0]["tokens"].shape == (data.seq_len,)
+
+
+def read_embedder(path: Path) -> None:
+    assert load_embedder(path, 16).embed(["the river"]).shape == (1, 16)
+
+
+# By the file that is changed: what it lies in, and what reads it.
+FILES: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
+    "config.json": ("hf", import_hf),
+    INDEX: ("hf", import_hf),
+    "index.json": ("prepared", lambda path, out: read_prepared(path)),
+    "embedder.json": ("embedder", lambda path, out: read_embedder(path)),
+    "config.yaml": ("run", lambda path, out: load_config(path)),
+}
+
+
+def in_a_line(error: UserError) -> None:
+    assert "\n" not in str(error) and len(str(error)) < 1500, str(error)
+
+
+def laughs(levels: int) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines)

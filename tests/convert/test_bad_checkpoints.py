@@ -1,0 +1,127 @@
+"""Every kind of bad checkpoint is named, and nothing of it stays."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flexolmo_jax.convert.importing import import_hf
+from flexolmo_jax.errors import UserError
+
+# Edits of a good checkpoint, which spoil it.
+
+
+def edited(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def with_norm(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    return edited(lambda tensors: tensors.update({NORM: change(tensors[NORM])}))
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).unlink()
+
+
+def setting(key: str, value: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        fields = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(fields | {key: value}))
+
+    return change
+
+
+def indexed(name: str) -> Callable[[Path], None]:
+    """With an index that says a tensor is in this file."""
+    index = json.dumps({"weight_map": {"a": name}})
+
+    def change(directory: Path) -> None:
+        (directory / "model.safetensors.index.json").write_text(index)
+
+    return change
+
+
+def truncate(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def pickle(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def spoil_json(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+NORM, BIAS = "model.norm.weight", "model.layers.7.bias"
+YARN = {"rope_type": "yarn", "rope_theta": 1e4}
+BAD = {
+    "missing key": (edited(lambda tensors: tensors.pop(NORM)), f"misses tensors: {NORM}"),
+    "extra key": (
+        edited(lambda tensors: tensors.update({BIAS: tensors[NORM]})),
+        f"has unexpected tensors: {BIAS}",
+    ),
+    "shape": (
+        with_norm(lambda norm: norm[:-1]),
+        rf"{NORM} has shape \(23,\); expected \(24,\) by config.json",
+    ),
+    "two dtypes": (
+        with_norm(lambda norm: norm.astype(np.float32)),
+        "expected all tensors in one dtype",
+    ),
+    "dtype": (
+        with_norm(lambda _: np.ones(24, np.int64)),
+        "has dtype 'I64'; expected BF16, F16, F32",
+    ),
+    "truncated": (truncate, "cannot be read as safetensors: it has"),
+    "pickle": (pickle, "pytorch_model.bin, a pickle"),
+    "missing shard": (indexed("model-2.safetensors"), "misses model-2.safetensors"),
+    "escape": (
+        indexed("../model.safetensors"),
+        "no weight_map from tensors to files beside it",
+    ),
+    "no weights": (without("model.safetensors"), r"no \*.safetensors"),
+    "no config": (without("config.json"), "cannot read .*config.json"),
+    "no JSON": (spoil_json, "is not JSON"),
+    "no tokenizer": (without("tokenizer.json"), "tokenizer.json"),
+    "rope scaling": (setting("rope_parameters", YARN), "rope_parameters"),
+    "attention bias": (setting("attention_bias", True), "attention_bias is True"),
+    "activation": (setting("hidden_act", "gelu"), "hidden_act is 'gelu'"),
+    "top k": (setting("norm_topk_prob", True), "norm_topk_prob is True"),
+    "architecture": (setting("model_type", "llama"), "model_type is 'llama'"),
+    "vocabulary": (setting("vocab_size", 128), "tokenizer of 3.. tokens and vocab_size 128"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_named_and_leaves_nothing(change, message, checkpoint, tmp_path):
+    source = checkpoint()
+    change(source)
+    with pytest.raises(UserError, match=message):
+        import_hf(source, tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+def test_values_that_are_not_finite_are_noted_by_name(checkpoint, tmp_path, capsys):
+    def spoil(tensors, fields):
+        tensors["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] = np.nan
+
+    import_hf(checkpoint(change=spoil), tmp_path / "model")
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "model.layers.1.mlp.experts.2.up_proj.weight" in warning and "not finite" in warning
+
+
+@pytest.mark.parametrize("names", [("one",), ("same", "same"), ("anchor", "b"), ("../a", "b")])
+def test_names_must_be_as_many_as_experts_and_fit_to_be_paths(names, checkpoint, tmp_path):
+    with pytest.raises(UserError, match="expected"):
+        import_hf(checkpoint(), tmp_path / "model", names)
