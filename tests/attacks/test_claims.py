@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flexolmo_jax.coordinator.merge import merge, opt_out
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, open_contribution, sealed
@@ -18,6 +19,7 @@ from flexolmo_jax.exchange.screening import (
     write_verdict,
 )
 from flexolmo_jax.exchange.signature import Trust, keygen, load_key, sign
+from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE
 from flexolmo_jax.loaded import load
 from tests.attacks.forging import copied
 
@@ -147,6 +149,25 @@ def test_a_verdict_under_another_name_is_not_overlooked(contributions, keys, tmp
         write_verdict(each, load_key(keys / "law"), tmp_path / "verdicts" / name)
     with pytest.raises(UserError, match=r"two\.JSON is not read; expected names that end in"):
         check_screening([candidate], [tmp_path / "verdicts"], Trust.of(keys))
+
+
+def test_a_receipt_in_a_model_is_of_this_model(anchor, contributions, keys, tmp_path):
+    """Promise: no receipt is believed to be of something else. A model verified that carried
+    another's receipt, or another's signature of one."""
+    everybody = list(contributions.values())
+    whole = merge(anchor, everybody, tmp_path / "whole").path
+    one, two = (
+        opt_out(whole, [name], tmp_path / name, sign_key=keys / "law").path
+        for name in ("code", "care")
+    )
+    assert verify(one)["verified"] and verify(two)["verified"]
+    for name in (RECEIPT_SIGNATURE, RECEIPT):
+        shutil.copy(two / name, one / name)
+        with pytest.raises(UserError, match=r"is for other bytes|still holds 'care'"):
+            verify(one)
+    shutil.copy(two / RECEIPT, whole / RECEIPT)
+    with pytest.raises(UserError, match="still holds 'care'"):
+        verify(whole)
 
 
 def test_a_receipt_lies_in_models_only_and_is_a_file(anchor, model, tmp_path):
