@@ -86,11 +86,16 @@ class Artifact:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError for another one than that of the description."""
+        """Raises UserError for another one than that of the description, or too large a one."""
         tokenizer = Tokenizer.load(self.path)
         if tokenizer.digest != self.description.get("tokenizer", tokenizer.digest):
             raise UserError(
                 f"{self.path}: its tokenizer is not the one of its description; fetch it again"
+            )
+        if tokenizer.vocab_size > self.config.vocab_size:  # ids beyond it would be read as others
+            raise UserError(
+                f"{self.path}: its tokenizer has {tokenizer.vocab_size} tokens; expected at most"
+                f" {self.config.vocab_size}, as its model has; do not use it"
             )
         return tokenizer
 

@@ -193,7 +193,7 @@ def verify_model(model: Artifact, trust: Trust = ANY) -> list[dict[str, Any]]:
     what was merged.
     """
     if (model.path / RECEIPT).exists():
-        read_receipt(model.path / RECEIPT)
+        _check_own_receipt(model)
     integrity.check_config(model.path, model.description)
     members = []
     for member in model.members:
@@ -239,13 +239,7 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
     model = open_artifact(model_path)
     if model.kind != "model" or "anchor" not in model.description:
         raise UserError(f"{model_path} is a {model.kind}; expected a merged model")
-    if model.fingerprint != receipt["anchor"]:
-        raise UserError(
-            f"{model_path} was made from the anchor {model.fingerprint}; the receipt is for a model"
-            f" made from {receipt['anchor']}"
-        )
-    _check_leavers(path, receipt)
-    _check_members(model, receipt)
+    _check_claims(path, receipt, model)
     _check_weights(model, receipt)
     verify_model(model)
     names = [expert["name"] for expert in receipt["removed"]]
@@ -261,15 +255,40 @@ def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str
     }
 
 
-def _signer(path: Path, receipt: Mapping[str, Any], trust: Trust) -> dict[str, Any] | None:
-    signature = path.with_name(RECEIPT_SIGNATURE)
+def _check_own_receipt(model: Artifact) -> None:
+    """Checks the receipt that lies in a model: it is of this model, and signed right if at all."""
+    path = model.path / RECEIPT
+    receipt = read_receipt(path)
+    if (signature := _signature(path)) is not None:
+        check_signature(sealed_json(receipt).encode(), signature, ANY, path)
+    _check_claims(path, receipt, model)
+
+
+def _signature(receipt: Path) -> bytes | None:
+    path = receipt.with_name(RECEIPT_SIGNATURE)
     try:
-        signed = read_bytes(signature, SIGNATURE_LIMIT)
+        return read_bytes(path, SIGNATURE_LIMIT)
     except FileNotFoundError:
-        signed = None
+        return None
     except OSError as error:
-        raise UserError(f"cannot read {signature}: {reason(error)}") from None
-    remedy = f"expected {signature}; ask the coordinator for it (opt-out --sign-key)"
+        raise UserError(f"cannot read {path}: {reason(error)}") from None
+
+
+def _check_claims(path: Path, receipt: Mapping[str, Any], model: Artifact) -> None:
+    """Checks what a receipt says of a model against the model's description."""
+    if model.fingerprint != receipt["anchor"]:
+        raise UserError(
+            f"{model.path} was made from the anchor {model.fingerprint}; the receipt is for a model"
+            f" made from {receipt['anchor']}"
+        )
+    _check_leavers(path, receipt)
+    _check_members(model, receipt)
+
+
+def _signer(path: Path, receipt: Mapping[str, Any], trust: Trust) -> dict[str, Any] | None:
+    signed = _signature(path)
+    expected = path.with_name(RECEIPT_SIGNATURE)
+    remedy = f"expected {expected}; ask the coordinator for it (opt-out --sign-key)"
     # The bytes of what was read: the file may be another one by now.
     signer = check_signature(sealed_json(receipt).encode(), signed, trust, path, remedy=remedy)
     if signer is None:

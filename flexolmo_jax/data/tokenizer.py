@@ -70,8 +70,10 @@ class Tokenizer:
                 if name in added:
                     # Some published files forget this: then a text could spell its own end.
                     added[name]["special"] = True
+            _check_special(fields["model"], added, where)
             with no_panic(where):
-                self._backend = Backend.from_str(json.dumps(fields))
+                # Encoding adds no tokens; a template could only repeat or drop the text's own.
+                self._backend = Backend.from_str(json.dumps(fields | {"post_processor": None}))
                 # not the file's ids: the library moves added tokens that leave a gap
                 vocab = self._backend.get_vocab()
         except UserError:
@@ -248,6 +250,25 @@ def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str)
         raise UserError(
             f"{where} has the token {foreign!r}, which does not spell bytes: expected a"
             " byte-level BPE"
+        )
+
+
+def _check_special(model: dict[str, Any], added: dict[str, Any], where: str) -> None:
+    """Raises UserError for a special token that text can become.
+
+    It counts no bytes and is left out of what is decoded, so that text would be lost.
+    """
+    special = {name for name, token in added.items() if token.get("special")}
+    special &= model["vocab"].keys()
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    spelled = special & BYTES or special.intersection("".join(pair) for pair in pairs)
+    # then a whole word of the vocabulary needs no merges; words of letters are not cut into parts
+    if model.get("ignore_merges"):
+        spelled |= {name for name in special if name.lstrip("\u0120").isalpha()}
+    if spelled:
+        raise UserError(
+            f"{where} has the special token {min(spelled)!r:.40}, which is a part of usual text and"
+            " would be lost; expected special tokens that no text becomes"
         )
 
 

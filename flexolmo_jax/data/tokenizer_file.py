@@ -64,8 +64,11 @@ def _check_tokens(model: dict[str, Any], added: list[Any]) -> None:
     for index in (*model["vocab"].values(), *(token.get("id") for token in added)):
         if type(index) is not int or not 0 <= index < IDS:
             raise ValueError(f"a token has the id {index!r:.40}; expected one from 0 to {IDS - 1}")
-    for name in (*model["vocab"], *(token["content"] for token in added)):
-        if len(name) > TOKEN or len(name.encode()) > 2 * TOKEN:
+    # each character of the vocabulary stands for a byte, those of an added token for themselves
+    lengths = {name: len(name) for name in model["vocab"]}
+    lengths |= {token["content"]: len(token["content"].encode()) for token in added}
+    for name, length in lengths.items():
+        if length > TOKEN or len(name.encode()) > 2 * TOKEN:
             raise ValueError(f"the token {name!r:.40}... stands for more than {TOKEN} bytes")
 
 
@@ -94,6 +97,9 @@ def _check_steps(fields: dict[str, Any]) -> None:
                 if isinstance(text := step.get(key), str):
                     expansion *= max(len(text.encode()), 1)
             pattern = step.get("pattern")
+            is_empty = isinstance(pattern, dict) and "" in pattern.values()
+            if is_empty or step.get("length") == 0:
+                raise ValueError(f"its {kind!r:.40} looks for empty text; expected a character")
             if isinstance(pattern, dict) and "Regex" in pattern:
                 _check_expression(pattern["Regex"])
     if steps > STEPS or expansion > EXPANSION:

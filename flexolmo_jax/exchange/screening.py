@@ -28,6 +28,7 @@ KIND = "flexolmo screening verdict"  # signed too, so that no manifest's signatu
 FORMAT = 1
 LIMIT = 1 << 16  # bytes
 UNSIGNED = "ask its owner to screen again with --sign-key"
+SUFFIX = ".json"
 DIGITS = 4  # of the change: more would tell more of the text than a verdict needs
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -168,7 +169,12 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = [path]
         if path.is_dir():
-            found = [child for child in children(path) if child.name.endswith(".json")]
+            found = [child for child in children(path) if child.name.lower().endswith(SUFFIX)]
+            if overlooked := [child for child in found if not child.name.endswith(SUFFIX)]:
+                raise UserError(
+                    f"{overlooked[0]} is not read; expected names that end in {SUFFIX}; rename it,"
+                    " or move it elsewhere"
+                )
         if not found:
             raise UserError(
                 f"{path} holds no verdicts; expected files *.json (`flexolmo screen` writes them)"

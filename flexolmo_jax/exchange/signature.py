@@ -14,6 +14,7 @@ called FILE, unless `policy.yaml` says:
 
 import base64
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Mapping
@@ -38,6 +39,11 @@ ALGORITHM = "ed25519"
 PUBLIC = ".pub"
 POLICY = "policy.yaml"
 KEY_LIMIT = POLICY_LIMIT = 1 << 16  # bytes
+# characters that are printable, and nothing is printed: joiners, fillers, selectors of variants
+_UNSEEN = re.compile(
+    "[\u00ad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,9 @@ class Trust:
                         f" it may sign in {POLICY}"
                     )
                 keys[public] = name
-            elif path.name.lower().lstrip(".").startswith("polic") and path.name != POLICY:
+            elif (expected := _meant(path.name)) is not None:
                 raise UserError(
-                    f"{path} is not read; expected {POLICY}; rename it, or move it elsewhere"
+                    f"{path} is not read; expected {expected}; rename it, or move it elsewhere"
                 )
         if not keys and not directory.exists():
             raise UserError(f"{directory} does not exist; expected a directory of public keys")
@@ -278,9 +284,18 @@ def _read_signature(file: bytes) -> tuple[str, Ed25519PublicKey, bytes]:
     return public, Ed25519PublicKey.from_public_bytes(raw_public), raw_signed
 
 
+def _meant(name: str) -> str | None:
+    """What a file beside keys was probably meant to be called, where it would be overlooked."""
+    if name.lower().endswith(PUBLIC):
+        return name[: -len(PUBLIC)] + PUBLIC
+    is_policy = name.lower().lstrip(".").startswith("polic") and name != POLICY
+    return POLICY if is_policy else None
+
+
 def _as_read(name: str) -> str:
-    """A name without what a reader overlooks: case, spaces, the encoding of accented letters."""
-    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
+    """A name without what a reader overlooks: case, spaces, the encoding of accented letters, and
+    what is not seen at all."""
+    return "".join(_UNSEEN.sub("", unicodedata.normalize("NFKC", name)).casefold().split())
 
 
 def _spelled(public: str, signature: str) -> bytes:
@@ -307,7 +322,10 @@ def _read_policy(path: Path, keys: set[str]) -> dict[str, Rule]:
 
 def _load_public(path: Path) -> Ed25519PublicKey:
     try:
-        key = serialization.load_pem_public_key(read_bytes(absolute(path), KEY_LIMIT))
+        text = read_bytes(absolute(path), KEY_LIMIT)
+        if text.count(b"-----BEGIN") > 1:
+            raise UserError(f"{path} holds several keys; expected one; give each a file of its own")
+        key = serialization.load_pem_public_key(text)
     except OSError as error:
         raise UserError(
             f"cannot read the key {path}: {reason(error)}; expected a regular file"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flexolmo_jax.coordinator.merge import merge, opt_out
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, open_contribution, sealed
@@ -18,6 +19,7 @@ from flexolmo_jax.exchange.screening import (
     write_verdict,
 )
 from flexolmo_jax.exchange.signature import Trust, keygen, load_key, sign
+from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE
 from flexolmo_jax.loaded import load
 from tests.attacks.forging import copied
 
@@ -58,6 +60,37 @@ def test_an_owner_does_not_look_like_another(contributions, keys, tmp_path, owne
 
 
 @pytest.mark.parametrize(
+    "unseen", ["\u034f", "\u115f", "\u17b4", "\u180b", "\u2800", "\u3164", "\ufe0f", "\U000e0100"]
+)
+@pytest.mark.parametrize("owner", ["la{}w", "law{}", "{}LAW"])
+def test_an_owner_with_what_is_not_seen_is_no_other(contributions, keys, tmp_path, owner, unseen):
+    """Promise: an expert is its owner's. A joiner or a filler, of which a reader sees nothing, made
+    another owner of the same looks."""
+    owner = owner.format(unseen)
+    contribution = signed(contributions["code"], keys / "code", tmp_path / "c", owner=owner)
+    with pytest.raises(UserError, match="of no owner whom another key is named for"):
+        verify(contribution, trust=Trust.of(keys))
+
+
+@pytest.mark.parametrize("name", ["press.PUB", "press.Pub", ".pUb"])
+def test_a_key_under_another_name_is_not_overlooked(keys, name):
+    """Promise: every other owner has to have screened a contribution. One whose key was written
+    with capitals was not asked."""
+    shutil.copy(keys / "law.pub", keys / name)
+    with pytest.raises(UserError, match=r"is not read; expected .*\.pub; rename it"):
+        Trust.of(keys)
+
+
+def test_a_key_behind_another_is_not_overlooked(keys):
+    """Promise: every other owner has to have screened a contribution. Only the first key of a file
+    was read."""
+    both = (keys / "law.pub").read_bytes() + (keys / "code.pub").read_bytes()
+    (keys / "law.pub").write_bytes(both)
+    with pytest.raises(UserError, match="holds several keys"):
+        Trust.of(keys)
+
+
+@pytest.mark.parametrize(
     "name", ["Policy.yaml", "POLICY.YML", "policies.yaml", ".policy.yaml", "policy", "policy.yaml~"]
 )
 def test_a_policy_under_another_name_is_not_overlooked(keys, name):
@@ -94,6 +127,47 @@ def test_a_verdict_is_of_a_candidate_on_its_anchor(contributions, keys, tmp_path
         write_verdict(dataclasses.replace(right, **wrong), key, tmp_path / f"{number}.json")
         with pytest.raises(UserError, match="is not a verdict"):
             read_verdict(tmp_path / f"{number}.json", trust)
+
+
+def test_a_verdict_under_another_name_is_not_overlooked(contributions, keys, tmp_path):
+    """Promise: one verdict `fail` refuses. In a file called .JSON it was overlooked, and the
+    contribution merged."""
+    candidate = open_contribution(signed(contributions["code"], keys / "code", tmp_path / "c"))
+    verdict = make_verdict(
+        anchor=candidate.fingerprint,
+        candidate=candidate.manifest["sha256"],
+        model="0" * 64,
+        tokens=1,
+        bytes=1,
+        change=0.0,
+        max_worse=0.02,
+    )
+    fail = dataclasses.replace(verdict, change=0.5, verdict="fail")
+    (tmp_path / "verdicts").mkdir()
+    (keys / "soci\u00e9t\u00e9.pub").unlink()
+    for name, each in {"one.json": verdict, "two.JSON": fail}.items():
+        write_verdict(each, load_key(keys / "law"), tmp_path / "verdicts" / name)
+    with pytest.raises(UserError, match=r"two\.JSON is not read; expected names that end in"):
+        check_screening([candidate], [tmp_path / "verdicts"], Trust.of(keys))
+
+
+def test_a_receipt_in_a_model_is_of_this_model(anchor, contributions, keys, tmp_path):
+    """Promise: no receipt is believed to be of something else. A model verified that carried
+    another's receipt, or another's signature of one."""
+    everybody = list(contributions.values())
+    whole = merge(anchor, everybody, tmp_path / "whole").path
+    one, two = (
+        opt_out(whole, [name], tmp_path / name, sign_key=keys / "law").path
+        for name in ("code", "care")
+    )
+    assert verify(one)["verified"] and verify(two)["verified"]
+    for name in (RECEIPT_SIGNATURE, RECEIPT):
+        shutil.copy(two / name, one / name)
+        with pytest.raises(UserError, match=r"is for other bytes|still holds 'care'"):
+            verify(one)
+    shutil.copy(two / RECEIPT, whole / RECEIPT)
+    with pytest.raises(UserError, match="still holds 'care'"):
+        verify(whole)
 
 
 def test_a_receipt_lies_in_models_only_and_is_a_file(anchor, model, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from flexolmo_jax.artifact import Artifact, open_artifact, read_sealed, sealed_json
 from flexolmo_jax.convert.exporting import export_hf
+from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.coordinator import composition
 from flexolmo_jax.coordinator import verify as verifying
 from flexolmo_jax.coordinator.materialize import materialize
@@ -18,11 +19,14 @@ from flexolmo_jax.coordinator.merge import append, merge, opt_out
 from flexolmo_jax.coordinator.objects import Inventory
 from flexolmo_jax.coordinator.receipt import read_receipt
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.anchor import embed_domain
+from flexolmo_jax.exchange.anchor import embed_domain, open_anchor, publish
 from flexolmo_jax.exchange.embedder import TfidfEmbedder, load_embedder
 from flexolmo_jax.exchange.signature import keygen
 from flexolmo_jax.loaded import load
-from flexolmo_jax.storage import files
+from flexolmo_jax.owner.pair import initial_row
+from flexolmo_jax.owner.proxy import select_proxies
+from flexolmo_jax.storage import files, weights
+from tests.tiny import pair_config
 
 
 @pytest.fixture
@@ -93,16 +97,64 @@ def test_a_tokenizer_is_that_of_its_description(mine):
         _ = artifact.tokenizer
 
 
-def test_an_embedder_is_that_of_its_anchor(anchor, corpora, swaps, tmp_path):
-    """What is verified is what runs: rows came from an embedder that was exchanged meanwhile."""
+@pytest.fixture
+def embedders(anchor, tmp_path) -> tuple[Path, Path]:
+    """Two anchors of all the same files, but for the weights of the second one's embedder."""
     mine, theirs = (shutil.copytree(anchor, tmp_path / name) for name in ("mine", "theirs"))
     embedder = cast(TfidfEmbedder, load_embedder(theirs / "embedder"))
     shutil.rmtree(theirs / "embedder")
     dataclasses.replace(embedder, idf=embedder.idf + 1).save(theirs / "embedder")
-    swaps(mine, theirs)
+    return mine, theirs
+
+
+def test_an_embedder_is_that_of_its_anchor(corpora, embedders, swaps, tmp_path):
+    """What is verified is what runs: rows came from an embedder that was exchanged meanwhile."""
+    swaps(*embedders)
     with pytest.raises(UserError):
-        embed_domain(mine, [corpora["law"]], tmp_path / "row.npy")
+        embed_domain(embedders[0], [corpora["law"]], tmp_path / "row.npy")
     assert not (tmp_path / "row.npy").exists()
+
+
+def test_proxies_are_chosen_by_the_verified_embedder(corpora, embedders, swaps, tmp_path):
+    """What is verified is what runs: an embedder that was exchanged meanwhile chose proxies."""
+    swaps(*embedders)
+    with pytest.raises(UserError):
+        select_proxies(embedders[0], [corpora["law"]], [corpora["public"]], tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_pairs_row_comes_from_the_verified_embedder(prepared, embedders, swaps):
+    """What is verified is what runs: a pair started from the row of an embedder that was exchanged
+    meanwhile."""
+    run = pair_config(embedders[0], prepared["law"], "law", "pair.row=embedding")
+    assert run.pair is not None
+    swaps(*embedders)
+    verified = open_anchor(embedders[0])
+    with pytest.raises(UserError):
+        initial_row(run.pair, run, verified)
+
+
+def test_what_is_published_was_verified(model, corpora, monkeypatch, tmp_path):
+    """What is verified is what runs: an anchor was published from another model's weights."""
+    export_hf(model, tmp_path / "hf", drop_bias=True)
+    import_hf(tmp_path / "hf", tmp_path / "one")
+    shard = next((tmp_path / "hf").glob("*.safetensors"))
+    values = bytearray(shard.read_bytes())
+    for at in range(len(values) - 50_000, len(values), 2):
+        values[at] ^= 1
+    shard.unlink()
+    shard.write_bytes(values)
+    import_hf(tmp_path / "hf", tmp_path / "two")
+
+    def swap_and_save(*given: Any, **more: Any) -> dict[str, str]:
+        swap(tmp_path / "one", tmp_path / "two")
+        return save(*given, **more)
+
+    save = weights.save
+    monkeypatch.setattr(weights, "save", swap_and_save)
+    with pytest.raises(UserError, match=r"not those of its description|changed"):
+        publish(tmp_path / "one", [corpora["public"]], tmp_path / "anchor")
+    assert not (tmp_path / "anchor").exists()
 
 
 @pytest.mark.parametrize("of", ["model", "store"])

@@ -1,6 +1,7 @@
 """Attacks in a tokenizer.json. The promise: a stranger's tokenizer is refused in a line, or takes
 what its size tells."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.data.tokenizer import PRE_TOKENS, Tokenizer
 from flexolmo_jax.data.tokenizer_file import _check_expression
 from flexolmo_jax.errors import UserError
@@ -44,6 +46,17 @@ def split(expression: str) -> dict[str, Any]:
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     )
     return {"type": "Sequence", "pretokenizers": steps}
+
+
+def add(fields: dict[str, Any], content: str, special: bool) -> None:
+    """Adds a token as a publisher does, under the id that it has in the vocabulary."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    index = fields["model"]["vocab"].get(content, len(fields["model"]["vocab"]) + 9)
+    fields["added_tokens"].append({"id": index, "content": content, "special": special, **flags})
+
+
+def merged(fields: dict[str, Any]) -> list[str]:
+    return ["".join(pair) for pair in fields["model"]["merges"]]
 
 
 ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -112,11 +125,26 @@ ATTACKS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "merges that are none": lambda f: f["model"].update(merges=[[1, 2], "a", None]),
     "an added token that is none": lambda f: f["added_tokens"].append(None),
     "no model": lambda f: f.pop("model"),
+    "an added token of more bytes than are counted": lambda f: add(f, "\u00e9" * 40_000, False),
+    "an expression that matches nothing": lambda f: f.update(
+        normalizer=replace({"Regex": ""}, "x")
+    ),
+    "an empty text to replace": lambda f: f.update(normalizer=replace({"String": ""}, "x")),
+    "pieces of no length": lambda f: f["pre_tokenizer"]["pretokenizers"].insert(
+        0, {"type": "FixedLength", "length": 0}
+    ),
+    "a letter that is special": lambda f: add(f, "a", True),
+    "a word that is special": lambda f: add(f, next(made for made in merged(f)), True),
+    "a special word that needs no merges": lambda f: (
+        add(f, "\u0120patient", True),
+        f["model"].update(ignore_merges=True),
+        f["model"]["vocab"].update({"\u0120patient": len(f["model"]["vocab"]) + 9}),
+    ),
 }
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_hostile_tokenizer_is_refused_before_it_is_used(fields, attack):
+def test_a_hostile_tokenizer_is_refused_before_it_is_used(fields, attack, capfd):
     """Normalisers that multiply, expressions that never end, ids that ask for gigabytes, fallbacks
     that panic."""
     ATTACKS[attack](fields)
@@ -124,6 +152,7 @@ def test_a_hostile_tokenizer_is_refused_before_it_is_used(fields, attack):
     with pytest.raises(UserError) as error:
         Tokenizer(json.dumps(fields)).encode(TEXT)
     assert "\n" not in str(error.value) and time.process_time() - start < 5
+    assert "panicked" not in capfd.readouterr().err  # the library prints where it fails
 
 
 def test_a_file_that_is_no_file_or_too_large_is_refused(tmp_path):
@@ -269,3 +298,36 @@ def test_a_tokenizer_of_the_project_itself_passes(tiny_tokenizer: Tokenizer, tmp
     assert again.digest == tiny_tokenizer.digest and again.encode(TEXT) == tiny_tokenizer.encode(
         TEXT
     )
+
+
+def piece(name: str) -> dict[str, Any]:
+    return {"Sequence": {"id": name, "type_id": 0}}
+
+
+@pytest.mark.parametrize("pieces", [[], ["A", "A"], ["A"] * 25, ["B"]])
+def test_a_template_neither_repeats_nor_drops_text(fields, pieces):
+    """A text has its own tokens: a template gave them 25 times, or none, or made the library
+    fail."""
+    expected = Tokenizer(json.dumps(fields)).encode(TEXT)
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece(name) for name in pieces],
+        "pair": [piece("A"), piece("B")],
+        "special_tokens": {},
+    }
+    assert Tokenizer(json.dumps(fields)).encode(TEXT) == expected
+
+
+def test_an_anchors_tokenizer_has_no_ids_beyond_its_vocabulary(anchor, monkeypatch):
+    """Numbers are those of the text: ids beyond the vocabulary were read as its last token, and
+    bits per byte came out without a word."""
+    artifact = open_artifact(anchor)
+    fields = json.loads((anchor / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["a"] = 999_999
+    large = Tokenizer(json.dumps(fields))
+    monkeypatch.setattr(Tokenizer, "load", lambda path: large)
+    hostile = dataclasses.replace(
+        artifact, description=artifact.description | {"tokenizer": large.digest}
+    )
+    with pytest.raises(UserError, match="1000000 tokens; expected at most 384"):
+        _ = hostile.tokenizer
