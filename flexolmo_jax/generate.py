@@ -196,8 +196,8 @@ def programs(  # noqa: PLR0913 - what a model call depends on
     vocab_size: int,
     greedy: bool,
     dtype: str,
-    mesh: Mesh | None = None,
-    kernels: Kernels = "auto",
+    mesh: Mesh | None,
+    kernels: Kernels,
 ) -> tuple[Callable, Callable]:
     """The jitted (prefill, run) for these values.
 

@@ -188,7 +188,7 @@ def test_a_masked_expert_full_of_nan_changes_no_token(active):
 
 def test_other_experts_prompts_seeds_and_limits_compile_nothing():
     run(sampling=HOT)
-    prefill, step = programs(CONFIG, CONFIG.n_active, VOCAB, False, "float32", None)
+    prefill, step = programs(CONFIG, CONFIG.n_active, VOCAB, False, "float32", None, "auto")
     before = prefill._cache_size(), step._cache_size()
     run(
         [prompt[::-1][:20] for prompt in PROMPTS],

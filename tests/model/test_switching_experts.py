@@ -135,8 +135,8 @@ def test_renormalising_the_chosen_probabilities_changes_nothing(monkeypatch):
     """The norm after the mixture cancels a common factor (up to its eps): models that renormalise
     need no code of their own."""
 
-    def renormalised(logits, active, allowed=None):
-        routing = route_topk(logits, active, allowed)
+    def renormalised(*given, **more):
+        routing = route_topk(*given, **more)
         total = jnp.sum(routing.probabilities, axis=-1, keepdims=True)
         return routing._replace(probabilities=routing.probabilities / total)
 
