@@ -160,7 +160,8 @@ class Soup:
         self._params = jax.tree.map(
             lambda *leaves: _average(each, leaves), *(model.params for model in models)
         )
-        self._run = _losses(models[0].config, models[0].config.n_active)
+        first = models[0]
+        self._run = _losses(first.config, first.config.n_active, None, first.kernels)
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
         return np.asarray(self._run(self._params, tokens, segments, None))
