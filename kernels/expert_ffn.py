@@ -15,6 +15,10 @@ def swiglu(
     up: Float[Array, "D F"],
     down: Float[Array, "F D"],
 ) -> Float[Array, "N D"]:
-    """One expert: `(silu(x gate) * (x up)) down`. What is between products is in float32."""
+    """One expert: `(silu(x gate) * (x up)) down`.
+
+    What is between the products is in float32. The products themselves come in the dtype of `x`;
+    jax 0.10 rounds them later than jax 0.12 on a CPU.
+    """
     gated, upped = (x @ gate).astype(jnp.float32), (x @ up).astype(jnp.float32)
     return (jax.nn.silu(gated) * upped).astype(x.dtype) @ down

@@ -189,8 +189,8 @@ def test_routing_is_in_float32_whatever_the_compute_dtype():
 @pytest.mark.parametrize("groups_of", [lambda params: [params], split], ids=["merged", "pair"])
 def test_a_dense_mixture_in_bfloat16_is_about_as_near_to_float32_as_a_sparse_one(groups_of):
     """The experts' outputs are summed in float32, and what is between an expert's products is in
-    float32. It is 0.8 to 1.4 times the sparse mixture's error, by the version of jax; 2 times where
-    both were in bfloat16."""
+    float32. Measured: 0.7 to 1.0 times the sparse mixture's error on jax 0.10, 1.2 to 1.4 times on
+    0.12; 1.9 times on both with sums in bfloat16."""
     params, h = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (some_experts(), H))
 
     def error(groups, active):
