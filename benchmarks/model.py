@@ -5,14 +5,16 @@
 Hidden 256, 4 layers, 8 heads, ffn 688, vocabulary 8192, 4 experts, 2 active, 8 x 256 tokens,
 float32: the forward pass to all logits, a training step (loss, gradients of everything, AdamW), and
 a token of greedy decoding over a KV cache for batches of 1 and 8 (the difference between a long and
-a short completion). The weights are the same, and logits are compared first. How it is timed is
-said in timing.py. torch runs its honest best, `experts_implementation="grouped_mm"` and
-`attn_implementation="sdpa"`.
+a short completion), in one go and streamed, with float32 and with bfloat16 weights. The weights are
+the same, and logits are compared first. How it is timed is said in timing.py. torch runs its honest
+best, `experts_implementation="grouped_mm"` and `attn_implementation="sdpa"`. Its streamers take one
+prompt, so that a streamed batch of 8 is one that is not streamed there.
 """
 
 import timing  # isort: skip  (before jax)
 
 import argparse
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -25,11 +27,12 @@ import optax
 import torch
 from safetensors.numpy import save_file
 from transformers import FlexOlmoForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 from flexolmo_jax.config import ModelConfig, resolve
 from flexolmo_jax.convert.huggingface import hf_config, to_hf
-from flexolmo_jax.generate import Decoder, generate
-from flexolmo_jax.model import Choices, forward, init_params
+from flexolmo_jax.generate import Decoder, Generator
+from flexolmo_jax.model import forward, init_params
 from flexolmo_jax.train.state import TrainState
 from flexolmo_jax.train.step import make_step
 
@@ -46,6 +49,13 @@ CONFIG = ModelConfig(
 )
 BATCH, LENGTH = 8, 256
 PROMPT, SHORT, LONG = 32, 8, 64
+DTYPES = ("float32", "bfloat16")
+COMPLETIONS = [
+    (batch, dtype, is_streamed)
+    for batch in (1, BATCH)
+    for dtype in DTYPES
+    for is_streamed in (False, True)
+]
 
 
 def main() -> None:
@@ -68,29 +78,31 @@ def main() -> None:
         )
 
     results = {}
-    print(f"{'':<22} {timing.HEADER}")
+    print(f"{'':<42} {timing.HEADER}")
     for name in ("forward", "training step"):
         results |= timing.in_turns(sides, [name], options.repetitions)
-        print(f"{name:<22} {timing.row(results[name])}", flush=True)
-    for batch in (1, 8):
-        short, long = timing.in_turns(
-            sides, [completion(batch, SHORT), completion(batch, LONG)], options.repetitions
-        ).values()
+        print(f"{name:<42} {timing.row(results[name])}", flush=True)
+    for batch, dtype, is_streamed in COMPLETIONS:
+        how = batch, dtype, is_streamed
+        names = [completion(count, *how) for count in (SHORT, LONG)]
+        short, long = timing.in_turns(sides, names, options.repetitions).values()
         # prompt and start-up cost the same in both completions and drop out
         per_token = {
             side: {key: (long[side][key] - short[side][key]) / (LONG - SHORT) for key in long[side]}
             for side in sides
         }
-        results[f"a token, batch {batch}"] = per_token
-        print(f"{f'a token, batch {batch}':<22} {timing.row(per_token)}", flush=True)
+        name = completion(1, *how)
+        results[name] = per_token
+        print(f"{name:<42} {timing.row(per_token)}", flush=True)
     if options.out:
         options.out.write_text(
             json.dumps({"machine": timing.machine(), "results": results}, indent=1) + "\n"
         )
 
 
-def completion(batch: int, count: int) -> str:
-    return f"{count} tokens, batch {batch}"
+def completion(count: int, batch: int, dtype: str, is_streamed: bool) -> str:
+    tokens = "a token" if count == 1 else f"{count} tokens"
+    return f"{tokens}, batch {batch}, {dtype}{', streamed' if is_streamed else ''}"
 
 
 def random_tokens() -> np.ndarray:
@@ -105,10 +117,13 @@ def in_jax():
         "training step": our_step(params, tokens),
         "matmul": timing.jax_matmul(),
     }
+    generators = {dtype: our_generator(params, dtype) for dtype in DTYPES}
     completions = {
-        completion(b, n): our_generation(params, tokens[:b, :PROMPT], n)
-        for b in (1, BATCH)
-        for n in (SHORT, LONG)
+        completion(count, batch, dtype, is_streamed): our_generation(
+            generators[dtype], tokens[:batch, :PROMPT], count, is_streamed
+        )
+        for batch, dtype, is_streamed in COMPLETIONS
+        for count in (SHORT, LONG)
     }
     return passes | completions
 
@@ -129,10 +144,13 @@ def in_torch(folder: str):
         "training step": their_step(model, tokens),
         "matmul": timing.torch_matmul(),
     }
+    models = {"float32": model, "bfloat16": copy.deepcopy(model).bfloat16()}
     completions = {
-        completion(b, n): their_generation(model, tokens[:b, :PROMPT], n)
-        for b in (1, BATCH)
-        for n in (SHORT, LONG)
+        completion(count, batch, dtype, is_streamed): their_generation(
+            models[dtype], tokens[:batch, :PROMPT], count, is_streamed
+        )
+        for batch, dtype, is_streamed in COMPLETIONS
+        for count in (SHORT, LONG)
     }
     return passes | completions
 
@@ -200,18 +218,34 @@ def their_step(model, tokens: np.ndarray):
     return run
 
 
-def our_generation(params, prompts: np.ndarray, count: int):
-    decoder = Decoder(CONFIG, params, CONFIG.vocab_size, eos_id=-1)
-    choices = Choices(CONFIG.n_active, jnp.ones(CONFIG.n_experts, bool))
+def our_generator(params, dtype: str) -> Generator:
+    weights = jax.tree.map(lambda a: a.astype(dtype), params)
+    return Generator(Decoder(CONFIG, weights, CONFIG.vocab_size, eos_id=-1))
+
+
+def our_generation(generator: Generator, prompts: np.ndarray, count: int, is_streamed: bool):
+    experts = CONFIG.n_active, np.ones(CONFIG.n_experts, bool)
+    on_token = (lambda step, ids: None) if is_streamed else None
 
     def run() -> None:
-        generate(decoder, prompts.tolist(), count, choices)
+        generator.generate(prompts.tolist(), count, experts, on_token=on_token)
 
     return run
 
 
-def their_generation(model, prompts: np.ndarray, count: int):
+class Sink(BaseStreamer):
+    """Takes tokens as they come and does nothing with them."""
+
+    def put(self, value) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+def their_generation(model, prompts: np.ndarray, count: int, is_streamed: bool):
     ids = torch.from_numpy(prompts)
+    streamer = Sink() if is_streamed and len(prompts) == 1 else None
 
     def run():
         with torch.no_grad():
@@ -222,6 +256,7 @@ def their_generation(model, prompts: np.ndarray, count: int):
                 min_new_tokens=count,
                 do_sample=False,
                 use_cache=True,
+                streamer=streamer,
             )
 
     return run

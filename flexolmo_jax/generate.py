@@ -1,46 +1,37 @@
 """Generation with a KV cache: a batch of prompts of any lengths in, completions out.
 
-    prefill   puts every prompt token but the last into the cache, left-padded to a common length;
-              computes no logits
-    run       one `lax.while_loop`: feed the last token, choose the next, until a limit is reached
-              or every prompt has ended
-
-The loop also feeds a prompt's last token, so that the same step chooses the first token and all
-others. Streaming calls the same compiled program, each time with a limit of one token more. So it
-gives the same tokens as generating all of them in one call.
-
-Compiling is rare. Lengths are rounded up to powers of two. All else about a request, except whether
-it is greedy, is a run-time array: prompts, limits, seeds and excluded experts.
+The programs are those of model/decoding.py. Compiling is rare: lengths are rounded up to powers of
+two. Streaming calls the same program with lower limits, and so gives the same tokens.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Int
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
-from flexolmo_jax.model import (
-    CACHE,
-    CachedContext,
-    Choices,
-    KVCache,
-    Params,
-    decode,
-    empty_cache,
+from flexolmo_jax.model import Params
+from flexolmo_jax.model.decoding import (
+    GREEDY,
+    Compiled,
+    Decoding,
+    Request,
+    Sizes,
+    Weights,
+    compiled,
 )
-from flexolmo_jax.runtime import sharding
 
 SMALLEST_BUCKET = 16
+STREAMED = 8  # tokens that a call chooses before they are handed out
 COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax
 
 
@@ -61,6 +52,14 @@ class Sampling:
         _expect(0 < p <= 1, "top_p", p, "a number above 0 and up to 1 (all)")
         _expect(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
 
+    def likeliest(self, vocab_size: int) -> int:
+        """How many tokens have to be put in order, see `Decoding.likeliest`."""
+        if self.temperature < COLDEST:
+            return GREEDY
+        if self.top_k:
+            return _bucket(self.top_k, vocab_size)
+        return vocab_size if self.top_p < 1 else 0
+
 
 class Decoder(NamedTuple):
     """A model, and what generation needs to know of its tokenizer."""
@@ -71,56 +70,115 @@ class Decoder(NamedTuple):
     eos_id: int  # ends a completion; -1 for none
 
 
-def generate(
-    decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    choices: Choices,
-    sampling: Sampling = Sampling(),
-    on_token: Callable[[int, np.ndarray], None] | None = None,
-) -> list[list[int]]:
-    """The completions of a batch of prompts, each cut before its EOS.
+class Generator:
+    """A model that completes prompts. Its weights lie as the compiled programs read them."""
 
-    A completion does not depend on the other prompts.
+    def __init__(
+        self,
+        decoder: Decoder,
+        mesh: Mesh | None = None,
+        kernels: Kernels = "auto",
+        dtype: str | None = None,
+    ):
+        """Casts weights of another dtype, once.
 
-    Args:
-        choices: the dtype and the mesh are those of the cache too.
-        on_token: called after every step with its index and the chosen ids [B]; prompts that have
-            ended give `eos_id`.
+        Args:
+            decoder: its weights change their places in memory when a program is compiled: they are
+                replaced in their tree, one after the other.
+            mesh: the devices that the weights are spread over, and the cache is.
+            dtype: of weights, activations and cache; by default that of the weights, and float32
+                on a CPU, which has no products of another.
+        """
+        leaves = jax.tree.leaves(decoder.params)
+        of_weights = jnp.result_type(*leaves)
+        if all(device.platform == "cpu" for device in leaves[0].devices()):
+            of_weights = jnp.float32
+        self._dtype = jnp.dtype(dtype or of_weights).name
+        if any(leaf.dtype != self._dtype for leaf in leaves):
+            cast = jax.tree.map(lambda leaf: leaf.astype(self._dtype), decoder.params)
+            decoder = decoder._replace(params=cast)
+        vocab_size = min(decoder.vocab_size, decoder.config.vocab_size)
+        self._decoder = decoder._replace(vocab_size=vocab_size)
+        self._mesh, self._kernels = mesh, kernels
+        self._weights = Weights.of(decoder.params)
 
-    Raises:
-        UserError: no prompts, an empty prompt, ids outside the vocabulary, no tokens to generate,
-            more tokens than `config.max_seq_len`, or sampling values out of range.
-    """
-    config, params, _, eos_id = decoder
-    vocab_size = min(decoder.vocab_size, config.vocab_size)
-    sampling.check()
-    _check(config, prompts, max_new_tokens, vocab_size)
-    tokens, lengths = _left_padded(prompts, config.max_seq_len)
-    request = Request(
-        first_slot=jnp.asarray(tokens.shape[1] - lengths),
-        eos_id=jnp.int32(eos_id),
-        allowed=jnp.asarray(choices.allowed, bool),
-        temperature=jnp.float32(sampling.temperature),
-        top_k=jnp.int32(min(sampling.top_k or vocab_size, vocab_size)),
-        top_p=jnp.float32(sampling.top_p),
-        seed=jnp.uint32(sampling.seed),
-    )
-    greedy, dtype = sampling.temperature < COLDEST, jnp.dtype(choices.dtype).name
-    how = greedy, dtype, choices.mesh, choices.kernels
-    prefill, run = programs(config, choices.active, vocab_size, *how)
-    last = np.array([prompt[-1] for prompt in prompts], np.int32)
-    state = prefill(params, tokens, last, request, _bucket(max_new_tokens, config.max_seq_len))
-    if on_token is None:
-        state = run(params, state, request, np.int32(max_new_tokens))
-    else:
-        for step in range(max_new_tokens):
-            state = run(params, state, request, np.int32(step + 1))
-            on_token(step, np.array(state.token))  # a copy: the next step takes the buffer
-            if np.all(state.ended):
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        experts: tuple[int, np.ndarray],
+        sampling: Sampling = Sampling(),
+        on_token: Callable[[int, np.ndarray], None] | None = None,
+    ) -> list[list[int]]:
+        """The completions of a batch of prompts, each cut before its EOS.
+
+        A completion does not depend on the other prompts.
+
+        Args:
+            experts: how many of them a token uses, and bool [E]: those that it may use.
+            on_token: called for every token with its index and the chosen ids [B]; prompts that
+                have ended give `eos_id`. After the first, `STREAMED` tokens come at a time.
+
+        Raises:
+            UserError: no prompts, an empty prompt, ids outside the vocabulary, no tokens to
+                generate, more tokens than `config.max_seq_len`, or sampling values out of range.
+        """
+        config, _, vocab_size, eos_id = self._decoder
+        sampling.check()
+        _check(config, prompts, max_new_tokens, vocab_size)
+        tokens, lengths = _left_padded(prompts, config.max_seq_len)
+        active, allowed = experts
+        settings: dict[str, Any] = {  # numpy's, so that every process of a mesh may give its own
+            "first_slot": tokens.shape[1] - lengths,
+            "eos_id": np.int32(eos_id),
+            "allowed": np.asarray(allowed, bool),
+            "temperature": np.float32(sampling.temperature),
+            "top_k": np.int32(min(sampling.top_k or vocab_size, vocab_size)),
+            "top_p": np.float32(sampling.top_p),
+            "seed": np.uint32(sampling.seed),
+        }
+        request, likeliest = Request(**settings), sampling.likeliest(vocab_size)
+        how: dict[str, Any] = {"mesh": self._mesh, "kernels": self._kernels}
+        decoding = Decoding(config, active, vocab_size, likeliest, self._dtype, **how)
+        B, P = tokens.shape
+        sizes = Sizes(B, P, _bucket(max_new_tokens, config.max_seq_len))
+        programs = self._compiled(decoding, sizes)
+        last = np.array([prompt[-1] for prompt in prompts], np.int32)
+        params = self._decoder.params
+        state = programs.prefill(params, tokens, last, request)
+        for limit in _limits(max_new_tokens, on_token is not None):
+            before = int(state.step)
+            state = programs.run(params, state, request, np.int32(limit))
+            chosen = np.array(state.chosen)[:, : int(state.step)]
+            if on_token is not None:
+                for step in range(before, chosen.shape[1]):
+                    on_token(step, chosen[:, step])
+            if chosen.shape[1] < limit:  # every prompt has ended
                 break
-    completions = np.asarray(state.chosen)[:, : int(state.step)].tolist()
-    return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in completions]
+        completions = chosen.tolist()
+        return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in completions]
+
+    def _compiled(self, decoding: Decoding, sizes: Sizes) -> Compiled:
+        """The programs. The weights lie as they read them when this returns."""
+        programs = compiled(decoding, self._weights, sizes)
+        _lay_out(self._decoder.params, programs.formats)
+        self._weights = Weights.of(self._decoder.params, programs.formats)
+        return programs
+
+
+def _lay_out(params: Params, formats: Params) -> None:
+    """Replaces the arrays that lie in another format, so that one at a time is there twice."""
+    for name, wanted in formats.items():
+        if isinstance(wanted, dict):
+            _lay_out(params[name], wanted)
+        elif params[name].format != wanted:
+            params[name] = jax.device_put(params[name], wanted)
+
+
+def _limits(max_new_tokens: int, is_streamed: bool) -> list[int]:
+    """How many tokens are chosen after each call. The first is streamed as soon as it is there."""
+    early = range(1, max_new_tokens, STREAMED) if is_streamed else ()
+    return [*early, max_new_tokens]
 
 
 def _left_padded(
@@ -165,135 +223,6 @@ class TextStream:
         left = self._tokenizer.decode(self._ids)[self._printed :]
         self._ids, self._printed = [], 0
         return left
-
-
-class Request(NamedTuple):
-    """A batch's settings, as arrays: other values need no other program."""
-
-    first_slot: Int[Array, "B"]  # of the prompt in the cache; the slots before it are padding
-    eos_id: Int[Array, ""]
-    allowed: Bool[Array, "E"]
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-    seed: Int[Array, ""]
-
-
-class State(NamedTuple):
-    """The state between two steps. The cache has P slots for prompt tokens and N for new ones."""
-
-    cache: KVCache
-    token: Int[Array, "B"]  # chosen last, not yet in the cache
-    ended: Bool[Array, "B"]
-    step: Int[Array, ""]  # tokens chosen so far
-    chosen: Int[Array, "B N"]  # EOS where not (yet) chosen
-
-
-@functools.lru_cache
-def programs(  # noqa: PLR0913 - what a model call depends on
-    config: ModelConfig,
-    active: int,
-    vocab_size: int,
-    greedy: bool,
-    dtype: str,
-    mesh: Mesh | None,
-    kernels: Kernels,
-) -> tuple[Callable, Callable]:
-    """The jitted (prefill, run) for these values.
-
-    Each compiles once for a batch size and rounded lengths.
-    """
-
-    def model(params: Params, request: Request, tokens: Array, positions: Array, context):
-        choices = Choices(active, request.allowed, dtype=dtype, mesh=mesh, kernels=kernels)
-        return decode(config, params, tokens, positions, context, choices)
-
-    @functools.partial(jax.jit, static_argnums=4)
-    def prefill(
-        params: Params, tokens: Array, last: Array, request: Request, new_slots: int
-    ) -> State:
-        B, P = tokens.shape
-        slots = jnp.arange(P)
-        mask = (slots <= slots[:, None]) & (slots >= request.first_slot[:, None, None])
-        positions = jnp.maximum(slots - request.first_slot[:, None], 0)
-        context = CachedContext(mask, empty_cache(config, B, P, jnp.dtype(dtype)), slot=0)
-        # The logits are not used, so the compiler drops the head. They would be [B, P, V], which
-        # is larger than all the rest.
-        cache = model(params, request, tokens, positions, context).cache
-        room = ((0, 0), (0, 0), (0, 0), (0, new_slots), (0, 0))
-        cache = sharding.constrain(mesh, jax.tree.map(lambda a: jnp.pad(a, room), cache), CACHE)
-        chosen = jnp.full((B, new_slots), request.eos_id)
-        return State(cache, last, jnp.zeros(B, bool), jnp.int32(0), chosen)
-
-    step = functools.partial(_step, model, vocab_size, greedy)
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def run(params: Params, state: State, request: Request, until: Array) -> State:
-        """Steps until `until` tokens are chosen or every prompt has ended."""
-
-        def goes_on(state: State) -> Array:
-            return (state.step < until) & ~jnp.all(state.ended)
-
-        return jax.lax.while_loop(goes_on, functools.partial(step, params, request), state)
-
-    return prefill, run
-
-
-def _step(
-    model: Callable,
-    vocab_size: int,
-    greedy: bool,
-    params: Params,
-    request: Request,
-    state: State,
-) -> State:
-    """Feeds every prompt's last token and chooses its next one."""
-    S, N = state.cache.keys.shape[3], state.chosen.shape[1]
-    slot = S - N + state.step
-    slots = jnp.arange(S)
-    mask = (slots <= slot) & (slots >= request.first_slot[:, None, None])
-    positions = (slot - request.first_slot)[:, None]
-    context = CachedContext(mask, state.cache, slot)
-    out = model(params, request, state.token[:, None], positions, context)
-    assert out.cache is not None  # since the context has one
-    token = _next_token(out.logits[:, 0, :vocab_size], request, state.step, greedy)
-    token = jnp.where(state.ended, request.eos_id, token)
-    chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
-    ended = state.ended | (token == request.eos_id)
-    return State(out.cache, token, ended, state.step + 1, chosen)
-
-
-def _next_token(
-    logits: Float[Array, "B V"], request: Request, step: Int[Array, ""], greedy: bool
-) -> Int[Array, "B"]:
-    if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    key = jax.random.fold_in(jax.random.key(request.seed), step)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
-    draw = jax.vmap(sample, in_axes=(0, 0, None, None, None))
-    return draw(keys, logits, request.temperature, request.top_k, request.top_p)
-
-
-def sample(
-    key: Array,
-    logits: Float[Array, "V"],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-) -> Int[Array, ""]:
-    """Draws a token: temperature first, then the `top_k` likeliest, then their nucleus of `top_p`.
-
-    The nucleus (Holtzman et al., arXiv 1904.09751) keeps a token while the likelier ones together
-    have less than `top_p`. So at least one token is always kept.
-    """
-    order = jnp.argsort(logits, descending=True, stable=True)  # the lowest id first among equals
-    # subtract the maximum before dividing: a low temperature would overflow
-    scaled = (logits[order] - jnp.max(logits)) / temperature
-    scaled = jnp.where(jnp.arange(len(logits)) < top_k, scaled, -jnp.inf)
-    likelihood = jax.nn.softmax(scaled)
-    before = jnp.cumsum(likelihood) - likelihood
-    scaled = jnp.where((before < top_p) | (top_p >= 1), scaled, -jnp.inf)
-    return order[jax.random.categorical(key, scaled)].astype(jnp.int32)
 
 
 def _check(

@@ -15,11 +15,13 @@ from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import MeshConfig, ModelConfig, expect
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.generate import Decoder, Sampling, generate
+from flexolmo_jax.generate import Decoder, Generator, Sampling
 from flexolmo_jax.kernels import Kernels
-from flexolmo_jax.model import Choices, Params, forward, logical_axes
+from flexolmo_jax.model import Params, forward, logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.sharding import devices_of_batch, make_mesh, parameter_sharding
+
+DTYPES = ("bfloat16", "float32")  # that a model generates in
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class LoadedModel:
     params: Params
     mesh: Mesh | None = None  # the devices that the weights are spread over; None: one device
     kernels: Kernels = "auto"  # that route tokens
+    dtype: str | None = None  # that it generates in; None: that of the weights, see `Generator`
 
     @property
     def config(self) -> ModelConfig:
@@ -85,7 +88,7 @@ class LoadedModel:
         """The completions of the prompts, without the prompts: text for text, ids for ids.
 
         The sampling values are those of `Sampling`; by default it is greedy. `without` and `active`
-        are as in `logits`, `on_token` is as in `flexolmo_jax.generate.generate`. Raises UserError.
+        are as in `logits`, `on_token` is as in `Generator.generate`. Raises UserError.
         """
         k, allowed = self.selection(without, active)
         self.check_batch(len(prompts))
@@ -96,13 +99,19 @@ class LoadedModel:
                 ids.append(tokenizer.encode(prompt))
             else:
                 ids.append(list(prompt))
-        decoder = Decoder(self.config, self.params, tokenizer.vocab_size, tokenizer.eos_id)
-        choices = Choices(k, jnp.asarray(allowed), mesh=self.mesh, kernels=self.kernels)
         sampling = Sampling(temperature, top_k, top_p, seed)
-        completions = generate(decoder, ids, max_new_tokens, choices, sampling, on_token)
+        completions = self._generator.generate(
+            ids, max_new_tokens, (k, allowed), sampling, on_token
+        )
         if all(isinstance(prompt, str) for prompt in prompts):
             return [tokenizer.decode(ids) for ids in completions]
         return completions
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        tokenizer = self.tokenizer
+        decoder = Decoder(self.config, self.params, tokenizer.vocab_size, tokenizer.eos_id)
+        return Generator(decoder, self.mesh, self.kernels, self.dtype)
 
     def check_batch(self, size: int) -> None:
         """Raises UserError if a batch of this size cannot be divided evenly over the mesh."""
@@ -128,6 +137,7 @@ def load(
     which: str = "last",
     mesh: MeshConfig | None = None,
     kernels: Kernels = "auto",
+    dtype: str | None = None,
 ) -> LoadedModel:
     """Loads a run, a published anchor or a merged model.
 
@@ -137,23 +147,26 @@ def load(
             generation use the tensor axis only: every device then reads its own part of every
             weight, and nothing is gathered.
         kernels: that route tokens: the platform's own, "xla" or "pallas".
+        dtype: that it generates in, "bfloat16" or "float32"; by default that of the weights, on a
+            CPU float32. Logits are always computed in float32.
 
     Raises:
         UserError: nothing to load, damaged files, a mesh that does not fit the devices, or kernels
-            that there are not.
+            or a dtype that there are not.
     """
     known = get_args(Kernels)
     expect(kernels in known, "kernels", kernels, f"one of {', '.join(known)}")
+    expect(dtype is None or dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     artifact = open_artifact(path)
     if mesh is None:
-        return LoadedModel(artifact, artifact.params(which), kernels=kernels)
+        return LoadedModel(artifact, artifact.params(which), kernels=kernels, dtype=dtype)
     devices = make_mesh(mesh)
     axes = flatten(logical_axes(artifact.config, pair=artifact.is_pair))
 
     def placement(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         return parameter_sharding(devices, axes[path], shape)
 
-    return LoadedModel(artifact, artifact.params(which, placement), devices, kernels)
+    return LoadedModel(artifact, artifact.params(which, placement), devices, kernels, dtype)
 
 
 def _check_unicode(number: int, prompt: str) -> None:

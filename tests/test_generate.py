@@ -14,9 +14,10 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.generate import Decoder, Sampling, generate, programs, sample
+from flexolmo_jax.generate import Decoder, Generator, Sampling
 from flexolmo_jax.loaded import load
-from flexolmo_jax.model import Choices, Params, forward, init_params
+from flexolmo_jax.model import Params, forward, init_params
+from flexolmo_jax.model.decoding import compiled, sample
 
 E, N = 4, 12
 # init_std makes logits of order 1: greedy completions then wander, and no two logits are within
@@ -51,14 +52,13 @@ def run(
     eos_id=-1,
     sampling=GREEDY,
     on_token=None,
-    **chosen,
+    dtype=None,
+    active=None,
+    allowed=None,
 ) -> list[list[int]]:
-    decoder = Decoder(config, params or params_of(config), VOCAB, eos_id)
-    experts: dict[str, Any] = dict(active=config.n_active, allowed=[True] * config.n_experts)
-    experts |= chosen
-    experts["allowed"] = jnp.asarray(experts["allowed"])
-    choices = Choices(**experts)
-    return generate(decoder, prompts, max_new_tokens, choices, sampling, on_token)
+    generator = Generator(Decoder(config, params or params_of(config), VOCAB, eos_id), dtype=dtype)
+    experts = active or config.n_active, np.asarray(allowed or [True] * config.n_experts)
+    return generator.generate(prompts, max_new_tokens, experts, sampling, on_token)
 
 
 @functools.cache
@@ -96,13 +96,11 @@ def test_greedy_generation_is_the_argmax_of_whole_forward_passes(config):
 
 
 def test_a_pair_generates_with_both_experts():
-    params, both = params_of(DENSE, True), np.ones(2, bool)
-    completions = run(config=DENSE, params=params, active=2, allowed=both)
+    params = params_of(DENSE, True)
+    completions = run(config=DENSE, params=params, active=2, allowed=[True, True])
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         assert_greedy(prompt, completion, DENSE, params, active=2)
-    assert completions != run(
-        config=DENSE, params=params, active=2, allowed=np.array([True, False])
-    )
+    assert completions != run(config=DENSE, params=params, active=2, allowed=[True, False])
 
 
 def test_a_prompt_of_a_batch_is_completed_as_it_is_alone():
@@ -176,7 +174,7 @@ def test_fewer_new_tokens_are_a_prefix():
 
 @pytest.mark.parametrize("active", [2, E])
 def test_a_masked_expert_full_of_nan_changes_no_token(active):
-    allowed = np.array([True, True, False, True])
+    allowed = [True, True, False, True]
     params = params_of()
     poisoned = params | {
         "experts": jax.tree.map(lambda leaf: leaf.at[:, 2].set(jnp.nan), params["experts"])
@@ -187,17 +185,16 @@ def test_a_masked_expert_full_of_nan_changes_no_token(active):
 
 
 def test_other_experts_prompts_seeds_and_limits_compile_nothing():
-    run(sampling=HOT)
-    prefill, step = programs(CONFIG, CONFIG.n_active, VOCAB, False, "float32", None, "auto")
-    before = prefill._cache_size(), step._cache_size()
+    run(sampling=dataclasses.replace(HOT, top_k=3))
+    before = compiled.cache_info().misses
     run(
         [prompt[::-1][:20] for prompt in PROMPTS],
         sampling=Sampling(0.3, top_k=5, top_p=0.5, seed=1),
-        allowed=np.array([True, False, True, False]),
+        allowed=[True, False, True, False],
         max_new_tokens=N + 1,
         eos_id=3,
     )
-    assert before == (prefill._cache_size(), step._cache_size()) and min(before) > 0
+    assert compiled.cache_info().misses == before
 
 
 # --- sampling ---
@@ -205,14 +202,12 @@ def test_other_experts_prompts_seeds_and_limits_compile_nothing():
 
 def draw(logits, sampling: Sampling, n: int) -> np.ndarray:
     keys = jax.random.split(jax.random.key(sampling.seed), n)
-    k, temperature, top_p = (
-        sampling.top_k or len(logits),
-        jnp.float32(sampling.temperature),
-        jnp.float32(sampling.top_p),
-    )
-    return np.asarray(
-        jax.jit(jax.vmap(sample, (0, None, None, None, None)))(keys, logits, temperature, k, top_p)
-    )
+    likeliest = sampling.likeliest(len(logits)) if sampling.temperature > 1e-3 else 0
+    one = functools.partial(sample, likeliest=likeliest)
+    top_k = jnp.int32(sampling.top_k or len(logits))
+    values = jnp.float32(sampling.temperature), top_k, jnp.float32(sampling.top_p)
+    drawn = jax.jit(jax.vmap(one, (0, None, None, None, None)))
+    return np.asarray(drawn(keys, logits, *values))
 
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))

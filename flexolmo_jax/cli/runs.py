@@ -104,9 +104,9 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
     else:
         from flexolmo_jax.plan.steps import decoded
 
-        model, mesh = decoded(args.path, args.set)
         prompts, context = args.decode
-        report = plan_decoding(model, where, prompts, context, mesh, args.kernels)
+        what = decoded(args.path, args.set)
+        report = plan_decoding(what, where, prompts, context, args.kernels)
     return report if args.json else report | {"text": show(report)}
 
 

@@ -131,6 +131,11 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
     option("--top-k", type=int, default=0, help="0: all"),
     option("--top-p", type=float, default=1.0),
     option("--seed", type=int, default=0),
+    option(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="to compute in (default: that of the weights; float32 on a CPU)",
+    ),
     *SELECTING,
     CHECKPOINT,
     MESH,
@@ -139,7 +144,7 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.loaded import load
 
-    model = load(args.path, args.checkpoint, args.mesh, args.kernels)
+    model = load(args.path, args.checkpoint, args.mesh, args.kernels, args.dtype)
     sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "seed")}
     how = {**_selection(args), **sampling}
     if len(args.prompt) == 1 and not args.json:

@@ -29,6 +29,25 @@ class KVCache(NamedTuple):
     keys: Float[Array, "L B K S C"]
     values: Float[Array, "L B K S C"]
 
+    def written(
+        self,
+        k: Float[Array, "B T K C"],
+        v: Float[Array, "B T K C"],
+        layer: Int[Array, ""] | int,
+        slot: Int[Array, ""] | int,
+    ) -> "KVCache":
+        """The cache with a layer's new keys and values from this slot on.
+
+        The whole cache goes from layer to layer, so that a step writes its own slots and copies
+        nothing.
+        """
+
+        def put(old: Array, new: Array) -> Array:
+            heads_first = new.transpose(0, 2, 1, 3)[None].astype(old.dtype)
+            return jax.lax.dynamic_update_slice(old, heads_first, (layer, 0, 0, slot, 0))
+
+        return KVCache(put(self.keys, k), put(self.values, v))
+
 
 class Linear(nnx.Module):
     """`x @ kernel`, no bias; the kernel is cast to the activations' dtype.
@@ -126,18 +145,34 @@ class CachedContext(NamedTuple):
         v: Float[Array, "B T K C"],
         mesh: Mesh | None,
     ) -> tuple[Float[Array, "B T H C"], KVCache]:
-        def written(old: Array, new: Array) -> Array:
-            heads_first = new.transpose(0, 2, 1, 3)[None].astype(old.dtype)
-            return jax.lax.dynamic_update_slice(old, heads_first, (self.layer, 0, 0, self.slot, 0))
-
-        # The whole cache goes from layer to layer, so that a step writes its own slots and copies
-        # nothing.
-        cache = KVCache(written(self.cache.keys, k), written(self.cache.values, v))
+        cache = self.cache.written(k, v, self.layer, self.slot)
         keys, values = cache.keys[self.layer], cache.values[self.layer]
         return masked_attention(q, keys, values, self.mask), cache
 
 
-Context = PackedContext | CachedContext
+class PromptContext(NamedTuple):
+    """What the tokens of prompts attend to on their way into an empty cache: their own prompt."""
+
+    segments: Int[Array, "B T"]  # 1; 0 is padding
+    cache: KVCache
+    layer: Int[Array, ""] | int = 0
+
+    def of_layer(self, layer: Int[Array, ""], cache: KVCache) -> "PromptContext":
+        """The context in this layer, with the cache as the layer before has left it."""
+        return self._replace(layer=layer, cache=cache)
+
+    def attend(
+        self,
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B T K C"],
+        v: Float[Array, "B T K C"],
+        mesh: Mesh | None,
+    ) -> tuple[Float[Array, "B T H C"], KVCache]:
+        attended, _ = PackedContext(self.segments).attend(q, k, v, mesh)
+        return attended, self.cache.written(k, v, self.layer, 0)
+
+
+Context = PackedContext | PromptContext | CachedContext
 
 
 class Attention(nnx.Module):

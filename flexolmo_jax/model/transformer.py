@@ -26,7 +26,16 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels import Kernels
 
-from .layers import Attention, CachedContext, Context, KVCache, Linear, PackedContext, RMSNorm
+from .layers import (
+    Attention,
+    CachedContext,
+    Context,
+    KVCache,
+    Linear,
+    PackedContext,
+    PromptContext,
+    RMSNorm,
+)
 from .moe import Choices, Experts, RouterOutput, mixture
 
 Params = dict  # nested dict of arrays, see above
@@ -108,8 +117,8 @@ class Transformer(nnx.Module):
         choices: Choices,
     ) -> Output:
         graph, layers = nnx.split(self.trunk.layers)
-        # The scan hands each layer a copy of its slice. A decoding step is too short for that:
-        # there a layer gets the matrices of all layers, and reads those that its tokens choose,
+        # The scan hands each layer a copy of its slice. Generating is too short for that: there a
+        # layer gets the matrices of all layers, and reads those that its tokens choose,
         # mostly a few experts'.
         whole = nnx.Nothing() if context.cache is None else Experts.is_matrix
         groups = [
@@ -208,7 +217,7 @@ def decode(
     params: Params,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    context: CachedContext,
+    context: PromptContext | CachedContext,
     choices: Choices,
 ) -> Output:
     """One step over a KV cache, for a prompt and for each token after it. The output's cache has

@@ -8,14 +8,13 @@ import dataclasses
 import importlib.util
 import math
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from flexolmo_jax.config import MeshConfig, ModelConfig, RunConfig, check_microbatch, to_dict
+from flexolmo_jax.config import MeshConfig, RunConfig, check_microbatch, to_dict
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.runtime import sharding
@@ -25,7 +24,7 @@ from flexolmo_jax.train.flops import forward_flops, step_flops
 from .collectives import collectives
 from .program import named, program_of
 from .roofline import ASSUMPTIONS, by_kind_and_axis, roofline
-from .steps import DECODING_MESH, Step, architecture, decoding_step, fsdp_minimum, training_step
+from .steps import Decoded, Step, architecture, fsdp_minimum, generation, training_step
 
 GIB = 2**30
 
@@ -44,7 +43,8 @@ def plan_training(
     flops = step_flops(run, model)
     tokens = run.data.batch_size * run.data.seq_len
     step = training_step(run, model, mesh, is_trained)
-    report = _compile(step, slice_, mesh, flops.hardware, tokens)
+    compiled = _compiled(step, mesh)
+    report = _report(compiled, step, slice_, mesh, flops.hardware, tokens)
     if report["fits"]:
         of_microbatch = fsdp_minimum(step, run.train.compute_dtype)
         more = {"fsdp_minimum_bytes": run.train.accumulate * of_microbatch}
@@ -57,26 +57,31 @@ def plan_training(
 
 
 def plan_decoding(
-    model: ModelConfig,
-    slice_: Slice,
-    batch: int,
-    context: int,
-    mesh: MeshConfig = DECODING_MESH,
-    kernels: Kernels = "auto",
+    what: Decoded, slice_: Slice, batch: int, context: int, kernels: Kernels = "auto"
 ) -> dict[str, Any]:
     """The report of one decoding step in bfloat16: a token for each of `batch` prompts.
 
-    The cache has `context` slots.
+    The cache has `context` slots. `prefill_bytes` is the peak while prompts of half as many tokens
+    are read.
     """
+    model, vocab_size, mesh = what
     where = _mesh(mesh, slice_, 1)
     flops = batch * sum(forward_flops(model, model.n_active, context))
-    step = decoding_step(model, where, batch, context, kernels)
-    report = _compile(step, slice_, where, flops, batch)
+    generating = generation(what, where, batch, context, kernels)
+    step = generating.step()
+    loop = _compiled(step, where)
+    report = _report(loop, step, slice_, where, flops, batch)
+    if report["fits"]:
+        prefill = _peak(_compiled(generating.prefill(loop), where))
+        report |= {"prefill_bytes": prefill, "peak_bytes": max(prefill, report["peak_bytes"])}
+        report["fits"] = report["peak_bytes"] <= report["hbm_bytes"]
     advice = {}
     if not report["fits"]:
         smaller = "fewer prompts or a shorter context (--decode PROMPTSxCONTEXT), or "
         advice = {"change": _larger(slice_, report, smaller)}
     decode = {"batch": batch, "context": context}
+    if vocab_size < model.vocab_size:
+        decode["vocab_size"] = vocab_size
     program = {"model": to_dict(model), "mesh": to_dict(mesh), "decode": decode}
     program |= named(kernels)
     return _head(slice_, 1, where) | {"program": program, "model_flops": flops} | report | advice
@@ -143,38 +148,44 @@ def _head(slice_: Slice, slices: int, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _compile(step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int) -> dict[str, Any]:
-    limit = int(slice_.chip.usable_gib * GIB)
-    sizes = {f"{name}_bytes": size_of(tree) for name, tree in step.kinds.items()}
-    start = time.perf_counter()
+def _compiled(step: Step, mesh: Mesh) -> Any:
+    """The compiled step, or the bytes that a device would need if it does not fit."""
     try:
-        compiled = compile_step(step, mesh)
+        return compile_step(step, mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {
-            "fits": False,
-            "hbm_bytes": limit,
-            "peak_bytes": _needed(str(error)),
-            **sizes,
-            "flops": flops,
-        }
+        return _needed(str(error))
+
+
+def _peak(compiled: Any) -> int:
+    """The most bytes in use at once on a device.
+
+    The compiler compares this with a device's memory. It is not the sum of arguments and
+    temporaries, as some temporaries reuse the arguments' memory.
+    """
+    if isinstance(compiled, int):
+        return compiled
     memory = compiled.memory_analysis()
-    # The compiler compares this with a device's memory. It is not the sum of arguments and
-    # temporaries, as some temporaries reuse the arguments' memory.
-    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+
+
+def _report(
+    compiled: Any, step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int
+) -> dict[str, Any]:
+    limit, peak = int(slice_.chip.usable_gib * GIB), _peak(compiled)
+    sizes = {f"{name}_bytes": size_of(tree) for name, tree in step.kinds.items()}
+    report = {"fits": peak <= limit, "hbm_bytes": limit, "peak_bytes": peak, **sizes}
+    if isinstance(compiled, int):
+        return report | {"fits": False, "flops": flops}
+    memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = collectives(compiled.as_text(), dict(mesh.shape), one_pass="cache" in step.kinds)
     written = memory.argument_size_in_bytes + memory.output_size_in_bytes
     times = roofline(slice_, mesh, flops, written, moved)
-    return {
-        "fits": peak <= limit,
-        "hbm_bytes": limit,
-        "peak_bytes": peak,
-        **sizes,
+    return report | {
         "temporary_bytes": peak - memory.argument_size_in_bytes - results,
         "result_bytes": results,
-        "compile_seconds": round(time.perf_counter() - start, 1),
         "flops": flops,
         "collectives": by_kind_and_axis(moved),
         "collective_bytes": math.ceil(sum(one.total for one in moved)),
@@ -264,6 +275,8 @@ def _memory(report: dict[str, Any]) -> list[str]:
     }
     sizes = {name: report.get(key, 0) for key, name in names.items()}
     lines = [f"  {name:<20}{_gib(size):>12}" for name, size in sizes.items() if size >= 2**20]
+    if "prefill_bytes" in report:
+        lines.append(f"  while prompts are read: {_gib(report['prefill_bytes'])}")
     if "restore_bytes" in report:
         lines.append(f"  a run that resumes starts with {_gib(report['restore_bytes'])}")
     return ["memory, a device:", *lines]

@@ -3,7 +3,6 @@
 The shapes have shardings, so that a program can be compiled for devices that do not exist here.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +25,8 @@ from flexolmo_jax.config import (
 )
 from flexolmo_jax.coordinator.router import is_trained as is_trained_in_a_router_run
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.generate import Request, State, programs
 from flexolmo_jax.kernels import Kernels
-from flexolmo_jax.model import CACHE, empty_cache
+from flexolmo_jax.model.decoding import GREEDY, Decoding, Sizes, Weights
 from flexolmo_jax.model.tree import flatten, partition
 from flexolmo_jax.owner.pair import is_trained as is_trained_in_a_pair
 from flexolmo_jax.owner.pair import model_of_pair
@@ -79,8 +77,16 @@ def architecture(run: RunConfig) -> ModelConfig:
     return run.model
 
 
-def decoded(path: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, MeshConfig]:
-    """The architecture of a config or of a model, and the mesh to decode on.
+class Decoded(NamedTuple):
+    """What generates."""
+
+    model: ModelConfig
+    vocab_size: int  # the tokenizer's, where there is one and it is smaller
+    mesh: MeshConfig
+
+
+def decoded(path: Path, overrides: Sequence[str] = ()) -> Decoded:
+    """A config or a model that is to generate, and the mesh for it.
 
     The mesh is DECODING_MESH with `overrides`; a config's own mesh is for training.
     """
@@ -94,8 +100,12 @@ def decoded(path: Path, overrides: Sequence[str] = ()) -> tuple[ModelConfig, Mes
                 f"--set got {others[0]!r}, but {path} is a model, whose architecture is fixed; only"
                 " mesh.* may be set"
             )
-        return open_artifact(path).config, mesh
-    return architecture(load_config(path, others)), mesh
+        artifact = open_artifact(path)
+        config = artifact.config
+        vocab_size = min(artifact.tokenizer.vocab_size, config.vocab_size)
+        return Decoded(config, vocab_size, mesh)
+    model = architecture(load_config(path, others))
+    return Decoded(model, model.vocab_size, mesh)
 
 
 def training_step(
@@ -151,36 +161,36 @@ def fsdp_minimum(step: Step, dtype: str) -> int:
     return total * jnp.dtype(dtype).itemsize
 
 
-def decoding_step(
-    model: ModelConfig, mesh: Mesh, batch: int, context: int, kernels: Kernels = "auto"
-) -> Step:
-    """The loop that `flexolmo generate` runs: a pass chooses a token for every prompt.
+class Generation(NamedTuple):
+    """The programs that `flexolmo generate` runs, for weights in RELEASED."""
 
-    The cache has `context` slots.
-    """
+    decoding: Decoding
+    weights: Weights
+    sizes: Sizes
+
+    def step(self) -> Step:
+        """The loop: each pass chooses a token for every prompt."""
+        function, arguments = self.decoding.run(self.weights, self.sizes)
+        params, state, request, _ = arguments
+        small = state._replace(cache=None), request
+        return Step(function, arguments, {"frozen": params, "cache": state.cache, "batch": small})
+
+    def prefill(self, loop: Any) -> Step:
+        """What reads the prompts, beside the compiled loop, which decides how its arguments lie."""
+        params, state, *_ = loop.input_formats[0]
+        weights = self.weights._replace(formats=tuple(jax.tree.leaves(params)))
+        function, arguments = self.decoding.prefill(weights, self.sizes, state)
+        return Step(function, arguments, {})
+
+
+def generation(
+    what: Decoded, mesh: Mesh, batch: int, context: int, kernels: Kernels = "auto"
+) -> Generation:
+    """What generates for `batch` prompts. The cache has `context` slots, half of them for new
+    tokens."""
+    model = what.model
     params = abstract_params(model, mesh, pair=False, dtype=lambda _: RELEASED)
-    everywhere = sharding.replicated(mesh)
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-
-    cache = jax.eval_shape(
-        functools.partial(empty_cache, model, batch, context, jnp.dtype(RELEASED))
-    )
-    placed = sharding.parameter_sharding(mesh, CACHE, cache.keys.shape)
-    cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), cache)
-    state = State(
-        cache, array(batch), array(batch, dtype=bool), array(), array(batch, context // 2)
-    )
-    request = Request(
-        first_slot=array(batch),
-        eos_id=array(),
-        allowed=array(model.n_experts, dtype=bool),
-        temperature=array(dtype=jnp.float32),
-        top_k=array(),
-        top_p=array(dtype=jnp.float32),
-        seed=array(dtype=jnp.uint32),
-    )
-    _, run = programs(model, model.n_active, model.vocab_size, True, RELEASED, mesh, kernels)
-    kinds = {"frozen": params, "cache": cache, "batch": (state._replace(cache=None), request)}
-    return Step(run, (params, state, request, array()), kinds)
+    how: dict[str, Any] = {"mesh": mesh, "kernels": kernels}
+    decoding = Decoding(model, model.n_active, what.vocab_size, GREEDY, RELEASED, **how)
+    new = context // 2
+    return Generation(decoding, Weights.of(params), Sizes(batch, context - new, new))

@@ -93,22 +93,21 @@ def _files(directory: Path) -> Iterator[list[Any]]:
         for name, file in listing(directory).items():
             yield [f"{directory}/{name}", file.size, file.modified, file.md5]
         return
-    for folder, folders, names in os.walk(directory):
-        links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
-        for name in (*names, *links):
-            path = os.path.join(folder, name)
-            status = os.lstat(path)
-            mine = [
-                os.path.relpath(path, directory),
-                status.st_mode,
-                status.st_dev,
-                status.st_ino,
-                status.st_size,
-                status.st_mtime_ns,
-            ]
-            # The time of change also changes when a file gets another hard link. It counts only for
-            # files with a single link.
-            yield [*mine, status.st_ctime_ns if status.st_nlink == 1 else 0]
+    folders = [("", os.fspath(directory))]
+    while folders:
+        inside, folder = folders.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = inside + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append((f"{name}/", entry.path))
+                    continue
+                status = entry.stat(follow_symlinks=False)
+                mine = [name, status.st_mode, status.st_dev, status.st_ino, status.st_size]
+                # The time of change also changes when a file gets another hard link. It counts
+                # only for files with a single link.
+                changed = status.st_ctime_ns if status.st_nlink == 1 else 0
+                yield [*mine, status.st_mtime_ns, changed]
 
 
 def _is_known(identity: str) -> bool:

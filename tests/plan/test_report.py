@@ -18,7 +18,7 @@ from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.plan.program import program_of
 from flexolmo_jax.plan.report import _needed
-from flexolmo_jax.plan.steps import architecture, decoded, decoding_step, training_step
+from flexolmo_jax.plan.steps import Decoded, architecture, decoded, generation, training_step
 from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.train.flops import forward_flops, step_flops
 from tests.test_configs import CONFIGS, LARGE, ROOT, name
@@ -76,25 +76,30 @@ def test_every_config_can_be_planned_without_anything_beside_it(path):
     )
 
 
-def test_a_decoding_step_keeps_its_cache_where_it_lies():
-    model, mesh = decoded(ROOT / "configs" / "7b" / "joint.yaml", ["mesh.tensor=8"])
-    model = dataclasses.replace(
-        model, d_model=256, d_ffn=64, n_layers=2, n_heads=8, n_kv_heads=8, vocab_size=512
-    )
-    where = make_mesh(mesh)
-    step = decoding_step(model, where, 4, 64)
-    compiled = step.function.lower(*step.arguments).compile()
-    assert compiled.output_shardings.cache.keys.shard_shape((2, 4, 8, 64, 32)) == (2, 4, 1, 64, 32)
+def small_decoding(*overrides: str, **sizes: int) -> Decoded:
+    what = decoded(ROOT / "configs" / "7b" / "joint.yaml", overrides)
+    model = dataclasses.replace(what.model, d_model=256, d_ffn=64, n_layers=2, **sizes)
+    return what._replace(model=model, vocab_size=model.vocab_size)
+
+
+def test_the_cache_stays_where_it_lies_while_prompts_are_read_and_completed():
+    what = small_decoding("mesh.tensor=8", n_heads=8, n_kv_heads=8, vocab_size=512)
+    generating = generation(what, make_mesh(what.mesh), 4, 64)
+    loop = generating.step()
+    loop = loop.function.lower(*loop.arguments).compile()
+    prefill = generating.prefill(loop)
+    prefill = prefill.function.lower(*prefill.arguments).compile()
+    for compiled in (loop, prefill):
+        keys = compiled.output_shardings.cache.keys
+        assert keys.shard_shape((2, 4, 8, 64, 32)) == (2, 4, 1, 64, 32)
 
 
 def test_a_decoding_step_is_planned_with_the_kernels_that_are_named():
-    model, _ = decoded(ROOT / "configs" / "7b" / "joint.yaml")
-    sizes: dict[str, int] = dict(d_model=256, d_ffn=64, n_layers=2, n_heads=2, n_kv_heads=2)
-    model, where = dataclasses.replace(model, **sizes), make_mesh(MeshConfig(fsdp=1))
+    what, where = small_decoding(n_heads=2, n_kv_heads=2), make_mesh(MeshConfig(fsdp=1))
     routing = {"route_forward", "dispatch_plan", "permute", "combine"}
     cases: dict[Kernels, set[str]] = {"xla": set(), "pallas": routing}
     for kernels, named in cases.items():
-        step = decoding_step(model, where, 4, 64, kernels)
+        step = generation(what, where, 4, 64, kernels).step()
         lowered = step.function.trace(*step.arguments).lower(lowering_platforms=("tpu",))
         found = set(re.findall(r'kernel_name = "(\w+)"', lowered.as_text()))
         assert found - {"kernel"} == named  # below jax 0.12 megablox's products are `kernel`

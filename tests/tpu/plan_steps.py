@@ -80,7 +80,11 @@ def a_decoding_step_gathers_no_weights(topology: str) -> str:
     status, report = plan(
         "configs/7b/joint.yaml", "--topology", topology, "--decode", "8x1024", *sets
     )
+    held = report["frozen_bytes"] + report["cache_bytes"]
     assert status == 0 and report["cache_bytes"] > 0
+    # Weights and cache lie as the loop reads them: it holds no second copy of either.
+    assert report["temporary_bytes"] < 0.05 * held, (report["temporary_bytes"], held)
+    assert report["peak_bytes"] >= report["prefill_bytes"] > held
     assert of_kind(report, "all-gather") < 0.01 * report["frozen_bytes"], report["collectives"]
     seconds = report["seconds"]
     return (
