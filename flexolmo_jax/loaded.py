@@ -19,7 +19,7 @@ from flexolmo_jax.generate import Decoder, Generator, Sampling
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward, logical_axes
 from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.runtime.sharding import devices_of_batch, make_mesh, parameter_sharding
+from flexolmo_jax.runtime.sharding import check_batch, make_mesh, parameter_sharding
 
 DTYPES = ("bfloat16", "float32")  # that a model generates in
 
@@ -115,11 +115,7 @@ class LoadedModel:
 
     def check_batch(self, size: int) -> None:
         """Raises UserError if a batch of this size cannot be divided evenly over the mesh."""
-        if self.mesh is not None and size % (devices := devices_of_batch(self.mesh)):
-            raise UserError(
-                f"{size} sequences do not divide over {devices} devices (the mesh's data x fsdp x"
-                f" expert); give a multiple of {devices}, or a mesh with the tensor axis only"
-            )
+        check_batch(self.mesh, size)
 
     def selection(
         self, without: Sequence[str] = (), active: int | None = None

@@ -187,7 +187,11 @@ def generation(
     what: Decoded, mesh: Mesh, batch: int, context: int, kernels: Kernels = "auto"
 ) -> Generation:
     """What generates for `batch` prompts. The cache has `context` slots, half of them for new
-    tokens."""
+    tokens.
+
+    Raises UserError for prompts that do not divide over the mesh.
+    """
+    sharding.check_batch(mesh, batch)
     model = what.model
     params = abstract_params(model, mesh, pair=False, dtype=lambda _: RELEASED)
     how: dict[str, Any] = {"mesh": mesh, "kernels": kernels}

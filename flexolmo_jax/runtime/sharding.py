@@ -86,6 +86,15 @@ def devices_of_batch(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
+def check_batch(mesh: Mesh | None, size: int) -> None:
+    """Raises UserError if a batch of this size cannot be divided evenly over the mesh."""
+    if mesh is not None and size % (devices := devices_of_batch(mesh)):
+        raise UserError(
+            f"{size} sequences do not divide over {devices} devices (the mesh's data x fsdp x"
+            f" expert); give a multiple of {devices}, or a mesh with the tensor axis only"
+        )
+
+
 def local_records(mesh: Mesh, batch_size: int) -> list[int]:
     """The places in a batch of the records that the devices of this process hold, in order."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()

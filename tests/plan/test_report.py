@@ -94,6 +94,12 @@ def test_the_cache_stays_where_it_lies_while_prompts_are_read_and_completed():
         assert keys.shard_shape((2, 4, 8, 64, 32)) == (2, 4, 1, 64, 32)
 
 
+def test_prompts_that_do_not_divide_over_the_mesh_are_refused_before_anything_is_compiled():
+    what = small_decoding("mesh.expert=4", "mesh.tensor=1")
+    with pytest.raises(UserError, match="3 sequences do not divide over 4 devices"):
+        generation(what, make_mesh(what.mesh), 3, 64)
+
+
 def test_a_decoding_step_is_planned_with_the_kernels_that_are_named():
     what, where = small_decoding(n_heads=2, n_kv_heads=2), make_mesh(MeshConfig(fsdp=1))
     routing = {"route_forward", "dispatch_plan", "permute", "combine"}
