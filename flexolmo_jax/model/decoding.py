@@ -134,9 +134,13 @@ class Decoding:
         )
         return Program(jitted, (params, state, request, until))
 
-    def prefill(self, weights: Weights, sizes: Sizes, formats: State) -> Program:
-        """Makes the first state, in these formats: every prompt token but the last is cached."""
+    def prefill(self, weights: Weights, sizes: Sizes, loop: Any) -> Program:
+        """Makes the first state: every prompt token but the last is cached.
+
+        `loop` is the compiled `run`. Weights and state lie as it takes them.
+        """
         B, P, N = sizes
+        formats, state_formats, *_ = loop.input_formats[0]
 
         def prefill(params: Params, tokens: Array, last: Array, request: Request) -> State:
             slots = jnp.arange(P) - request.first_slot[:, None]
@@ -154,8 +158,8 @@ class Decoding:
         given = _shape((B, P), "int32", state.token.sharding), state.token, request
         jitted = jax.jit(
             prefill,
-            in_shardings=(weights.tree.unflatten(weights.formats), *_shardings(given)),
-            out_shardings=formats,
+            in_shardings=(formats, *_shardings(given)),
+            out_shardings=state_formats,
         )
         return Program(jitted, (params, *given))
 
@@ -228,9 +232,8 @@ class Decoding:
 def compiled(decoding: Decoding, weights: Weights, sizes: Sizes) -> Compiled:
     """Both programs. Compiles once for equal arguments."""
     run = decoding.run(weights, sizes).compile()
-    params, state, *_ = run.input_formats[0]
-    weights = weights._replace(formats=tuple(jax.tree.leaves(params)))
-    return Compiled(decoding.prefill(weights, sizes, state).compile(), run, params)
+    prefill = decoding.prefill(weights, sizes, run).compile()
+    return Compiled(prefill, run, run.input_formats[0][0])
 
 
 def sample(

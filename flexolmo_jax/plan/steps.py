@@ -176,10 +176,8 @@ class Generation(NamedTuple):
         return Step(function, arguments, {"frozen": params, "cache": state.cache, "batch": small})
 
     def prefill(self, loop: Any) -> Step:
-        """What reads the prompts, beside the compiled loop, which decides how its arguments lie."""
-        params, state, *_ = loop.input_formats[0]
-        weights = self.weights._replace(formats=tuple(jax.tree.leaves(params)))
-        function, arguments = self.decoding.prefill(weights, self.sizes, state)
+        """What reads the prompts; `loop` is the compiled step."""
+        function, arguments = self.decoding.prefill(self.weights, self.sizes, loop)
         return Step(function, arguments, {})
 
 

@@ -64,12 +64,10 @@ def lowered(likeliest: int, stored: str = "bfloat16", part: str = "run") -> str:
     """The program in bfloat16 for weights of dtype `stored`, lowered for TPU."""
     decoding = Decoding(CONFIG, 2, 300, likeliest, "bfloat16")
     weights = Weights.of(params_of(stored))
-    if part == "run":
-        function, arguments = decoding.run(weights, SIZES)
-    else:
-        _, state, *_ = decoding.arguments(weights, SIZES)
-        state = jax.tree.map(lambda a: a.sharding, state)
-        function, arguments = decoding.prefill(weights, SIZES, state)
+    function, arguments = decoding.run(weights, SIZES)
+    if part == "prefill":
+        loop = function.lower(*arguments).compile()
+        function, arguments = decoding.prefill(weights, SIZES, loop)
     return function.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
 
 
@@ -182,6 +180,13 @@ def test_tokens_are_streamed_several_a_call_and_the_first_alone(monkeypatch):
     generator.generate([[1, 2]], N, EXPERTS, on_token=lambda step, ids: steps.append(step))
     assert steps == list(range(N))
     assert calls == [1, 1 + generate.STREAMED, 1 + 2 * generate.STREAMED, N]
+
+
+def test_the_loop_writes_into_the_cache_that_it_is_given():
+    decoding, weights, sizes = _asked(params_of())
+    _, state, *_ = decoding.arguments(weights, sizes)
+    reused = programs.compiled(decoding, weights, sizes).run.memory_analysis().alias_size_in_bytes
+    assert reused >= sum(a.size * a.dtype.itemsize for a in state.cache)
 
 
 def test_programs_do_not_depend_on_what_a_request_says():
