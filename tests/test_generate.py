@@ -243,6 +243,12 @@ def test_among_equals_the_lowest_ids_are_kept():
     assert set(draw(np.zeros(5, np.float32), Sampling(1, top_k=2), 200).tolist()) == {0, 1}
 
 
+def test_a_seed_draws_the_same_token_whether_tokens_are_put_in_order_or_not():
+    logits = RNG.normal(size=50).astype(np.float32)
+    ordered, loose = (draw(logits, Sampling(1, top_k=k), 200) for k in (50, 0))
+    assert ordered.tolist() == loose.tolist() and len(set(loose.tolist())) > 10
+
+
 def test_generated_tokens_keep_to_the_top_k_after_every_token():
     completions = run(sampling=dataclasses.replace(HOT, top_k=3))
     for prompt, completion in zip(PROMPTS, completions, strict=True):

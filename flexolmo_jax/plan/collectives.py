@@ -31,6 +31,7 @@ KINDS = (
     "all-to-all",
     "collective-broadcast",
 )
+PRODUCTS = ("dot", "convolution", "ragged-dot", "custom-call")
 _RING = re.compile(r"windowed_dot_general_body_(ag|rs)")
 _RINGS = {"ag": "all-gather", "rs": "reduce-scatter"}
 _BETWEEN_SLICES = re.compile(
@@ -54,6 +55,7 @@ class Collective:
     # "" as it is written; "ring": a move of a ring that overlaps with a product; "all-reduce":
     # written as an all-reduce
     form: str
+    overlapped: bool  # whether a matrix product runs between its start and its end
     traced: str  # what it comes from: the operation's name in the traced program
     operand: str  # the first operand's HLO type, as f32[4096,256]
 
@@ -99,13 +101,16 @@ def _each_operand(
     is_single = kind == "collective-permute" or _BETWEEN_SLICES.search(instruction.attributes)
     op = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.attributes)
     traced = op[1].replace("\\'", "'") if op else ""
+    overlapped = _overlaps(program, computation, instruction)
     found = []
     for i, operand in enumerate(instruction.operands[: 1 if is_single else None]):
         meaning, form = _meaning(program, computation, instruction, i)
         type_ = computation.instructions[operand].type
         received = _received(kind, bytes_of(type_), size) / (2 if form == "all-reduce" else 1)
         found.append(
-            Collective(meaning, axes, size, received, runs, form, traced, first_array(type_))
+            Collective(
+                meaning, axes, size, received, runs, form, overlapped, traced, first_array(type_)
+            )
         )
     return found
 
@@ -137,6 +142,30 @@ def _kind(instruction: Instruction) -> str | None:
         return kind if kind in KINDS else "collective-permute"
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
+
+
+def _overlaps(program: Program, computation: Computation, instruction: Instruction) -> bool:
+    """Whether the schedule has a matrix product while a collective is under way.
+
+    The text of a compiled program is in the order of its schedule.
+    """
+    if "chain_id=" in instruction.attributes:  # its parts are spread over a loop with products
+        return True
+    after = itertools.dropwhile(lambda i: i is not instruction, computation.instructions.values())
+    for later in itertools.islice(after, 1, None):
+        if later.opcode.endswith("-done") and instruction.name in later.operands:
+            return False
+        if instruction.opcode.endswith(("-start", "send")) and _multiplies(program, later):
+            return True
+    return False
+
+
+def _multiplies(program: Program, instruction: Instruction) -> bool:
+    is_product = instruction.opcode in PRODUCTS
+    inner = (program.computations[name] for name in instruction.calls())
+    return is_product or any(
+        _multiplies(program, each) for one in inner for each in one.instructions.values()
+    )
 
 
 def _taking_part(instruction: Instruction, mesh: Mapping[str, int]) -> tuple[int, tuple[str, ...]]:

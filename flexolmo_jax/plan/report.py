@@ -189,6 +189,7 @@ def _report(
         "flops": flops,
         "collectives": by_kind_and_axis(moved),
         "collective_bytes": math.ceil(sum(one.total for one in moved)),
+        "blocking_bytes": math.ceil(sum(one.total for one in moved if not one.overlapped)),
         "seconds": times,
         "tokens_per_second": [tokens / times["in_turn"], tokens / times["overlapped"]],
         "assumptions": ASSUMPTIONS,
@@ -284,11 +285,13 @@ def _memory(report: dict[str, Any]) -> list[str]:
 
 def _moved(report: dict[str, Any]) -> list[str]:
     total = f"collectives, received by a device in a step: {_gib(report['collective_bytes'])}"
+    total += f", {_gib(report['blocking_bytes'])} of them while no product runs"
     if "fsdp_minimum_bytes" in report:
         total += f"; weights and gradients alone take {_gib(report['fsdp_minimum_bytes'])}"
     forms = {"": "", "ring": " (in rings)", "all-reduce": " (written as an all-reduce)"}
     lines = [
         f"  {entry['kind'] + forms[entry['form']]:<40}{entry['axes']:<16}{_gib(entry['bytes']):>12}"
+        + (", overlapped" if entry["overlapped"] else "")
         for entry in report["collectives"]
         if entry["bytes"] >= 2**20
     ]

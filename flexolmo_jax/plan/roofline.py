@@ -72,14 +72,17 @@ def _group(mesh: Mesh, axes: Sequence[str]) -> list[Any]:
 
 
 def by_kind_and_axis(moved: Sequence[Collective]) -> list[dict[str, Any]]:
-    """Bytes that a device receives in a step, summed by kind, form and axes, the most first."""
-    sums: dict[tuple[str, str, str], list[float]] = {}
+    """Bytes that a device receives in a step, summed by kind, form, axes and whether they overlap
+    with products, the most first."""
+    sums: dict[tuple[str, str, str, bool], list[float]] = {}
     for one in moved:
-        total = sums.setdefault((one.kind, one.form, " x ".join(one.axes)), [0, 0])
+        key = one.kind, one.form, " x ".join(one.axes), one.overlapped
+        total = sums.setdefault(key, [0, 0])
         total[0] += one.total
         total[1] += one.runs
     entries = [
-        {"kind": kind, "form": form, "axes": axes, "bytes": math.ceil(bytes_), "runs": runs}
-        for (kind, form, axes), (bytes_, runs) in sums.items()
+        dict(zip(("kind", "form", "axes", "overlapped"), key, strict=True))
+        | {"bytes": math.ceil(bytes_), "runs": runs}
+        for key, (bytes_, runs) in sums.items()
     ]
     return sorted(entries, key=lambda entry: -entry["bytes"])

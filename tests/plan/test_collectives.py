@@ -143,6 +143,45 @@ ENTRY %main (x: f32[2,4], at: s32[]) -> f32[8,4] {
 """
 
 
+# A gather that is under way while something runs.
+UNDER_WAY = """HloModule step
+
+%products (a: f32[4,4], b: f32[4,4]) -> f32[4,4] {
+  %a = f32[4,4]{1,0} parameter(0)
+  %b = f32[4,4]{1,0} parameter(1)
+  ROOT %c = f32[4,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[2,4], y: f32[4,4]) -> (f32[8,4], f32[4,4]) {
+  %x = f32[2,4]{1,0} parameter(0)
+  %y = f32[4,4]{1,0} parameter(1)
+  %start = (f32[2,4], f32[8,4]) all-gather-start(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+  %between = f32[4,4]{1,0} fusion(%y, %y), kind=kOutput, calls=%products
+  %all = f32[8,4]{1,0} all-gather-done(%start)
+  %after = f32[4,4]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (f32[8,4], f32[4,4]) tuple(%all, %after)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "overlapped"),
+    [
+        (UNDER_WAY, True),
+        (UNDER_WAY.replace("dot(%a, %b)", "add(%a, %b)"), False),  # nothing to wait beside
+        (
+            UNDER_WAY.replace("all-gather-start", "all-gather").replace(
+                "-done(%start)", "(%start)"
+            ),
+            False,
+        ),
+        (TORUS, False),
+    ],
+)
+def test_a_collective_overlaps_where_a_product_runs_before_its_end(text, overlapped):
+    assert next(one.overlapped for one in collectives(text, {"fsdp": 4})) == overlapped
+
+
 def test_a_ring_of_moves_is_the_gather_that_it_makes_up():
     moves = collectives(RING, {"fsdp": 4})
     assert {(one.kind, one.form) for one in moves} == {("all-gather", "ring")}

@@ -30,7 +30,7 @@ def mesh(topology: str, shape: tuple[int, ...], slices: int = 1) -> Any:
 
 
 def gather(axes: tuple[str, ...], received: float, runs: int = 1) -> Collective:
-    return Collective("all-gather", axes, 4, received, runs, "", "", "")
+    return Collective("all-gather", axes, 4, received, runs, "", False, "", "")
 
 
 @pytest.mark.parametrize(
