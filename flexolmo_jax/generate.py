@@ -128,22 +128,14 @@ class Generator:
         _check(config, prompts, max_new_tokens, vocab_size)
         tokens, lengths = _left_padded(prompts, config.max_seq_len)
         active, allowed = experts
-        settings: dict[str, Any] = {  # numpy's, so that every process of a mesh may give its own
-            "first_slot": tokens.shape[1] - lengths,
-            "eos_id": np.int32(eos_id),
-            "allowed": np.asarray(allowed, bool),
-            "temperature": np.float32(sampling.temperature),
-            "top_k": np.int32(min(sampling.top_k or vocab_size, vocab_size)),
-            "top_p": np.float32(sampling.top_p),
-            "seed": np.uint32(sampling.seed),
-        }
-        request, likeliest = Request(**settings), sampling.likeliest(vocab_size)
+        likeliest = sampling.likeliest(vocab_size)
         how: dict[str, Any] = {"mesh": self._mesh, "kernels": self._kernels}
         decoding = Decoding(config, active, vocab_size, likeliest, self._dtype, **how)
         B, P = tokens.shape
         sizes = Sizes(B, P, _bucket(max_new_tokens, config.max_seq_len))
         programs = self._compiled(decoding, sizes)
         last = np.array([prompt[-1] for prompt in prompts], np.int32)
+        request = _request(tokens.shape[1] - lengths, allowed, self._decoder, sampling)
         params = self._decoder.params
         state = programs.prefill(params, tokens, last, request)
         for limit in _limits(max_new_tokens, on_token is not None):
@@ -164,6 +156,23 @@ class Generator:
         _lay_out(self._decoder.params, programs.formats)
         self._weights = Weights.of(self._decoder.params, programs.formats)
         return programs
+
+
+def _request(
+    first_slot: np.ndarray, allowed: np.ndarray, decoder: Decoder, sampling: Sampling
+) -> Request:
+    """In numpy's arrays: every process of a mesh gives its own."""
+    vocab_size = decoder.vocab_size
+    settings: dict[str, Any] = {
+        "first_slot": first_slot,
+        "eos_id": np.int32(decoder.eos_id),
+        "allowed": np.asarray(allowed, bool),
+        "temperature": np.float32(sampling.temperature),
+        "top_k": np.int32(min(sampling.top_k or vocab_size, vocab_size)),
+        "top_p": np.float32(sampling.top_p),
+        "seed": np.uint32(sampling.seed),
+    }
+    return Request(**settings)
 
 
 def _lay_out(params: Params, formats: Params) -> None:

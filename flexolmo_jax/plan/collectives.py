@@ -151,11 +151,17 @@ def _overlaps(program: Program, computation: Computation, instruction: Instructi
     """
     if "chain_id=" in instruction.attributes:  # its parts are spread over a loop with products
         return True
+    computation, instruction = program.starts.get(computation.name, (computation, instruction))
+    if not instruction.opcode.endswith(("-start", "send")):
+        return False
+    names = {instruction.name}
     after = itertools.dropwhile(lambda i: i is not instruction, computation.instructions.values())
     for later in itertools.islice(after, 1, None):
-        if later.opcode.endswith("-done") and instruction.name in later.operands:
-            return False
-        if instruction.opcode.endswith(("-start", "send")) and _multiplies(program, later):
+        if names & set(later.operands):
+            if later.opcode.endswith("-done"):
+                return False
+            names.add(later.name)
+        elif _multiplies(program, later):
             return True
     return False
 

@@ -75,6 +75,18 @@ class Program:
     computations: dict[str, Computation] = field(default_factory=dict)
     entry: str = ""
 
+    @functools.cached_property
+    def starts(self) -> dict[str, tuple[Computation, Instruction]]:
+        """By the name of a computation that runs beside others, on the SparseCore, say: what starts
+        it, and where."""
+        return {
+            name: (computation, instruction)
+            for computation in self.computations.values()
+            for instruction in computation.instructions.values()
+            if instruction.opcode.endswith("-start")
+            for name in instruction.calls()
+        }
+
     def called(self, instruction: Instruction, key: str = "calls") -> Computation:
         return self.computations[instruction.attribute(key) or ""]
 

@@ -164,6 +164,27 @@ ENTRY %main (x: f32[2,4], y: f32[4,4]) -> (f32[8,4], f32[4,4]) {
 """
 
 
+ON_SPARSECORE = (
+    UNDER_WAY.replace(
+        "ENTRY",
+        """%gather (x: f32[2,4]) -> f32[8,4] {
+  %x = f32[2,4]{1,0} parameter(0)
+  ROOT %g = f32[8,4]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY""",
+    )
+    .replace(
+        """(f32[2,4], f32[8,4]) all-gather-start(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+""",
+        """((f32[2,4]), f32[8,4], s32[1]) call-start(%x), async_execution_thread="sparsecore", to_apply=%gather
+  %update = ((f32[2,4]), f32[8,4], s32[1]) call-update(%start)
+""",
+    )
+    .replace("all-gather-done(%start)", "call-done(%update)")
+)
+
+
 @pytest.mark.parametrize(
     ("text", "overlapped"),
     [
@@ -175,6 +196,8 @@ ENTRY %main (x: f32[2,4], y: f32[4,4]) -> (f32[8,4], f32[4,4]) {
             ),
             False,
         ),
+        (ON_SPARSECORE, True),
+        (ON_SPARSECORE.replace("dot(%a, %b)", "add(%a, %b)"), False),
         (TORUS, False),
     ],
 )
