@@ -18,10 +18,9 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     elif "text" in result:
         print(for_terminal(result["text"]))
     else:
-        import yaml
+        from .lines import text_of
 
-        plain = _printable(json.loads(json.dumps(result)))
-        print(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), end="")
+        print(text_of(_printable(json.loads(json.dumps(result)))), end="")
     sys.stdout.flush()
 
 
@@ -32,8 +31,11 @@ def for_terminal(text: str) -> str:
 
 
 def _printable(value: Any) -> Any:
+    """The value with its words printable, and six digits of its numbers."""
     if isinstance(value, dict):
         return {printable(key): _printable(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_printable(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
     return printable(value) if isinstance(value, str) else value

@@ -40,7 +40,7 @@ from .verbs import option, verb
     KERNELS,
 )
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.evals.bits_per_byte import evaluate
+    from flexolmo_jax.evals.bits_per_byte import evaluate, in_brief
     from flexolmo_jax.evals.tasks import load_tasks
     from flexolmo_jax.loaded import load
 
@@ -54,6 +54,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.data:
         how = {"split": args.split, "limit": args.limit, "batch_size": args.batch_size}
         result = evaluate(model, args.data, **how, **_selection(args))
+        result = result if args.json else in_brief(result)
     if tasks:
         result["tasks"] = _evaluated_tasks(model, tasks, args)
     return result
@@ -253,6 +254,7 @@ def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
     option("path", type=path_of),
 )
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from flexolmo_jax.coordinator.info import info
+    from flexolmo_jax.coordinator.info import in_brief, info
 
-    return info(args.path)
+    found = info(args.path)
+    return found if args.json else in_brief(found)

@@ -4,7 +4,7 @@ Of a contribution it also says what leaves the owner.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,16 @@ from flexolmo_jax.artifact import DESCRIPTION, open_artifact
 from flexolmo_jax.data.records import Index
 from flexolmo_jax.exchange.contribution import MANIFEST, SIGNATURE, TENSORS, open_contribution
 from flexolmo_jax.exchange.manifest import told
+from flexolmo_jax.exchange.signature import named_key
 from flexolmo_jax.integrity import manifest_of
 from flexolmo_jax.storage.outputs import STORE_FILE
 from flexolmo_jax.train.metrics import last_entry
 
 from .store import Store
+
+PARTS, PROOF = ("stated", "measured"), ("manifest", "signed_by")
+SHOWN = 16  # characters of a digest or a key
+CUT = f"the first {SHOWN} characters; `flexolmo verify` checks and shows them"
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -65,8 +70,37 @@ def _member(member: dict[str, Any]) -> dict[str, Any]:
     name = member["name"]
     if (manifest := manifest_of(member)) is None:
         return {"name": name, **told(member), "manifest": member["manifest"]}
-    is_signed = member["signature"] is not None
-    return {"name": name, **told(manifest), "manifest": manifest["sha256"], "signed": is_signed}
+    signature = member["signature"]
+    signer = None if signature is None else named_key(signature.encode())
+    proof = {"manifest": manifest["sha256"], "signed": signer is not None, "signed_by": signer}
+    return {"name": name, **told(manifest), **proof}
+
+
+def in_brief(found: dict[str, Any]) -> dict[str, Any]:
+    """What `info` found, for people: what all members say once, and at most two lines of each."""
+    if not (members := found.get("members")):
+        return found
+    said: dict[str, Any] = {part: _shared([m[part] for m in members]) for part in PARTS}
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+    for member in members:
+        name = {"name": member["name"]}
+        proof = {key: (member.get(key) or "none")[:SHOWN] for key in PROOF}
+        own = {p: {k: v for k, v in member[p].items() if k not in said[p]} for p in PARTS}
+        rows["stated"].append(name | proof | {"stated": own["stated"]})
+        rows["measured"] += [name | {"measured": own["measured"]}] if own["measured"] else []
+    brief = {key: value for key, value in found.items() if key != "members"}
+    brief["all_members"] = {" and ".join(PROOF): CUT, **said}
+    return brief | {"members": rows["stated"], "members_measured": rows["measured"]}
+
+
+def _shared(sayings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The keys and values that all of these have."""
+    first, *others = sayings
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in other and other[key] == value for other in others)
+    }
 
 
 def _contribution(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from flexolmo_jax.train.evaluate import Score, make_scorer, score_records
 
 # tokens of the records that raw documents are packed into; a prepared directory has its own length
 RAW_SEQ_LEN = 1024
+SHOWN = 8  # experts whose share of a data set is shown by name
 
 
 def evaluate(  # noqa: PLR0913 - the verb's options
@@ -68,6 +69,18 @@ def evaluate(  # noqa: PLR0913 - the verb's options
         for key, figure in _figures(score, model.experts).items():
             result[key][name] = figure
     return result
+
+
+def in_brief(result: dict[str, Any]) -> dict[str, Any]:
+    """A result of `evaluate` for people: the largest shares of each data set."""
+    largest = {name: _largest(shares) for name, shares in result["routing"].items()}
+    return result | {"routing": largest, "routing_by_layer": "with every share: --json"}
+
+
+def _largest(shares: dict[str, float]) -> dict[str, float]:
+    ordered = sorted(shares.items(), key=lambda share: -share[1])
+    rest = [share for _, share in ordered[SHOWN:]]
+    return dict(ordered[:SHOWN]) | ({f"({len(rest)} more)": sum(rest)} if rest else {})
 
 
 def _figures(score: Score, experts: Sequence[str]) -> dict[str, Any]:

@@ -268,6 +268,14 @@ def check_signature(
     return {"public_key": public, "name": trust.keys[public]}
 
 
+def named_key(signature: bytes) -> str:
+    """The public key that a signature names, in base 64. Nothing is checked."""
+    try:
+        return _read_signature(signature)[0]
+    except ValueError:
+        return "damaged"
+
+
 def _read_signature(file: bytes) -> tuple[str, Ed25519PublicKey, bytes]:
     """The public key in base 64, the key, and the signature.
 
