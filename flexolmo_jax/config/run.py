@@ -70,7 +70,9 @@ class TrainConfig(Section):
     # anchor and joint runs: start from the weights of this run, anchor or model instead of random
     # ones
     init: str = ""
-    accumulate: int = 1  # microbatches a step; the gradient is the same, the memory smaller
+    # microbatches a step: the memory is smaller, the gradient the same up to rounding (but for
+    # optim.load_balance, which is a microbatch's own)
+    accumulate: int = 1
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_records: int = 64  # held-out records of each source that in-loop evaluation reads
     save_every: int = 0  # steps between checkpoints; 0: only at the end

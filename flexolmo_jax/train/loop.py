@@ -82,6 +82,11 @@ class Trainer:
         self._scores: dict[str, float] = {}
         with self._accounting.spent("init"):
             self._mesh = sharding.make_mesh(job.config.mesh)
+            self._ran_on = {
+                "accumulate": job.config.train.accumulate,
+                "processes": jax.process_count(),
+                **self._mesh.shape,
+            }
             check_microbatch(job.config, self._mesh.shape)
             claim(job, out)
             self._optimizer = make_optimizer(job.config.optim, job.config.train.steps)
@@ -170,6 +175,8 @@ class Trainer:
             entry["bits_per_byte"] = self._scores
             loss = sum(self._scores.values()) / len(self._scores) if self._scores else None
         entry["seconds"] = self._accounting.seconds()
+        # All steps since the checkpoint before were computed so: a run resumes from a checkpoint.
+        entry["ran_on"] = self._ran_on
         self._log.write(number, entry, flush=True)
         with self._accounting.spent("save"):
             self._checkpoints.save(number, self._state._asdict(), loss=loss)
