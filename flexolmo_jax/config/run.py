@@ -81,8 +81,8 @@ class TrainConfig(Section):
     # of activations and matrix products; parameters stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
-    # seconds after which a step that has not ended ends the run, with the stacks of its threads; 0:
-    # an hour
+    # a step that takes longer than this many seconds, and longer than four times the median of the
+    # last, ends the run, with the stacks of its threads; 0: an hour
     watchdog: float = 600.0
     profile: str = ""  # START:STOP: steps of which a profile is written, for xprof
 

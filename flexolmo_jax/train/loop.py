@@ -77,7 +77,7 @@ class Trainer:
     def __init__(self, job: Job, out: Path, stack: ExitStack):
         self._job, self._out, self._stack = job, out, stack
         self._accounting = Accounting()
-        self._watchdog = stack.enter_context(Watchdog())
+        self._watchdog = stack.enter_context(Watchdog(job.config.train.watchdog))
         self._pending: tuple[int, dict[str, jax.Array]] | None = None  # a step and its metrics
         self._scores: dict[str, float] = {}
         with self._accounting.spent("init"):
@@ -138,14 +138,13 @@ class Trainer:
     def step(self, number: int, compiles: bool) -> None:
         """Dispatches a step, and only then reads the metrics of the step before: while Python waits
         for them and writes, the devices have work."""
-        # Compiling a large model takes longer than any step may: up to the watchdog's own limit.
-        seconds = 0 if compiles else self._job.config.train.watchdog
-        self._watchdog.expect(f"step {number}", seconds)
+        self._watchdog.expect_step(number)
         with self._accounting.spent("data"):
             batch = self._feed.next()
         if compiles:
             with self._accounting.spent("compile"):
                 compile_for_all(self._dispatch, self._state, self._frozen, batch, number)
+            self._log.restart_clock()
         self._profile.before(number)
         traced = jax.profiler.StepTraceAnnotation("train", step_num=number)
         with self._accounting.spent("step"), traced:
@@ -157,6 +156,7 @@ class Trainer:
         """Waits for a step that is to be saved, or is the profile's last, and checks it: nothing
         that is not finite is ever saved."""
         if saved or self._profile.ends(number):
+            self._watchdog.expect_step(number)
             with self._accounting.spent("step"):
                 self._read_pending()
         self._profile.after(number)
@@ -166,7 +166,7 @@ class Trainer:
 
     def save(self, number: int, scored: bool) -> None:
         """Saves a step; if `scored`, evaluates it first."""
-        self._watchdog.expect(f"evaluating and saving after step {number}", 0)
+        self._watchdog.expect(f"evaluating and saving after step {number}")
         entry: dict[str, Any] = {}
         loss = None
         if scored:
@@ -212,7 +212,7 @@ class Trainer:
         entry = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         if not (math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])):
             raise self._not_finite(number, entry)
-        self._log.step(number, entry)
+        self._watchdog.measured(self._log.step(number, entry))
 
     def _not_finite(self, number: int, entry: dict[str, Any]) -> RunError:
         self._checkpoints.wait()
