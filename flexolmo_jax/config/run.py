@@ -70,7 +70,9 @@ class TrainConfig(Section):
     # anchor and joint runs: start from the weights of this run, anchor or model instead of random
     # ones
     init: str = ""
-    accumulate: int = 1  # microbatches a step; the gradient is the same, the memory smaller
+    # microbatches a step: the memory is smaller, the gradient the same up to rounding (but for
+    # optim.load_balance, which is a microbatch's own)
+    accumulate: int = 1
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_records: int = 64  # held-out records of each source that in-loop evaluation reads
     save_every: int = 0  # steps between checkpoints; 0: only at the end
@@ -79,8 +81,8 @@ class TrainConfig(Section):
     # of activations and matrix products; parameters stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
-    # seconds after which a step that has not ended ends the run, with the stacks of its threads; 0:
-    # an hour
+    # a step that takes longer than this many seconds, and longer than four times the median of the
+    # last, ends the run, with the stacks of its threads; 0: an hour
     watchdog: float = 600.0
     profile: str = ""  # START:STOP: steps of which a profile is written, for xprof
 

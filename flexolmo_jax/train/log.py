@@ -29,17 +29,19 @@ class Log:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Times the next step from now on, without the evaluation or save before it."""
+        """Times the next step from now on, without what went before it: compiling, evaluating,
+        saving."""
         self._clock = time.perf_counter()
 
-    def step(self, number: int, entry: dict[str, Any]) -> None:
-        """`entry`: the metrics of a step that has just ended, as Python's numbers and lists."""
+    def step(self, number: int, entry: dict[str, Any]) -> float:
+        """`entry`: the metrics of a step that has just ended, as Python's numbers and lists.
+        Returns the seconds that it took."""
         now = time.perf_counter()
         took, self._clock = now - self._clock, now
         speed = self._tokens / took
         self._advance(1, text=f"loss {entry['loss']:.3f}  {speed:,.0f} tokens/s")
         if number % self._every:
-            return
+            return took
         entry |= {
             "router_share": dict(zip(self._experts, entry["router_share"], strict=True)),
             "tokens": number * self._tokens,
@@ -49,6 +51,7 @@ class Log:
         if self._least_seconds is not None:
             entry["mfu"] = self._least_seconds / took
         self.write(number, entry)
+        return took
 
     def write(self, number: int, entry: dict[str, Any], flush: bool = False) -> None:
         if self._metrics is not None:

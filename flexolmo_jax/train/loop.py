@@ -77,11 +77,16 @@ class Trainer:
     def __init__(self, job: Job, out: Path, stack: ExitStack):
         self._job, self._out, self._stack = job, out, stack
         self._accounting = Accounting()
-        self._watchdog = stack.enter_context(Watchdog())
+        self._watchdog = stack.enter_context(Watchdog(job.config.train.watchdog))
         self._pending: tuple[int, dict[str, jax.Array]] | None = None  # a step and its metrics
         self._scores: dict[str, float] = {}
         with self._accounting.spent("init"):
             self._mesh = sharding.make_mesh(job.config.mesh)
+            self._ran_on = {
+                "accumulate": job.config.train.accumulate,
+                "processes": jax.process_count(),
+                **self._mesh.shape,
+            }
             check_microbatch(job.config, self._mesh.shape)
             claim(job, out)
             self._optimizer = make_optimizer(job.config.optim, job.config.train.steps)
@@ -133,14 +138,13 @@ class Trainer:
     def step(self, number: int, compiles: bool) -> None:
         """Dispatches a step, and only then reads the metrics of the step before: while Python waits
         for them and writes, the devices have work."""
-        # Compiling a large model takes longer than any step may: up to the watchdog's own limit.
-        seconds = 0 if compiles else self._job.config.train.watchdog
-        self._watchdog.expect(f"step {number}", seconds)
+        self._watchdog.expect_step(number)
         with self._accounting.spent("data"):
             batch = self._feed.next()
         if compiles:
             with self._accounting.spent("compile"):
                 compile_for_all(self._dispatch, self._state, self._frozen, batch, number)
+            self._log.restart_clock()
         self._profile.before(number)
         traced = jax.profiler.StepTraceAnnotation("train", step_num=number)
         with self._accounting.spent("step"), traced:
@@ -152,6 +156,7 @@ class Trainer:
         """Waits for a step that is to be saved, or is the profile's last, and checks it: nothing
         that is not finite is ever saved."""
         if saved or self._profile.ends(number):
+            self._watchdog.expect_step(number)
             with self._accounting.spent("step"):
                 self._read_pending()
         self._profile.after(number)
@@ -161,7 +166,7 @@ class Trainer:
 
     def save(self, number: int, scored: bool) -> None:
         """Saves a step; if `scored`, evaluates it first."""
-        self._watchdog.expect(f"evaluating and saving after step {number}", 0)
+        self._watchdog.expect(f"evaluating and saving after step {number}")
         entry: dict[str, Any] = {}
         loss = None
         if scored:
@@ -170,6 +175,8 @@ class Trainer:
             entry["bits_per_byte"] = self._scores
             loss = sum(self._scores.values()) / len(self._scores) if self._scores else None
         entry["seconds"] = self._accounting.seconds()
+        # All steps since the checkpoint before were computed so: a run resumes from a checkpoint.
+        entry["ran_on"] = self._ran_on
         self._log.write(number, entry, flush=True)
         with self._accounting.spent("save"):
             self._checkpoints.save(number, self._state._asdict(), loss=loss)
@@ -205,7 +212,7 @@ class Trainer:
         entry = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         if not (math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])):
             raise self._not_finite(number, entry)
-        self._log.step(number, entry)
+        self._watchdog.measured(self._log.step(number, entry))
 
     def _not_finite(self, number: int, entry: dict[str, Any]) -> RunError:
         self._checkpoints.wait()

@@ -15,9 +15,10 @@ from flexolmo_jax.storage.outputs import is_whole
 from .job import Job
 
 CONFIG = "config.yaml"
-# Keys that may change when a run is resumed, beside the mesh: none of them changes what is learnt.
+# Keys that may change when a run is resumed, beside the mesh: none of them changes what is learnt,
+# but for rounding.
 FREE = {"eval_every", "eval_records", "save_every", "keep", "log_every"}
-FREE |= {"kernels", "remat", "watchdog", "profile", "allow_hub_embedder"}
+FREE |= {"accumulate", "kernels", "remat", "watchdog", "profile", "allow_hub_embedder"}
 FREE |= {"owner", "domain", "licence", "expires", "sequence"}  # what an owner states
 
 
@@ -90,8 +91,10 @@ def _check_base(job: Job, out: Path) -> None:
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     """What two configs of the same run have in common: all keys but the mesh and `FREE`."""
     given = {key: value for key, value in config.items() if value is not None and key != "mesh"}
+    # Balance is a microbatch's own: no other number of them adds up to the same loss.
+    free = FREE - {"accumulate"} if config["optim"]["load_balance"] else FREE
     return {
         path.replace("/", "."): value
         for path, value in flatten(given).items()
-        if path.split("/")[-1] not in FREE
+        if path.split("/")[-1] not in free
     }

@@ -8,20 +8,29 @@ to stderr.
 
 import faulthandler
 import os
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 
 from flexolmo_jax.runtime.processes import PEER_LOST
 
-LONGEST = 3600.0  # seconds; for compiling, evaluating and saving, whose time nobody can foresee
+# seconds; for compiling, first steps, evaluating and saving, whose time nobody can foresee
+LONGEST = 3600.0
+SLACK = 4.0  # times the median of the last steps: what a step may take
+LAST = 9  # steps
 
 
 class Watchdog:
     """A context manager with a thread. Each `expect` sets a deadline for the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: float = 0.0) -> None:
+        """`least`: seconds that any step may take, however fast the steps before it were; 0:
+        `LONGEST`."""
         self._deadline, self._doing = float("inf"), ""
+        self._least = least or LONGEST
+        self._steps: deque[float] = deque(maxlen=LAST)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -33,11 +42,19 @@ class Watchdog:
         self._over.set()
         self._thread.join()
 
-    def expect(self, doing: str, seconds: float) -> None:
-        """What the process does from now on, and in how many seconds at most; 0: `LONGEST`."""
-        seconds = seconds or LONGEST
+    def expect(self, doing: str, seconds: float = LONGEST) -> None:
+        """What the process does from now on, and in how many seconds at most."""
         self._doing = f"{doing} took more than {seconds:g} s"
         self._deadline = time.monotonic() + seconds
+
+    def expect_step(self, number: int) -> None:
+        """The process waits for a step from now on."""
+        usual = SLACK * statistics.median(self._steps) if self._steps else LONGEST
+        self.expect(f"step {number}", max(self._least, usual))
+
+    def measured(self, seconds: float) -> None:
+        """What a step took, without compiling."""
+        self._steps.append(seconds)
 
     def _watch(self) -> None:
         while not self._over.wait(0.2):

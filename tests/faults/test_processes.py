@@ -31,10 +31,11 @@ STEPS = 30
 # of a process that has lost another: its own word, or the runtime's
 ENDINGS = {75, -signal.SIGABRT}
 WITHIN = 15  # seconds
+ROUNDING = 1e-6  # of another mesh and other microbatches; measured: 1.2e-7
 
 
 class Processes:
-    """The processes of one run, each with its share of eight devices. A context manager that leaves
+    """The processes of one run, each with its share of the devices. A context manager that leaves
     none behind."""
 
     def __init__(
@@ -46,6 +47,7 @@ class Processes:
         out_of: dict[int, Path] | None = None,
         first: str = "",
         of: int = -1,
+        devices: int = 8,
     ):
         """`out_of`: other directories for some of them. `first`: Python that process `of` runs
         before all else."""
@@ -57,7 +59,7 @@ class Processes:
         )
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(8 // count),
+            "JAX_NUM_CPU_DEVICES": str(devices // count),
             "XLA_FLAGS": flags,
         }
         sets = [word for override in overrides for word in ("--set", override)]
@@ -116,8 +118,8 @@ class Processes:
             pytest.fail(f"still there after {within} s\n{self.told()}")
 
 
-def finish(count: int, config: Path, out: Path, *overrides: str) -> Path:
-    with Processes(count, config, out, *overrides) as processes:
+def finish(count: int, config: Path, out: Path, *overrides: str, devices: int = 8) -> Path:
+    with Processes(count, config, out, *overrides, devices=devices) as processes:
         assert processes.statuses() == [0] * count, processes.told()
     return out
 
@@ -246,6 +248,31 @@ def test_a_process_that_lives_but_does_not_move_ends_all(config, tmp_path):
         "took more than 8 s" in path.read_text() and "Thread" in path.read_text()
         for path in processes.logs
     )
+
+
+@pytest.mark.slow
+def test_half_of_the_processes_go_on_with_twice_the_microbatches(config, whole, tmp_path):
+    """As where half of the devices are left: a device holds as many records at once as before."""
+    with Processes(4, config, tmp_path / "run") as processes:
+        processes.wait_for_step(12)
+        processes.all[1].terminate()
+        assert processes.statuses() == [42] * 4, processes.told()
+    stopped = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    fewer = ("mesh.fsdp=4", "train.accumulate=2")
+    run = finish(2, config, tmp_path / "run", *fewer, devices=4)
+    entries, expected = (
+        [entry for entry in read_metrics(path) if "loss" in entry] for path in (run, whole)
+    )
+    assert [entry["step"] for entry in entries] == list(range(1, STEPS + 1))
+    for name in ("loss", "gradient_norm"):
+        found, wanted = ([entry[name] for entry in path] for path in (entries, expected))
+        assert found[:stopped] == wanted[:stopped]  # bit for bit, on the first mesh
+        np.testing.assert_allclose(found, wanted, rtol=ROUNDING, err_msg=name)
+    ran_on = [entry["ran_on"] for entry in read_metrics(run) if "ran_on" in entry]
+    assert {(on["processes"], on["accumulate"], on["fsdp"]) for on in ran_on} == {
+        (4, 1, 8),
+        (2, 2, 4),
+    }
 
 
 @pytest.mark.slow
