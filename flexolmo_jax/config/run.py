@@ -76,6 +76,7 @@ class TrainConfig(Section):
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_records: int = 64  # held-out records of each source that in-loop evaluation reads
     save_every: int = 0  # steps between checkpoints; 0: only at the end
+    save_minutes: float = 0.0  # after this long without a checkpoint there is one; 0: never
     keep: int = 2  # newest checkpoints kept, beside the best
     log_every: int = 1
     # of activations and matrix products; parameters stay float32
@@ -88,7 +89,7 @@ class TrainConfig(Section):
 
     def check(self) -> None:
         self.expect_positive("steps", "accumulate", "keep", "log_every", "eval_records")
-        self.expect_not_negative("eval_every", "save_every", "seed", "watchdog")
+        self.expect_not_negative("eval_every", "save_every", "save_minutes", "seed", "watchdog")
         names_steps = not self.profile or self.profiled is not None
         self.expect("profile", names_steps, "START:STOP, two steps, as 10:13")
 

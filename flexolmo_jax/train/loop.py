@@ -8,6 +8,7 @@ save now and then, and always at the end.
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -60,6 +61,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
             stop = stop_status(number)
             scored = number == last or _due(number, every.eval_every)
             saved = scored or stop is not None or _due(number, every.save_every)
+            saved = saved or trainer.is_save_late()
             trainer.settle(number, saved)
             if saved:
                 trainer.save(number, scored)
@@ -129,6 +131,7 @@ class Trainer:
         least_seconds = least_step_seconds(job.config, job.model, self._mesh)
         self._log = Log(job, self._accounting, least_seconds, advance, metrics)
         advance(done)
+        self._saved_at = time.monotonic()
         stop_status = enter(stop_requests())
         self._profile = enter(Profile(job.config.train.profiled, self._out))
         self._feed = Feed(job, self._mesh, done)
@@ -151,6 +154,12 @@ class Trainer:
             self._state, metrics = self._dispatch(self._state, self._frozen, batch, number)
             self._read_pending()
         self._pending = number, metrics
+
+    def is_save_late(self) -> bool:
+        """Whether `train.save_minutes` have passed since the last save. The first process's clock
+        decides: all save the same step."""
+        most = 60 * self._job.config.train.save_minutes
+        return most > 0 and by_the_first(lambda: time.monotonic() - self._saved_at >= most)
 
     def settle(self, number: int, saved: bool) -> None:
         """Waits for a step that is to be saved, or is the profile's last, and checks it: nothing
@@ -181,6 +190,7 @@ class Trainer:
         with self._accounting.spent("save"):
             self._checkpoints.save(number, self._state._asdict(), loss=loss)
         self._log.restart_clock()
+        self._saved_at = time.monotonic()
 
     def stop(self, number: int, status: int) -> NoReturn:
         """Ends the process with this exit status, once the step's checkpoint is complete."""

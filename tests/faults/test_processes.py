@@ -251,6 +251,22 @@ def test_a_process_that_lives_but_does_not_move_ends_all(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_all_processes_save_the_same_steps_by_time_whatever_their_clocks(config, whole, tmp_path):
+    """The second one's goes a hundred times as fast."""
+    fast = (
+        "import time, types\n"
+        "from flexolmo_jax.train import loop\n"
+        "loop.time = types.SimpleNamespace(monotonic=lambda: 100 * time.monotonic())\n"
+    )
+    by_time = ("train.save_minutes=0.02", "train.save_every=0")  # 1.2 s
+    with Processes(2, config, tmp_path / "run", *by_time, first=fast, of=1) as processes:
+        assert processes.statuses() == [0, 0], processes.told()
+    steps = [entry["step"] for entry in read_metrics(tmp_path / "run") if "seconds" in entry]
+    assert set(steps) - {15, STEPS}, "not one save by time"
+    assert_ended_alike(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
 def test_half_of_the_processes_go_on_with_twice_the_microbatches(config, whole, tmp_path):
     """As where half of the devices are left: a device holds as many records at once as before."""
     with Processes(4, config, tmp_path / "run") as processes:

@@ -1,9 +1,11 @@
-"""A run that is taken away and goes on with another number of microbatches is the same run."""
+"""A run that may be taken away at any time: it goes on with another number of microbatches as the
+same run, and saves by the clock."""
 
 import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.owner.pair import train_pair
 from flexolmo_jax.train import loop
+from flexolmo_jax.train.feed import Feed
 from flexolmo_jax.train.metrics import read_metrics
 from flexolmo_jax.train.pretrain import pretrain
 from tests.tiny import pair_config, run_config
@@ -92,3 +95,25 @@ def test_a_run_that_balances_experts_over_a_microbatch_keeps_its_microbatches(pr
         pretrain(config(balanced, "train.accumulate=2"), tmp_path / "run")
     pretrain(config(), tmp_path / "free")
     pretrain(config("train.accumulate=2"), tmp_path / "free")
+
+
+def test_a_run_saves_when_minutes_have_passed_since_the_last_save_or_the_start(
+    prepared, tmp_path, monkeypatch
+):
+    """By a clock that goes on by a minute a step."""
+    minutes = 0
+
+    def take_a_minute(self, read=Feed.next):
+        nonlocal minutes
+        minutes += 1
+        return read(self)
+
+    monkeypatch.setattr(Feed, "next", take_a_minute)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 60.0 * minutes))
+    every = ("train.steps=20", "train.save_minutes=4", "train.save_every=11")
+    config = run_config("anchor", prepared["public"], *every)
+    train_until(17, pretrain, config, tmp_path / "run")
+    pretrain(config, tmp_path / "run")
+    entries = [entry for entry in read_metrics(tmp_path / "run") if "seconds" in entry]
+    # at 11 by steps, at 17 by a signal, after which both the clock and the run start again
+    assert [entry["step"] for entry in entries] == [4, 8, 11, 15, 17, 20]
