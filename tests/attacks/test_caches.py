@@ -22,10 +22,10 @@ def test_nothing_is_remembered_below_the_working_directory(tmp_path, monkeypatch
         monkeypatch.setenv("HOME", home)
     else:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "file").touch()
+    (tmp_path / "anchor").mkdir()
     calls = []
     for _ in range(2):
-        verified.once(tmp_path / "file", "claim", lambda: calls.append(1))
+        verified.once(tmp_path / "anchor", "claim", lambda: calls.append(1))
     assert not (tmp_path / "cache").exists() and not (tmp_path / "here").exists()
     assert len(calls) == (2 if home else 1)
 

@@ -141,7 +141,7 @@ def test_a_receipt_made_from_nothing_is_not_signed_by_the_coordinator(
     assert main(arguments) == 0
     receipt = tmp_path / "one" / "receipt.json"
     shown = capsys.readouterr().out
-    assert "models_that_still_hold_it:\n  - model\n" in shown and "signed: true" in shown
+    assert "models_that_still_hold_it: [model]\n" in shown and "signed: true" in shown
     assert len(shown.splitlines()) < 30 and "sketch" not in shown  # --json has it
     check = [
         "verify-receipt",

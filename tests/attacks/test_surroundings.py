@@ -70,6 +70,7 @@ def test_a_study_runs_no_modules_of_the_working_directory(tmp_path, monkeypatch)
 def test_mistakes_in_jaxs_variables_are_told_in_a_line(model, tmp_path, name, value):
     """No traceback: it named JAX's own lines, and no variable."""
     command = [sys.executable, "-m", "flexolmo_jax.cli", "generate", str(model), "--prompt", "a"]
+    command += ["--max-new-tokens", "4"]
     environment = {**os.environ, name: value}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
