@@ -174,7 +174,9 @@ def on_each_shard(
     """
     if mesh is None or mesh.size == 1:
         return function
-    to_mesh: dict[str | None, Any] = {"batch": BATCH[0]} if batch_only else LOGICAL_TO_MESH
+    here = _mesh_inside(mesh)
+    batch = _batch_axes(here)
+    to_mesh = {"batch": batch} if batch_only else LOGICAL_TO_MESH | {"batch": batch}
 
     def sharded(*args: jax.Array) -> Any:
         whole = set()
@@ -191,13 +193,48 @@ def on_each_shard(
 
         specs = tuple(spec(names) for names in axes)
         # Varying axes are not checked: the kernels of JAX's library do not declare them.
-        manual = {"axis_names": set(_as_tuple(BATCH[0]))} if batch_only else {}
+        manual = {"axis_names": set(batch)} if batch_only else {}
         out_specs = jax.tree.map(spec, out, is_leaf=_is_axes)
         return jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False, **manual
+            function, mesh=here, in_specs=specs, out_specs=out_specs, check_vma=False, **manual
         )(*args)
 
     return sharded
+
+
+def over_replicas(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(*whole, batch)`, run by each replica along `data` on its own records of the batch;
+    what it returns is summed over the replicas at its end, and nothing is before.
+
+    Only on meshes of data and fsdp: beside `tensor` or `expert` the compiler aborts at a lookup in
+    the embedding (jax 0.10 and 0.12). There, without a mesh and with one replica this is `function`
+    itself.
+    """
+    if mesh is None or mesh.shape["data"] == 1 or mesh.shape["tensor"] * mesh.shape["expert"] > 1:
+        return function
+
+    def summed(*args: Any) -> Any:
+        return jax.lax.psum(function(*args), "data")
+
+    def over(*args: Any) -> Any:
+        in_specs = (*(PartitionSpec(),) * (len(args) - 1), PartitionSpec("data"))
+        how: dict[str, Any] = {"axis_names": {"data"}, "check_vma": False}
+        return jax.shard_map(
+            summed, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(), **how
+        )(*args)
+
+    return over
+
+
+def _mesh_inside(mesh: Mesh) -> Mesh | AbstractMesh:
+    """The mesh as it is to be named here: inside `over_replicas` without the replicas' axis."""
+    here = jax.sharding.get_abstract_mesh()
+    return here if here.manual_axes else mesh
+
+
+def _batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes that a batch is spread over, of those that are the compiler's."""
+    return tuple(axis for axis in BATCH[0] if axis not in mesh.manual_axes)
 
 
 def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -212,6 +249,8 @@ def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Calla
     """
     if mesh is None or mesh.size == 1:
         return lambda *args: function(*args, 0)
+    here = _mesh_inside(mesh)
+    batch = PartitionSpec(_batch_axes(here))
     wide = ("expert", None, "tensor")  # [E, D, F]
     tall = ("expert", "tensor", None)  # [E, F, D]
 
@@ -230,9 +269,9 @@ def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Calla
         filled = [_filled_up(mesh, m, spec) for m, spec in zip(matrices, specs, strict=True)]
         # Varying axes are not checked: loops over a traced number of blocks would have to declare
         # those of what they carry.
-        in_specs = ((BATCH, PartitionSpec()), *specs)
+        in_specs = ((batch, PartitionSpec()), *specs)
         return jax.shard_map(
-            on_device, mesh=mesh, in_specs=in_specs, out_specs=BATCH, check_vma=False
+            on_device, mesh=here, in_specs=in_specs, out_specs=batch, check_vma=False
         )(inputs, *filled)
 
     return spread

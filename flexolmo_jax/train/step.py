@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
-from flexolmo_jax.runtime.sharding import replicated
+from flexolmo_jax.runtime.sharding import over_replicas, replicated
 from flexolmo_jax.runtime.tpus import step_options
 
 from .losses import Contrast, LossSums, loss_sums, predicts
@@ -41,6 +41,8 @@ def make_step(
     schedule = learning_rate(run.optim, run.train.steps)
     gradient = jax.grad(functools.partial(_loss, model, run, mesh), has_aux=True)
     gradient = _accumulated(gradient, run.train.accumulate)
+    if not run.optim.load_balance:  # which is a whole microbatch's, and no sum over its tokens
+        gradient = over_replicas(mesh, gradient)
 
     def step(
         state: TrainState, frozen: Params, batch: Batch, number: jax.Array | int

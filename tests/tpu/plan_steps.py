@@ -100,7 +100,9 @@ def several_slices_reduce_over_their_network(topology: str) -> str:
         row["bytes"] for row in report["collectives"] if "data" in row["axes"].split(" x ")
     )
     assert (
-        status == 0 and report["devices"] == 16 and 0 < across < 4 * report["parameters_bytes"]
+        status == 0
+        and report["devices"] == 16
+        and 0 < across < 1.1 * report["parameters_bytes"]  # once a step, not once a microbatch
     ), report["collectives"]
     return f"{across / GIB:.2f} GiB a step between slices"
 
