@@ -136,10 +136,23 @@ class Job:
         return f"gs://{self.bucket}/{self.run}"
 
     @property
+    def compile_cache(self) -> str:
+        """Where JAX keeps compiled programs. It runs whatever lies there, so only the owner may
+        write to it."""
+        return f"gs://{self.bucket}/.compiled"
+
+    @property
     def command(self) -> list[str]:
         """What every worker runs, and runs again: a run goes on from its last checkpoint by
-        itself."""
-        return ["flexolmo", "train", self.config, *_flags(self.set), "--out", self.out]
+        itself, and with the programs that an earlier start compiled."""
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": self.compile_cache,
+            # also what compiles in less than a second, so that a restart compiles nothing
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        variables = [f"{name}={value}" for name, value in environment.items()]
+        train = ["flexolmo", "train", self.config, *_flags(self.set), "--out", self.out]
+        return ["env", *variables, *train]
 
 
 def load_job(path: Path) -> Job:

@@ -32,6 +32,7 @@ workers_end_with() { # workers_end_with CODE...: of 16 workers the first ones; t
   [[ $output == *'worker-0: step 1 loss 2.0'* && $stderr == *'done: gs://biomed-4711-flexolmo/biomed-1'* ]]
   [[ $(called '*queued-resources create biomed-1 *') == 1 && $(called '*queued-resources delete biomed-1 *--force') == 1 ]]
   [[ $(called '*--worker=all*docker run*flexolmo train configs/7b/pair.yaml *--out gs://biomed-4711-flexolmo/biomed-1; }') == 1 ]]
+  [[ $(called '*docker run* env JAX_COMPILATION_CACHE_DIR=gs://biomed-4711-flexolmo/.compiled * flexolmo train *') == 1 ]]
 }
 
 @test "the slice is what the job says" {
