@@ -169,3 +169,10 @@ EOF
   refused 2 "reservation is ''; expected its name"
   [[ ! -s $FAKE/calls ]]
 }
+
+@test "fallbacks are refused before anything is called" {
+  fall_back
+  launch launch/gke_xpk.sh "$JOB"
+  refused 2 'fallbacks has 1; expected none on GKE; launch/tpu_vm.sh takes them'
+  [[ ! -s $FAKE/calls ]]
+}

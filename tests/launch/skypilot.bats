@@ -72,3 +72,10 @@ setup() {
   refused 2 'tpu is v5e:16x16; expected v5p or v6e'
   [[ ! -s $FAKE/calls ]]
 }
+
+@test "fallbacks are refused before anything is called" {
+  fall_back
+  launch launch/skypilot.sh "$JOB"
+  refused 2 'fallbacks has 1; expected none with SkyPilot; launch/tpu_vm.sh takes them'
+  [[ ! -s $FAKE/calls ]]
+}
