@@ -4,6 +4,7 @@ the next one does not compile again."""
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from flexolmo_jax.config import dump_yaml
+from flexolmo_jax.storage.paths import listing
 from flexolmo_jax.train.metrics import read_metrics
 from launch.job import ROOT, load_job
 from tests.tiny import run_config
@@ -46,9 +48,25 @@ def environment(cache: object) -> dict[str, str]:
     return kept | told | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 
-def start(config: Path, out: object, cache: object, log: Path, *more: str) -> subprocess.Popen:
+def start(config: Path, out: object, cache: object, log: Path, *more: object) -> subprocess.Popen:
     command = [sys.executable, "-c", PROGRAM, "train", config, "--out", out, *more, log]
     return subprocess.Popen([*map(str, command)], env=environment(cache), stderr=subprocess.PIPE)
+
+
+def both(config: Path, out: Path, cache: Path) -> list[Counter[str]]:
+    """What two processes of one run asked for."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    logs = [out.with_name(f"{out.name}.{number}.log") for number in (0, 1)]
+    running = [
+        start(
+            config, out, cache, log, "--coordinator", address, "--processes", 2,
+            "--process", number, "--set", "mesh.fsdp=8",
+        )
+        for number, log in enumerate(logs)
+    ]  # fmt: skip
+    return [ends(process, log) for process, log in zip(running, logs, strict=True)]
 
 
 def ends(process: subprocess.Popen, log: Path, status: int = 0) -> Counter[str]:
@@ -72,6 +90,25 @@ def test_a_second_process_compiles_nothing(config, tmp_path):
         for name in ("one", "two")
     ]  # fmt: skip
     assert seconds[1] < seconds[0] / 2, seconds
+
+
+@pytest.mark.slow
+def test_two_processes_compile_nothing_where_two_have_before(config, tmp_path, monkeypatch):
+    """The first one writes, both read."""
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
+    cache = tmp_path / ".compiled"
+    first, second = (both(config, tmp_path / name, cache) for name in ("one", "two"))
+    assert all(events[FOUND] < events[ASKED] for events in first), first
+    assert all(events[FOUND] == events[ASKED] > 3 for events in second), second
+
+
+@pytest.mark.slow
+def test_a_cache_in_a_bucket_is_found_again(config, bucket, tmp_path):
+    for name in ("one", "two"):
+        process = start(config, tmp_path / name, bucket / ".compiled", tmp_path / f"{name}.log")
+        events = ends(process, tmp_path / f"{name}.log")
+        assert (events[FOUND] == events[ASKED]) == (name == "two"), events
+    assert any(name.startswith("jit_step-") for name in listing(bucket / ".compiled"))
 
 
 @pytest.mark.slow

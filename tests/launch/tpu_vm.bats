@@ -247,16 +247,16 @@ states() { # states STATE...: in turn
   [[ $(called '*docker run*--set train.accumulate=8 --out gs://biomed-4711-flexolmo/biomed-1; }') == 1 ]]
 }
 
-@test "a slice that was taken away is asked for from the preferred one on, one that failed from the next" {
+@test "a slice that was taken away is asked for from the preferred one on, after one that failed the next" {
   fall_back
-  states none FAILED none ACTIVE SUSPENDED none ACTIVE
-  answer 'gcloud*describe*acceleratorType*' 0 v5p-64
+  states none ACTIVE SUSPENDED none FAILED none ACTIVE
   answer 'gcloud*describe*acceleratorType*' 0 v5p-128
+  answer 'gcloud*describe*acceleratorType*' 0 v5p-64
   answer 'gcloud*docker wait*' 255 'ssh: no route to host'
-  workers_end_with 0
+  eight_workers_end_with 0
   launch launch/tpu_vm.sh "$JOB"
   ends_with 0 'deleting'
-  [[ $(grep -o 'accelerator-type=[^ ]*' "$FAKE/calls" | tr '\n' ' ') == 'accelerator-type=v5p-128 accelerator-type=v5p-64 accelerator-type=v5p-128 ' ]]
+  [[ $(grep -o 'accelerator-type=[^ ]*' "$FAKE/calls" | tr '\n' ' ') == 'accelerator-type=v5p-128 accelerator-type=v5p-128 accelerator-type=v5p-64 ' ]]
   [[ $(called '*docker run*train.accumulate*') == 1 && $(called '*docker run*') == 2 ]]
 }
 
