@@ -71,7 +71,7 @@ def both(config: Path, out: Path, cache: Path) -> list[Counter[str]]:
 
 def ends(process: subprocess.Popen, log: Path, status: int = 0) -> Counter[str]:
     """How often it asked for what, when it is over."""
-    told = process.communicate(timeout=240)[1]
+    told = process.communicate(timeout=600)[1]
     assert process.returncode == status, told
     return Counter(log.read_text().splitlines())
 
