@@ -17,7 +17,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,8 @@ class Job:
     network: str = ""
     subnetwork: str = ""
     tpu: str = ""
+    fallbacks: tuple[str, ...] = ()
+    patience: int = 30
     slices: int = 1
     capacity: Literal["spot", "on-demand", "reserved"] = "spot"
     reservation: str = ""
@@ -109,7 +111,7 @@ class Job:
                 f"service_account is of project {account_project!r}; expected one of the job's own,"
                 f" {self.project!r}"
             )
-        for key, least in (("slices", 1), ("restarts", 0)):
+        for key, least in (("slices", 1), ("restarts", 0), ("patience", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"{key} is {getattr(self, key)}; expected at least {least}")
         if (
@@ -121,7 +123,21 @@ class Job:
                 f"config is {self.config!r}; expected a file below configs/, which is what the"
                 " image carries"
             )
-        slice_of(self.tpu)
+        self._check_slices()
+
+    def _check_slices(self) -> None:
+        slices = [slice_of(tpu) for tpu in (self.tpu, *self.fallbacks)]
+        for fallback in slices[1:]:
+            if fallback.chip.name not in RUNTIMES:
+                raise UserError(
+                    f"fallback {fallback.name} is to be had through GKE only; expected one of"
+                    f" {', '.join(RUNTIMES)}"
+                )
+        names = [each.accelerator for each in slices]
+        if len(set(names)) < len(names):
+            raise UserError(
+                f"tpu and fallbacks are {', '.join(names)} by gcloud's names; expected each once"
+            )
 
     @property
     def slice(self) -> Slice:
@@ -136,10 +152,50 @@ class Job:
         return f"gs://{self.bucket}/{self.run}"
 
     @property
+    def compile_cache(self) -> str:
+        """Where JAX keeps compiled programs. It runs whatever lies there, so only the owner may
+        write to it."""
+        return f"gs://{self.bucket}/.compiled"
+
+    @property
     def command(self) -> list[str]:
         """What every worker runs, and runs again: a run goes on from its last checkpoint by
-        itself."""
-        return ["flexolmo", "train", self.config, *_flags(self.set), "--out", self.out]
+        itself, and with the programs that an earlier start compiled."""
+        environment = {
+            "JAX_COMPILATION_CACHE_DIR": self.compile_cache,
+            # also what compiles in less than a second, so that a restart compiles nothing
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        variables = [f"{name}={value}" for name, value in environment.items()]
+        train = ["flexolmo", "train", self.config, *_flags(self.set), "--out", self.out]
+        return ["env", *variables, *train]
+
+
+def choices(job: Job) -> list[Job]:
+    """The job on each slice that it may get, the preferred one first. On another number of devices
+    it takes other microbatches, as large for each device as before; the batch is the same.
+
+    Raises UserError where no number of microbatches is, and where it would change what is learnt.
+    """
+    found = [job]
+    run = load_config(ROOT / job.config, job.set)
+    for tpu in job.fallbacks:
+        devices = slice_of(tpu).devices
+        accumulate, rest = divmod(run.train.accumulate * job.slice.devices, devices)
+        if rest:
+            raise UserError(
+                f"fallback {tpu} has {devices} devices; expected a divisor of {job.tpu}'s"
+                f" {job.slice.devices} x train.accumulate {run.train.accumulate}"
+            )
+        if run.optim.load_balance and accumulate != run.train.accumulate:
+            raise UserError(
+                f"fallback {tpu} needs train.accumulate {accumulate} instead of"
+                f" {run.train.accumulate}, with which optim.load_balance is another loss; take"
+                " fallbacks out, or set optim.load_balance=0"
+            )
+        overrides = (*job.set, f"train.accumulate={accumulate}")
+        found.append(replace(job, tpu=tpu, set=overrides))
+    return found
 
 
 def load_job(path: Path) -> Job:
@@ -224,7 +280,8 @@ def stored_plan(job: Job, run: RunConfig) -> dict[str, Any]:
 
 def variables(job: Job) -> str:
     """What the launchers go by, for `eval`: JOB_RUN and so on."""
-    known = {key: str(value) for key, value in dataclasses.asdict(job).items() if key != "set"}
+    lists = ("set", "fallbacks")
+    known = {key: str(value) for key, value in dataclasses.asdict(job).items() if key not in lists}
     derived = {
         "accelerator": job.slice.accelerator,
         "chip": job.slice.chip.accelerator,
@@ -253,14 +310,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="K=V",
         help="with --devices: overrides of the run's config",
     )
+    parser.add_argument(
+        "--choice", type=int, default=0, help="which slice: 0 is the job's tpu, then its fallbacks"
+    )
     args = parser.parse_args(argv)
     try:
         if args.devices is not None:
             check_devices(load_config(args.path, args.set), args.devices, "this job")
         else:
-            job = load_job(args.path)
-            preflight(job)
-            print(variables(job))
+            jobs = choices(load_job(args.path))
+            for job in jobs:
+                preflight(job)
+            print(variables(jobs[args.choice]))
+            print(f"JOB_CHOICE={args.choice}\nJOB_CHOICES={len(jobs)}")
     except UserError as error:
         print(f"launch: {error}", file=sys.stderr)
         return 2

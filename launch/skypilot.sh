@@ -10,6 +10,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 read_job "$@"
+[[ $JOB_CHOICES == 1 ]] || die 2 "fallbacks has $((JOB_CHOICES - 1)); expected none with SkyPilot; launch/tpu_vm.sh takes them"
 [[ $JOB_SLICES == 1 ]] || die 2 "slices is $JOB_SLICES; expected 1 with SkyPilot; launch/gke_xpk.sh runs several"
 # SkyPilot boots a v5e with the runtime of a v5p, which its command line cannot change, and knows no TPU7x.
 [[ $JOB_TPU == v5p:* || $JOB_TPU == v6e:* ]] || die 2 "tpu is $JOB_TPU; expected v5p or v6e with SkyPilot; use tpu_vm.sh or gke_xpk.sh"

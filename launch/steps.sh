@@ -23,7 +23,7 @@ show() { # show COMMAND...: as one would type it
 
 # read_job ARGUMENT...: JOB.yaml [--dry-run]. Sets DRY_RUN and, from the job's file, JOB_OWNER and the rest, or says what is wrong with it.
 read_job() {
-  local file='' argument variables
+  local file='' argument
   DRY_RUN=''
   for argument; do
     case $argument in
@@ -36,9 +36,14 @@ read_job() {
     esac
   done
   [[ -n $file ]] || die 2 "got no job; expected $0 launch/jobs/biomed.yaml [--dry-run]"
-  variables=$("${PYTHON:-python3}" "$HERE/job.py" "$file") || exit
-  eval "$variables"
   JOB_FILE=$file
+  choose 0
+}
+
+choose() { # choose NUMBER: the job on this one of its slices; 0 is the preferred one
+  local variables
+  variables=$("${PYTHON:-python3}" "$HERE/job.py" "$JOB_FILE" --choice "$1") || exit
+  eval "$variables"
 }
 
 need() { # need COMMAND...: which a dry run does without

@@ -4,7 +4,7 @@
 #   launch/tpu_vm.sh launch/jobs/biomed.yaml [--dry-run]
 #
 # Checks the job, asks for the slice, waits for it, starts the container on all workers, follows their logs, and deletes the slice when
-# the run is done, has failed, or this is interrupted. Where a worker ends with 42, 75, 134 or 137, or the slice is taken away, the same
+# the run is done, has failed, or this is interrupted. A slice that is not given in time makes way for the job's next one. Where a worker ends with 42, 75, 134 or 137, or the slice is taken away, the same
 # run starts again. Should this machine go down meanwhile the workers go on, and the same command finds them again.
 #
 # Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 gcloud refused something; 75 too many restarts; otherwise
@@ -20,28 +20,32 @@ need gcloud
 
 # ---- The commands ----
 
-QUEUED=(gcloud compute tpus queued-resources)
-AT=("--project=$JOB_PROJECT" "--zone=$JOB_ZONE" --quiet)
-CREATE=("${QUEUED[@]}" create "$JOB_RUN" "--node-id=$JOB_RUN" "${AT[@]}" "--accelerator-type=$JOB_ACCELERATOR"
-  "--runtime-version=$JOB_RUNTIME" "--network=$JOB_NETWORK" "--service-account=$JOB_SERVICE_ACCOUNT"
-  --scopes=https://www.googleapis.com/auth/cloud-platform "--labels=owner=$JOB_OWNER")
-if [[ -n $JOB_SUBNETWORK ]]; then CREATE+=("--subnetwork=$JOB_SUBNETWORK"); fi
-case $JOB_CAPACITY in
-  spot) CREATE+=(--spot) ;;
-  reserved) CREATE+=(--reserved) ;;
-esac
-STATE=("${QUEUED[@]}" describe "$JOB_RUN" "${AT[@]}" "--format=value(state.state)")
-DELETE=("${QUEUED[@]}" delete "$JOB_RUN" "${AT[@]}" --force)
-WORKERS=(gcloud compute tpus tpu-vm ssh "$JOB_RUN" "${AT[@]}" --worker=all)
+commands() { # of the job on the slice that is chosen
+  QUEUED=(gcloud compute tpus queued-resources)
+  AT=("--project=$JOB_PROJECT" "--zone=$JOB_ZONE" --quiet)
+  CREATE=("${QUEUED[@]}" create "$JOB_RUN" "--node-id=$JOB_RUN" "${AT[@]}" "--accelerator-type=$JOB_ACCELERATOR"
+    "--runtime-version=$JOB_RUNTIME" "--network=$JOB_NETWORK" "--service-account=$JOB_SERVICE_ACCOUNT"
+    --scopes=https://www.googleapis.com/auth/cloud-platform "--labels=owner=$JOB_OWNER")
+  if [[ -n $JOB_SUBNETWORK ]]; then CREATE+=("--subnetwork=$JOB_SUBNETWORK"); fi
+  case $JOB_CAPACITY in
+    spot) CREATE+=(--spot) ;;
+    reserved) CREATE+=(--reserved) ;;
+  esac
+  STATE=("${QUEUED[@]}" describe "$JOB_RUN" "${AT[@]}" "--format=value(state.state)")
+  TYPE=("${QUEUED[@]}" describe "$JOB_RUN" "${AT[@]}" "--format=value(tpu.nodeSpec[0].node.acceleratorType)")
+  DELETE=("${QUEUED[@]}" delete "$JOB_RUN" "${AT[@]}" --force)
+  WORKERS=(gcloud compute tpus tpu-vm ssh "$JOB_RUN" "${AT[@]}" --worker=all)
 
-# A container that is there already goes on: this machine may have been away. PID 1 of it is flexolmo, which saves when it is told to stop.
-RUN="sudo docker run --detach --name $JOB_RUN --privileged --network host --stop-timeout 300 $JOB_IMAGE $JOB_COMMAND"
-LOG_IN="sudo gcloud auth configure-docker ${JOB_IMAGE%%/*} --quiet"
-START=("${WORKERS[@]}" "--command=sudo docker container inspect $JOB_RUN >/dev/null 2>&1 || { $LOG_IN && $RUN; }")
-FOLLOW=("${WORKERS[@]}" "--command=sudo docker logs --follow --tail 1000 $JOB_RUN 2>&1 | sed -u \"s/^/\$(hostname -s): /\"")
-CODES=("${WORKERS[@]}" "--command=sudo docker wait $JOB_RUN")
-STOP=("${WORKERS[@]}" "--command=sudo docker stop $JOB_RUN")
-REMOVE=("${WORKERS[@]}" "--command=sudo docker rm --force $JOB_RUN")
+  # A container that is there already goes on: this machine may have been away. PID 1 of it is flexolmo, which saves when it is told to stop.
+  RUN="sudo docker run --detach --name $JOB_RUN --privileged --network host --stop-timeout 300 $JOB_IMAGE $JOB_COMMAND"
+  LOG_IN="sudo gcloud auth configure-docker ${JOB_IMAGE%%/*} --quiet"
+  START=("${WORKERS[@]}" "--command=sudo docker container inspect $JOB_RUN >/dev/null 2>&1 || { $LOG_IN && $RUN; }")
+  FOLLOW=("${WORKERS[@]}" "--command=sudo docker logs --follow --tail 1000 $JOB_RUN 2>&1 | sed -u \"s/^/\$(hostname -s): /\"")
+  CODES=("${WORKERS[@]}" "--command=sudo docker wait $JOB_RUN")
+  STOP=("${WORKERS[@]}" "--command=sudo docker stop $JOB_RUN")
+  REMOVE=("${WORKERS[@]}" "--command=sudo docker rm --force $JOB_RUN")
+}
+commands
 
 # ---- The steps ----
 
@@ -57,9 +61,26 @@ clean_up() { # clean_up STATUS
   try "${DELETE[@]}" || say "could not delete it, and it costs until it is gone: $(show "${DELETE[@]}") ($complaint)"
 }
 
+choose_next() { # the next slice of the job's, after the last one the first
+  ((JOB_CHOICES > 1)) || return 0
+  choose "$(((JOB_CHOICE + 1) % JOB_CHOICES))"
+  commands
+}
+
+# Goes by what is there already, which an earlier launch may have asked for. Where that is none of the job's slices, 1, and why.
+choose_what_is_there() {
+  local first=$JOB_CHOICE
+  ((JOB_CHOICES > 1)) || return 0
+  try "${TYPE[@]}" || { why="cannot see $JOB_RUN: $complaint" && return 1; }
+  until [[ $answer == "$JOB_ACCELERATOR" ]]; do
+    choose_next
+    [[ $JOB_CHOICE != "$first" ]] || { why="$JOB_RUN is a $answer, which is none of the job's slices" && return 1; }
+  done
+}
+
 # A slice that is ACTIVE: the one that is there, or a new one. Where that fails, 1, and why.
 ready() {
-  local before=none
+  local before=none waited=0
   while :; do
     if ! try "${STATE[@]}"; then
       [[ $complaint == *NOT_FOUND* ]] || { why="cannot see $JOB_RUN: $complaint" && return 1; }
@@ -70,12 +91,16 @@ ready() {
     case $answer in
       ACTIVE)
         CREATED=yes
+        choose_what_is_there
         return
         ;;
       FAILED | SUSPENDED) # taken away, or never given; it can only be deleted
         CREATED=yes
-        why="the slice is $answer"
+        local was=$answer
+        why="the slice is $was"
         try "${DELETE[@]}" || why+=", and cannot be deleted: $complaint"
+        # One that was taken away may be to be had again.
+        if [[ $was == SUSPENDED ]]; then choose 0 && commands; else choose_next; fi
         return 1
         ;;
       '')
@@ -89,6 +114,13 @@ ready() {
         ;;
     esac
     patiently sleep "$POLL"
+    [[ $answer == PROVISIONING ]] || waited=$((waited + POLL))
+    if ((JOB_CHOICES > 1 && waited >= 60 * JOB_PATIENCE)); then
+      say "no $JOB_TPU within $JOB_PATIENCE minutes"
+      try "${DELETE[@]}" || { why="cannot delete $JOB_RUN: $complaint" && return 1; }
+      choose_next
+      waited=0
+    fi
   done
 }
 
@@ -123,8 +155,11 @@ attempt() {
 check_bucket
 if [[ -n $DRY_RUN ]]; then
   show "${STATE[@]}"
-  show "${CREATE[@]}"
-  show "${START[@]}"
+  for ((choice = 0; choice < JOB_CHOICES; choice++)); do
+    show "${CREATE[@]}"
+    show "${START[@]}"
+    choose_next
+  done
   show "${FOLLOW[@]}"
   show "${CODES[@]}"
   show "${DELETE[@]}"

@@ -75,8 +75,9 @@ class TrainConfig(Section):
     accumulate: int = 1
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     eval_records: int = 64  # held-out records of each source that in-loop evaluation reads
-    save_every: int = 0  # steps between checkpoints; 0: only at the end
-    save_minutes: float = 0.0  # after this long without a checkpoint there is one; 0: never
+    save_every: int = 0  # steps between checkpoints; 0: only at the end, and by time
+    # after this long without a checkpoint there is one; 0: never. benchmarks/goodput.py chose 10
+    save_minutes: float = 10.0
     keep: int = 2  # newest checkpoints kept, beside the best
     log_every: int = 1
     # of activations and matrix products; parameters stay float32

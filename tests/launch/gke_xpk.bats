@@ -41,7 +41,8 @@ run_ends_with() { # run_ends_with STATE: after two looks at which it is still ru
     --num-slices=1 --cluster=biomed-gke --project=biomed-4711 --zone=us-east5-a; do
     [[ " $create " == *" $flag "* ]] || { echo "no $flag in $create" && false; }
   done
-  [[ $create == *'--command=exec flexolmo train configs/7b/pair.yaml '*'--out gs://biomed-4711-flexolmo/biomed-1 '* ]]
+  [[ $create == *'--command=exec env JAX_COMPILATION_CACHE_DIR=gs://biomed-4711-flexolmo/.compiled '*' flexolmo train configs/7b/pair.yaml '* ]]
+  [[ $create == *'--out gs://biomed-4711-flexolmo/biomed-1 '* ]]
 }
 
 @test "several slices and a reservation are the job's" {
@@ -166,5 +167,12 @@ EOF
   job biomed 'capacity: reserved'
   launch launch/gke_xpk.sh "$JOB"
   refused 2 "reservation is ''; expected its name"
+  [[ ! -s $FAKE/calls ]]
+}
+
+@test "fallbacks are refused before anything is called" {
+  fall_back
+  launch launch/gke_xpk.sh "$JOB"
+  refused 2 'fallbacks has 1; expected none on GKE; launch/tpu_vm.sh takes them'
   [[ ! -s $FAKE/calls ]]
 }

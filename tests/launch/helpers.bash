@@ -38,6 +38,14 @@ set_also() { # set_also K=V...: overrides of the job's config
   for override; do sed -i "s/^set:.*/&\n  - $override/" "$JOB"; done
 }
 
+fall_back() { # fall_back [KEY: VALUE]...: biomed's job with another slice to try, and plans for both
+  job biomed 'fallbacks: [v5p:2x4x4]' "$@"
+  mkdir "$FAKE/both"
+  "$PYTHON" "$BATS_TEST_DIRNAME/plan_for.py" "$JOB" >"$FAKE/both/one.json"
+  "$PYTHON" "$BATS_TEST_DIRNAME/plan_for.py" "$JOB" --fallback >"$FAKE/both/two.json"
+  sed -i "s|^plans:.*|plans: $FAKE/both|" "$JOB"
+}
+
 plan_too() { # plan_too [--too-big]: a plan for the job as it is now
   "$PYTHON" "$BATS_TEST_DIRNAME/plan_for.py" "$JOB" "$@" >"$FAKE/plan.json"
   mkdir "$FAKE/plans"

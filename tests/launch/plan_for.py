@@ -1,7 +1,7 @@
 """A plan of the form that `flexolmo plan --json` prints, for a job, made up: what preflight finds
 instead of compiling.
 
-python tests/launch/plan_for.py JOB.yaml [--too-big] > plans/any.json
+python tests/launch/plan_for.py JOB.yaml [--too-big | --fallback] > plans/any.json
 """
 
 import json
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from flexolmo_jax.config import load_config
 from flexolmo_jax.plan.program import program_of
-from launch.job import ROOT, Job, load_job
+from launch.job import ROOT, Job, choices, load_job
 
 
 def plan_for(job: Job, fits: bool = True) -> dict[str, Any]:
@@ -29,4 +29,5 @@ def plan_for(job: Job, fits: bool = True) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(plan_for(load_job(Path(sys.argv[1])), "--too-big" not in sys.argv)))
+    job = choices(load_job(Path(sys.argv[1])))["--fallback" in sys.argv]
+    print(json.dumps(plan_for(job, "--too-big" not in sys.argv)))

@@ -19,7 +19,7 @@ setup() {
     --image-id=docker:us-east5-docker.pkg.dev/biomed-4711/flexolmo/flexolmo:0.1.0; do
     [[ " $sky " == *" $flag "* ]] || { echo "no $flag in $sky" && false; }
   done
-  [[ $output == *'step 1 loss 2.0'* && $sky == *'--env=COMMAND=flexolmo train configs/7b/pair.yaml '* ]]
+  [[ $output == *'step 1 loss 2.0'* && $sky == *'--env=COMMAND=env JAX_COMPILATION_CACHE_DIR=gs://biomed-4711-flexolmo/.compiled '*' flexolmo train configs/7b/pair.yaml '* ]]
 }
 
 @test "a dry run calls nothing and prints what a launch calls" {
@@ -70,5 +70,12 @@ setup() {
   plan_too
   launch launch/skypilot.sh "$JOB"
   refused 2 'tpu is v5e:16x16; expected v5p or v6e'
+  [[ ! -s $FAKE/calls ]]
+}
+
+@test "fallbacks are refused before anything is called" {
+  fall_back
+  launch launch/skypilot.sh "$JOB"
+  refused 2 'fallbacks has 1; expected none with SkyPilot; launch/tpu_vm.sh takes them'
   [[ ! -s $FAKE/calls ]]
 }

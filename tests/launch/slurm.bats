@@ -6,19 +6,21 @@ setup() {
   load helpers
   common_setup
   export SLURM_JOB_ID=7 SLURM_NTASKS=16
-  unset SLURM_RESTART_COUNT
-  RUN=(launch/slurm.sbatch configs/7b/pair.yaml runs/biomed --set 'pair.owner=Biomed Institute' --set train.accumulate=8)
+  unset SLURM_RESTART_COUNT JAX_COMPILATION_CACHE_DIR
+  mkdir "$FAKE/runs"
+  RUN=(launch/slurm.sbatch configs/7b/pair.yaml "$FAKE/runs/biomed" --set 'pair.owner=Biomed Institute' --set train.accumulate=8)
 }
 
 @test "every process is started by srun, in the same run" {
   launch "${RUN[@]}"
-  [[ $status == 0 && $(<"$FAKE/calls") == "srun --export=ALL --ntasks=16 flexolmo train configs/7b/pair.yaml --set pair.owner=Biomed Institute"* ]]
-  [[ $(called '* --out runs/biomed') == 1 ]]
+  [[ $status == 0 && $(<"$FAKE/calls") == "srun --export=ALL --ntasks=16 env JAX_COMPILATION_CACHE_DIR=$FAKE/runs/.compiled "* ]]
+  [[ $(called '* flexolmo train configs/7b/pair.yaml --set pair.owner=Biomed Institute*') == 1 ]]
+  [[ $(called "* --out $FAKE/runs/biomed") == 1 ]]
 }
 
 @test "a container is run where one is named" {
   CONTAINER=registry/flexolmo:1 launch "${RUN[@]}"
-  [[ $(called "srun * --container-image=registry/flexolmo:1 --container-mounts=$PWD:$PWD --container-workdir=$PWD flexolmo train*") == 1 ]]
+  [[ $(called "srun * --container-image=registry/flexolmo:1 --container-mounts=$PWD:$PWD --container-workdir=$PWD env * flexolmo train*") == 1 ]]
 }
 
 @test "42, 75, 134 and 137 requeue the job" {
@@ -26,7 +28,7 @@ setup() {
     forget
     answer 'srun*' "$code"
     launch "${RUN[@]}"
-    ends_with 0 "a process ended with $code; restart 1, with the same run runs/biomed"
+    ends_with 0 "a process ended with $code; restart 1, with the same run $FAKE/runs/biomed"
     [[ $(tail -n 1 "$FAKE/calls") == 'scontrol requeue 7' ]]
   done
 }
@@ -47,6 +49,30 @@ setup() {
   answer 'scontrol*' 1 'Requested operation is disabled'
   launch "${RUN[@]}"
   [[ $status == 75 && $(called 'scontrol*') == 1 ]]
+}
+
+@test "compiled programs are kept beside the run, in a folder of the user alone, or where JAX is told" {
+  launch "${RUN[@]}"
+  [[ $(stat -c %a "$FAKE/runs/.compiled") == 700 ]]
+  forget
+  JAX_COMPILATION_CACHE_DIR=$FAKE/mine launch "${RUN[@]}"
+  [[ $(called "srun * env JAX_COMPILATION_CACHE_DIR=$FAKE/mine *") == 1 && $(stat -c %a "$FAKE/mine") == 700 ]]
+  forget
+  RUN[2]=gs://biomed/runs/1
+  launch "${RUN[@]}"
+  [[ $status == 0 && $(called "srun * env JAX_COMPILATION_CACHE_DIR=gs://biomed/runs/.compiled *") == 1 && ! -e gs: ]]
+}
+
+@test "a folder of compiled programs that is another user's is refused before srun" {
+  if [[ -O / ]]; then
+    mkdir "$FAKE/runs/.compiled"
+    chown nobody "$FAKE/runs/.compiled"
+  else
+    ln -s / "$FAKE/runs/.compiled"
+  fi
+  launch "${RUN[@]}"
+  refused 2 "$FAKE/runs/.compiled is another user's; expected a folder of one's own: set JAX_COMPILATION_CACHE_DIR"
+  [[ ! -s $FAKE/calls ]]
 }
 
 @test "a dry run calls nothing and prints what a job calls" {

@@ -28,8 +28,8 @@ def test_the_examples_share_nothing():
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout
-        == "4 owners (biomed, code, coordinator, legal) share no project, bucket, service account"
-        " or network\n"
+        == "4 owners (biomed, code, coordinator, legal) share no project, bucket, service"
+        " account, network or compile cache\n"
     )
 
 

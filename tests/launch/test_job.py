@@ -13,7 +13,7 @@ import yaml
 from flexolmo_jax.config import check_microbatch, load_config
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import sharding
-from launch.job import ROOT, Job, check_devices, load_job, main, preflight, variables
+from launch.job import ROOT, Job, check_devices, choices, load_job, main, preflight, variables
 
 from .plan_for import plan_for
 
@@ -70,9 +70,9 @@ def test_a_job_tells_the_launchers_what_to_run(tmp_path):
     told, command = read.stdout.rsplit("\n", 1)
     assert told.split("\n") == ["gs://biomed-4711-flexolmo/biomed-1", "v5p-128", "us-east5", "16"]
     assert command.split("\0")[:-1] == job.command
-    assert job.command[:3] == ["flexolmo", "train", "configs/7b/pair.yaml"] and job.command[
-        -2:
-    ] == ["--out", job.out]
+    train = job.command[job.command.index("flexolmo") :]
+    assert train[:3] == ["flexolmo", "train", "configs/7b/pair.yaml"]
+    assert train[-2:] == ["--out", job.out]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_nothing_in_a_job_is_run_by_the_shell(tmp_path, value):
     job = load_job(changed(tmp_path, set=[f"pair.owner={value}"]))
     done = subprocess.run(
         ["bash", "-c",
-        f'eval {shlex.quote(variables(job))}; eval "set -- $JOB_COMMAND"; printf %s "$5"'],
+        f'eval {shlex.quote(variables(job))}; eval "set -- $JOB_COMMAND"; printf %s "$8"'],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout == f"pair.owner={value}" and not (tmp_path / "owned").exists()
@@ -286,3 +286,48 @@ def test_it_imports_no_jax(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "0 set()"
+
+
+def test_a_fallback_has_the_same_batch_in_other_microbatches(tmp_path):
+    job = planned(tmp_path, fallbacks=["v5p:2x4x4", "v5p:4x4x8"])
+    runs = [load_config(ROOT / choice.config, choice.set) for choice in choices(job)]
+    assert [choice.slice.devices for choice in choices(job)] == [64, 32, 128]
+    assert [run.train.accumulate for run in runs] == [4, 8, 2]
+    assert len({run.data.batch_size for run in runs}) == 1
+    assert choices(job)[0] == job and load_job(EXAMPLES[1]).fallbacks == ()
+
+
+def test_every_fallback_is_checked_against_a_plan_of_its_own(tmp_path, capsys):
+    path = changed(tmp_path, fallbacks=["v5p:2x4x4"])
+    plans = tmp_path / "plans"
+    plans.mkdir()
+    first, second = choices(load_job(path))
+    (plans / "first.json").write_text(json.dumps(plan_for(first)))
+    assert main([str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "fits v5p:2x4x4" in told and "--set train.accumulate=8 --topology v5p:2x4x4" in told
+    (plans / "second.json").write_text(json.dumps(plan_for(second, fits=False)))
+    assert main([str(path)]) == 2 and "does not fit v5p:2x4x4" in capsys.readouterr().err
+    (plans / "second.json").write_text(json.dumps(plan_for(second)))
+    assert main([str(path), "--choice", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "JOB_ACCELERATOR=v5p-64\n" in told and told.endswith("JOB_CHOICE=1\nJOB_CHOICES=2\n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"fallbacks": ["v5p:4x4x4"]}, "v5p-128, v5p-128 by gcloud's names; expected each once"),
+        ({"fallbacks": ["v5p:4x4x5"]}, "the nearest is v5p:4x4x4"),
+        ({"patience": 0}, "patience is 0; expected at least 1"),
+        ({"fallbacks": ["v5p:4x4x12"]}, "192 devices; expected a divisor of v5p:4x4x4's 64 x"),
+        (
+            {"fallbacks": ["v5p:2x4x4"], "set": ["pair.name=a", "optim.load_balance=0.01"]},
+            "needs train.accumulate 8 instead of 4, with which optim.load_balance is another loss",
+        ),
+    ],
+)
+def test_a_fallback_that_would_not_be_the_same_run_is_refused(tmp_path, keys, message):
+    with pytest.raises(UserError) as error:
+        choices(load_job(changed(tmp_path, **keys)))
+    assert message in str(error.value) and "\n" not in str(error.value)

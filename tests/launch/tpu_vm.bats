@@ -32,6 +32,7 @@ workers_end_with() { # workers_end_with CODE...: of 16 workers the first ones; t
   [[ $output == *'worker-0: step 1 loss 2.0'* && $stderr == *'done: gs://biomed-4711-flexolmo/biomed-1'* ]]
   [[ $(called '*queued-resources create biomed-1 *') == 1 && $(called '*queued-resources delete biomed-1 *--force') == 1 ]]
   [[ $(called '*--worker=all*docker run*flexolmo train configs/7b/pair.yaml *--out gs://biomed-4711-flexolmo/biomed-1; }') == 1 ]]
+  [[ $(called '*docker run* env JAX_COMPILATION_CACHE_DIR=gs://biomed-4711-flexolmo/.compiled * flexolmo train *') == 1 ]]
 }
 
 @test "the slice is what the job says" {
@@ -220,4 +221,59 @@ interrupted_by() { # interrupted_by SIGNAL STATUS
   launch launch/tpu_vm.sh "$JOB"
   refused 2 'tpu is tpu7x:4x4x4, which is to be had through GKE only; use launch/gke_xpk.sh'
   [[ ! -s $FAKE/calls ]]
+}
+
+eight_workers_end_with() { answer 'gcloud*docker wait*' 0 "$1"'\n0\n0\n0\n0\n0\n0\n0'; }
+states() { # states STATE...: in turn
+  local state
+  for state; do
+    case $state in
+      none) answer 'gcloud*describe*state.state*' 1 'ERROR: (gcloud) NOT_FOUND: no such resource' ;;
+      *) answer 'gcloud*describe*state.state*' 0 "$state" ;;
+    esac
+  done
+}
+
+@test "a slice that is not given in time makes way for the next, with microbatches for which the batch is the same" {
+  fall_back 'patience: 1'
+  states none WAITING_FOR_RESOURCES none PROVISIONING PROVISIONING PROVISIONING ACTIVE
+  answer 'gcloud*describe*acceleratorType*' 0 v5p-64
+  eight_workers_end_with 0
+  launch launch/tpu_vm.sh "$JOB"
+  ends_with 0 'deleting'
+  [[ $stderr == *'no v5p:4x4x4 within 1 minutes'* ]]
+  [[ $(grep -o 'accelerator-type=[^ ]*' "$FAKE/calls" | tr '\n' ' ') == 'accelerator-type=v5p-128 accelerator-type=v5p-64 ' ]]
+  [[ $(called '*queued-resources delete*') == 2 && $(called '*docker run*') == 1 ]]
+  [[ $(called '*docker run*--set train.accumulate=8 --out gs://biomed-4711-flexolmo/biomed-1; }') == 1 ]]
+}
+
+@test "a slice that was taken away is asked for from the preferred one on, after one that failed the next" {
+  fall_back
+  states none ACTIVE SUSPENDED none FAILED none ACTIVE
+  answer 'gcloud*describe*acceleratorType*' 0 v5p-128
+  answer 'gcloud*describe*acceleratorType*' 0 v5p-64
+  answer 'gcloud*docker wait*' 255 'ssh: no route to host'
+  eight_workers_end_with 0
+  launch launch/tpu_vm.sh "$JOB"
+  ends_with 0 'deleting'
+  [[ $(grep -o 'accelerator-type=[^ ]*' "$FAKE/calls" | tr '\n' ' ') == 'accelerator-type=v5p-128 accelerator-type=v5p-128 accelerator-type=v5p-64 ' ]]
+  [[ $(called '*docker run*train.accumulate*') == 1 && $(called '*docker run*') == 2 ]]
+}
+
+@test "a slice that an earlier launch was given is gone on with as what it is" {
+  fall_back
+  states ACTIVE
+  answer 'gcloud*describe*acceleratorType*' 0 v5p-64
+  eight_workers_end_with 0
+  launch launch/tpu_vm.sh "$JOB"
+  ends_with 0 'deleting'
+  [[ $(called '*create*') == 0 && $(called '*docker run*--set train.accumulate=8 *') == 1 ]]
+}
+
+@test "a dry run shows every slice that a job may get" {
+  fall_back
+  launch launch/tpu_vm.sh "$JOB" --dry-run
+  [[ $status == 0 && ! -s $FAKE/calls ]]
+  [[ $(grep -c 'accelerator-type=v5p-128 ' <<<"$output") == 1 && $(grep -c 'accelerator-type=v5p-64 ' <<<"$output") == 1 ]]
+  [[ $(grep -c 'docker run' <<<"$output") == 2 && $(grep -c 'train.accumulate=8' <<<"$output") == 1 ]]
 }
