@@ -1,6 +1,7 @@
 """The two programs of generation over a KV cache, compiled ahead of time.
 
-    prefill   puts every prompt token but the last into the cache; computes no logits
+    prefill   puts every prompt token but the last into the cache, some prompts at a time; computes
+              no logits
     run       one `lax.while_loop`: feed the last token, choose the next, until a limit is reached
               or every prompt has ended
 
@@ -29,6 +30,9 @@ from .layers import CACHE, CachedContext, KVCache, PromptContext
 from .moe import Choices
 from .transformer import Output, Params, decode, empty_cache, num_experts
 
+# Prompt tokens that a device reads at once. Their activations lie beside the weights: at 7 x 7B
+# 32,768 of them took 16.0 of the 15.8 GiB of a v5e.
+READ_AT_ONCE = 8192
 GREEDY = 1  # of `Decoding.likeliest`: the likeliest token, the lowest id among equals
 
 
@@ -144,15 +148,9 @@ class Decoding:
 
         def prefill(params: Params, tokens: Array, last: Array, request: Request) -> State:
             slots = jnp.arange(P) - request.first_slot[:, None]
-            cache = empty_cache(self.config, B, P + N, jnp.dtype(self.dtype))
-            cache = sharding.constrain(self.mesh, cache, CACHE)
-            context = PromptContext((slots >= 0).astype(jnp.int32), cache)
-            # The logits are not used, so the compiler drops the head. They would be [B, P, V],
-            # which is larger than all the rest.
-            filled = self._model(params, request, tokens, jnp.maximum(slots, 0), context).cache
-            assert filled is not None  # since the context has one
+            cache = self._read(params, request, tokens, slots, N)
             chosen = jnp.full((B, N), request.eos_id)
-            return State(filled, last, jnp.zeros(B, bool), jnp.int32(0), chosen)
+            return State(cache, last, jnp.zeros(B, bool), jnp.int32(0), chosen)
 
         params, state, request, _ = self.arguments(weights, sizes)
         given = _shape((B, P), "int32", state.token.sharding), state.token, request
@@ -192,6 +190,56 @@ class Decoding:
             seed=array(dtype="uint32"),
         )
         return params, state, request, array()
+
+    def _read(
+        self,
+        params: Params,
+        request: Request,
+        tokens: Int[Array, "B P"],
+        slots: Int[Array, "B P"],
+        new: int,
+    ) -> KVCache:
+        """A cache with these tokens in it, and `new` empty slots behind them. A negative slot is
+        padding."""
+        B, P = tokens.shape
+
+        def empty(batch: int, slots: int) -> KVCache:
+            cache = empty_cache(self.config, batch, slots, jnp.dtype(self.dtype))
+            return sharding.constrain(self.mesh, cache, CACHE)
+
+        def read(cache: KVCache, tokens: Array, slots: Array) -> KVCache:
+            context = PromptContext((slots >= 0).astype(jnp.int32), cache)
+            # The logits are not used, so the compiler drops the head. They would be [B, P, V],
+            # which is larger than all the rest.
+            filled = self._model(params, request, tokens, jnp.maximum(slots, 0), context).cache
+            assert filled is not None  # since the context has one
+            return filled
+
+        n = self._parts(B, P)
+        if n == 1:
+            return read(empty(B, P + new), tokens, slots)
+
+        def read_part(whole: KVCache, part: tuple[Array, Array, Array]) -> tuple[KVCache, None]:
+            index, tokens, slots = part
+
+            def put(whole: Array, own: Array) -> Array:  # [L, B / n, n, K, S, C]
+                return jax.lax.dynamic_update_slice(whole, own[:, :, None], (0, 0, index, 0, 0, 0))
+
+            return jax.tree.map(put, whole, read(empty(B // n, P), tokens, slots)), None
+
+        # Every n-th prompt goes to the same part: each device has an even share of every part.
+        parts = (jnp.moveaxis(a.reshape(-1, n, P), 1, 0) for a in (tokens, slots))
+        cache = empty(B, P + new)
+        apart = jax.tree.map(lambda a: a.reshape(a.shape[0], -1, n, *a.shape[2:]), cache)
+        filled, _ = jax.lax.scan(read_part, apart, (jnp.arange(n), *parts))
+        return jax.tree.map(lambda a, like: a.reshape(like.shape), filled, cache)
+
+    def _parts(self, batch: int, prompt: int) -> int:
+        """In how many parts prompts are read: the fewest that leave a device READ_AT_ONCE tokens,
+        or one prompt."""
+        own = batch // (sharding.devices_of_batch(self.mesh) if self.mesh else 1)
+        sizes = (n for n in range(1, own + 1) if own % n == 0)
+        return next(n for n in sizes if own // n * prompt <= READ_AT_ONCE or n == own)
 
     def _model(
         self, params: Params, request: Request, tokens: Array, positions: Array, context: Any

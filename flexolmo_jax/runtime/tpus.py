@@ -128,12 +128,25 @@ COMPILER_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 # How a training step is compiled for TPUs. Rings that overlap a gather with the product it feeds
-# move n + 1 shards where n - 1 are needed. And libtpu gathers weights again in the backward pass
-# long before memory is full, unless it may use all of it.
+# move n + 1 shards where n - 1 are needed. libtpu gathers weights again in the backward pass long
+# before memory is full, unless it may use all of it. Gathers and scatters overlap with products
+# where the SparseCore does them. docs/pods.md has what was compared.
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
 STEP_OPTIONS = {
     "xla_tpu_enable_windowed_einsum_for_all_gather": "false",
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter": "false",
     "xla_jf_rematerialization_percent_shared_memory_limit": "100",
+    **{
+        _OFFLOAD + kind: "true"
+        for kind in (
+            "all_gather",
+            "2d_all_gather",
+            "3d_all_gather",
+            "reduce_scatter",
+            "nd_reduce_scatter",
+        )
+    },
+    "xla_tpu_enable_sparse_core_reduce_scatter_v2": "true",
 }
 # Names that products, other interfaces and earlier pages use.
 ALIASES = {

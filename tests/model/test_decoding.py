@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh
 
 from flexolmo_jax import generate
 from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.generate import Decoder, Generator, Sampling
 from flexolmo_jax.loaded import load
 from flexolmo_jax.model import decoding as programs
-from flexolmo_jax.model import forward, init_params
+from flexolmo_jax.model import forward, init_params, logical_axes
 from flexolmo_jax.model.decoding import GREEDY, Decoding, Sizes, Weights
-from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.model.tree import flatten, unflatten
 from flexolmo_jax.plan.steps import decoded, generation
-from flexolmo_jax.runtime.sharding import make_mesh
+from flexolmo_jax.runtime.sharding import make_mesh, parameter_sharding
 
 CONFIG = ModelConfig(
     vocab_size=320,
@@ -130,6 +131,54 @@ def test_a_prompt_s_attention_is_the_flash_kernel():
     assert "splash" not in lowered(GREEDY)
 
 
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, expert=2)])
+def test_prompts_read_in_parts_fill_the_cache_as_in_one_go(mesh, monkeypatch):
+    """Each prompt in its own rows, with another length of padding each."""
+    sizes = B, P, _ = Sizes(8, 16, 4)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(300, size=(B, P)), jnp.int32)
+    first_slot = jnp.asarray(rng.permutation(B) + 1, jnp.int32)
+
+    def read(at_once: int) -> tuple[programs.State, int]:
+        monkeypatch.setattr(programs, "READ_AT_ONCE", at_once)
+        decoding, weights, _ = _asked(params_of(), None if mesh is None else make_mesh(mesh))
+        function, arguments = decoding.run(weights, sizes)
+        loop = function.lower(*arguments).compile()
+        prefill = decoding.prefill(weights, sizes, loop).compile()
+        params, state, request, _ = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), arguments)
+        params = jax.tree.map(jax.device_put, params_of(), loop.input_formats[0][0])
+        request = request._replace(first_slot=first_slot, allowed=jnp.ones(4, bool))
+        given = jax.tree.map(jax.device_put, (tokens, state.token, request), _shardings(prefill))
+        temporary = prefill.memory_analysis().temp_size_in_bytes
+        return jax.device_get(prefill(params, *given)), temporary
+
+    (whole, all_at_once), (in_parts, some_at_once) = read(B * P), read(2 * P)
+    for expected, found in zip(whole.cache, in_parts.cache, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert np.abs(found[:, :, :, 8:P]).min(axis=(2, 4)).all() and not found[:, :, :, P:].any()
+    if mesh is None:
+        assert some_at_once < 0.6 * all_at_once
+
+
+def _shardings(prefill: Any) -> Any:
+    return prefill.input_shardings[0][1:]
+
+
+@pytest.mark.parametrize(
+    ("batch", "prompt", "mesh", "parts"),
+    [
+        (16, 2048, None, 4),
+        (16, 2048, MeshConfig(fsdp=2, tensor=2), 2),
+        (16, 512, None, 1),
+        (3, 8192, None, 3),
+        (2, 100_000, None, 2),  # a prompt is never cut
+    ],
+)
+def test_a_device_reads_only_so_many_tokens_at_once(batch, prompt, mesh, parts):
+    decoding = Decoding(CONFIG, 2, 300, GREEDY, "float32", mesh and make_mesh(mesh))
+    assert decoding._parts(batch, prompt) == parts
+
+
 def test_weights_are_laid_out_as_the_program_wants_and_mean_the_same():
     """Whoever else holds the tree gets the new arrays with it, so that none is there twice."""
     params, turned = params_of(), params_of()
@@ -148,8 +197,16 @@ def test_weights_are_laid_out_as_the_program_wants_and_mean_the_same():
     assert jax.tree.map(lambda a: a.format, turned) == compiled.formats
 
 
-def _asked(params: dict) -> tuple[Decoding, Weights, Sizes]:
-    decoding = Decoding(CONFIG, 2, CONFIG.vocab_size, GREEDY, "float32")
+def _asked(params: dict, mesh: Mesh | None = None) -> tuple[Decoding, Weights, Sizes]:
+    decoding = Decoding(CONFIG, 2, CONFIG.vocab_size, GREEDY, "float32", mesh)
+    if mesh is not None:
+        axes = flatten(logical_axes(CONFIG))
+        params = unflatten(
+            {
+                path: jax.device_put(a, parameter_sharding(mesh, axes[path], a.shape))
+                for path, a in flatten(params).items()
+            }
+        )
     return decoding, Weights.of(params), SIZES
 
 
