@@ -210,7 +210,5 @@ class Attention(nnx.Module):
         return checkpoint_name(self.o(mixed.reshape(B, T, -1)), names.PROJECTIONS), cache
 
 
-def _attention_within(
-    platform: str | None, q: Array, k: Array, v: Array, segments: Array
-) -> Array:
+def _attention_within(platform: str | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
     return attention(q, k, v, segments=segments, platform=platform)

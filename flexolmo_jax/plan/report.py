@@ -21,6 +21,7 @@ from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.tpus import Slice, slices_of
 from flexolmo_jax.train.activations import kept_bytes
 from flexolmo_jax.train.flops import forward_flops, step_flops
+from flexolmo_jax.train.step import check_remat
 
 from .collectives import collectives
 from .program import named, program_of
@@ -38,6 +39,7 @@ def plan_training(
     `is_trained`: by path, where it is not the run's own. Raises UserError for a mesh or a batch
     that does not fit the slice's devices.
     """
+    check_remat(run.train.remat, "tpu")
     model, program = architecture(run), program_of(run)
     mesh = mesh_of(run.mesh, slice_, slices, run)
     run = dataclasses.replace(run, model=model)
@@ -106,9 +108,7 @@ def size_of(tree: Any) -> int:
     )
 
 
-def mesh_of(
-    config: MeshConfig, slice_: Slice, slices: int, run: RunConfig | None = None
-) -> Mesh:
+def mesh_of(config: MeshConfig, slice_: Slice, slices: int, run: RunConfig | None = None) -> Mesh:
     """The mesh over all devices of the slices, checked before a compiler is needed for them.
 
     Raises UserError where it does not fill them, or the run's batch does not divide over it.

@@ -3,8 +3,8 @@
 There are four times: of the matrix products at the peak of the chip; of reading and writing once
 what stays in HBM from step to step; of the collectives over the links that their devices share; and
 of the way to the host's memory and back. A step takes at least the longest of them, if all of it
-overlaps, and about their sum where nothing does. Real steps are slower: no kernel reaches the peak, and activations and gathered
-weights pass through HBM too.
+overlaps, and about their sum where nothing does. Real steps are slower: no kernel reaches the peak,
+and activations and gathered weights pass through HBM too.
 """
 
 import math
@@ -25,7 +25,7 @@ ASSUMPTIONS = (
 )
 
 
-def roofline(  # noqa: PLR0913 - a program and where it runs
+def roofline(
     slice_: Slice,
     mesh: Mesh,
     flops: float,
@@ -43,7 +43,7 @@ def roofline(  # noqa: PLR0913 - a program and where it runs
     return seconds(slice_, mesh, flops, in_hbm, network, offloaded)
 
 
-def seconds(  # noqa: PLR0913 - one argument for each time
+def seconds(
     slice_: Slice, mesh: Mesh, flops: float, in_hbm: int, network: float, offloaded: int
 ) -> dict[str, Any]:
     """`roofline` where the seconds of the collectives are known."""

@@ -150,8 +150,8 @@ def fsdp_minimum(step: Step, dtype: str, *, of_layers: bool = False) -> int:
 
     Every sharded weight is gathered for the forward pass and again for the backward pass (the
     embedding for the forward pass only). Gradients of trained weights are reduced and scattered
-    once. All of it has the dtype of activations. `of_layers`: of the layers alone; what lies outside
-    of them may be gathered once for all microbatches.
+    once. All of it has the dtype of activations. `of_layers`: of the layers alone; what lies
+    outside of them may be gathered once for all microbatches.
     """
     total = 0
     for tree, gradients in ((step.kinds["parameters"], 1), (step.kinds["frozen"], 0)):

@@ -1,5 +1,5 @@
-"""`flexolmo plan --tune`: what the forward pass should keep, and how many microbatches a step should
-have, to be fast on a slice.
+"""`flexolmo plan --tune`: what the forward pass should keep, and how many microbatches a step
+should have, to be fast on a slice.
 
 Every `train.remat`, and every `train.accumulate` that the batch and the mesh allow, is a candidate.
 They are compiled one after the other, the one first that could be the fastest. Bounds that need no
@@ -10,7 +10,8 @@ compiler leave out
 - what cannot win: products, gathers of the layers' weights and the way to the host's memory take as
   long as the fastest that fits.
 
-"none" is no candidate: it multiplies as much as "dots" and keeps more.
+"none" is no candidate: it multiplies as much as "dots" and keeps more. Nor is "offload" where this
+jax does not offload.
 
 The fastest takes the least time where nothing overlaps; among equals, the least where everything
 does; among equals again, the smallest peak. Times are equal if their first three digits are.
@@ -20,19 +21,21 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
 
-from flexolmo_jax.config import Remat, RunConfig, check_microbatch
+import jax
+
+from flexolmo_jax.config import Remat, RunConfig
 from flexolmo_jax.model.rematerialisation import KEPT
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.runtime.tpus import Slice
 from flexolmo_jax.train.activations import kept_bytes
 from flexolmo_jax.train.flops import step_flops
+from flexolmo_jax.train.step import OFFLOADS_FROM
 
 from .report import GIB, mesh_of, plan_training, show, size_of
 from .roofline import bandwidth, seconds
 from .steps import architecture, fsdp_minimum, training_step
 
-REMATS: tuple[Remat, ...] = tuple(remat for remat in get_args(Remat) if remat != "none")
 TOO_LARGE, NOT_FASTER = "cannot fit", "cannot be faster"
 
 
@@ -109,9 +112,11 @@ def candidates(run: RunConfig, slice_: Slice, slices: int) -> Iterator[Candidate
     state, gradients = size_of(step.arguments), size_of(step.kinds["parameters"])
     gathered = fsdp_minimum(step, run.train.compute_dtype, of_layers=True)
     rate = max(bandwidth(slice_, mesh, axes) for axes in (("fsdp",), ("fsdp", "expert")))
+    untried = {"none"} | ({"offload"} if jax.__version_info__ < OFFLOADS_FROM else set())
+    remats = [remat for remat in get_args(Remat) if remat not in untried]
     records = run.data.batch_size // sharding.devices_of_batch(mesh)
     for accumulate in (n for n in range(1, records + 1) if records % n == 0):
-        for remat in REMATS:
+        for remat in remats:
             one = _with(run, accumulate=accumulate, remat=remat)
             kept = kept_bytes(one, model)
             sums = gradients if accumulate > 1 else 0  # over microbatches
@@ -128,7 +133,8 @@ def show_tuned(report: dict[str, Any]) -> str:
     """For people."""
     tuned, left_out = report["tune"], report["tune"]["left_out"]
     best = " ".join(f"--set {word}" for word in tuned["set"])
-    counts = (f"{sum(one['why'] == why for one in left_out)} {why}" for why in (TOO_LARGE, NOT_FASTER))
+    reasons = [one["why"] for one in left_out]
+    counts = (f"{reasons.count(why)} {why}" for why in (TOO_LARGE, NOT_FASTER))
     return "\n".join(
         [
             "tried:",
@@ -149,9 +155,7 @@ def _on_device(remat: Remat) -> set[str]:
     return set() if remat == "offload" else set(KEPT[remat])
 
 
-def _left_out(
-    one: Candidate, limit: int, tried: list[Tried], best: Tried | None
-) -> str | None:
+def _left_out(one: Candidate, limit: int, tried: list[Tried], best: Tried | None) -> str | None:
     """Why a candidate need not be compiled, if so."""
     refused = (other.candidate for other in tried if not other.report["fits"])
     if one.bytes > limit or any(other.keeps_as_little_as(one) for other in refused):

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from flexolmo_jax.config import MeshConfig, ModelConfig, OptimConfig, Remat, RunConfig, resolve
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.model import forward, init_params
+from flexolmo_jax.model import Params, forward, init_params
 from flexolmo_jax.model.rematerialisation import rematerialised
 from flexolmo_jax.model.tree import combine, flatten, partition
 from flexolmo_jax.plan.hlo import numbers, parse
@@ -62,79 +62,61 @@ def config(kind: str, remat: str, *overrides: str) -> RunConfig:
     return resolve(tree | of_kind.get(kind, {}), overrides)
 
 
-def loss_of(kind: str, remat: Remat, model: ModelConfig, dtype: str, mesh: Mesh | None = None):
-    """The loss of such a run as a function of parameters and a batch, and the parameters' shapes."""
+def loss_of(
+    kind: str,
+    remat: Remat,
+    model: ModelConfig,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    *,
+    all_terms: bool = False,
+):
+    """The loss of such a run as a function of parameters and a batch, and the parameters' shapes.
+    `all_terms`: with contrast for a pair, balance for a mixture."""
+    balance = 0.1 if all_terms and kind != "pair" else 0.0
+    optim = OptimConfig(router_z_loss=0.1 if all_terms else 0.0, load_balance=balance)
+    contrast = Contrast(jnp.arange(B) % 2, jnp.ones(B)) if all_terms and kind == "pair" else None
 
     def loss(params, tokens, segments, targets):
         active = model.n_experts if kind == "router" else None
         how: dict[str, Any] = {"active": active, "dtype": dtype, "remat": remat, "mesh": mesh}
         output = forward(model, params, tokens, segments, **how)
-        return loss_sums(output, tokens, targets, OptimConfig(), mesh=mesh).total
+        return loss_sums(output, tokens, targets, optim, contrast, mesh).total / B / T
 
     shapes = functools.partial(init_params, model, pair=kind == "pair")
     return loss, jax.eval_shape(shapes, jax.random.key(0))
 
 
-# --- gradients ---
+@functools.cache
+def compiled(kind: str, remat: Remat, mesh: str, dtype: str, all_terms: bool) -> Any:
+    """The gradient of what is trained, and its arguments."""
+    devices = make_mesh(MESHES[mesh])
+    loss, _ = loss_of(kind, remat, KINDS[kind], dtype, devices, all_terms=all_terms)
+    trained, frozen = partition(parameters(kind), IS_TRAINED.get(kind, lambda _: True))
+
+    def of_trained(trained, frozen, *batch):
+        return loss(combine(frozen, trained), *batch)
+
+    arguments = trained, frozen, *BATCH
+    return jax.jit(jax.grad(of_trained)).lower(*arguments).compile(), arguments
 
 
 @functools.cache
-def gradients(kind: str, remat: Remat, mesh: str, dtype: str, terms: bool) -> dict[str, np.ndarray]:
-    """Of all parameters. With `terms` the loss has all of its terms: contrast for a pair, balance
-    for a mixture."""
-    model, devices = KINDS[kind], make_mesh(MESHES[mesh])
-    params = jax.jit(functools.partial(init_params, model, pair=kind == "pair"))(jax.random.key(0))
-    optim = OptimConfig(router_z_loss=0.1 * terms, load_balance=0.1 * terms * (kind != "pair"))
-
-    def loss(params, tokens, segments, targets):
-        output = forward(
-            model,
-            params,
-            tokens,
-            segments,
-            active=model.n_experts if kind == "router" else None,
-            dtype=dtype,
-            remat=remat,
-            mesh=devices,
-        )
-        contrast = Contrast(jnp.arange(B) % 2, jnp.ones(B)) if terms and kind == "pair" else None
-        return loss_sums(output, tokens, targets, optim, contrast, devices).total / B / T
-
-    found = jax.jit(jax.grad(loss))(params, *BATCH)
-    return {path: np.asarray(a) for path, a in flatten(found).items()}
+def parameters(kind: str) -> Params:
+    make = functools.partial(init_params, KINDS[kind], pair=kind == "pair")
+    return jax.jit(make)(jax.random.key(0))
 
 
-@pytest.mark.parametrize("remat", [remat for remat in REMATS if remat != "none"])
-@pytest.mark.parametrize(
-    ("kind", "mesh", "dtype", "terms"),
-    [
-        *((kind, "one", "float32", True) for kind in KINDS),
-        *((kind, "one", "bfloat16", True) for kind in KINDS),
-        ("pair", "one", "float32", False),
-        ("joint", "one", "float32", False),
-        *((kind, "fsdp 8", "float32", True) for kind in ("pair", "joint")),
-        ("pair", "fsdp 4 x tensor 2", "float32", True),
-        ("joint", "fsdp 4 x expert 2", "float32", True),
-        ("pair", "fsdp 8", "bfloat16", True),
-    ],
-)
-def test_gradients_do_not_depend_on_what_is_kept(kind, mesh, dtype, terms, remat):
-    """Not bitwise: what is computed again is fused with other neighbours."""
-    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
-    expected = gradients(kind, "none", mesh, dtype, terms)
-    found = gradients(kind, remat, mesh, dtype, terms)
-    for path, gradient in expected.items():
-        difference = np.linalg.norm(found[path] - gradient)
-        assert difference <= tolerance * np.linalg.norm(gradient), (path, difference)
+def gradients(*which: Any) -> dict[str, np.ndarray]:
+    program, arguments = compiled(*which)
+    return {path: np.asarray(a) for path, a in flatten(program(*arguments)).items()}
 
 
-# --- work ---
-
-
-def products(text: str) -> int:
-    """Floating-point operations of all matrix products of a compiled program."""
+def products(*which: Any) -> int:
+    """Floating-point operations of all matrix products of a compiled gradient."""
     total = 0
-    for one, computation, runs in parse(text).walk(lambda one: one.opcode == "dot"):
+    program = parse(compiled(*which)[0].as_text())
+    for one, computation, runs in program.walk(lambda one: one.opcode == "dot"):
         if one.opcode == "dot":
             result, left = (
                 numbers(re.findall(r"\[([\d,]*)\]", type_)[0])
@@ -142,28 +124,48 @@ def products(text: str) -> int:
             )
             summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
             assert summed is not None
-            total += 2 * runs * int(np.prod(result) * np.prod([left[i] for i in numbers(summed[1])]))
+            inner = np.prod([left[i] for i in numbers(summed[1])])
+            total += 2 * runs * int(np.prod(result) * inner)
     return total
 
 
-@functools.cache
-def executed(kind: str, remat: Remat) -> int:
-    """Floating-point operations of the products in the gradient of what is trained, as compiled
-    here."""
-    loss, params = loss_of(kind, remat, KINDS[kind], "float32", make_mesh(MESHES["one"]))
-    trained, frozen = partition(params, IS_TRAINED.get(kind, lambda _: True))
+ON_ONE = ("one", "float32", True)  # device, with all terms of the loss
 
-    def of_trained(trained, frozen, *batch):
-        return loss(combine(frozen, trained), *batch)
 
-    compiled = jax.jit(jax.grad(of_trained)).lower(trained, frozen, *BATCH).compile()
-    return products(compiled.as_text() or "")
+@pytest.mark.parametrize("remat", [remat for remat in REMATS if remat != "none"])
+@pytest.mark.parametrize(
+    ("kind", "mesh", "dtype", "all_terms"),
+    [
+        *((kind, *ON_ONE) for kind in ("anchor", "pair", "router")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("joint", *ON_ONE),
+                *((kind, "one", "float32", False) for kind in ("pair", "joint")),
+                *((kind, "one", "bfloat16", True) for kind in ("pair", "joint")),
+                *((kind, "fsdp 8", "float32", True) for kind in ("pair", "joint")),
+                ("pair", "fsdp 8", "bfloat16", True),
+                ("pair", "fsdp 4 x tensor 2", "float32", True),
+                ("joint", "fsdp 4 x expert 2", "float32", True),
+            )
+        ),
+    ],
+)
+def test_gradients_do_not_depend_on_what_is_kept(kind, mesh, dtype, all_terms, remat):
+    """Not bitwise: what is computed again is fused with other neighbours."""
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    found = gradients(kind, remat, mesh, dtype, all_terms)
+    expected = gradients(kind, "none", mesh, dtype, all_terms)
+    assert found.keys() == expected.keys()
+    for path, gradient in expected.items():
+        difference = np.linalg.norm(found[path] - gradient)
+        assert difference <= tolerance * np.linalg.norm(gradient), (path, difference)
 
 
 @pytest.mark.parametrize("remat", ["full", "attention", "outputs", "ffn", "dots"])
 @pytest.mark.parametrize("kind", ["anchor", "pair", "router"])
 def test_flops_count_what_is_computed_again(kind, remat):
-    extra = executed(kind, remat) - executed(kind, "none")
+    extra = products(kind, remat, *ON_ONE) - products(kind, "none", *ON_ONE)
     run, least = (config(kind, which) for which in (remat, "none"))
     counted = step_flops(run, run.model).hardware - step_flops(least, run.model).hardware
     # A router's few rows are not counted. Of a short sequence the whole square is multiplied, but
@@ -178,7 +180,8 @@ def test_flops_count_what_is_computed_again(kind, remat):
 
 def kept(kind: str, remat: Remat, dtype: str) -> int:
     """Bytes that lie between the forward and the backward pass."""
-    loss, params = loss_of(kind, remat, KINDS[kind], dtype, make_mesh(MESHES["one"]))
+    mesh = make_mesh(MESHES["one"])
+    loss, params = loss_of(kind, remat, KINDS[kind], dtype, mesh)
     pullback = jax.eval_shape(lambda *args: jax.vjp(loss, *args)[1], params, *BATCH)
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(pullback))
 
