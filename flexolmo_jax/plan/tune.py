@@ -18,7 +18,7 @@ does; among equals again, the smallest peak. Times are equal if their first thre
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -71,6 +71,12 @@ class Tried(NamedTuple):
         return row | {"seconds": [times["overlapped"], times["in_turn"]]}
 
 
+class Search(NamedTuple):
+    tried: list[Tried]
+    left_out: list[dict[str, Any]]  # settings, and why
+    best: Tried | None
+
+
 def tune(run: RunConfig, slice_: Slice, slices: int = 1) -> dict[str, Any]:
     """The report of the fastest candidate that fits (where none does, of the last one tried), with
     "tune": {"tried", "left_out", "set"}.
@@ -78,22 +84,10 @@ def tune(run: RunConfig, slice_: Slice, slices: int = 1) -> dict[str, Any]:
     Raises UserError for a mesh that does not fit the slice's devices, or a batch that does not
     divide over them.
     """
-    limit = int(slice_.chip.usable_gib * GIB)
-    found = sorted(candidates(run, slice_, slices), key=lambda one: _rank(one.seconds, one.bytes))
+    found = list(candidates(run, slice_, slices))
     note(f"{len(found)} ways to keep activations and to split the batch on {slice_.name}")
-    best: Tried | None = None
-    tried, left_out = [], []
-    for one in found:
-        if why := _left_out(one, limit, tried, best):
-            left_out.append(one.settings | {"why": why})
-            continue
-        tried.append(Tried(one, plan_training(one.run, slice_, slices)))
-        note(_line(tried[-1].row))
-        if tried[-1].report["fits"] and (best is None or _time(tried[-1]) < _time(best)):
-            best = tried[-1]
-    if not tried:  # all are too large: the compiler says what the smallest needs
-        smallest = min(found, key=lambda one: one.bytes)
-        tried = [Tried(smallest, plan_training(smallest.run, slice_, slices))]
+    limit = int(slice_.chip.usable_gib * GIB)
+    tried, left_out, best = search(found, limit, lambda one: plan_training(one, slice_, slices))
     chosen = best or tried[-1]
     settings = [f"train.{key}={value}" for key, value in chosen.candidate.settings.items()]
     tuned = {
@@ -102,6 +96,30 @@ def tune(run: RunConfig, slice_: Slice, slices: int = 1) -> dict[str, Any]:
         "set": settings if best else [],
     }
     return chosen.report | {"tune": tuned}
+
+
+def search(
+    found: Sequence[Candidate], limit: int, plan: Callable[[RunConfig], dict[str, Any]]
+) -> Search:
+    """The best of the candidates on devices of `limit` bytes, by the reports that `plan` makes.
+
+    Where the bounds say that all are too large, the smallest is planned: the compiler says what it
+    needs.
+    """
+    tried: list[Tried] = []
+    left_out: list[dict[str, Any]] = []
+    best: Tried | None = None
+    smallest = min(found, key=lambda one: one.bytes)
+    for one in sorted(found, key=lambda one: _rank(one.seconds, one.bytes)):
+        why = _left_out(one, limit, tried, best)
+        if why and (one is not smallest or tried):
+            left_out.append(one.settings | {"why": why})
+            continue
+        tried.append(Tried(one, plan(one.run)))
+        note(_line(tried[-1].row))
+        if tried[-1].report["fits"] and (best is None or _time(tried[-1]) < _time(best)):
+            best = tried[-1]
+    return Search(tried, left_out, best)
 
 
 def candidates(run: RunConfig, slice_: Slice, slices: int) -> Iterator[Candidate]:
