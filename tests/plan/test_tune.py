@@ -115,8 +115,10 @@ def test_what_keeps_no_less_than_what_was_refused_is_not_compiled():
 
 
 def test_where_nothing_can_fit_the_smallest_is_compiled_for_its_refusal():
-    times = {"overlapped": 1.0, "in_turn": 1.0}
-    found = [Candidate(RUNS["full", n], 2 * LIMIT // n + LIMIT, times) for n in SPLITS]
+    found = [
+        Candidate(RUNS["full", n], 2 * LIMIT // n + LIMIT, {"overlapped": 1.0, "in_turn": float(n)})
+        for n in SPLITS
+    ]
     result = search(found, LIMIT, lambda run: {"fits": False, "peak_bytes": 3 * LIMIT})
     assert [one.candidate.settings for one in result.tried] == [{"remat": "full", "accumulate": 8}]
     assert len(result.left_out) == 3
