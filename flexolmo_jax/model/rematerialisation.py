@@ -22,6 +22,7 @@ import jax
 from flexolmo_jax.config import Remat
 from flexolmo_jax.kernels.names import ATTENTION, FFN, OUTPUTS, PROJECTIONS
 
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # an operation of JAX
 NAMES = (ATTENTION, OUTPUTS, FFN, PROJECTIONS)
 KEPT: dict[Remat, tuple[str, ...]] = {
     "full": (),
@@ -55,6 +56,5 @@ def _policy(remat: Remat) -> Callable[..., Any]:
 
 
 def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Whether this is cuDNN's attention, which gives output and logsumexp and has no place for a
-    name."""
-    return primitive.name == "dot_product_attention_fwd_wrapper"
+    """Whether this is cuDNN's attention, whose output and logsumexp have no names."""
+    return primitive.name == CUDNN_ATTENTION

@@ -37,13 +37,13 @@ Step = Callable[[TrainState, Params, Batch, jax.Array | int], tuple[TrainState, 
 
 
 def check_remat(remat: Remat, platform: str | None) -> None:
-    """Raises UserError where activations cannot go to the host's memory, or are there already."""
+    """Raises UserError where activations cannot go to the host's memory."""
     if remat != "offload":
         return
-    if platform == "cpu":
+    if platform != "tpu":
         raise UserError(
-            "train.remat is 'offload', but a CPU computes in the host's memory; keep the same there"
-            " with --set train.remat=outputs"
+            f"train.remat is 'offload', which is for TPUs; got {platform}; keep the same on the"
+            " device with --set train.remat=outputs"
         )
     if jax.__version_info__ < OFFLOADS_FROM:
         raise UserError(

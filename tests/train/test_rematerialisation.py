@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn.fused_attention_stablehlo import _dot_product_attention_fwd_p_wrapper
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from flexolmo_jax.config import MeshConfig, ModelConfig, OptimConfig, Remat, RunConfig, resolve
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, forward, init_params
+from flexolmo_jax.model.rematerialisation import CUDNN_ATTENTION
 from flexolmo_jax.model.tree import combine, flatten, partition
 from flexolmo_jax.plan.hlo import numbers, parse
 from flexolmo_jax.plan.steps import IS_TRAINED
@@ -248,9 +250,15 @@ def test_a_sparse_mixtures_products_are_not_computed_again_on_a_tpu_where_they_a
 # --- what is refused ---
 
 
-def test_offloading_is_refused_where_arrays_lie_in_the_hosts_memory_anyway():
-    with pytest.raises(UserError, match="a CPU computes in the host's memory"):
-        check_remat("offload", "cpu")
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_offloading_is_refused_but_on_tpus(platform):
+    with pytest.raises(UserError, match=f"'offload', which is for TPUs; got {platform}"):
+        check_remat("offload", platform)
+
+
+def test_cudnns_attention_is_what_the_policies_take_it_to_be():
+    """Its output and logsumexp are kept by the name of the operation, which is JAX's own."""
+    assert _dot_product_attention_fwd_p_wrapper.name == CUDNN_ATTENTION
 
 
 @pytest.mark.skipif(jax.__version_info__ >= OFFLOADS_FROM, reason="this jax offloads")
