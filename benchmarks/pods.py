@@ -4,7 +4,7 @@ as libtpu compiles it. Nothing is run.
     python benchmarks/pods.py --out launch/plans            # with libtpu (see `flexolmo plan`)
     python benchmarks/pods.py --out launch/plans --table    # the tables of docs/pods.md
 
-It takes half an hour on 2 cores.
+It takes an hour on 2 cores.
 
 A microbatch is one record of 4096 tokens a device along data, fsdp and expert. Slices whose memory
 could not hold what lies there from step to step are not tried. Every plan is kept, also of the
@@ -42,7 +42,8 @@ LAYOUTS = {"joint-fsdp": (), "joint-fsdp-expert": ("mesh.expert=8",)}
 LAYOUTS_ON = "v5p:4x4x4"
 # of launch/jobs, whose preflight asks for these
 JOBS = (("pair", "v5p:4x4x4"), ("pair", "v6e:16x16"), ("anchor", "v5p:4x8x8"))
-LIMIT_S = 900
+TUNED = tuple((config, "v5p:2x2x1") for config in ("anchor", "pair", "router"))
+LIMIT_S = 900  # of one compilation
 
 
 def main() -> None:
@@ -62,17 +63,19 @@ def main() -> None:
         for kind in options.types:
             smallest(name, kind, options.out)
     for config, topology in JOBS:
-        plan(f"job-{config}", config, topology, (), None, options.out)
+        plan(f"job-{config}", config, topology, (), (), options.out)
     for name, overrides in LAYOUTS.items():
         plan(
             name,
             "joint",
             LAYOUTS_ON,
             one_record(load("joint"), LAYOUTS_ON, *overrides),
-            None,
+            (),
             options.out,
         )
     trainable(options.out)
+    for config, topology in TUNED:
+        plan(f"tuned-{config}", config, topology, (), ("--tune",), options.out)
     print(tables(options.out))
 
 
@@ -84,13 +87,13 @@ def smallest(name: str, kind: str, out: Path) -> None:
     """Plans a run on ever larger slices until it fits; where none holds it with fsdp alone, the
     largest with experts spread too."""
     _, config, decode = RUNS[name]
-    run = load(config)
+    run, options = load(config), ("--decode", decode) if decode else ()
     large_enough = [
         s for s in slices_of(kind) if resident(run, decode) <= s.devices * s.chip.usable_gib * GIB
     ]
     for slice_ in large_enough:
         overrides = () if decode else one_record(run, slice_.name)
-        if plan(name, config, slice_.name, overrides, decode, out)["fits"]:
+        if plan(name, config, slice_.name, overrides, options, out)["fits"]:
             return
     if name == "joint":
         topology = large_enough[-1].name
@@ -99,7 +102,7 @@ def smallest(name: str, kind: str, out: Path) -> None:
             config,
             topology,
             one_record(run, topology, "mesh.expert=8"),
-            decode,
+            options,
             out,
         )
 
@@ -131,7 +134,12 @@ def resident(run: RunConfig, decode: str | None) -> int:
 
 
 def plan(
-    name: str, config: str, topology: str, overrides: tuple[str, ...], decode: str | None, out: Path
+    name: str,
+    config: str,
+    topology: str,
+    overrides: tuple[str, ...],
+    options: tuple[str, ...],
+    out: Path,
 ) -> dict[str, Any]:
     """The plan of one run on one slice, from a process of its own, kept as a file."""
     path = out / f"{name}-{topology.replace(':', '-')}.json"
@@ -142,12 +150,13 @@ def plan(
             "--topology",
             topology,
             *sets,
-            *(["--decode", decode] if decode else []),
+            *options,
         ]
         print(f"flexolmo plan {' '.join(arguments)}", file=sys.stderr, end=" ", flush=True)
         start = time.perf_counter()
         command = [sys.executable, "-m", "flexolmo_jax.cli", "plan", *arguments, "--json"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+        limit = 20 * LIMIT_S if "--tune" in options else LIMIT_S
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
         if done.returncode not in (0, 1) or not done.stdout:
             raise RuntimeError(done.stderr[-2000:])
         report = json.loads(done.stdout)
@@ -220,6 +229,7 @@ def tables(out: Path) -> str:
         for stem in found
         if stem.startswith(tuple(LAYOUTS)) and found[stem]["fits"]
     ]
+    lines += ["", *tuned(found)]
     refused = [
         f"| {stem.split('-')[0]} | {r['topology']} | {r['peak_bytes'] / GIB:.1f} of"
         f" {r['hbm_bytes'] / GIB:.1f} GiB |"
@@ -241,6 +251,35 @@ def tables(out: Path) -> str:
                     ),
                 ]
     return "\n".join(lines)
+
+
+def tuned(found: dict[str, Any]) -> list[str]:
+    """What `plan --tune` chose, beside the plan of the table above."""
+    lines = [
+        "| run | slice | `full`, one record | the fastest that fits | compiled | peak | a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for config, topology in TUNED:
+        name = f"{config}-{topology.replace(':', '-')}"
+        if f"tuned-{name}" in found and name in found:
+            report, plain = found[f"tuned-{name}"], found[name]
+            tune = report["tune"]
+            tried, left_out = len(tune["tried"]), len(tune["left_out"])
+            cells = [
+                RUNS[config][0],
+                topology,
+                f"{plain['peak_bytes'] / GIB:.1f} GiB, {_seconds(plain)}",
+                " ".join(f"`{word}`" for word in tune["set"]),
+                f"{tried} of {tried + left_out}",
+                f"{report['peak_bytes'] / GIB:.1f} of {report['hbm_bytes'] / GIB:.1f} GiB",
+                _seconds(report),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _seconds(report: dict[str, Any]) -> str:
+    return f"{report['seconds']['overlapped']:.3g} to {report['seconds']['in_turn']:.3g} s"
 
 
 def row(title: str, report: dict[str, Any]) -> str:

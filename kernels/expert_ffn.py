@@ -6,7 +6,10 @@ there is nothing to choose and nothing to dispatch.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from . import names
 
 
 def swiglu(
@@ -20,5 +23,7 @@ def swiglu(
     What is between the products is in float32. The products themselves come in the dtype of `x`;
     jax 0.10 rounds them later than jax 0.12 on a CPU.
     """
-    gated, upped = (x @ gate).astype(jnp.float32), (x @ up).astype(jnp.float32)
-    return (jax.nn.silu(gated) * upped).astype(x.dtype) @ down
+    products = (checkpoint_name(x @ w, names.FFN) for w in (gate, up))
+    gated, upped = (product.astype(jnp.float32) for product in products)
+    hidden = (jax.nn.silu(gated) * upped).astype(x.dtype)
+    return checkpoint_name(hidden @ down, names.OUTPUTS)

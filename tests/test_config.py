@@ -67,7 +67,10 @@ def test_an_unknown_key_names_the_nearest_known_one(tree, message):
         ({"optim": {"lr": "fast"}}, "optim.lr is 'fast'; expected a value of type float"),
         ({"optim": {"lr": False}}, "optim.lr is False"),
         ({"model": {"router_bias": 1}}, "model.router_bias is 1; expected a value of type bool"),
-        ({"train": {"remat": "some"}}, "train.remat is 'some'; expected one of none, dots, full"),
+        (
+            {"train": {"remat": "some"}},
+            "train.remat is 'some'; expected one of none, dots, ffn, outputs, attention, full, off",
+        ),
         ({"run": "anker"}, "run is 'anker'; expected one of anchor, pair, router, joint"),
         ({"data": {"train": "web"}}, "data.train is 'web'; expected a list"),
         (

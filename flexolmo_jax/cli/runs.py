@@ -80,6 +80,12 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         metavar="PROMPTSxCONTEXT",
         help="a decoding step instead, as 16x4096",
     ),
+    option(
+        "--tune",
+        action="store_true",
+        help="compile with every train.remat and train.accumulate that could be the fastest, and "
+        "plan the fastest that fits: minutes",
+    ),
     SET,
     KERNELS,
 )
@@ -94,13 +100,20 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
             f"--kernels {args.kernels} is for --decode; a run's step has those of its config: --set"
             f" kernels={args.kernels}"
         )
+    if args.decode is not None and args.tune:
+        raise UserError("--tune is for training steps; leave out --tune or --decode")
     os.environ.update(COMPILER_ENVIRONMENT)  # before JAX is imported
     from flexolmo_jax.plan.report import plan_decoding, plan_training, show
 
     if args.decode is None:
         from flexolmo_jax.config import load_config
+        from flexolmo_jax.plan.tune import show_tuned, tune
 
-        report = plan_training(load_config(args.path, args.set), where, args.slices)
+        run = load_config(args.path, args.set)
+        if args.tune:
+            report = tune(run, where, args.slices)
+            return report if args.json else report | {"text": show_tuned(report)}
+        report = plan_training(run, where, args.slices)
     else:
         from flexolmo_jax.plan.steps import decoded
 

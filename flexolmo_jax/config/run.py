@@ -19,6 +19,7 @@ from .section import Section, expect
 LINE = 1000  # the most characters of anything that an owner states
 ONE_LINE = f"one printable line of at most {LINE} characters"
 SEQUENCES = 2**53 - 1  # the largest integer that every JSON reader can hold
+Remat = Literal["none", "dots", "ffn", "outputs", "attention", "full", "offload"]
 Date = typing.NewType("Date", str)  # YYYY-MM-DD; YAML reads one without quotes as a date of its own
 
 
@@ -82,7 +83,9 @@ class TrainConfig(Section):
     log_every: int = 1
     # of activations and matrix products; parameters stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes
+    # what the forward pass keeps for the backward pass, which computes the rest again: ever more
+    # from "full" to "none"; "offload": as "outputs", in the host's memory
+    remat: Remat = "none"
     # a step that takes longer than this many seconds, and longer than four times the median of the
     # last, ends the run, with the stacks of its threads; 0: an hour
     watchdog: float = 600.0

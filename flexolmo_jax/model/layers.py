@@ -6,15 +6,18 @@ ffn, E experts, A active experts, V vocabulary, L layers. Each parameter names i
 `sharding.py` maps them to the mesh.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.kernels import names
 from flexolmo_jax.kernels.attention import attention, masked_attention
 from flexolmo_jax.runtime import sharding
 
@@ -122,7 +125,8 @@ class PackedContext(NamedTuple):
     ) -> tuple[Float[Array, "B T H C"], None]:
         # A custom call where there is one: the compiler does not partition it over a mesh.
         axes = (QUERIES, KEYS, KEYS, ("batch", None))
-        attend = sharding.on_each_shard(mesh, _attention_within, axes, QUERIES)
+        within = functools.partial(_attention_within, sharding.platform_of(mesh))
+        attend = sharding.on_each_shard(mesh, within, axes, QUERIES)
         return attend(q, k, v, self.segments), None
 
 
@@ -199,12 +203,12 @@ class Attention(nnx.Module):
         """The output, and the context's cache with this step's keys and values in it."""
         B, T, _ = x.shape
         K, C, theta = self.config.n_kv_heads, self.config.d_head, self.config.rope_theta
-        q = rotate(self.q_norm(self.q(x)).reshape(B, T, -1, C), positions, theta)
-        k = rotate(self.k_norm(self.k(x)).reshape(B, T, K, C), positions, theta)
-        v = self.v(x).reshape(B, T, K, C)
-        mixed, cache = context.attend(q, k, v, mesh)
-        return self.o(mixed.reshape(B, T, -1)), cache
+        q, k, v = (checkpoint_name(f(x), names.PROJECTIONS) for f in (self.q, self.k, self.v))
+        q = rotate(self.q_norm(q).reshape(B, T, -1, C), positions, theta)
+        k = rotate(self.k_norm(k).reshape(B, T, K, C), positions, theta)
+        mixed, cache = context.attend(q, k, v.reshape(B, T, K, C), mesh)
+        return checkpoint_name(self.o(mixed.reshape(B, T, -1)), names.PROJECTIONS), cache
 
 
-def _attention_within(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    return attention(q, k, v, segments=segments)
+def _attention_within(platform: str | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
+    return attention(q, k, v, segments=segments, platform=platform)

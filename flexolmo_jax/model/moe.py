@@ -19,12 +19,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.kernels import Kernels
+from flexolmo_jax.config import ModelConfig, Remat
+from flexolmo_jax.kernels import Kernels, names
 from flexolmo_jax.kernels.expert_ffn import swiglu
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
 from flexolmo_jax.kernels.route import (
@@ -46,7 +47,7 @@ class Choices:
     # is without it. For training with every expert active. A layer gets its own part.
     noise: Float[Array, "*L B T E"] | None = None
     dtype: DTypeLike = jnp.float32  # of activations
-    remat: str = "none"  # what the backward pass computes again, see `rematerialised`
+    remat: Remat = "none"  # what the backward pass keeps, see `rematerialisation`
     mesh: Mesh | None = None  # that parameters and batch are spread over
     kernels: Kernels = "auto"  # that route tokens, see `kernels.choice`
 
@@ -112,7 +113,7 @@ class Experts(nnx.Module):
         chosen = functools.partial(_chosen_experts, choices.kernels)
         spread = sharding.over_experts(self._mesh(choices.mesh), chosen)
         matrices = (m.astype(x.dtype) for m in self._matrices())
-        return spread(((x, routing), layer), *matrices)
+        return checkpoint_name(spread(((x, routing), layer), *matrices), names.OUTPUTS)
 
     def _matrices(self) -> list[Array]:
         return [m[...] for m in (self.gate, self.up, self.down)]

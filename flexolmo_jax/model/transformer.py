@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import ModelConfig, Remat
 from flexolmo_jax.kernels import Kernels
 
 from .layers import (
@@ -37,6 +37,7 @@ from .layers import (
     RMSNorm,
 )
 from .moe import Choices, Experts, RouterOutput, mixture
+from .rematerialisation import rematerialised
 
 Params = dict  # nested dict of arrays, see above
 
@@ -151,15 +152,6 @@ class Transformer(nnx.Module):
         return Output(hidden, head, router, cache)
 
 
-def rematerialised(step, policy: str):
-    """What the backward pass computes again: nothing ("none"), everything but a layer's input
-    ("full"), or all but matrix products ("dots")."""
-    if policy == "none":
-        return step
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return jax.checkpoint(step, policy=policies[policy], prevent_cse=False)
-
-
 def init_params(config: ModelConfig, key: Array, *, pair: bool = False) -> Params:
     """Random float32 parameters: N(0, init_std), norms 1."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, pair, nnx.Rngs(params=key))))
@@ -174,7 +166,7 @@ def forward(  # noqa: PLR0913 - a model call
     active: int | None = None,
     allowed: Bool[Array, "E"] | None = None,
     dtype: DTypeLike = jnp.float32,
-    remat: str = "none",
+    remat: Remat = "none",
     mesh: Mesh | None = None,
     kernels: Kernels = "auto",
     router_noise: Float[Array, "L B T E"] | None = None,

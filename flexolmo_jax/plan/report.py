@@ -19,7 +19,9 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.tpus import Slice, slices_of
+from flexolmo_jax.train.activations import kept_bytes
 from flexolmo_jax.train.flops import forward_flops, step_flops
+from flexolmo_jax.train.step import check_remat
 
 from .collectives import collectives
 from .program import named, program_of
@@ -37,14 +39,16 @@ def plan_training(
     `is_trained`: by path, where it is not the run's own. Raises UserError for a mesh or a batch
     that does not fit the slice's devices.
     """
+    check_remat(run.train.remat, "tpu")
     model, program = architecture(run), program_of(run)
-    mesh = _mesh(run.mesh, slice_, slices, run)
+    mesh = mesh_of(run.mesh, slice_, slices, run)
     run = dataclasses.replace(run, model=model)
     flops = step_flops(run, model)
     tokens = run.data.batch_size * run.data.seq_len
     step = training_step(run, model, mesh, is_trained)
     compiled = _compiled(step, mesh)
-    report = _report(compiled, step, slice_, mesh, flops.hardware, tokens)
+    offloaded = run.train.accumulate * kept_bytes(run, model).on_host // mesh.size
+    report = _report(compiled, step, slice_, mesh, flops.hardware, tokens, offloaded)
     if report["fits"]:
         of_microbatch = fsdp_minimum(step, run.train.compute_dtype)
         more = {"fsdp_minimum_bytes": run.train.accumulate * of_microbatch}
@@ -65,7 +69,7 @@ def plan_decoding(
     are read.
     """
     model, vocab_size, mesh = what
-    where = _mesh(mesh, slice_, 1)
+    where = mesh_of(mesh, slice_, 1)
     flops = batch * sum(forward_flops(model, model.n_active, context))
     generating = generation(what, where, batch, context, kernels)
     step = generating.step()
@@ -104,8 +108,11 @@ def size_of(tree: Any) -> int:
     )
 
 
-def _mesh(config: MeshConfig, slice_: Slice, slices: int, run: RunConfig | None = None) -> Mesh:
-    """The mesh over all devices of the slices, checked before a compiler is needed for them."""
+def mesh_of(config: MeshConfig, slice_: Slice, slices: int, run: RunConfig | None = None) -> Mesh:
+    """The mesh over all devices of the slices, checked before a compiler is needed for them.
+
+    Raises UserError where it does not fill them, or the run's batch does not divide over it.
+    """
     devices = slice_.devices * slices
     sizes = config.sizes(devices, slices)
     if math.prod(sizes.values()) != devices:
@@ -170,8 +177,14 @@ def _peak(compiled: Any) -> int:
     return memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
 
 
-def _report(
-    compiled: Any, step: Step, slice_: Slice, mesh: Mesh, flops: float, tokens: int
+def _report(  # noqa: PLR0913 - a program and what is known of it
+    compiled: Any,
+    step: Step,
+    slice_: Slice,
+    mesh: Mesh,
+    flops: float,
+    tokens: int,
+    offloaded: int = 0,
 ) -> dict[str, Any]:
     limit, peak = int(slice_.chip.usable_gib * GIB), _peak(compiled)
     sizes = {f"{name}_bytes": size_of(tree) for name, tree in step.kinds.items()}
@@ -182,7 +195,7 @@ def _report(
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = collectives(compiled.as_text(), dict(mesh.shape), one_pass="cache" in step.kinds)
     written = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    times = roofline(slice_, mesh, flops, written, moved)
+    times = roofline(slice_, mesh, flops, written, moved, offloaded)
     return report | {
         "temporary_bytes": peak - memory.argument_size_in_bytes - results,
         "result_bytes": results,
@@ -304,5 +317,6 @@ def _times(report: dict[str, Any]) -> list[str]:
         f"a step takes at least {times['overlapped']:.3g} s ({times['bound']}), about"
         f" {times['in_turn']:.3g} s where nothing overlaps: {low:,.0f} to {high:,.0f} tokens/s",
         f"  products {times['compute']:.3g} s, HBM {times['memory']:.3g} s, links"
-        f" {times['network']:.3g} s",
+        f" {times['network']:.3g} s"
+        + (f", the host's memory {times['host']:.3g} s" if times["host"] else ""),
     ]

@@ -1,10 +1,10 @@
 """How long a step takes at least, by what the chips can do.
 
-There are three times: of the matrix products at the peak of the chip; of reading and writing once
-what stays in HBM from step to step; and of the collectives over the links that their devices share.
-A step takes at least the longest of the three, if all of it overlaps, and about their sum where
-nothing does. Real steps are slower: no kernel reaches the peak, and activations and gathered
-weights pass through HBM too.
+There are four times: of the matrix products at the peak of the chip; of reading and writing once
+what stays in HBM from step to step; of the collectives over the links that their devices share; and
+of the way to the host's memory and back. A step takes at least the longest of them, if all of it
+overlaps, and about their sum where nothing does. Real steps are slower: no kernel reaches the peak,
+and activations and gathered weights pass through HBM too.
 """
 
 import math
@@ -26,17 +26,34 @@ ASSUMPTIONS = (
 
 
 def roofline(
-    slice_: Slice, mesh: Mesh, flops: float, in_hbm: int, moved: Sequence[Collective]
+    slice_: Slice,
+    mesh: Mesh,
+    flops: float,
+    in_hbm: int,
+    moved: Sequence[Collective],
+    offloaded: int = 0,
 ) -> dict[str, Any]:
-    """Seconds of a step: {"compute", "memory", "network", "overlapped", "in_turn", "bound"}.
+    """Seconds of a step: {"compute", "memory", "network", "host", "overlapped", "in_turn",
+    "bound"}.
 
-    `flops`: over all devices; `in_hbm`: bytes per device that are read or written.
+    `flops`: over all devices. Bytes per device: `in_hbm` that are read or written; `offloaded` that
+    go to the host's memory and come back.
     """
-    chip = slice_.chip
-    compute = flops / mesh.size / (1e12 * chip.tflops / chip.devices)
-    memory = in_hbm / (1e9 * chip.hbm_gbs / chip.devices)
     network = sum(one.total / bandwidth(slice_, mesh, one.axes) for one in moved)
-    times = {"compute": compute, "memory": memory, "network": network}
+    return seconds(slice_, mesh, flops, in_hbm, network, offloaded)
+
+
+def seconds(
+    slice_: Slice, mesh: Mesh, flops: float, in_hbm: int, network: float, offloaded: int
+) -> dict[str, Any]:
+    """`roofline` where the seconds of the collectives are known."""
+    chip = slice_.chip
+    times = {
+        "compute": flops / mesh.size / (1e12 * chip.tflops / chip.devices),
+        "memory": in_hbm / (1e9 * chip.hbm_gbs / chip.devices),
+        "network": network,
+        "host": 2 * offloaded / (1e9 * chip.host_gbs / chip.devices),
+    }
     return times | {
         "overlapped": max(times.values()),
         "in_turn": sum(times.values()),

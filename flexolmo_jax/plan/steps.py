@@ -39,6 +39,7 @@ from flexolmo_jax.train.step import make_step
 RELEASED = "bfloat16"  # what a published anchor and a merged model are stored in
 # Nothing is gathered: every device reads its own part of every weight.
 DECODING_MESH = MeshConfig(data=1, fsdp=1, tensor=-1, expert=1)
+LAYERS = ("trunk/layers/", "experts/", "expert/")  # where the paths of layers' parameters start
 IS_TRAINED: dict[str, Callable[[str], bool]] = {
     "pair": is_trained_in_a_pair,
     "router": is_trained_in_a_router_run,
@@ -144,17 +145,20 @@ def training_step(
     return Step(make_step(model, run, optimizer, mesh), (state, frozen, batch, number), kinds)
 
 
-def fsdp_minimum(step: Step, dtype: str) -> int:
+def fsdp_minimum(step: Step, dtype: str, *, of_layers: bool = False) -> int:
     """Bytes that each device has to receive for one microbatch, whatever the compiler does.
 
     Every sharded weight is gathered for the forward pass and again for the backward pass (the
     embedding for the forward pass only). Gradients of trained weights are reduced and scattered
-    once. All of it has the dtype of activations.
+    once. All of it has the dtype of activations. `of_layers`: of the layers alone; what lies
+    outside of them may be gathered once for all microbatches.
     """
     total = 0
     for tree, gradients in ((step.kinds["parameters"], 1), (step.kinds["frozen"], 0)):
         for path, a in flatten(tree).items():
             own = math.prod(a.sharding.shard_shape(a.shape))
+            if of_layers and not path.startswith(LAYERS):
+                continue
             of_others = own * (sharding.devices_gathered(a.sharding) - 1)
             gathers = 1 if path == "trunk/embedding" else 2
             total += of_others * (gathers + gradients)

@@ -72,6 +72,11 @@ def _arranged(devices: Sequence[Any], sizes: list[int], slices: int) -> np.ndarr
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
+def platform_of(mesh: Mesh | None) -> str | None:
+    """Of the mesh's devices: "cpu", "gpu" or "tpu". None without a mesh."""
+    return None if mesh is None else mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

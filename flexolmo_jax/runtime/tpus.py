@@ -1,7 +1,9 @@
 """TPU slices: what they are called, and what their chips can do.
 
 Figures per chip are those of Google's pages as read in November 2026:
-docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x.
+docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x. They do not give the rate to the host's
+memory: it is that of Google's "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus), 15
+GB/s a chip, 32 on v6e. Neither names TPU7x: v6e's rate is taken for it.
 """
 
 import difflib
@@ -23,6 +25,7 @@ class Chip:
     usable_gib: float  # by a device's program: the compiler (libtpu 0.0.50) refuses more
     hbm_gbs: float  # 10^9 bytes a second
     ici_gbs: float  # between chips, both directions of all links together
+    host_gbs: float  # to the host's memory, and from it: 10^9 bytes a second
     dcn_gbits: float  # between slices, 10^9 bits a second
     dimensions: int  # of the torus
     wraps_at: int  # a dimension of fewer chips is a line, not a ring
@@ -50,6 +53,7 @@ CHIPS = {
             usable_gib=15.75,
             hbm_gbs=819,
             ici_gbs=400,
+            host_gbs=15,
             dcn_gbits=25,
             dimensions=2,
             wraps_at=16,
@@ -68,6 +72,7 @@ CHIPS = {
             usable_gib=95.73,
             hbm_gbs=2765,
             ici_gbs=1200,
+            host_gbs=15,
             dcn_gbits=50,
             dimensions=3,
             wraps_at=4,
@@ -86,6 +91,7 @@ CHIPS = {
             usable_gib=31.24,
             hbm_gbs=1638,
             ici_gbs=800,
+            host_gbs=32,
             dcn_gbits=100,
             dimensions=2,
             wraps_at=16,
@@ -104,6 +110,7 @@ CHIPS = {
             usable_gib=94.74,
             hbm_gbs=7380,
             ici_gbs=1200,
+            host_gbs=32,
             dcn_gbits=100,
             dimensions=3,
             wraps_at=4,

@@ -8,6 +8,8 @@ logits. Norms, softmax and rotations add a few percent.
 from typing import NamedTuple
 
 from flexolmo_jax.config import ModelConfig, RunConfig
+from flexolmo_jax.kernels.names import ATTENTION, FFN, OUTPUTS, PROJECTIONS
+from flexolmo_jax.model.rematerialisation import KEPT
 
 
 class Flops(NamedTuple):
@@ -31,20 +33,31 @@ def forward_flops(model: ModelConfig, experts: int, context: float) -> tuple[flo
     )
 
 
+def running_experts(run: RunConfig, model: ModelConfig) -> int:
+    """How many experts a token runs through in a training step."""
+    return {"pair": 2, "router": model.n_experts}.get(run.run, model.n_active)
+
+
 def step_flops(run: RunConfig, model: ModelConfig) -> Flops:
     """Of a training step. Every kind of run takes gradients of activations; the kind decides of
     which weights."""
-    running = {"pair": 2, "router": model.n_experts}.get(run.run, model.n_active)
     T = run.data.seq_len
-    attention, experts, head = forward_flops(model, running, T / 2)
+    attention, experts, head = forward_flops(model, running_experts(run, model), T / 2)
     trained = {"pair": experts / 2, "router": 0.0}
     # The attention's scores have no weights: their gradients are those of q, k and v.
     scores = model.n_layers * 2 * 2 * (T / 2) * model.d_head * model.n_heads
     of_weights = trained.get(run.run, attention - scores + experts + head)
     # A gradient of q k or p v is taken with respect to both sides.
     needed = 2 * (attention + experts + head) + scores + of_weights
+    by_name = {
+        ATTENTION: scores,
+        PROJECTIONS: attention - scores,
+        FFN: experts * 2 / 3,
+        OUTPUTS: experts / 3,
+    }
+    kept = KEPT[run.train.remat]
+    recomputed = sum(work for name, work in by_name.items() if name not in kept)
     # The logits and q k are always computed again: neither cross entropy nor attention keeps them.
-    recomputed = {"none": 0.0, "dots": scores, "full": attention + experts}[run.train.remat]
     again = recomputed + head + scores / 2
     tokens = run.data.batch_size * T
     return Flops(tokens * needed, tokens * (needed + again))

@@ -39,7 +39,7 @@ from .optimizer import make_optimizer
 from .profile import Profile
 from .run_directory import claim, describe_run
 from .state import TrainState, abstract_params, abstract_state, first_state
-from .step import make_step
+from .step import check_remat, make_step
 from .watchdog import Watchdog
 
 
@@ -90,6 +90,7 @@ class Trainer:
                 **self._mesh.shape,
             }
             check_microbatch(job.config, self._mesh.shape)
+            check_remat(job.config.train.remat, sharding.platform_of(self._mesh))
             claim(job, out)
             self._optimizer = make_optimizer(job.config.optim, job.config.train.steps)
             self._dispatch = make_step(job.model, job.config, self._optimizer, self._mesh)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flexolmo_jax.config import ModelConfig, RunConfig
+from flexolmo_jax.config import ModelConfig, Remat, RunConfig
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
-from flexolmo_jax.runtime.sharding import over_replicas, replicated
+from flexolmo_jax.runtime.sharding import over_replicas, platform_of, replicated
 from flexolmo_jax.runtime.tpus import step_options
 
 from .losses import Contrast, LossSums, loss_sums, predicts
@@ -27,8 +28,28 @@ Metrics = dict[str, jax.Array]
 Gradient = Callable[[Params, Params, Batch], tuple[Params, LossSums]]
 
 
+# Below, what is offloaded inside of a kernel's own jit is computed again all the same (0.10.2).
+OFFLOADS_FROM = (0, 12)
+
+
 # (state, frozen parameters, batch, step number) -> (state, metrics)
 Step = Callable[[TrainState, Params, Batch, jax.Array | int], tuple[TrainState, Metrics]]
+
+
+def check_remat(remat: Remat, platform: str | None) -> None:
+    """Raises UserError where activations cannot go to the host's memory."""
+    if remat != "offload":
+        return
+    if platform != "tpu":
+        raise UserError(
+            f"train.remat is 'offload', which is for TPUs; got {platform}; keep the same on the"
+            " device with --set train.remat=outputs"
+        )
+    if jax.__version_info__ < OFFLOADS_FROM:
+        raise UserError(
+            f"train.remat is 'offload', which needs jax 0.12; got {jax.__version__}, which would"
+            " run attention again; update jax, or --set train.remat=outputs"
+        )
 
 
 def make_step(
@@ -70,7 +91,7 @@ def make_step(
         params: Any = optax.apply_updates(state.params, updates)
         return TrainState(params, optimizer_state), metrics
 
-    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    platform = platform_of(mesh) or jax.default_backend()
     return jax.jit(step, donate_argnums=0, compiler_options=step_options(platform))
 
 

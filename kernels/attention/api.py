@@ -27,6 +27,7 @@ def attention(
     *,
     segments: Int[Array, "B T"],
     implementation: Implementation | None = None,
+    platform: str | None = None,
 ) -> Float[Array, "B T H C"]:
     """Causal self-attention in which no token attends outside its own segment.
 
@@ -35,12 +36,19 @@ def attention(
     first two are the platforms' own fused kernels, which skip what is above the diagonal. An
     implementation asked for by name is used or fails. The compiler does not partition custom calls:
     on more than one device, call this inside `jax.shard_map`, over batch and heads.
+
+    `platform` ("cpu", "gpu" or "tpu") is the one that the program is for, where that is known.
+    Without it a backward pass keeps what it needs of every platform's implementation: twice the
+    memory.
     """
     if implementation is not None:
         return IMPLEMENTATIONS[implementation](q, k, v, segments)
-    cuda = cudnn.attention if cudnn.accepts(q, k, v, segments) else blocks.attention
+    gpu = cudnn.attention if cudnn.accepts(q, k, v, segments) else blocks.attention
+    if platform is not None:
+        known = {"tpu": pallas_tpu.attention, "gpu": gpu}
+        return known.get(platform, blocks.attention)(q, k, v, segments)
     return jax.lax.platform_dependent(
-        q, k, v, segments, tpu=pallas_tpu.attention, cuda=cuda, default=blocks.attention
+        q, k, v, segments, tpu=pallas_tpu.attention, cuda=gpu, default=blocks.attention
     )
 
 

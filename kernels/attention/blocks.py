@@ -11,8 +11,10 @@ keys up to its end, so most of the products and exponentials above the diagonal 
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from .. import names
 from . import reference
 
 BLOCK = 64  # of 32, 64, 128 and 256, fastest on CPU at T = 256
@@ -65,7 +67,9 @@ def _forward(q, k, v, segments):
         outs.append(out)
         log_zs.append(log_z)
     out = _unsplit(jnp.concatenate(outs, axis=3))[:, : q.shape[1]]
-    return out, (q, k, v, segments, out, jnp.concatenate(log_zs, axis=3))
+    out = checkpoint_name(out, names.ATTENTION)
+    log_z = checkpoint_name(jnp.concatenate(log_zs, axis=3), names.ATTENTION)
+    return out, (q, k, v, segments, out, log_z)
 
 
 def _backward(saved, d_out):

@@ -8,6 +8,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
+from .. import names
+
 LANES = 128  # a block is a multiple of it
 LARGEST_BLOCK = 512
 
@@ -38,7 +40,12 @@ def attention(
         block_kv_dq=block,
     )
     kernel = splash.make_splash_mha(
-        causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        causal,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=names.ATTENTION,
+        interpret=interpret,
     )
 
     # The kernel's declared type also has residuals, which are not asked for: hence Any.

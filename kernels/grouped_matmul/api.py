@@ -15,8 +15,10 @@ import functools
 from typing import Literal, get_args
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from .. import names
 from . import blocks_cpu, grouped, reference
 
 Implementation = Literal["blocks", "ragged_dot", "megablox", "megablox_interpret", "reference"]
@@ -86,6 +88,7 @@ def _forward(x, probabilities, sizes, gate, up, down, implementation):
     out, gated, upped = _by_platform(
         FORWARD, implementation, x, probabilities, sizes, gate, up, down
     )
+    gated, upped = (checkpoint_name(product, names.FFN) for product in (gated, upped))
     return out, (x, probabilities, sizes, gate, up, down, gated, upped)
 
 

@@ -149,6 +149,23 @@ def test_an_implementation_asked_for_by_name_is_used_or_fails():
         attention(q, k, v, segments=segments, implementation="quick")  # type: ignore[arg-type]
 
 
+def test_where_the_platform_is_known_only_its_implementations_arrays_are_kept():
+    """q, k, v, the segments, the output and a logsumexp for each head."""
+    B, T, H, K, C = shape = Shape(2, 128, 4, 2, 128)
+    arrays = problem(shape)
+
+    def kept(platform: str | None) -> int:
+        def attend(q, k, v):
+            return attention(q, k, v, segments=arrays[3], platform=platform)
+
+        pullback = jax.eval_shape(lambda *args: jax.vjp(attend, *args)[1], *arrays[:3])
+        return sum(a.size for a in jax.tree.leaves(pullback))
+
+    least = B * T * (2 * H * C + 2 * K * C + 1 + H)
+    assert kept("cpu") == kept("gpu") == least  # without cuDNN both are blocks
+    assert kept(None) > least + B * T * H * C
+
+
 # --- cudnn ---
 
 

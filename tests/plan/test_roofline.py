@@ -75,6 +75,13 @@ def test_a_step_takes_the_longest_of_three_times_and_at_most_their_sum():
     )
 
 
+def test_what_is_offloaded_goes_to_the_hosts_memory_and_comes_back():
+    where = slice_of("v6e:2x2")
+    times = roofline(where, mesh("v6e:2x2", (1, 4)), 918e12 * 4, 0, [], 32 * 10**9)
+    assert times["host"] == pytest.approx(2) and times["bound"] == "host"
+    assert times["overlapped"] == pytest.approx(2) and times["in_turn"] == pytest.approx(3)
+
+
 def test_bytes_are_summed_by_kind_and_axes_the_most_first():
     entries = by_kind_and_axis(
         [gather(("data",), 1), gather(("fsdp",), 5, 2), gather(("data",), 2)]

@@ -107,6 +107,38 @@ def several_slices_reduce_over_their_network(topology: str) -> str:
     return f"{across / GIB:.2f} GiB a step between slices"
 
 
+SMALL = [
+    word
+    for key in ("model.n_layers=8", "model.d_model=512", "model.d_ffn=1024", "model.n_heads=4")
+    for word in ("--set", key)
+]
+SMALL += ["--set", "model.n_kv_heads=4", "--set", "model.vocab_size=1024"]
+SMALL += ["--set", "data.batch_size=16", "--set", "data.seq_len=2048"]
+
+
+def what_is_offloaded_leaves_the_device(topology: str) -> str:
+    peaks = {}
+    for remat in ("outputs", "offload"):
+        sets = (*SMALL, "--set", "train.accumulate=2", "--set", f"train.remat={remat}")
+        status, report = plan("configs/7b/anchor.yaml", "--topology", topology, *sets)
+        assert status == 0 and (report["seconds"]["host"] > 0) == (remat == "offload"), report
+        peaks[remat] = report["peak_bytes"]
+    assert peaks["offload"] < peaks["outputs"], peaks
+    return f"{peaks['offload'] / GIB:.2f} instead of {peaks['outputs'] / GIB:.2f} GiB"
+
+
+def the_fastest_that_fits_is_planned(topology: str) -> str:
+    status, report = plan("configs/7b/anchor.yaml", "--topology", topology, "--tune", *SMALL)
+    tune, chosen = report["tune"], report["program"]["train"]
+    assert status == 0 and tune["set"] == [
+        f"train.{key}={chosen[key]}" for key in ("remat", "accumulate")
+    ], tune
+    # There is room for all of it: nothing is multiplied again.
+    assert chosen["remat"] == "dots" and chosen["accumulate"] == 1, tune
+    assert len(tune["tried"]) < len(tune["left_out"]), tune
+    return f"{' '.join(tune['set'])}, {len(tune['tried'])} compiled"
+
+
 CHECKS = [
     *(
         (a_pair_reduces_gradients_of_its_expert_alone, topology)
@@ -114,6 +146,8 @@ CHECKS = [
     ),
     (what_does_not_fit_is_refused_with_its_sizes, "v5e:2x2"),
     (a_decoding_step_gathers_no_weights, "v6e:2x4"),
+    (what_is_offloaded_leaves_the_device, "v5p:2x2x1"),
+    (the_fastest_that_fits_is_planned, "v5p:2x2x1"),
     (several_slices_reduce_over_their_network, "v5e:2x4"),
 ]
 
