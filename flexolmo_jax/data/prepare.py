@@ -32,6 +32,7 @@ from flexolmo_jax.data.records import (
     sha256_of,
 )
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack, shards_of
+from flexolmo_jax.data.spread import spread
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
@@ -43,7 +44,7 @@ from flexolmo_jax.storage.outputs import UNFINISHED, is_whole
 from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of
 
 
-def prepare(
+def prepare(  # noqa: PLR0913 - the verb's options
     inputs: Sequence[Path],
     tokenizer: Tokenizer,
     seq_len: int,
@@ -51,6 +52,7 @@ def prepare(
     *,
     heldout: float = HELDOUT,
     workers: int | None = None,
+    ray: str | None = None,
 ) -> Index:
     """Tokenizes and packs documents into the new directory `out`; returns its index.
 
@@ -60,6 +62,8 @@ def prepare(
         heldout: the share of documents that are kept for evaluation; a small corpus may have none.
         workers: threads that tokenize (the tokenizer releases Python's lock); by default one for
             each core.
+        ray: the address of a Ray cluster to spread the work over, as `connected` takes it; None is
+            this process alone. The files are the same.
 
     Raises:
         UserError: there are no documents or they cannot be read; `out` is not new or empty, or
@@ -77,8 +81,11 @@ def prepare(
     with new_directory(out) as directory:
         tokenizer.save(directory)
         with bar(f"prepare {name}", total, in_bytes=True) as advance:
-            how = {"workers": workers or _cores(), "advance": advance}
-            packed = _pack_here(shards, heldout, directory, tokenizer, seq_len, how)
+            if ray is None:
+                how = {"workers": workers or _cores(), "advance": advance}
+                packed = _pack_here(shards, heldout, directory, tokenizer, seq_len, how)
+            else:
+                packed = spread(shards, heldout, directory, seq_len, address=ray, advance=advance)
         if not any(split.records for split in packed.splits.values()):
             raise UserError(
                 f"no text in {', '.join(map(str, files))}: expected documents that are not empty"

@@ -100,7 +100,7 @@ def pack(
         for writer in writers.values():
             writer.cut()
         inputs += [InputFile(file.name, size_of(file), sha256_of(file)) for file in shard.files]
-    splits = {split: writers[split].finish() for split in SPLITS}
+    splits: dict[Split, SplitIndex] = {split: writers[split].finish() for split in SPLITS}
     return Packed(splits, inputs, documents.duplicates, documents.empty)
 
 

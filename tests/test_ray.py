@@ -1,0 +1,243 @@
+"""Work on a Ray cluster gives the bytes of one process: with any number of workers, and when one
+is killed.
+
+The cluster is this machine, several times. Nothing of it listens to other machines.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+os.environ |= {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray listens to this machine only
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_num_workers_soft_limit": "12",  # processes take seconds to start: idle ones are kept
+}
+ray = pytest.importorskip("ray")
+psutil = pytest.importorskip("psutil")
+
+from ray.cluster_utils import Cluster  # noqa: E402
+
+from flexolmo_jax.data import shards, spread  # noqa: E402
+from flexolmo_jax.data.prepare import prepare  # noqa: E402
+from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
+from flexolmo_jax.errors import UserError  # noqa: E402
+from flexolmo_jax.runtime import cluster as runtime_cluster  # noqa: E402
+from tests.tiny import WORDS, documents, write_jsonl  # noqa: E402
+
+SEQ_LEN = 64
+COMMAND = """
+from flexolmo_jax.data import shards
+from flexolmo_jax.cli import main
+shards.SHARD = 1
+raise SystemExit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without workers, and a node with one; tests may add more."""
+    head = {"num_cpus": 0, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    made.add_node(num_cpus=1)
+    ray.init(made.address, log_to_driver=False, logging_level=logging.CRITICAL)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+    left = [one.name() for one in psutil.Process().children(recursive=True)]
+    assert not [name for name in left if "ray" in name or "gcs" in name]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> list[Path]:
+    """Eight files of documents. Some are empty; some are again in the same or in later files."""
+    folder = tmp_path_factory.mktemp("many")
+    files = []
+    for number, domain in enumerate([*WORDS] * 2):
+        texts = documents(domain, 120, seed=number)
+        texts += [texts[3], "", *documents("public", 20, seed=number % 3)]
+        files.append(write_jsonl(folder / f"{number}.jsonl", texts))
+    return files
+
+
+@pytest.fixture(scope="module")
+def some_tokenizer(tmp_path_factory, many) -> Tokenizer:
+    return train_tokenizer(many[:1], 320, tmp_path_factory.mktemp("tokenizer") / "t.json")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, many, some_tokenizer):
+    """What one process prepares of them, a file a shard."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", 1)
+        out = tmp_path_factory.mktemp("alone") / "out"
+        index = prepare(many, some_tokenizer, SEQ_LEN, out, heldout=0.2)
+    assert index.duplicates_removed > 50
+    return out
+
+
+@pytest.fixture(autouse=True)
+def a_file_a_shard(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 1)
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def has_workers(cluster, number: int) -> None:
+    while ray.cluster_resources().get("CPU", 0) < number:
+        cluster.add_node(num_cpus=min(3, number - int(ray.cluster_resources().get("CPU", 0))))
+
+
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_cluster_prepares_the_bytes_of_one_process(
+    cluster, tmp_path, many, some_tokenizer, alone, workers
+):
+    has_workers(cluster, workers)
+    prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", heldout=0.2, ray=cluster.address)
+    assert files_of(tmp_path / "out") == files_of(alone)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_worker_changes_no_byte(cluster, tmp_path, many, some_tokenizer, alone):
+    has_workers(cluster, 2)
+    lost = next(iter(cluster.worker_nodes))
+    killed = threading.Event()
+
+    def kill() -> None:
+        while len(shards_in(tmp_path)) < 3:
+            time.sleep(0.01)
+        cluster.remove_node(lost, allow_graceful=False)
+        killed.set()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", heldout=0.2, ray=cluster.address)
+    was_midway = killed.is_set()
+    killer.join(60)
+    assert files_of(tmp_path / "out") == files_of(alone)
+    assert was_midway
+
+
+def shards_in(folder: Path) -> list[Path]:
+    return list(folder.glob(".out.*.tmp/content/shards/*"))
+
+
+@contextlib.contextmanager
+def command(*arguments: object):
+    """The command `flexolmo` with a file a shard, in a process of its own."""
+    words = [sys.executable, "-c", COMMAND, *map(str, arguments)]
+    with subprocess.Popen(words, stdout=-1, stderr=-1, text=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_nothing_that_looks_complete(
+    cluster, tmp_path, many, some_tokenizer, alone
+):
+    some_tokenizer.save(tmp_path / "t.json")
+    how = ["--tokenizer", tmp_path / "t.json", "--seq-len", SEQ_LEN, "--heldout", 0.2]
+    out = tmp_path / "out"
+    prepare_it = ["data", "prepare", "--input", *many, *how, "--out", out]
+    with command(*prepare_it, "--ray", cluster.address) as process:
+        while process.poll() is None and not shards_in(tmp_path):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists()
+    with command(*prepare_it, "--ray", cluster.address, "--json") as process:
+        told, complaint = process.communicate(timeout=120)
+    assert process.returncode == 0, complaint
+    assert json.loads(told)["duplicates_removed"] > 50
+    assert files_of(out) == files_of(alone)
+
+
+def test_a_worker_tells_a_mistake_in_a_document_in_one_line(cluster, tmp_path, some_tokenizer):
+    bad = write_jsonl(tmp_path / "bad.jsonl", ["one", "two"])
+    bad.write_text(bad.read_text() + "{oops\n")
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 3: not JSON") as caught:
+        prepare([bad], some_tokenizer, SEQ_LEN, tmp_path / "out", ray=cluster.address)
+    assert type(caught.value) is UserError
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_path_that_a_worker_does_not_see_is_named(
+    cluster, tmp_path, many, some_tokenizer, monkeypatch
+):
+    monkeypatch.setattr(spread, "_absolute", lambda path: f"/elsewhere{path}")
+    with pytest.raises(UserError, match=r"the worker .* does not see /elsewhere/.* share"):
+        prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", ray=cluster.address)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_with_another_version_is_refused(
+    cluster, tmp_path, many, some_tokenizer, monkeypatch
+):
+    other = runtime_cluster.versions() | {"flexolmo-jax": "0123"}
+    monkeypatch.setattr(runtime_cluster, "versions", lambda: other)
+    with pytest.raises(UserError, match=r"the worker .* has flexolmo-jax \w+, the command 0123"):
+        prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", ray=cluster.address)
+
+
+def test_a_worker_without_the_package_is_refused(
+    cluster, tmp_path, many, some_tokenizer, monkeypatch
+):
+    monkeypatch.setattr(spread, "_HERE", "flexolmo_jax.data.missing")
+    with pytest.raises(UserError, match=r"a worker lacks a package .*missing.* on all machines"):
+        prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", ray=cluster.address)
+
+
+@pytest.mark.parametrize(
+    ("address", "complaint"),
+    [
+        ("127.0.0.1:{closed}", "no Ray cluster answers at 127.0.0.1:"),
+        ("nowhere", "got the Ray cluster 'nowhere', expected host:port or auto"),
+        ("127.0.0.1:123456", "no Ray cluster answers at 127.0.0.1:123456"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_a_mistake_told_in_one_line(
+    tmp_path, many, some_tokenizer, address, complaint
+):
+    some_tokenizer.save(tmp_path / "t.json")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = address.format(closed=taken.getsockname()[1])
+        how = ["--tokenizer", tmp_path / "t.json", "--seq-len", SEQ_LEN, "--ray", address]
+        with command(
+            "data", "prepare", "--input", many[0], *how, "--out", tmp_path / "out"
+        ) as process:
+            _, told = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert told.startswith(f"flexolmo: {complaint}")
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_ray_the_extra_is_named(tmp_path, many, some_tokenizer, monkeypatch):
+    monkeypatch.setattr(runtime_cluster.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'flexolmo-jax\[ray\]'"):
+        prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", ray="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_the_cluster_listens_to_other_machines(cluster):
+    def addresses(process) -> list[str]:
+        each = process.net_connections("inet")
+        return [one.laddr.ip for one in each if one.status == psutil.CONN_LISTEN]
+
+    own = psutil.Process().children(recursive=True)
+    found = [ip for process in own for ip in addresses(process)]
+    assert len(found) > 5
+    assert {ip.removeprefix("::ffff:") for ip in found} == {"127.0.0.1"}
