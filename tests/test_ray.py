@@ -28,10 +28,11 @@ psutil = pytest.importorskip("psutil")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from flexolmo_jax.data import shards, spread  # noqa: E402
+from flexolmo_jax.data import over_shards, shards, spread  # noqa: E402
 from flexolmo_jax.data.prepare import prepare  # noqa: E402
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
+from flexolmo_jax.exchange.anchor import embed_domain  # noqa: E402
 from flexolmo_jax.runtime import cluster as runtime_cluster  # noqa: E402
 from tests.tiny import WORDS, documents, write_jsonl  # noqa: E402
 
@@ -130,6 +131,15 @@ def test_a_killed_worker_changes_no_byte(cluster, tmp_path, many, some_tokenizer
     assert was_midway
 
 
+def test_a_cluster_embeds_a_domain_as_one_process_does(cluster, tmp_path, many, anchor):
+    has_workers(cluster, 2)
+    # more documents than an embedding is of
+    more = [write_jsonl(tmp_path / f"{n}.jsonl", documents("law", 600, seed=n)) for n in (8, 9)]
+    embed_domain(anchor, [*many, *more], tmp_path / "one.npy")
+    embed_domain(anchor, [*many, *more], tmp_path / "ray.npy", ray=cluster.address)
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "ray.npy").read_bytes()
+
+
 def shards_in(folder: Path) -> list[Path]:
     return list(folder.glob(".out.*.tmp/content/shards/*"))
 
@@ -176,7 +186,7 @@ def test_a_worker_tells_a_mistake_in_a_document_in_one_line(cluster, tmp_path, s
 def test_a_path_that_a_worker_does_not_see_is_named(
     cluster, tmp_path, many, some_tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(spread, "_absolute", lambda path: f"/elsewhere{path}")
+    monkeypatch.setattr(over_shards, "everywhere", lambda path: f"/elsewhere{path}")
     with pytest.raises(UserError, match=r"the worker .* does not see /elsewhere/.* share"):
         prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", ray=cluster.address)
     assert not list(tmp_path.iterdir())

@@ -22,20 +22,19 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.data.documents import digest_of, read_documents
+from flexolmo_jax.data.over_shards import Columns, Files, everywhere, files_of, mapped, seen
 from flexolmo_jax.data.records import SPLITS, InputFile, SplitIndex
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack
 from flexolmo_jax.data.split_writer import join_records
 from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.runtime.cluster import connected, on_workers, shared_path_error
 from flexolmo_jax.storage.files import discard, make_folder
-from flexolmo_jax.storage.paths import in_bucket, path_of
+from flexolmo_jax.storage.paths import path_of
 
 PARTITIONS = 200  # of the digests at most; a partition of a billion documents has 240 MB
 ROWS = 1 << 16  # digests that a worker holds before it hands them on
 _HERE = "flexolmo_jax.data.spread"
 _WORDS = ("a", "b", "c", "d")  # a digest as four numbers of 64 bits
-
-Columns = dict[str, np.ndarray]
 
 
 def spread(
@@ -72,22 +71,14 @@ def spread(
 
 def _dataset(shards: Sequence[Shard], heldout: float, directory: Path, seq_len: int) -> Any:
     """The rows {"shard": number, "packed": what `write_shard` says}, in any order."""
-    import ray.data
-
-    files = {shard.number: [_absolute(file) for file in shard.files] for shard in shards}
-    numbers = ray.data.from_items([{"shard": n} for n in files], override_num_blocks=len(files))
-    partitions = min(len(shards), PARTITIONS)
-    digests = numbers.map_batches(
-        on_workers(_HERE, "read_digests"),
-        batch_size=1,
-        fn_kwargs={"files": files, "partitions": partitions},
-    )
+    files, partitions = files_of(shards), min(len(shards), PARTITIONS)
+    digests = mapped(shards, on_workers(_HERE, "read_digests"), files=files, partitions=partitions)
     duplicates = digests.groupby("partition", partitions).map_groups(
         on_workers(_HERE, "find_duplicates")
     )
     # a row of each shard, so that those without duplicates are there too
-    all_of_them = numbers.map_batches(on_workers(_HERE, "no_duplicate"))
-    how = {"files": files, "directory": _absolute(directory), "heldout": heldout}
+    all_of_them = mapped(shards, on_workers(_HERE, "no_duplicate"))
+    how = {"files": files, "directory": everywhere(directory), "heldout": heldout}
     return (
         duplicates.union(all_of_them)
         .groupby("shard", len(shards))
@@ -98,10 +89,10 @@ def _dataset(shards: Sequence[Shard], heldout: float, directory: Path, seq_len: 
 # ---- on workers ----
 
 
-def read_digests(batch: Columns, files: dict[int, list[str]], partitions: int) -> Iterator[Columns]:
+def read_digests(batch: Columns, files: Files, partitions: int) -> Iterator[Columns]:
     """The digests of a shard's documents that are not empty, each with its place and partition."""
     for shard in batch["shard"].tolist():
-        texts = (text for file in _seen(files[shard]) for text in read_documents(file) if text)
+        texts = (text for file in seen(files[shard]) for text in read_documents(file) if text)
         for first in itertools.count(step=ROWS):
             digests = b"".join(map(digest_of, itertools.islice(texts, ROWS)))
             words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 4)
@@ -130,13 +121,13 @@ def no_duplicate(batch: Columns) -> Columns:
 
 
 def write_shard(
-    duplicates: Columns, files: dict[int, list[str]], directory: str, heldout: float, seq_len: int
+    duplicates: Columns, files: Files, directory: str, heldout: float, seq_len: int
 ) -> Columns:
     """Writes the records of a shard, given its duplicates' places, into a new folder."""
     number, place = int(duplicates["shard"][0]), path_of(directory)
     again, row = set(duplicates["row"].tolist()), itertools.count()
     documents = Documents(heldout, lambda _: next(row) not in again)
-    shard = Shard(number, _seen(files[number]), 0)
+    shard = Shard(number, seen(files[number]), 0)
     tokenizer = _tokenizer(place)
     folder = place / "shards" / f"{number:05}-{uuid.uuid4().hex[:8]}"
     make_folder(folder)
@@ -153,19 +144,6 @@ def _tokenizer(directory: Path) -> Tokenizer:
     if not (directory / TOKENIZER_FILE).exists():
         raise shared_path_error(directory)
     return Tokenizer.load(directory)
-
-
-def _seen(files: Sequence[str]) -> list[Path]:
-    """The paths. Raises UserError where this worker does not see one."""
-    paths = [path_of(file) for file in files]
-    for path in paths:
-        if not path.exists():
-            raise shared_path_error(path)
-    return paths
-
-
-def _absolute(path: Path) -> str:
-    return str(path if in_bucket(path) else path.absolute())
 
 
 def _sum(parts: Sequence[dict[str, Any]], seq_len: int) -> SplitIndex:
