@@ -32,7 +32,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.runtime.cluster import ALONE
 
 SEQ_LEN = 4096
-FILES, DOCUMENTS = 16, 8000  # of each file
+FILES, DOCUMENTS = 16, 2000  # of each file
 DIGESTS = 12_000_000
 CASES = ("process 1", "process 2", "ray 1", "ray 2", "digests table", "digests set")
 

@@ -26,17 +26,31 @@ os.environ |= {
 ray = pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
-from ray.cluster_utils import Cluster  # noqa: E402
-
 from flexolmo_jax.data import over_shards, shards, spread  # noqa: E402
 from flexolmo_jax.data.prepare import prepare  # noqa: E402
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
 from flexolmo_jax.exchange.anchor import embed_domain  # noqa: E402
+from flexolmo_jax.owner.proxy import select_proxies  # noqa: E402
 from flexolmo_jax.runtime import cluster as runtime_cluster  # noqa: E402
 from tests.tiny import WORDS, documents, write_jsonl  # noqa: E402
 
 SEQ_LEN = 64
+# a process of its own makes the nodes: Ray forks, which does not go with JAX's threads
+NODES = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1)]
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    if cpus := int(line):
+        nodes.append(cluster.add_node(num_cpus=cpus))
+    else:
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+    print(cpus, flush=True)
+cluster.shutdown()
+"""
 COMMAND = """
 from flexolmo_jax.data import shards
 from flexolmo_jax.cli import main
@@ -45,18 +59,45 @@ raise SystemExit(main())
 """
 
 
+class Cluster:
+    """A head without workers, and a node with one; there may be more."""
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self._process = process
+        self.address = self._said()
+
+    def add(self, workers: int) -> None:
+        self._say(workers)
+
+    def kill(self) -> None:
+        """Kills the newest node."""
+        self._say(0)
+
+    def _say(self, number: int) -> None:
+        assert self._process.stdin
+        print(number, file=self._process.stdin, flush=True)
+        assert self._said() == str(number)
+
+    def _said(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline().strip()
+
+    @property
+    def processes(self) -> list:
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+
 @pytest.fixture(scope="module")
 def cluster():
-    """A head without workers, and a node with one; tests may add more."""
-    head = {"num_cpus": 0, "include_dashboard": False}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    made.add_node(num_cpus=1)
-    ray.init(made.address, log_to_driver=False, logging_level=logging.CRITICAL)
-    yield made
-    ray.shutdown()
-    made.shutdown()
-    left = [one.name() for one in psutil.Process().children(recursive=True)]
-    assert not [name for name in left if "ray" in name or "gcs" in name]
+    command = [sys.executable, "-c", NODES]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, text=True) as process:
+        made = Cluster(process)
+        ray.init(made.address, log_to_driver=False, logging_level=logging.CRITICAL)
+        yield made
+        ray.shutdown()
+        own = made.processes
+    assert len(own) > 5
+    assert not psutil.wait_procs(own, timeout=10).alive  # no process is left behind
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +138,8 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 def has_workers(cluster, number: int) -> None:
-    while ray.cluster_resources().get("CPU", 0) < number:
-        cluster.add_node(num_cpus=min(3, number - int(ray.cluster_resources().get("CPU", 0))))
+    while (found := int(ray.cluster_resources().get("CPU", 0))) < number:
+        cluster.add(min(3, number - found))
 
 
 @pytest.mark.parametrize("workers", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
@@ -113,13 +154,12 @@ def test_a_cluster_prepares_the_bytes_of_one_process(
 
 def test_a_killed_worker_changes_no_byte(cluster, tmp_path, many, some_tokenizer, alone):
     has_workers(cluster, 2)
-    lost = next(iter(cluster.worker_nodes))
     killed = threading.Event()
 
     def kill() -> None:
         while len(shards_in(tmp_path)) < 3:
             time.sleep(0.01)
-        cluster.remove_node(lost, allow_graceful=False)
+        cluster.kill()
         killed.set()
 
     killer = threading.Thread(target=kill, daemon=True)
@@ -138,6 +178,40 @@ def test_a_cluster_embeds_a_domain_as_one_process_does(cluster, tmp_path, many, 
     embed_domain(anchor, [*many, *more], tmp_path / "one.npy")
     embed_domain(anchor, [*many, *more], tmp_path / "ray.npy", ray=cluster.address)
     assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "ray.npy").read_bytes()
+
+
+@pytest.mark.parametrize("diversity", [1, 3])
+def test_a_cluster_chooses_the_proxies_of_one_process(cluster, tmp_path, anchor, diversity):
+    has_workers(cluster, 2)
+    parts = {
+        name: [write_jsonl(tmp_path / f"{name}-{n}.jsonl", texts) for n, texts in enumerate(parts)]
+        for name, parts in private_and_public().items()
+    }
+    chosen = [
+        select_proxies(
+            anchor,
+            parts["private"],
+            parts["public"],
+            tmp_path / f"{name}.jsonl",
+            share=0.1,
+            diversity=diversity,
+            ray=ray,
+        )
+        for name, ray in (("one", None), ("ray", cluster.address))
+    ]
+    assert chosen[0] == chosen[1]
+    assert chosen[0].documents > 20
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "ray.jsonl").read_bytes()
+
+
+def private_and_public() -> dict[str, list[list[str]]]:
+    """Files of documents; some are there several times, on one side or on both, or are blank."""
+    own, public = documents("law", 90), documents("public", 200)
+    near = documents("law", 120, seed=5)
+    return {
+        "private": [own[:50], [*own[40:], " ", *near[:9]]],
+        "public": [[*public[:110], *near[:70], ""], [*public[90:], *near[60:], *near[:5]]],
+    }
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -247,7 +321,6 @@ def test_nothing_of_the_cluster_listens_to_other_machines(cluster):
         each = process.net_connections("inet")
         return [one.laddr.ip for one in each if one.status == psutil.CONN_LISTEN]
 
-    own = psutil.Process().children(recursive=True)
-    found = [ip for process in own for ip in addresses(process)]
+    found = [ip for process in cluster.processes for ip in addresses(process)]
     assert len(found) > 5
     assert {ip.removeprefix("::ffff:") for ip in found} == {"127.0.0.1"}

@@ -201,6 +201,7 @@ def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
     ),
     HELDOUT,
     option("--out", required=True, type=path_of, help="a new .jsonl"),
+    RAY,
 )
 def _proxy(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.owner.proxy import select_proxies
@@ -214,5 +215,6 @@ def _proxy(args: argparse.Namespace) -> dict[str, Any]:
         diversity=args.diversity,
         heldout=args.heldout,
         allow_hub=args.allow_hub_embedder,
+        ray=args.ray,
     )
     return {"out": str(args.out), **proxies._asdict(), "share": proxies.share}

@@ -25,9 +25,14 @@ def over_shards(
     paths: Iterable[Path], call: Callable[..., Any], **how: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows that workers give, those of a shard in order, shards in any order."""
-    files = [file for path in paths for file in document_files(path)]
-    shards = shards_of(files, [size_of(file) for file in files])
+    shards = shards_in(paths)
     yield from mapped(shards, call, files=files_of(shards), **how).iter_rows()
+
+
+def shards_in(paths: Iterable[Path]) -> list[Shard]:
+    """The shards of all documents in files and directories. Raises UserError."""
+    files = [file for path in paths for file in document_files(path)]
+    return shards_of(files, [size_of(file) for file in files])
 
 
 def mapped(shards: Sequence[Shard], call: Callable[..., Any], **how: Any) -> Any:
