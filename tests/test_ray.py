@@ -97,7 +97,7 @@ def cluster():
         ray.shutdown()
         own = made.processes
     assert len(own) > 5
-    assert not psutil.wait_procs(own, timeout=10).alive  # no process is left behind
+    assert psutil.wait_procs(own, timeout=10)[1] == []  # no process is left behind
 
 
 @pytest.fixture(scope="module")
