@@ -247,6 +247,28 @@ def test_a_killed_command_leaves_nothing_that_looks_complete(
     assert files_of(out) == files_of(alone)
 
 
+@pytest.mark.slow
+def test_a_command_makes_a_cluster_of_its_own_and_says_no_more_than_without(
+    tmp_path, many, some_tokenizer, alone
+):
+    some_tokenizer.save(tmp_path / "t.json")
+    bad = write_jsonl(tmp_path / "bad.jsonl", ["one", "two"])
+    bad.write_text(bad.read_text() + "{oops\n")
+    how = ["--tokenizer", tmp_path / "t.json", "--seq-len", SEQ_LEN, "--heldout", 0.2, "--json"]
+    prepare_them = ["data", "prepare", *how, "--out", tmp_path / "out", "--ray"]
+    with command(*prepare_them, "--input", bad) as process:
+        told, complaint = process.communicate(timeout=120)
+    assert (process.returncode, told) == (2, "")
+    assert complaint.startswith(f"flexolmo: {bad}, line 3: not JSON")
+    assert complaint.count("\n") == 1
+    with command(*prepare_them, "--input", *many) as process:
+        told, complaint = process.communicate(timeout=120)
+    assert process.returncode == 0, complaint
+    assert told.count("\n") == 1
+    assert all(line.startswith("prepare out: ") for line in complaint.splitlines())
+    assert files_of(tmp_path / "out") == files_of(alone)
+
+
 def test_a_worker_tells_a_mistake_in_a_document_in_one_line(cluster, tmp_path, some_tokenizer):
     bad = write_jsonl(tmp_path / "bad.jsonl", ["one", "two"])
     bad.write_text(bad.read_text() + "{oops\n")

@@ -1,9 +1,9 @@
 """Preparing documents on a Ray cluster: the same files as in one process.
 
-    shards -> digests of their documents            a task a shard
-           -> by digest: all but the first are duplicates    a hash-partitioned shuffle
-           -> by shard: packed records in files of its own   a task a shard
-           -> one after another, one file a split
+    a task a shard:              the digests of its documents
+    a hash-partitioned shuffle:  of equal digests, all but the first are duplicates
+    a task a shard:              packed records, in files of its own
+    the command:                 one file a split, the shards one after another
 
 The first of some equal documents is the one that comes first in the order of files and lines.
 Which worker does what, and when, changes nothing. Each attempt at a shard writes into a folder of
@@ -31,7 +31,7 @@ from flexolmo_jax.runtime.cluster import connected, on_workers, shared_path_erro
 from flexolmo_jax.storage.files import discard, make_folder
 from flexolmo_jax.storage.paths import path_of
 
-PARTITIONS = 200  # of the digests at most; a partition of a billion documents has 240 MB
+PARTITIONS = 200  # of the digests at most; a partition of a billion documents has 280 MB
 ROWS = 1 << 16  # digests that a worker holds before it hands them on
 _HERE = "flexolmo_jax.data.spread"
 _WORDS = ("a", "b", "c", "d")  # a digest as four numbers of 64 bits
