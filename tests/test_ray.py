@@ -102,14 +102,15 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> list[Path]:
-    """Eight files of documents. Some are empty; some are again in the same or in later files."""
+    """Files of documents. Some are empty; some are again in the same or in later files. One file
+    has nothing but documents of its own."""
     folder = tmp_path_factory.mktemp("many")
     files = []
     for number, domain in enumerate([*WORDS] * 2):
         texts = documents(domain, 120, seed=number)
         texts += [texts[3], "", *documents("public", 20, seed=number % 3)]
         files.append(write_jsonl(folder / f"{number}.jsonl", texts))
-    return files
+    return [*files, write_jsonl(folder / "own.jsonl", [f"own {n}" for n in range(50)])]
 
 
 @pytest.fixture(scope="module")
