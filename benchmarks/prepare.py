@@ -34,7 +34,7 @@ from flexolmo_jax.runtime.cluster import ALONE
 SEQ_LEN = 4096
 FILES, DOCUMENTS = 16, 1000  # of each file
 TURNS = 1  # of which the best counts
-DIGESTS = 9_000_000
+DIGESTS = 8_000_000
 CASES = ("process 1", "process 2", "ray 1", "ray 2", "digests table", "digests set")
 
 
