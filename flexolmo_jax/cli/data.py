@@ -5,7 +5,7 @@ from typing import Any
 
 from flexolmo_jax.storage.paths import path_of
 
-from .options import HELDOUT, OUT, finite, local, positive
+from .options import HELDOUT, OUT, RAY, finite, local, positive
 from .verbs import option, verb
 
 
@@ -47,6 +47,7 @@ def _data_fetch(args: argparse.Namespace) -> dict[str, Any]:
     OUT,
     HELDOUT,
     option("--workers", type=positive, help="default: one a core"),
+    RAY,
 )
 def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
     import dataclasses
@@ -55,7 +56,7 @@ def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(args.tokenizer)
-    how = {"heldout": args.heldout, "workers": args.workers}
+    how = {"heldout": args.heldout, "workers": args.workers, "ray": args.ray}
     index = prepare(args.input, tokenizer, args.seq_len, args.out, **how)
     splits = {split: dataclasses.asdict(stats) for split, stats in index.splits.items()}
     return {"out": str(args.out), **splits, "duplicates_removed": index.duplicates_removed}

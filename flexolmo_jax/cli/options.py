@@ -96,6 +96,14 @@ HELDOUT = option(
     default=0.05,
     help="share of documents that is for evaluation only (default 0.05)",
 )
+RAY = option(
+    "--ray",
+    nargs="?",
+    const="",
+    metavar="ADDRESS",
+    help="spread the work over a Ray cluster: host:port, or auto for one that runs here "
+    "(default ADDRESS: $RAY_ADDRESS, or a new one of this machine)",
+)
 SET = option(
     "--set",
     action="append",

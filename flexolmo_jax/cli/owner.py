@@ -6,7 +6,18 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import path_of
 
-from .options import ALLOW_HUB, ANCHOR, CHECKPOINT, HELDOUT, OUT, SET, SIGN_KEY, positive, secret
+from .options import (
+    ALLOW_HUB,
+    ANCHOR,
+    CHECKPOINT,
+    HELDOUT,
+    OUT,
+    RAY,
+    SET,
+    SIGN_KEY,
+    positive,
+    secret,
+)
 from .verbs import option, verb
 
 
@@ -150,11 +161,13 @@ def _screen(args: argparse.Namespace) -> dict[str, Any]:
     option("--input", nargs="+", required=True, type=path_of),
     ALLOW_HUB,
     OUT,
+    RAY,
 )
 def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.exchange.anchor import embed_domain
 
-    row = embed_domain(args.anchor, args.input, args.out, allow_hub=args.allow_hub_embedder)
+    how = {"allow_hub": args.allow_hub_embedder, "ray": args.ray}
+    row = embed_domain(args.anchor, args.input, args.out, **how)
     return {"out": str(args.out), "dim": len(row), "norm": float((row**2).sum() ** 0.5)}
 
 
@@ -188,6 +201,7 @@ def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
     ),
     HELDOUT,
     option("--out", required=True, type=path_of, help="a new .jsonl"),
+    RAY,
 )
 def _proxy(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.owner.proxy import select_proxies
@@ -201,5 +215,6 @@ def _proxy(args: argparse.Namespace) -> dict[str, Any]:
         diversity=args.diversity,
         heldout=args.heldout,
         allow_hub=args.allow_hub_embedder,
+        ray=args.ray,
     )
     return {"out": str(args.out), **proxies._asdict(), "share": proxies.share}

@@ -3,44 +3,36 @@
 Documents are read one by one. Empty ones and exact duplicates (SHA-256 of the text) are dropped.
 The digest alone decides whether a document is held out, so it is on the same side in every corpus.
 Tokens and EOS are packed into records (data/packing.py), which are written as soon as they are
-complete. Memory holds the digests, the open records and a few chunks of text, never the corpus. The
-files depend on the documents, their order and the arguments, never on the number of workers.
+complete. Memory holds some digests (data/digests.py), the open records and a few chunks of text,
+never the corpus. The files depend on the documents, their order and the arguments, never on the
+number of workers.
 """
 
-import contextlib
 import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from flexolmo_jax.config import LARGEST
+from flexolmo_jax.data.digests import open_digests
 from flexolmo_jax.data.documents import (
     HELDOUT,
     INDEX_FILE,
-    digest_of,
     document_files,
     has_documents,
-    is_heldout,
     name_of,
-    read_documents,
 )
 from flexolmo_jax.data.records import (
     FORMAT,
     INPUTS,
-    SPLITS,
     Index,
-    InputFile,
     Split,
-    SplitIndex,
     open_records,
     sha256_of,
-    token_dtype,
 )
-from flexolmo_jax.data.split_writer import SplitWriter
+from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack, shards_of
+from flexolmo_jax.data.spread import spread
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
@@ -51,12 +43,8 @@ from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import UNFINISHED, is_whole
 from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of
 
-_CHUNK_CHARACTERS = 1 << 18
 
-Chunk = list[tuple[Split, str]]
-
-
-def prepare(
+def prepare(  # noqa: PLR0913 - the verb's options
     inputs: Sequence[Path],
     tokenizer: Tokenizer,
     seq_len: int,
@@ -64,6 +52,7 @@ def prepare(
     *,
     heldout: float = HELDOUT,
     workers: int | None = None,
+    ray: str | None = None,
 ) -> Index:
     """Tokenizes and packs documents into the new directory `out`; returns its index.
 
@@ -73,6 +62,8 @@ def prepare(
         heldout: the share of documents that are kept for evaluation; a small corpus may have none.
         workers: threads that tokenize (the tokenizer releases Python's lock); by default one for
             each core.
+        ray: the address of a Ray cluster to spread the work over, as `connected` takes it; None is
+            this process alone. The files are the same.
 
     Raises:
         UserError: there are no documents or they cannot be read; `out` is not new or empty, or
@@ -84,18 +75,24 @@ def prepare(
         )
     if not 0 <= heldout < 1:
         raise UserError(f"got a held-out share of {heldout}, expected 0 or more and less than 1")
-    files = [file for path in inputs for file in document_files(path)]
-    if not files:
-        raise UserError("got no documents to prepare: expected files or directories of documents")
-    if len(files) > INPUTS:
-        raise UserError(
-            f"got {len(files)} files of documents, expected at most {INPUTS}: join them, as lines"
-            " of .jsonl"
-        )
-    documents = _Documents(files, heldout)
-    name = absolute(out).name
+    files = _files(inputs)
+    shards = shards_of(files, [size_of(file) for file in files])
+    total, name = sum(shard.bytes for shard in shards), absolute(out).name
     with new_directory(out) as directory:
-        return _prepare(documents, tokenizer, seq_len, directory, name, workers or _cores())
+        tokenizer.save(directory)
+        with bar(f"prepare {name}", total, in_bytes=True) as advance:
+            if ray is None:
+                how = {"workers": workers or _cores(), "advance": advance}
+                packed = _pack_here(shards, heldout, directory, tokenizer, seq_len, how)
+            else:
+                packed = spread(shards, heldout, directory, seq_len, address=ray, advance=advance)
+        if not any(split.records for split in packed.splits.values()):
+            raise UserError(
+                f"no text in {', '.join(map(str, files))}: expected documents that are not empty"
+            )
+        index = _index(name, packed, heldout, directory, tokenizer, seq_len)
+        index.write(directory)
+        return index
 
 
 def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> Source:
@@ -172,48 +169,46 @@ def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
         )
 
 
-class _Documents:
-    """The documents of some files, without empty ones and exact duplicates, each with its split."""
-
-    def __init__(self, files: Sequence[Path], heldout: float):
-        self.files = files
-        self.heldout = heldout
-        self.duplicates = 0
-        self.empty = 0
-        self._digests: set[bytes] = set()
-
-    def read(self, advance: Callable[[int], None]) -> Iterator[tuple[Split, str]]:
-        texts = (text for file in self.files for text in read_documents(file, advance))
-        for text in texts:
-            digest = digest_of(text)
-            if not text:
-                self.empty += 1
-            elif digest in self._digests:
-                self.duplicates += 1
-            else:
-                self._digests.add(digest)
-                yield ("heldout" if is_heldout(digest, self.heldout) else "train"), text
+def _files(inputs: Sequence[Path]) -> list[Path]:
+    """All files of documents. Raises UserError for none, and for too many."""
+    files = [file for path in inputs for file in document_files(path)]
+    if not files:
+        raise UserError("got no documents to prepare: expected files or directories of documents")
+    if len(files) > INPUTS:
+        raise UserError(
+            f"got {len(files)} files of documents, expected at most {INPUTS}: join them, as lines"
+            " of .jsonl"
+        )
+    return files
 
 
-def _prepare(
-    documents: _Documents,
+def _pack_here(
+    shards: Sequence[Shard],
+    heldout: float,
+    directory: Path,
     tokenizer: Tokenizer,
     seq_len: int,
-    directory: Path,
+    how: dict[str, Any],
+) -> Packed:
+    """Packs the shards in this process; `how`: workers and advance of `pack`."""
+    with (
+        open_digests(directory) as digests,
+        open_writers(directory, tokenizer, seq_len) as writers,
+    ):
+        return pack(shards, Documents(heldout, digests.add), writers, tokenizer, **how)
+
+
+def _index(
     name: str,
-    workers: int,
+    packed: Packed,
+    heldout: float,
+    directory: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
 ) -> Index:
-    sizes = [size_of(file) for file in documents.files]
-    with bar(f"prepare {name}", sum(sizes), in_bytes=True) as advance:
-        tokenized = _tokenized(_chunks(documents.read(advance)), tokenizer, workers)
-        splits = _write_splits(directory, tokenized, tokenizer, seq_len)
-    if not any(split.records for split in splits.values()):
-        raise UserError(
-            f"no text in {', '.join(map(str, documents.files))}: expected documents that are not"
-            " empty"
-        )
-    tokenizer.save(directory)
-    index = Index(
+    """Describes a directory that is otherwise complete."""
+    names = sorted(listing(directory).keys() - {UNFINISHED})
+    return Index(
         format=FORMAT,
         name=name,
         seq_len=seq_len,
@@ -221,80 +216,13 @@ def _prepare(
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,
-        heldout=documents.heldout,
-        splits=splits,
-        inputs=[
-            InputFile(file.name, size, sha256_of(file))
-            for file, size in zip(documents.files, sizes, strict=True)
-        ],
-        duplicates_removed=documents.duplicates,
-        empty_removed=documents.empty,
-        files={
-            name: sha256_of(directory / name)
-            for name in sorted(listing(directory).keys() - {UNFINISHED})
-        },
+        heldout=heldout,
+        splits=packed.splits,
+        inputs=packed.inputs,
+        duplicates_removed=packed.duplicates,
+        empty_removed=packed.empty,
+        files={name: sha256_of(directory / name) for name in names},
     )
-    index.write(directory)
-    return index
-
-
-def _write_splits(
-    directory: Path,
-    documents: Iterable[tuple[Split, np.ndarray]],
-    tokenizer: Tokenizer,
-    seq_len: int,
-) -> dict[Split, SplitIndex]:
-    with contextlib.ExitStack() as stack:
-        writers: dict[Split, SplitWriter] = {
-            split: stack.enter_context(SplitWriter(directory, split, tokenizer, seq_len))
-            for split in SPLITS
-        }
-        for split, tokens in documents:
-            writers[split].add(tokens)
-        return {split: writer.finish() for split, writer in writers.items()}
-
-
-def _chunks(documents: Iterable[tuple[Split, str]]) -> Iterator[Chunk]:
-    """Documents in groups that are large enough to be worth a task in another thread."""
-    chunk: Chunk = []
-    characters = 0
-    for split, text in documents:
-        chunk.append((split, text))
-        characters += len(text)
-        if characters >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _tokenized(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Split, np.ndarray]]:
-    """Tokens and EOS of every document, in order.
-
-    At most about two chunks wait for each of the `workers` threads, which bounds the memory.
-    """
-    dtype = token_dtype(tokenizer.vocab_size)
-
-    def tokenize(chunk: Chunk) -> list[tuple[Split, np.ndarray]]:
-        # One document at a time: for several, the tokenizer would start threads of its own.
-        return [
-            (split, np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype))
-            for split, text in chunk
-        ]
-
-    pending: deque[Future[list[tuple[Split, np.ndarray]]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(tokenize, chunk))
-            if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _cores() -> int:

@@ -56,6 +56,12 @@ class SplitIndex:
     scored_bytes: Count
     fill: Annotated[float, Field(ge=0, le=1)]
 
+    @classmethod
+    def of(cls, seq_len: int, **counts: int) -> "SplitIndex":
+        """With the fill that the other counts give."""
+        size = counts["records"] * seq_len
+        return cls(**counts, fill=round(counts["tokens"] / size, 6) if size else 0.0)
+
 
 @dataclass(frozen=True)
 class InputFile:

@@ -32,6 +32,7 @@ from flexolmo_jax.storage.outputs import check_new_file
 from flexolmo_jax.storage.paths import in_bucket
 
 from .embedder import Embedder, domain_embedding, fit_embedder, load_embedder
+from .sampling import sampled
 
 RELEASE_DTYPES = ("bfloat16", "float32")
 
@@ -164,17 +165,24 @@ def open_anchor(path: Path) -> Artifact:
 
 
 def embed_domain(
-    anchor_path: Path, documents: Sequence[Path], out: Path, *, allow_hub: bool = False
+    anchor_path: Path,
+    documents: Sequence[Path],
+    out: Path,
+    *,
+    allow_hub: bool = False,
+    ray: str | None = None,
 ) -> np.ndarray:
     """Writes (as .npy) and returns the mean embedding of documents, float32 [D].
 
-    The embedder is the anchor's; for `allow_hub` see `load_embedder`.
+    The embedder is the anchor's; for `allow_hub` see `load_embedder`. `ray`: the address of a
+    cluster that reads the documents, as `connected` takes it. The bytes are the same.
     """
     anchor = open_anchor(anchor_path)
     check_new_file(out)
     embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
     anchor.ensure()  # again, now that it is read
-    embedding = domain_embedding(embedder, _documents(documents))
+    texts = _documents(documents) if ray is None else sampled(documents, HELDOUT, ray)
+    embedding = domain_embedding(embedder, texts)
     content = io.BytesIO()
     np.save(content, embedding)
     write_new(out, content.getvalue())

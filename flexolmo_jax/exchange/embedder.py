@@ -41,6 +41,7 @@ from .embedder_file import (
     write_values,
 )
 
+DOMAIN_DOCUMENTS = 1000  # whose mean is a domain's vector
 FIT_DOCUMENTS = 20_000  # vocabulary and idf hardly change after this many
 # of a document: its subject shows early, and this bounds the time for books
 MAX_CHARACTERS = 8000
@@ -159,14 +160,14 @@ def widened(embedder: Embedder) -> Embedder:
 
 
 def domain_embedding(
-    embedder: Embedder, texts: Iterable[str], max_documents: int = 1000
+    embedder: Embedder, texts: Iterable[str], max_documents: int = DOMAIN_DOCUMENTS
 ) -> np.ndarray:
     """float32 [dim]: the mean embedding of a domain's documents, from which its router row starts.
 
     Of more than max_documents, the same ones are chosen in any order of reading. Blank and repeated
     ones do not count. Raises UserError when no document is left.
     """
-    documents = _sample((text for text in texts if text.strip()), max_documents)
+    documents = sample((text for text in texts if text.strip()), max_documents)
     if not documents:
         raise UserError(
             "a domain embedding needs at least one document that is not blank, got none; check the"
@@ -258,7 +259,7 @@ class EncoderEmbedder:
 
 
 def _fit_tfidf(public_texts: Iterable[str], dim: int) -> TfidfEmbedder:
-    documents = _sample((text for text in public_texts if text.strip()), FIT_DOCUMENTS)
+    documents = sample((text for text in public_texts if text.strip()), FIT_DOCUMENTS)
     if not documents:
         raise UserError(
             "the embedder 'tfidf' is fitted on public text, got no document that is not blank;"
@@ -336,7 +337,7 @@ def _count_words(text: str) -> Counter[str]:
     return Counter("0" * min(len(token), 4) if token[0].isdecimal() else token for token in tokens)
 
 
-def _sample(texts: Iterable[str], count: int) -> list[str]:
+def sample(texts: Iterable[str], count: int) -> list[str]:
     """At most `count` different texts: those with the smallest SHA-256, in any order of reading."""
     kept: dict[bytes, str] = {}
 

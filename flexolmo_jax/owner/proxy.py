@@ -10,8 +10,9 @@ the private ones, as a domain's name does. That is by design. A document that is
 public is neither learnt from nor chosen: choosing it would tell that the owner has it.
 """
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,10 +22,15 @@ import numpy as np
 import optax
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.data.documents import HELDOUT, digest_of, read_training_documents
+from flexolmo_jax.data.documents import HELDOUT, digest_of
+from flexolmo_jax.data.over_shards import everywhere
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
-from flexolmo_jax.exchange.embedder import CHUNK, Embedder, load_embedder, widened
+from flexolmo_jax.exchange.embedder import Embedder, load_embedder, widened
+from flexolmo_jax.owner.classifier import Classifier, Classifiers, half
+from flexolmo_jax.owner.proxy_cluster import OnCluster, Published
+from flexolmo_jax.owner.proxy_documents import Counted, Documents, InProcess, chunks
+from flexolmo_jax.runtime.cluster import connected
 from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.storage.files import write_new
 from flexolmo_jax.storage.outputs import check_new_file
@@ -61,11 +67,12 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
     diversity: int = 1,
     heldout: float = HELDOUT,
     allow_hub: bool = False,
+    ray: str | None = None,
 ) -> Proxies:
     """Writes a share of the public documents, those most like the private ones, as a .jsonl.
 
     Documents held out for evaluation are neither learnt from nor chosen. In memory is the text of
-    the private documents and of the candidates only.
+    the documents that are learnt from and of the candidates only.
 
     Args:
         share: the part of the public documents to choose.
@@ -74,6 +81,8 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
             to the chosen ones.
         heldout: the share of documents that is for evaluation only.
         allow_hub: see `load_embedder`.
+        ray: the address of a Ray cluster that reads and scores the documents, as `connected` takes
+            it; None is this process alone. The choice is the same.
 
     Raises:
         UserError: for an output that exists or is not a .jsonl, and for too few documents of either
@@ -90,17 +99,20 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
     anchor = open_anchor(anchor_path)
     loaded = _embedder(anchor, allow_hub)
     embedder = widened(loaded)
-    learnt_from, seen = _learnt_from(private, public, heldout)
-    classifiers, accuracy = _fitted(embedder, learnt_from)
-    scored = _scored(classifiers, embedder, _distinct(public, heldout, seen), len(seen))
-    count = max(1, round(share * len(scored)))
-    candidates = {digest: score for score, digest in scored[: count * diversity]}
-    chosen = {digest_of(text): text for text in _distinct(public, heldout, set(candidates))}
+    with _documents(private, public, heldout, anchor, allow_hub, ray) as documents:
+        counted = documents.count(MOST)
+        learnt_from = _learnt_from(documents, counted)
+        classifiers, accuracy = _fitted(embedder, learnt_from)
+        count = max(1, round(share * counted.public))
+        scored = documents.score(embedder, classifiers, count * diversity)
+        candidates = {digest: score for score, digest in scored}
+        texts = documents.texts(candidates, private=False)
+        chosen = {digest_of(text): text for text in texts}
     kept = sorted(candidates) if diversity == 1 else _diverse(embedder, chosen, candidates, count)
     lines = (json.dumps({"text": chosen[digest]}, ensure_ascii=False) for digest in sorted(kept))
     write_new(out, "".join(f"{line}\n" for line in lines).encode())
     learnt = sum(is_private for _, is_private in learnt_from.values())
-    return Proxies(len(kept), len(scored), accuracy, learnt)
+    return Proxies(len(kept), counted.public, accuracy, learnt)
 
 
 def _embedder(anchor: Artifact, allow_hub: bool) -> Embedder:
@@ -109,83 +121,55 @@ def _embedder(anchor: Artifact, allow_hub: bool) -> Embedder:
     return loaded
 
 
-def _learnt_from(
-    private: Sequence[Path], public: Sequence[Path], heldout: float
-) -> tuple[dict[bytes, tuple[str, bool]], set[bytes]]:
-    """The documents to learn from, and the digests of all documents that are only public.
+@contextlib.contextmanager
+def _documents(
+    private: Sequence[Path],
+    public: Sequence[Path],
+    heldout: float,
+    anchor: Artifact,
+    allow_hub: bool,
+    ray: str | None,
+) -> Iterator[Documents]:
+    if ray is None:
+        yield InProcess(private, public, heldout)
+        return
+    place = everywhere(anchor.path / "embedder")
+    published = Published(place, anchor.config.d_model, allow_hub)
+    with connected(ray):
+        yield OnCluster(private, public, heldout, published)
 
-    The former are as many private as public ones, by digest: the text, and whether it is private.
-    Raises UserError where there are too few.
+
+def _learnt_from(documents: Documents, counted: Counted) -> dict[bytes, tuple[str, bool]]:
+    """The documents to learn from, by digest: the text, and whether it is private.
+
+    They are as many private as public ones. Raises UserError where there are too few.
     """
-    own = {digest_of(text): text for text in _documents(private, heldout)}
-    both, seen = set[bytes](), set[bytes]()
-    for text in _documents(public, heldout):
-        digest = digest_of(text)
-        (both if digest in own else seen).add(digest)
-    own = {digest: own[digest] for digest in sorted(own.keys() - both)}
-    count = min(len(own), len(seen), MOST)
+    count = min(counted.private, counted.public, MOST)
     if count < FEWEST:
         raise UserError(
-            f"there are {len(own)} private and {len(seen)} public documents to learn from"
-            f" ({len(both)} are both, held-out ones are not counted); expected at least {FEWEST} of"
-            " each"
+            f"there are {counted.private} private and {counted.public} public documents to learn"
+            f" from ({counted.both} are both, held-out ones are not counted); expected at least"
+            f" {FEWEST} of each"
         )
-    learnt_from = {digest: (own[digest], True) for digest in list(own)[:count]}
-    for text in _distinct(public, heldout, set(sorted(seen)[:count])):
-        learnt_from[digest_of(text)] = text, False
-    return learnt_from, seen
+    own = documents.texts(counted.private_digests[:count], private=True)
+    others = documents.texts(counted.public_digests[:count], private=False)
+    return {digest_of(text): (text, True) for text in own} | {
+        digest_of(text): (text, False) for text in others
+    }
 
 
 def _fitted(
     embedder: Embedder, learnt_from: dict[bytes, tuple[str, bool]]
-) -> tuple["Classifiers", float]:
+) -> tuple[Classifiers, float]:
     """Classifiers of private text, and their accuracy on documents they were not fitted on."""
     digests = sorted(learnt_from)
     texts = [learnt_from[digest][0] for digest in digests]
     labels = np.array([learnt_from[digest][1] for digest in digests], np.float32)
     vectors = _embed(embedder, texts, "embedding what is learnt from")
-    classifiers = Classifiers.fit(digests, vectors, labels)
+    halves = np.array([half(digest) for digest in digests])
+    first, second = (fit(vectors[halves == one], labels[halves == one]) for one in (0, 1))
+    classifiers = Classifiers((first, second))
     return classifiers, float(np.mean((classifiers.logits(digests, vectors) > 0) == (labels > 0)))
-
-
-def _scored(
-    classifiers: "Classifiers", embedder: Embedder, texts: Iterator[str], count: int
-) -> list[tuple[float, bytes]]:
-    """Each document's logit and digest, the most private-like first."""
-    scored: list[tuple[float, bytes]] = []
-    with bar("scoring public documents", count) as advance:
-        for chunk in _chunks(texts):
-            digests = [digest_of(text) for text in chunk]
-            logits = classifiers.logits(digests, embedder.embed(chunk)).tolist()
-            scored += zip(logits, digests, strict=True)
-            advance(len(chunk))
-    return sorted(scored, key=lambda one: (-one[0], one[1]))
-
-
-class Classifiers(NamedTuple):
-    """Two classifiers, each trained on one half of the documents to judge the other half."""
-
-    each: tuple["Classifier", "Classifier"]
-
-    @classmethod
-    def fit(
-        cls, digests: Sequence[bytes], vectors: np.ndarray, labels: np.ndarray
-    ) -> "Classifiers":
-        halves = np.array([_half(digest) for digest in digests])
-        first, second = (fit(vectors[halves == half], labels[halves == half]) for half in (0, 1))
-        return cls((first, second))
-
-    def logits(self, digests: Sequence[bytes], vectors: np.ndarray) -> np.ndarray:
-        """Logits [n] of documents, above 0 where one seems private."""
-        first, second = (vectors @ one.coefficients + one.bias for one in self.each)
-        return np.where([_half(digest) for digest in digests], first, second)
-
-
-class Classifier(NamedTuple):
-    """A linear classifier: the logit of a vector x is x @ coefficients + bias."""
-
-    coefficients: np.ndarray  # [F]
-    bias: float
 
 
 def fit(vectors: np.ndarray, labels: np.ndarray, steps: int = 100) -> Classifier:
@@ -264,38 +248,7 @@ def _embed(embedder: Embedder, texts: Sequence[str], title: str) -> np.ndarray:
     """The vectors of texts, with a bar of this title."""
     vectors = []
     with bar(title, len(texts)) as advance:
-        for chunk in _chunks(texts):
+        for chunk in chunks(texts):
             vectors.append(embedder.embed(chunk))
             advance(len(chunk))
     return np.concatenate(vectors)
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for text in texts:
-        chunk.append(text)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _documents(paths: Sequence[Path], heldout: float) -> Iterator[str]:
-    for path in paths:
-        yield from (text for text in read_training_documents(path, heldout) if text.strip())
-
-
-def _distinct(paths: Sequence[Path], heldout: float, wanted: set[bytes]) -> Iterator[str]:
-    """The documents with a wanted digest, each once."""
-    left = set(wanted)
-    for text in _documents(paths, heldout):
-        digest = digest_of(text)
-        if digest in left:
-            left.remove(digest)
-            yield text
-
-
-def _half(digest: bytes) -> int:
-    """The half that a document is in, 0 or 1; other bytes decide what is held out."""
-    return digest[-1] & 1

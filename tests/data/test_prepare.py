@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexolmo_jax.data import prepare as module
-from flexolmo_jax.data import split_writer
+from flexolmo_jax.data import shards, split_writer
 from flexolmo_jax.data.documents import is_heldout
 from flexolmo_jax.data.prepare import prepare, prepare_cached
 from flexolmo_jax.data.records import Index, loss_targets, open_records, positions, scored_targets
@@ -111,7 +111,7 @@ def test_the_directory_is_complete_and_names_no_path(prepared, corpus, tokenizer
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_CHARACTERS", 500)  # many chunks
+    monkeypatch.setattr(shards, "_CHUNK_CHARACTERS", 500)  # many chunks
     for workers in (1, 5):
         prepare([corpus], tokenizer, T, tmp_path / f"{workers}" / "out", workers=workers)
     assert files_of(tmp_path / "1" / "out") == files_of(tmp_path / "5" / "out")

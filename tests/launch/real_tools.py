@@ -145,6 +145,9 @@ def check_skypilot() -> None:
         "SkyPilot's schema takes launch/skypilot.yaml, the options of skypilot.sh and"
         f" {len(slices)} slices"
     )
+    task = yaml.safe_load((ROOT / "launch/ray/skypilot.yaml").read_text())
+    sky.Task.from_yaml_config(task, env_overrides=[("COMMAND", "flexolmo data prepare")])
+    print("SkyPilot's schema takes launch/ray/skypilot.yaml")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import yaml
 from launch.job import ROOT
 
 JOBS = ROOT / "launch/jobs"
+KUBERAY = ROOT / "launch/ray/kuberay.yaml"
 
 
 def check(*paths):
@@ -95,3 +96,69 @@ def test_what_proves_nothing_is_refused(tmp_path):
         and done.stderr.startswith("check_isolation: no job at")
         and done.stderr.count("\n") == 1
     )
+
+
+def ray_job(path, *changes):
+    """The RayJob of another owner, then with these texts replaced."""
+    text = KUBERAY.read_text().replace("biomed", "code")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
+
+def test_ray_jobs_of_owners_who_share_a_cluster_share_nothing_else(tmp_path):
+    done = check(KUBERAY, ray_job(tmp_path / "code.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2 owners (biomed, code) share no namespace, bucket or service account\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (
+            [("namespace: code", "namespace: biomed")],
+            "owners biomed and code share the namespace 'biomed'",
+        ),
+        (
+            [("gs://code-4711-flexolmo/data", "gs://biomed-4711-flexolmo/data")],
+            "owners biomed and code share the bucket 'biomed-4711-flexolmo'",
+        ),
+        (
+            [("gs://code-4711-flexolmo/documents", "gs://biomed-4711-flexolmo/documents")],
+            "code reads gs://biomed-4711-flexolmo, the bucket of biomed",
+        ),
+    ],
+)
+def test_ray_jobs_that_share_one_thing_are_refused(tmp_path, changes, complaint):
+    done = check(KUBERAY, ray_job(tmp_path / "code.yaml", *changes))
+    assert done.returncode == 2 and not done.stdout
+    assert f"check_isolation: {complaint}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ([("mode: token", "mode: disabled")], "lets pods of other namespaces reach Ray"),
+        ([("kind: NetworkPolicy", "kind: Other")], "lets pods of other namespaces reach Ray"),
+        ([("      ports:\n        - port: 8265\n", "")], "lets pods of other namespaces reach Ray"),
+        ([("policyTypes: [Ingress]", "policyTypes: [Egress]")], "lets pods of other namespaces"),
+        ([("--out ", "--put ")], "its command has no --out gs://"),
+        ([("kind: RayJob", "kind: RayCluster")], "is no RayJob as in launch/ray/kuberay.yaml"),
+        ([("flexolmo/owner", "owner")], "is no RayJob as in launch/ray/kuberay.yaml"),
+    ],
+)
+def test_a_ray_job_that_is_open_or_is_none_is_refused(tmp_path, changes, complaint):
+    done = check(KUBERAY, ray_job(tmp_path / "code.yaml", *changes))
+    assert done.returncode == 2 and not done.stdout
+    assert complaint in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_pods_of_a_ray_job_that_act_as_two_accounts_are_refused(tmp_path):
+    path = ray_job(tmp_path / "code.yaml")
+    head, worker = path.read_text().split("workerGroupSpecs")
+    path.write_text(f"{head}workerGroupSpecs{worker.replace(': flexolmo', ': default')}")
+    done = check(KUBERAY, path)
+    assert done.returncode == 2
+    assert "pods that act as" in done.stderr
