@@ -219,7 +219,7 @@ class Decoding:
         if n == 1:
             return read(empty(B, P + new), tokens, slots)
 
-        def read_part(whole: KVCache, part: tuple[Array, Array, Array]) -> tuple[KVCache, None]:
+        def read_part(whole: KVCache, part: tuple[Array, ...]) -> tuple[KVCache, None]:
             index, tokens, slots = part
 
             def put(whole: Array, own: Array) -> Array:  # [L, B / n, n, K, S, C]
@@ -228,10 +228,10 @@ class Decoding:
             return jax.tree.map(put, whole, read(empty(B // n, P), tokens, slots)), None
 
         # Every n-th prompt goes to the same part: each device has an even share of every part.
-        parts = (jnp.moveaxis(a.reshape(-1, n, P), 1, 0) for a in (tokens, slots))
+        by_part = [jnp.moveaxis(a.reshape(-1, n, P), 1, 0) for a in (tokens, slots)]
         cache = empty(B, P + new)
         apart = jax.tree.map(lambda a: a.reshape(a.shape[0], -1, n, *a.shape[2:]), cache)
-        filled, _ = jax.lax.scan(read_part, apart, (jnp.arange(n), *parts))
+        filled, _ = jax.lax.scan(read_part, apart, (jnp.arange(n), *by_part))
         return jax.tree.map(lambda a, like: a.reshape(like.shape), filled, cache)
 
     def _parts(self, batch: int, prompt: int) -> int:

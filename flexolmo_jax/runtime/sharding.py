@@ -181,7 +181,9 @@ def on_each_shard(
         return function
     here = _mesh_inside(mesh)
     batch = _batch_axes(here)
-    to_mesh = {"batch": batch} if batch_only else LOGICAL_TO_MESH | {"batch": batch}
+    to_mesh: dict[str | None, Any] = {"batch": batch}
+    if not batch_only:
+        to_mesh = LOGICAL_TO_MESH | to_mesh
 
     def sharded(*args: jax.Array) -> Any:
         whole = set()

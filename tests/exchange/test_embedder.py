@@ -244,7 +244,7 @@ def test_a_large_domain_is_sampled_the_same_in_any_order() -> None:
     sampled = domain_embedding(fitted, texts, max_documents=10)
     np.testing.assert_array_equal(sampled, domain_embedding(fitted, texts[::-1], max_documents=10))
     assert not np.array_equal(sampled, domain_embedding(fitted, texts))
-    assert len(embedders._sample(texts, 10)) == 10
+    assert len(embedders.sample(texts, 10)) == 10
 
 
 def test_a_domain_or_a_public_set_without_documents_is_refused() -> None:
