@@ -154,6 +154,7 @@ STEP_OPTIONS = {
         )
     },
     "xla_tpu_enable_sparse_core_reduce_scatter_v2": "true",
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",  # over a whole torus
 }
 # Names that products, other interfaces and earlier pages use.
 ALIASES = {
