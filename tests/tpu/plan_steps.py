@@ -60,6 +60,19 @@ def a_pair_reduces_gradients_of_its_expert_alone(topology: str) -> str:
     return f"{report['peak_bytes'] / GIB:.1f} GiB, moved {moved / least:.2f} of the least"
 
 
+def what_a_pair_moves_overlaps_with_its_products(topology: str) -> str:
+    """All but a tenth, where there is a SparseCore; and no more moves for its sake."""
+    status, report = plan(
+        "configs/7b/pair.yaml", "--topology", topology, "--set", "train.accumulate=64"
+    )
+    moved, least, blocking = (
+        report[key] for key in ("collective_bytes", "fsdp_minimum_bytes", "blocking_bytes")
+    )
+    assert status == 0 and blocking <= 0.1 * moved, (blocking, moved)
+    assert moved <= 1.1 * least, (moved, least)
+    return f"{blocking / moved:.0%} blocks, moved {moved / least:.2f} of the least"
+
+
 def what_does_not_fit_is_refused_with_its_sizes(topology: str) -> str:
     status, report = plan(
         "configs/7b/pair.yaml", "--topology", topology, "--set", "train.accumulate=256"
@@ -143,6 +156,10 @@ CHECKS = [
     *(
         (a_pair_reduces_gradients_of_its_expert_alone, topology)
         for topology in ("v5e:2x4", "v5p:2x2x2")
+    ),
+    *(
+        (what_a_pair_moves_overlaps_with_its_products, topology)
+        for topology in ("v5p:2x2x4", "v6e:4x4")
     ),
     (what_does_not_fit_is_refused_with_its_sizes, "v5e:2x2"),
     (a_decoding_step_gathers_no_weights, "v6e:2x4"),
