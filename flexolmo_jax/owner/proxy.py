@@ -88,14 +88,7 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
         UserError: for an output that exists or is not a .jsonl, and for too few documents of either
             kind.
     """
-    if out.suffix != ".jsonl":
-        raise UserError(f"--out is {out}; expected a new file that ends in .jsonl")
-    check_new_file(out)
-    if not 0 < share < 1 or diversity < 1:
-        raise UserError(
-            f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and"
-            " a diversity of 1 or more"
-        )
+    _check(out, share, diversity)
     anchor = open_anchor(anchor_path)
     loaded = _embedder(anchor, allow_hub)
     embedder = widened(loaded)
@@ -113,6 +106,17 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
     write_new(out, "".join(f"{line}\n" for line in lines).encode())
     learnt = sum(is_private for _, is_private in learnt_from.values())
     return Proxies(len(kept), counted.public, accuracy, learnt)
+
+
+def _check(out: Path, share: float, diversity: int) -> None:
+    if out.suffix != ".jsonl":
+        raise UserError(f"--out is {out}; expected a new file that ends in .jsonl")
+    check_new_file(out)
+    if not 0 < share < 1 or diversity < 1:
+        raise UserError(
+            f"--share is {share} and --diversity {diversity}; expected a share between 0 and 1, and"
+            " a diversity of 1 or more"
+        )
 
 
 def _embedder(anchor: Artifact, allow_hub: bool) -> Embedder:
