@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -29,12 +29,34 @@ from flexolmo_jax.runtime.tpus import CHIPS, slice_of, slices_of
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
-RUNS = {  # name in files -> (title, config, rows and context of a decoding step)
-    "anchor": ("7B anchor", "anchor", None),
-    "pair": ("2x7B pair", "pair", None),
-    "router": ("7x7B router tuning", "router", None),
-    "joint": ("7x7B top-5 joint training", "joint", None),
-    "decode": ("7x7B top-5 decoding, 16 x 4096", "joint", "16x4096"),
+DECODED = "16x4096"  # prompts and context of a decoding step
+
+
+class Run(NamedTuple):
+    title: str
+    config: str
+    overrides: tuple[str, ...] = ()
+    decode: str | None = None
+    types: tuple[str, ...] = tuple(CHIPS)
+
+
+MANY = ("v5p", "v6e", "tpu7x")
+RUNS = {  # by the name in files
+    "anchor": Run("7B anchor", "anchor"),
+    "pair": Run("2x7B pair", "pair"),
+    "router": Run("7x7B router tuning", "router"),
+    "joint": Run("7x7B top-5 joint training", "joint"),
+    "decode": Run("7x7B top-5 decoding, 16 x 4096", "joint", (), DECODED),
+    **{
+        f"decode{experts}": Run(
+            f"{experts}x7B top-5 decoding, 16 x 4096",
+            "joint",
+            (f"model.n_experts={experts}", f"mesh.expert={spread}"),
+            DECODED,
+            MANY,
+        )
+        for experts, spread in ((64, 8), (128, 16))
+    },
 }
 # Beside the smallest slices: two layouts of joint training on one slice, and the pair with
 # everything trainable on what fits both, at one microbatch.
@@ -60,7 +82,7 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.runs:
-        for kind in options.types:
+        for kind in (kind for kind in options.types if kind in RUNS[name].types):
             smallest(name, kind, options.out)
     for config, topology in JOBS:
         plan(f"job-{config}", config, topology, (), (), options.out)
@@ -79,20 +101,20 @@ def main() -> None:
     print(tables(options.out))
 
 
-def load(config: str) -> RunConfig:
-    return load_config(ROOT / "configs" / "7b" / f"{config}.yaml")
+def load(config: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    return load_config(ROOT / "configs" / "7b" / f"{config}.yaml", overrides)
 
 
 def smallest(name: str, kind: str, out: Path) -> None:
     """Plans a run on ever larger slices until it fits; where none holds it with fsdp alone, the
     largest with experts spread too."""
-    _, config, decode = RUNS[name]
-    run, options = load(config), ("--decode", decode) if decode else ()
+    _, config, always, decode, _ = RUNS[name]
+    run, options = load(config, always), ("--decode", decode) if decode else ()
     large_enough = [
         s for s in slices_of(kind) if resident(run, decode) <= s.devices * s.chip.usable_gib * GIB
     ]
     for slice_ in large_enough:
-        overrides = () if decode else one_record(run, slice_.name)
+        overrides = always if decode else one_record(run, slice_.name)
         if plan(name, config, slice_.name, overrides, options, out)["fits"]:
             return
     if name == "joint":
@@ -217,19 +239,19 @@ def tables(out: Path) -> str:
         ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, (title, *_) in RUNS.items():
+    for name, run in RUNS.items():
         for kind in CHIPS:
             for stem, report in found.items():
                 if report["fits"] and stem.startswith(
                     (f"{name}-{kind}-", f"{name}-expert-{kind}-")
                 ):
-                    lines.append(row(title, report))
+                    lines.append(row(run.title, report))
     lines += [
-        row(RUNS["joint"][0], found[stem])
+        row(RUNS["joint"].title, found[stem])
         for stem in found
         if stem.startswith(tuple(LAYOUTS)) and found[stem]["fits"]
     ]
-    lines += ["", *tuned(found)]
+    lines += ["", *prompts(found), "", *tuned(found)]
     refused = [
         f"| {stem.split('-')[0]} | {r['topology']} | {r['peak_bytes'] / GIB:.1f} of"
         f" {r['hbm_bytes'] / GIB:.1f} GiB |"
@@ -253,6 +275,40 @@ def tables(out: Path) -> str:
     return "\n".join(lines)
 
 
+def prompts(found: dict[str, Any]) -> list[str]:
+    """What reading all prompts of a decoding plan takes: a sparse forward pass."""
+    lines = [
+        (
+            "| run | slice | mesh | peak | received | of it all-to-all | all prompts | tokens/s |"
+            " bound |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stem, report in found.items():
+        if "seconds" in (prefill := report.get("prefill", {})):
+            (low, high), seconds = prefill["tokens_per_second"], prefill["seconds"]
+            exchanged = sum(
+                entry["bytes"] for entry in prefill["collectives"] if entry["kind"] == "all-to-all"
+            )
+            cells = [
+                RUNS[stem.split("-")[0]].title,
+                report["topology"],
+                _mesh(report),
+                f"{prefill['peak_bytes'] / GIB:.1f} of {report['hbm_bytes'] / GIB:.1f} GiB",
+                f"{prefill['collective_bytes'] / GIB:.1f} GiB",
+                f"{exchanged / GIB:.1f} GiB",
+                _seconds(prefill),
+                f"{low:,.0f} to {high:,.0f}",
+                seconds["bound"],
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _mesh(report: dict[str, Any]) -> str:
+    return " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1)
+
+
 def tuned(found: dict[str, Any]) -> list[str]:
     """What `plan --tune` chose, beside the plan of the table above."""
     lines = [
@@ -266,7 +322,7 @@ def tuned(found: dict[str, Any]) -> list[str]:
             tune = report["tune"]
             tried, left_out = len(tune["tried"]), len(tune["left_out"])
             cells = [
-                RUNS[config][0],
+                RUNS[config].title,
                 topology,
                 f"{plain['peak_bytes'] / GIB:.1f} GiB, {_seconds(plain)}",
                 " ".join(f"`{word}`" for word in tune["set"]),
@@ -288,7 +344,7 @@ def row(title: str, report: dict[str, Any]) -> str:
         title,
         report["topology"],
         str(report["chips"]),
-        " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1),
+        _mesh(report),
         f"{report['peak_bytes'] / GIB:.1f} of {report['hbm_bytes'] / GIB:.1f} GiB",
         f"{report['temporary_bytes'] / GIB:.1f} GiB",
         f"{seconds['overlapped']:.3g} to {seconds['in_turn']:.3g} s",

@@ -11,7 +11,9 @@ and two pre-activations of every slot. Where all or nearly all experts are activ
 expert on every token (`expert_ffn.swiglu`) is less work.
 """
 
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from . import Kernels
 from .grouped_matmul import expert_ffn
@@ -19,22 +21,29 @@ from .permute import combine, permute, permute_probabilities
 from .route import Routing, dispatch_plan
 
 
-def sparse_experts(
+def sparse_experts(  # noqa: PLR0913 - a layer of a model
     x: Float[Array, "N D"],
     routing: Routing,
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "*L E D F"],
+    up: Float[Array, "*L E D F"],
+    down: Float[Array, "*L E F D"],
+    layer: Int[Array, ""] | int | None = None,
     *,
     kernels: Kernels = "auto",
 ) -> Float[Array, "N D"]:
     """Runs the chosen experts. One that no token chose is never read: NaN in it reaches nothing.
 
+    With `layer` the matrices are those of all layers, and no other layer is read either.
     A slot of probability 0 (an excluded expert in an excess slot) is not dispatched. `kernels` are
     those of plan and permutation, as in `choice`; the grouped products are the platform's.
     """
-    plan = dispatch_plan(routing.ids, routing.probabilities > 0, gate.shape[0], kernels=kernels)
+    plan = dispatch_plan(routing.ids, routing.probabilities > 0, gate.shape[-3], kernels=kernels)
     tokens = permute(x, plan, kernels=kernels)
     probabilities = permute_probabilities(routing.probabilities, plan, kernels=kernels)
-    outputs = expert_ffn(tokens, probabilities, plan.sizes, gate, up, down)
+    sizes = plan.sizes
+    if layer is not None:  # experts of other layers are groups without a token
+        L, E = gate.shape[:2]
+        sizes = jax.lax.dynamic_update_slice(jnp.zeros(L * E, sizes.dtype), sizes, (layer * E,))
+        gate, up, down = (m.reshape(L * E, *m.shape[-2:]) for m in (gate, up, down))
+    outputs = expert_ffn(tokens, probabilities, sizes, gate, up, down)
     return combine(outputs, plan, kernels=kernels)

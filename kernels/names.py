@@ -8,3 +8,6 @@ ATTENTION = "attention"  # attention's output and logsumexp
 PROJECTIONS = "projections"  # queries, keys and values before their norms; attention's last product
 FFN = "ffn"  # an expert's first two products, x gate and x up
 OUTPUTS = "outputs"  # what experts give: each of them, or the sum over those that a token chose
+# Of loops, not of arrays: rounds of an exchange between experts' devices that even choices do not
+# need.
+FURTHER_ROUNDS = "further_rounds"

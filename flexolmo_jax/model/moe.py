@@ -27,7 +27,6 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig, Remat
 from flexolmo_jax.kernels import Kernels, names
 from flexolmo_jax.kernels.expert_ffn import swiglu
-from flexolmo_jax.kernels.moe_ffn import sparse_experts
 from flexolmo_jax.kernels.route import (
     Routing,
     dense_probabilities,
@@ -35,6 +34,8 @@ from flexolmo_jax.kernels.route import (
     router_probabilities,
 )
 from flexolmo_jax.runtime import sharding
+
+from .dispatch import run_chosen
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Experts(nnx.Module):
 
         With `layer` the matrices are those of all layers, and what no token chose is never read.
         """
-        chosen = functools.partial(_chosen_experts, choices.kernels)
+        chosen = functools.partial(run_chosen, choices.kernels)
         spread = sharding.over_experts(self._mesh(choices.mesh), chosen)
         matrices = (m.astype(x.dtype) for m in self._matrices())
         return checkpoint_name(spread(((x, routing), layer), *matrices), names.OUTPUTS)
@@ -245,22 +246,23 @@ def _entropy(
 
 
 def _every_expert(
+    axis: sharding.ExpertAxis,
     inputs: tuple[tuple[Float[Array, "N D"], Float[Array, "N E"]], None],
     gate: Array,
     up: Array,
     down: Array,
-    first: Array | int,
 ) -> Float[Array, "N D"]:
-    """What experts `first`, `first` + 1, ... add to every token.
+    """What all experts give for a device's tokens. The devices gather each other's tokens, run
+    their own experts on all of them, and scatter the sums.
 
     A loop over experts, not one batched product: canonical matmuls reach the hardware's peak,
     `td,edf->etf` does not.
     """
-    (x, probabilities), _ = inputs
+    x, probabilities = axis.gather(inputs[0])
     count = gate.shape[0]
     # Padded, as the last device may hold empty experts behind the last one.
     padded = jnp.pad(probabilities, ((0, 0), (0, count)))
-    own = jax.lax.dynamic_slice_in_dim(padded, first, count, axis=1)
+    own = jax.lax.dynamic_slice_in_dim(padded, axis.first(count), count, axis=1)
     y = jnp.zeros(x.shape, jnp.float32)  # rounded once
     for i in range(count):
         p = own[:, i, None]
@@ -268,27 +270,4 @@ def _every_expert(
         # bias are masked in `kernels/route`; the sparse mixture never reads it.
         out = swiglu(x, gate[i], up[i], down[i])
         y += jnp.where(p > 0, out.astype(jnp.float32) * p, 0)
-    return y.astype(x.dtype)
-
-
-def _chosen_experts(
-    kernels: Kernels,
-    inputs: tuple[tuple[Float[Array, "N D"], Routing], Int[Array, ""] | None],
-    gate: Array,
-    up: Array,
-    down: Array,
-    first: Array | int,
-) -> Float[Array, "N D"]:
-    """What experts `first`, `first` + 1, ... add to the tokens that chose them."""
-    (x, routing), layer = inputs
-    count = gate.shape[-3]
-    local = routing.ids - first
-    mine = (local >= 0) & (local < count)
-    if layer is not None:  # [L, E, ...] is [L * E, ...] to the kernel, which reads what it needs
-        gate, up, down = (m.reshape(-1, *m.shape[-2:]) for m in (gate, up, down))
-        local += layer * count
-    # A slot of probability 0 is not dispatched: what other devices' experts do costs nothing here.
-    routing = routing._replace(
-        probabilities=jnp.where(mine, routing.probabilities, 0), ids=jnp.where(mine, local, 0)
-    )
-    return sparse_experts(x, routing, gate, up, down, kernels=kernels)
+    return axis.scatter(y.astype(x.dtype))

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from flexolmo_jax.kernels.names import FURTHER_ROUNDS
+
 COPIES = (
     "copy",
     "copy-start",
@@ -95,7 +97,8 @@ class Program:
     ) -> Iterator[tuple[Instruction, Computation, int]]:
         """Every instruction that runs, where it stands, and how often it runs.
 
-        A loop in which nothing is sought is passed over. `one_pass`: loops of the entry computation
+        A loop in which nothing is sought is passed over, and so are rounds of an exchange that even
+        choices of experts do not need. `one_pass`: loops of the entry computation
         count as if they ran once. Raises ValueError for another loop whose length the text does
         not tell.
         """
@@ -112,7 +115,7 @@ class Program:
                     yield from self._walk(called, runs, is_sought)
                 continue
             body = instruction.attribute("body") or ""
-            if self._holds(body, is_sought, set()):
+            if FURTHER_ROUNDS not in instruction.attributes and self._holds(body, is_sought, set()):
                 count = 1 if one_pass else _trip_count(self, computation, instruction)
                 yield from self._walk(body, runs * count, is_sought)
 

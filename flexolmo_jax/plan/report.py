@@ -26,7 +26,15 @@ from flexolmo_jax.train.step import check_remat
 from .collectives import collectives
 from .program import named, program_of
 from .roofline import ASSUMPTIONS, by_kind_and_axis, roofline
-from .steps import Decoded, Step, architecture, fsdp_minimum, generation, training_step
+from .steps import (
+    Decoded,
+    Generation,
+    Step,
+    architecture,
+    fsdp_minimum,
+    generation,
+    training_step,
+)
 
 GIB = 2**30
 
@@ -65,8 +73,8 @@ def plan_decoding(
 ) -> dict[str, Any]:
     """The report of one decoding step in bfloat16: a token for each of `batch` prompts.
 
-    The cache has `context` slots. `prefill_bytes` is the peak while prompts of half as many tokens
-    are read.
+    The cache has `context` slots. `prefill` is the report of reading prompts of half as many
+    tokens, and `prefill_bytes` its peak.
     """
     model, vocab_size, mesh = what
     where = mesh_of(mesh, slice_, 1)
@@ -76,9 +84,10 @@ def plan_decoding(
     loop = _compiled(step, where)
     report = _report(loop, step, slice_, where, flops, batch)
     if report["fits"]:
-        prefill = _peak(_compiled(generating.prefill(loop), where))
-        report |= {"prefill_bytes": prefill, "peak_bytes": max(prefill, report["peak_bytes"])}
-        report["fits"] = report["peak_bytes"] <= report["hbm_bytes"]
+        prefill = _prefill(generating, loop, slice_, where)
+        peak = max(prefill["peak_bytes"], report["peak_bytes"])
+        report |= {"prefill": prefill, "prefill_bytes": prefill["peak_bytes"], "peak_bytes": peak}
+        report["fits"] = peak <= report["hbm_bytes"]
     advice = {}
     if not report["fits"]:
         smaller = "fewer prompts or a shorter context (--decode PROMPTSxCONTEXT), or "
@@ -89,6 +98,16 @@ def plan_decoding(
     program = {"model": to_dict(model), "mesh": to_dict(mesh), "decode": decode}
     program |= named(kernels)
     return _head(slice_, 1, where) | {"program": program, "model_flops": flops} | report | advice
+
+
+def _prefill(generating: Generation, loop: Any, slice_: Slice, mesh: Mesh) -> dict[str, Any]:
+    """The report of reading the prompts: the model's forward pass without logits."""
+    step, model = generating.prefill(loop), generating.decoding.config
+    batch, prompt, _ = generating.sizes
+    attention, experts, _ = forward_flops(model, model.n_active, prompt / 2)
+    tokens = batch * prompt
+    flops = tokens * (attention + experts)
+    return _report(_compiled(step, mesh), step, slice_, mesh, flops, tokens)
 
 
 def compile_step(step: Step, mesh: Mesh) -> Any:
@@ -254,7 +273,11 @@ def show(report: dict[str, Any]) -> str:
     work = f"{report['flops']:.3g} FLOPs a step, {report['model_flops']:.3g} of them the model's"
     lines = [*_fit(report), *_memory(report), f"work: {work}"]
     if "collectives" in report:
-        lines += [*_moved(report), *_times(report), f"  assumed: {report['assumptions']}"]
+        lines += [*_moved(report), *_times(report, "a step")]
+        if "collectives" in report.get("prefill", {}):
+            prefill = report["prefill"]
+            lines += ["reading prompts:", *_moved(prefill), *_times(prefill, "all prompts")]
+        lines.append(f"assumed: {report['assumptions']}")
     return "\n".join(lines)
 
 
@@ -297,7 +320,7 @@ def _memory(report: dict[str, Any]) -> list[str]:
 
 
 def _moved(report: dict[str, Any]) -> list[str]:
-    total = f"collectives, received by a device in a step: {_gib(report['collective_bytes'])}"
+    total = f"collectives, received by a device: {_gib(report['collective_bytes'])}"
     total += f", {_gib(report['blocking_bytes'])} of them while no product runs"
     if "fsdp_minimum_bytes" in report:
         total += f"; weights and gradients alone take {_gib(report['fsdp_minimum_bytes'])}"
@@ -311,10 +334,10 @@ def _moved(report: dict[str, Any]) -> list[str]:
     return [total, *lines]
 
 
-def _times(report: dict[str, Any]) -> list[str]:
+def _times(report: dict[str, Any], what: str) -> list[str]:
     times, (low, high) = report["seconds"], report["tokens_per_second"]
     return [
-        f"a step takes at least {times['overlapped']:.3g} s ({times['bound']}), about"
+        f"{what}: at least {times['overlapped']:.3g} s ({times['bound']}), about"
         f" {times['in_turn']:.3g} s where nothing overlaps: {low:,.0f} to {high:,.0f} tokens/s",
         f"  products {times['compute']:.3g} s, HBM {times['memory']:.3g} s, links"
         f" {times['network']:.3g} s"

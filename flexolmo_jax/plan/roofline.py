@@ -21,7 +21,8 @@ from .collectives import Collective
 ASSUMPTIONS = (
     "matrix products at the chip's bfloat16 peak; in HBM arguments and results once; links at their"
     " full rate, in both directions of a ring (one, where a dimension of the slice does not wrap);"
-    " figures per chip of Google's TPU pages, November 2026"
+    " every expert chosen as often as the others; figures per chip of Google's TPU pages, November"
+    " 2026"
 )
 
 

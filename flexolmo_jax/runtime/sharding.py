@@ -5,8 +5,10 @@ data: replicas (across slices); fsdp: parameters and batch; tensor: heads, ffn, 
 experts and batch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -244,29 +246,55 @@ def _batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in BATCH[0] if axis not in mesh.manual_axes)
 
 
-def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function((tokens, layer), gate, up, down, first)` summed over experts: each device runs its
-    own experts, the first of which is number `first`.
+@dataclass(frozen=True)
+class ExpertAxis:
+    """The devices that a layer's experts are spread over, as one of them sees it inside of
+    `over_experts`. Alone where there is one."""
 
-    `tokens` is a tree of arrays [N, ...] spread over the batch's axes, `layer` the same integer, or
-    None, on all devices; `gate` and `up` are [..., E, D, F], `down` is [..., E, F, D]; the result
-    is [N, D]. The devices of one expert axis gather each other's tokens and scatter the sums of
-    their results back: 2 N D numbers for their N tokens, wherever these are routed. Nothing is
-    dropped. Without a mesh, or on one device, `function` runs as it is.
+    size: int = 1
+
+    def first(self, count: int) -> jax.Array | int:
+        """The number of this device's first expert, where each has `count`."""
+        return 0 if self.size == 1 else jax.lax.axis_index("expert") * count
+
+    def gather(self, tree: Any) -> Any:
+        """The arrays [n, ...] of all devices, as [size * n, ...]."""
+        if self.size == 1:
+            return tree
+        return jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), tree)
+
+    def scatter(self, a: jax.Array) -> jax.Array:
+        """The sum over devices of [size * n, ...]: each gets its own n."""
+        return a if self.size == 1 else jax.lax.psum_scatter(a, "expert", tiled=True)
+
+    def exchange(self, a: jax.Array) -> jax.Array:
+        """[size * n, ...]: part i goes to device i, and what comes from device i is part i."""
+        return jax.lax.all_to_all(a, "expert", 0, 0, tiled=True)
+
+    def largest(self, number: jax.Array) -> jax.Array:
+        """Of the numbers of all devices of the mesh."""
+        return jax.lax.pmax(number, BATCH[0])
+
+
+def over_experts(mesh: Mesh | None, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function(axis, (tokens, layer), gate, up, down)` on each device, with its own tokens and its
+    own experts.
+
+    `axis` is an ExpertAxis. `tokens` is a tree of arrays [N, ...] spread over the batch's axes,
+    `layer` the same integer, or None, on all devices; `gate` and `up` are [..., E, D, F], `down` is
+    [..., E, F, D]. The result is [N, D], summed over the devices of the tensor axis, each of which
+    has a part of every expert's F.
     """
     if mesh is None or mesh.size == 1:
-        return lambda *args: function(*args, 0)
+        return functools.partial(function, ExpertAxis())
     here = _mesh_inside(mesh)
+    axis = ExpertAxis(mesh.shape["expert"])
     batch = PartitionSpec(_batch_axes(here))
     wide = ("expert", None, "tensor")  # [E, D, F]
     tall = ("expert", "tensor", None)  # [E, F, D]
 
-    def on_device(inputs: Any, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        tokens, layer = inputs
-        tokens = jax.tree.map(lambda a: jax.lax.all_gather(a, "expert", tiled=True), tokens)
-        first = jax.lax.axis_index("expert") * gate.shape[-3]
-        out = function((tokens, layer), gate, up, down, first)
-        return jax.lax.psum_scatter(jax.lax.psum(out, "tensor"), "expert", tiled=True)
+    def on_device(inputs: Any, *matrices: jax.Array) -> jax.Array:
+        return jax.lax.psum(function(axis, inputs, *matrices), "tensor")
 
     def spread(inputs: Any, *matrices: jax.Array) -> jax.Array:
         specs = [

@@ -243,6 +243,25 @@ class RouteSuite:
         np.testing.assert_array_equal(plan.sizes, np.where(allowed, N, 0))
         assert (np.asarray(plan.places)[routing.probabilities == 0] == N * E).all()
 
+    @pytest.mark.parametrize("experts", [128, 256])
+    def test_many_experts_are_routed_and_planned_alike(self, experts):
+        """Value and gradient are those of softmax and lax.top_k, differentiated by JAX."""
+        logits, toward = jax.random.normal(jax.random.key(0), (2, 200, experts))
+        allowed = jnp.arange(experts) % 3 != 1
+
+        def plain(logits):
+            p = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf))
+            best, ids = jax.lax.top_k(p, 8)
+            return jnp.sum(best * jnp.take_along_axis(toward, ids, axis=1)), (best, ids)
+
+        gradient, (best, ids) = jax.grad(plain, has_aux=True)(logits)
+        routing, dlogits = self.route(logits, 8, allowed, dprobabilities=toward)
+        np.testing.assert_array_equal(routing.ids, ids)
+        np.testing.assert_allclose(routing.probabilities, best, rtol=1e-5)
+        np.testing.assert_allclose(dlogits, gradient, atol=1e-6)
+        chosen = np.asarray(routing.probabilities > 0)
+        assert_plan(self.plan(ids, chosen, experts), np.asarray(ids), chosen, experts)
+
     def test_the_plan_is_made_without_a_sort(self):
         ids = jnp.zeros((300, 4), jnp.int32)
         assert sorts(lambda ids: jnp.argsort(ids.reshape(-1)), ids)

@@ -11,11 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexolmo_jax.config import MeshConfig, resolve
+from flexolmo_jax.kernels.route import Routing
+from flexolmo_jax.model import dispatch
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.plan.collectives import Collective, collectives
 from flexolmo_jax.plan.report import compile_step, size_of
 from flexolmo_jax.plan.steps import fsdp_minimum, training_step
-from flexolmo_jax.runtime.sharding import make_mesh
+from flexolmo_jax.runtime.sharding import make_mesh, over_experts
 
 X = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 BYTES = 8 * 16 * 4
@@ -69,6 +71,22 @@ def test_a_collective_is_counted_once_for_every_time_it_runs(kind, body, receive
         sum(one.bytes for one in found) == received
         and sum(one.total for one in found) == received * repeat
     )
+
+
+def test_an_exchange_between_experts_is_counted_as_the_one_round_of_even_choices(monkeypatch):
+    monkeypatch.setattr(dispatch, "FEWEST", 1)
+    experts, tokens, active, D, F = make_mesh(MeshConfig(data=1, fsdp=1, expert=8)), 64, 2, 16, 4
+    run = over_experts(experts, functools.partial(dispatch.run_chosen, "auto"))
+    slots = jnp.zeros((tokens, active))
+    routing = Routing(slots, slots.astype(int), jnp.zeros(tokens))
+    matrices = jnp.zeros((8, D, F)), jnp.zeros((8, D, F)), jnp.zeros((8, F, D))
+    lowered = jax.jit(run).lower(((jnp.zeros((tokens, D)), routing), None), *matrices)
+    found = collectives(lowered.compile().as_text() or "", dict(experts.shape))
+    size = dispatch.round_size(tokens // 8, active, 8, 1)
+    assert size < tokens // 8  # so that the program has a loop of further rounds
+    # a token and what is made of it, its expert and probability
+    received = 7 * size * (2 * D + 2) * 4
+    assert sum(one.total for one in found if one.kind == "all-to-all") == received
 
 
 def test_loops_in_loops_multiply_and_axes_are_told_apart():

@@ -18,7 +18,9 @@ from flexolmo_jax.kernels.route import DispatchPlan, dispatch_plan, route_topk
 
 N, D, F = 8192, 4096, 11008  # tokens, model, FFN
 CASES = (
-    "route", "dispatch_plan", "permute", "combine", "attention", "attention-gqa",
+    "route", "dispatch_plan",
+    *(f"{name}-E{E}-k8" for name in ("route", "dispatch_plan") for E in (128, 256)),
+    "permute", "combine", "attention", "attention-gqa",
     "expert_ffn-E7-k5", "expert_ffn-E8-k4", "moe_layer-E7-k5-auto",
     *(f"{name}-E8-k4-{own}" for name in ("routing", "moe_layer") for own in get_args(Kernels)),
 )  # fmt: skip
