@@ -64,18 +64,19 @@ def run_chosen(
     (x, routing), layer = inputs
     if axis.size == 1:
         return sparse_experts(x, routing, gate, up, down, layer, kernels=kernels)
-    count = gate.shape[-3]
+    (tokens, active), count = routing.ids.shape, gate.shape[-3]
     device, chosen = routing.ids // count, routing.probabilities > 0
     sizes, places, _ = dispatch_plan(device, chosen, axis.size, kernels=kernels)
     turn = places - (jnp.cumsum(sizes) - sizes)[device]
     slots = Slots(device, routing.ids % count, turn, chosen, layer)
     values = Values(x, routing.probabilities, gate, up, down)
-    exchange = Exchange(kernels, axis, round_size(*routing.ids.shape, axis.size, count))
+    exchange = Exchange(kernels, axis, round_size(tokens, active, axis.size, count))
     y = exchange.round(jnp.int32(0), slots, values)
-    if exchange.size == _most(*routing.ids.shape, count):
+    if exchange.size == _most(tokens, active, count):
         return y
     rounds = axis.largest(-(-jnp.max(sizes) // exchange.size))
-    return (y + _further_rounds(exchange, rounds, slots, values)).astype(x.dtype)
+    further: Any = _further_rounds(exchange, rounds, slots, values)
+    return (y + further).astype(x.dtype)
 
 
 def round_size(tokens: int, active: int, devices: int, experts: int) -> int:

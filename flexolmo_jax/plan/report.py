@@ -14,8 +14,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flexolmo_jax.config import MeshConfig, RunConfig, check_microbatch, to_dict
+from flexolmo_jax.config import MeshConfig, ModelConfig, RunConfig, check_microbatch, to_dict
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.integrity import MATRICES
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.tpus import Slice, slices_of
@@ -82,7 +83,8 @@ def plan_decoding(
     generating = generation(what, where, batch, context, kernels)
     step = generating.step()
     loop = _compiled(step, where)
-    report = _report(loop, step, slice_, where, flops, batch)
+    unread = unread_bytes(step.kinds["frozen"], model, batch)
+    report = _report(loop, step, slice_, where, flops, batch, unread=unread)
     if report["fits"]:
         prefill = _prefill(generating, loop, slice_, where)
         peak = max(prefill["peak_bytes"], report["peak_bytes"])
@@ -98,6 +100,13 @@ def plan_decoding(
     program = {"model": to_dict(model), "mesh": to_dict(mesh), "decode": decode}
     program |= named(kernels)
     return _head(slice_, 1, where) | {"program": program, "model_flops": flops} | report | advice
+
+
+def unread_bytes(params: Any, model: ModelConfig, batch: int) -> int:
+    """Bytes on each device of experts that none of `batch` tokens chooses, if every expert is
+    chosen as often as the others."""
+    experts = sum(size_of(params["experts"][name]) for name in MATRICES)
+    return int(experts * (1 - model.n_active / model.n_experts) ** batch)
 
 
 def _prefill(generating: Generation, loop: Any, slice_: Slice, mesh: Mesh) -> dict[str, Any]:
@@ -204,6 +213,7 @@ def _report(  # noqa: PLR0913 - a program and what is known of it
     flops: float,
     tokens: int,
     offloaded: int = 0,
+    unread: int = 0,
 ) -> dict[str, Any]:
     limit, peak = int(slice_.chip.usable_gib * GIB), _peak(compiled)
     sizes = {f"{name}_bytes": size_of(tree) for name, tree in step.kinds.items()}
@@ -213,8 +223,8 @@ def _report(  # noqa: PLR0913 - a program and what is known of it
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = collectives(compiled.as_text(), dict(mesh.shape), one_pass="cache" in step.kinds)
-    written = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    times = roofline(slice_, mesh, flops, written, moved, offloaded)
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - unread
+    times = roofline(slice_, mesh, flops, used, moved, offloaded)
     return report | {
         "temporary_bytes": peak - memory.argument_size_in_bytes - results,
         "result_bytes": results,

@@ -17,7 +17,7 @@ from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.plan.program import program_of
-from flexolmo_jax.plan.report import _needed
+from flexolmo_jax.plan.report import _needed, unread_bytes
 from flexolmo_jax.plan.steps import Decoded, architecture, decoded, generation, training_step
 from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.train.flops import forward_flops, step_flops
@@ -202,3 +202,11 @@ def test_an_architecture_that_nothing_says_is_asked_for():
 def test_a_plan_without_the_compiler_says_how_to_get_it(capsys):
     assert main(["plan", str(PAIR), "--topology", "v5p:4x4x4"]) == 2
     assert ".venv-tpu/bin/pip install 'flexolmo-jax[tpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("active", "batch", "share"), [(2, 1, 3 / 4), (2, 3, 27 / 64), (8, 1, 0)])
+def test_experts_that_no_token_chooses_are_not_read(active, batch, share):
+    what = small_decoding("mesh.expert=4", "mesh.tensor=1", n_experts=8, n_active=active)
+    step = generation(what, make_mesh(what.mesh), 4, 64).step()
+    experts = 3 * 2 * (8 // 4) * 256 * 64 * 2  # matrices, layers, experts of a device, width, bytes
+    assert unread_bytes(step.kinds["frozen"], what.model, batch) == int(experts * share)
