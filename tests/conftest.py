@@ -67,6 +67,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # with a limit, JAX also locks the folder against other test processes
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+# A test's program is small and runs a few times: compiling it costs more than it runs. What XLA and
+# LLVM do to make it fast is left out; XLA_FLAGS of the user's own come last and win.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 # Hypothesis keeps failing examples; by default in the working tree, which need not be one that can
 # be written.
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(
