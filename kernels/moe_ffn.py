@@ -11,8 +11,11 @@ and two pre-activations of every slot. Where all or nearly all experts are activ
 expert on every token (`expert_ffn.swiglu`) is less work.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from . import Kernels
@@ -40,10 +43,23 @@ def sparse_experts(  # noqa: PLR0913 - a layer of a model
     plan = dispatch_plan(routing.ids, routing.probabilities > 0, gate.shape[-3], kernels=kernels)
     tokens = permute(x, plan, kernels=kernels)
     probabilities = permute_probabilities(routing.probabilities, plan, kernels=kernels)
-    sizes = plan.sizes
+    sizes, implementation = plan.sizes, None
     if layer is not None:  # experts of other layers are groups without a token
         L, E = gate.shape[:2]
         sizes = jax.lax.dynamic_update_slice(jnp.zeros(L * E, sizes.dtype), sizes, (layer * E,))
         gate, up, down = (m.reshape(L * E, *m.shape[-2:]) for m in (gate, up, down))
-    outputs = expert_ffn(tokens, probabilities, sizes, gate, up, down)
+        implementation = _reading_in_place()
+    outputs = expert_ffn(
+        tokens, probabilities, sizes, gate, up, down, implementation=implementation
+    )
     return combine(outputs, plan, kernels=kernels)
+
+
+def _reading_in_place() -> Literal["megablox"] | None:
+    """The grouped products that read the matrices of all layers as they lie.
+
+    On TPU7x `ragged_dot` wants them in tiles of 16 rows, which no argument of a program has: it
+    would copy every expert of every layer.
+    """
+    on_tpu7x = pltpu.is_tpu_device() and pltpu.get_tpu_info().generation >= 7
+    return "megablox" if on_tpu7x else None

@@ -2,7 +2,9 @@
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels import Kernels
+from flexolmo_jax.kernels.moe_ffn import sparse_experts
+from flexolmo_jax.kernels.route import Routing
 from flexolmo_jax.model import forward, init_params
 
 README = Path(__file__).parents[2] / "kernels" / "README.md"
@@ -35,11 +39,15 @@ def lowered(kernels: Kernels, tpu: str) -> str:
         return jnp.sum(output.logits)
 
     params = jax.eval_shape(functools.partial(init_params, CONFIG), jax.random.key(0))
-    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    return on(tpu, jax.grad(loss), params, jax.ShapeDtypeStruct((2, 128), jnp.int32))
+
+
+def on(tpu: str, function: Callable[..., Any], *arguments: Any) -> str:
+    """The function, lowered for this TPU."""
     device = AbstractDevice(device_kind=DEVICES[tpu], num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(jax.grad(loss)).trace(params, tokens)
+        traced = jax.jit(function).trace(*arguments)
         return traced.lower(lowering_platforms=("tpu",)).as_text(debug_info=True)
 
 
@@ -67,3 +75,22 @@ def test_named_kernels_are_the_program_s(kernels, named):
 @pytest.mark.parametrize(("kernels", "sorts"), [("xla", True), ("auto", False), ("pallas", False)])
 def test_routing_by_pallas_sorts_nothing(kernels, sorts):
     assert ("top_k" in lowered(kernels, "v5p")) == sorts
+
+
+@pytest.mark.parametrize("tpu", DEVICES)
+def test_experts_of_all_layers_are_read_where_they_lie(tpu):
+    """TPU7x's ragged_dot would copy them."""
+    N, A, L, E, D, F = 16, 2, 2, 4, 256, 512
+
+    def layer(x, routing, gate, up, down, index):
+        return sparse_experts(x, routing, gate, up, down, index)
+
+    def of(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    wide, index = of(L, E, D, F), of(dtype=jnp.int32)
+    routing = Routing(of(N, A, dtype="float32"), of(N, A, dtype="int32"), of(N, dtype="float32"))
+    text = on(tpu, layer, of(N, D), routing, wide, wide, of(L, E, F, D), index)
+    in_place = tpu == "tpu7x" or jax.__version_info__ < (0, 12)
+    products = set(re.findall(r"\bragged_dot\b|megablox_t?gmm", text))
+    assert products == ({"megablox_gmm"} if in_place else {"ragged_dot"})
