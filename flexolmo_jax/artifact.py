@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from flexolmo_jax import integrity
 from flexolmo_jax.config import ModelConfig, to_dict
@@ -31,9 +32,11 @@ from flexolmo_jax.description import (
     write_description,
 )
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model import logical_axes
 from flexolmo_jax.model.tree import flatten, unflatten
 from flexolmo_jax.runtime.devices import all_devices
 from flexolmo_jax.runtime.processes import by_the_first
+from flexolmo_jax.runtime.sharding import parameter_sharding
 from flexolmo_jax.storage import checkpoint, loading, verified
 from flexolmo_jax.storage.paths import path_of
 from flexolmo_jax.storage.weights import Reader, Stored
@@ -44,6 +47,7 @@ __all__ = [
     "Placement",
     "describe",
     "open_artifact",
+    "placement_on",
     "read_sealed",
     "sealed_json",
     "write_description",
@@ -106,7 +110,7 @@ class Artifact:
             which: a run's checkpoint: last, best or a step.
             placement: where each tensor goes; without it, all go to one device.
         """
-        placement = placement or _on_one_device
+        placement = placement or placement_on(None, self.config)
         if self.kind == "run":
             own = self.trained(which, placement)
             if "base" not in self.description:
@@ -119,7 +123,7 @@ class Artifact:
 
     def trained(self, which: str = "last", placement: Placement | None = None) -> dict[str, Any]:
         """What a run trained: a pair's new expert, router rows and biases, or all parameters."""
-        target = self._stored(placement or _on_one_device)
+        target = self._stored(placement or placement_on(None, self.config))
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
             return checkpoints.restore_part("params", target, self.step(which))
 
@@ -220,8 +224,14 @@ class Artifact:
         return unflatten(target)
 
 
-def _on_one_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(all_devices()[0])
+def placement_on(mesh: Mesh | None, config: ModelConfig, *, pair: bool = False) -> Placement:
+    """Where the parameters of a model, or of a pair, go: over a mesh by their logical axes; without
+    one to one device."""
+    if mesh is None:
+        one = jax.sharding.SingleDeviceSharding(all_devices()[0])
+        return lambda path, shape: one
+    axes = flatten(logical_axes(config, pair=pair))
+    return lambda path, shape: parameter_sharding(mesh, axes[path], shape)
 
 
 def open_artifact(path: str | Path) -> Artifact:

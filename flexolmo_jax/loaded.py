@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax.artifact import Artifact, open_artifact
+from flexolmo_jax.artifact import Artifact, open_artifact, placement_on
 from flexolmo_jax.config import MeshConfig, ModelConfig, expect
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Decoder, Generator, Sampling
 from flexolmo_jax.kernels import Kernels
-from flexolmo_jax.model import Params, forward, logical_axes
-from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.runtime.sharding import check_batch, make_mesh, parameter_sharding
+from flexolmo_jax.model import Params, forward
+from flexolmo_jax.runtime.sharding import check_batch, make_mesh
 
 DTYPES = ("bfloat16", "float32")  # that a model generates in
 
@@ -154,14 +153,8 @@ def load(
     expect(kernels in known, "kernels", kernels, f"one of {', '.join(known)}")
     expect(dtype is None or dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
     artifact = open_artifact(path)
-    if mesh is None:
-        return LoadedModel(artifact, artifact.params(which), kernels=kernels, dtype=dtype)
-    devices = make_mesh(mesh)
-    axes = flatten(logical_axes(artifact.config, pair=artifact.is_pair))
-
-    def placement(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        return parameter_sharding(devices, axes[path], shape)
-
+    devices = None if mesh is None else make_mesh(mesh)
+    placement = placement_on(devices, artifact.config, pair=artifact.is_pair)
     return LoadedModel(artifact, artifact.params(which, placement), devices, kernels, dtype)
 
 

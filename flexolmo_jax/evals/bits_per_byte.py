@@ -1,12 +1,10 @@
 """`flexolmo eval`: bits per byte and routing shares of a run, anchor or model on held-out text."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.data.documents import name_of
@@ -15,7 +13,7 @@ from flexolmo_jax.data.records import Split
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.runtime.progress import bar
-from flexolmo_jax.runtime.sharding import put_batch
+from flexolmo_jax.runtime.sharding import put_whole_batch
 from flexolmo_jax.train.evaluate import Score, make_scorer, score_records
 
 # tokens of the records that raw documents are packed into; a prepared directory has its own length
@@ -43,12 +41,10 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
     scorer = make_scorer(model.config, k, mesh=model.mesh, kernels=model.kernels)
-    put: Callable[[np.ndarray], jax.Array] = jnp.asarray
-    if model.mesh is not None:
-        put = functools.partial(put_batch, model.mesh, range(batch_size), batch_size)
 
     def score_batch(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return scorer(model.params, *map(put, batch), allowed)
+        placed = (put_whole_batch(model.mesh, array) for array in batch)
+        return scorer(model.params, *placed, allowed)
 
     keys = ("bits_per_byte", "tokens", "bytes", "routing", "routing_by_layer")
     result: dict[str, Any] = {key: {} for key in keys}

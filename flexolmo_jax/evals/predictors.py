@@ -23,7 +23,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Output, Params, forward
-from flexolmo_jax.runtime.sharding import put_batch
+from flexolmo_jax.runtime.sharding import put_whole_batch
 from flexolmo_jax.train.losses import token_losses
 
 # Prompt routing and weighted soups choose by this many tokens of a document. The paper chooses by
@@ -75,11 +75,7 @@ class OfModel:
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
         self._model.check_batch(len(tokens))
-        mesh = self._model.mesh
-        batch = [
-            a if mesh is None else put_batch(mesh, range(len(a)), len(a), a)
-            for a in (tokens, segments)
-        ]
+        batch = [put_whole_batch(self._model.mesh, array) for array in (tokens, segments)]
         return np.asarray(self._run(self._model.params, *batch, self._allowed))
 
 

@@ -102,6 +102,12 @@ def check_batch(mesh: Mesh | None, size: int) -> None:
         )
 
 
+def batch_over(mesh: Mesh | None, size: int) -> int:
+    """The least number of records, from `size` on, that divides evenly over the mesh."""
+    devices = 1 if mesh is None else devices_of_batch(mesh)
+    return -(-size // devices) * devices
+
+
 def local_records(mesh: Mesh, batch_size: int) -> list[int]:
     """The places in a batch of the records that the devices of this process hold, in order."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
@@ -122,6 +128,13 @@ def put_batch(mesh: Mesh, places: Sequence[int], batch_size: int, array: np.ndar
 
     shape = (batch_size, *array.shape[1:])
     return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
+
+
+def put_whole_batch(mesh: Mesh | None, array: np.ndarray) -> jax.Array:
+    """A batch of which this process has every record: over the mesh, or on one device."""
+    if mesh is None:
+        return jnp.asarray(array)
+    return put_batch(mesh, range(len(array)), len(array), array)
 
 
 def constrain(mesh: Mesh | None, tree: Any, axes: Axes) -> Any:

@@ -23,11 +23,12 @@ from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward
-from flexolmo_jax.runtime.sharding import replicated
+from flexolmo_jax.runtime.sharding import batch_over, put_whole_batch, replicated
 from flexolmo_jax.storage.paths import in_bucket
 
 from .losses import predicts, token_losses
 
+BATCH_SIZE = 16  # records
 # (tokens, segments, scored), each [B, T], -> sums of nats and of routing shares [L, E]
 Scorer = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
 
@@ -93,7 +94,7 @@ def score_records(
     records: Source,
     tokenizer: Tokenizer,
     *,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     limit: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Score:
@@ -128,6 +129,29 @@ def score_records(
             " --heldout share"
         )
     return Score(bits, n_tokens, n_bytes, routing / n_tokens)
+
+
+def score_model(
+    config: ModelConfig,
+    params: Params,
+    records: Source,
+    tokenizer: Tokenizer,
+    *,
+    mesh: Mesh | None = None,
+    limit: int | None = None,
+) -> Score:
+    """Scores records, as `score_records` does, by a model whose parameters lie on this mesh, with
+    every weight in its own dtype and computing in float32.
+
+    A batch has 16 records, or more where the mesh needs more to be divided evenly.
+    """
+    scorer = make_scorer(config, mesh=mesh)
+
+    def score(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return scorer(params, *(put_whole_batch(mesh, array) for array in batch))
+
+    size = batch_over(mesh, BATCH_SIZE)
+    return score_records(score, records, tokenizer, batch_size=size, limit=limit)
 
 
 def check_tokenizer(records: Source, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import combine
 from flexolmo_jax.runtime.processes import compile_for_all
-from flexolmo_jax.runtime.sharding import put_batch
+from flexolmo_jax.runtime.sharding import put_whole_batch
 
 from .evaluate import make_scorer, score_records
 from .job import Job
@@ -30,8 +30,7 @@ class Evaluation:
         self._compiled = False
         # Of a microbatch's size: what fits in memory for a step does so here.
         self._batch_size = job.config.data.batch_size // job.config.train.accumulate
-        everything = range(self._batch_size)  # every process reads all records of a batch
-        self._put = functools.partial(put_batch, mesh, everything, self._batch_size)
+        self._mesh = mesh
 
     def __call__(self, trained: Params, frozen: Params) -> dict[str, float]:
         params = combine(trained, frozen)
@@ -48,7 +47,8 @@ class Evaluation:
         return scores
 
     def _score_batch(self, params: Params, *batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        placed = [self._put(array) for array in batch]
+        # every process reads all records of a batch
+        placed = [put_whole_batch(self._mesh, array) for array in batch]
         if not self._compiled:
             compile_for_all(self._score, params, *placed)
         self._compiled = True

@@ -18,11 +18,10 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from flexolmo_jax.artifact import Placement
+from flexolmo_jax.artifact import placement_on
 from flexolmo_jax.config import check_microbatch
 from flexolmo_jax.errors import RunError
-from flexolmo_jax.model import logical_axes
-from flexolmo_jax.model.tree import flatten, partition
+from flexolmo_jax.model.tree import partition
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.processes import by_the_first, compile_for_all, is_first, stop_requests
 from flexolmo_jax.runtime.progress import bar, note
@@ -106,7 +105,8 @@ class Trainer:
         A run resumes bit for bit from parameters and optimiser state alone: a step's batch and its
         noise are functions of the step's number. It never holds two states at once.
         """
-        job, placement = self._job, _placement(self._job, self._mesh)
+        job = self._job
+        placement = placement_on(self._mesh, job.model, pair=job.config.run == "pair")
         with self._accounting.spent("init"):
             base = job.load_base(placement)
             self._frozen = partition(base, job.is_trained)[1]
@@ -238,11 +238,6 @@ class Trainer:
 
 def _due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
-
-
-def _placement(job: Job, mesh: Mesh) -> Placement:
-    axes = flatten(logical_axes(job.model, pair=job.config.run == "pair"))
-    return lambda path, shape: sharding.parameter_sharding(mesh, axes[path], shape)
 
 
 def _abstract_state(job: Job, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
