@@ -127,19 +127,24 @@ class Artifact:
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
             return checkpoints.restore_part("params", target, self.step(which))
 
-    def arrays(self, which: str = "last") -> dict[str, Any]:
-        """Each parameter by its path. Raises UserError as `ensure` does.
+    def arrays(self, which: str = "last") -> dict[str, Stored]:
+        """Each parameter by its path, with those of the base of a run. Raises UserError as `ensure`
+        and `params` do.
 
-        Those of an anchor or a model are `Stored`: they are read when they are indexed. Those of a
-        run are in memory.
+        They are read when they are indexed: a part of an anchor's or a model's, the whole of a
+        run's, of which the last one stays in memory.
         """
+        tensors = flatten(self._stored(placement_on(None, self.config)))
+        inherited: dict[str, Stored] = {}
         if self.kind == "run":
-            return flatten(self.params(which))
-        self.ensure()
-        reader, tensors = Reader(self.path / "weights"), self.description["tensors"]
-        return {
-            path: Stored(reader, path, tuple(t["shape"]), jnp.dtype(t["dtype"]))
-            for path, t in tensors.items()
+            with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
+                reader = checkpoints.reader("params", tensors, self.step(which))
+            inherited = self.base().arrays() if "base" in self.description else {}
+        else:
+            self.ensure()
+            reader = Reader(self.path / "weights")
+        return inherited | {
+            path: Stored(reader, path, t.shape, t.dtype) for path, t in tensors.items()
         }
 
     def step(self, which: str = "last") -> int:

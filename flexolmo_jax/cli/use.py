@@ -232,6 +232,7 @@ def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
         help="scored before and after biases are dropped",
     ),
     CHECKPOINT,
+    MESH,
 )
 def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.convert.exporting import export_hf
@@ -244,6 +245,7 @@ def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
         drop_bias=args.drop_bias,
         eval_data=args.eval_data,
         which=args.checkpoint,
+        mesh=args.mesh,
     )
 
 

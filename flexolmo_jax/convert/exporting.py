@@ -16,16 +16,18 @@ import jax
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.integrity import manifest_of
-from flexolmo_jax.loaded import LoadedModel, load
+from flexolmo_jax.integrity import MATRICES, manifest_of
+from flexolmo_jax.loaded import load
 from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.runtime.sharding import batch_over
 from flexolmo_jax.storage.files import clear, new_directory, write_bytes
 from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.tensorfile import write_tensors
+from flexolmo_jax.train.evaluate import BATCH_SIZE
 
 from .huggingface import Entry, check_bias, hf_config, key_table, transposed
 
@@ -42,8 +44,9 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     drop_bias: bool = False,
     eval_data: Sequence[Path] = (),
     which: str = "last",
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
-    """Writes the checkpoint, an anchor's or a model's tensor by tensor, and returns its figures.
+    """Writes the checkpoint and returns its figures. In memory is a tensor of it, or of a run.
 
     Args:
         max_shard_size: the most bytes of a file, unless one tensor has more.
@@ -51,56 +54,72 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         drop_bias: leave router biases out, which changes the model.
         eval_data: is scored with and without the biases that are dropped.
         which: a run's checkpoint: last, best or a step.
+        mesh: the devices that the model is spread over to be scored (default: one device).
 
     Raises:
-        UserError: for biases that matter and are not to be dropped, and for an unknown dtype.
+        UserError: for biases that matter and are not to be dropped, an unknown dtype, and a mesh
+            that does not fit the devices or comes without `eval_data`.
     """
     check_new(out)
     clear(out)
     artifact = open_artifact(path)
-    _check_options(dtype, drop_bias, eval_data)
+    _check_options(dtype, drop_bias, eval_data, mesh)
     arrays, config = _arrays(artifact, which)
     dtype = dtype or str(arrays["trunk/embedding"].dtype)
     scores: dict[str, Any] = {}
     if "experts/bias" in arrays:
         check_bias(np.asarray(arrays["experts/bias"][:]), drop_bias)
-        scores = _scores(artifact, which, eval_data) if drop_bias and eval_data else {}
-    tokenizer = artifact.tokenizer
-    eos, pad = tokenizer.eos_id, tokenizer.pad_id
-    fields = hf_config(config, dtype=dtype, eos_token_id=eos, pad_token_id=pad)
-    generation = {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
-    files = shards(key_table(config), np.dtype(dtype).itemsize, max_shard_size)
+        scores = _scores(artifact, which, eval_data, mesh) if drop_bias and eval_data else {}
+    configs = _configs(config, artifact.tokenizer, dtype)
+    files = shards(_table(artifact, config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
-        tokenizer.save(directory / "tokenizer.json")
+        artifact.tokenizer.save(directory / "tokenizer.json")
         total = _write_weights(directory, files, arrays, dtype)
-        _write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
-        _write_json(directory / "generation_config.json", generation)
         write_bytes(directory / "README.md", _card(artifact, config, scores).encode())
-        _write_json(directory / "config.json", fields)
+        for name, content in configs.items():
+            _write_json(directory / name, content)
         artifact.ensure()  # again: another directory may have got its name meanwhile
     plural = "s" * (len(files) > 1)
-    (architecture,) = fields["architectures"]
+    (architecture,) = configs["config.json"]["architectures"]
     note(f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}")
     made = {"out": str(out), "architecture": architecture}
     return made | {"dtype": dtype, "bytes": total, "files": len(files)} | scores
 
 
-def _check_options(dtype: str | None, drop_bias: bool, eval_data: Sequence[Path]) -> None:
+def _check_options(
+    dtype: str | None, drop_bias: bool, eval_data: Sequence[Path], mesh: MeshConfig | None
+) -> None:
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     if eval_data and not drop_bias:
         raise UserError(
             "--eval-data is scored before and after biases are dropped; give --drop-bias too"
         )
+    if mesh and not eval_data:
+        raise UserError(
+            "--mesh is for scoring --eval-data; exporting needs no device: leave it out"
+        )
 
 
-def _tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+def _configs(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict[str, Any]]:
+    """The contents of the JSON files beside the weights, by name."""
+    eos, pad = tokenizer.eos_id, tokenizer.pad_id
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": config.max_seq_len,
-        "eos_token": tokenizer.token(tokenizer.eos_id),
-        "pad_token": tokenizer.token(tokenizer.pad_id),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.max_seq_len,
+            "eos_token": tokenizer.token(eos),
+            "pad_token": tokenizer.token(pad),
+        },
+        "generation_config.json": {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False},
+        "config.json": hf_config(config, dtype=dtype, eos_token_id=eos, pad_token_id=pad),
     }
+
+
+def _table(artifact: Artifact, config: ModelConfig) -> list[Entry]:
+    """The tensors to write. Those of a run by our parameter: each of these is read once, whole."""
+    table = key_table(config)
+    return sorted(table, key=lambda entry: entry.path) if artifact.kind == "run" else table
 
 
 def _write_weights(
@@ -128,33 +147,49 @@ def _write_weights(
     return total
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """The matrices of a pair's two experts: one is read when it is indexed."""
+
+    anchors: Any
+    new: Any
+
+    def __getitem__(self, index: tuple[int, int]) -> np.ndarray:
+        layer, expert = index
+        return (self.anchors, self.new)[expert][layer, 0]
+
+
 def _arrays(artifact: Artifact, which: str) -> tuple[dict[str, Any], ModelConfig]:
     """Every leaf, and its config. A pair's two experts are stacked as those of a merged model are,
     with both active."""
-    arrays = artifact.arrays(which)
+    arrays: dict[str, Any] = dict(artifact.arrays(which))
     if not artifact.is_pair:
         return arrays, artifact.config
+    for name in MATRICES:
+        arrays[f"experts/{name}"] = _Pair(arrays[f"experts/{name}"], arrays.pop(f"expert/{name}"))
     for path in [path for path in arrays if path.startswith("expert/")]:
-        new, stacked = np.asarray(arrays.pop(path)), path.replace("expert/", "experts/")
+        new, stacked = arrays.pop(path)[:], path.replace("expert/", "experts/")
         # The anchor has no bias. The model ignores what is stored as one.
-        old = np.asarray(arrays[stacked], new.dtype) if stacked in arrays else np.zeros_like(new)
+        old = arrays[stacked][:].astype(new.dtype) if stacked in arrays else np.zeros_like(new)
         arrays[stacked] = np.concatenate([old, new], axis=1)
     return arrays, dataclasses.replace(artifact.config, n_experts=2, n_active=2)
 
 
-def _scores(artifact: Artifact, which: str, data: Sequence[Path]) -> dict[str, Any]:
+def _scores(
+    artifact: Artifact, which: str, data: Sequence[Path], mesh: MeshConfig | None
+) -> dict[str, Any]:
     """Bits per byte with and without router biases."""
-    model = load(artifact.path, which)
+    model = load(artifact.path, which, mesh)
     branch = "expert" if artifact.is_pair else "experts"
     experts = model.params[branch]
     dropped = experts | {"bias": jax.numpy.zeros_like(experts["bias"])}
     models = {
         "with the router's biases": model,
-        "without them": LoadedModel(artifact, model.params | {branch: dropped}),
+        "without them": dataclasses.replace(model, params=model.params | {branch: dropped}),
     }
-    scores = {}
+    scores, size = {}, batch_over(model.mesh, BATCH_SIZE)
     for name, each in models.items():
-        scores[name] = evaluate(each, data)["bits_per_byte"]
+        scores[name] = evaluate(each, data, batch_size=size)["bits_per_byte"]
         figures = ", ".join(f"{domain} {bits:.4f}" for domain, bits in scores[name].items())
         note(f"bits per byte {name}: {figures}")
     return {"bits_per_byte": scores}

@@ -50,7 +50,7 @@ def publish(  # noqa: PLR0913 - the verb's options
 ) -> Artifact:
     """Makes an anchor of a dense run or model, or of the first expert of an imported model.
 
-    An imported model's router rows are kept. Models are read a shard at a time.
+    An imported model's router rows are kept. Models are read a shard at a time, runs a parameter.
 
     Args:
         public: documents. The embedder is fitted on them, router row 0 comes from them, and they go

@@ -13,12 +13,14 @@ object store keeps of its objects, so that sealing and checking read no data aga
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
@@ -46,6 +48,7 @@ ALGORITHMS = {64: "sha256", 32: "md5"}  # by a digest's length in hex: on a disk
 _MALFORMED = ValueError, KeyError, TypeError, AttributeError, StopIteration
 METRICS = "metrics/metrics"  # Orbax's file of metrics, in steps that were evaluated
 Tree = dict[str, Any]
+Leaves = Mapping[str, jax.ShapeDtypeStruct]  # by path, as "experts/gate"
 
 
 class StepCheckpoints:
@@ -172,26 +175,17 @@ class StepCheckpoints:
         )
         return self._restore(args, step)[key]
 
+    def reader(self, key: str, target: Leaves, step: int) -> "StepReader":
+        """A reader of the branch `key`. `target`: the shape and dtype of each leaf, by its path.
+
+        The step's files are checked now. Raises UserError as `restore` does.
+        """
+        _check(self._directory / str(step))
+        return StepReader(self._directory / str(step), key, target)
+
     def _restore(self, args: ocp.args.PyTreeRestore, step: int) -> Any:
         by_the_first(functools.partial(_check, self._directory / str(step)))
-        path = absolute(self._directory) / str(step) / "default"
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                restored = checkpointer.restore(path, args=args)
-        except Exception as error:  # Orbax raises bare Exception for data that it cannot read
-            # The files passed their check. With several processes, one of them or the network
-            # between them may have failed, so the checkpoint is not to blame.
-            if joined():
-                raise
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be restored: {_first_line(error)}"
-            ) from error
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(restored)):
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} lacks parameters that its run trained;"
-                " restore the run's own checkpoints"
-            )
-        return restored
+        return _restore(self._directory / str(step), args)
 
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
         """Restores the newest checkpoint that is intact; None if there is none.
@@ -213,6 +207,61 @@ class StepCheckpoints:
         aside = self._directory.with_name("damaged")
         again = sum(path.name.split(".")[0] == step for path in children(aside))
         move(self._directory / step, aside / (f"{step}.{again}" if again else step))
+
+
+class StepReader:
+    """Reads the leaves of one branch of a step into the host's memory.
+
+    Orbax keeps a leaf as its devices had it, all layers together. So the whole leaf that was read
+    last stays in memory, until another one is read.
+    """
+
+    def __init__(self, step: Path, key: str, target: Leaves):
+        self._step, self._key, self._target = step, key, target
+        self._kept: tuple[str, np.ndarray] | None = None
+
+    def read(self, path: str, box: Any) -> np.ndarray:
+        """A copy of a part of a leaf. Raises UserError as `StepCheckpoints.restore` does."""
+        if self._kept is None or self._kept[0] != path:
+            self._kept = None  # before the next is read: only one is in memory
+            self._kept = path, self._whole(path)
+        return np.array(self._kept[1][box])
+
+    def _whole(self, path: str) -> np.ndarray:
+        keys, wanted = (self._key, *path.split("/")), self._target[path]
+
+        def alone(leaf: Any) -> Any:
+            """The tree with no other leaf."""
+            return functools.reduce(lambda tree, key: {key: tree}, reversed(keys), leaf)
+
+        how = alone(ocp.RestoreArgs(restore_type=np.ndarray))
+        args = ocp.args.PyTreeRestore(alone(wanted), restore_args=how, partial_restore=True)
+        leaf = functools.reduce(operator.getitem, keys, _restore(self._step, args))
+        if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+            raise UserError(
+                f"checkpoint {self._step}: {path} is {leaf.dtype} {list(leaf.shape)}; expected"
+                f" {wanted.dtype} {list(wanted.shape)}; restore the run's own checkpoints"
+            )
+        return leaf
+
+
+def _restore(step: Path, args: ocp.args.PyTreeRestore) -> Any:
+    """What `args` asks for of a step whose files have been checked."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(absolute(step) / "default", args=args)
+    except Exception as error:  # Orbax raises bare Exception for data that it cannot read
+        # The files passed their check. With several processes, one of them or the network
+        # between them may have failed, so the checkpoint is not to blame.
+        if joined():
+            raise
+        raise UserError(f"checkpoint {step} cannot be restored: {_first_line(error)}") from error
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(restored)):
+        raise UserError(
+            f"checkpoint {step} lacks parameters that its run trained; restore the run's own"
+            " checkpoints"
+        )
+    return restored
 
 
 def _is_step(name: str) -> bool:

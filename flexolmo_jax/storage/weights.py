@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorstore as ts
@@ -250,6 +250,12 @@ class Reader:
             ) from None
 
 
+class Readable(Protocol):
+    """What a `Stored` array is read from: a `Reader`, or a run's checkpoint."""
+
+    def read(self, path: str, box: Any) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Stored:
     """An array in files that is used like one in memory: indexing reads a part and casts it.
@@ -257,7 +263,7 @@ class Stored:
     With `expert` it is that expert's slice of the array.
     """
 
-    reader: Reader
+    reader: Readable
     path: str
     whole: tuple[int, ...]
     dtype: np.dtype

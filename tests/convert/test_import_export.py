@@ -188,6 +188,11 @@ def test_dropping_biases_is_scored_before_and_after(model, prepared, tmp_path, c
     assert cli.main([*map(str, command)]) == 0
     scores = json.loads(capsys.readouterr().out)["bits_per_byte"]
     assert scores.keys() == {"with the router's biases", "without them"}
+    command[2] = tmp_path / "spread"
+    assert cli.main([*map(str, command), "--mesh", "data=3,fsdp=2"]) == 0
+    spread = json.loads(capsys.readouterr().out)["bits_per_byte"]
+    for name, bits in scores.items():
+        assert spread[name] == pytest.approx(bits, rel=1e-5)
     assert cli.main(["import-hf", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
     back = evaluate(load(tmp_path / "back"), [prepared["public"]])["bits_per_byte"]["public"]
     assert abs(back - scores["without them"]["public"]) < 1e-6
