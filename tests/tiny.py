@@ -6,11 +6,13 @@ width 32 trained for 20 steps.
 """
 
 import dataclasses
+import gc
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +23,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.exchange.anchor import publish
 from flexolmo_jax.owner.package import package
 from flexolmo_jax.owner.pair import train_pair
+from flexolmo_jax.plan.report import size_of
 from flexolmo_jax.train.pretrain import pretrain
 
 SEQ_LEN = 32
@@ -164,6 +167,30 @@ def contributions(tiny: Path, pair_runs: dict[str, Path]) -> dict[str, Path]:
 def model(tiny: Path, anchor: Path, contributions: dict[str, Path]) -> Path:
     """All three experts merged, two of four active."""
     return merge(anchor, list(contributions.values()), tiny / "model", active=2).path
+
+
+Held = Callable[[Any, str], list[int]]
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    """`held(module, "function")`: the bytes of live arrays on each device, beside those that were
+    there before, at each call of that function from now on."""
+
+    def watch(module: Any, name: str) -> list[int]:
+        gc.collect()
+        found: list[int] = []
+        before, function = size_of(jax.live_arrays()), getattr(module, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            gc.collect()
+            found.append(size_of(jax.live_arrays()) - before)
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, watched)
+        return found
+
+    return watch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -179,9 +179,16 @@ KERNELS = option(
     metavar="|".join(get_args(Kernels)),
     help="that route tokens to experts (default: the platform's own)",
 )
-MESH = option(
-    "--mesh",
-    metavar="AXIS=N,...",
-    type=mesh,
-    help="spread the weights over devices, as tensor=8; default: one device",
-)
+
+
+def _mesh_option(default: str) -> Any:
+    return option(
+        "--mesh",
+        metavar="AXIS=N,...",
+        type=mesh,
+        help=f"spread the weights over devices, as tensor=8; default: {default}",
+    )
+
+
+MESH = _mesh_option("one device")
+PAIR_MESH = _mesh_option("the run's own mesh, or all devices where that does not fit them")

@@ -12,6 +12,7 @@ from .options import (
     CHECKPOINT,
     HELDOUT,
     OUT,
+    PAIR_MESH,
     RAY,
     SET,
     SIGN_KEY,
@@ -70,6 +71,7 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
     option("--expert", metavar="NAME", help="of the imported model"),
     option("--anchor", type=path_of, help="what `flexolmo publish` made of the imported model"),
     CHECKPOINT,
+    PAIR_MESH,
     SIGN_KEY,
     OUT,
 )
@@ -81,10 +83,15 @@ def _package(args: argparse.Namespace) -> dict[str, Any]:
             "an expert of an imported model is packaged with --expert NAME and --anchor ANCHOR;"
             " give both or none"
         )
+    if args.expert and args.mesh:
+        raise UserError(
+            "--mesh is for evaluating a pair; an expert of an imported model is not evaluated:"
+            " leave it out"
+        )
     if args.expert:
         made = package_imported(args.run, args.expert, args.anchor, args.out, args.sign_key)
     else:
-        made = package(args.run, args.out, args.checkpoint, args.sign_key)
+        made = package(args.run, args.out, args.checkpoint, args.sign_key, args.mesh)
     return _packaged(args, made)
 
 

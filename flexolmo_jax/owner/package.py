@@ -1,7 +1,6 @@
 """Packaging: an owner's pair run, or an expert of an imported model, becomes a contribution."""
 
 import dataclasses
-import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -9,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from jax.sharding import Mesh
 
-from flexolmo_jax.artifact import Artifact, open_artifact
-from flexolmo_jax.config import Dataset, RunConfig, load_config, to_dict
+from flexolmo_jax.artifact import Artifact, open_artifact, placement_on
+from flexolmo_jax.config import Dataset, MeshConfig, RunConfig, load_config, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
@@ -29,35 +28,52 @@ from flexolmo_jax.exchange.contribution import (
     tensor_shapes,
 )
 from flexolmo_jax.exchange.manifest import FORMAT
+from flexolmo_jax.exchange.placing import place_expert
 from flexolmo_jax.exchange.signature import load_key, sign
-from flexolmo_jax.integrity import anchor_tensors, layouts, leaf_of, tensor_digest
+from flexolmo_jax.integrity import (
+    anchor_tensors,
+    layouts,
+    leaf_of,
+    name_of_tensor,
+    tensor_digest,
+)
 from flexolmo_jax.model import Params
 from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.storage.files import new_directory, write_bytes
 from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import path_of
 from flexolmo_jax.storage.tensorfile import TensorFile, write_tensors
 from flexolmo_jax.storage.weights import Stored
-from flexolmo_jax.train.evaluate import make_scorer, score_records
+from flexolmo_jax.train.evaluate import score_model
 from flexolmo_jax.train.sources import evaluation_sets
 
 
 def package(
-    path: Path, out: Path, which: str = "last", sign_key: Path | None = None
+    path: Path,
+    out: Path,
+    which: str = "last",
+    sign_key: Path | None = None,
+    mesh: MeshConfig | None = None,
 ) -> Contribution:
     """Makes a contribution of a pair's run.
 
     The expert is cast to the anchor's dtype first and then evaluated, so that what was measured is
-    what is merged.
+    what is merged. As in `eval`, it is evaluated in float32, whatever the run computed in. On the
+    devices are the anchor and the expert in the anchor's dtype; in the host's memory is one
+    parameter of the expert, of all layers.
 
     Args:
         path: the pair's run.
         out: the contribution's directory.
         which: the checkpoint: "last", "best", or a step.
         sign_key: the owner's private key.
+        mesh: the devices that the pair's weights are spread over. Default: the run's own mesh, or
+            all devices along fsdp where that does not fit them.
 
     Raises:
-        UserError: for any other run, a wrong key, and scores that are not finite.
+        UserError: for any other run, a wrong key, scores that are not finite, and a mesh that does
+            not fit the devices.
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
@@ -65,32 +81,19 @@ def package(
     if not run.is_pair:
         raise UserError(f"{path} is not a pair's run; expected one, to make a contribution from")
     config = _config_of(path, run)
-    assert config.pair is not None  # checked by _config_of
     anchor = open_anchor(run.base().path)
-    dtype = anchor.dtype
     step = run.step(which)
-    params = run.params(str(step))
-    released = {name: np.asarray(a.astype(dtype)) for name, a in params["expert"].items()}
-    scores = _evaluate(run, anchor, params, released, config)
-    fields = {
-        "name": config.pair.name,
-        "owner": config.pair.owner,
-        "domain": config.pair.domain or config.pair.name,
-        "licence": config.pair.licence,
-        "expires": config.pair.expires or None,
-        "training": {
-            "steps": step,
-            "tokens": step * config.data.batch_size * config.data.seq_len,
-            "public_share": config.pair.public_share,
-            "bits_per_byte": scores,
-        },
-        "sequence": config.pair.sequence,
-    }
+    devices = make_mesh(mesh) if mesh else _mesh_of(config)
+    placement = placement_on(devices, run.config, pair=True)
+    expert = place_expert(_released(run, str(step), anchor.dtype), run.config, placement)
+    pair = anchor.params(placement=placement) | {"expert": expert}
+    scores = _evaluate(run, anchor, pair, config, devices)
+    fields = _fields(config, step, scores)
 
     def tensor(leaf: str, layer: int) -> np.ndarray:
-        return released[leaf][layer, 0]
+        return np.asarray(expert[leaf][layer, 0])
 
-    return _hand_over(out, anchor, fields, "bias" in released, tensor, key)
+    return _hand_over(out, anchor, fields, "bias" in expert, tensor, key)
 
 
 def _config_of(path: Path, run: Artifact) -> RunConfig:
@@ -103,6 +106,43 @@ def _config_of(path: Path, run: Artifact) -> RunConfig:
             " restore the run's own config.yaml"
         )
     return config
+
+
+def _fields(config: RunConfig, step: int, scores: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the owner and of how the expert was made."""
+    pair, data = config.pair, config.data
+    assert pair is not None
+    return {
+        "name": pair.name,
+        "owner": pair.owner,
+        "domain": pair.domain or pair.name,
+        "licence": pair.licence,
+        "expires": pair.expires or None,
+        "training": {
+            "steps": step,
+            "tokens": step * data.batch_size * data.seq_len,
+            "public_share": pair.public_share,
+            "bits_per_byte": scores,
+        },
+        "sequence": pair.sequence,
+    }
+
+
+def _released(run: Artifact, which: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The expert's tensors by their names in a contribution, cast to the anchor's dtype."""
+    for path, array in run.arrays(which).items():
+        branch, leaf = path.rsplit("/", 1)
+        if branch == "expert":
+            for layer in range(run.config.n_layers):
+                yield name_of_tensor(leaf, layer), array.astype(dtype)[layer, 0]
+
+
+def _mesh_of(config: RunConfig) -> Mesh:
+    """The run's own mesh, or all devices along fsdp where that does not fit them."""
+    try:
+        return make_mesh(config.mesh)
+    except UserError:
+        return make_mesh(MeshConfig())
 
 
 def package_imported(
@@ -225,30 +265,22 @@ def _digest(model: Artifact, path: str, array: Stored, dtype: str) -> str:
 
 
 def _evaluate(
-    run: Artifact,
-    anchor: Artifact,
-    params: Params,
-    released: dict[str, np.ndarray],
-    config: RunConfig,
+    run: Artifact, anchor: Artifact, pair: Params, config: RunConfig, mesh: Mesh
 ) -> dict[str, Any]:
-    """Bits per byte of anchor and released pair on held-out text, the owner's and public text."""
+    """Bits per byte of anchor and pair on held-out text, the owner's and public text."""
     assert config.pair is not None
     public = Dataset(path=config.pair.public or str(anchor.path / "public"), name="public")
     heldout = {d.title: d.path for d in evaluation_sets(config.data, [public])}
-    pair = params | {"expert": {name: jnp.asarray(a) for name, a in released.items()}}
-    dense = {name: branch for name, branch in params.items() if name != "expert"}
-    scorers = {
-        "anchor": functools.partial(make_scorer(anchor.config), dense),
-        "pair": functools.partial(make_scorer(run.config), pair),
-    }
-    scores: dict[str, Any] = {who: {} for who in scorers}
+    dense = {name: branch for name, branch in pair.items() if name != "expert"}
+    models = {"anchor": (anchor.config, dense), "pair": (run.config, pair)}
+    scores: dict[str, Any] = {who: {} for who in models}
     for name, path in heldout.items():
         # An owner's records need not be as long as the anchor's public ones.
         records = open_heldout(path_of(path), run.tokenizer, config.data.seq_len)
         if len(records):
-            for who, scorer in scorers.items():
+            for who, model in models.items():
                 limit = config.train.eval_records
-                score = score_records(scorer, records, run.tokenizer, limit=limit)
+                score = score_model(*model, records, run.tokenizer, mesh=mesh, limit=limit)
                 scores[who][name] = round(score.bits_per_byte, 6)
     return scores
 
