@@ -14,6 +14,7 @@ from .options import (
     CHECKPOINT,
     COMPOSING,
     HELDOUT,
+    MESH,
     OUT,
     SET,
     TRUST,
@@ -84,13 +85,15 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
         default="warn",
         help="what a finding of that report does (default: warn)",
     ),
+    MESH,
     *TRUST,
 )
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.coordinator.verify import verify
 
     refuse = args.admission == "refuse"
-    return verify(args.path, args.anchor, _trust(args), args.public, refuse=refuse)
+    how = {"refuse": refuse, "mesh": args.mesh}
+    return verify(args.path, args.anchor, _trust(args), args.public, **how)
 
 
 @verb(

@@ -11,6 +11,7 @@ from typing import Any
 
 from flexolmo_jax import integrity
 from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, sealed_json
+from flexolmo_jax.config import MeshConfig
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
@@ -53,6 +54,7 @@ def verify(
     public: Path | None = None,
     *,
     refuse: bool = False,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Checks a directory and returns what was checked.
 
@@ -62,15 +64,20 @@ def verify(
         trust: who may have signed a contribution, or the members of a model.
         public: held-out text for the admission report of a contribution.
         refuse: raise for the report's findings, which otherwise are warnings.
+        mesh: the devices that the report's anchor and expert are spread over (default: one device).
 
     Raises:
         UserError: naming the first thing that is wrong.
     """
     kind = _kind(path)
     _check_asked(path, kind, anchor_path is not None, public is not None, refuse)
+    if mesh and not public:
+        raise UserError(
+            "--mesh is for the admission report, which needs public text; give --public too"
+        )
     anchor = open_anchor(anchor_path) if anchor_path else None
     if kind == "contribution":
-        return _verify_contribution(path, anchor, trust, public, refuse)
+        return _verify_contribution(path, anchor, trust, public, refuse, mesh)
     if kind == "artifact":
         return _verify_artifact(path, anchor, trust)
     _leave_out(path, kind, anchor, trust)
@@ -133,13 +140,18 @@ def _leave_out(path: Path, kind: str, anchor: Artifact | None, trust: Trust) -> 
 
 
 def _verify_contribution(
-    path: Path, anchor: Artifact | None, trust: Trust, public: Path | None, refuse: bool
+    path: Path,
+    anchor: Artifact | None,
+    trust: Trust,
+    public: Path | None,
+    refuse: bool,
+    mesh: MeshConfig | None,
 ) -> dict[str, Any]:
     contribution = open_contribution(path)
     signer = contribution.check(anchor, trust)
     report = {}
     if public and anchor:
-        report = {"admission": admission(contribution, anchor, public)}
+        report = {"admission": admission(contribution, anchor, public, mesh=mesh)}
         _judge(path, report["admission"]["findings"], refuse)
     elif anchor:
         admit(contribution, anchor)  # as a merge does

@@ -14,7 +14,7 @@ a finding.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.artifact import Artifact, placement_on
+from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN
 from flexolmo_jax.integrity import MATRICES, layouts, leaf_of, name_of_tensor
-from flexolmo_jax.loaded import load
+from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.model import Params, forward_layer
 from flexolmo_jax.model.tree import unflatten
 from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.weights import Stored
-from flexolmo_jax.train.evaluate import Score, make_scorer, score_records
+from flexolmo_jax.train.evaluate import score_model
 
 from .contribution import Contribution
+from .placing import place_expert
 
 RECORDS = 64  # of public text, at most
 ITERATIONS = 16  # of the power method: the largest singular value to a few percent
@@ -217,49 +218,53 @@ def _embedded(anchor: Artifact, tokens: np.ndarray) -> np.ndarray:
 
 
 def admission(
-    contribution: Contribution, anchor: Artifact, public: Path, policy: Policy = DEFAULT
+    contribution: Contribution,
+    anchor: Artifact,
+    public: Path,
+    policy: Policy = DEFAULT,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """The admission report of an expert: measures and findings.
 
-    Every tensor is read and checked; anchor and expert are in memory. Raises UserError as
-    `Contribution.tensors` does, and for public data without held-out records.
+    Every tensor is read and checked. Anchor and expert are on one device or spread over those of
+    `mesh`; the host's memory holds a matrix of each. Raises UserError as `Contribution.tensors`
+    does, for public data without held-out records, and for a mesh that does not fit the devices.
     """
-    model = load(anchor.path)
-    ours = {name: np.asarray(model.params["experts"][name]) for name in (*MATRICES, "row")}
-    expert = {name: np.zeros_like(array) for name, array in ours.items()}
-    if contribution.has_bias:
-        expert["bias"] = np.zeros((anchor.config.n_layers, 1), ours["row"].dtype)
-    for name, tensor in contribution.tensors():
-        leaf, layer = leaf_of(name)
-        expert[leaf.removeprefix("experts/")][layer, 0] = tensor
-    matrices = {name: _compare(expert[name][:, 0], ours[name][:, 0]) for name in MATRICES}
-    row_norms, our_row_norms = (
-        np.linalg.norm(each["row"][:, 0].astype(np.float64), axis=1) for each in (expert, ours)
-    )
+    model = load(anchor.path, mesh=mesh)
+    ours: dict[str, Stored] = model.artifact.arrays()
+    config = dataclasses.replace(model.config, router_bias=contribution.has_bias)
+    measures: dict[str, list[dict[str, float]]] = {name: [] for name in (*MATRICES, "row")}
+
+    def measured() -> Iterator[tuple[str, np.ndarray]]:
+        for name, tensor in contribution.tensors():
+            path, layer = leaf_of(name)
+            if (leaf := path.removeprefix("experts/")) in measures:
+                compare = _compare_rows if leaf == "row" else _compare
+                measures[leaf].append(compare(tensor, ours[path][layer, 0]))
+            yield name, tensor
+
+    expert = place_expert(measured(), config, placement_on(model.mesh, config, pair=True))
+    rows = _over_layers(measures.pop("row"))
     report = {
-        "weights": matrices,
-        "row_norm_of_the_anchors": _range(row_norms / np.maximum(our_row_norms, 1e-12)),
-        **_trial(contribution, model, expert, public),
+        "weights": {name: _over_layers(each) for name, each in measures.items()},
+        "row_norm_of_the_anchors": rows["length"],
+        **_trial(model, config, expert, public),
     }
     judged = {"findings": _findings(report, policy), "policy": dataclasses.asdict(policy)}
     return _in_json(report | judged)
 
 
 def _trial(
-    contribution: Contribution, model: Any, expert: Mapping[str, np.ndarray], public: Path
+    model: LoadedModel, with_expert: ModelConfig, expert: Params, public: Path
 ) -> dict[str, Any]:
     """Bits per byte of public text without and with the expert, and the expert's probability."""
     records = open_heldout(public, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len))
     if not len(records):
         raise UserError(f"{public} has no held-out records; give more public text")
-    pair = model.params | {"expert": {name: jnp.asarray(a) for name, a in expert.items()}}
-    config = dataclasses.replace(model.config, router_bias=contribution.has_bias)
-
-    def scored(architecture: ModelConfig, params: Params) -> Score:
-        scorer = functools.partial(make_scorer(architecture), params)
-        return score_records(scorer, records, model.tokenizer, limit=RECORDS)
-
-    before, after = scored(model.config, model.params), scored(config, pair)
+    how: dict[str, Any] = {"mesh": model.mesh, "limit": RECORDS}
+    before = score_model(model.config, model.params, records, model.tokenizer, **how)
+    pair = model.params | {"expert": expert}
+    after = score_model(with_expert, pair, records, model.tokenizer, **how)
     by_layer = after.routing[:, 1]
     bits = {"anchor": before.bits_per_byte, "with_the_expert": after.bits_per_byte}
     return {
@@ -270,18 +275,28 @@ def _trial(
     }
 
 
-def _compare(expert: np.ndarray, anchor: np.ndarray) -> dict[str, dict[str, float]]:
-    """The least and the most of each measure over the layers, of matrices [L, ., .] each."""
-    norm, spectral, cosine = [], [], []
-    for theirs, ours in zip(expert, anchor, strict=True):
-        (theirs, their_scale), (ours, our_scale) = _scaled(theirs), _scaled(ours)
-        scale = their_scale / our_scale
-        their_norm, our_norm = float(np.linalg.norm(theirs)), float(np.linalg.norm(ours))
-        norm.append(scale * their_norm / max(our_norm, 1e-12))
-        largest, our_largest = _largest_singular_value(theirs), _largest_singular_value(ours)
-        spectral.append(scale * largest / max(our_largest, 1e-12))
-        cosine.append(np.vdot(theirs, ours) / max(their_norm * our_norm, 1e-12))
-    return {"Frobenius": _range(norm), "spectral": _range(spectral), "cosine": _range(cosine)}
+def _compare(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
+    """The measures of an expert's matrix, against the anchor's."""
+    (theirs, their_scale), (ours, our_scale) = _scaled(theirs), _scaled(ours)
+    scale = their_scale / our_scale
+    their_norm, our_norm = float(np.linalg.norm(theirs)), float(np.linalg.norm(ours))
+    largest, our_largest = _largest_singular_value(theirs), _largest_singular_value(ours)
+    return {
+        "Frobenius": scale * their_norm / max(our_norm, 1e-12),
+        "spectral": scale * largest / max(our_largest, 1e-12),
+        "cosine": float(np.vdot(theirs, ours)) / max(their_norm * our_norm, 1e-12),
+    }
+
+
+def _compare_rows(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
+    """The same of a router row."""
+    length, our_length = (float(np.linalg.norm(row.astype(np.float64))) for row in (theirs, ours))
+    return {"length": length / max(our_length, 1e-12)}
+
+
+def _over_layers(measures: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The least and the most of each measure over the layers."""
+    return {name: _range([each[name] for each in measures]) for name in measures[0]}
 
 
 def _scaled(matrix: np.ndarray) -> tuple[np.ndarray, float]:

@@ -2,6 +2,7 @@
 and lets good ones in."""
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,14 +17,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.config import MeshConfig
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.exchange import admission as admission_module
 from flexolmo_jax.exchange.admission import DEFAULT, _findings, admit
 from flexolmo_jax.exchange.contribution import MANIFEST, TENSORS, open_contribution, sealed
 from flexolmo_jax.owner.pair import initial_row
-from tests.tiny import pair_config
+from flexolmo_jax.plan.report import size_of
+from flexolmo_jax.runtime.sharding import make_mesh
+from flexolmo_jax.train.state import abstract_params
+from tests.tiny import Held, pair_config
 
 Tensors = dict[str, np.ndarray]
+OTHERS = 2**11  # bytes of constants; anchor and expert have 2**17, each of 8 devices holds 2**14
 
 
 def forged(contribution: Path, out: Path, change: Callable[[Tensors], Tensors]) -> Path:
@@ -200,6 +207,29 @@ def test_a_matrix_that_is_large_in_one_direction_is_found(
     assert any("the spectral norm of gate" in found for found in findings) and not any(
         "Frobenius" in found for found in findings
     )
+
+
+def figures(report: Any) -> list[float]:
+    """All numbers of a report, in its own order."""
+    if isinstance(report, dict):
+        report = list(report.values())
+    if isinstance(report, list):
+        return [figure for inner in report for figure in figures(inner)]
+    return [report] if isinstance(report, float) else []
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_a_mesh_changes_a_report_by_rounding_and_no_device_holds_all_of_anchor_and_expert(
+    mesh, anchor, contributions, prepared, report, held: Held
+):
+    found = held(admission_module, "score_model")
+    asked = {"public": prepared["public"], "mesh": mesh}
+    on_mesh = verify(contributions["code"], anchor, **asked)["admission"]
+    assert len(figures(report)) > 20
+    np.testing.assert_allclose(figures(on_mesh), figures(report), rtol=1e-5)
+    config = dataclasses.replace(open_artifact(anchor).config, router_bias=True)
+    params = abstract_params(config, make_mesh(mesh), pair=True, dtype=lambda path: "bfloat16")
+    assert size_of(params) <= min(found) <= max(found) <= size_of(params) + OTHERS
 
 
 @pytest.fixture(scope="module")
