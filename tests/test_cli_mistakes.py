@@ -312,6 +312,34 @@ def test_verify_refuses_to_be_asked_for_a_check_that_it_cannot_make(paths, tmp_p
         assert "leave out --public" in fails("verify", path, *public)
 
 
+def test_a_mesh_that_has_nothing_to_hold_or_does_not_fit_is_refused(paths, tmp_path, fails):
+    out, mesh = tmp_path / "out" / "it", ["--mesh", "fsdp=8"]
+    code, documents = paths.contributions[0], ["--documents", paths.code]
+    imported = ["--expert", "code", "--anchor", paths.anchor, "--out", out]
+    assert "--mesh is for evaluating a pair" in fails("package", paths.model, *imported, *mesh)
+    assert "give --public too" in fails("verify", code, "--anchor", paths.anchor, *mesh)
+    assert "give --public too" in fails("verify", paths.model, *mesh)
+    assert "--mesh is for scoring --eval-data" in fails("export-hf", paths.run, out, *mesh)
+    public = ["--anchor", paths.anchor, "--public", paths.data]
+    screened = [
+        "--anchor",
+        paths.anchor,
+        "--model",
+        paths.anchor,
+        *documents,
+        "--out",
+        f"{out}.json",
+    ]
+    for command in (
+        ["package", paths.pair, "--out", out],
+        ["verify", code, *public],
+        ["screen", code, *screened],
+        ["export-hf", paths.model, out, "--drop-bias", "--eval-data", paths.data],
+    ):
+        assert "needs 64 devices; got 8" in fails(*command, "--mesh", "fsdp=64")
+        assert "--mesh" in fails(*command, "--mesh", "width=8")
+
+
 def test_an_output_that_holds_something_is_left_alone(paths, tmp_path, fails):
     out = tmp_path / "out" / "it"
     out.mkdir()

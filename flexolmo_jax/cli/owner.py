@@ -11,6 +11,7 @@ from .options import (
     ANCHOR,
     CHECKPOINT,
     HELDOUT,
+    MESH,
     OUT,
     PAIR_MESH,
     RAY,
@@ -142,6 +143,7 @@ def _keygen(args: argparse.Namespace) -> dict[str, Any]:
         help="by which bits per byte may get worse (default 0.02)",
     ),
     option("--limit", type=positive, help="records of each to read"),
+    MESH,
     SIGN_KEY,
     option("--out", required=True, type=path_of, help="a new .json"),
 )
@@ -157,6 +159,7 @@ def _screen(args: argparse.Namespace) -> dict[str, Any]:
         max_worse=args.max_worse,
         sign_key=args.sign_key,
         limit=args.limit,
+        mesh=args.mesh,
     )
 
 

@@ -10,21 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
-from flexolmo_jax.artifact import Artifact, active_among
+from flexolmo_jax.artifact import Artifact, active_among, placement_on
+from flexolmo_jax.config import MeshConfig
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN, evaluate
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, open_contribution
+from flexolmo_jax.exchange.placing import place_expert
 from flexolmo_jax.exchange.screening import make_verdict, write_verdict
 from flexolmo_jax.exchange.signature import load_key
-from flexolmo_jax.integrity import MATRICES, leaf_of
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.runtime.sharding import batch_over
 from flexolmo_jax.storage.outputs import check_new_file
+from flexolmo_jax.train.evaluate import BATCH_SIZE
 
 MAX_WORSE = 0.02
 
@@ -39,6 +42,7 @@ def screen(  # noqa: PLR0913 - the verb's options
     max_worse: float = MAX_WORSE,
     sign_key: Path | None = None,
     limit: int | None = None,
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Any]:
     """Writes the verdict. Returns it with the bits per byte behind it, which the verdict omits.
 
@@ -47,28 +51,28 @@ def screen(  # noqa: PLR0913 - the verb's options
         documents: the owner's documents, or prepared directories of them.
         max_worse: the relative rise of bits per byte that still passes.
         limit: how many records of each to read.
+        mesh: the devices that the models are spread over (default: one device).
 
     Raises:
-        UserError: for a candidate that does not fit, text with nothing held out, and numbers that
-            are not finite.
+        UserError: for a candidate that does not fit, text with nothing held out, numbers that are
+            not finite, and a mesh that does not fit the devices.
     """
     _check_options(out, max_worse)
     key = load_key(sign_key) if sign_key else None
     anchor, candidate = open_anchor(anchor_path), open_contribution(candidate_path)
     candidate.check(anchor)
-    model = load(model_path)
+    model = load(model_path, mesh=mesh)
     _check_model(model.artifact, anchor, candidate)
     documents = _scored(model, documents)
     without = _bits(model, documents, limit)
     with_it = _bits(appended(model, candidate), documents, limit)
-    _check_finite(candidate, with_it["bits"])
     verdict = make_verdict(
         anchor=str(anchor.fingerprint),
         candidate=candidate.manifest["sha256"],
         model=model.artifact.description["sha256"],
         tokens=without["tokens"],
         bytes=without["bytes"],
-        change=with_it["bits"] / without["bits"] - 1,
+        change=_change(candidate, without["bits"], with_it["bits"]),
         max_worse=max_worse,
     )
     write_verdict(verdict, key, out)
@@ -80,38 +84,40 @@ def screen(  # noqa: PLR0913 - the verb's options
     return told | {"not_in_the_verdict": {"bits_per_byte": private}}
 
 
-def _check_finite(candidate: Contribution, bits: float) -> None:
-    if not math.isfinite(bits):
+def _change(candidate: Contribution, without: float, with_it: float) -> float:
+    """The relative rise of bits with the candidate. Raises UserError where it is not finite."""
+    if not math.isfinite(with_it):
         raise UserError(
             f"{candidate.path} gives numbers that are not finite for your text; it is broken:"
             " refuse it"
         )
+    return with_it / without - 1
 
 
 def appended(model: LoadedModel, candidate: Contribution) -> LoadedModel:
     """The model that `flexolmo append` would write, in memory.
 
-    Raises UserError as `Contribution.tensors` does.
+    `model` is used up: each array of its experts goes when the new one is made, so that two whole
+    models are never in memory. Raises UserError as `Contribution.tensors` does.
     """
-    experts = dict(model.params["experts"])
+    experts = model.params["experts"]
     has_bias = model.config.router_bias or candidate.has_bias
     L, E, dtype = model.config.n_layers, len(model.experts), experts["row"].dtype
-    if has_bias and "bias" not in experts:
-        experts["bias"] = jnp.zeros((L, E), dtype)
-    new = {
-        name: np.zeros((L, 1, *experts[name].shape[2:]), dtype)
-        for name in (*MATRICES, "row", *(["bias"] if has_bias else []))
-    }
-    for name, tensor in candidate.tensors():
-        leaf, layer = leaf_of(name)
-        new[leaf.removeprefix("experts/")][layer, 0] = tensor
-    joined = {name: jnp.concatenate([array, new[name]], axis=1) for name, array in experts.items()}
     active = active_among(model.config, E + 1)
     sizes = {"n_experts": E + 1, "n_active": active, "router_bias": has_bias}
     config = dataclasses.replace(model.config, **sizes)
+    alone, joined = (placement_on(model.mesh, config, pair=pair) for pair in (True, False))
+    new = place_expert(candidate.tensors(), config, alone)
+    if has_bias:
+        experts.setdefault("bias", jnp.zeros((L, E), dtype))
+        new.setdefault("bias", jnp.zeros((L, 1), dtype))
+    for name in list(experts):
+        shape = (L, E + 1, *experts[name].shape[2:])
+        append = jax.jit(jnp.hstack, out_shardings=joined(f"experts/{name}", shape))
+        experts[name] = append([experts[name], new.pop(name)])
     names = (*model.experts, candidate.name)
     artifact = dataclasses.replace(model.artifact, config=config, experts=names)
-    return LoadedModel(artifact, model.params | {"experts": joined})
+    return dataclasses.replace(model, artifact=artifact)
 
 
 def _check_options(out: Path, max_worse: float) -> None:
@@ -156,7 +162,8 @@ def _scored(model: LoadedModel, documents: Sequence[Path]) -> list[Path]:
 def _bits(model: LoadedModel, documents: Sequence[Path], limit: int | None) -> dict[str, Any]:
     """Bits, tokens and bytes of all documents together."""
     names = [str(number) for number in range(len(documents))]  # files may have one name
-    scores = evaluate(model, documents, limit=limit, names=names)
+    size = batch_over(model.mesh, BATCH_SIZE)
+    scores = evaluate(model, documents, limit=limit, names=names, batch_size=size)
     bits = sum(scores["bits_per_byte"][name] * count for name, count in scores["bytes"].items())
     return {
         "bits": bits,
