@@ -8,15 +8,17 @@ others. It would learn to win everywhere, and take the other experts' tokens aft
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from flexolmo_jax.artifact import Artifact, Placement
-from flexolmo_jax.config import Dataset, ModelConfig, PairConfig, RunConfig
+from flexolmo_jax.artifact import Artifact, Placement, placement_on
+from flexolmo_jax.config import Dataset, ModelConfig, PairConfig, RunConfig, check_microbatch
 from flexolmo_jax.data.arrays import read_records
 from flexolmo_jax.data.documents import has_documents, read_training_documents
 from flexolmo_jax.data.prepare import open_data
@@ -27,8 +29,10 @@ from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import check_expert_name
 from flexolmo_jax.exchange.embedder import domain_embedding, load_embedder
 from flexolmo_jax.integrity import MATRICES
+from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward
-from flexolmo_jax.runtime.processes import by_the_first
+from flexolmo_jax.runtime.processes import by_the_first, compile_for_all
+from flexolmo_jax.runtime.sharding import make_mesh, put_whole_batch, replicated
 from flexolmo_jax.storage.paths import absolute, in_bucket, path_of
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import train
@@ -106,15 +110,18 @@ def new_expert(anchor_experts: Params, row: np.ndarray | None, model: ModelConfi
 
 
 def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
-    """The initial row, the same on every process: the first reads the documents.
+    """The initial row, the same on every process.
 
-    It is sent as JSON, which keeps float32 numbers exactly.
+    All processes take part in computing hidden states. Other rows are made by the first, which
+    alone reads the documents. It sends them as JSON, which keeps float32 numbers exactly.
     """
 
     def of_the_first() -> list[float] | None:
         row = initial_row(pair, run, anchor)
         return None if row is None else np.asarray(row, np.float32).tolist()
 
+    if pair.row == "hidden":
+        return initial_row(pair, run, anchor)
     row = by_the_first(of_the_first)
     return None if row is None else np.asarray(row, np.float32)
 
@@ -138,28 +145,60 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
 def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
     """The mean input of the anchor's routers on the owner's text, [L, D].
 
-    It is scaled to the length of the anchor's own rows.
+    It is scaled to the length of the anchor's own rows. The anchor lies on the run's mesh, in its
+    own dtype, and reads a microbatch at a time. So of several processes each has to call this.
+    Raises UserError where a microbatch does not divide over the mesh.
     """
-    params = anchor.params()
-    rows = params["experts"]["row"].astype(jnp.float32)
+    mesh, size = make_mesh(run.mesh), run.data.batch_size // run.train.accumulate
+    check_microbatch(run, mesh.shape)
+    params = anchor.params(placement=placement_on(mesh, anchor.config))
+    rows = anchor.arrays()["experts/row"].astype(np.float32)[:]
+    summed, hidden = _summed_hidden_states(anchor.config, mesh, run.kernels), np.zeros_like(rows)
+    for number, batch in enumerate(_first_records(run, anchor.tokenizer, size)):
+        placed = [put_whole_batch(mesh, array) for array in batch]
+        if number == 0:
+            compile_for_all(summed, params, rows, *placed)
+        hidden += np.asarray(summed(params, rows, *placed))
+    row_length, length = (np.linalg.norm(a, axis=-1, keepdims=True) for a in (rows, hidden))
+    return (hidden * row_length / length)[:, 0]
 
-    def summed_log_z(rows: jax.Array, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+
+def _first_records(run: RunConfig, tokenizer: Tokenizer, size: int) -> Iterator[np.ndarray]:
+    """Tokens and segments [2, size, T] of HIDDEN_RECORDS records of each source, always the same.
+
+    A source's last batch is filled up with padding: segment 0.
+    """
+    for dataset in run.data.train:
+        records = open_data(path_of(dataset.path), tokenizer, run.data.seq_len, "train")
+        chosen = np.random.default_rng(0).permutation(len(records))[:HIDDEN_RECORDS].tolist()
+        for start in range(0, len(chosen), size):
+            batch = np.zeros((2, size, run.data.seq_len), np.int32)
+            for place, number in enumerate(chosen[start : start + size]):
+                record = records[number]
+                batch[:, place] = record["tokens"], record["segments"]
+            yield batch
+
+
+def _summed_hidden_states(
+    model: ModelConfig, mesh: Mesh, kernels: Kernels
+) -> Callable[..., jax.Array]:
+    """The jitted (params, rows, tokens, segments) -> sums of the routers' inputs, as `rows`
+    [L, 1, D] in float32."""
+
+    def summed_log_z(
+        rows: jax.Array, params: Params, tokens: jax.Array, segments: jax.Array
+    ) -> jax.Array:
         # With one expert, a router's logsumexp is row . hidden state: its gradient with respect to
         # the row is the hidden state.
         with_rows = params | {"experts": params["experts"] | {"row": rows}}
-        output = forward(anchor.config, with_rows, tokens, segments)
+        how: dict[str, Any] = {"remat": "full", "mesh": mesh, "kernels": kernels}
+        output = forward(model, with_rows, tokens, segments, **how)
         return jnp.sum(output.router.log_z * (segments > 0))
 
-    hidden = jnp.zeros_like(rows)
-    for dataset in run.data.train:
-        records = open_data(path_of(dataset.path), anchor.tokenizer, run.data.seq_len, "train")
-        chosen = np.random.default_rng(0).permutation(len(records))[:HIDDEN_RECORDS].tolist()
-        batch = [records[i] for i in chosen]
-        tokens = jnp.stack([record["tokens"] for record in batch])
-        segments = jnp.stack([record["segments"] for record in batch])
-        hidden += jax.grad(summed_log_z)(rows, tokens, segments)
-    row_length, length = (jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (rows, hidden))
-    return np.asarray((hidden * row_length / length)[:, 0])
+    return jax.jit(
+        lambda params, rows, *batch: jax.grad(summed_log_z)(rows, params, *batch),
+        out_shardings=replicated(mesh),  # every process reads them
+    )
 
 
 def _private_documents(run: RunConfig, tokenizer: Tokenizer):

@@ -318,15 +318,16 @@ def test_twenty_runs_killed_at_random_end_like_the_one_that_was_not(config, whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pair", "router"])
+@pytest.mark.parametrize("kind", ["pair", "pair of hidden states", "router"])
 def test_pairs_and_router_runs_of_four_processes_equal_those_of_one(
     anchor, model, prepared, corpora, tmp_path, kind
 ):
     """With what they read beside their records: raw documents, which one of them prepares and
     embeds; frozen weights, of which each reads its share."""
     overrides = ("train.steps=6", "mesh.fsdp=4", "mesh.tensor=2", "train.save_every=3")
-    if kind == "pair":
-        run = pair_config(anchor, corpora["code"], "code", *overrides)
+    if kind != "router":
+        row = "pair.row=" + ("hidden" if "hidden" in kind else "embedding")
+        run = pair_config(anchor, corpora["code"], "code", row, *overrides)
     else:
         run = run_config("router", prepared["public"], *overrides, router={"model": str(model)})
     (tmp_path / "run.yaml").write_text(dump_yaml(run))

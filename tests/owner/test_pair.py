@@ -5,16 +5,22 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.config import RunConfig
 from flexolmo_jax.data.records import open_records
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import forward
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.owner import pair as pair_module
 from flexolmo_jax.owner.pair import initial_row, train_pair
+from flexolmo_jax.plan.report import size_of
 from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.train.feed import Feed
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.metrics import read_metrics
-from tests.tiny import pair_config
+from flexolmo_jax.train.state import abstract_params
+from tests.tiny import Held, pair_config
+
+OTHERS = 2**13  # bytes of a batch and of constants; the anchor has 2**16.5, a device of 8 2**13.5
 
 
 def test_rows_of_hidden_states_are_what_the_routers_read_on_average(anchor32, prepared):
@@ -55,6 +61,36 @@ def test_rows_of_hidden_states_are_what_the_routers_read_on_average(anchor32, pr
             / np.linalg.norm(rows[layer, :6])
         )
         assert cosine > 0.999
+
+
+@pytest.mark.parametrize(
+    "mesh", [("mesh.fsdp=8",), ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")]
+)
+def test_rows_of_hidden_states_are_the_same_on_a_mesh_and_no_device_holds_all_of_the_anchor(
+    mesh, anchor, prepared, held: Held
+):
+    def run(*overrides: str) -> RunConfig:
+        return pair_config(anchor, prepared["law"], "law", "pair.row=hidden", *overrides)
+
+    # 64 records in batches of 8, and of 24, the last of which is filled up
+    padded = ("data.batch_size=48", "train.accumulate=2", *mesh)
+    artifact, alone, spread = open_artifact(anchor), run(), run(*padded)
+    assert len(open_records(prepared["law"], "train")) >= pair_module.HIDDEN_RECORDS
+    assert alone.pair is not None and spread.pair is not None
+    expected = np.asarray(initial_row(alone.pair, alone, artifact))
+    found = held(pair_module, "put_whole_batch")
+    rows = np.asarray(initial_row(spread.pair, spread, artifact))
+    np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    shardings = make_mesh(spread.mesh)
+    params = abstract_params(artifact.config, shardings, pair=False, dtype=lambda _: "bfloat16")
+    assert size_of(params) <= min(found) <= max(found) <= size_of(params) + OTHERS
+
+
+def test_rows_of_hidden_states_need_a_microbatch_that_divides_over_the_mesh(anchor, prepared):
+    run = pair_config(anchor, prepared["law"], "law", "pair.row=hidden", "mesh.fsdp=3")
+    assert run.pair is not None
+    with pytest.raises(UserError, match="does not divide over the 3 devices"):
+        initial_row(run.pair, run, open_artifact(anchor))
 
 
 @pytest.mark.parametrize("beside", [True, False])
