@@ -22,7 +22,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 runtime := $(VENV)/.installed-$(version)
 testing := $(VENV)/.installed-$(version)-test
 
-.PHONY: help env demo notebooks test test-slow test-launch test-tpu-compile test-tpu check clean
+.PHONY: help env demo notebooks test test-slow test-launch test-tpu-compile test-tpu tune-tpu check clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -51,6 +51,9 @@ test-tpu-compile: .venv-tpu/.installed-$(version) ## compiles every kernel, and 
 test-tpu: .venv-tpu/.installed-$(version)-test ## on a machine with a TPU: the kernels' tests on it, then their times
 	JAX_PLATFORMS=tpu JAX_DEFAULT_MATMUL_PRECISION=highest .venv-tpu/bin/python -m pytest -n 0 -m tpu tests/kernels $(ARGS)
 	JAX_PLATFORMS=tpu .venv-tpu/bin/python tests/tpu/time_kernels.py
+
+tune-tpu: .venv-tpu/.installed-$(version) ## on a machine with a TPU: times blocks of attention and keeps the fastest
+	JAX_PLATFORMS=tpu .venv-tpu/bin/python tests/tpu/tune_attention.py $(ARGS)
 
 check: $(testing) ## lint, format, types, import contract
 	$(VENV)/bin/ruff check .

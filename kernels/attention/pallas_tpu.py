@@ -9,6 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float, Int
 
 from .. import names
+from .tuned import BLOCKS, Blocks
 
 LANES = 128  # a block is a multiple of it
 LARGEST_BLOCK = 512
@@ -25,19 +26,20 @@ def attention(
     """Causal, within segments, for any length: the last block is padded behind the last token,
     where no token looks."""
     T, H, C = q.shape[1:]
-    block, length = _blocks(T)
+    (block_q, block_kv, fused), length = _blocks(T, C)
 
     def heads_in_front(a):
         return jnp.pad(a, ((0, 0), (0, length - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
     causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * H)
     sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_q_dq=None if fused else block_q,
+        block_kv_dq=None if fused else block_kv,
+        use_fused_bwd_kernel=fused,
     )
     kernel = splash.make_splash_mha(
         causal,
@@ -59,9 +61,12 @@ def attention(
     return out.transpose(0, 2, 1, 3)[:, :T]
 
 
-def _blocks(length: int) -> tuple[int, int]:
-    """The size of a block, and the padded length: the largest block that pads no more than one of
-    128 would."""
+def _blocks(length: int, head_size: int) -> tuple[Blocks, int]:
+    """The blocks, and the padded length. Where nothing was measured, the largest block that pads no
+    more than one of 128 would."""
     length = -(-length // LANES) * LANES
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    measured = BLOCKS.get((device.device_kind, length, head_size))
     sizes = (LARGEST_BLOCK, LARGEST_BLOCK // 2, LANES)
-    return next(size for size in sizes if length % size == 0), length
+    size = next(size for size in sizes if length % size == 0)
+    return measured or Blocks(size, size, fused=False), length

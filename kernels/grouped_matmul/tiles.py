@@ -64,8 +64,8 @@ def _tile(size: int, largest: int) -> int:
 
 
 def _wide_tile(size: int, largest: int) -> int:
-    """The whole dimension if it fits, else the widest multiple of 128 that pads it by no more than a
-    thirty-second."""
+    """The whole dimension if it fits, else the widest multiple of 128 that pads it by at most
+    1/32."""
     if size <= largest:
         return size
     tiles = range(largest, 0, -LANES)

@@ -2,6 +2,8 @@
 which platform; memory; shards."""
 
 import functools
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,12 @@ from flexolmo_jax.kernels.attention import (
     masked_attention,
     pallas_tpu,
     reference,
+    tuned,
 )
 from flexolmo_jax.kernels.attention.shapes import OLMO2_7B, OLMO2_32B, TINY, Shape
+from flexolmo_jax.kernels.attention.tuned import Blocks
 from flexolmo_jax.runtime.sharding import make_mesh, on_each_shard
+from tests.tpu import tune_attention
 
 
 def problem(shape: Shape, dtype="float32", seed=0):
@@ -130,6 +135,42 @@ def test_lowered_for_tpu_it_is_three_mosaic_kernels_and_no_scores_outside_of_the
     text = lowered("tpu", shape)
     assert text.count("tpu_custom_call") == 3
     assert f"{shape.length}x{shape.length}x" not in text
+
+
+@pytest.mark.parametrize("measured", [Blocks(128, 256, False), Blocks(256, 128, True)])
+def test_measured_blocks_are_used_and_change_no_value(measured, monkeypatch):
+    """Two kernels where the backward pass is one."""
+    shape, tpu = Shape(1, 512, 2, 1, 128), jax.devices()[0].device_kind
+    monkeypatch.setitem(tuned.BLOCKS, (tpu, shape.length, shape.head_size), measured)
+    jax.clear_caches()  # of what was traced with other blocks
+    assert lowered("tpu", shape).count("tpu_custom_call") == (2 if measured.fused else 3)
+    assert lowered("tpu", shape._replace(length=256)).count("tpu_custom_call") == 3
+    arrays = problem(shape)
+    run = functools.partial(pallas_tpu.attention, interpret=True)
+    for got, want in zip(
+        jax.tree.leaves(gradients(run, *arrays)),
+        jax.tree.leaves(gradients(reference.attention, *arrays)),
+        strict=True,
+    ):
+        assert_close(got, want, 1e-5)
+
+
+def test_tuning_keeps_the_fastest_that_ran_and_writes_what_is_read(tmp_path):
+    def milliseconds(shape, blocks):
+        if blocks == Blocks(2048, 2048, True):
+            raise ValueError("too large")
+        return abs(blocks.q - 1024) + abs(blocks.kv - 512) - blocks.fused
+
+    table = {("TPU v4", 4096, 128): Blocks(512, 512, False)}
+    table |= tune_attention.tuned_for("TPU v5", [OLMO2_7B], milliseconds)
+    assert table["TPU v5", 4096, 128] == Blocks(1024, 512, True)
+    file = tmp_path / "tuned.py"
+    file.write_text(Path(tuned.__file__).read_text())
+    for _ in range(2):  # it replaces what it wrote itself
+        tune_attention.write(table, file)
+        module: dict[str, Any] = {}
+        exec(file.read_text(), module)
+        assert {key: tuple(blocks) for key, blocks in module["BLOCKS"].items()} == table
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from programs import CASES, program
+from programs import CASES, experts_and_active, program
 
 from flexolmo_jax.kernels.route import dispatch_plan
 
@@ -81,7 +81,7 @@ def filled(case: str, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
     match case.split("-")[0], shapes:
         case "dispatch_plan", (ids, chosen):
             N, k = ids.shape
-            return balanced_ids(N, k, 8), numbers(chosen)
+            return balanced_ids(N, k, experts_and_active(case)[0]), numbers(chosen)
         case "permute" | "combine", (x, plan):
             (E,), (N, k) = plan.sizes.shape, plan.places.shape
             return numbers(x), dispatch_plan(balanced_ids(N, k, E), jnp.ones((N, k), bool), E)
