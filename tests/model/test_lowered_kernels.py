@@ -85,7 +85,7 @@ def test_experts_of_all_layers_are_read_where_they_lie(tpu):
     def layer(x, routing, gate, up, down, index):
         return sparse_experts(x, routing, gate, up, down, index)
 
-    def of(*shape, dtype=jnp.bfloat16):
+    def of(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     wide, index = of(L, E, D, F), of(dtype=jnp.int32)
