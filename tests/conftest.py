@@ -83,9 +83,9 @@ os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(
 
 jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
 
-# Fixtures that several directories of tests share: trained anchors, experts and merges; an object
-# store.
-pytest_plugins = ("tests.tiny", "tests.object_store")
+# Fixtures that several files of tests share: trained anchors, experts and merges; an object store;
+# verbs that must refuse.
+pytest_plugins = ("tests.tiny", "tests.object_store", "tests.command_line")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,53 +3,12 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flexolmo_jax.cli import main
 from flexolmo_jax.exchange.signature import keygen
-
-Fails = Callable[..., str]
-
-
-@pytest.fixture
-def fails(tmp_path, capfd, monkeypatch) -> Fails:
-    """`fails("merge", ..., out)`: runs a verb that must refuse, checks how it does, and returns its
-    line.
-
-    `tmp_path / "out"` stands for the output's parent directory: whatever is in it before must be
-    there afterwards, and no more.
-    """
-    monkeypatch.setenv("FLEXOLMO_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "out").mkdir()
-
-    def run(*command: Any) -> str:
-        before = snapshot(tmp_path / "out")
-        capfd.readouterr()
-        status = main([str(word) for word in command])
-        out, err = capfd.readouterr()
-        assert (status, out) == (2, ""), err
-        ours = [line for line in err.splitlines() if line.startswith("flexolmo: ")]
-        assert (
-            len(ours) == 1
-            and err.endswith(ours[0] + "\n")
-            and "Traceback" not in err
-            and "WARNING" not in err
-        ), err
-        assert snapshot(tmp_path / "out") == before
-        return ours[0]
-
-    return run
-
-
-def snapshot(directory: Path) -> dict[str, bytes | None]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
-        for p in directory.rglob("*")
-    }
 
 
 @pytest.mark.parametrize(
@@ -314,26 +273,18 @@ def test_verify_refuses_to_be_asked_for_a_check_that_it_cannot_make(paths, tmp_p
 
 def test_a_mesh_that_has_nothing_to_hold_or_does_not_fit_is_refused(paths, tmp_path, fails):
     out, mesh = tmp_path / "out" / "it", ["--mesh", "fsdp=8"]
-    code, documents = paths.contributions[0], ["--documents", paths.code]
+    code = paths.contributions[0]
     imported = ["--expert", "code", "--anchor", paths.anchor, "--out", out]
     assert "--mesh is for evaluating a pair" in fails("package", paths.model, *imported, *mesh)
     assert "give --public too" in fails("verify", code, "--anchor", paths.anchor, *mesh)
     assert "give --public too" in fails("verify", paths.model, *mesh)
     assert "--mesh is for scoring --eval-data" in fails("export-hf", paths.run, out, *mesh)
     public = ["--anchor", paths.anchor, "--public", paths.data]
-    screened = [
-        "--anchor",
-        paths.anchor,
-        "--model",
-        paths.anchor,
-        *documents,
-        "--out",
-        f"{out}.json",
-    ]
+    screened = ["--anchor", paths.anchor, "--model", paths.anchor, "--out", f"{out}.json"]
     for command in (
         ["package", paths.pair, "--out", out],
         ["verify", code, *public],
-        ["screen", code, *screened],
+        ["screen", code, *screened, "--documents", paths.code],
         ["export-hf", paths.model, out, "--drop-bias", "--eval-data", paths.data],
     ):
         assert "needs 64 devices; got 8" in fails(*command, "--mesh", "fsdp=64")
