@@ -159,7 +159,7 @@ def test_tuning_keeps_the_fastest_that_ran_and_writes_what_is_read(tmp_path):
     def milliseconds(shape, blocks):
         if blocks == Blocks(2048, 2048, True):
             raise ValueError("too large")
-        return abs(blocks.q - 1024) + abs(blocks.kv - 512) - blocks.fused
+        return 2 + abs(blocks.q - 1024) + abs(blocks.kv - 512) - blocks.fused
 
     table = {("TPU v4", 4096, 128): Blocks(512, 512, False)}
     table |= tune_attention.tuned_for("TPU v5", [OLMO2_7B], milliseconds)
