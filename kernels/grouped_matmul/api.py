@@ -2,7 +2,9 @@
 
     h = p * silu(x gate_e) * (x up_e)      out = h down_e
 
-for the tokens of group e; 0 behind the last group. A token chosen for two experts is in two groups.
+for the tokens of group e. A token chosen for two experts is in two groups. What is behind the last
+group means nothing, neither what is given nor what comes back: to set it to 0 would be to pass over
+all tokens again.
 
 The probability goes in before the second product. The router's gradient is then `dp = <dout
 down_e^T, silu(x gate_e) * (x up_e)>`, a sum over what the backward pass holds anyway, and no

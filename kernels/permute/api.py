@@ -6,7 +6,7 @@
 
 `permute` and `combine` are each other's transpose and gradient, so nothing but the plan is saved.
 No token is repeated in memory, none is scattered, and nothing is sorted again: the plan holds both
-directions. Pallas reads one of them, `places`.
+directions.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from .. import Kernels, choice
 from ..route import DispatchPlan
-from . import pallas_tpu, reference
+from . import pallas_tpu, reference, sparse_core
 
 
 def permute(
@@ -24,10 +24,10 @@ def permute(
 ) -> Float[Array, "M D"]:
     """Each token once for every slot of it that has a place, in expert order; 0 behind the last.
 
-    Its gradient sums in float32. `kernels` are those of `choice`, but "auto" is XLA on TPU too:
-    Pallas moves more bytes there (counted in the README).
+    Its gradient sums in float32. `kernels` are those of `choice`, but on a TPU without SparseCores
+    "auto" is XLA: Pallas moves more bytes there (counted in the README).
     """
-    return _permute(x, plan, _moving(kernels))
+    return _permute(x, plan, kernels)
 
 
 def combine(
@@ -37,7 +37,7 @@ def combine(
 
     An unused place is never read. `kernels` as in `permute`.
     """
-    return _combine(outputs, plan, _moving(kernels))
+    return _combine(outputs, plan, kernels)
 
 
 def permute_probabilities(
@@ -48,18 +48,14 @@ def permute_probabilities(
     XLA all the same, as M numbers are nothing beside M tokens: but beside Pallas, which reads no
     `slots`, a scatter by `places`.
     """
-    return _permute_probabilities(probabilities, plan, _moving(kernels))
-
-
-def _moving(kernels: Kernels) -> Kernels:
-    return "xla" if kernels == "auto" else kernels
+    return _permute_probabilities(probabilities, plan, kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _permute_probabilities(
     probabilities: Float[Array, "N A"], plan: DispatchPlan, kernels: Kernels
 ) -> Float[Array, " M"]:
-    to_places = reference.gathered if kernels == "xla" else reference.scattered
+    to_places = reference.scattered if kernels == "pallas" else reference.gathered
     return to_places(probabilities, plan)
 
 
@@ -74,14 +70,29 @@ _permute_probabilities.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _permute(x: Float[Array, "N D"], plan: DispatchPlan, kernels: Kernels) -> Float[Array, "M D"]:
-    return choice.run(kernels, reference.permute, pallas_tpu.permute, x, plan)
+    by_sparse_core = sparse_core.takes(x, active=1, sums=plan.slots.size) and sparse_core.permute
+    return _run(kernels, reference.permute, by_sparse_core, pallas_tpu.permute, x, plan)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _combine(
     outputs: Float[Array, "M D"], plan: DispatchPlan, kernels: Kernels
 ) -> Float[Array, "N D"]:
-    return choice.run(kernels, reference.combine, pallas_tpu.combine, outputs, plan)
+    tokens, active = plan.places.shape
+    by_sparse_core = sparse_core.takes(outputs, active, sums=tokens) and sparse_core.combine
+    return _run(kernels, reference.combine, by_sparse_core, pallas_tpu.combine, outputs, plan)
+
+
+def _run(kernels, xla, by_sparse_core, by_tensor_core, *args):
+    """By the SparseCores where these can; "auto" knows no other Pallas."""
+
+    def pallas(*args, interpret: bool):
+        if by_sparse_core and not interpret:
+            return by_sparse_core(*args)
+        return by_tensor_core(*args, interpret=interpret)
+
+    auto = "auto" if by_sparse_core else "xla"
+    return choice.run(auto if kernels == "auto" else kernels, xla, pallas, *args)
 
 
 # Each gradient is the other public function, by the same kernels.

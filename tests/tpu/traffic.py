@@ -1,8 +1,10 @@
 """Bytes that a compiled TPU program moves in and out of HBM, counted from its text.
 
 An instruction reads its operands and writes its result, padded to tiles as they lie in memory,
-where these are in HBM and not in VMEM (memory space 1). A gather reads as much as it returns. A
-Pallas kernel reads its operands once. Loops are not multiplied: this is for programs without any.
+where these are in HBM and not in VMEM (memory space 1). A Pallas kernel reads its operands once. A
+gather, XLA's or `gather_sum`, reads a word of 32 bits for each value: two rows of 16 bits lie in
+the same words, and whoever reads one reads both. Loops are not multiplied: this is for programs
+without any.
 """
 
 import math
@@ -25,21 +27,25 @@ def _of(program: Program, one: Instruction, by_name: dict[str, Instruction]) -> 
     is_begun = re.search("-(start|update)$", one.opcode)  # counted where it is done
     if one.opcode in FREE or is_begun or (one.opcode == "custom-call" and not is_kernel):
         return 0
+    if one.opcode == "call-done":  # a SparseCore has gathered
+        rows = next(each.type for each in _sources(one, by_name) if each.type.startswith("s32["))
+        values = _values(one.type) // _shape(one.type)[0] * _values(rows)
+        return int(_size(rows) + 4 * values + _written(one.type))
     if one.opcode.endswith("-done"):
-        source = _source(one, by_name)
+        [source, *_] = _sources(one, by_name)
         return int(_size(one.type) * (_is_in_hbm(one.type) + _is_in_hbm(source.type)))
     read = [by_name[name].type for name in one.operands]
     sizes = [_size(type_) * _is_in_hbm(type_) for type_ in read]
     if _gathers(program, one):
-        sizes = [min(size, _size(one.type)) for size in sizes]
+        sizes = [min(size, 4 * _values(one.type)) for size in sizes]
     return int(sum(sizes) + _written(one.type))
 
 
-def _source(done: Instruction, by_name: dict[str, Instruction]) -> Instruction:
+def _sources(done: Instruction, by_name: dict[str, Instruction]) -> list[Instruction]:
     """What an asynchronous copy, slice or gather reads."""
     began = by_name[done.operands[0]]
     data = [by_name[name] for name in began.operands]
-    return next(each for each in data if not each.opcode.endswith("-start"))
+    return [each for each in data if not each.opcode.endswith("-start")]
 
 
 def _gathers(program: Program, one: Instruction) -> bool:
@@ -52,6 +58,16 @@ def _written(type_: str) -> float:
     """Of all arrays of a type that are in HBM."""
     arrays = (match[0] for match in _ARRAY.finditer(type_))
     return sum(_size(array) * _is_in_hbm(array) for array in arrays)
+
+
+def _shape(type_: str) -> list[int]:
+    """Of the first array of a type."""
+    match = _ARRAY.search(type_)
+    return list(numbers(match[3])) if match else []
+
+
+def _values(type_: str) -> int:
+    return math.prod(_shape(type_))
 
 
 def _size(type_: str) -> float:
