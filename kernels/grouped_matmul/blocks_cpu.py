@@ -22,13 +22,16 @@ from . import swiglu
 
 STEP = 32  # tokens, at least, between two sizes of rests
 REST_SIZES = 8  # each is one more loop to compile
+# Multiplications, M D F, of a product so small that more loops take longer to compile than they
+# save.
+SMALL = 2**24
 
 _dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def forward(x, probabilities, sizes, gate, up, down):
     """The output and the two pre-activations, each 0 behind the last group."""
-    M, F = x.shape[0], gate.shape[2]
+    (M, D), (E, _, F) = x.shape, gate.shape
 
     def block(span, expert, mask, carry):
         out, gated, upped = carry
@@ -39,11 +42,12 @@ def forward(x, probabilities, sizes, gate, up, down):
         return span.set(out, y, mask), span.set(gated, g, mask), span.set(upped, u, mask)
 
     zeros = jnp.zeros_like(x), jnp.zeros((M, F), x.dtype), jnp.zeros((M, F), x.dtype)
-    return _for_all_blocks(sizes, M, block, zeros)
+    return _for_all_blocks(sizes, M, block_sizes(M, E, D, F), block, zeros)
 
 
 def backward(x, probabilities, sizes, gate, up, down, gated, upped, dout):
     """The gradients in x, probabilities, gate, up and down."""
+    (M, D), (E, _, F) = x.shape, gate.shape
 
     def block(span, expert, mask, carry):
         dx, dprobabilities, dgate, dup, ddown = carry
@@ -67,16 +71,19 @@ def backward(x, probabilities, sizes, gate, up, down, gated, upped, dout):
     # to change.
     zeros = (jnp.zeros(w.shape, jnp.float32) for w in matrices)
     carry = (jnp.zeros_like(x), jnp.zeros_like(probabilities), *zeros)
-    dx, dprobabilities, *dmatrices = _for_all_blocks(sizes, x.shape[0], block, carry)
+    rests = block_sizes(M, E, D, F)
+    dx, dprobabilities, *dmatrices = _for_all_blocks(sizes, M, rests, block, carry)
     dmatrices = (d.astype(w.dtype) for d, w in zip(dmatrices, matrices, strict=True))
     return dx, dprobabilities, *dmatrices
 
 
-def block_sizes(M: int, E: int) -> tuple[int, ...]:
+def block_sizes(M: int, E: int, D: int, F: int) -> tuple[int, ...]:
     """The sizes of rests, ascending; the last is also that of full blocks.
 
-    They depend on M / E, the number of tokens an expert has on average.
+    They depend on M / E, the number of tokens an expert has on average. A small product has one.
     """
+    if M * D * F <= SMALL:
+        return (min(2 * STEP, M),)
     full = min(256 if M < 256 * E else 512, M)
     step = min(max(STEP, full // REST_SIZES), full)
     return (*range(step, full, step), full)
@@ -99,12 +106,12 @@ class _Span:
         return jax.lax.dynamic_update_slice_in_dim(a, value, self.start, 0)
 
 
-def _for_all_blocks(sizes: Int[Array, " E"], M: int, block, carry):
+def _for_all_blocks(sizes: Int[Array, " E"], M: int, rest_sizes: tuple[int, ...], block, carry):
     """Runs `carry = block(span, expert, mask, carry)` for all blocks.
 
     `mask` is None where all tokens of the block are the expert's: full blocks need no masking.
     """
-    rests = np.array(block_sizes(M, sizes.shape[0]))
+    rests = np.array(rest_sizes)
     full = int(rests[-1])
     starts = jnp.cumsum(sizes) - sizes
     blocks_before = jnp.cumsum(sizes // full)

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.kernels.expert_ffn import swiglu
-from flexolmo_jax.kernels.grouped_matmul import Implementation, expert_ffn
+from flexolmo_jax.kernels.grouped_matmul import Implementation, blocks_cpu, expert_ffn
 from flexolmo_jax.kernels.grouped_matmul.blocks_cpu import block_sizes
 from flexolmo_jax.kernels.grouped_matmul.shapes import SHAPES_7B
 from flexolmo_jax.kernels.grouped_matmul.tiles import executed_over_ideal, executed_tiles
@@ -38,6 +38,14 @@ OPERATIONS = ("stablehlo.while", "ragged_dot", "tpu_custom_call", "dot_general")
 SIZES = st.lists(st.integers(0, M), min_size=E, max_size=E).map(
     lambda points: np.diff(np.sort(points), prepend=0)
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_sizes_of_blocks():
+    """As for products that are not small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks_cpu, "SMALL", 0)
+        yield
 
 
 def arguments(dtype=jnp.float32):
@@ -238,8 +246,15 @@ def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowe
 
 def test_block_sizes_are_ascending_and_never_larger_than_the_array():
     for slots, experts in [(1, 8), (16, 8), (150, 4), (4096, 8), (4096, 32), (10240, 8)]:
-        sizes = block_sizes(slots, experts)
+        sizes = block_sizes(slots, experts, D, F)
         assert list(sizes) == sorted(set(sizes)) and sizes[0] >= 1 and sizes[-1] <= slots
+
+
+@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS.keys())
+def test_small_products_have_blocks_of_one_size(sizes, monkeypatch):
+    monkeypatch.setattr(blocks_cpu, "SMALL", M * D * F)
+    assert len(block_sizes(M, E, D, F)) == 1 < len(block_sizes(M + 1, E, D, F))
+    assert_equal_to_the_definition(functools.partial(expert_ffn, implementation="blocks"), sizes)
 
 
 @settings(max_examples=50, deadline=None)
