@@ -307,7 +307,14 @@ def test_a_prompt_and_its_completion_may_fill_the_context():
     assert_greedy(prompt, completion, CONFIG, params_of())
 
 
-@pytest.mark.parametrize("mesh", ["tensor=4", "tensor=2,expert=2", "fsdp=2,tensor=2,expert=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("tensor=4", marks=pytest.mark.slow),
+        pytest.param("tensor=2,expert=2", marks=pytest.mark.slow),
+        "fsdp=2,tensor=2,expert=2",
+    ],
+)
 def test_a_model_spread_over_devices_writes_and_scores_the_same(model, prepared, capsys, mesh):
     """The vocabulary's, heads', FFN's and experts' shares of each device, and the cache's."""
     whole = load(model)

@@ -67,7 +67,7 @@ def test_a_run_trains_by_pallas_as_by_xla(by_xla, prepared, tmp_path, asked):
         assert np.linalg.norm(trained[path] - value) <= 1e-4 * np.linalg.norm(value), path
 
 
-@pytest.mark.parametrize("kept", ["xla", "auto", None])
+@pytest.mark.parametrize("kept", [pytest.param("xla", marks=pytest.mark.slow), "auto", None])
 def test_a_run_resumes_with_other_kernels_as_the_same_run(by_xla, tmp_path, asked, kept):
     """Also a run of a version that had no such choice: None."""
     run = Path(shutil.copytree(by_xla, tmp_path / "run"))

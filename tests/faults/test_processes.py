@@ -190,7 +190,7 @@ def test_several_processes_equal_one_bit_for_bit(config, whole, tmp_path, count)
 @pytest.mark.parametrize(
     ("count", "which", "resumed_on"),
     [
-        (2, 1, 1),
+        pytest.param(2, 1, 1, marks=pytest.mark.slow),
         pytest.param(4, 0, 2, marks=pytest.mark.slow),
         pytest.param(4, 2, 4, marks=pytest.mark.slow),
     ],

@@ -131,7 +131,14 @@ def test_a_prompt_s_attention_is_the_flash_kernel():
     assert "splash" not in lowered(GREEDY)
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, expert=2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=2, tensor=2), marks=pytest.mark.slow),
+        MeshConfig(fsdp=2, expert=2),
+    ],
+)
 def test_prompts_read_in_parts_fill_the_cache_as_in_one_go(mesh, monkeypatch):
     """Each prompt in its own rows, with another length of padding each."""
     sizes = B, P, _ = Sizes(8, 16, 4)

@@ -19,7 +19,13 @@ from tests.tiny import Held
 OTHERS = 2**11  # bytes of constants
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(data=3, fsdp=1, expert=2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow),
+        MeshConfig(data=3, fsdp=1, expert=2),
+    ],
+)
 def test_a_mesh_changes_a_verdict_by_rounding_and_no_device_holds_all_of_a_model(
     mesh, anchor, contributions, prepared, tmp_path, held: Held
 ):

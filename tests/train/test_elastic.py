@@ -85,16 +85,20 @@ def test_an_earlier_versions_run_resumes_with_other_microbatches(anchor_run, pre
 def test_a_run_that_balances_experts_over_a_microbatch_keeps_its_microbatches(prepared, tmp_path):
     """Balance is not a sum over tokens: another number of microbatches is another loss."""
 
-    def config(*overrides: str) -> RunConfig:
-        experts = ("model.n_experts=3", "model.n_active=2", "train.steps=2")
-        return run_config("joint", prepared["public"], *experts, *overrides)
-
-    balanced = "optim.load_balance=0.01"
-    pretrain(config(balanced), tmp_path / "run")
+    experts = ("model.n_experts=3", "model.n_active=2", "train.steps=2")
+    balanced = (*experts, "optim.load_balance=0.01")
+    pretrain(run_config("joint", prepared["public"], *balanced), tmp_path / "run")
     with pytest.raises(UserError, match=r"another train\.accumulate;"):
-        pretrain(config(balanced, "train.accumulate=2"), tmp_path / "run")
-    pretrain(config(), tmp_path / "free")
-    pretrain(config("train.accumulate=2"), tmp_path / "free")
+        more = (*balanced, "train.accumulate=2")
+        pretrain(run_config("joint", prepared["public"], *more), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_balance_experts_may_change_its_microbatches(prepared, tmp_path):
+    experts = ("model.n_experts=3", "model.n_active=2", "train.steps=2")
+    for accumulate in (1, 2):
+        more = (*experts, f"train.accumulate={accumulate}")
+        pretrain(run_config("joint", prepared["public"], *more), tmp_path / "run")
 
 
 def test_a_run_saves_when_minutes_have_passed_since_the_last_save_or_the_start(

@@ -83,8 +83,14 @@ def config_of(kind: str, anchor: Path, model: Path, data: Path, devices: int) ->
     return run_config(kind, data, *overrides)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("kind", TRAIN)
+@pytest.mark.parametrize(
+    ("kind", "devices"),
+    [
+        *((kind, 1) for kind in TRAIN),
+        ("pair", 8),
+        *(pytest.param(kind, 8, marks=pytest.mark.slow) for kind in TRAIN if kind != "pair"),
+    ],
+)
 def test_a_run_that_resumes_holds_no_more_than_one_that_starts(
     kind, devices, anchor, model, prepared, tmp_path, held
 ):

@@ -3,7 +3,6 @@ exchange it once a step, however many microbatches it has."""
 
 import dataclasses
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -98,7 +97,18 @@ def stepped(
 
 
 @pytest.mark.parametrize(
-    ("kind", "mesh"), [*itertools.product(["anchor", "pair"], MESHES), ("joint", "data 2 x fsdp 4")]
+    ("kind", "mesh"),
+    [
+        *(("anchor", mesh) for mesh in MESHES),
+        ("pair", "data 2 x fsdp 4"),
+        *(
+            pytest.param(kind, mesh, marks=pytest.mark.slow)
+            for kind, mesh in (
+                *(("pair", mesh) for mesh in MESHES if mesh != "data 2 x fsdp 4"),
+                ("joint", "data 2 x fsdp 4"),
+            )
+        ),
+    ],
 )
 def test_replicas_learn_what_one_device_learns(kind, mesh):
     expected, metrics = on_one_device(kind)
