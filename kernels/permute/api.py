@@ -70,7 +70,8 @@ _permute_probabilities.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _permute(x: Float[Array, "N D"], plan: DispatchPlan, kernels: Kernels) -> Float[Array, "M D"]:
-    by_sparse_core = sparse_core.takes(x, active=1, sums=plan.slots.size) and sparse_core.permute
+    own = sparse_core.for_sums(x, active=1, sums=plan.slots.size)
+    by_sparse_core = own and functools.partial(sparse_core.permute, own=own)
     return _run(kernels, reference.permute, by_sparse_core, pallas_tpu.permute, x, plan)
 
 
@@ -79,7 +80,8 @@ def _combine(
     outputs: Float[Array, "M D"], plan: DispatchPlan, kernels: Kernels
 ) -> Float[Array, "N D"]:
     tokens, active = plan.places.shape
-    by_sparse_core = sparse_core.takes(outputs, active, sums=tokens) and sparse_core.combine
+    own = sparse_core.for_sums(outputs, active, sums=tokens)
+    by_sparse_core = own and functools.partial(sparse_core.combine, own=own)
     return _run(kernels, reference.combine, by_sparse_core, pallas_tpu.combine, outputs, plan)
 
 

@@ -14,7 +14,7 @@ Source: `ragged_gather` of tokamax has the same gathers of words.
 import functools
 import operator
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,24 +63,29 @@ def of_this_tpu() -> SparseCores | None:
     return SparseCores(info.num_cores, info.num_subcores, info.num_lanes, info.vmem_capacity_bytes)
 
 
-def takes(x: Float[Array, "R D"], active: int, sums: int) -> bool:
-    """Whether this TPU has SparseCores and each of their lanes has a sum of `active` rows to do."""
+def for_sums(
+    x: Float[Array, "R D"] | jax.ShapeDtypeStruct, active: int, sums: int
+) -> SparseCores | None:
+    """This TPU's, if each of their lanes has a sum of `active` rows to do; None if they cannot."""
     own = of_this_tpu()
     if own is None or x.dtype not in (jnp.float32, jnp.bfloat16):
-        return False
-    aligned = x.shape[0] % _rows_in_a_word(x) == 0 and x.shape[1] % COLUMNS == 0
+        return None
+    aligned = x.shape[0] % _rows_in_a_word(x.dtype) == 0 and x.shape[1] % COLUMNS == 0
     enough = sums >= own.cores * own.subcores * own.lanes
-    return aligned and enough and _buffers(own, active, COLUMNS) <= own.memory
+    fits = _buffers(own, active, COLUMNS) <= own.memory
+    return own if aligned and enough and fits else None
 
 
-def permute(x: Float[Array, "N D"], plan: DispatchPlan) -> Float[Array, "M D"]:
+def permute(x: Float[Array, "N D"], plan: DispatchPlan, own: SparseCores) -> Float[Array, "M D"]:
     """`reference.permute`. Of the plan it reads `slots`."""
-    return gather_sum(x, (plan.slots // plan.places.shape[1])[None], of_this_tpu())
+    return gather_sum(x, (plan.slots // plan.places.shape[1])[None], own)
 
 
-def combine(outputs: Float[Array, "M D"], plan: DispatchPlan) -> Float[Array, "N D"]:
+def combine(
+    outputs: Float[Array, "M D"], plan: DispatchPlan, own: SparseCores
+) -> Float[Array, "N D"]:
     """`reference.combine`. Of the plan it reads `places`."""
-    return gather_sum(outputs, plan.places.T, of_this_tpu())
+    return gather_sum(outputs, plan.places.T, own)
 
 
 def gather_sum(
@@ -102,7 +107,7 @@ def gather_sum(
     # block by block, and a row for each lane
     rows = jnp.pad(rows, ((0, 0), (0, padded - N)), constant_values=R)
     rows = rows.reshape(A, -1, own.lanes).swapaxes(0, 1).reshape(-1)
-    halves = _rows_in_a_word(x)
+    halves = _rows_in_a_word(x.dtype)
     sums = _Sums(R, A, own.lanes, _columns(own, A, D), halves, gathers=interpret is None)
     kernel = functools.partial(_kernel, sums=sums)
     if interpret:
@@ -122,7 +127,7 @@ def gather_sum(
         num_cores=own.cores,
         num_subcores=own.subcores,
     )
-    out = pl.kernel(
+    run: Any = pl.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((padded, D), x.dtype),
         mesh=mesh,
@@ -130,17 +135,16 @@ def gather_sum(
             use_tc_tiling_on_sc=True, needs_layout_passes=True, disable_bounds_checks=True
         ),
         name="gather_sum",
-    )(rows, x)
-    return out[:N]
+    )
+    return run(rows, x)[:N]
 
 
 def _kernel(rows_hbm, x_hbm, out_hbm, *, sums: _Sums):
     """A subcore's blocks of sums, one after the other; of each, some columns at a time."""
     lanes, columns = sums.lanes, sums.columns
     if sums.gathers:
-        worker, workers = (
-            of(("core", "subcore")) for of in (jax.lax.axis_index, jax.lax.axis_size)
-        )
+        axes = "core", "subcore"
+        worker, workers = jax.lax.axis_index(axes), jax.lax.axis_size(axes)
         x, out = (ref.bitcast(jnp.int32) for ref in (x_hbm, out_hbm))
     else:
         worker, workers, x, out = pl.program_id(0), pl.num_programs(0), x_hbm, out_hbm
@@ -218,8 +222,8 @@ def _rounded(bits):
     return bits + 0x7FFF + (jax.lax.shift_right_logical(bits, 16) & 1)
 
 
-def _rows_in_a_word(x: Array) -> int:
-    return 4 // x.dtype.itemsize
+def _rows_in_a_word(dtype) -> int:
+    return 4 // dtype.itemsize
 
 
 def _buffers(own: SparseCores, active: int, columns: int) -> int:
@@ -240,7 +244,7 @@ def _columns(own: SparseCores, active: int, D: int) -> int:
 
 def _words(x: Float[Array, "R D"]) -> Int[Array, "words D"]:
     """`x` as it lies in TPU memory, two rows of 16 bits in a word."""
-    halves = _rows_in_a_word(x)
+    halves = _rows_in_a_word(x.dtype)
     pairs = x.reshape(-1, halves, x.shape[1]).swapaxes(1, 2)
     return _bits(pairs if halves > 1 else x, jnp.int32)
 
