@@ -1,7 +1,7 @@
 """Fresh processes that load, evaluate, generate and merge, two at once and short of memory: none
 ends by a signal.
 
-FLEXOLMO_SOAK is how many the slow test runs (1000 unless it says otherwise).
+FLEXOLMO_SOAK is how many it runs (1000 unless it says otherwise).
 """
 
 import os
@@ -22,9 +22,8 @@ PRESSURE = (
 LOAD = "import sys, flexolmo_jax; flexolmo_jax.load(sys.argv[1])"
 
 
-@pytest.mark.parametrize(
-    "count", [4, pytest.param(int(os.environ.get("FLEXOLMO_SOAK", "1000")), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [int(os.environ.get("FLEXOLMO_SOAK", "1000"))])
 def test_no_fresh_process_crashes(anchor, contributions, model, prepared, corpora, tmp_path, count):
     """Promise: a command does not crash; one of `eval` once did, in a thread of what had loaded its
     weights."""
