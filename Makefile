@@ -22,7 +22,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
 runtime := $(VENV)/.installed-$(version)
 testing := $(VENV)/.installed-$(version)-test
 
-.PHONY: help env demo notebooks test test-slow test-launch test-tpu-compile test-tpu tune-tpu check clean
+.PHONY: help env demo notebooks test test-slow test-mutants test-launch test-tpu-compile test-tpu tune-tpu check clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -40,6 +40,10 @@ test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
 test-slow: $(testing) ## the slow tests, then the fast ones in a random order; SEED= repeats one
 	$(PYTEST) -m slow $(ARGS)
 	$(PYTEST) -m "not slow" --no-loadscope-reorder --shuffle $(or $(SEED),$(shell echo $$RANDOM)) $(ARGS)
+
+test-mutants: .venv-mutants/.installed-$(version) ## plants faults and makes mutants: which does no test see?
+	.venv-mutants/bin/python tests/mutants/planted.py
+	.venv-mutants/bin/python tests/mutants/mutate.py $(ARGS)
 
 test-launch: .venv-launch/.installed-$(version) ## the launchers' commands against the real XPK and SkyPilot; ARGS=--update
 	PATH="$(CURDIR)/.venv-launch/bin:$$PATH" .venv-launch/bin/python tests/launch/real_tools.py $(ARGS)
@@ -78,7 +82,8 @@ $(runtime) $(testing): setup.py pyproject.toml
 .venv-tpu/.installed-$(version): what := .[tpu]
 .venv-tpu/.installed-$(version)-test: what := .[tpu,test]
 .venv-launch/.installed-$(version): what := .[launch]
-.venv-tpu/.installed-$(version) .venv-tpu/.installed-$(version)-test .venv-launch/.installed-$(version): setup.py pyproject.toml
+.venv-mutants/.installed-$(version): what := .[mutants,test]
+.venv-tpu/.installed-$(version) .venv-tpu/.installed-$(version)-test .venv-launch/.installed-$(version) .venv-mutants/.installed-$(version): setup.py pyproject.toml
 	@[ "$$($(@D)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = $(version) ] \
 	    || $(PYTHON) -m venv --clear $(@D)
 	@echo "installing -e '$(what)' into $(@D) (log: $(@D)/install.log)" >&2

@@ -82,6 +82,17 @@ def test_what_is_offloaded_goes_to_the_hosts_memory_and_comes_back():
     assert times["overlapped"] == pytest.approx(2) and times["in_turn"] == pytest.approx(3)
 
 
+def test_the_devices_of_a_chip_share_what_it_can_do():
+    where, devices = slice_of("tpu7x:2x2x1"), mesh("tpu7x:2x2x1", (1, 8))
+    chip, slices = where.chip, mesh("tpu7x:2x2x1", (2, 8), slices=2)
+    assert chip.devices == 2
+    of_a_chip = int(1e9 * chip.hbm_gbs), [], int(1e9 * chip.host_gbs)
+    times = roofline(where, devices, 8e12 * chip.tflops, *of_a_chip)
+    assert times["compute"] == pytest.approx(2) and times["memory"] == pytest.approx(2)
+    assert times["host"] == pytest.approx(4)
+    assert bandwidth(where, slices, ("data",)) == 1e9 / 8 * chip.dcn_gbits / 2
+
+
 def test_bytes_are_summed_by_kind_and_axes_the_most_first():
     entries = by_kind_and_axis(
         [gather(("data",), 1), gather(("fsdp",), 5, 2), gather(("data",), 2)]
