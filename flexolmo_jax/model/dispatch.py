@@ -105,18 +105,20 @@ class Exchange:
         """The sums over those slots of each token whose turn is in this round."""
         plan = self._plan(number, slots)
         there_and_back = self.axis.exchange
-        tokens = there_and_back(permute(values.x, plan, kernels="xla"))
-        probabilities = permute_probabilities(values.probabilities, plan, kernels="xla")
+        # not "pallas", whose kernels for a TPU's other cores want unused places behind all groups
+        moving: Kernels = "xla" if self.kernels == "xla" else "auto"
+        tokens = there_and_back(permute(values.x, plan, kernels=moving))
+        probabilities = permute_probabilities(values.probabilities, plan, kernels=moving)
         experts = jnp.take(slots.expert.reshape(-1), plan.slots, mode="fill", fill_value=0)
         probabilities, experts = map(there_and_back, (probabilities, experts))
         arrived = Routing(probabilities[:, None], experts[:, None], jnp.zeros_like(probabilities))
         matrices = values.gate, values.up, values.down
         outputs = sparse_experts(tokens, arrived, *matrices, slots.layer, kernels=self.kernels)
-        return combine(there_and_back(outputs), plan, kernels="xla")
+        return combine(there_and_back(outputs), plan, kernels=moving)
 
     def _plan(self, number: Int[Array, ""], slots: Slots) -> DispatchPlan:
         """The places of a round: `size` for the first device, then for the second, and so on, each
-        with unused ones at its end. XLA's permutation allows that; Pallas wants them behind all."""
+        with unused ones at its end."""
         total = self.axis.size * self.size
         turn = slots.turn - number * self.size
         goes = slots.chosen & (turn >= 0) & (turn < self.size)
