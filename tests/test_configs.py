@@ -176,16 +176,15 @@ def test_the_largest_configs_run_for_the_papers_tokens(kind, tokens):
     )
 
 
-@pytest.fixture
-def quick_compilation():
-    """Halves the time of a test that compiles for seconds and computes for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@each_config
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, marks=pytest.mark.slow if path.parent.name == "1b" else [], id=name(path)
+        )
+        for path in CONFIGS
+    ],
+)
 def test_one_step_of_it_runs_at_a_reduced_width(path, anchor, model, prepared, tmp_path, capfd):
     run, out = load_config(path), tmp_path / "run"
     corpora = ["care"] if run.run == "pair" else ["public", "code", "law"][: len(run.data.train)]

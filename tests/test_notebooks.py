@@ -142,6 +142,7 @@ def test_the_routing_explorer_runs_on_the_model_of_the_quickstart(text: Path, qu
     runs("routing_explorer", text, quickstart)
 
 
+@pytest.mark.slow
 def test_the_way_from_hugging_face_runs(text: Path, tmp_path: Path):
     runs("from_hugging_face", text, tmp_path)
 

@@ -134,7 +134,14 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("anchor", "route
 ON_ONE = ("one", "float32", True)  # device, with all terms of the loss
 
 
-@pytest.mark.parametrize("remat", [remat for remat in REMATS if remat != "none"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(remat, marks=[] if remat in ("full", "outputs", "dots") else pytest.mark.slow)
+        for remat in REMATS
+        if remat != "none"
+    ],
+)
 @pytest.mark.parametrize(
     ("kind", "mesh", "dtype", "all_terms"),
     [
