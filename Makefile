@@ -17,7 +17,7 @@ VENV ?= .venv-$(version)
 
 # JAX runs several threads in each worker already, so more workers than two gain little on a small machine. 0: one process.
 WORKERS ?= 2
-PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # A stamp is out of date when the packaging changes, and missing when the interpreter does.
 runtime := $(VENV)/.installed-$(version)
 testing := $(VENV)/.installed-$(version)-test
@@ -39,7 +39,7 @@ test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
 
 test-slow: $(testing) ## the slow tests, then the fast ones in a random order; SEED= repeats one
 	$(PYTEST) -m slow $(ARGS)
-	$(PYTEST) -m "not slow" --no-loadscope-reorder --shuffle $(or $(SEED),$(shell echo $$RANDOM)) $(ARGS)
+	$(PYTEST) -m "not slow" --shuffle $(or $(SEED),$(shell echo $$RANDOM)) $(ARGS)
 
 test-mutants: .venv-mutants/.installed-$(version) ## plants faults and makes mutants: which does no test see?
 	.venv-mutants/bin/python tests/mutants/planted.py

@@ -22,6 +22,8 @@ import pytest
 # They must not be imported yet.
 CHECKED_AT_RUN_TIME = ("flexolmo_jax.model",)
 MAPS = 15_000  # of a process's memory
+# These run first: a worker that began one of them last would work alone for minutes.
+LONGEST = ("test_notebooks.py", "test_study.py", "test_ray.py", "test_merge.py", "test_loop.py")
 # What tells the program that it has peers, as in a shell of a pod or of Slurm: it would wait for
 # them.
 PEERS = (
@@ -138,6 +140,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items
             if not any(mark.kwargs.get("only") for mark in item.iter_markers("tpu"))
         ]
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if (seed := config.getoption("--shuffle")) is not None:
         files: dict[pathlib.Path, list[pytest.Item]] = {}
         for item in items:
