@@ -72,7 +72,7 @@ def make_step(
         if run.pair is not None and run.pair.router_noise:
             # Of the step's number, not of a state: a resumed run draws the same.
             key = jax.random.fold_in(jax.random.key(run.train.seed), number)
-            noise = _router_noise(key, batch["tokens"].shape, model.n_layers)
+            noise = router_noise(key, batch["tokens"].shape, model.n_layers)
             batch = batch | {"router_noise": run.pair.router_noise * noise}
         sums_of_gradients, sums = gradient(state.params, frozen, batch)
         gradients = jax.tree.map(lambda g: g / count, sums_of_gradients)
@@ -146,7 +146,7 @@ def _accumulated(gradient: Gradient, n: int) -> Gradient:
     return accumulated
 
 
-def _router_noise(key: jax.Array, shape: tuple[int, ...], L: int) -> jax.Array:
+def router_noise(key: jax.Array, shape: tuple[int, ...], L: int) -> jax.Array:
     """N(0, 1) for the logit of a pair's new expert, 0 for the anchor's: [B, L, T, 2].
 
     After a merge, experts of other owners, which a pair never meets, take probability from its own:

@@ -128,6 +128,24 @@ def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_a
     )
 
 
+def test_load_balance_weighs_the_share_of_choices_with_that_of_probabilities():
+    # Half of the tokens choose two experts and half only the first of them.
+    first, second = np.eye(E)[:2]
+    both = np.broadcast_to(0.6 * first + 0.2 * second, (L, B, T, E))
+    one = np.broadcast_to(0.8 * first, (L, B, T, E))
+    probabilities = np.where(np.arange(B)[:, None, None] % 2, both, one).astype(np.float32)
+    log_z = np.zeros((L, B, T), np.float32)
+    output = output_of(np.zeros((B, T, V), np.float32), probabilities, log_z)
+    plain, balanced = (
+        loss_sums(output, TOKENS, jnp.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x))
+        for x in (0, 1.0)
+    )
+    # of the choices 2 and 1 in 3, of the probability 1.4 and 0.2 in 1.6
+    expected = E * (2 / 3 * 1.4 / 1.6 + 1 / 3 * 0.2 / 1.6)
+    of_a_token = (balanced.total - plain.total) / (B * (T - 1))
+    np.testing.assert_allclose(of_a_token, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "expert": 2}])
 def test_losses_and_gradients_in_chunks_on_a_mesh_are_those_of_one_device(axes, monkeypatch):
     """Parameters and batch lie as in training: hidden states over data and fsdp, the head over fsdp

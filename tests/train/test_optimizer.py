@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from flexolmo_jax.config import ModelConfig, OptimConfig
 from flexolmo_jax.model import init_params
@@ -71,3 +72,21 @@ def test_clipping_bounds_the_gradient():
         optimizer.update({"a": jnp.full(4, g)}, optimizer.init(params), params) for g in (0.5, 5e4)
     )
     np.testing.assert_allclose(small["a"], large["a"], rtol=1e-5)
+
+
+def test_updates_are_those_of_adamw_by_hand():
+    optim = OptimConfig(
+        lr=0.1, warmup=0, final_fraction=1.0, beta1=0.7, beta2=0.9, eps=1e-2, weight_decay=0.2
+    )
+    optimizer: Any = make_optimizer(optim, 10)
+    params = {"kernel": jnp.array([0.5, -0.3])}
+    state, value = optimizer.init(params), np.array([0.5, -0.3])
+    first = second = np.zeros(2)
+    for step, gradient in enumerate(([0.1, 0.2], [-0.3, 0.1], [0.2, -0.5]), 1):
+        updates, state = optimizer.update({"kernel": jnp.array(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        first = 0.7 * first + 0.3 * np.array(gradient)
+        second = 0.9 * second + 0.1 * np.square(gradient)
+        scaled = first / (1 - 0.7**step) / (np.sqrt(second / (1 - 0.9**step)) + 1e-2)
+        value = value - 0.1 * (scaled + 0.2 * value)
+        np.testing.assert_allclose(params["kernel"], value, rtol=1e-5)

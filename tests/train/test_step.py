@@ -14,9 +14,9 @@ from flexolmo_jax.model import Params, forward, init_params
 from flexolmo_jax.model.tree import partition
 from flexolmo_jax.owner.pair import is_trained
 from flexolmo_jax.train import step as step_module
-from flexolmo_jax.train.optimizer import make_optimizer
+from flexolmo_jax.train.optimizer import learning_rate, make_optimizer
 from flexolmo_jax.train.state import TrainState
-from flexolmo_jax.train.step import Batch, Step, make_step
+from flexolmo_jax.train.step import Batch, Step, make_step, router_noise
 
 B, T = 8, 16
 MODEL = ModelConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_ffn=24)
@@ -83,6 +83,23 @@ def test_a_pairs_noise_is_on_the_new_experts_logit_alone_and_another_at_every_st
     # a record's part of it is half of the variance: tokens of a record go together
     of_record = first[..., 1].mean(axis=-1).std() / NOISE
     assert 0.4 < of_record < 1.1
+
+
+def test_noise_has_variance_1_half_of_it_a_records():
+    noise = np.asarray(router_noise(jax.random.key(0), (256, 64), MODEL.n_layers))[..., 1]
+    of_record = noise.mean(axis=-1, keepdims=True)
+    assert abs(noise.std() - 1) < 0.05
+    assert abs((noise - of_record).var() - 0.5) < 0.02
+
+
+def test_the_learning_rate_that_is_told_is_that_of_the_step():
+    run = config("anchor", steps=10)
+    step, state, frozen = prepared(run)
+    schedule: Any = learning_rate(run.optim, 10)
+    for number in (1, 2, 3):
+        state, metrics = step(state, frozen, BATCH, number)
+        assert metrics["learning_rate"] == pytest.approx(schedule(number - 1))
+    assert schedule(1) != schedule(2) != schedule(3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
