@@ -9,6 +9,7 @@ tiling can compile for minutes. Nothing is run.
 """
 
 import argparse
+import base64
 import json
 import os
 import re
@@ -105,6 +106,9 @@ def compile_case(case: str, topology: str) -> dict[str, Any]:
             f"AssertionError: temporaries fill {arrays:.1f} arrays [N k, F]; expected at most"
             f" {LIMIT_ARRAYS}"
         )
+    if case.startswith("expert_ffn"):
+        narrow = [kind for kind in accumulators(text) if kind != "f32"]
+        assert not narrow, f"AssertionError: products accumulate in {narrow}; expected float32"
     return {
         "seconds": round(time.perf_counter() - start, 1),
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
@@ -113,6 +117,22 @@ def compile_case(case: str, topology: str) -> dict[str, Any]:
         "sorts": len(re.findall(r" sort\(", text)),
         "kernels": text.count('custom_call_target="tpu_custom_call"'),
     }
+
+
+def accumulators(hlo: str) -> list[str]:
+    """What the Mosaic kernels of a compiled program multiply into."""
+    from jax._src.interpreters.mlir import make_ir_context  # no public name knows all dialects
+    from jax._src.lib import tpu
+    from jax._src.lib.mlir import ir
+
+    found = []
+    for body in re.findall(r'"body":"([^"]+)"', hlo):
+        with make_ir_context() as context:
+            tpu.register_dialect(context)
+            kernel = str(ir.Module.parse(base64.b64decode(body)))
+        found += re.findall(r"tpu\.matmul .*-> vector<(?:\d+x)*(\w+)>", kernel)
+    assert found, "AssertionError: no kernel multiplies"
+    return found
 
 
 if __name__ == "__main__":
