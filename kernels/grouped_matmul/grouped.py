@@ -91,8 +91,8 @@ def _ragged_outer(x, dy, sizes, dtype):
 def _ragged_dot(x, w, sizes, dimensions, dtype):
     """Accumulated in float32, rounded to `dtype` once."""
     run = functools.partial(jax.lax.ragged_dot_general, ragged_dot_dimension_numbers=dimensions)
-    # TPU's kernel accumulates in float32 whatever it returns (`make test-tpu-compile` looks). To ask
-    # for float32 would be to write twice the bytes, and to read them again.
+    # TPU's kernel accumulates in float32 whatever it returns (`make test-tpu-compile` looks). Asked
+    # for float32 it would write twice the bytes, and they would be read again.
     return jax.lax.platform_dependent(
         x,
         w,
