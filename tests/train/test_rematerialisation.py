@@ -184,6 +184,14 @@ def test_flops_count_what_is_computed_again(kind, remat):
     assert extra == pytest.approx(counted, rel=1e-9)
 
 
+def test_logits_and_scores_are_computed_again_whatever_is_kept():
+    run = config("anchor", "none")
+    model, flops = run.model, step_flops(run, run.model)
+    logits = 2 * model.d_model * model.vocab_size
+    scores = model.n_layers * 2 * T / 2 * model.d_head * model.n_heads  # q k, half of the square
+    assert flops.hardware - flops.model == pytest.approx(B * T * (logits + scores), rel=1e-9)
+
+
 # --- what is kept, and what runs on a TPU ---
 
 
