@@ -28,7 +28,7 @@ TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 LIMIT_S = 600
 # temporaries of the experts' forward and backward pass, in arrays [N k, F] of bfloat16: they grow
 # with slots, not with E
-LIMIT_ARRAYS = 13
+LIMIT_ARRAYS = 9
 
 
 def main() -> int:
