@@ -79,7 +79,7 @@ def test_updates_are_those_of_adamw_by_hand():
         lr=0.1, warmup=0, final_fraction=1.0, beta1=0.7, beta2=0.9, eps=1e-2, weight_decay=0.2
     )
     optimizer: Any = make_optimizer(optim, 10)
-    params = {"kernel": jnp.array([0.5, -0.3])}
+    params: Any = {"kernel": jnp.array([0.5, -0.3])}
     state, value = optimizer.init(params), np.array([0.5, -0.3])
     first = second = np.zeros(2)
     for step, gradient in enumerate(([0.1, 0.2], [-0.3, 0.1], [0.2, -0.5]), 1):
