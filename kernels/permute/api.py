@@ -45,8 +45,8 @@ def permute_probabilities(
 ) -> Float[Array, " M"]:
     """The probability of the slot at each place, 0 in unused ones. `kernels` as in `permute`.
 
-    XLA all the same, as M numbers are nothing beside M tokens: but beside Pallas, which reads no
-    `slots`, a scatter by `places`.
+    XLA all the same, as M numbers are nothing beside M tokens. With "pallas", whose kernels may not
+    read `slots`, a scatter by `places`.
     """
     return _permute_probabilities(probabilities, plan, kernels)
 

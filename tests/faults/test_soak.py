@@ -19,12 +19,12 @@ PRESSURE = (
     "import time\nmemory = bytearray(1 << 30)\nwhile True:\n    for at in range(0, 1 << 30, 4096):"
     " memory[at] = 1\n    time.sleep(0.1)"
 )
+COUNT = int(os.environ.get("FLEXOLMO_SOAK", "1000"))
 LOAD = "import sys, flexolmo_jax; flexolmo_jax.load(sys.argv[1])"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [int(os.environ.get("FLEXOLMO_SOAK", "1000"))])
-def test_no_fresh_process_crashes(anchor, contributions, model, prepared, corpora, tmp_path, count):
+def test_no_fresh_process_crashes(anchor, contributions, model, prepared, corpora, tmp_path):
     """Promise: a command does not crash; one of `eval` once did, in a thread of what had loaded its
     weights."""
     cli = ["-m", "flexolmo_jax.cli"]
@@ -70,9 +70,9 @@ def test_no_fresh_process_crashes(anchor, contributions, model, prepared, corpor
     balloon = subprocess.Popen([sys.executable, "-c", PRESSURE])
     try:
         with ThreadPoolExecutor(2) as pool:
-            ended = list(pool.map(one, range(count)))
+            ended = list(pool.map(one, range(COUNT)))
     finally:
         balloon.kill()
         balloon.wait()
     failed = [told for status, told in ended if status]
-    assert not failed, f"{len(failed)} of {count}: {failed[0]}"
+    assert not failed, f"{len(failed)} of {COUNT}: {failed[0]}"

@@ -195,6 +195,18 @@ class TestMegablox(Suite):
     implementation = "megablox_interpret"
 
 
+@pytest.mark.parametrize("implementation", ["blocks", "reference"])
+def test_plain_xla_leaves_zeros_behind_the_last_group(implementation):
+    sizes = jnp.array([20, 0, 61, 30], jnp.int32)
+    x, probabilities, *matrices = arguments()
+    used = int(sizes.sum())
+    poisoned = x.at[used:].set(jnp.nan), probabilities.at[used:].set(jnp.nan)
+    function = implemented_by(implementation)
+    (dx, dp, *_), y = value_and_gradients(function, *poisoned, sizes, *matrices)
+    assert used < M and y[:used].any() and dx[:used].any() and dp[:used].any()
+    assert not y[used:].any() and not dx[used:].any() and not dp[used:].any()
+
+
 # not in the suite: hypothesis refuses tests that classes share
 @pytest.mark.parametrize("suite", Suite.__subclasses__())
 @settings(max_examples=15, deadline=None)

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.kernels.expert_ffn import swiglu
+from flexolmo_jax.kernels.grouped_matmul import api, grouped
 from flexolmo_jax.kernels.moe_ffn import sparse_experts
 from flexolmo_jax.kernels.route import Routing, dense_probabilities
 
@@ -101,6 +102,37 @@ def test_sparse_dispatch_equals_running_every_expert_for_any_routing(seed, popul
     probabilities = rng.uniform(0.05, 0.5, (N, A))
     probabilities[:, 1][rng.random(N) < unused] = 0
     assert_sparse_equals_dense(ids, probabilities)
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_what_products_leave_behind_the_last_group_reaches_nothing(kernels, monkeypatch):
+    """A TPU's products write nothing there: it is whatever lay in memory. Some may multiply it with
+    0, and 0 times NaN is NaN."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.uniform(0.05, 0.5, (N, A))
+    probabilities[:, 1][rng.random(N) < 0.5] = 0
+    values = arguments(np.argsort(rng.random((N, E)), axis=1)[:, :A], probabilities)
+    clean = value_and_gradients(functools.partial(sparse_experts, kernels=kernels), *values)
+
+    def behind(a, sizes):
+        return (jnp.arange(a.shape[0]) >= jnp.sum(sizes))[:, None]
+
+    def nothing_of(a, sizes):
+        return 0 * jnp.sum(jnp.where(behind(a, sizes), a, 0))
+
+    def matmul(x, w, sizes, *options, **more):
+        y = grouped.RAGGED_DOT.matmul(x, w, sizes, *options, **more)
+        return jnp.where(behind(y, sizes), jnp.nan, y) + nothing_of(x, sizes)
+
+    def outer(x, dy, sizes, dtype):
+        y = grouped.RAGGED_DOT.outer(x, dy, sizes, dtype)
+        return y + nothing_of(x, sizes) + nothing_of(dy, sizes)
+
+    products = grouped.Products(matmul, outer)
+    monkeypatch.setitem(api._PASSES, "blocks", grouped.with_products(products))
+    spoilt = value_and_gradients(functools.partial(sparse_experts, kernels=kernels), *values)
+    for got, want in zip(jax.tree.leaves(spoilt), jax.tree.leaves(clean), strict=True):
+        assert_close(got, want, "beside NaN")
 
 
 def test_where_nothing_is_chosen_the_output_and_the_gradients_are_zero():
