@@ -92,9 +92,11 @@ def cluster():
     command = [sys.executable, "-c", NODES]
     with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3, text=True) as process:
         made = Cluster(process)
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(made.address, log_to_driver=False, logging_level=logging.CRITICAL)
         yield made
         ray.shutdown()
+        signal.signal(signal.SIGTERM, before)  # Ray leaves its own
         own = made.processes
     assert len(own) > 5
     assert psutil.wait_procs(own, timeout=10)[1] == []  # no process is left behind
@@ -330,6 +332,18 @@ def test_a_cluster_that_does_not_answer_is_a_mistake_told_in_one_line(
     assert told.startswith(f"flexolmo: {complaint}")
     assert told.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_ray_leaves_no_handler_of_signals_behind(cluster):
+    program = f"""
+import signal
+from flexolmo_jax.runtime.cluster import connected
+with connected({cluster.address!r}):
+    pass
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_without_ray_the_extra_is_named(tmp_path, many, some_tokenizer, monkeypatch):

@@ -13,7 +13,9 @@ import importlib.util
 import logging
 import os
 import pkgutil
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata, resources
@@ -53,16 +55,28 @@ def connected(address: str) -> Iterator[None]:
     from ray.exceptions import RayError
 
     is_callers = ray.is_initialized()
-    if not is_callers:
-        _connect(address)
-    try:
-        _set_up_data()
-        yield
-    except RayError as error:
-        raise _told(error) from error
-    finally:
+    with _sigterm_kept():
         if not is_callers:
-            ray.shutdown()
+            _connect(address)
+        try:
+            _set_up_data()
+            yield
+        except RayError as error:
+            raise _told(error) from error
+        finally:
+            if not is_callers:
+                ray.shutdown()
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Puts the handler of SIGTERM back: Ray sets one of its own where it connects, and leaves it."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(address: str) -> None:
