@@ -20,6 +20,8 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +74,8 @@ def measure(case: str, work: Path) -> dict[str, Any]:
     if kind == "process":
         turns = [run(files, tokenizer, work, workers=int(how)) for _ in range(TURNS)]
         return {"documents_per_s": round(count / min(turns)[0]), "sha256": turns[0][1]}
-    with_cluster(int(how))
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    first, *turns = (run(files, tokenizer, work, ray=address) for _ in range(1 + TURNS))
+    with cluster(int(how)) as address:
+        first, *turns = (run(files, tokenizer, work, ray=address) for _ in range(1 + TURNS))
     return {
         "documents_per_s": round(count / min(turns)[0]),
         "documents_per_s_at_first": round(count / first[0]),
@@ -93,15 +92,20 @@ def run(files: list[Path], tokenizer: Tokenizer, work: Path, **how: Any) -> tupl
     return seconds, hashlib.sha256(json.dumps(index.files).encode()).hexdigest()
 
 
-def with_cluster(workers: int) -> None:
+@contextmanager
+def cluster(workers: int) -> Iterator[str]:
+    """The address of a cluster that this process is connected to, with a core for each worker."""
     os.environ |= ALONE | {"RAY_USAGE_STATS_ENABLED": "0"}
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(workers):
-        cluster.add_node(num_cpus=1)
-    ray.init(cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
+        made.add_node(num_cpus=1)
+    ray.init(made.address, log_to_driver=False, logging_level=logging.CRITICAL)
+    yield str(made.address)
+    ray.shutdown()
+    made.shutdown()
 
 
 def of_digests(how: str, work: Path) -> dict[str, Any]:
