@@ -54,6 +54,11 @@ def test_records_are_nearly_full_on_mixed_lengths():
     assert lengths.sum() / (len(records) * 1024) > 0.99
 
 
+def test_a_document_goes_where_it_fits_best():
+    records = pack(numbered([6, 8, 2, 3, 9, 1, 1]), 10, 4)
+    assert [[len(piece) for piece in record] for record in records] == [[8, 2], [6, 3, 1], [9, 1]]
+
+
 def test_memory_is_bounded_by_the_open_records():
     packer = Packer(10, open_records=3)
     returned = sum(len(packer.add(np.zeros(6, int))) for _ in range(100))

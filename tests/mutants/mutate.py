@@ -22,7 +22,7 @@ from cosmic_ray.work_item import TestOutcome, WorkItem
 MODULES = {  # and their tests
     "kernels/route/reference.py": "tests/kernels/test_route.py",
     "kernels/permute/reference.py": "tests/kernels/test_permute.py",
-    "flexolmo_jax/coordinator/gate.py": "tests/attacks/test_contributions.py"
+    "flexolmo_jax/coordinator/gate.py": "tests/attacks/test_numbers.py"
     " tests/exchange/test_signature.py tests/owner/test_screen.py",
     "flexolmo_jax/data/mixture.py": "tests/data/test_mixture.py",
     "flexolmo_jax/data/packing.py": "tests/data/test_packing.py",
