@@ -88,28 +88,27 @@ class Counted(NamedTuple):
     state_bytes: float  # float32 parameters, and gradients and two moments of what is trained
 
 
-def count(mode: str) -> Counted:
+def count(
+    mode: str, model: ModelConfig = MODEL, batch: int = BATCH, length: int = LENGTH
+) -> Counted:
     """Multiplications of a product count as two operations. The layers are one scanned program: the
     gradient in what enters a layer is computed for the first one too, where a pair needs it only in
     the expert's hidden units."""
-    D, F, L, V = MODEL.d_model, MODEL.d_ffn, MODEL.n_layers, MODEL.vocab_size
+    D, F, L, V = model.d_model, model.d_ffn, model.n_layers, model.vocab_size
     attention, expert, head = 4 * D * D, 3 * D * F, D * V
-    scores = D * LENGTH  # two products with, on average, half of the keys
+    scores = D * length  # two products with, on average, half of the keys
     forward = L * (attention + scores + 2 * expert) + head
     gradient_of_inputs = forward + L * scores  # of both factors of the scores' products
     weights = {"pair": L * expert, "everything": L * (attention + 2 * expert) + head}[mode]
     parameters = L * (attention + 2 * expert) + 2 * head
     trained = {"pair": L * expert, "everything": parameters}[mode]
     return Counted(
-        2 * BATCH * LENGTH * (forward + gradient_of_inputs + weights), 4 * parameters + 12 * trained
+        2 * batch * length * (forward + gradient_of_inputs + weights), 4 * parameters + 12 * trained
     )
 
 
 def in_process(mode: str, repetitions: int) -> dict[str, float]:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-    }
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, "--mode", mode, "--repetitions", str(repetitions)]
     return json.loads(
         subprocess.run(
@@ -120,7 +119,8 @@ def in_process(mode: str, repetitions: int) -> dict[str, float]:
 
 def measure(mode: str, repetitions: int) -> dict[str, float]:
     """The best CPU seconds of a step and of a matmul, and the peak of resident memory while steps
-    run."""
+    run, on one core."""
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -4,13 +4,12 @@ matmul.
 A process of its own, so that neither finds its heap in the state the other left it in. In each turn
 a function runs twice and the second run counts, as in a training loop: memory that was freed before
 a pause of seconds may have gone back to a virtual machine's host, and was seen to cost up to a
-second of system time to get again. Imported before jax: both run one thread, or CPU seconds would
-count threads that wait.
+second of system time to get again. Both run on one core, or CPU seconds would count threads that
+wait. Imported before jax.
 """
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import datetime
@@ -65,6 +64,8 @@ class Worker:
 def _serve(
     pipe: Connection, make: Callable[..., dict[str, Callable[[], Any]]], arguments: tuple
 ) -> None:
+    # Some of XLA's products run in as many threads as a process has cores, whatever XLA_FLAGS say.
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
     functions = make(*arguments)
     while True:
         try:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexolmo_jax.config import ModelConfig, Remat
 from flexolmo_jax.kernels import Kernels
+from flexolmo_jax.runtime.sharding import platform_of
 
 from .layers import (
     Attention,
@@ -40,6 +41,9 @@ from .moe import Choices, Experts, RouterOutput, mixture
 from .rematerialisation import rematerialised
 
 Params = dict  # nested dict of arrays, see above
+
+MOST_UNROLLED = 8  # layers
+SMALL = 2**24  # multiplications of a layer's product, below which a step takes no time anyway
 
 
 class Output(NamedTuple):
@@ -147,6 +151,7 @@ class Transformer(nnx.Module):
             rematerialised(layer_step, choices.remat),
             (x, context.cache),
             (layers, [state for *_, state in groups], index, choices.noise),
+            unroll=_is_unrolled(self.config, x, context, choices),
         )
         hidden, head = self.trunk.norm(x), self.trunk.head.kernel[...].astype(x.dtype)
         return Output(hidden, head, router, cache)
@@ -155,6 +160,23 @@ class Transformer(nnx.Module):
 def init_params(config: ModelConfig, key: Array, *, pair: bool = False) -> Params:
     """Random float32 parameters: N(0, init_std), norms 1."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, pair, nnx.Rngs(params=key))))
+
+
+def _is_unrolled(
+    config: ModelConfig, x: Float[Array, "B T D"], context: Context, choices: Choices
+) -> bool:
+    """Whether layers are compiled one by one and not as a loop.
+
+    On a CPU a loop sets what it saves for the backward pass to 0, copies it there, and copies it
+    out again: an eighth of a step. Without a loop the weights are copied instead. So tokens have to
+    be many, and layers few, as each takes time to compile.
+    """
+    if context.cache is not None or choices.remat != "none":
+        return False
+    tokens, platform = x.shape[0] * x.shape[1], platform_of(choices.mesh) or jax.default_backend()
+    is_small = x.size * config.d_ffn <= SMALL
+    are_many = tokens >= 2 * config.d_model * config.n_experts
+    return platform == "cpu" and are_many and config.n_layers <= MOST_UNROLLED and not is_small
 
 
 def forward(  # noqa: PLR0913 - a model call

@@ -70,7 +70,7 @@ def connected(address: str) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Puts the handler of SIGTERM back: Ray sets one of its own where it connects, and leaves it."""
+    """Puts the handler of SIGTERM back, as Ray leaves its own there."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield

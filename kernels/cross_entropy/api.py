@@ -17,18 +17,15 @@ def cross_entropy(
     head: Float[Array, "D V"],
     targets: Int[Array, "N"],
     *,
-    implementation: Implementation | None = None,
+    implementation: Implementation = "chunks",
 ) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
     """(losses in nats, logsumexps) of each token; the gradients have the dtypes of `x` and `head`.
 
-    By default "reference", which keeps the logits for the gradient, where they are few
-    (`chunks.LARGEST` numbers); else "chunks", which makes the logits of some tokens at a time, once
-    forward and once backward. Both are plain XLA, on every platform. A chunk takes every n-th
-    token, so that it holds an even share of tokens that are spread over devices. But the gradient
-    of `head` is then summed over devices once a chunk, unless this is called inside `jax.shard_map`
-    over the devices that share the tokens.
+    By default "chunks", which makes the logits of some tokens at a time, and keeps them for the
+    gradient where they are few (`chunks.LARGEST` numbers). It is plain XLA, on every platform. A
+    chunk takes every n-th token, so that it holds an even share of tokens that are spread over
+    devices. But the gradient of `head` is then summed over devices once a chunk, unless this is
+    called inside `jax.shard_map` over the devices that share the tokens.
     """
-    if implementation is None:
-        implementation = "reference" if x.shape[0] * head.shape[1] <= chunks.LARGEST else "chunks"
     functions = {"reference": reference.cross_entropy, "chunks": chunks.cross_entropy}
     return functions[implementation](x, head, targets)

@@ -5,7 +5,7 @@
                dX = G W^T;  dW += X^T G
 
 Saved are X, W, targets and z. The backward pass computes the logits again: to keep them for a batch
-of 7B's would take gigabytes.
+of 7B's would take gigabytes. Where one chunk has all tokens, its logits are kept.
 """
 
 import jax
@@ -33,31 +33,34 @@ def _forward(x, head, targets):
         logits = _product("nd,dv->nv", x, head)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         of_target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return None, (log_z - of_target, log_z)
+        return None, (log_z - of_target, log_z, logits if n == 1 else None)
 
-    _, chunks = jax.lax.scan(chunk, None, (_split(x, n), _split(targets, n)))
+    _, (*chunks, logits) = jax.lax.scan(chunk, None, (_split(x, n), _split(targets, n)))
     losses, log_z = (_joined(a, N) for a in chunks)
-    return (losses, log_z), (x, head, targets, log_z)
+    return (losses, log_z), (x, head, targets, log_z, logits)
 
 
 def _backward(saved, cotangents):
-    x, head, targets, log_z = saved
+    x, head, targets, log_z, all_logits = saved
     N, n = x.shape[0], _count(x, head)
 
     def chunk(d_head, xs):
-        x, targets, log_z, d_loss, d_log_z = xs
-        logits = _product("nd,dv->nv", x, head)
+        x, targets, log_z, d_loss, d_log_z, logits = xs
+        logits = _product("nd,dv->nv", x, head) if logits is None else logits
         hit = targets[:, None] == jnp.arange(logits.shape[-1])
         p = jnp.exp(logits - log_z[:, None])
         d_logits = p * (d_loss + d_log_z)[:, None] - jnp.where(hit, d_loss[:, None], 0)
         d_logits = d_logits.astype(x.dtype)  # a matrix unit multiplies numbers of one dtype
+        # Turned here: XLA's product on a CPU takes twice as long if it has to turn x itself.
+        turned = jax.lax.optimization_barrier(x.T)
         # Summed over chunks in float32: a sum in bfloat16 soon is too large to change.
-        d_head += _product("nd,nv->dv", x, d_logits)
+        d_head += _product("dn,nv->dv", turned, d_logits)
         d_x = _product("nv,dv->nd", d_logits, head)
         return d_head, d_x.astype(x.dtype)
 
-    xs = tuple(_split(a, n) for a in (x, targets, log_z, *cotangents))
-    d_head, d_x = jax.lax.scan(chunk, jnp.zeros(head.shape, jnp.float32), xs)
+    of_tokens = tuple(_split(a, n) for a in (x, targets, log_z, *cotangents))
+    start = jnp.zeros(head.shape, jnp.float32)
+    d_head, d_x = jax.lax.scan(chunk, start, (*of_tokens, all_logits))
     return _joined(d_x, N), d_head.astype(head.dtype), None
 
 

@@ -111,6 +111,17 @@ class TestChunks(Suite):
         )
 
 
+@pytest.mark.tpu
+class TestOneChunk(Suite):
+    """Whose logits are kept for the gradient."""
+
+    implementation = "chunks"
+
+    @pytest.fixture(autouse=True)
+    def _several_chunks(self):
+        pass
+
+
 def test_an_unknown_implementation_is_refused():
     with pytest.raises(KeyError, match="quick"):
         cross_entropy(*problem(), implementation="quick")  # type: ignore[arg-type]

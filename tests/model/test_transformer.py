@@ -22,6 +22,7 @@ from flexolmo_jax.model import (
     forward_layer,
     init_params,
     logical_axes,
+    transformer,
 )
 from flexolmo_jax.model.transformer import document_positions
 
@@ -245,6 +246,28 @@ def test_recomputing_activations_changes_no_gradient(remat):
         gradients(CONFIG, random_params(), remat=remat),
         plain_gradients(),
     )
+
+
+def test_many_tokens_of_few_layers_are_trained_on_without_a_loop_to_the_same_gradients(monkeypatch):
+    many = jnp.tile(TOKENS, (6, 1))
+    assert many.size >= 2 * CONFIG.d_model * E
+
+    def gradients(tokens, small):
+        monkeypatch.setattr(transformer, "SMALL", small)
+        loss = jax.grad(lambda params: jnp.sum(forward(CONFIG, params, tokens).hidden ** 2))
+        program = jax.jit(loss).trace(random_params())
+        is_loop = any(
+            eqn.primitive.name == "scan"
+            and eqn.params["length"] == CONFIG.n_layers
+            and eqn.params["unroll"] == 1
+            for eqn in program.jaxpr.eqns
+        )
+        return is_loop, program.lower().compile()(random_params())
+
+    (in_loop, looped), (_, unrolled) = gradients(many, 2**24), gradients(many, 0)
+    assert in_loop and not gradients(many, 0)[0]
+    assert gradients(TOKENS, 0)[0]  # too few: the weights would be copied
+    jax.tree.map(assert_close, unrolled, looped)
 
 
 @functools.cache
