@@ -249,25 +249,24 @@ def test_recomputing_activations_changes_no_gradient(remat):
 
 
 def test_many_tokens_of_few_layers_are_trained_on_without_a_loop_to_the_same_gradients(monkeypatch):
-    many = jnp.tile(TOKENS, (6, 1))
-    assert many.size >= 2 * CONFIG.d_model * E
+    params, many = random_params(DENSE), jnp.tile(TOKENS, (2, 1))
+    assert TOKENS.size < 2 * DENSE.d_model <= many.size
 
-    def gradients(tokens, small):
+    def program(tokens, small):
         monkeypatch.setattr(transformer, "SMALL", small)
-        loss = jax.grad(lambda params: jnp.sum(forward(CONFIG, params, tokens).hidden ** 2))
-        program = jax.jit(loss).trace(random_params())
-        is_loop = any(
-            eqn.primitive.name == "scan"
-            and eqn.params["length"] == CONFIG.n_layers
-            and eqn.params["unroll"] == 1
-            for eqn in program.jaxpr.eqns
-        )
-        return is_loop, program.lower().compile()(random_params())
+        loss = jax.grad(lambda params: jnp.sum(forward(DENSE, params, tokens).hidden ** 2))
+        return jax.jit(loss).trace(params)
 
-    (in_loop, looped), (_, unrolled) = gradients(many, 2**24), gradients(many, 0)
-    assert in_loop and not gradients(many, 0)[0]
-    assert gradients(TOKENS, 0)[0]  # too few: the weights would be copied
-    jax.tree.map(assert_close, unrolled, looped)
+    def is_loop(program):
+        return any(
+            eqn.primitive.name == "scan" and eqn.params["unroll"] == 1 for eqn in program.jaxpr.eqns
+        )
+
+    loop, unrolled = program(many, 2**24), program(many, 0)
+    assert is_loop(loop) and not is_loop(unrolled)
+    assert is_loop(program(TOKENS, 0))  # too few: the weights would be copied
+    got, want = (one.lower().compile()(params) for one in (unrolled, loop))
+    jax.tree.map(assert_close, got, want)
 
 
 @functools.cache
