@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import jaxtyping
 import pytest
+from hypothesis import settings
 
 # Packages whose annotations (dtypes and shapes of arrays too) are checked at every call in tests.
 # They must not be imported yet.
@@ -82,6 +83,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(
     os.environ["JAX_COMPILATION_CACHE_DIR"], "hypothesis"
 )
+
+# On a busy machine an example may take any time.
+settings.register_profile("any machine", settings(), deadline=None)
+settings.load_profile("any machine")
 
 jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
 

@@ -235,7 +235,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
         load_config(path)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_a_dumped_config_loads_to_an_equal_one(data):
     number = st.floats(min_value=1e-12, max_value=1e12)

@@ -16,7 +16,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return train_tokenizer([folder / "text.txt"], 270, folder / "tokenizer.json")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text())
 @example("the 猫 sat on 🧶, naïve \ufffd\ufffd")
 def test_streamed_text_is_the_text_and_no_piece_splits_a_character(tokenizer, text):
@@ -27,7 +27,7 @@ def test_streamed_text_is_the_text_and_no_piece_splits_a_character(tokenizer, te
     assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 269)))
 def test_streamed_text_of_any_ids_is_what_the_tokenizer_decodes(tokenizer, ids):
     stream = TextStream(tokenizer)

@@ -83,7 +83,6 @@ def changed(draw, value: Any) -> str:
 @pytest.mark.parametrize("name", FILES)
 @settings(
     max_examples=40,
-    deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=[

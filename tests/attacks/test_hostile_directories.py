@@ -256,7 +256,6 @@ def right(whole) -> dict[str, dict[str, bytes]]:
 
 
 many = settings(
-    deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=SLOW,

@@ -256,7 +256,6 @@ def test_millions_of_empty_objects_are_refused_before_they_are_made(empty):
 
 @settings(
     max_examples=60,
-    deadline=None,
     derandomize=True,
     phases=[Phase.generate],
     suppress_health_check=SLOW,

@@ -30,9 +30,7 @@ from tests.tiny import DOMAINS, SEQ_LEN
 
 IDS = np.random.default_rng(0).integers(0, 300, (3, SEQ_LEN))
 # No shrinking: an example is seconds of reading and writing.
-settings.register_profile(
-    "files", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
-)
+settings.register_profile("files", derandomize=True, phases=[Phase.explicit, Phase.generate])
 few_examples = settings(settings.get_profile("files"), max_examples=3)
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
 # They are collected in whichever test comes next.

@@ -209,7 +209,7 @@ def test_plain_xla_leaves_zeros_behind_the_last_group(implementation):
 
 # not in the suite: hypothesis refuses tests that classes share
 @pytest.mark.parametrize("suite", Suite.__subclasses__())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(sizes=SIZES)
 @example(sizes=np.array([M, 0, 0, 0]))
 def test_values_and_gradients_equal_the_definition_for_any_sizes(suite, sizes):
@@ -269,7 +269,7 @@ def test_small_products_have_blocks_of_one_size(sizes, monkeypatch):
     assert_equal_to_the_definition(functools.partial(expert_ffn, implementation="blocks"), sizes)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(SIZES, st.sampled_from([8, 16, 32]))
 def test_executed_tiles_are_those_each_group_touches(sizes, tm):
     group = np.repeat(np.arange(E), sizes)

@@ -91,7 +91,7 @@ def test_sparse_dispatch_equals_running_every_expert(ids):
     assert_sparse_equals_dense(ids, rng.uniform(0.05, 0.5, ids.shape))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 2**31), st.lists(st.floats(0.01, 1), min_size=E, max_size=E), st.floats(0, 1))
 @example(0, [1.0] * E, 1.0)
 def test_sparse_dispatch_equals_running_every_expert_for_any_routing(seed, popularity, unused):

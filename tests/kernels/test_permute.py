@@ -36,7 +36,6 @@ def few(examples: int) -> settings:
     # The suite is inherited on purpose: one property, drawn for each kind of kernels.
     return settings(
         max_examples=examples,
-        deadline=None,
         suppress_health_check=[HealthCheck.differing_executors],
     )
 

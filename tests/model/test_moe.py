@@ -132,7 +132,7 @@ def test_noise_on_the_logits_weights_experts_and_is_not_reported():
     jax.tree.map(np.testing.assert_array_equal, router, reported)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.sets(st.integers(1, E - 1), min_size=1),
     st.sampled_from([1, 2, E]),
@@ -162,7 +162,7 @@ def test_masking_an_expert_equals_dropping_it(active, excluded):
     assert_close(router.log_z, expected_router.log_z)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.permutations(range(1, E)), st.sampled_from([2, E]))
 def test_permuting_the_experts_permutes_their_weights_and_nothing_else(order, active):
     params, order = some_experts(), jnp.asarray([0, *order])

@@ -39,7 +39,7 @@ def on_experts(params: Params, change) -> Params:
     return params | {"experts": jax.tree.map(change, params["experts"])}
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.sets(st.integers(1, E - 1), min_size=1), st.sampled_from([2, E]))
 def test_a_masked_expert_has_no_influence(excluded, active):
     """With its FFN, row and bias replaced by NaN no bit of any logit changes, dispatched sparsely

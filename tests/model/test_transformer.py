@@ -98,7 +98,7 @@ def test_a_logit_depends_on_all_earlier_tokens_of_its_document_and_on_no_other(c
     assert reached.tolist() == [9 <= s <= t for s in range(T)]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_positions_count_from_the_start_of_each_document(lengths):
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
@@ -107,7 +107,7 @@ def test_positions_count_from_the_start_of_each_document(lengths):
     assert document_positions(jnp.asarray(segments)).tolist() == [expected]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(0, 2**31), st.integers(0, T - 9), st.sampled_from([1, 2, E]))
 def test_a_documents_loss_does_not_depend_on_what_it_is_packed_with(seed, start, active):
     """Bitwise where the document keeps its place in the record; 1e-6 where it moves, as sums over

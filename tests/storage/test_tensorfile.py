@@ -184,7 +184,7 @@ entries = st.fixed_dictionaries(
         "data_offsets": st.lists(st.integers(-2, 2**70), max_size=3) | json_values,
     },
 )
-fuzz = settings(deadline=None, max_examples=300, derandomize=True)
+fuzz = settings(max_examples=300, derandomize=True)
 
 
 @fuzz
