@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -352,12 +354,11 @@ def prompts_of(vocab_size: int) -> np.ndarray:
 
 
 def machine() -> dict[str, Any]:
-    from importlib import metadata
-
     query = "import jax; d = jax.devices()[0]; print(d.platform, d.device_kind, sep='|')"
     told = subprocess.run([sys.executable, "-c", query], check=True, stdout=-1, text=True).stdout
     kind = told.strip().splitlines()[-1].split("|")
-    versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers")}
+    packages = ("jax", "torch", "transformers")
+    versions = {name: metadata.version(name) for name in packages if find_spec(name)}
     where = {"platform": kind[0], "device": kind[1], "python": platform.python_version()}
     return where | versions | {"date": datetime.date.today().isoformat()}
 
