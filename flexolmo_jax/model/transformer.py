@@ -43,7 +43,7 @@ from .rematerialisation import rematerialised
 Params = dict  # nested dict of arrays, see above
 
 MOST_UNROLLED = 8  # layers
-SMALL = 2**24  # multiplications of a layer's product, below which a step takes no time anyway
+SMALL = 2**24  # multiplications, B T D F; a step of fewer is too short for compiling to pay
 
 
 class Output(NamedTuple):
@@ -168,14 +168,14 @@ def _is_unrolled(
     """Whether layers are compiled one by one and not as a loop.
 
     On a CPU a loop sets what it saves for the backward pass to 0, copies it there, and copies it
-    out again: an eighth of a step. Without a loop the weights are copied instead. So tokens have to
+    out again: 6 to 12 % of a step. Without a loop the weights are copied instead. So tokens have to
     be many, and layers few, as each takes time to compile.
     """
     if context.cache is not None or choices.remat != "none":
         return False
     tokens, platform = x.shape[0] * x.shape[1], platform_of(choices.mesh) or jax.default_backend()
     is_small = x.size * config.d_ffn <= SMALL
-    are_many = tokens >= 2 * config.d_model * config.n_experts
+    are_many = tokens >= 2 * config.d_model * choices.allowed.size  # of all experts, a pair's too
     return platform == "cpu" and are_many and config.n_layers <= MOST_UNROLLED and not is_small
 
 
