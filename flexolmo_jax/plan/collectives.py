@@ -211,13 +211,20 @@ def _lists(text: str) -> list[list[int]]:
 
 
 def _groups_of_axes(text: str) -> list[list[int]]:
-    """Groups along axes of a mesh: `mesh['a'=2, 'b'=4] {'b'}`."""
+    """Groups along axes of a mesh, or along parts of them: `mesh['a'=2, 'b'=8] {'a', 'b':(2)4}`.
+    Such a part is the axis as (2, 4, ...), without the first 2 and what follows the 4."""
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", text)}
-    over = re.findall(r"'(\w+)'", text.rpartition("{")[2])
-    order = [*(name for name in sizes if name not in over), *over]
-    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    places = places.transpose([list(sizes).index(name) for name in order])
-    return places.reshape(-1, math.prod(sizes[name] for name in over)).tolist()
+    found = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", text.rpartition("{")[2])
+    over = [(name, int(before or 1), int(n or sizes[name])) for name, before, n in found]
+    dims = []  # the axes, each cut where a part of it begins or ends
+    for axis, size in sizes.items():
+        parts = [(before, n) for name, before, n in over if name == axis]
+        cuts = sorted({1, size}.union(*({before, before * n} for before, n in parts)))
+        dims += [(axis, at, end // at) for at, end in itertools.pairwise(cuts)] or [(axis, 1, 1)]
+    order = [*(dim for dim in dims if dim not in over), *over]
+    places = np.arange(math.prod(sizes.values())).reshape([n for *_, n in dims])
+    places = places.transpose([dims.index(dim) for dim in order])
+    return places.reshape(-1, math.prod(n for *_, n in over)).tolist()
 
 
 def _groups_of_shape(text: str) -> list[list[int]]:

@@ -14,7 +14,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from flexolmo_jax.config import MeshConfig, ModelConfig, RunConfig, check_microbatch, to_dict
+from flexolmo_jax.config import (
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    check_microbatch,
+    expect,
+    to_dict,
+)
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import MATRICES
 from flexolmo_jax.kernels import Kernels
@@ -75,9 +82,13 @@ def plan_decoding(
     """The report of one decoding step in bfloat16: a token for each of `batch` prompts.
 
     The cache has `context` slots. `prefill` is the report of reading prompts of half as many
-    tokens, and `prefill_bytes` its peak.
+    tokens, and `prefill_bytes` its peak. Raises UserError for a context that the model does not
+    have, and prompts or a mesh that do not fit the slice's devices.
     """
     model, vocab_size, mesh = what
+    in_range = 2 <= context <= model.max_seq_len
+    most = f"2 to {model.max_seq_len} (model.max_seq_len)"
+    expect(in_range, "the context of --decode", context, f"{most}: a prompt and new tokens")
     where = mesh_of(mesh, slice_, 1)
     flops = batch * sum(forward_flops(model, model.n_active, context))
     generating = generation(what, where, batch, context, kernels)

@@ -223,6 +223,22 @@ def test_a_collective_overlaps_where_a_product_runs_before_its_end(text, overlap
     assert next(one.overlapped for one in collectives(text, {"fsdp": 4})) == overlapped
 
 
+@pytest.mark.parametrize(
+    ("over", "axes", "size"),
+    [
+        ("{'b':(2)2}", ("low",), 2),
+        ("{'b':(1)2}", ("high",), 2),
+        ("{'b':(2)2,'b':(1)2}", ("high", "low"), 4),
+        ("{'b'}", ("high", "low"), 4),
+        ("{'a','b':(2)2}", ("first", "low"), 4),
+    ],
+)
+def test_groups_may_be_along_a_part_of_an_axis(over, axes, size):
+    text = UNDER_WAY.replace("{{0,1,2,3}}", f"mesh['a'=2,'b'=4,'c'=1] {over}")
+    (one,) = collectives(text, {"first": 2, "high": 2, "low": 2})
+    assert (one.axes, one.size) == (axes, size)
+
+
 def test_a_ring_of_moves_is_the_gather_that_it_makes_up():
     moves = collectives(RING, {"fsdp": 4})
     assert {(one.kind, one.form) for one in moves} == {("all-gather", "ring")}

@@ -156,6 +156,15 @@ def test_a_program_is_the_same_where_only_what_the_compiler_never_sees_differs()
         (["--topology", "v5p:4x4x4", "--set", "model.n_layers=0"], "model.n_layers is 0"),
         (["--topology", "v5p:4x4x4", "--decode", "16"], "expected prompts x tokens of context"),
         (["--topology", "v5p:4x4x4", "--slices", "0"], "expected 1 or more"),
+        (
+            ["--topology", "v5p:2x2x1", "--decode", "16x4096", "--slices", "2"],
+            "what generates runs on one slice",
+        ),
+        (
+            ["--topology", "v5p:2x2x1", "--decode", "16x4097"],
+            "context of --decode is 4097; expected 2 to 4096",
+        ),
+        (["--topology", "v5p:2x2x1", "--decode", "16x1"], "context of --decode is 1;"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_anything_is_compiled(arguments, told, capsys):
