@@ -40,7 +40,9 @@ def ray_job(path: Path, documents: list[Any]) -> RayJob:
         accounts = {group["template"]["spec"].get("serviceAccountName") for group in groups}
         owner, namespace = meta["labels"][OWNER], meta["namespace"]
         policies = [one for one in documents if one["kind"] == "NetworkPolicy"]
-        is_closed = any(_is_closed(policy, namespace) for policy in policies)
+        policies = [one for one in policies if one["metadata"]["namespace"] == namespace]
+        # Policies add up: what one lets in, no other keeps out.
+        is_closed = any(map(_is_closed, policies)) and all(map(_lets_in_own, policies))
         has_token = cluster.get("authOptions", {}).get("mode") == "token"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
@@ -59,13 +61,13 @@ def ray_job(path: Path, documents: list[Any]) -> RayJob:
     return RayJob(owner, namespace, f"{namespace}/{accounts.pop()}", out[1], command)
 
 
-def _is_closed(policy: dict[str, Any], namespace: str) -> bool:
-    """Whether a policy lets no pod of another namespace reach more than Ray's dashboard."""
+def _is_closed(policy: dict[str, Any]) -> bool:
+    """Whether a policy is of all pods, which then get in what policies say and nothing else."""
     spec = policy["spec"]
-    others = [rule for rule in spec["ingress"] if rule != OWN_PODS]
-    return (
-        policy["metadata"]["namespace"] == namespace
-        and spec["podSelector"] == {}
-        and "Ingress" in spec["policyTypes"]
-        and all(rule.get("ports") == [{"port": 8265}] for rule in others)
-    )
+    return spec["podSelector"] == {} and "Ingress" in spec["policyTypes"]
+
+
+def _lets_in_own(policy: dict[str, Any]) -> bool:
+    """Whether a policy lets pods of other namespaces reach no more than Ray's dashboard."""
+    others = [rule for rule in policy["spec"].get("ingress") or () if rule != OWN_PODS]
+    return all(rule.get("ports") == [{"port": 8265}] for rule in others)

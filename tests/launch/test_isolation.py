@@ -155,6 +155,23 @@ def test_a_ray_job_that_is_open_or_is_none_is_refused(tmp_path, changes, complai
     assert complaint in done.stderr and done.stderr.count("\n") == 1
 
 
+POLICY = """---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: another, namespace: code}
+spec: {podSelector: {}, policyTypes: [Ingress]INGRESS}
+"""
+
+
+@pytest.mark.parametrize(("ingress", "status"), [("", 0), (", ingress: [{}]", 2)])
+def test_policies_of_a_namespace_add_up(tmp_path, ingress, status):
+    path = ray_job(tmp_path / "code.yaml")
+    path.write_text(path.read_text() + POLICY.replace("INGRESS", ingress))
+    done = check(KUBERAY, path)
+    assert done.returncode == status
+    assert ("lets pods of other namespaces reach Ray" in done.stderr) == bool(ingress)
+
+
 def test_pods_of_a_ray_job_that_act_as_two_accounts_are_refused(tmp_path):
     path = ray_job(tmp_path / "code.yaml")
     head, worker = path.read_text().split("workerGroupSpecs")
