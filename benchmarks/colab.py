@@ -7,6 +7,7 @@ A T4 has no plan of its own: its line is the float32 program as compiled for a v
 memory and its peak in float32.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -29,6 +30,8 @@ DEVICES = {
 
 
 def main() -> None:
+    how = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=how).parse_args()
     print(
         "| device | run | memory, GiB | of | FLOPs a step | steps | minutes |\n" + "|---" * 7 + "|"
     )

@@ -284,6 +284,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if options.table and "runs" not in report:
+        parser.error(f"{options.out} has no results; leave out --table to make them")
     if not options.table:
         if options.measure or "measured" not in report:
             report["measured"] = measure()

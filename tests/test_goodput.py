@@ -15,6 +15,7 @@ from benchmarks.goodput import (
     YEAR,
     Costs,
     daly,
+    main,
     on_a_slice,
     simulate,
     young,
@@ -24,6 +25,13 @@ from flexolmo_jax.config.run import TrainConfig
 
 COSTS = Costs(step=12.0, block=3.0, write=0.0, start=300.0)
 REPORT = json.loads((ROOT / "benchmarks/results/goodput.json").read_text())
+
+
+def test_a_table_of_no_results_is_a_mistake_told_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["goodput.py", "--out", str(tmp_path / "no.json"), "--table"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "no.json has no results" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("interval", [1.0, 60.0, 1800.0])
