@@ -267,6 +267,9 @@ def _training_advice(
 ) -> str:
     devices = sharding.devices_of_batch(mesh)
     records = run.data.batch_size // run.train.accumulate // devices
+    state = sum(report[f"{kind}_bytes"] for kind in ("parameters", "frozen", "optimizer"))
+    if state > report["hbm_bytes"]:
+        return more_memory(slice_, slices, report)
     if records > 1:
         return (
             f"--set train.accumulate={run.data.batch_size // devices} (a device holds {records}"
@@ -274,6 +277,11 @@ def _training_advice(
         )
     if run.train.remat != "full":
         return "--set train.remat=full"
+    return more_memory(slice_, slices, report)
+
+
+def more_memory(slice_: Slice, slices: int, report: dict[str, Any]) -> str:
+    """What to change where no setting of a training step makes it fit."""
     return _larger(slice_, report, "" if slices > 1 else "more slices or ")
 
 

@@ -33,7 +33,7 @@ from flexolmo_jax.train.activations import kept_bytes
 from flexolmo_jax.train.flops import step_flops
 from flexolmo_jax.train.step import OFFLOADS_FROM
 
-from .report import GIB, mesh_of, plan_training, show, size_of
+from .report import GIB, mesh_of, more_memory, plan_training, show, size_of
 from .roofline import bandwidth, seconds
 from .steps import architecture, fsdp_minimum, training_step
 
@@ -96,7 +96,8 @@ def tune(run: RunConfig, slice_: Slice, slices: int = 1) -> dict[str, Any]:
         "left_out": left_out,
         "set": settings if best else [],
     }
-    return chosen.report | {"tune": tuned}
+    more = {} if best else {"change": more_memory(slice_, slices, chosen.report)}
+    return chosen.report | {"tune": tuned} | more
 
 
 def search(

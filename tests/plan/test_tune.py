@@ -8,14 +8,19 @@ from typing import Any, get_args
 import pytest
 
 from flexolmo_jax.cli import main
-from flexolmo_jax.config import Remat, RunConfig, load_config
+from flexolmo_jax.config import MeshConfig, Remat, RunConfig, load_config
+from flexolmo_jax.plan import tune as tuning
+from flexolmo_jax.plan.report import GIB, _training_advice
 from flexolmo_jax.plan.tune import TOO_LARGE, Candidate, Search, search
+from flexolmo_jax.runtime.sharding import make_mesh
+from flexolmo_jax.runtime.tpus import slice_of
 from tests.test_configs import ROOT
 
 ANCHOR = ROOT / "configs" / "7b" / "anchor.yaml"
 ROW = ("full", "attention", "outputs", "ffn", "dots")  # each keeps more than the one before
 SPLITS = (1, 2, 4, 8)
 LIMIT = 1000
+TIMES = {"overlapped": 1.0, "in_turn": 1.0}
 
 
 def run_of(remat: str, accumulate: int) -> RunConfig:
@@ -119,6 +124,26 @@ def test_where_nothing_can_fit_the_smallest_is_compiled_for_its_refusal():
     result = search(found, LIMIT, lambda run: {"fits": False, "peak_bytes": 3 * LIMIT})
     assert [one.candidate.settings for one in result.tried] == [{"remat": "full", "accumulate": 8}]
     assert len(result.left_out) == 3
+
+
+def test_where_nothing_fits_no_setting_is_advised(monkeypatch):
+    monkeypatch.setattr(tuning, "candidates", lambda *_: [Candidate(RUNS["full", 1], 1, TIMES)])
+    refused = {"fits": False, "peak_bytes": 100 * GIB, "change": "--set train.accumulate=2"}
+    monkeypatch.setattr(tuning, "plan_training", lambda *_: refused)
+    report = tuning.tune(RUNS["full", 1], slice_of("v5p:2x2x1"))
+    assert report["change"] == "more slices or a larger slice, such as v5p:2x2x2"
+    assert report["tune"]["set"] == []
+
+
+def test_no_setting_is_advised_where_the_state_alone_does_not_fit():
+    slice_, run = slice_of("v5e:1x1"), load_config(ANCHOR, ["train.accumulate=1"])
+    mesh = make_mesh(MeshConfig(fsdp=1))
+    report = {"peak_bytes": 122 * GIB, "hbm_bytes": 15 * GIB, "frozen_bytes": 0}
+    report |= {"parameters_bytes": 10 * GIB, "optimizer_bytes": 20 * GIB}
+    told = _training_advice(run, slice_, 1, mesh, report)
+    assert told == "more slices or a larger slice, such as v5e:2x4"
+    report |= {"parameters_bytes": 2 * GIB, "optimizer_bytes": 4 * GIB}
+    assert "train.accumulate=" in _training_advice(run, slice_, 1, mesh, report)
 
 
 def test_every_policy_is_known_to_the_order():
