@@ -60,13 +60,18 @@ class LoadedModel:
             active: experts per token; by default what the model was saved with.
 
         Raises:
-            UserError: an expert that does not exist, excluding the anchor or every expert, or
-                `active` above the number of experts that are left.
+            UserError: ids outside the vocabulary, or none; an expert that does not exist, excluding
+                the anchor or every expert, or `active` above the number of experts that are left.
         """
         k, allowed = self.selection(without, active)
         ids = np.asarray(ids, np.int32)
-        if ids.ndim != 2:
+        if ids.ndim != 2 or not ids.size:
             raise UserError(f"ids have shape {ids.shape}; expected [batch, time]")
+        if not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+            raise UserError(
+                f"ids are {ids.min()} to {ids.max()}; expected 0 to {self.config.vocab_size - 1},"
+                " the model's vocabulary"
+            )
         self.check_batch(len(ids))
         run = _forward(self.config, k, self.mesh, self.kernels)
         return np.asarray(run(self.params, ids, allowed))
@@ -89,6 +94,8 @@ class LoadedModel:
         The sampling values are those of `Sampling`; by default it is greedy. `without` and `active`
         are as in `logits`, `on_token` is as in `Generator.generate`. Raises UserError.
         """
+        if isinstance(prompts, str):  # its characters would be prompts
+            raise UserError(f"prompts are {prompts!r:.80}; expected a list, also of one")
         k, allowed = self.selection(without, active)
         self.check_batch(len(prompts))
         tokenizer, ids = self.tokenizer, []

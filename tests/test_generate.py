@@ -369,3 +369,14 @@ def test_a_model_spread_over_devices_writes_and_scores_the_same(model, prepared,
 def test_a_mesh_that_cannot_be_is_told_in_one_line(model, capsys, flags, told):
     assert main(["generate", str(model), "--prompt", "a", *flags]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ids", [[[384]], [[0, -1]], [[]], np.zeros((0, 4), int), [1, 2]])
+def test_ids_that_are_no_tokens_have_no_logits(model, ids):
+    with pytest.raises(UserError, match=r"expected \[batch, time\]|expected 0 to 383"):
+        load(model).logits(ids)
+
+
+def test_one_text_is_no_list_of_prompts(model):
+    with pytest.raises(UserError, match="prompts are 'the'; expected a list"):
+        load(model).generate("the")
