@@ -273,6 +273,17 @@ class RunConfig(Section):
         divides = self.data.batch_size % self.train.accumulate == 0
         of_batch = f"a divisor of data.batch_size ({self.data.batch_size})"
         self.train.expect("accumulate", divides, of_batch)
+        if not (self.pair or self.router or self.train.init):  # which have another's architecture
+            self._check_length()
+
+    def of_model(self, model: ModelConfig) -> "RunConfig":
+        """The run with the architecture of what it starts from. Raises UserError for longer records
+        than that reads."""
+        run = dataclasses.replace(self, model=model)
+        run._check_length()
+        return run
+
+    def _check_length(self) -> None:
         limit = self.model.max_seq_len
         self.data.expect(
             "seq_len", self.data.seq_len <= limit, f"at most model.max_seq_len ({limit})"

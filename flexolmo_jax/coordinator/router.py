@@ -4,7 +4,6 @@ The data are public text and proxies. Tuned rows bear a trace of every expert th
 each tuning starts from the contributed rows: an expert that left has no part in the next one.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,7 @@ def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
     model = open_model(path_of(run.router.model))
     if model.config.n_experts == 1:
         raise UserError(f"{model.path} has only the anchor's FFN: there is nothing to route")
-    run = dataclasses.replace(run, model=model.config)
+    run = run.of_model(model.config)
     batches, heldout = open_sources(run.data, model.tokenizer, run.train.seed)
 
     def initial(placement: Placement, base: Params) -> Params:

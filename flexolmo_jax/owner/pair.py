@@ -55,7 +55,7 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
             " uses its anchor's"
         )
     model = model_of_pair(run, anchor.config)
-    run = dataclasses.replace(run, model=model)
+    run = run.of_model(model)
     extra = _public(run, anchor)
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=extra)
     row = _row_for_all(pair, run, anchor)

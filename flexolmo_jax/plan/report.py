@@ -4,7 +4,6 @@ The compiler is libtpu's own. It places every collective and every buffer, and r
 fit. Nothing is run.
 """
 
-import dataclasses
 import importlib.util
 import math
 import re
@@ -57,8 +56,8 @@ def plan_training(
     """
     check_remat(run.train.remat, "tpu")
     model, program = architecture(run), program_of(run)
+    run = run.of_model(model)
     mesh = mesh_of(run.mesh, slice_, slices, run)
-    run = dataclasses.replace(run, model=model)
     flops = step_flops(run, model)
     tokens = run.data.batch_size * run.data.seq_len
     step = training_step(run, model, mesh, is_trained)

@@ -66,7 +66,7 @@ def _start(
     initial: Callable[[Placement, Params], Params],
     out: Path,
 ) -> dict[str, Any]:
-    run = dataclasses.replace(run, model=model)
+    run = run.of_model(model)
     batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
     job = Job(run, model, lambda path: True, initial, experts, tokenizer, batches, heldout)

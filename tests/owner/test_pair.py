@@ -6,19 +6,22 @@ import pytest
 
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.config import RunConfig
+from flexolmo_jax.coordinator.router import train_router
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import forward
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.owner import pair as pair_module
 from flexolmo_jax.owner.pair import initial_row, train_pair
-from flexolmo_jax.plan.report import size_of
+from flexolmo_jax.plan.report import plan_training, size_of
 from flexolmo_jax.runtime.sharding import make_mesh
+from flexolmo_jax.runtime.tpus import slice_of
 from flexolmo_jax.train.feed import Feed
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.metrics import read_metrics
+from flexolmo_jax.train.pretrain import pretrain
 from flexolmo_jax.train.state import abstract_params
-from tests.tiny import Held, pair_config
+from tests.tiny import Held, pair_config, run_config
 
 OTHERS = 2**13  # bytes of a batch and of constants; the anchor has 2**16.5, a device of 8 2**13.5
 
@@ -91,6 +94,34 @@ def test_rows_of_hidden_states_need_a_microbatch_that_divides_over_the_mesh(anch
     assert run.pair is not None
     with pytest.raises(UserError, match="does not divide over the 3 devices"):
         initial_row(run.pair, run, open_artifact(anchor))
+
+
+LONG = ("data.seq_len=128", "model.max_seq_len=4096")  # the tiny models read 64 tokens
+
+
+@pytest.mark.parametrize("kind", ["pair", "router", "anchor", "plan"])
+def test_records_are_no_longer_than_what_a_run_starts_from_reads(
+    kind, anchor, model, anchor_run, corpora, tmp_path
+):
+    def start() -> object:
+        if kind == "router":
+            run = run_config("router", corpora["law"], *LONG, router={"model": str(model)})
+            return train_router(run, tmp_path / "run")
+        if kind == "anchor":
+            init = f"train.init={anchor_run}"
+            return pretrain(run_config("anchor", corpora["law"], *LONG, init), tmp_path / "run")
+        run = pair_config(anchor, corpora["law"], "law", *LONG, "pair.public_share=0")
+        if kind == "plan":
+            return plan_training(run, slice_of("v5e:1x1"))
+        return train_pair(run, tmp_path / "run")
+
+    with pytest.raises(UserError, match=r"seq_len is 128; expected at most .* \(64\)"):
+        start()
+
+
+def test_an_anchor_may_read_longer_records_than_a_configs_default_model(anchor, prepared):
+    run = pair_config(anchor, prepared["law"], "law", "data.seq_len=48", "model.max_seq_len=32")
+    assert run.of_model(open_artifact(anchor).config).data.seq_len == 48
 
 
 @pytest.mark.parametrize("beside", [True, False])
