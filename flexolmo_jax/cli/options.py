@@ -64,7 +64,9 @@ def mesh(text: str) -> Any:
     pairs = [pair.strip() for pair in text.split(",")]
     axes = [axis for axis, equals, _ in (pair.partition("=") for pair in pairs) if equals]
     if not len(pairs) == len(axes) == len(set(axes)):
-        raise UserError(f"--mesh got {text!r:.80}; expected AXIS=N,..., each axis once, as tensor=8")
+        raise UserError(
+            f"--mesh got {text!r:.80}; expected AXIS=N,..., each axis once, as tensor=8"
+        )
     ones = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1}
     keys = override({"mesh": ones}, [f"mesh.{pair}" for pair in pairs])
     built = build(MeshConfig, keys["mesh"], "--mesh")
