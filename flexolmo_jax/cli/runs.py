@@ -104,8 +104,8 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--tune is for training steps; leave out --tune or --decode")
     if args.decode is not None and args.slices > 1:
         raise UserError(
-            "--slices is for training steps: what generates runs on one slice; leave out --slices or"
-            " --decode"
+            "--slices is for training steps: what generates runs on one slice; leave out --slices"
+            " or --decode"
         )
     os.environ.update(COMPILER_ENVIRONMENT)  # before JAX is imported
     from flexolmo_jax.plan.report import plan_decoding, plan_training, show
