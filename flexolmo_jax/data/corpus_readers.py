@@ -14,6 +14,7 @@ import json
 import re
 import sqlite3
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -95,12 +96,22 @@ def docstrings(*patterns: str) -> Reader:
 
     def read(archive: Path) -> Iterator[str]:
         for _, text in texts_in(archive, *patterns):
-            defined = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, defined))
-            found = (ast.get_docstring(node) for node in nodes)
+            found = map(ast.get_docstring, _definitions(text))
             yield from _joined((doc for doc in found if doc and len(doc) > 80), size=4000)
 
     return read
+
+
+def _definitions(text: str) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef]:
+    """A module, its classes and its functions, in the order of `ast.walk`, which is slow since it
+    looks into every expression too."""
+    statements: deque[ast.AST] = deque([ast.parse(text)])
+    while statements:
+        statement = statements.popleft()
+        if isinstance(statement, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield statement
+        for block in ("body", "handlers", "cases", "orelse", "finalbody"):
+            statements.extend(getattr(statement, block, ()))
 
 
 def orange_table(name: str, column: int, first: int = 3, size: int = 5000) -> Reader:
