@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
     if options.table:
+        if not any(options.out.glob("*.json")):
+            parser.error(f"{options.out} has no plans; leave out --table to make them")
         print(tables(options.out))
         return
     options.out.mkdir(parents=True, exist_ok=True)

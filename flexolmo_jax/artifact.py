@@ -116,6 +116,7 @@ class Artifact:
             if "base" not in self.description:
                 return own
             return unflatten(flatten(self.base().params(placement=placement)) | flatten(own))
+        self._check_only(which)
         self.ensure()
         params = loading.load(Reader(self.path / "weights"), self._stored(placement))
         self.ensure()  # again: another directory may have got this name meanwhile
@@ -141,11 +142,19 @@ class Artifact:
                 reader = checkpoints.reader("params", tensors, self.step(which))
             inherited = self.base().arrays() if "base" in self.description else {}
         else:
+            self._check_only(which)
             self.ensure()
             reader = Reader(self.path / "weights")
         return inherited | {
             path: Stored(reader, path, t.shape, t.dtype) for path, t in tensors.items()
         }
+
+    def _check_only(self, which: str) -> None:
+        if which != "last":
+            raise UserError(
+                f"{self.path} is not a run and has no checkpoint {which!r:.40}; leave out"
+                " --checkpoint"
+            )
 
     def step(self, which: str = "last") -> int:
         """The step of a run's last or best checkpoint, or of the step given.

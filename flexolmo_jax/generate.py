@@ -238,7 +238,8 @@ def _check(
     config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int
 ) -> None:
     _expect(len(prompts) > 0, "prompts", "none", "at least one")
-    _expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "1 or more")
+    is_number = isinstance(max_new_tokens, int) and max_new_tokens >= 1
+    _expect(is_number, "max_new_tokens", max_new_tokens, "a whole number, 1 or more")
     for i, prompt in enumerate(prompts):
         _expect(len(prompt) > 0, f"prompt {i}", "no tokens", "at least one; give it some text")
         known = min(prompt) >= 0 and max(prompt) < vocab_size

@@ -251,6 +251,9 @@ def test_an_artifact_of_another_kind_is_named(paths, tmp_path, fails):
     )
     assert "is not a run, anchor or model" in fails("info", paths.data.parent)
     assert "is a file" in fails("info", paths.config)
+    for path in (paths.anchor, paths.model):
+        evaluate = ["eval", path, "--data", paths.data, "--checkpoint", "best"]
+        assert "is not a run and has no checkpoint 'best'" in fails(*evaluate)
 
 
 def test_verify_refuses_to_be_asked_for_a_check_that_it_cannot_make(paths, tmp_path, fails):

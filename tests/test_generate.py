@@ -284,6 +284,7 @@ def test_equal_prompts_of_a_batch_are_sampled_independently():
         ([], {}, "prompts: got none"),
         ([[1], []], {}, "prompt 1: got no tokens"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens: got 2.5, expected a whole number"),
         ([[1] * 53], {}, "prompt 0: got 53 tokens and 12 new ones, expected at most 64"),
         ([[VOCAB]], {}, "prompt 0: got ids outside the vocabulary, expected 0 to 89"),
         ([[-1]], {}, "prompt 0: got ids outside the vocabulary"),

@@ -67,7 +67,7 @@ def prepare(  # noqa: PLR0913 - the verb's options
 
     Raises:
         UserError: there are no documents or they cannot be read; `out` is not new or empty, or
-            cannot be written (a full disk). After any error, nothing half-written is left.
+            cannot be written (a full disk); workers and a cluster are both given. After any error, nothing half-written is left.
     """
     if not 2 <= seq_len <= LARGEST["max_seq_len"]:
         raise UserError(
@@ -75,6 +75,11 @@ def prepare(  # noqa: PLR0913 - the verb's options
         )
     if not 0 <= heldout < 1:
         raise UserError(f"got a held-out share of {heldout}, expected 0 or more and less than 1")
+    if workers and ray is not None:
+        raise UserError(
+            f"--workers is {workers}: threads of one process; --ray has the cluster's own workers;"
+            " leave one of them out"
+        )
     files = _files(inputs)
     shards = shards_of(files, [size_of(file) for file in files])
     total, name = sum(shard.bytes for shard in shards), absolute(out).name

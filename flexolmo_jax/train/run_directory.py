@@ -60,7 +60,10 @@ def _make_or_check(job: Job, out: Path) -> None:
 
 
 def _check_config(job: Job, out: Path) -> None:
-    kept, now = _identity(to_dict(load_config(out / CONFIG))), _identity(to_dict(job.config))
+    both = to_dict(load_config(out / CONFIG)), to_dict(job.config)
+    # Balance is a microbatch's own: no other number of them adds up to the same loss.
+    free = FREE - {"accumulate"} if all(c["optim"]["load_balance"] for c in both) else FREE
+    kept, now = (_identity(config, free) for config in both)
     changed = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
     if changed:
         raise UserError(
@@ -88,11 +91,10 @@ def _check_base(job: Job, out: Path) -> None:
             )
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What two configs of the same run have in common: all keys but the mesh and `FREE`."""
+def _identity(config: dict[str, Any], free: set[str]) -> dict[str, Any]:
+    """What two configs of the same run have in common: all keys but the mesh and those that are
+    free."""
     given = {key: value for key, value in config.items() if value is not None and key != "mesh"}
-    # Balance is a microbatch's own: no other number of them adds up to the same loss.
-    free = FREE - {"accumulate"} if config["optim"]["load_balance"] else FREE
     return {
         path.replace("/", "."): value
         for path, value in flatten(given).items()

@@ -29,7 +29,8 @@ if importlib.util.find_spec("flexolmo_jax") is None:
     if REPOSITORY:
         address = f"git+{REPOSITORY}"
     else:
-        here = sorted([*Path().glob("flexolmo_jax-*.whl"), *Path().glob("flexolmo-jax/")])
+        wheels = sorted(Path().glob("flexolmo_jax-*.whl"), key=os.path.getmtime)
+        here = [*Path().glob("flexolmo-jax/"), *wheels]  # the newest wheel before a clone
         if not here:
             sys.exit(
                 "flexolmo-jax has no public address yet: put a wheel (flexolmo_jax-*.whl) or a"

@@ -188,6 +188,8 @@ def test_bad_arguments_are_refused(tmp_path, corpus, tokenizer):
     for share in (-0.1, 1.0):
         with pytest.raises(UserError, match="held-out share"):
             prepare([corpus], tokenizer, T, tmp_path / "out", heldout=share)
+    with pytest.raises(UserError, match="--workers is 2: threads of one process; --ray has"):
+        prepare([corpus], tokenizer, T, tmp_path / "out", workers=2, ray="local")
     with pytest.raises(UserError, match="no documents"):
         prepare([], tokenizer, T, tmp_path / "out")
     with pytest.raises(UserError, match="does not exist"):

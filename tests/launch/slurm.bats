@@ -90,6 +90,8 @@ setup() {
   refused 2 'a microbatch of 128 records (data.batch_size 1024 / train.accumulate 8) does not divide over the 48 devices'
   launch launch/slurm.sbatch configs/7b/pair.yaml
   refused 2 'got configs/7b/pair.yaml; expected [--dry-run] CONFIG OUT'
+  launch launch/slurm.sbatch configs/7b/pair.yaml gs://bucket/
+  refused 2 'got the bucket gs://bucket/; expected a folder in it, such as gs://bucket/run'
   unset SLURM_NTASKS
   launch "${RUN[@]}"
   refused 2 'SLURM_NTASKS is not set; expected sbatch to start this; for a dry run, set it to the number of GPUs'

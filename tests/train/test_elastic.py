@@ -88,9 +88,14 @@ def test_a_run_that_balances_experts_over_a_microbatch_keeps_its_microbatches(pr
     experts = ("model.n_experts=3", "model.n_active=2", "train.steps=2")
     balanced = (*experts, "optim.load_balance=0.01")
     pretrain(run_config("joint", prepared["public"], *balanced), tmp_path / "run")
-    with pytest.raises(UserError, match=r"another train\.accumulate;"):
-        more = (*balanced, "train.accumulate=2")
-        pretrain(run_config("joint", prepared["public"], *more), tmp_path / "run")
+    for changed, key in (
+        (("train.accumulate=2",), r"train\.accumulate"),
+        # which is then what is wrong, whatever the number of microbatches
+        (("train.accumulate=2", "optim.load_balance=0"), r"optim\.load_balance"),
+    ):
+        with pytest.raises(UserError, match=f"another {key};"):
+            more = (*balanced, *changed)
+            pretrain(run_config("joint", prepared["public"], *more), tmp_path / "run")
 
 
 @pytest.mark.slow
