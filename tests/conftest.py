@@ -14,6 +14,7 @@ import platform
 import random
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import jaxtyping
 import pytest
@@ -75,9 +76,15 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        # The older way to compile a fusion is quicker. Each XLA ends at a flag that it does not know.
+        "--xla_cpu_use_new_xtile_lowering=false"
+        if version("jaxlib") >= "0.11.1"
+        else "--xla_cpu_use_fusion_emitters=false",
         os.environ.get("XLA_FLAGS", ""),
     )
 )
+# Tracing makes many objects and hardly a cycle.
+gc.set_threshold(200_000, 20, 50)
 # Hypothesis keeps failing examples; by default in the working tree, which need not be one that can
 # be written.
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = os.path.join(
