@@ -69,17 +69,7 @@ def prepare(  # noqa: PLR0913 - the verb's options
         UserError: there are no documents or they cannot be read; `out` is not new or empty, or
             cannot be written (a full disk); workers and a cluster are both given. After any error, nothing half-written is left.
     """
-    if not 2 <= seq_len <= LARGEST["max_seq_len"]:
-        raise UserError(
-            f"got records of {seq_len} tokens, expected 2 or more, {LARGEST['max_seq_len']} at most"
-        )
-    if not 0 <= heldout < 1:
-        raise UserError(f"got a held-out share of {heldout}, expected 0 or more and less than 1")
-    if workers and ray is not None:
-        raise UserError(
-            f"--workers is {workers}: threads of one process; --ray has the cluster's own workers;"
-            " leave one of them out"
-        )
+    _check(seq_len, heldout, workers, ray)
     files = _files(inputs)
     shards = shards_of(files, [size_of(file) for file in files])
     total, name = sum(shard.bytes for shard in shards), absolute(out).name
@@ -98,6 +88,20 @@ def prepare(  # noqa: PLR0913 - the verb's options
         index = _index(name, packed, heldout, directory, tokenizer, seq_len)
         index.write(directory)
         return index
+
+
+def _check(seq_len: int, heldout: float, workers: int | None, ray: str | None) -> None:
+    if not 2 <= seq_len <= LARGEST["max_seq_len"]:
+        raise UserError(
+            f"got records of {seq_len} tokens, expected 2 or more, {LARGEST['max_seq_len']} at most"
+        )
+    if not 0 <= heldout < 1:
+        raise UserError(f"got a held-out share of {heldout}, expected 0 or more and less than 1")
+    if workers and ray is not None:
+        raise UserError(
+            f"--workers is {workers}: threads of one process; --ray has the cluster's own workers;"
+            " leave one of them out"
+        )
 
 
 def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> Source:
