@@ -76,7 +76,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        # The older way to compile a fusion is quicker. Each XLA ends at a flag that it does not know.
+        # The older way to compile a fusion is quicker. XLA ends at a flag that it does not know.
         "--xla_cpu_use_new_xtile_lowering=false"
         if version("jaxlib") >= "0.11.1"
         else "--xla_cpu_use_fusion_emitters=false",

@@ -67,7 +67,8 @@ def prepare(  # noqa: PLR0913 - the verb's options
 
     Raises:
         UserError: there are no documents or they cannot be read; `out` is not new or empty, or
-            cannot be written (a full disk); workers and a cluster are both given. After any error, nothing half-written is left.
+            cannot be written (a full disk); workers and a cluster are both given. After any error,
+            nothing half-written is left.
     """
     _check(seq_len, heldout, workers, ray)
     files = _files(inputs)
