@@ -27,8 +27,13 @@ def _of(program: Program, one: Instruction, by_name: dict[str, Instruction]) -> 
     is_begun = re.search("-(start|update)$", one.opcode)  # counted where it is done
     if one.opcode in FREE or is_begun or (one.opcode == "custom-call" and not is_kernel):
         return 0
-    if one.opcode == "call-done":  # a SparseCore has gathered
-        rows = next(each.type for each in _sources(one, by_name) if each.type.startswith("s32["))
+    if one.opcode == "call-done":  # a SparseCore has gathered, or laid out anew
+        sources = [each.type for each in _sources(one, by_name)]
+        rows = next((type_ for type_ in sources if type_.startswith("s32[")), None)
+        if rows is None:
+            return int(
+                sum(_size(type_) * _is_in_hbm(type_) for type_ in sources) + _written(one.type)
+            )
         values = _values(one.type) // _shape(one.type)[0] * _values(rows)
         return int(_size(rows) + 4 * values + _written(one.type))
     if one.opcode.endswith("-done"):
