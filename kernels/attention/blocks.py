@@ -9,6 +9,8 @@ scores are kept, so memory grows with T and not with T^2. A stripe of blocks mul
 keys up to its end, so most of the products and exponentials above the diagonal are left out.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -25,15 +27,17 @@ MASKED_BLOCK = 512  # queries of a long prompt whose scores exist at once
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite: a query that sees nothing must not give NaN
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attention(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B T K C"],
     v: Float[Array, "B T K C"],
     segments: Int[Array, "B T"],
+    has_window: Bool[Array, ""] | None = None,
+    window: int = 0,
 ) -> Float[Array, "B T H C"]:
-    """Causal, within segments."""
-    return _forward(q, k, v, segments)[0]
+    """Causal, within segments and, if `has_window`, within the last `window` tokens."""
+    return _forward(q, k, v, segments, has_window, window)[0]
 
 
 def masked_attention(
@@ -48,14 +52,15 @@ def masked_attention(
     return jnp.concatenate(outs, axis=1)
 
 
-def _forward(q, k, v, segments):
+def _forward(q, k, v, segments, has_window, window):
     Q, K, V, ids = _prepared(q, k, v, segments)
+    near = has_window, window
     outs, log_zs = [], []
     for start, end in _stripes(ids.shape[1]):
 
         def block(_, xs, end=end):
             Qb, idb, positions = xs
-            scores = _scores(Qb, idb, positions, K, ids, end)
+            scores = _scores(Qb, idb, positions, K, ids, end, near)
             largest = jnp.max(scores, axis=-1, keepdims=True)
             P = jnp.exp(scores - largest)
             total = jnp.sum(P, axis=-1, keepdims=True)
@@ -69,11 +74,11 @@ def _forward(q, k, v, segments):
     out = _unsplit(jnp.concatenate(outs, axis=3))[:, : q.shape[1]]
     out = checkpoint_name(out, names.ATTENTION)
     log_z = checkpoint_name(jnp.concatenate(log_zs, axis=3), names.ATTENTION)
-    return out, (q, k, v, segments, out, log_z)
+    return out, (q, k, v, segments, has_window, out, log_z)
 
 
-def _backward(saved, d_out):
-    q, k, v, segments, out, log_z = saved
+def _backward(window, saved, d_out):
+    q, k, v, segments, has_window, out, log_z = saved
     T, heads, scale = q.shape[1], k.shape[2], q.shape[-1] ** -0.5
     Q, K, V, ids = _prepared(q, k, v, segments)
     dO = _queries(_padded(d_out), heads)
@@ -85,7 +90,7 @@ def _backward(saved, d_out):
 
         def block(sums, xs, end=end):
             Qb, dOb, zb, innerb, idb, positions = xs
-            P = jnp.exp(_scores(Qb, idb, positions, K, ids, end) - zb)
+            P = jnp.exp(_scores(Qb, idb, positions, K, ids, end, (has_window, window)) - zb)
             dS = P * (_product("bkgtc,bksc->bkgts", dOb, V[:, :, :end]) - innerb)
             dKb = _product("bkgts,bkgtc->bksc", dS, Qb)
             dVb = _product("bkgts,bkgtc->bksc", P, dOb)
@@ -100,7 +105,7 @@ def _backward(saved, d_out):
     d_q = _unsplit(jnp.concatenate(dQ, axis=3))[:, :T]
     d_k = _keys(dK)[:, :T].astype(k.dtype)
     d_v = _keys(dV)[:, :T].astype(v.dtype)
-    return d_q, d_k, d_v, None
+    return d_q, d_k, d_v, None, None
 
 
 attention.defvjp(_forward, _backward)
@@ -136,12 +141,21 @@ def _product(letters: str, a: Array, b: Array) -> Array:
     return jnp.einsum(letters, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
 
-def _scores(
-    Qb: Array, idb: Array, positions: Array, K: Array, ids: Array, end: int
+def _scores(  # noqa: PLR0913 - a kernel's operands
+    Qb: Array,
+    idb: Array,
+    positions: Array,
+    K: Array,
+    ids: Array,
+    end: int,
+    near: tuple[Array | None, int],
 ) -> Float[Array, "B K G block end"]:
     """The scores of a block of queries with segments and positions, and the first `end` keys."""
     scores = _product("bkgtc,bksc->bkgts", Qb, K[:, :, :end])
     mask = (positions[:, None] >= jnp.arange(end)) & (idb[:, :, None] == ids[:, None, :end])
+    has_window, window = near
+    if has_window is not None:
+        mask &= (positions[:, None] - jnp.arange(end) < window) | ~has_window
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 

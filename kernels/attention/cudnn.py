@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def attention(
@@ -10,13 +10,21 @@ def attention(
     k: Float[Array, "B T K C"],
     v: Float[Array, "B T K C"],
     segments: Int[Array, "B T"],
+    has_window: Bool[Array, ""] | None = None,
+    window: int = 0,
 ) -> Float[Array, "B T H C"]:
-    """Causal, within segments. cuDNN reads the segments as a bias [B, 1, T, T]."""
+    """Causal, within segments and, if `has_window`, within the last `window` tokens. cuDNN reads
+    segments and window as a bias [B, 1, T, T]."""
     same = (segments[:, :, None] == segments[:, None, :])[:, None]
+    if has_window is not None:
+        back = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
+        same &= (back < window) | ~has_window
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
 
 
-def accepts(q: Array, k: Array, v: Array, segments: Array) -> bool:
+def accepts(
+    q: Array, k: Array, v: Array, segments: Array, has_window: Array | None, window: int
+) -> bool:
     """Whether JAX can trace this for cuDNN here.
 
     JAX asks the installed cuDNN and GPU, so the answer is no without a CUDA backend.
@@ -25,7 +33,7 @@ def accepts(q: Array, k: Array, v: Array, segments: Array) -> bool:
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[1] % 2:
         return False
     try:
-        jax.eval_shape(attention, q, k, v, segments)
+        jax.eval_shape(attention, q, k, v, segments, has_window)
     except (RuntimeError, NotImplementedError, ValueError):
         return False  # no cuDNN, or not for this head size
     return True

@@ -1,12 +1,14 @@
 """Attention on TPU: JAX's own splash kernels, which skip what is above the diagonal."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .. import names
 from .tuned import BLOCKS, Blocks
@@ -15,23 +17,47 @@ LANES = 128  # a block is a multiple of it
 LARGEST_BLOCK = 512
 
 
-def attention(
+def attention(  # noqa: PLR0913 - a kernel's call
     q: Float[Array, "B T H C"],
     k: Float[Array, "B T K C"],
     v: Float[Array, "B T K C"],
     segments: Int[Array, "B T"],
+    has_window: Bool[Array, ""] | None = None,
+    window: int = 0,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H C"]:
-    """Causal, within segments, for any length: the last block is padded behind the last token,
-    where no token looks."""
+    """Causal, within segments and, if `has_window`, within the last `window` tokens. For any
+    length: the last block is padded behind the last token, where no token looks."""
+    whole, near = (
+        functools.partial(_attention, mask=mask, interpret=interpret)
+        for mask in (masks.CausalMask, functools.partial(_near, window))
+    )
+    if has_window is None:
+        return whole(q, k, v, segments)
+    return jax.lax.cond(has_window, near, whole, q, k, v, segments)
+
+
+def _near(window: int, shape: tuple[int, int]) -> masks.Mask:
+    return masks.LocalMask(shape, (window - 1, 0), 0)
+
+
+def _attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    *,
+    mask: Callable[[tuple[int, int]], masks.Mask],
+    interpret: bool,
+) -> Array:
     T, H, C = q.shape[1:]
     (block_q, block_kv, fused), length = _blocks(T, C)
 
     def heads_in_front(a):
         return jnp.pad(a, ((0, 0), (0, length - T), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
-    causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * H)
+    of_heads = masks.MultiHeadMask([mask((length, length))] * H)
     sizes = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -42,7 +68,7 @@ def attention(
         use_fused_bwd_kernel=fused,
     )
     kernel = splash.make_splash_mha(
-        causal,
+        of_heads,
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,

@@ -10,12 +10,16 @@ def attention(
     k: Float[Array, "B T K C"],
     v: Float[Array, "B T K C"],
     segments: Int[Array, "B T"],
+    has_window: Bool[Array, ""] | None = None,
+    window: int = 0,
 ) -> Float[Array, "B T H C"]:
-    """Causal, within segments."""
+    """Causal, within segments and, if `has_window`, within the last `window` tokens."""
     T = q.shape[1]
     k, v = (a.transpose(0, 2, 1, 3) for a in (k, v))
-    causal = jnp.tril(jnp.ones((T, T), bool))
-    mask = causal & (segments[:, :, None] == segments[:, None, :])
+    back = jnp.arange(T)[:, None] - jnp.arange(T)
+    mask = (back >= 0) & (segments[:, :, None] == segments[:, None, :])
+    if has_window is not None:
+        mask &= (back < window) | ~has_window
     return masked_attention(q, k, v, mask)
 
 

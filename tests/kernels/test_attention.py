@@ -55,10 +55,16 @@ class Suite:
 
     # one block, and several; no length is a multiple of one
     shapes = (Shape(2, 24, 4, 2, 8), Shape(1, 333, 2, 2, 8))
+    window = 1000
 
     @staticmethod
     def run(q, k, v, segments):
         raise NotImplementedError
+
+    @staticmethod
+    def like(q, k, v, segments):
+        """The reference."""
+        return reference.attention(q, k, v, segments)
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
     @pytest.mark.parametrize("index", [0, 1])
@@ -66,7 +72,7 @@ class Suite:
         args = problem(self.shapes[index], dtype)
         wide = (*(a.astype(jnp.float32) for a in args[:3]), args[3])
         out, grads = jax.jit(functools.partial(gradients, self.run))(*args)
-        expected, expected_grads = jax.jit(functools.partial(gradients, reference.attention))(*wide)
+        expected, expected_grads = jax.jit(functools.partial(gradients, self.like))(*wide)
         for got, want in zip((out, *grads), (expected, *expected_grads), strict=True):
             assert got.dtype == jnp.dtype(dtype)
             assert_close(got, want, tolerance)
@@ -77,7 +83,8 @@ class Suite:
         run = jax.jit(self.run)
         expected = run(q, k, v, segments)
         for t in (0, 7, 23):
-            outside = (segments[0] != segments[0, t]) | (jnp.arange(24) > t)
+            back = t - jnp.arange(24)
+            outside = (segments[0] != segments[0, t]) | (back < 0) | (back >= self.window)
             other = (jnp.where(outside[None, :, None, None], a + 3.0, a) for a in (k, v))
             np.testing.assert_array_equal(run(q, *other, segments)[:, t], expected[:, t])
 
@@ -91,8 +98,7 @@ class Suite:
             return jnp.sum(jax.lax.scan(jax.checkpoint(layer), q, None, length=2)[0] ** 2)
 
         got, want = (
-            jax.jit(jax.grad(functools.partial(total, run)))(q)
-            for run in (self.run, reference.attention)
+            jax.jit(jax.grad(functools.partial(total, run)))(q) for run in (self.run, self.like)
         )
         assert_close(got, want, 1e-5)
 
@@ -103,6 +109,33 @@ class TestBlocks(Suite):
 
 class TestSplashInterpreted(Suite):
     run = staticmethod(functools.partial(pallas_tpu.attention, interpret=True))
+
+
+class WindowSuite(Suite):
+    window = 6
+
+    @staticmethod
+    def like(q, k, v, segments):
+        return reference.attention(q, k, v, segments, jnp.array(True), 6)
+
+
+class TestBlocksWithWindow(WindowSuite):
+    @staticmethod
+    def run(q, k, v, segments):
+        return blocks.attention(q, k, v, segments, jnp.array(True), 6)
+
+
+class TestSplashWithWindowInterpreted(WindowSuite):
+    @staticmethod
+    def run(q, k, v, segments):
+        return pallas_tpu.attention(q, k, v, segments, jnp.array(True), 6, interpret=True)
+
+
+@pytest.mark.parametrize("run", [reference.attention, blocks.attention])
+def test_a_layer_without_the_window_sees_its_whole_document(run):
+    args = problem(Shape(2, 24, 4, 2, 8))
+    np.testing.assert_allclose(run(*args, jnp.array(False), 6), run(*args), rtol=1e-6)
+    assert np.abs(run(*args, jnp.array(True), 6) - run(*args)).max() > 0.01
 
 
 @pytest.mark.tpu
