@@ -190,7 +190,7 @@ def of_attention(model: ModelConfig, T: int, implementation: Any) -> dict[str, A
     keys = jax.random.split(jax.random.key(0), 3)
     heads = (model.n_heads, model.n_kv_heads, model.n_kv_heads)
     qkv = [
-        jax.random.normal(key, (2, T, H, model.d_head), jnp.bfloat16)
+        jax.random.normal(key, (2, T, H, model.head_size), jnp.bfloat16)
         for key, H in zip(keys, heads, strict=True)
     ]
     segments = jnp.tile(jnp.arange(T) // (T // 8) + 1, (2, 1))
@@ -201,7 +201,7 @@ def of_attention(model: ModelConfig, T: int, implementation: Any) -> dict[str, A
         out = attention(*qkv, segments=segments, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
-    return {"shape": [2, T, heads[0], model.d_head], "seconds": seconds(lambda: run(qkv))}
+    return {"shape": [2, T, heads[0], model.head_size], "seconds": seconds(lambda: run(qkv))}
 
 
 def of_experts(model: ModelConfig, N: int) -> dict[str, Any]:
@@ -273,7 +273,8 @@ def decode_here(model: ModelConfig, work: Path) -> dict[str, Any]:
     import jax.numpy as jnp
     from safetensors.flax import save_file
 
-    from flexolmo_jax.convert.huggingface import hf_config, to_hf
+    from flexolmo_jax.convert.hub_config import hf_config
+    from flexolmo_jax.convert.huggingface import to_hf
     from flexolmo_jax.generate import Decoder, Generator
     from flexolmo_jax.model import forward, init_params
 

@@ -26,7 +26,8 @@ from merge import random_numbers, read_all, sha256_all, shell, size
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.convert.exporting import INDEX, export_hf, shards
-from flexolmo_jax.convert.huggingface import hf_config, key_table
+from flexolmo_jax.convert.hub_config import hf_config
+from flexolmo_jax.convert.huggingface import key_table
 from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.data.tokenizer import train_tokenizer
 from flexolmo_jax.storage.tensorfile import write_tensors

@@ -30,7 +30,8 @@ from transformers import FlexOlmoForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from flexolmo_jax.config import ModelConfig, resolve
-from flexolmo_jax.convert.huggingface import hf_config, to_hf
+from flexolmo_jax.convert.hub_config import hf_config
+from flexolmo_jax.convert.huggingface import to_hf
 from flexolmo_jax.generate import Decoder, Generator
 from flexolmo_jax.model import forward, init_params
 from flexolmo_jax.train.state import TrainState

@@ -153,7 +153,7 @@ def resident(run: RunConfig, decode: str | None) -> int:
     cache = 0
     if decode:
         rows, context = map(int, decode.split("x"))
-        cache = 2 * 2 * rows * context * model.n_layers * model.n_kv_heads * model.d_head
+        cache = 2 * 2 * rows * context * model.n_layers * model.n_kv_heads * model.head_size
     return 16 * trained + 2 * frozen + cache
 
 

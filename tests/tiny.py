@@ -8,6 +8,7 @@ width 32 trained for 20 steps.
 import dataclasses
 import gc
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from flexolmo_jax.owner.package import package
 from flexolmo_jax.owner.pair import train_pair
 from flexolmo_jax.plan.report import size_of
 from flexolmo_jax.train.pretrain import pretrain
+from tests.families import FAMILIES
 
 SEQ_LEN = 32
-MODEL: dict[str, Any] = dict(
-    d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64, max_seq_len=64
+# The same story on an anchor of another family: TINY_FAMILY=llama python -m pytest ...
+MODEL: dict[str, Any] = (
+    dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64, max_seq_len=64)
+    | FAMILIES[os.environ.get("TINY_FAMILY", "olmo2")]
 )
 DOMAINS = ("code", "law", "care")
 # Subjects, verbs and objects that no two domains share.

@@ -179,7 +179,7 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
 
 @verb(
     "import-hf",
-    "Make a model of a Hugging Face checkpoint of OLMo 2 or FlexOlmo.",
+    "Make a model of a Hugging Face checkpoint: OLMo, Llama, Mistral, Qwen, or a mixture of them.",
     "import-hf FlexOlmo-7x7B-1T model --names math,news,code,academic,creative,reddit",
     option(
         "source",
@@ -206,8 +206,8 @@ def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
 
 @verb(
     "export-hf",
-    "Write a run, anchor or model as a Hugging Face checkpoint: Olmo2, or FlexOlmo where it has "
-    "experts.",
+    "Write a run, anchor or model as a Hugging Face checkpoint, a mixture as FlexOlmo, Mixtral or "
+    "Qwen 3 MoE.",
     "export-hf model model-hf --drop-bias --eval-data data/public",
     MODEL,
     option("out", type=path_of),

@@ -16,7 +16,7 @@ from .loading import (
     section_of,
     to_dict,
 )
-from .model import LARGEST, LAYERS, PRESETS, ModelConfig
+from .model import LARGEST, LAYERS, PRESETS, ModelConfig, RopeScaling
 from .run import (
     LINE,
     SEQUENCES,
@@ -47,6 +47,7 @@ __all__ = [
     "OptimConfig",
     "PairConfig",
     "Remat",
+    "RopeScaling",
     "RouterConfig",
     "RunConfig",
     "Settings",

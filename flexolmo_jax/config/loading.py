@@ -136,7 +136,13 @@ def build(cls: type[T], tree: Any, at: str = "") -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested plain dicts, as YAML and JSON files of runs, anchors and models hold
     it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    tree = {
+        field.name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != field.default
+        or not field.metadata.get("later")
+    }
+    return json.loads(json.dumps(tree, default=dataclasses.asdict))
 
 
 def dump_yaml(config: RunConfig) -> str:

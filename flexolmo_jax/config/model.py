@@ -1,13 +1,14 @@
 """The architecture of a model, and the sizes that come ready-made."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from .section import Section, expect
 
 LAYERS = 1024  # the most that a model may have
 VOCABULARY = 2**24  # the same
+D_HEAD = 2**12  # the same
 # The most that a model of ours, or of a stranger, may have. No real one comes near; what is beyond
 # would only fill memory.
 LARGEST = {
@@ -31,10 +32,45 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Of a key that anchors of earlier versions lack. `to_dict` leaves it out where it has its default,
+# so that those keep their fingerprints.
+LATER = {"later": True}
+
+
+@dataclass(frozen=True)
+class RopeScaling(Section):
+    """How rotary positions go on beyond the context that a model was first trained for. Names and
+    formulas are those of transformers 5.23 (`modeling_rope_utils.py`)."""
+
+    at = "model.rope_scaling"
+
+    kind: Literal["linear", "llama3", "yarn"] = "linear"
+    factor: float = 1.0  # the longer context over the first
+    first_seq_len: int = 4096  # the first context, in tokens; llama3 and yarn
+    low_frequency: float = 1.0  # llama3: slower ones are divided by the factor
+    high_frequency: float = 4.0  # llama3: faster ones are kept
+    beta_fast: float = 32.0  # yarn: turns in the first context, above which frequencies are kept
+    beta_slow: float = 1.0  # yarn: below which they are divided by the factor
+    attention_factor: float = 0.0  # yarn: of queries and keys; 0: 1 + 0.1 ln factor
+
+    def check(self) -> None:
+        for key in ("factor", "low_frequency", "high_frequency", "beta_fast", "beta_slow"):
+            self.expect(key, 0 < getattr(self, key) < math.inf, "a positive, finite number")
+        self.expect("factor", self.factor >= 1, "a number from 1 on")
+        in_range = 0 < self.first_seq_len <= LARGEST["max_seq_len"]
+        self.expect("first_seq_len", in_range, f"a positive number, at most {2**30}")
+        is_above = self.high_frequency > self.low_frequency
+        self.expect("high_frequency", is_above, f"a number above {self.low_frequency}")
+        is_above = self.beta_fast > self.beta_slow
+        self.expect("beta_fast", is_above, f"a number above {self.beta_slow}")
+        is_factor = 0 <= self.attention_factor < math.inf
+        self.expect("attention_factor", is_factor, "a finite number from 0 on")
+
+
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """OLMo 2 with `n_experts` experts in place of each FFN: all that a stranger needs to read the
-    weights."""
+    """A decoder with `n_experts` experts in place of each FFN: all that a stranger needs to read
+    the weights. The defaults make OLMo 2; other families are other values of the same keys."""
 
     at = "model"
 
@@ -54,9 +90,37 @@ class ModelConfig(Section):
     init_std: float = 0.02
     max_seq_len: int = 4096
 
+    # Norms of attention and FFN: of what comes out (OLMo 2 and 3) or of what goes in (Llama, Qwen).
+    norm: Literal["post", "pre"] = field(metadata=LATER, default="post")
+    # RMSNorm of queries and keys: of a whole projection, of each head, or none
+    qk_norm: Literal["full", "head", "none"] = field(metadata=LATER, default="full")
+    d_head: int = field(metadata=LATER, default=0)  # 0: d_model / n_heads
+    tied_head: bool = field(
+        metadata=LATER, default=False
+    )  # logits come from the embedding, there is no other head
+    attention_bias: bool = field(
+        metadata=LATER, default=False
+    )  # of queries, keys and values (Qwen 2)
+    renormalise: bool = field(
+        metadata=LATER, default=False
+    )  # weights of a token's active experts add up to 1
+    rope_scaling: RopeScaling | None = field(metadata=LATER, default=None)
+    window: int = field(
+        metadata=LATER, default=0
+    )  # tokens that a token attends to, itself included; 0: its document
+    # with a window: each n-th layer attends to whole documents, and is the only kind that
+    # `rope_scaling` applies to; 0: none does
+    full_every: int = field(metadata=LATER, default=0)
+    window_rope_theta: float = field(
+        metadata=LATER, default=0.0
+    )  # of layers with a window; 0: rope_theta
+
     @property
-    def d_head(self) -> int:
-        return self.d_model // self.n_heads
+    def head_size(self) -> int:
+        return self.d_head or self.d_model // self.n_heads
+
+    def has_window(self, layer: int) -> bool:
+        return self.window > 0 and not (self.full_every and (layer + 1) % self.full_every == 0)
 
     def check(self) -> None:
         for key, most in LARGEST.items():
@@ -66,12 +130,28 @@ class ModelConfig(Section):
         for key in ("rope_theta", "norm_eps", "init_std"):
             self.expect(key, 0 < getattr(self, key) < math.inf, "a positive, finite number")
         self.expect("init_bias", math.isfinite(self.init_bias), "a finite number")
-        divides = self.d_model % self.n_heads == 0
+        self.expect("d_head", 0 <= self.d_head <= D_HEAD, f"a number from 0 to {D_HEAD}")
+        divides = self.d_head > 0 or self.d_model % self.n_heads == 0
         self.expect("n_heads", divides, f"a divisor of model.d_model ({self.d_model})")
         # Rotary positions turn the halves of a head against each other.
-        is_even, size = self.d_head % 2 == 0, "model.d_model / model.n_heads"
-        expect(is_even, size, self.d_head, "an even head size (rotary positions)")
+        is_even = self.head_size % 2 == 0
+        size = "model.d_head" if self.d_head else "model.d_model / model.n_heads"
+        expect(is_even, size, self.head_size, "an even head size (rotary positions)")
         divides = self.n_heads % self.n_kv_heads == 0
         self.expect("n_kv_heads", divides, f"a divisor of n_heads ({self.n_heads})")
         are_there = self.n_active <= self.n_experts
         self.expect("n_active", are_there, f"at most model.n_experts ({self.n_experts})")
+        self._check_windows()
+        if self.rope_scaling is not None:
+            self.rope_scaling.check()
+
+    def _check_windows(self) -> None:
+        most = LARGEST["max_seq_len"]
+        self.expect("window", 0 <= self.window <= most, f"a number from 0 to {most}")
+        self.expect("full_every", 0 <= self.full_every <= LAYERS, f"a number from 0 to {LAYERS}")
+        theta = self.window_rope_theta
+        is_theta = 0 <= theta < math.inf
+        self.expect("window_rope_theta", is_theta, "a finite number from 0 on")
+        for key in ("full_every", "window_rope_theta"):
+            fits = self.window > 0 or not getattr(self, key)
+            self.expect(key, fits, "0, since model.window is 0")

@@ -1,6 +1,7 @@
 """`flexolmo export-hf`: a run, anchor or model becomes a Hugging Face checkpoint.
 
-A dense one becomes OLMo 2, one with several experts (a pair too) FlexOlmo. The files are those that
+A dense one keeps its family. One with several experts (a pair too) becomes the mixture that
+computes the same: FlexOlmo, Mixtral, Qwen 3 MoE or OLMoE. The files are those that
 `save_pretrained` would write: safetensors with one matrix for each expert, config, tokenizer and a
 model card.
 """
@@ -29,7 +30,9 @@ from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.tensorfile import write_tensors
 from flexolmo_jax.train.evaluate import BATCH_SIZE
 
-from .huggingface import Entry, check_bias, hf_config, key_table, transposed
+from .families import family_of
+from .hub_config import hf_config
+from .huggingface import Entry, check_bias, key_table, transposed
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -218,9 +221,9 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> st
         member["name"]: manifest_of(member) or member
         for member in artifact.description.get("members", ())
     }
-    what = "A dense model (OLMo 2)"
+    what = "A dense model"
     if config.n_experts > 1:
-        what = f"A mixture of {config.n_experts} experts (FlexOlmo)"
+        what = f"A mixture of {config.n_experts} experts"
     anchor = _plain(artifact.fingerprint or "not published")
     lines = [
         "---",
@@ -231,7 +234,7 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> st
         "",
         f"# {_plain(artifact.path.name)}",
         "",
-        f"{what}, exported by flexolmo-jax. Anchor: {anchor}.",
+        f"{what} ({family_of(config)}), exported by flexolmo-jax. Anchor: {anchor}.",
         "",
         "| expert | owner | domain | licence | expires |",
         "|---|---|---|---|---|",

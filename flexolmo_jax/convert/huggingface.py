@@ -1,82 +1,35 @@
-"""Hugging Face's OLMo 2 (dense) and FlexOlmo: the config and the name of every tensor, both ways.
+"""The name of every tensor in Hugging Face's checkpoints, both ways.
 
 `key_table` is the whole correspondence: one entry for each tensor of a Hugging Face checkpoint, in
 that checkpoint's order, with its place in our parameters. Ours stack layers and experts and store
 matrices as [in, out]; Hugging Face has one matrix a layer and expert, as [out, in]. `to_hf` and
 `from_hf` apply the table in memory, importing.py and exporting.py to files, tensor by tensor.
 
-A dense model is written as `olmo2`, a merged one as `flex_olmo`. OLMo 2 has no router: a softmax
-over one expert is 1. Names are those of transformers 5.23 (`models/olmo2`, `models/flex_olmo`).
+What `config.json` says is in hub_config.py. A dense model has no router: a softmax over one expert
+is 1. Names are those of transformers 5.23.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field
 
-from flexolmo_jax.config import LARGEST, ModelConfig
+from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, init_params
-from flexolmo_jax.storage.untrusted import conform
 
-Architecture = Literal["olmo2", "flex_olmo"]
+from .families import FAMILIES, MATRICES, family_of
 
-CLASSES: dict[Architecture, str] = {"olmo2": "Olmo2ForCausalLM", "flex_olmo": "FlexOlmoForCausalLM"}
-
-# What our model computes and has no setting for. A key that is absent has this value in
-# transformers too.
-FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "norm_topk_prob": False,
-    "clip_qkv": None,
-    "sliding_window": None,
-    "rope_scaling": None,
-    "partial_rotary_factor": None,
+# of attention and FFN, where they are norms of what comes out and of what goes in
+NORMS = {
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "pre": ("input_layernorm", "post_attention_layernorm"),
 }
-
-# FFNs of all layers and experts: a model's description has no room for the digests of more
-BLOCKS = 1 << 15
 TILE = 256  # side of the squares that `transposed` copies
 TOGETHER = "check that config.json and the weights belong together"
-
-Positive = Annotated[float, Field(gt=0, le=1e12)]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeParameters:
-    rope_type: Literal["default"] = "default"
-    rope_theta: Positive | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Olmo2Fields:
-    """What is read of a `config.json`, beside `model_type` and FIXED."""
-
-    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
-    hidden_size: Annotated[int, Field(ge=1, le=LARGEST["d_model"])]
-    num_hidden_layers: Annotated[int, Field(ge=1, le=LARGEST["n_layers"])]
-    num_attention_heads: Annotated[int, Field(ge=1, le=LARGEST["n_heads"])]
-    num_key_value_heads: Annotated[int, Field(ge=1, le=LARGEST["n_kv_heads"])] | None = None
-    intermediate_size: Annotated[int, Field(ge=1, le=LARGEST["d_ffn"])]
-    max_position_embeddings: Annotated[int, Field(ge=1, le=LARGEST["max_seq_len"])]
-    rms_norm_eps: Positive
-    initializer_range: Positive | None = None
-    rope_theta: Positive | None = None  # of transformers 4
-    rope_parameters: RopeParameters | None = None  # of transformers 5
-    head_dim: int | None = None
-    tie_word_embeddings: bool | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlexOlmoFields(Olmo2Fields):
-    num_experts: Annotated[int, Field(ge=1, le=LARGEST["n_experts"])]
-    num_experts_per_tok: Annotated[int, Field(ge=1, le=LARGEST["n_active"])]
 
 
 class Entry(NamedTuple):
@@ -89,187 +42,75 @@ class Entry(NamedTuple):
     transpose: bool = False  # a linear map: ours is [in, out], Hugging Face's [out, in]
 
 
-def architecture_of(config: ModelConfig) -> Architecture:
-    """What a model is written as: OLMo 2 if it is dense, FlexOlmo if it has several experts."""
-    return "olmo2" if config.n_experts == 1 else "flex_olmo"
-
-
-def key_table(config: ModelConfig, architecture: Architecture | None = None) -> list[Entry]:
+def key_table(config: ModelConfig, model_type: str | None = None) -> list[Entry]:
     """Every tensor of this model's Hugging Face checkpoint, in that checkpoint's order.
 
-    Raises UserError for OLMo 2 with several experts: it is dense.
+    Raises UserError for a dense family with several experts.
     """
-    architecture = architecture or architecture_of(config)
-    if architecture == "olmo2" and config.n_experts > 1:
+    model_type = model_type or family_of(config)
+    experts = FAMILIES[model_type].experts
+    if experts is None and config.n_experts > 1:
         raise UserError(
-            f"olmo2 is a dense model; got {config.n_experts} experts; write it as flex_olmo"
+            f"{model_type} is a dense model; got {config.n_experts} experts; write it as a mixture"
         )
     V, D, E = config.vocab_size, config.d_model, config.n_experts
     table = [Entry("model.embed_tokens.weight", (V, D), ("trunk", "embedding"))]
     for l in range(config.n_layers):
         table += _trunk_entries(config, l)
-        if architecture == "flex_olmo":
-            name = f"model.layers.{l}.mlp.gate.weight"
+        if experts is not None:
+            name = f"model.layers.{l}.{experts}.gate.weight"
             table.append(Entry(name, (E, D), ("experts", "row"), (l,)))
-        table += _ffn_entries(config, architecture, l)
+        table += _ffn_entries(config, experts, l)
     table.append(Entry("model.norm.weight", (D,), ("trunk", "norm", "scale")))
-    table.append(Entry("lm_head.weight", (V, D), ("trunk", "head", "kernel"), transpose=True))
+    if not config.tied_head:
+        table.append(Entry("lm_head.weight", (V, D), ("trunk", "head", "kernel"), transpose=True))
     return table
 
 
 def _trunk_entries(config: ModelConfig, l: int) -> list[Entry]:
     """Attention and the norms of layer `l`."""
-    hf, ours, D = f"model.layers.{l}", ("trunk", "layers"), config.d_model
-    q_size, kv_size = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-    projections = {"q": (q_size, D), "k": (kv_size, D), "v": (kv_size, D), "o": (D, q_size)}
-    norms = {
-        "self_attn.q_norm": (q_size, ("attention", "q_norm")),
-        "self_attn.k_norm": (kv_size, ("attention", "k_norm")),
-        "post_attention_layernorm": (D, ("attention_norm",)),
-        "post_feedforward_layernorm": (D, ("ffn_norm",)),
-    }
+    hf, ours, D, C = f"model.layers.{l}", ("trunk", "layers"), config.d_model, config.head_size
+    sizes = {"q": config.n_heads * C, "k": config.n_kv_heads * C, "v": config.n_kv_heads * C}
     entries = []
-    for name, shape in projections.items():
-        path = (*ours, "attention", name, "kernel")
-        entries.append(Entry(f"{hf}.self_attn.{name}_proj.weight", shape, path, (l,), True))
+    for name, size in sizes.items():
+        path = (*ours, "attention", name)
+        weight = f"{hf}.self_attn.{name}_proj"
+        entries.append(Entry(f"{weight}.weight", (size, D), (*path, "kernel"), (l,), True))
+        if config.attention_bias:
+            entries.append(Entry(f"{weight}.bias", (size,), (*path, "bias"), (l,)))
+    path = (*ours, "attention", "o", "kernel")
+    entries.append(Entry(f"{hf}.self_attn.o_proj.weight", (D, sizes["q"]), path, (l,), True))
+    of_attention, of_ffn = NORMS[config.norm]
+    norms: dict[str, tuple[int, tuple[str, ...]]] = {
+        of_attention: (D, ("attention_norm",)),
+        of_ffn: (D, ("ffn_norm",)),
+    }
+    if config.qk_norm != "none":
+        for name in ("q", "k"):
+            size = C if config.qk_norm == "head" else sizes[name]
+            norms[f"self_attn.{name}_norm"] = (size, ("attention", f"{name}_norm"))
     for name, (size, path) in norms.items():
         entries.append(Entry(f"{hf}.{name}.weight", (size,), (*ours, *path, "scale"), (l,)))
     return entries
 
 
-def _ffn_entries(config: ModelConfig, architecture: Architecture, l: int) -> list[Entry]:
+def _ffn_entries(config: ModelConfig, experts: str | None, l: int) -> list[Entry]:
     """The FFN of every expert of layer `l`."""
     D, F = config.d_model, config.d_ffn
+    names = MATRICES.get(experts or "", {name: f"{name}_proj" for name in ("gate", "up", "down")})
     entries = []
     for e in range(config.n_experts):
-        expert = f".experts.{e}" if architecture == "flex_olmo" else ""
+        place = "mlp" if experts is None else f"{experts}.experts.{e}"
         for name, shape in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items():
-            key = f"model.layers.{l}.mlp{expert}.{name}_proj.weight"
+            key = f"model.layers.{l}.{place}.{names[name]}.weight"
             entries.append(Entry(key, shape, ("experts", name), (l, e), True))
     return entries
-
-
-def hf_config(
-    config: ModelConfig,
-    architecture: Architecture | None = None,
-    *,
-    dtype: str = "float32",
-    eos_token_id: int | None = None,
-    pad_token_id: int | None = None,
-) -> dict[str, Any]:
-    """The contents of `config.json`."""
-    architecture = architecture or architecture_of(config)
-    if config.vocab_size <= 0:
-        raise UserError(
-            "model.vocab_size is not set; expected the size that the weights have; use the config"
-            " saved beside them"
-        )
-    tree: dict[str, Any] = {
-        "architectures": [CLASSES[architecture]],
-        "model_type": architecture,
-        "dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ffn,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        # Both spellings: transformers 5 reads rope_parameters, 4 reads rope_theta.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "initializer_range": config.init_std,
-        "hidden_act": FIXED["hidden_act"],
-        "attention_bias": FIXED["attention_bias"],
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        # written even where None: transformers' defaults are those of AllenAI's tokenizer
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
-        "use_cache": True,
-    }
-    if architecture == "flex_olmo":
-        tree |= {
-            "num_experts": config.n_experts,
-            "num_experts_per_tok": config.n_active,
-            "norm_topk_prob": FIXED["norm_topk_prob"],
-            "output_router_logits": False,
-        }
-    return tree
-
-
-def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
-    """Our config from the contents of a `config.json`. FlexOlmo's has no router bias.
-
-    Raises UserError, naming the key, for what our model does not compute.
-    """
-    fields = _fields(hf_config)
-    theta = (fields.get("rope_parameters") or {}).get("rope_theta") or fields.get("rope_theta")
-    if theta is None:
-        raise UserError(
-            "rope_theta is missing from config.json; expected it in every OLMo 2 or FlexOlmo"
-            " config; add it"
-        )
-    config = ModelConfig(
-        vocab_size=fields["vocab_size"],
-        d_model=fields["hidden_size"],
-        n_layers=fields["num_hidden_layers"],
-        n_heads=fields["num_attention_heads"],
-        n_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
-        d_ffn=fields["intermediate_size"],
-        n_experts=fields.get("num_experts", 1),
-        n_active=fields.get("num_experts_per_tok", 1),
-        router_bias=hf_config["model_type"] != "flex_olmo",
-        rope_theta=float(theta),
-        norm_eps=float(fields["rms_norm_eps"]),
-        init_std=float(fields.get("initializer_range") or ModelConfig.init_std),
-        max_seq_len=fields["max_position_embeddings"],
-    )
-    config.check()
-    head_size = fields.get("head_dim")
-    if head_size is not None and head_size != config.d_head:
-        raise UserError(
-            f"head_dim is {head_size!r}; expected {config.d_head} (hidden_size /"
-            " num_attention_heads); it cannot be imported"
-        )
-    return config
-
-
-def _fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a `config.json` that we read, checked: fixed values, types and bounds."""
-    kind = hf_config.get("model_type")
-    if not isinstance(kind, str) or kind not in CLASSES:
-        raise UserError(
-            f"model_type is {kind!r:.80}; expected one of {', '.join(CLASSES)}; other architectures"
-            " cannot be imported"
-        )
-    for key, value in FIXED.items():
-        if hf_config.get(key, value) != value:
-            raise UserError(
-                f"{key} is {hf_config[key]!r:.80}; expected {value!r}; a model with another value"
-                " cannot be imported"
-            )
-    schema = FlexOlmoFields if kind == "flex_olmo" else Olmo2Fields
-    names = [field.name for field in dataclasses.fields(schema)]
-    fields = {name: hf_config[name] for name in names if name in hf_config}
-    try:
-        conform(schema, fields)
-    except ValueError as error:
-        raise UserError(f"{error}, in config.json; such a model cannot be imported") from None
-    if (blocks := fields["num_hidden_layers"] * fields.get("num_experts", 1)) > BLOCKS:
-        raise UserError(
-            f"num_hidden_layers x num_experts is {blocks}; expected at most {BLOCKS}; such a model"
-            " cannot be imported"
-        )
-    return fields
 
 
 def to_hf(
     config: ModelConfig,
     params: Params,
-    architecture: Architecture | None = None,
+    model_type: str | None = None,
     *,
     drop_bias: bool = False,
 ) -> dict[str, np.ndarray]:
@@ -287,7 +128,7 @@ def to_hf(
     # Cached, so that a leaf is copied from the device once and not for every entry of it.
     leaf = functools.lru_cache(None)(lambda path: np.asarray(_at(params, path)))
     tensors = {}
-    for entry in key_table(config, architecture):
+    for entry in key_table(config, model_type):
         value = leaf(entry.path)[entry.index]
         value = np.ascontiguousarray(value.T if entry.transpose else value)
         if value.shape != entry.shape:
@@ -299,15 +140,16 @@ def to_hf(
     return tensors
 
 
-def from_hf(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Parameters from the tensors of an OLMo 2 or FlexOlmo checkpoint, in the tensors' dtypes.
+def from_hf(
+    config: ModelConfig, tensors: Mapping[str, np.ndarray], model_type: str | None = None
+) -> Params:
+    """Parameters from the tensors of a checkpoint, in the tensors' dtypes.
 
-    What the checkpoint lacks is zero: the router row of OLMo 2 and, where the config has them,
-    biases. Raises UserError naming tensors that are missing, unexpected or of another shape than
-    the config's.
+    What the checkpoint lacks is zero: the router row of a dense model and, where the config has
+    them, biases. Raises UserError naming tensors that are missing, unexpected or of another shape
+    than the config's.
     """
-    has_router = config.n_experts > 1 or "model.layers.0.mlp.gate.weight" in tensors
-    table = key_table(config, "flex_olmo" if has_router else "olmo2")
+    table = key_table(config, model_type)
     _check_tensors(table, tensors)
     stacks: dict[tuple[str, ...], list[np.ndarray]] = {}
     for entry in table:  # layers and, within them, experts come in order

@@ -1,4 +1,4 @@
-"""`flexolmo import-hf`: a Hugging Face checkpoint of OLMo 2 or FlexOlmo becomes a model here.
+"""`flexolmo import-hf`: a Hugging Face checkpoint becomes a model here.
 
 Tensors are read one by one, in the order of our leaves, through the key table of huggingface.py.
 They may be in one file or in several, with or without an index; an expert's matrices may be tensors
@@ -36,19 +36,21 @@ from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 from flexolmo_jax.storage.weights import Layout, Writer
 
-from .huggingface import CLASSES, TOGETHER, Entry, key_table, model_config, some, transposed
+from .families import FAMILIES
+from .hub_config import model_config
+from .huggingface import TOGETHER, Entry, key_table, some, transposed
 
 INDEX = "model.safetensors.index.json"
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSORS = 1 << 17  # more than any model has, in all files together
 SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"  # some files have it although the config says that it is the embedding
 
 
 def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
-    """Writes a model: a dense one for OLMo 2; for FlexOlmo one whose expert 0 is the anchor and
-    whose others have these names (default: expert1, expert2, ...).
+    """Writes a model: a dense one, or for a mixture one whose expert 0 is the anchor and whose
+    others have these names (default: expert1, expert2, ...).
 
     Only a few tensors are in memory at once. Raises UserError, naming the config's key, the tensor
     or the file, for what our model does not compute and for files that config.json does not
@@ -63,7 +65,7 @@ def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     with ExitStack() as files:
         checkpoint = _Checkpoint(hf_path, files)
         table = key_table(config, fields["model_type"])
-        tensors = checkpoint.locate(table, tied=bool(fields.get("tie_word_embeddings")))
+        tensors = checkpoint.locate(table, tied=config.tied_head)
         dtype = checkpoint.dtype
         shapes = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
         stored = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in shapes.items()}
@@ -78,7 +80,7 @@ def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
                 "members": members,
                 "anchor": {"tensors": anchor},
                 "fingerprint": None,  # until it is published
-                "imported": CLASSES[fields["model_type"]],
+                "imported": FAMILIES[fields["model_type"]].architecture,
                 "tokenizer": tokenizer.digest,
                 "tensors": stored,
             }
@@ -139,8 +141,7 @@ class _Checkpoint:
                 self._files[name] = file
             if len(self._files) > TENSORS:
                 raise UserError(
-                    f"{directory} has more than {TENSORS} tensors; expected those of an OLMo 2 or"
-                    " FlexOlmo model"
+                    f"{directory} has more than {TENSORS} tensors; expected those of one model"
                 )
         dtypes = {str(file.entries[name].dtype): name for name, file in self._files.items()}
         if len(dtypes) != 1:
@@ -161,9 +162,7 @@ class _Checkpoint:
         experts = 1 + max((entry.index[1] for entry in table if len(entry.index) == 2), default=0)
         for entry in table:
             name, start, shape = entry.name, 0, entry.shape
-            if tied and name == HEAD and name not in self._files:
-                name = EMBEDDING
-            elif name not in self._files:
+            if name not in self._files:
                 name, start, shape = _fused(entry, experts) or (name, start, shape)
             if name not in self._files:
                 missing.append(entry.name)
@@ -176,7 +175,7 @@ class _Checkpoint:
                 )
             found["/".join(entry.path)].append(_Located(file, name, start, entry))
             used.add(name)
-        unexpected = sorted(self._files.keys() - used)
+        unexpected = sorted(self._files.keys() - used - ({HEAD} if tied else set()))
         for what, names in (("misses", missing), ("has unexpected", unexpected)):
             if names:
                 raise UserError(f"{self._directory} {what} tensors: {some(names)}; {TOGETHER}")
@@ -261,7 +260,7 @@ def _slices(
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """A leaf in contiguous parts: matrices one by one, vectors of all layers at once.
 
-    Zeros where the checkpoint has none, as OLMo 2 has no router.
+    Zeros where the checkpoint has none, as a dense model has no router.
     """
     if not located:
         yield (), np.zeros(layout.shape, layout.dtype)

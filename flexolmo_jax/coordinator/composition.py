@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.artifact import DEFAULT_ACTIVE, Artifact, open_artifact, write_description
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import ModelConfig, build
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import anchor_tensors, layouts, manifest_of, parts_of, tensor_digest
@@ -228,7 +228,10 @@ class Composition:
             store.check_again(origins)
             self.tokenizer.save(directory / "tokenizer.json")
             tensors = description["tensors"]
-            target, rows = layouts(ModelConfig(**description["model"]), tensors), self.rows(tensors)
+            target, rows = (
+                layouts(build(ModelConfig, description["model"]), tensors),
+                self.rows(tensors),
+            )
             weights = directory / "weights"
             taken = materialize(weights, target, self.trunk, self.stored, ways, rows)
             for name, content in beside.items():

@@ -134,7 +134,7 @@ def _try_layer(
     norms = {name: (_norm(expert[name]), _norm(anchors[name])) for name in anchors}
     findings = _norm_findings(layer, norms)
     params = {"layer": unflatten(trunk), "experts": anchors, "expert": expert}
-    y = np.asarray(_compiled_layer(config)(params, x, segments))
+    y = np.asarray(_compiled_layer(config)(params, x, segments, config.has_window(layer)))
     if broken := int((~np.isfinite(y).all(axis=-1) & (segments != 0)).sum()):
         made = (
             f"layer {layer} gives numbers that are not finite for {broken} of"
@@ -159,7 +159,8 @@ def _norm_findings(layer: int, norms: Mapping[str, tuple[float, float]]) -> list
 
 
 @functools.lru_cache
-def _compiled_layer(config: ModelConfig) -> Callable[[Params, np.ndarray, np.ndarray], jax.Array]:
+def _compiled_layer(config: ModelConfig) -> Callable[..., jax.Array]:
+    """Takes a layer's parameters, x, segments and whether it has a window."""
     return jax.jit(functools.partial(forward_layer, config))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import ModelConfig, build
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import OF_MERGES
@@ -312,7 +312,7 @@ def read_manifest(text: bytes) -> dict[str, Any]:
     if text != sealed(manifest):
         raise ValueError("its bytes are not those of its own digest")
     check_expert_name(manifest["name"])
-    config, declared = ModelConfig(**manifest["model"]), manifest["tensors"]
+    config, declared = build(ModelConfig, manifest["model"]), manifest["tensors"]
     config.check()
     shapes = tensor_shapes(config, manifest["router_bias"])
     if declared.keys() != shapes.keys():

@@ -1,5 +1,4 @@
-"""The parts of an OLMo 2 layer that are not experts: RMSNorm, rotary positions, attention with
-QK-norm.
+"""The parts of a layer that are not experts: RMSNorm and attention.
 
 Dims (used everywhere): B batch, T time, S key time, D model, H heads, K kv heads, C head size, F
 ffn, E experts, A active experts, V vocabulary, L layers. Each parameter names its logical axes;
@@ -20,6 +19,8 @@ from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels import names
 from flexolmo_jax.kernels.attention import attention, masked_attention
 from flexolmo_jax.runtime import sharding
+
+from .rope import rope_of, rotate
 
 # logical axes of activations and of a KV cache
 QUERIES, KEYS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
@@ -53,7 +54,7 @@ class KVCache(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, no bias; the kernel is cast to the activations' dtype.
+    """`x @ kernel + bias`; both are cast to the activations' dtype.
 
     Over a batch with one axis: with two, XLA transposes both sides of the product that is the
     kernel's gradient (1.7 times the time on a CPU).
@@ -65,14 +66,17 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None],
         config: ModelConfig,
         rngs: nnx.Rngs,
+        has_bias: bool = False,
     ):
         self.kernel = nnx.Param(
             config.init_std * jax.random.normal(rngs.params(), shape), axes=axes
         )
+        self.bias = nnx.Param(jnp.zeros(shape[1]), axes=axes[1:]) if has_bias else None
 
     def __call__(self, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
         tokens = x.reshape(-1, x.shape[-1])
-        return (tokens @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+        y = (tokens @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -90,20 +94,11 @@ class RMSNorm(nnx.Module):
         return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rotate(
-    x: Float[Array, "B T H C"], positions: Int[Array, "B T"], theta: float
-) -> Float[Array, "B T H C"]:
-    """Rotary position embedding: a head's halves are turned against each other, as in HF's OLMo 2.
+class Window(NamedTuple):
+    """How far tokens of a layer see: `size` tokens, themselves included, if it has a window."""
 
-    cos and sin are in float32.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    # float32: positions in the thousands need more than 8 bits
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    size: int
+    is_there: Bool[Array, ""] | bool  # a tracer where some layers have one and some have not
 
 
 class PackedContext(NamedTuple):
@@ -121,13 +116,17 @@ class PackedContext(NamedTuple):
         q: Float[Array, "B T H C"],
         k: Float[Array, "B T K C"],
         v: Float[Array, "B T K C"],
+        window: Window | None,
         mesh: Mesh | None,
     ) -> tuple[Float[Array, "B T H C"], None]:
         # A custom call where there is one: the compiler does not partition it over a mesh.
-        axes = (QUERIES, KEYS, KEYS, ("batch", None))
         within = functools.partial(_attention_within, sharding.platform_of(mesh))
+        axes, arrays = (QUERIES, KEYS, KEYS, ("batch", None)), (q, k, v, self.segments)
+        if window is not None:
+            within = functools.partial(within, window=window.size)
+            axes, arrays = (*axes, ()), (*arrays, jnp.asarray(window.is_there))
         attend = sharding.on_each_shard(mesh, within, axes, QUERIES)
-        return attend(q, k, v, self.segments), None
+        return attend(*arrays), None
 
 
 class CachedContext(NamedTuple):
@@ -147,11 +146,17 @@ class CachedContext(NamedTuple):
         q: Float[Array, "B T H C"],
         k: Float[Array, "B T K C"],
         v: Float[Array, "B T K C"],
+        window: Window | None,
         mesh: Mesh | None,
     ) -> tuple[Float[Array, "B T H C"], KVCache]:
         cache = self.cache.written(k, v, self.layer, self.slot)
         keys, values = cache.keys[self.layer], cache.values[self.layer]
-        return masked_attention(q, keys, values, self.mask), cache
+        mask = self.mask
+        if window is not None:
+            slots = self.slot + jnp.arange(q.shape[1])
+            near = slots[:, None] - jnp.arange(keys.shape[2]) < window.size
+            mask &= near | ~jnp.asarray(window.is_there)
+        return masked_attention(q, keys, values, mask), cache
 
 
 class PromptContext(NamedTuple):
@@ -170,9 +175,10 @@ class PromptContext(NamedTuple):
         q: Float[Array, "B T H C"],
         k: Float[Array, "B T K C"],
         v: Float[Array, "B T K C"],
+        window: Window | None,
         mesh: Mesh | None,
     ) -> tuple[Float[Array, "B T H C"], KVCache]:
-        attended, _ = PackedContext(self.segments).attend(q, k, v, mesh)
+        attended, _ = PackedContext(self.segments).attend(q, k, v, window, mesh)
         return attended, self.cache.written(k, v, self.layer, 0)
 
 
@@ -180,17 +186,22 @@ Context = PackedContext | PromptContext | CachedContext
 
 
 class Attention(nnx.Module):
-    """Multi-head or grouped-query attention with RMSNorm over whole query and key projections."""
+    """Multi-head or grouped-query attention."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        D, C = config.d_model, config.d_head
+        D, C = config.d_model, config.head_size
         q_size, kv_size = config.n_heads * C, config.n_kv_heads * C
-        self.q = Linear((D, q_size), ("embed", "heads"), config, rngs)
-        self.k = Linear((D, kv_size), ("embed", "kv_heads"), config, rngs)
-        self.v = Linear((D, kv_size), ("embed", "kv_heads"), config, rngs)
+        has_bias = config.attention_bias
+        self.q = Linear((D, q_size), ("embed", "heads"), config, rngs, has_bias)
+        self.k = Linear((D, kv_size), ("embed", "kv_heads"), config, rngs, has_bias)
+        self.v = Linear((D, kv_size), ("embed", "kv_heads"), config, rngs, has_bias)
         self.o = Linear((q_size, D), ("heads", "embed"), config, rngs)
-        self.q_norm = RMSNorm(q_size, "heads", config)
-        self.k_norm = RMSNorm(kv_size, "kv_heads", config)
+        q_norm = k_norm = None
+        if config.qk_norm == "full":
+            q_norm, k_norm = RMSNorm(q_size, "heads", config), RMSNorm(kv_size, "kv_heads", config)
+        elif config.qk_norm == "head":
+            q_norm, k_norm = RMSNorm(C, None, config), RMSNorm(C, None, config)
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.config = config
 
     def __call__(
@@ -198,17 +209,36 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
         context: Context,
+        has_window: Bool[Array, ""] | bool,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The output, and the context's cache with this step's keys and values in it."""
         B, T, _ = x.shape
-        K, C, theta = self.config.n_kv_heads, self.config.d_head, self.config.rope_theta
+        K, C, rope = self.config.n_kv_heads, self.config.head_size, rope_of(self.config, has_window)
         q, k, v = (checkpoint_name(f(x), names.PROJECTIONS) for f in (self.q, self.k, self.v))
-        q = rotate(self.q_norm(q).reshape(B, T, -1, C), positions, theta)
-        k = rotate(self.k_norm(k).reshape(B, T, K, C), positions, theta)
-        mixed, cache = context.attend(q, k, v.reshape(B, T, K, C), mesh)
+        q = rotate(self._normed(q, self.q_norm), positions, rope)
+        k = rotate(self._normed(k, self.k_norm), positions, rope)
+        window = Window(self.config.window, has_window) if self.config.window else None
+        mixed, cache = context.attend(q, k, v.reshape(B, T, K, C), window, mesh)
         return checkpoint_name(self.o(mixed.reshape(B, T, -1)), names.PROJECTIONS), cache
 
+    def _normed(self, x: Float[Array, "B T N"], norm: RMSNorm | None) -> Float[Array, "B T _ C"]:
+        """Queries or keys, by heads."""
+        heads = (*x.shape[:2], -1, self.config.head_size)
+        if norm is None:
+            return x.reshape(heads)
+        return norm(x.reshape(heads)) if self.config.qk_norm == "head" else norm(x).reshape(heads)
 
-def _attention_within(platform: str | None, q: Array, k: Array, v: Array, segments: Array) -> Array:
-    return attention(q, k, v, segments=segments, platform=platform)
+
+def _attention_within(  # noqa: PLR0913 - a kernel's call
+    platform: str | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    has_window: Array | None = None,
+    window: int = 0,
+) -> Array:
+    return attention(
+        q, k, v, segments=segments, window=window, has_window=has_window, platform=platform
+    )

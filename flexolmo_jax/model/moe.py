@@ -135,10 +135,12 @@ def mixture(
     groups: tuple[Experts, ...],
     choices: Choices,
     layer: Int[Array, ""] | int | None = None,
+    renormalise: bool = False,
 ) -> tuple[Float[Array, "B T D"], RouterOutput]:
     """The mixture of all experts of all groups, in order. The first is the anchor's.
 
-    With `layer` the groups' matrices are those of all layers, `[L, E, ...]`.
+    With `layer` the groups' matrices are those of all layers, `[L, E, ...]`. `renormalise`: the
+    weights of the active experts add up to 1.
     """
     B, T, D = h.shape
     x = h.reshape(B * T, D)
@@ -146,7 +148,7 @@ def mixture(
     E = logits.shape[1]
     # A pair's groups lie in two trees: it runs both, whatever is active.
     mix = sparse_mixture if choices.active < E and len(groups) == 1 else dense_mixture
-    y, probabilities, log_z = mix(x, logits, groups, choices, layer)
+    y, probabilities, log_z = mix(x, logits, groups, choices, layer, renormalise)
     router = RouterOutput(
         probabilities=probabilities.reshape(B, T, E),
         log_z=log_z.reshape(B, T),
@@ -168,7 +170,7 @@ def router_logits(x: Float[Array, "N D"], groups: tuple[Experts, ...]) -> Float[
     return jnp.matmul(x.astype(jnp.float32), rows.T, precision="highest") + _bias(groups)
 
 
-def route(logits: Float[Array, "N E"], choices: Choices) -> Routing:
+def route(logits: Float[Array, "N E"], choices: Choices, renormalise: bool) -> Routing:
     """The `active` experts of each token, of which each device routes its own."""
 
     def of_shard(logits: Array, allowed: Array) -> tuple[Array, ...]:
@@ -177,7 +179,11 @@ def route(logits: Float[Array, "N E"], choices: Choices) -> Routing:
     by_token = ("batch", None)
     out = (by_token, by_token, ("batch",))
     run = sharding.on_each_shard(choices.mesh, of_shard, (by_token, (None,)), out)
-    return Routing(*run(logits, choices.allowed))
+    routing = Routing(*run(logits, choices.allowed))
+    if not renormalise:
+        return routing
+    p = routing.probabilities
+    return routing._replace(probabilities=p / jnp.sum(p, axis=-1, keepdims=True))
 
 
 def sparse_mixture(
@@ -186,10 +192,11 @@ def sparse_mixture(
     groups: tuple[Experts, ...],
     choices: Choices,
     layer: Int[Array, ""] | int | None,
+    renormalise: bool,
 ) -> Mixed:
     """Route, dispatch, combine: each token runs only its `active` experts. For a single group."""
     (experts,) = groups
-    routing = route(logits, choices)  # ids and probabilities [N, A]
+    routing = route(logits, choices, renormalise)  # ids and probabilities [N, A]
     probabilities = dense_probabilities(routing, logits.shape[1])
     y = experts.sparse(x, routing, choices, layer)
     return y, probabilities, routing.log_z
@@ -201,11 +208,12 @@ def dense_mixture(
     groups: tuple[Experts, ...],
     choices: Choices,
     layer: Int[Array, ""] | int | None,
+    renormalise: bool,
 ) -> Mixed:
     """Every expert runs on every token; what a token did not choose has probability 0."""
     E = logits.shape[1]
     if choices.active < E:
-        routing = route(logits, choices)
+        routing = route(logits, choices, renormalise)
         probabilities, log_z = dense_probabilities(routing, E), routing.log_z
     else:  # nothing to choose, and sorting is not free
         probabilities, log_z = router_probabilities(logits, choices.allowed)

@@ -1,8 +1,8 @@
-"""OLMo 2 with experts in place of the FFN, as Flax NNX modules run by plain JAX on trees of arrays.
+"""A decoder with experts in place of the FFN, as Flax NNX modules run by plain JAX on trees of
+arrays.
 
-    h = x + norm(attention(x));  y = h + norm(mixture(h))
-
-The norm is on the branch, not on the input ("reordered norm").
+    norm "post"    h = x + norm(attention(x));  y = h + norm(mixture(h))     OLMo 2 and 3
+    norm "pre"     h = x + attention(norm(x));  y = h + mixture(norm(h))     Llama, Mistral, Qwen
 
 Layers are stacked and scanned. Parameters are a nested dict of arrays with three branches, whose
 paths are the same in configs, checkpoints and manifests:
@@ -68,6 +68,7 @@ class Layer(nnx.Module):
         self.attention = Attention(config, rngs)
         self.attention_norm = RMSNorm(config.d_model, None, config)
         self.ffn_norm = RMSNorm(config.d_model, None, config)
+        self.config = config
 
     def __call__(
         self,
@@ -76,14 +77,18 @@ class Layer(nnx.Module):
         positions: Int[Array, "B T"],
         context: Context,
         choices: Choices,
+        has_window: Bool[Array, ""] | bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache | None, RouterOutput]:
         """Over a cache, the experts' matrices are those of all layers."""
+        is_pre, renormalise = self.config.norm == "pre", self.config.renormalise
         with jax.named_scope("attention"):
-            attended, cache = self.attention(x, positions, context, choices.mesh)
-            h = x + self.attention_norm(attended)
+            seen = self.attention_norm(x) if is_pre else x
+            attended, cache = self.attention(seen, positions, context, has_window, choices.mesh)
+            h = x + (attended if is_pre else self.attention_norm(attended))
         with jax.named_scope("mixture"):
-            mixed, router = mixture(h, experts, choices, context.layer)
-            return h + self.ffn_norm(mixed), cache, router
+            seen = self.ffn_norm(h) if is_pre else h
+            mixed, router = mixture(seen, experts, choices, context.layer, renormalise)
+            return h + (mixed if is_pre else self.ffn_norm(mixed)), cache, router
 
 
 class Trunk(nnx.Module):
@@ -97,7 +102,10 @@ class Trunk(nnx.Module):
         )
         self.layers = nnx.vmap(functools.partial(Layer, config))(rngs.split(config.n_layers))
         self.norm = RMSNorm(D, None, config)
-        self.head = Linear((D, V), ("embed", "vocab"), config, rngs)
+        self.head = None if config.tied_head else Linear((D, V), ("embed", "vocab"), config, rngs)
+
+    def output_matrix(self) -> Float[Array, "D V"]:
+        return self.embedding[...].T if self.head is None else self.head.kernel[...]
 
 
 class Transformer(nnx.Module):
@@ -134,7 +142,7 @@ class Transformer(nnx.Module):
 
         def layer_step(carry, xs):
             x, cache = carry
-            layer_state, expert_states, index, noise = xs
+            layer_state, expert_states, index, noise, has_window = xs
             layer = nnx.merge(graph, layer_state)
             experts = tuple(
                 nnx.merge(group, matrices, state)
@@ -142,24 +150,33 @@ class Transformer(nnx.Module):
             )
             here = context.of_layer(index, cache)
             own = dataclasses.replace(choices, noise=noise)
-            y, cache, router = layer(x, experts, positions, here, own)
+            y, cache, router = layer(
+                x, experts, positions, here, own, windows if has_window is None else has_window
+            )
             return (y, cache), router
 
         x = self.trunk.embedding[...][tokens].astype(choices.dtype)
         index = jnp.arange(self.config.n_layers)
+        windows, windows_by_layer = _windows(self.config)
         (x, cache), router = jax.lax.scan(
             rematerialised(layer_step, choices.remat),
             (x, context.cache),
-            (layers, [state for *_, state in groups], index, choices.noise),
+            (layers, [state for *_, state in groups], index, choices.noise, windows_by_layer),
             unroll=_is_unrolled(self.config, x, context, choices),
         )
-        hidden, head = self.trunk.norm(x), self.trunk.head.kernel[...].astype(x.dtype)
+        hidden, head = self.trunk.norm(x), self.trunk.output_matrix().astype(x.dtype)
         return Output(hidden, head, router, cache)
 
 
 def init_params(config: ModelConfig, key: Array, *, pair: bool = False) -> Params:
     """Random float32 parameters: N(0, init_std), norms 1."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, pair, nnx.Rngs(params=key))))
+
+
+def _windows(config: ModelConfig) -> tuple[bool, Bool[Array, "L"] | None]:
+    """Whether the layers have windows: all or none of them, or each for itself."""
+    by_layer = [config.has_window(layer) for layer in range(config.n_layers)]
+    return all(by_layer), jnp.array(by_layer) if any(by_layer) and not all(by_layer) else None
 
 
 def _is_unrolled(
@@ -210,7 +227,11 @@ def forward(  # noqa: PLR0913 - a model call
 
 
 def forward_layer(
-    config: ModelConfig, params: Params, x: Float[Array, "B T D"], segments: Int[Array, "B T"]
+    config: ModelConfig,
+    params: Params,
+    x: Float[Array, "B T D"],
+    segments: Int[Array, "B T"],
+    has_window: Bool[Array, ""] | bool = False,
 ) -> Float[Array, "B T D"]:
     """One layer of a pair with both experts active, where only one layer fits the memory.
 
@@ -223,7 +244,8 @@ def forward_layer(
         nnx.merge(nnx.split(module)[0], params[name]) for name, module in parts.items()
     )
     positions, context = document_positions(segments), PackedContext(segments)
-    return layer(x, tuple(experts), positions, context, Choices(2, jnp.ones(2, bool)))[0]
+    choices = Choices(2, jnp.ones(2, bool))
+    return layer(x, tuple(experts), positions, context, choices, has_window)[0]
 
 
 def decode(
@@ -242,7 +264,7 @@ def decode(
 def empty_cache(
     config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32
 ) -> KVCache:
-    shape = (config.n_layers, batch, config.n_kv_heads, slots, config.d_head)
+    shape = (config.n_layers, batch, config.n_kv_heads, slots, config.head_size)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 

@@ -153,14 +153,18 @@ def fsdp_minimum(step: Step, dtype: str, *, of_layers: bool = False) -> int:
     once. All of it has the dtype of activations. `of_layers`: of the layers alone; what lies
     outside of them may be gathered once for all microbatches.
     """
-    total = 0
-    for tree, gradients in ((step.kinds["parameters"], 1), (step.kinds["frozen"], 0)):
-        for path, a in flatten(tree).items():
+    total, trees = (
+        0,
+        [(flatten(step.kinds[kind]), n) for kind, n in (("parameters", 1), ("frozen", 0))],
+    )
+    has_head = any("trunk/head/kernel" in tree for tree, _ in trees)
+    for tree, gradients in trees:
+        for path, a in tree.items():
             own = math.prod(a.sharding.shard_shape(a.shape))
             if of_layers and not path.startswith(LAYERS):
                 continue
             of_others = own * (sharding.devices_gathered(a.sharding) - 1)
-            gathers = 1 if path == "trunk/embedding" else 2
+            gathers = 1 if path == "trunk/embedding" and has_head else 2
             total += of_others * (gathers + gradients)
     return total * jnp.dtype(dtype).itemsize
 

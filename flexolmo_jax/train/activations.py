@@ -22,7 +22,7 @@ class Kept(NamedTuple):
 
 def kept_bytes(run: RunConfig, model: ModelConfig) -> Kept:
     """Of a microbatch of the run."""
-    H, K, C, D, F = model.n_heads, model.n_kv_heads, model.d_head, model.d_model, model.d_ffn
+    H, K, C, D, F = model.n_heads, model.n_kv_heads, model.head_size, model.d_model, model.d_ffn
     width, experts = WIDTHS[run.train.compute_dtype], running_experts(run, model)
     # Where tokens choose among experts, only the sum of what these give is kept.
     is_sparse = not run.pair and experts < model.n_experts

@@ -23,14 +23,22 @@ class Flops(NamedTuple):
 def forward_flops(model: ModelConfig, experts: int, context: float) -> tuple[float, float, float]:
     """(attention, experts, head) of one token, which attends to `context` tokens on average and
     runs through this many experts."""
-    L, D, C, H, K = model.n_layers, model.d_model, model.d_head, model.n_heads, model.n_kv_heads
+    L, D, C, H, K = model.n_layers, model.d_model, model.head_size, model.n_heads, model.n_kv_heads
     projections = 2 * D * C * (2 * H + 2 * K)  # q and o, k and v
-    scores = 2 * 2 * context * C * H  # q k and p v
     return (
-        L * (projections + scores),
+        L * projections + scores_flops(model, context),
         L * experts * 2 * 3 * D * model.d_ffn,
         2 * D * model.vocab_size,
     )
+
+
+def scores_flops(model: ModelConfig, context: float) -> float:
+    """q k and p v of one token in all layers. One with a window attends to that at most."""
+    seen = (
+        min(context, model.window) if model.has_window(layer) else context
+        for layer in range(model.n_layers)
+    )
+    return 2 * 2 * sum(seen) * model.head_size * model.n_heads
 
 
 def running_experts(run: RunConfig, model: ModelConfig) -> int:
@@ -45,7 +53,7 @@ def step_flops(run: RunConfig, model: ModelConfig) -> Flops:
     attention, experts, head = forward_flops(model, running_experts(run, model), T / 2)
     trained = {"pair": experts / 2, "router": 0.0}
     # The attention's scores have no weights: their gradients are those of q, k and v.
-    scores = model.n_layers * 2 * 2 * (T / 2) * model.d_head * model.n_heads
+    scores = scores_flops(model, T / 2)
     of_weights = trained.get(run.run, attention - scores + experts + head)
     # A gradient of q k or p v is taken with respect to both sides.
     needed = 2 * (attention + experts + head) + scores + of_weights

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexolmo_jax.config import ModelConfig, dump_yaml, load_config
-from flexolmo_jax.convert.huggingface import hf_config, to_hf
+from flexolmo_jax.convert.hub_config import hf_config
+from flexolmo_jax.convert.huggingface import to_hf
 from flexolmo_jax.convert.importing import INDEX, import_hf
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import UserError

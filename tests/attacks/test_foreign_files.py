@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import flexolmo_jax
 from flexolmo_jax.config import load_config, resolve
-from flexolmo_jax.convert.huggingface import BLOCKS, hf_config, model_config
+from flexolmo_jax.convert.hub_config import BLOCKS, hf_config, model_config
 from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.data.arrays import parse_header
 from flexolmo_jax.data.records import Index

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.convert.huggingface import hf_config, to_hf
+from flexolmo_jax.convert.hub_config import hf_config
+from flexolmo_jax.convert.huggingface import to_hf
 from flexolmo_jax.model import init_params
 
 DENSE = ModelConfig(

@@ -64,7 +64,7 @@ def spoil_json(directory: Path) -> None:
 
 
 NORM, BIAS = "model.norm.weight", "model.layers.7.bias"
-YARN = {"rope_type": "yarn", "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "mscale": 0.7}
 BAD = {
     "missing key": (edited(lambda tensors: tensors.pop(NORM)), f"misses tensors: {NORM}"),
     "extra key": (
@@ -97,8 +97,8 @@ BAD = {
     "rope scaling": (setting("rope_parameters", YARN), "rope_parameters"),
     "attention bias": (setting("attention_bias", True), "attention_bias is True"),
     "activation": (setting("hidden_act", "gelu"), "hidden_act is 'gelu'"),
-    "top k": (setting("norm_topk_prob", True), "norm_topk_prob is True"),
-    "architecture": (setting("model_type", "llama"), "model_type is 'llama'"),
+    "clipping": (setting("clip_qkv", 8.0), "clip_qkv is 8.0"),
+    "architecture": (setting("model_type", "gpt2"), "model_type is 'gpt2'"),
     "vocabulary": (setting("vocab_size", 128), "tokenizer of 3.. tokens and vocab_size 128"),
 }
 

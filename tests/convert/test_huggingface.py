@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.convert.huggingface import from_hf, hf_config, key_table, model_config, to_hf
+from flexolmo_jax.convert.hub_config import hf_config, model_config
+from flexolmo_jax.convert.huggingface import from_hf, key_table, to_hf
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import init_params
 
@@ -63,7 +64,7 @@ def test_a_dense_model_has_the_names_of_olmo2_and_gets_a_row_of_zeros_back():
 
 def test_flex_olmo_with_one_expert_keeps_its_router_row():
     params = init_params(DENSE, jax.random.key(0))
-    imported = from_hf(DENSE, to_hf(DENSE, params, "flex_olmo"))
+    imported = from_hf(DENSE, to_hf(DENSE, params, "flex_olmo"), "flex_olmo")
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, imported, params)))
     with pytest.raises(UserError, match="dense"):
         to_hf(MERGED, params, "olmo2")
@@ -124,18 +125,17 @@ def test_a_config_of_transformers_4_is_read():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "llama"),
+        ("model_type", "deepseek_v3"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
-        ("norm_topk_prob", True),
         ("sliding_window", 128),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 5e5, "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 2.0}),
         (
             "rope_parameters",
             {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
         ),
-        ("head_dim", 128),
+        ("head_dim", "13"),
         ("num_experts", None),
         ("hidden_size", "12"),
         ("rms_norm_eps", None),

@@ -15,6 +15,7 @@ from flexolmo_jax.model import Params, forward, init_params, logical_axes
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.train.losses import loss_sums
+from tests.families import OTHERS, as_family
 
 B, T, V = 8, 24, 64
 RNG = np.random.default_rng(0)
@@ -31,8 +32,8 @@ MESHES = {
 }
 
 
-def model(experts: int, active: int) -> ModelConfig:
-    return ModelConfig(
+def model(experts: int, active: int, family: str = "olmo2") -> ModelConfig:
+    config = ModelConfig(
         vocab_size=V,
         d_model=32,
         n_layers=2,
@@ -43,6 +44,7 @@ def model(experts: int, active: int) -> ModelConfig:
         n_active=active,
         init_std=0.2,
     )
+    return as_family(config, family)
 
 
 @functools.cache
@@ -134,7 +136,22 @@ def test_a_mixture_has_the_same_gradients_on_every_mesh(mesh, experts, active, k
     ids=["anchor", "pair", "merged"],
 )
 def test_value_and_gradients_are_those_of_one_device(mesh, experts, active, pair):
-    config = model(experts, active)
+    are_those_of_one_device(model(experts, active), mesh, pair)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize(
+    ("experts", "active", "pair"),
+    [
+        pytest.param(1, 1, True, marks=pytest.mark.slow, id="pair"),
+        pytest.param(4, 2, False, id="merged"),
+    ],
+)
+def test_every_familys_value_and_gradients_are_those_of_one_device(family, experts, active, pair):
+    are_those_of_one_device(model(experts, active, family), "fsdp 2 x tensor 2 x expert 2", pair)
+
+
+def are_those_of_one_device(config: ModelConfig, mesh: str, pair: bool) -> None:
     value, _, gradients = value_and_gradients(
         config, parameters(config, pair), sharding.make_mesh(MESHES[mesh])
     )

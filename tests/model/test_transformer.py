@@ -199,7 +199,7 @@ def test_grouped_query_attention_is_multi_head_attention_with_repeated_key_heads
     attention = params["trunk"]["layers"]["attention"]
     for name in ("k", "v", "k_norm"):
         for key, leaf in attention[name].items():
-            heads = leaf.reshape(*leaf.shape[:-1], CONFIG.n_kv_heads, CONFIG.d_head)
+            heads = leaf.reshape(*leaf.shape[:-1], CONFIG.n_kv_heads, CONFIG.head_size)
             repeated = jnp.repeat(heads, CONFIG.n_heads // CONFIG.n_kv_heads, axis=-2)
             attention[name][key] = repeated.reshape(*leaf.shape[:-1], CONFIG.d_model)
     assert_close(

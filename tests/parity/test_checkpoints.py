@@ -9,7 +9,8 @@ import pytest
 
 from flexolmo_jax.config import PRESETS, ModelConfig
 from flexolmo_jax.convert.exporting import export_hf
-from flexolmo_jax.convert.huggingface import hf_config, key_table, model_config
+from flexolmo_jax.convert.hub_config import hf_config, model_config
+from flexolmo_jax.convert.huggingface import key_table
 from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.loaded import load
 from tests.tiny import documents

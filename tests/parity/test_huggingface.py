@@ -17,7 +17,8 @@ import pytest
 from flax import nnx
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.convert.huggingface import Architecture, from_hf, hf_config, model_config, to_hf
+from flexolmo_jax.convert.hub_config import hf_config, model_config
+from flexolmo_jax.convert.huggingface import from_hf, to_hf
 from flexolmo_jax.model import Params, forward, init_params
 from flexolmo_jax.model.layers import PackedContext
 from flexolmo_jax.model.moe import Choices, mixture
@@ -48,7 +49,7 @@ SHAPE = ModelConfig(
 )
 
 
-def case(architecture: Architecture, experts: int, active: int, kv_heads: int):
+def case(architecture: str, experts: int, active: int, kv_heads: int):
     config = dataclasses.replace(SHAPE, n_experts=experts, n_active=active, n_kv_heads=kv_heads)
     return pytest.param(
         architecture, config, id=f"{architecture}-{active}-of-{experts}-{kv_heads}-kv-heads"
@@ -212,7 +213,7 @@ def random_tokens(config: ModelConfig, length: int) -> np.ndarray:
     return np.random.default_rng(length).integers(config.vocab_size, size=(BATCH, length))
 
 
-def torch_model(config: ModelConfig, params: Params, architecture: Architecture):
+def torch_model(config: ModelConfig, params: Params, architecture: str):
     """The transformers model with these weights. Its experts run one by one: the grouped kernel
     refuses odd sizes."""
     values = hf_config(config, architecture)
@@ -300,7 +301,7 @@ def ours(config: ModelConfig, params: Params, tokens, inputs, middles):
         layer_state, group_state, x, h = xs
         layer = nnx.merge(layers_graph, layer_state)
         group = nnx.merge(experts_graph, group_state)
-        attended, _ = layer.attention(x, positions, PackedContext(segments))
+        attended, _ = layer.attention(x, positions, PackedContext(segments), False)
         choices = Choices(config.n_active, jnp.ones(config.n_experts, bool))
         mixed, router = mixture(h, (group,), choices)
         return x + layer.attention_norm(attended), router.probabilities, h + layer.ffn_norm(mixed)

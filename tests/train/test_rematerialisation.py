@@ -188,7 +188,7 @@ def test_logits_and_scores_are_computed_again_whatever_is_kept():
     run = config("anchor", "none")
     model, flops = run.model, step_flops(run, run.model)
     logits = 2 * model.d_model * model.vocab_size
-    scores = model.n_layers * 2 * T / 2 * model.d_head * model.n_heads  # q k, half of the square
+    scores = model.n_layers * 2 * T / 2 * model.head_size * model.n_heads  # q k, half of the square
     assert flops.hardware - flops.model == pytest.approx(B * T * (logits + scores), rel=1e-9)
 
 

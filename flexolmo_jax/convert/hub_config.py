@@ -1,0 +1,352 @@
+"""`config.json` of Hugging Face's models: from ours, and to ours."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from flexolmo_jax.config import LARGEST, ModelConfig, RopeScaling
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.untrusted import conform
+
+from .families import FAMILIES, Family, family_of
+
+# FFNs of all layers and experts: a model's description has no room for the digests of more
+BLOCKS = 1 << 15
+# What our model computes and has no setting for. A key that is absent has this value in
+# transformers too.
+FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "clip_qkv": None,
+    "partial_rotary_factor": None,
+    "decoder_sparse_step": 1,
+}
+
+Positive = Annotated[float, Field(gt=0, le=1e12)]
+Length = Annotated[int, Field(ge=1, le=LARGEST["max_seq_len"])]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeParameters:
+    """`rope_parameters` of transformers 5, `rope_scaling` of 4."""
+
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    type: Literal["default", "linear", "llama3", "yarn"] | None = None  # an older name
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    original_max_position_embeddings: Length | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    attention_factor: Positive | None = None
+    truncate: Literal[True] = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeByType:
+    """`rope_parameters` of OLMo 3."""
+
+    full_attention: RopeParameters
+    sliding_attention: RopeParameters | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+    """What is read of a `config.json`, beside `model_type` and FIXED."""
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+    hidden_size: Annotated[int, Field(ge=1, le=LARGEST["d_model"])]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=LARGEST["n_layers"])]
+    num_attention_heads: Annotated[int, Field(ge=1, le=LARGEST["n_heads"])]
+    num_key_value_heads: Annotated[int, Field(ge=1, le=LARGEST["n_kv_heads"])] | None = None
+    intermediate_size: Annotated[int, Field(ge=1, le=LARGEST["d_ffn"])]
+    max_position_embeddings: Length
+    rms_norm_eps: Positive
+    initializer_range: Positive | None = None
+    rope_theta: Positive | None = None  # of transformers 4
+    rope_scaling: RopeParameters | None = None  # the same
+    rope_parameters: RopeParameters | RopeByType | None = None
+    head_dim: Annotated[int, Field(ge=1, le=2**12)] | None = None
+    tie_word_embeddings: bool | None = None
+    sliding_window: Length | None = None
+    use_sliding_window: bool | None = None
+    max_window_layers: Annotated[int, Field(ge=0, le=LARGEST["n_layers"])] | None = None
+    layer_types: (
+        Annotated[
+            tuple[Literal["full_attention", "sliding_attention"], ...],
+            Field(max_length=LARGEST["n_layers"]),
+        ]
+        | None
+    ) = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureFields(Fields):
+    num_experts: Annotated[int, Field(ge=1, le=LARGEST["n_experts"])]
+    num_experts_per_tok: Annotated[int, Field(ge=1, le=LARGEST["n_active"])]
+    norm_topk_prob: bool | None = None
+    moe_intermediate_size: Annotated[int, Field(ge=1, le=LARGEST["d_ffn"])] | None = None
+    mlp_only_layers: Annotated[tuple[int, ...], Field(max_length=0)] | None = None
+
+
+def hf_config(
+    config: ModelConfig,
+    model_type: str | None = None,
+    *,
+    dtype: str = "float32",
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
+    """The contents of `config.json`."""
+    model_type = model_type or family_of(config)
+    family = FAMILIES[model_type]
+    if config.vocab_size <= 0:
+        raise UserError(
+            "model.vocab_size is not set; expected the size that the weights have; use the config"
+            " saved beside them"
+        )
+    tree: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": model_type,
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ffn,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "hidden_act": FIXED["hidden_act"],
+        "attention_bias": FIXED["attention_bias"],
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tied_head,
+        # written even where None: transformers' defaults are those of AllenAI's tokenizer
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+        "use_cache": True,
+    }
+    if config.d_head or family.keys["norm"] == "pre":
+        tree["head_dim"] = config.head_size
+    return (
+        tree
+        | _written_rope(config, family)
+        | _written_windows(config, family)
+        | ({} if family.experts is None else _written_experts(config, family))
+    )
+
+
+def _written_rope(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Both spellings: transformers 5 reads rope_parameters, 4 reads rope_theta and rope_scaling."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    plain = {"rope_type": "default", "rope_theta": theta}
+    scaled = plain if scaling is None else _written_scaling(scaling) | {"rope_theta": theta}
+    tree: dict[str, Any] = {"rope_parameters": scaled, "rope_theta": theta}
+    if family.windows == "by type":
+        near = plain | {"rope_theta": config.window_rope_theta or theta}
+        tree["rope_parameters"] = {"full_attention": scaled, "sliding_attention": near}
+    if scaling is not None:
+        tree["rope_scaling"] = _written_scaling(scaling)
+    return tree
+
+
+def _written_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    tree: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        tree["original_max_position_embeddings"] = scaling.first_seq_len
+    if scaling.kind == "llama3":
+        tree["low_freq_factor"] = scaling.low_frequency
+        tree["high_freq_factor"] = scaling.high_frequency
+    if scaling.kind == "yarn":
+        tree |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        if scaling.attention_factor:
+            tree["attention_factor"] = scaling.attention_factor
+    return tree
+
+
+def _written_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
+    if family.windows == "none":
+        return {}
+    tree: dict[str, Any] = {"sliding_window": config.window or None}
+    if family.windows == "if used":
+        tree |= {"use_sliding_window": config.window > 0, "max_window_layers": 0}
+    if family.windows != "all":
+        kinds = ("full_attention", "sliding_attention")
+        tree["layer_types"] = [kinds[config.has_window(l)] for l in range(config.n_layers)]
+    return tree
+
+
+def _written_experts(config: ModelConfig, family: Family) -> dict[str, Any]:
+    tree = {
+        "num_experts": config.n_experts,
+        "num_experts_per_tok": config.n_active,
+        "norm_topk_prob": config.renormalise,
+        "output_router_logits": False,
+    }
+    if family.experts == "block_sparse_moe":
+        tree["num_local_experts"] = tree.pop("num_experts")
+        del tree["norm_topk_prob"]
+    if family.architecture == "Qwen3MoeForCausalLM":
+        tree |= {"moe_intermediate_size": config.d_ffn, "mlp_only_layers": []}
+    return tree
+
+
+def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
+    """Our config from the contents of a `config.json`. A mixture's has no router bias.
+
+    Raises UserError, naming the key, for what our model does not compute.
+    """
+    fields = _fields(hf_config)
+    family = FAMILIES[hf_config["model_type"]]
+    is_mixture = family.experts is not None
+    keys = dict(family.keys)
+    if is_mixture and family.has_topk_key:
+        keys["renormalise"] = bool(fields.get("norm_topk_prob"))
+    d_model, heads = fields["hidden_size"], fields["num_attention_heads"]
+    head = fields.get("head_dim") or (128 if hf_config["model_type"] == "qwen3" else None)
+    config = ModelConfig(
+        vocab_size=fields["vocab_size"],
+        d_model=d_model,
+        n_layers=fields["num_hidden_layers"],
+        n_heads=heads,
+        n_kv_heads=fields.get("num_key_value_heads") or heads,
+        d_ffn=fields.get("moe_intermediate_size") or fields["intermediate_size"],
+        n_experts=fields.get("num_experts", 1),
+        n_active=fields.get("num_experts_per_tok", 1),
+        router_bias=not is_mixture,
+        norm_eps=float(fields["rms_norm_eps"]),
+        init_std=float(fields.get("initializer_range") or ModelConfig.init_std),
+        max_seq_len=fields["max_position_embeddings"],
+        d_head=0 if head is None or head * heads == d_model else head,
+        tied_head=bool(fields.get("tie_word_embeddings")),
+        **keys,
+        **_rope(fields, family),
+        **_windows(fields, family),
+    )
+    config.check()
+    return config
+
+
+def _rope(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    near = None
+    if family.windows == "by type":
+        near = (rope.get("sliding_attention") or {}).get("rope_theta")
+        # A theta beside them is that of whole attention alone; so is a scaling.
+        rope = rope.get("full_attention", rope)
+        near = near or family.theta
+    elif "full_attention" in rope:
+        raise UserError(
+            "rope_parameters are by type of layer; expected one for all; it cannot be imported"
+        )
+    theta = rope.get("rope_theta") or fields.get("rope_theta") or family.theta
+    if theta is None:
+        raise UserError(
+            "rope_theta is missing from config.json; expected it in every OLMo 2 or FlexOlmo"
+            " config; add it"
+        )
+    found: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": _scaling(rope, fields)}
+    if near not in (None, theta):
+        found["window_rope_theta"] = float(near)
+    return found
+
+
+def _scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    needed = ["factor"]
+    if kind == "llama3":
+        needed += ["original_max_position_embeddings", "low_freq_factor", "high_freq_factor"]
+    if missing := [key for key in needed if rope.get(key) is None]:
+        raise UserError(
+            f"rope_parameters lack {', '.join(missing)}, which {kind} needs; such a model cannot be"
+            " imported"
+        )
+    ours = {
+        "factor": "factor",
+        "original_max_position_embeddings": "first_seq_len",
+        "low_freq_factor": "low_frequency",
+        "high_freq_factor": "high_frequency",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+    }
+    said = {name: rope[key] for key, name in ours.items() if rope.get(key) is not None}
+    said.setdefault("first_seq_len", fields["max_position_embeddings"])
+    return RopeScaling(kind=kind, **said)
+
+
+def _windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    window, types = fields.get("sliding_window"), fields.get("layer_types")
+    if family.windows == "if used" and not fields.get("use_sliding_window"):
+        window = None
+    if window is None:
+        return {}
+    if family.windows == "none":
+        raise UserError(
+            f"sliding_window is {window}; expected None; a model with another value cannot be"
+            " imported"
+        )
+    layers, every = fields["num_hidden_layers"], 0
+    if family.windows == "by type":
+        every = 4
+    if types is not None:
+        full = [l + 1 for l, kind in enumerate(types) if kind == "full_attention"]
+        every = full[0] if full else 0
+    elif family.windows == "if used" and fields.get("max_window_layers"):
+        raise UserError(
+            f"max_window_layers is {fields['max_window_layers']}; expected 0: windows in all layers"
+            " or in none; it cannot be imported"
+        )
+    found = {"window": window, "full_every": every}
+    pattern = ModelConfig(**found)
+    if types is not None and [kind == "sliding_attention" for kind in types] != [
+        pattern.has_window(l) for l in range(layers)
+    ]:
+        raise UserError(
+            "layer_types follow no period; expected full_attention in each n-th layer, or in none;"
+            " it cannot be imported"
+        )
+    return found
+
+
+def _fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json` that we read, checked: fixed values, types and bounds."""
+    kind = hf_config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(
+            f"model_type is {kind!r:.80}; expected one of {', '.join(FAMILIES)}; other"
+            " architectures cannot be imported"
+        )
+    for key, value in FIXED.items():
+        if hf_config.get(key, value) != value:
+            raise UserError(
+                f"{key} is {hf_config[key]!r:.80}; expected {value!r}; a model with another value"
+                " cannot be imported"
+            )
+    family = FAMILIES[kind]
+    if family.experts is None:
+        schema: type[Fields] = Fields
+    else:
+        schema, hf_config = MixtureFields, dict(hf_config)
+        if family.experts == "block_sparse_moe":
+            hf_config["num_experts"] = hf_config.get("num_local_experts")
+    names = [field.name for field in dataclasses.fields(schema)]
+    fields = {name: hf_config[name] for name in names if name in hf_config}
+    try:
+        conform(schema, fields)
+    except ValueError as error:
+        raise UserError(f"{error}, in config.json; such a model cannot be imported") from None
+    if (blocks := fields["num_hidden_layers"] * fields.get("num_experts", 1)) > BLOCKS:
+        raise UserError(
+            f"num_hidden_layers x num_experts is {blocks}; expected at most {BLOCKS}; such a model"
+            " cannot be imported"
+        )
+    return fields
