@@ -155,3 +155,5 @@ class ModelConfig(Section):
         for key in ("full_every", "window_rope_theta"):
             fits = self.window > 0 or not getattr(self, key)
             self.expect(key, fits, "0, since model.window is 0")
+        fits = self.full_every > 0 or not theta
+        self.expect("window_rope_theta", fits, "0, since model.full_every is 0")

@@ -71,4 +71,6 @@ def _computes(family: Family, config: ModelConfig) -> bool:
         near = config.window >= config.max_seq_len and config.rope_scaling is None
         same = config.window_rope_theta in (0, config.rope_theta)
         return not config.window or (near and same)
-    return family.windows == "by type" or not (config.full_every or config.window_rope_theta)
+    if family.windows == "by type":  # which scales no layer with a window
+        return not config.window or bool(config.full_every) or config.rope_scaling is None
+    return not config.full_every

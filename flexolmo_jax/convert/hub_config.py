@@ -226,21 +226,23 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
         d_head=0 if head is None or head * heads == d_model else head,
         tied_head=bool(fields.get("tie_word_embeddings")),
         **keys,
-        **_rope(fields, family),
-        **_windows(fields, family),
+        **(windows := _windows(fields, family)),
+        **_rope(fields, family, windows.get("full_every", 0) > 0),
     )
     config.check()
     return config
 
 
-def _rope(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _rope(fields: Mapping[str, Any], family: Family, has_both: bool) -> dict[str, Any]:
+    """`has_both`: whether layers with a window and others are there."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     near = None
     if family.windows == "by type":
-        near = (rope.get("sliding_attention") or {}).get("rope_theta")
+        near = (rope.get("sliding_attention") or {}).get("rope_theta") or family.theta
         # A theta beside them is that of whole attention alone; so is a scaling.
         rope = rope.get("full_attention", rope)
-        near = near or family.theta
+        if fields.get("sliding_window") and not has_both:
+            rope = {"rope_theta": near}
     elif "full_attention" in rope:
         raise UserError(
             "rope_parameters are by type of layer; expected one for all; it cannot be imported"
@@ -252,8 +254,13 @@ def _rope(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
             " config; add it"
         )
     found: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": _scaling(rope, fields)}
-    if near not in (None, theta):
+    if has_both and near not in (None, theta):
         found["window_rope_theta"] = float(near)
+    if has_both and found["rope_scaling"] and family.windows != "by type":
+        raise UserError(
+            "rope_parameters scale layers with a window too; expected that only where all layers"
+            " have one, or none; it cannot be imported"
+        )
     return found
 
 

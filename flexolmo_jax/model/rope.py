@@ -21,11 +21,11 @@ class Rope(NamedTuple):
 
 
 def rope_of(config: ModelConfig, has_window: Bool[Array, ""] | bool) -> Rope:
-    """Of a layer with or without a window. Where layers have windows, only the others are
+    """Of a layer with or without a window. Where some layers have windows, only the others are
     stretched."""
     plain = Rope(_frequencies(config, config.rope_theta))
     scaled = plain if config.rope_scaling is None else _scaled(config, config.rope_scaling, plain)
-    if not config.window:
+    if not config.full_every:
         return scaled
     theta = config.window_rope_theta or config.rope_theta
     near = Rope(_frequencies(config, theta))

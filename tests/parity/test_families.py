@@ -47,6 +47,8 @@ DENSE = {
     "mistral": OF["mistral"] | dict(window=19, d_head=14),
     "qwen2": OF["qwen2"] | dict(tied_head=True),
     "qwen2 with windows": OF["qwen2"] | dict(window=19),
+    "olmo3 with windows alone": OF["olmo3"] | dict(window=19),
+    "qwen3 with windows": OF["qwen3"] | dict(window=19, rope_scaling=YARN),
     "qwen3": OF["qwen3"] | dict(d_head=22, rope_scaling=YARN),
 }
 EXPERTS = dict(n_experts=4, n_active=2)
