@@ -14,6 +14,7 @@ from flexolmo_jax.config import (
     PRESETS,
     MeshConfig,
     ModelConfig,
+    RopeScaling,
     RunConfig,
     build,
     dump_yaml,
@@ -130,6 +131,22 @@ def test_numbers_are_read_as_people_write_them():
         (
             {"model": {"norm_eps": float("nan")}},
             "model.norm_eps is nan; expected a positive, finite number",
+        ),
+        ({"model": {"norm": "sandwich"}}, "model.norm is 'sandwich'; expected one of post, pre"),
+        ({"model": {"d_head": 7}}, "model.d_head is 7; expected an even head size"),
+        ({"model": {"window": -1}}, "model.window is -1; expected a number from 0"),
+        ({"model": {"full_every": 4}}, "model.full_every is 4; expected 0, since model.window"),
+        (
+            {"model": {"window": 8, "window_rope_theta": 1e4}},
+            "model.window_rope_theta is 10000.0; expected 0, since model.full_every is 0",
+        ),
+        (
+            {"model": {"rope_scaling": {"factor": 0.5}}},
+            "model.rope_scaling.factor is 0.5; expected a number from 1 on",
+        ),
+        (
+            {"model": {"rope_scaling": {"kind": "llama3", "high_frequency": 1.0}}},
+            "model.rope_scaling.high_frequency is 1.0; expected a number above 1.0",
         ),
         (
             {"model": {"init_bias": float("nan")}},
@@ -281,3 +298,17 @@ def test_a_dataset_is_called_by_its_name_or_by_its_path():
 
 def test_the_default_mesh_puts_every_device_on_fsdp():
     assert MeshConfig() == MeshConfig(data=1, fsdp=-1, tensor=1, expert=1)
+
+
+def test_keys_that_earlier_versions_lack_are_written_only_where_they_say_something():
+    """So the fingerprints of earlier anchors stay what they are."""
+    written = to_dict(ModelConfig())
+    assert list(written) == [
+        *("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "n_experts"),
+        *("n_active", "router_bias", "init_bias", "rope_theta", "norm_eps", "init_std"),
+        "max_seq_len",
+    ]
+    other = ModelConfig(norm="pre", d_head=16, rope_scaling=RopeScaling("yarn", factor=2.0))
+    more = to_dict(other)
+    assert more.keys() - written.keys() == {"norm", "d_head", "rope_scaling"}
+    assert build(ModelConfig, more, "model") == other

@@ -37,6 +37,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 LATER = {"later": True}
 
 
+def later(default: Any) -> Any:
+    return field(default=default, metadata=LATER)
+
+
 @dataclass(frozen=True)
 class RopeScaling(Section):
     """How rotary positions go on beyond the context that a model was first trained for. Names and
@@ -91,29 +95,19 @@ class ModelConfig(Section):
     max_seq_len: int = 4096
 
     # Norms of attention and FFN: of what comes out (OLMo 2 and 3) or of what goes in (Llama, Qwen).
-    norm: Literal["post", "pre"] = field(metadata=LATER, default="post")
+    norm: Literal["post", "pre"] = later("post")
     # RMSNorm of queries and keys: of a whole projection, of each head, or none
-    qk_norm: Literal["full", "head", "none"] = field(metadata=LATER, default="full")
-    d_head: int = field(metadata=LATER, default=0)  # 0: d_model / n_heads
-    tied_head: bool = field(
-        metadata=LATER, default=False
-    )  # logits come from the embedding, there is no other head
-    attention_bias: bool = field(
-        metadata=LATER, default=False
-    )  # of queries, keys and values (Qwen 2)
-    renormalise: bool = field(
-        metadata=LATER, default=False
-    )  # weights of a token's active experts add up to 1
-    rope_scaling: RopeScaling | None = field(metadata=LATER, default=None)
-    window: int = field(
-        metadata=LATER, default=0
-    )  # tokens that a token attends to, itself included; 0: its document
-    # with a window: each n-th layer attends to whole documents, and is the only kind that
-    # `rope_scaling` applies to; 0: none does
-    full_every: int = field(metadata=LATER, default=0)
-    window_rope_theta: float = field(
-        metadata=LATER, default=0.0
-    )  # of layers with a window; 0: rope_theta
+    qk_norm: Literal["full", "head", "none"] = later("full")
+    d_head: int = later(0)  # 0: d_model / n_heads
+    tied_head: bool = later(False)  # logits come from the embedding; there is no other head
+    attention_bias: bool = later(False)  # of queries, keys and values (Qwen 2)
+    renormalise: bool = later(False)  # the weights of a token's active experts add up to 1
+    rope_scaling: RopeScaling | None = field(default=None, metadata=LATER)
+    window: int = later(0)  # tokens that a token sees, itself included; 0: its whole document
+    # With a window: each n-th layer sees whole documents, and `rope_scaling` is of these layers
+    # alone. 0: every layer has the window.
+    full_every: int = later(0)
+    window_rope_theta: float = later(0.0)  # of the layers with a window; 0: rope_theta
 
     @property
     def head_size(self) -> int:
