@@ -155,7 +155,7 @@ class CachedContext(NamedTuple):
         if window is not None:
             slots = self.slot + jnp.arange(q.shape[1])
             near = slots[:, None] - jnp.arange(keys.shape[2]) < window.size
-            mask &= near | ~jnp.asarray(window.is_there)
+            mask &= near | jnp.logical_not(window.is_there)
         return masked_attention(q, keys, values, mask), cache
 
 

@@ -155,7 +155,7 @@ def _scores(  # noqa: PLR0913 - a kernel's operands
     mask = (positions[:, None] >= jnp.arange(end)) & (idb[:, :, None] == ids[:, None, :end])
     has_window, window = near
     if has_window is not None:
-        mask &= (positions[:, None] - jnp.arange(end) < window) | ~has_window
+        mask &= (positions[:, None] - jnp.arange(end) < window) | jnp.logical_not(has_window)
     return jnp.where(mask[:, None, None], scores, MASKED)
 
 

@@ -18,7 +18,7 @@ def attention(
     same = (segments[:, :, None] == segments[:, None, :])[:, None]
     if has_window is not None:
         back = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
-        same &= (back < window) | ~has_window
+        same &= (back < window) | jnp.logical_not(has_window)
     return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True, implementation="cudnn")
 
 

@@ -19,7 +19,7 @@ def attention(
     back = jnp.arange(T)[:, None] - jnp.arange(T)
     mask = (back >= 0) & (segments[:, :, None] == segments[:, None, :])
     if has_window is not None:
-        mask &= (back < window) | ~has_window
+        mask &= (back < window) | jnp.logical_not(has_window)
     return masked_attention(q, k, v, mask)
 
 
