@@ -278,16 +278,16 @@ def _scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling 
         )
     ours = {
         "factor": "factor",
-        "original_max_position_embeddings": "first_seq_len",
         "low_freq_factor": "low_frequency",
         "high_freq_factor": "high_frequency",
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
     }
-    said = {name: rope[key] for key, name in ours.items() if rope.get(key) is not None}
-    said.setdefault("first_seq_len", fields["max_position_embeddings"])
-    return RopeScaling(kind=kind, **said)
+    first = rope.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+    # A whole number in JSON is a float here: descriptions have one text for each value.
+    said = {name: float(rope[key]) for key, name in ours.items() if rope.get(key) is not None}
+    return RopeScaling(kind=kind, first_seq_len=first, **said)
 
 
 def _windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:

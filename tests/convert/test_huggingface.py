@@ -2,13 +2,14 @@
 is tested in tests/parity."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import ModelConfig, to_dict
 from flexolmo_jax.convert.hub_config import hf_config, model_config
 from flexolmo_jax.convert.huggingface import from_hf, key_table, to_hf
 from flexolmo_jax.errors import UserError
@@ -120,6 +121,14 @@ def test_a_config_of_transformers_4_is_read():
     assert model_config(values) == dataclasses.replace(
         DENSE, rope_theta=1e4, n_kv_heads=DENSE.n_heads
     )
+
+
+def test_a_scaling_in_whole_numbers_is_read_as_floats():
+    rope = {"rope_type": "yarn", "rope_theta": 10000, "factor": 4, "beta_fast": 32}
+    read = model_config(hf_config(DENSE) | {"rope_parameters": rope})
+    scaling = to_dict(read)["rope_scaling"]
+    assert json.dumps(scaling["factor"]) == "4.0" and json.dumps(scaling["beta_fast"]) == "32.0"
+    assert scaling["first_seq_len"] == DENSE.max_seq_len
 
 
 @pytest.mark.parametrize(
