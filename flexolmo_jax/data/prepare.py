@@ -33,7 +33,7 @@ from flexolmo_jax.data.records import (
 )
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack, shards_of
 from flexolmo_jax.data.spread import spread
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
@@ -75,7 +75,7 @@ def prepare(  # noqa: PLR0913 - the verb's options
     shards = shards_of(files, [size_of(file) for file in files])
     total, name = sum(shard.bytes for shard in shards), absolute(out).name
     with new_directory(out) as directory:
-        tokenizer.save(directory)
+        tokenizer.save(directory / TOKENIZER_FILE)
         with bar(f"prepare {name}", total, in_bytes=True) as advance:
             if ray is None:
                 how = {"workers": workers or _cores(), "advance": advance}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from flexolmo_jax.data.documents import HELDOUT, document_files, read_training_documents
@@ -23,6 +23,7 @@ from flexolmo_jax.storage.outputs import check_new_file
 from flexolmo_jax.storage.paths import absolute, children, reason, size_of
 from flexolmo_jax.storage.untrusted import no_panic, read_bytes
 
+from .chat import Chat
 from .tokenizer_file import LIMIT, read_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -54,7 +55,10 @@ class Tokenizer:
         digest: SHA-256 (hex) of the content, however the file is written.
         byte_lengths: uint16 [V], the UTF-8 bytes each token stands for; 0 for special tokens and
             unused ids.
+        chat: how messages become tokens; None where no template is known.
     """
+
+    chat: Chat | None = None
 
     def __init__(self, content: str, where: str = "the tokenizer"):
         """Takes the content of a tokenizer.json; `where` names it in messages. Raises UserError."""
@@ -103,10 +107,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """From a tokenizer.json or a directory with one. Raises UserError."""
+        """From a tokenizer.json, or from a directory with one, and with its chat template if it has
+        one. Raises UserError."""
         file = path / TOKENIZER_FILE if path.is_dir() else path
         try:
-            return cls(read_bytes(absolute(file), LIMIT).decode("utf-8"), str(file))
+            found = cls(read_bytes(absolute(file), LIMIT).decode("utf-8"), str(file))
         except OSError as error:
             message = (
                 f"cannot read {file}: {reason(error)}; expected a tokenizer.json or a directory"
@@ -115,10 +120,26 @@ class Tokenizer:
             raise UserError(message) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not a tokenizer.json: it is not UTF-8 text") from error
+        found.chat = Chat.load(path) if path.is_dir() else None
+        return found
 
     def save(self, path: Path) -> None:
-        """Writes the file as it was loaded, to `path` or to tokenizer.json in this directory."""
+        """Writes the file as it was loaded: to `path`, or to tokenizer.json in this directory, and
+        the chat template beside it."""
+        if path.is_dir() and self.chat:
+            self.chat.save(path)
         write_text(path / TOKENIZER_FILE if path.is_dir() else path, self._content)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What a description says of the tokenizer, and of the chat template where there is one."""
+        chat = {"chat": self.chat.digest} if self.chat else {}
+        return {"tokenizer": self.digest} | chat
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """The tokens that are no part of the BPE, special ones among them, by id."""
+        return self._backend.get_added_tokens_decoder()
 
     def token(self, index: int) -> str:
         """The name of a special token. Raises KeyError where there is no token of this id."""

@@ -1,0 +1,298 @@
+"""Chat templates: how messages become the tokens that an instruct model was trained on.
+
+    chat.encode(tokenizer, [{"role": "user", "content": "Hello"}])     # the model speaks next
+
+A chat is the Jinja text of a template, the special tokens that it may name, and the tokens that end
+a turn. It lies in `chat.json` beside `tokenizer.json`. Token ids equal those of `transformers`
+(`apply_chat_template`), but for one thing: a message that spells a special token stays text. Where
+the text of messages could be read as such a token, a mark is put before it. The mark is a character
+that no message has. It is taken out after the template's own special tokens have been found.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.files import write_text
+from flexolmo_jax.storage.paths import absolute, reason
+from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
+
+from .rendering import TemplateError, check_syntax, render
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+CHAT_FILE = "chat.json"
+TEMPLATE_LIMIT = 1 << 16  # bytes
+ENDS = 8  # tokens that may end a turn
+LIMIT = 8 * TEMPLATE_LIMIT  # bytes of the file
+# the names that a template may use, as `tokenizer_config.json` has them
+TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+MARKS = range(0xE000, 0xF900)  # characters for private use, which stand for nothing
+
+Message = Mapping[str, str]  # role and content
+_Name = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+@dataclass(frozen=True)
+class _File:
+    """The content of `chat.json`."""
+
+    format: Literal[1]
+    template: Annotated[str, Field(min_length=1, max_length=TEMPLATE_LIMIT)]
+    tokens: dict[Annotated[str, Field(pattern=f"^({'|'.join(TOKEN_NAMES)})$")], _Name]
+    ends: Annotated[tuple[_Name, ...], Field(min_length=1, max_length=ENDS)]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat template. `make_chat` checks one of another's."""
+
+    template: str  # Jinja
+    tokens: Mapping[str, str]  # special tokens by the names that the template uses: bos_token, ...
+    ends: tuple[str, ...]  # tokens that end a turn
+
+    @cached_property
+    def content(self) -> str:
+        """The text of `chat.json`."""
+        return json.dumps({"format": 1, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the file."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, directory: Path) -> "Chat | None":
+        """That of a directory; None where there is none. Raises UserError for a damaged file."""
+        file = directory / CHAT_FILE
+        try:
+            text = read_bytes(absolute(file), LIMIT)
+            fields = parse_json(text)
+            conform(_File, fields)
+            chat = cls(fields["template"], fields["tokens"], tuple(fields["ends"]))
+            if chat.content.encode() != text:
+                raise ValueError("its bytes are not as they were written")
+            return chat
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {reason(error)}; fetch it again") from None
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error!s:.200}); fetch it again") from None
+
+    def save(self, directory: Path) -> None:
+        """Writes `chat.json` into the directory."""
+        write_text(directory / CHAT_FILE, self.content)
+
+    def end_ids(self, tokenizer: "Tokenizer") -> list[int]:
+        """The ids of the tokens that end a turn. Raises UserError for one that is not there."""
+        ids = {token.content: i for i, token in tokenizer.added_tokens.items()}
+        if unknown := [name for name in self.ends if name not in ids]:
+            raise UserError(
+                f"the chat template ends a turn with {unknown[0]!r:.80}, which the tokenizer does"
+                " not have; use the tokenizer that belongs to it"
+            )
+        return [ids[name] for name in self.ends]
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
+        """The text of messages, special tokens by their names.
+
+        With `generation_prompt` it ends where the model is to answer. Raises UserError for messages
+        that are not text with a role, and where the template refuses them, fails or takes too much.
+        """
+        _check(messages)
+        variables = {
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+        }
+        try:
+            return render(self.template, {**self.tokens, **variables})
+        except TemplateError as error:
+            raise UserError(f"the chat template fails on these messages: {error!s:.300}") from None
+
+    def encode(
+        self, tokenizer: "Tokenizer", messages: Sequence[Message], generation_prompt: bool = True
+    ) -> list[int]:
+        """The token ids of what `render` gives. Special tokens are the template's own only."""
+        _check(messages)
+        special = _SpecialTokens(self, tokenizer)
+        mark = _unused([self.template, *(m[key] for m in messages for key in m)])
+        marked = [{key: special.marked(m[key], mark) for key in m} for m in messages]
+        return special.encode(self.render(marked, generation_prompt), mark)
+
+
+class _SpecialTokens:
+    """The tokens that no message may spell: special ones, and those that the chat names.
+
+    Some tokenizer.json forget to call the latter special.
+    """
+
+    def __init__(self, chat: Chat, tokenizer: "Tokenizer"):
+        named = {*chat.tokens.values(), *chat.ends}
+        added = tokenizer.added_tokens
+        self._tokenizer = tokenizer
+        self._tokens = {t.content: t for t in added.values() if t.special or t.content in named}
+        self._ids = {t.content: i for i, t in added.items() if t.content in self._tokens}
+        self._lengths = sorted({len(name) for name in self._tokens}, reverse=True)
+        starts = sorted({name[0] for name in self._tokens})
+        self._start = re.compile(f"[{''.join(map(re.escape, starts))}]" if starts else "(?!)")
+        # between the first and the second character of those that the tokenizer would find in text
+        within = (
+            f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})"
+            for name in sorted(self._tokens)
+            if not self._tokens[name].special
+        )
+        self._within = re.compile("|".join(within) or "(?!)")
+
+    def marked(self, text: str, mark: str) -> str:
+        """A message's text, with a mark before each place where a special token begins.
+
+        It may also begin where the text ends, or end where it begins: what the template adds there
+        could complete it.
+        """
+        places = {m.start() for m in self._start.finditer(text) if self._begins(text, m.start())}
+        if self._ends(text.lstrip()):
+            places.add(len(text) - len(text.lstrip()))
+        parts, start = [], 0
+        for place in sorted(places):
+            parts.append(text[start:place])
+            start = place
+        return mark.join([*parts, text[start:]])
+
+    def _begins(self, text: str, place: int) -> bool:
+        if self._at(text, place):
+            return True
+        end = text[place : place + self._lengths[0]]
+        if place + len(end) < len(text.rstrip()):
+            return False
+        return any(name.startswith((end, end.rstrip())) for name in self._tokens)
+
+    def _ends(self, text: str) -> bool:
+        """Whether a text begins as a special token ends."""
+        names = [name for name in self._tokens if text[:1] in name]
+        return any(text.startswith(name[i:]) for name in names for i in range(1, len(name)))
+
+    def _at(self, text: str, place: int) -> str | None:
+        """The longest special token that begins at this place."""
+        names = (text[place : place + length] for length in self._lengths)
+        return next((name for name in names if name in self._tokens), None)
+
+    def encode(self, text: str, mark: str) -> list[int]:
+        """The ids of rendered text. Where a mark is, no special token begins."""
+        ids: list[int] = []
+        for part, name in self._split(text, mark):
+            plain = self._within.split(part.replace(mark, ""))
+            found = [i for each in plain if each for i in self._tokenizer.encode(each)]
+            if not set(self._ids.values()).isdisjoint(found):
+                raise UserError(
+                    "text of a message becomes a special token with this tokenizer; take it out of"
+                    " the message"
+                )
+            ids += found
+            if name:
+                ids.append(self._ids[name])
+        return ids
+
+    def _split(self, text: str, mark: str) -> Iterator[tuple[str, str]]:
+        """(text, the special token behind it), the last without one."""
+        start = 0
+        for match in self._start.finditer(text):
+            place = match.start()
+            if place < start or text[place - 1 : place] == mark:
+                continue
+            if (name := self._at(text, place)) is None:
+                continue
+            part, token = text[start:place], self._tokens[name]
+            yield part.rstrip() if token.lstrip else part, name
+            start = place + len(name)
+            if token.rstrip:
+                start += len(text) - start - len(text[start:].lstrip())
+        yield text[start:], ""
+
+
+def make_chat(
+    template: str,
+    tokens: Mapping[str, str],
+    ends: Sequence[str],
+    tokenizer: "Tokenizer",
+    where: str,
+) -> Chat:
+    """The chat of a template that another made.
+
+    Args:
+        template: its Jinja text.
+        tokens: special tokens by name (TOKEN_NAMES; others are left out). One that the template
+            does not use may be unknown to the tokenizer: it is left out too.
+        ends: the tokens that end a turn; none: that which ends a document.
+        where: the file or files that this comes from, for messages.
+
+    Raises:
+        UserError: the template is too large or malformed, or a token is not in the tokenizer.
+    """
+    known = {token.content for token in tokenizer.added_tokens.values()}
+    if (size := len(template.encode(errors="replace"))) > TEMPLATE_LIMIT or not template:
+        raise UserError(
+            f"{where}: the chat template has {size} bytes; expected 1 to {TEMPLATE_LIMIT}"
+        )
+    used = {name for name in TOKEN_NAMES if re.search(rf"\b{name}\b", template)}
+    given = {name: tokens[name] for name in TOKEN_NAMES if name in tokens}
+    ends = tuple(dict.fromkeys(ends)) or (tokenizer.token(tokenizer.eos_id),)
+    needed = [given[name] for name in used & given.keys()]
+    if unknown := [token for token in (*needed, *ends) if token not in known]:
+        raise UserError(
+            f"{where}: the chat template uses the special token {unknown[0]!r:.80}, which"
+            " tokenizer.json does not have; use the tokenizer that belongs to it"
+        )
+    if len(ends) > ENDS:
+        raise UserError(f"{where}: {len(ends)} tokens end a turn; expected at most {ENDS}")
+    try:
+        check_syntax(template)
+    except TemplateError as error:
+        raise UserError(f"{where}: the chat template is malformed: {error!s:.200}") from None
+    return Chat(template, {k: v for k, v in given.items() if v in known}, ends)
+
+
+def _check(messages: Sequence[Message]) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise UserError(f"messages are {messages!r:.80}; expected a list of at least one message")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            got = sorted(map(str, message)) if isinstance(message, Mapping) else message
+            raise UserError(f"message {number} has {got!r:.80}; expected a role and a content")
+        for key, value in message.items():
+            if not isinstance(value, str):
+                raise UserError(f"message {number}: its {key} is {value!r:.80}; expected text")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"message {number}: character {error.start} of its {key} is not Unicode; give"
+                    " it in UTF-8"
+                ) from None
+
+
+def _unused(texts: Sequence[str]) -> str:
+    """A character that none of the texts has."""
+    used = set().union(*texts)
+    if (found := next((chr(c) for c in MARKS if chr(c) not in used), None)) is None:
+        raise UserError("messages have every character for private use; take some out")
+    return found

@@ -1,0 +1,132 @@
+"""The program that renders one template: `python rendering_process.py SECONDS MIB CHARACTERS`.
+
+It reads {"template", "variables"} from stdin and writes {"text"} or {"error"} to stdout, both JSON.
+Without variables it only reads the template. It imports nothing of this package, so that it starts
+quickly. What a template is given is what transformers 5.23 gives it (chat_template_utils.py).
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+
+class Generation(Extension):
+    """`{% generation %}` marks what the assistant says. It changes nothing in the text."""
+
+    tags = {"generation"}  # noqa: RUF012 - the name and the type are Jinja's
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_said")
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _said(self, caller: Any) -> str:
+        return caller()
+
+
+class Namespace(jinja2.utils.Namespace):
+    """A namespace without names that begin with an underscore, which Python itself uses."""
+
+    def __init__(*arguments: Any, **values: Any) -> None:  # so that `self` may be one of the names
+        self, *given = arguments
+        names = dict(*given, **values)
+        for name in names:
+            Namespace.check(name)
+        jinja2.utils.Namespace.__init__(self, names)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        Namespace.check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r:.40}")
+
+
+class Dictionaries:
+    """Makes dictionaries. The class `dict` itself would lead further."""
+
+    def __call__(self, *given: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*given, **values)
+
+    def fromkeys(self, *given: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*given)
+
+
+def raise_exception(message: Any) -> None:
+    raise jinja2.TemplateError(str(message))
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def tojson(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own would write < as \\u003c."""
+    how: dict[str, Any] = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(x, ensure_ascii=ensure_ascii, **how)
+
+
+def rendered(template: str, variables: Mapping[str, Any] | None, characters: int) -> str:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    given = {"dict": Dictionaries(), "namespace": Namespace}
+    given |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals.update(given)
+    compiled = environment.from_string(template)
+    text = "" if variables is None else compiled.render(variables)
+    if len(text) > characters:
+        raise ValueError(f"it makes {len(text)} characters; expected at most {characters}")
+    text.encode()  # raises for half a surrogate pair, which is not Unicode
+    return text
+
+
+def limit(seconds: int, mib: int) -> None:
+    """Bounds this process, as far as the system can."""
+    bounds = {"CPU": seconds, "AS": mib << 20, "FSIZE": 0, "CORE": 0}
+    for name, most in bounds.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        _, allowed = resource.getrlimit(kind)
+        most = most if allowed == resource.RLIM_INFINITY else min(most, allowed)
+        try:
+            resource.setrlimit(kind, (most, most))
+        except (OSError, ValueError):  # macOS has no bound on memory
+            continue
+
+
+def main() -> None:
+    seconds, mib, characters = map(int, sys.argv[1:])
+    limit(seconds, mib)
+    request = json.loads(sys.stdin.read())
+    try:
+        text = rendered(request["template"], request.get("variables"), characters)
+        answer = {"text": text}
+    except MemoryError:
+        answer = {"error": f"it takes more than {mib} MiB"}
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        where = f"line {line}: " if line else ""
+        answer = {"error": where + (str(error) or type(error).__name__)[:300]}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

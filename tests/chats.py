@@ -1,0 +1,101 @@
+"""Chat templates in the forms that instruct models use, and tokenizers with their tokens."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from flexolmo_jax.data.chat import Chat, make_chat
+from flexolmo_jax.data.tokenizer import Tokenizer
+
+
+class Form(NamedTuple):
+    """What a published tokenizer says of its chats."""
+
+    template: str
+    tokens: dict[str, str]
+    ends: tuple[str, ...]
+    special: tuple[str, ...]  # tokens that the tokenizer needs
+
+
+CHATML = """{%- if messages[0]['role'] != 'system' %}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and '</think>' in message.content %}
+        {%- set said = message.content.split('</think>')[-1].lstrip('\\n') %}
+    {%- else %}
+        {%- set said = message.content %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + said + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+LLAMA3 = """{{- bos_token }}
+{%- set ns = namespace(first=true) %}
+{% for message in messages %}
+    {%- set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'
+        + message['content'] | trim + '<|eot_id|>' %}
+    {%- if not ns.first and message.role == 'system' %}{% continue %}{% endif %}
+    {%- set ns.first = false %}
+    {{- content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}"""
+MISTRAL = """{{ bos_token }}{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{% endif %}
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}
+{%- else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}
+{% endif %}
+{% endfor %}
+"""
+FORMS = {
+    "chatml": Form(
+        CHATML,
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        ("<|im_end|>", "<|endoftext|>"),
+        ("<|im_start|>", "<|im_end|>"),
+    ),
+    "llama 3": Form(
+        LLAMA3,
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        ("<|eot_id|>",),
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "mistral": Form(
+        MISTRAL,
+        {"bos_token": "<s>", "eos_token": "</s>"},
+        ("</s>",),
+        ("<s>", "</s>", "[INST]", "[/INST]"),
+    ),
+}
+
+
+def with_tokens(file: Path, *names: str, **fields: bool) -> Tokenizer:
+    """The tokenizer of a file with more special tokens."""
+    content = json.loads(file.read_text())
+    for name in names:
+        token = {"id": len(content["model"]["vocab"]) + len(content["added_tokens"])}
+        token |= {"content": name, "special": True, "normalized": False}
+        token |= {"single_word": False, "lstrip": False, "rstrip": False}
+        content["added_tokens"].append(token | fields)
+    return Tokenizer(json.dumps(content))
+
+
+def chat_of(file: Path, name: str, **fields: bool) -> tuple[Tokenizer, Chat]:
+    """A tokenizer with the special tokens of a form, and its chat."""
+    form = FORMS[name]
+    tokenizer = with_tokens(file, *form.special, **fields)
+    return tokenizer, make_chat(form.template, form.tokens, form.ends, tokenizer, "a model")
+
+
+def said(*contents: str, system: str = "") -> list[dict[str, str]]:
+    """Messages of user and assistant in turn, behind one of the system."""
+    turns = zip(itertools.cycle(("user", "assistant")), contents, strict=False)
+    everything = [("system", system), *turns] if system else turns
+    return [{"role": role, "content": content} for role, content in everything]
