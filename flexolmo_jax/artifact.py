@@ -1,7 +1,7 @@
 """A training run, a published anchor or a merged model, opened and loaded the same way.
 
-Each is a directory with a description (`flexolmo.json`), the tokenizer, and its weights as an Orbax
-checkpoint:
+Each is a directory with a description (`flexolmo.json`), the tokenizer, a chat template if there is
+one (`chat.json`), and its weights as an Orbax checkpoint:
 
     RUN      config.yaml  checkpoints/<step>/  metrics.jsonl
     ANCHOR   weights/     embedder/            public/ (packed public records for owners)
@@ -90,12 +90,11 @@ class Artifact:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError for another one than that of the description, or too large a one."""
+        """With the chat template. Raises UserError for others than those of the description, or too
+        large a tokenizer."""
         tokenizer = Tokenizer.load(self.path)
-        if tokenizer.digest != self.description.get("tokenizer", tokenizer.digest):
-            raise UserError(
-                f"{self.path}: its tokenizer is not the one of its description; fetch it again"
-            )
+        if self.kind != "run":  # whose description names none
+            integrity.check_tokenizer(self.path, tokenizer, self.description)
         if tokenizer.vocab_size > self.config.vocab_size:  # ids beyond it would be read as others
             raise UserError(
                 f"{self.path}: its tokenizer has {tokenizer.vocab_size} tokens; expected at most"

@@ -88,6 +88,7 @@ class Anchor(_Common):
     public: tuple[Text, ...]
     fingerprint: Digest
     public_sha256: Digest | None = None
+    chat: Digest | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Parts:
     tokenizer: Digest | None = None
     embedder: Digest | None = None
     public: Digest | None = None
+    chat: Digest | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Model(_Common):
     anchor: Parts | DigestedTensors | None = None
     imported: Text | None = None
     router: Tuned | None = None
+    chat: Digest | None = None
     files: dict[str, Digest] | None = None  # of format 1
 
 

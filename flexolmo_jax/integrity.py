@@ -1,9 +1,9 @@
 """Checks an anchor's or a model's files against its description: names, digests, fingerprint.
 
 An anchor's fingerprint is the digest of its parts: its architecture, every tensor's dtype, shape
-and SHA-256, the tokenizer, the embedder and the public training records (not the held-out ones). A
-merged model keeps its anchor's parts, so its trunk and its expert 0 are checked against the same
-fingerprint.
+and SHA-256, the tokenizer, the chat template, the embedder and the public training records (not the
+held-out ones). A merged model keeps its anchor's parts, so its trunk and its expert 0 are checked
+against the same fingerprint.
 
 The bytes that are checked must be the bytes that are used. Zarr's and Orbax's own files decide how
 weights are read, so they must equal what weights.py writes for the described tensors, and the
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.chat import CHAT_FILE
 from flexolmo_jax.data.records import Index, open_records
 from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.description import DESCRIPTION, canonical_json
@@ -37,6 +38,7 @@ MATRICES = ("gate", "up", "down")
 # keys of a model's config that a merge decides
 OF_MERGES = ("n_experts", "n_active", "router_bias")
 EMBEDDER_LIMIT = 1 << 30  # bytes of an embedder's file
+TOKENIZER_PARTS = {"tokenizer": "tokenizer", "chat": "chat template"}  # keys of a description
 ZEROS = "zeros"  # in place of a digest: the bias of an expert that has none is stored as zeros
 
 
@@ -46,8 +48,7 @@ def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> No
     Raises UserError that names the first difference from its description.
     """
     check_files(path, description, config)
-    if Tokenizer.load(path).digest != description["tokenizer"]:
-        raise UserError(f"{path}: its tokenizer is not the one of its description; fetch it again")
+    check_tokenizer(path, Tokenizer.load(path), description)
     if description["kind"] == "anchor":
         _check_anchor(path, description)
     elif description["fingerprint"] is not None and not is_of_its_anchor(description):
@@ -64,11 +65,24 @@ def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> No
             )
 
 
+def check_tokenizer(path: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) -> None:
+    """Raises UserError unless tokenizer and chat template are those of a description."""
+    for key, what in TOKENIZER_PARTS.items():
+        if tokenizer.digests.get(key) != description.get(key):
+            raise UserError(f"{path}: its {what} is not the one of its description; fetch it again")
+
+
 def check_config(path: Path, description: Mapping[str, Any]) -> None:
-    """Raises UserError if a merged model's architecture is not the one that its anchor has."""
+    """Raises UserError if a merged model's architecture, tokenizer or chat template is not the one
+    that its anchor has."""
     is_merged = description["kind"] == "model" and description["fingerprint"] is not None
-    if is_merged and description["format"] > 1:  # format 1 kept no architecture of the anchor
-        check_model(path, description["model"], description["anchor"]["model"])
+    if not is_merged or description["format"] == 1:  # format 1 kept none of them
+        return
+    anchor = description["anchor"]
+    check_model(path, description["model"], anchor["model"])
+    for key, what in TOKENIZER_PARTS.items():
+        if description.get(key) != anchor.get(key):
+            raise UserError(f"{path} has another {what} than its anchor; do not use it")
 
 
 def check_model(path: Path, ours: Mapping[str, Any], anchors: Mapping[str, Any]) -> None:
@@ -170,6 +184,8 @@ def _sizes(
             )
     target = layouts(config, tensors)
     sizes: dict[str, int | None] = {DESCRIPTION: None, TOKENIZER_FILE: None}
+    if "chat" in description:
+        sizes[CHAT_FILE] = None
     sizes |= {f"weights/{name}": len(content) for name, content in metadata_files(target).items()}
     for array, layout in target.items():
         names = (f"weights/{shard_name(array, index)}" for index in layout.indices())
@@ -190,8 +206,8 @@ def _check_anchor(path: Path, description: Mapping[str, Any]) -> None:
         parts["public"] = public_digest(path / "public")
     if fingerprint_of(parts) != description["fingerprint"]:
         raise UserError(
-            f"{path} does not have its fingerprint: tokenizer, embedder, public text or description"
-            " was changed; fetch it again"
+            f"{path} does not have its fingerprint: tokenizer, chat template, embedder, public text"
+            " or description was changed; fetch it again"
         )
     open_records(path / "public", "train").check_digests()
 
@@ -202,8 +218,8 @@ def parts_of(description: Mapping[str, Any]) -> dict[str, Any]:
         return dict(description["anchor"])
     parts = {key: description[key] for key in ("model", "tensors", "tokenizer")}
     parts["embedder"] = description["embedder"]["sha256"]
-    if "public_sha256" in description:
-        parts["public"] = description["public_sha256"]
+    optional = {"public": "public_sha256", "chat": "chat"}
+    parts |= {part: description[key] for part, key in optional.items() if key in description}
     return parts
 
 

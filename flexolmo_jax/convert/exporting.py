@@ -30,6 +30,7 @@ from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.tensorfile import write_tensors
 from flexolmo_jax.train.evaluate import BATCH_SIZE
 
+from .chat import tokens_and_ends, write_tokenizer
 from .families import family_of
 from .hub_config import hf_config
 from .huggingface import Entry, check_bias, key_table, transposed
@@ -76,7 +77,7 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     configs = _configs(config, artifact.tokenizer, dtype)
     files = shards(_table(artifact, config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
-        artifact.tokenizer.save(directory / "tokenizer.json")
+        write_tokenizer(directory, artifact.tokenizer)
         total = _write_weights(directory, files, arrays, dtype)
         write_bytes(directory / "README.md", _card(artifact, config, scores).encode())
         for name, content in configs.items():
@@ -107,14 +108,14 @@ def _check_options(
 def _configs(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict[str, Any]]:
     """The contents of the JSON files beside the weights, by name."""
     eos, pad = tokenizer.eos_id, tokenizer.pad_id
+    tokens, ends = tokens_and_ends(tokenizer)
     return {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.max_seq_len,
-            "eos_token": tokenizer.token(eos),
-            "pad_token": tokenizer.token(pad),
+            **tokens,
         },
-        "generation_config.json": {"eos_token_id": eos, "pad_token_id": pad, "do_sample": False},
+        "generation_config.json": {"eos_token_id": ends, "pad_token_id": pad, "do_sample": False},
         "config.json": hf_config(config, dtype=dtype, eos_token_id=eos, pad_token_id=pad),
     }
 

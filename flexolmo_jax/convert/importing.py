@@ -36,6 +36,7 @@ from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 from flexolmo_jax.storage.weights import Layout, Writer
 
+from .chat import BESIDE, read_chat
 from .families import FAMILIES
 from .hub_config import model_config
 from .huggingface import TOGETHER, Entry, key_table, some, transposed
@@ -62,6 +63,8 @@ def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     config = model_config(fields)
     experts = _names(names, config.n_experts)
     tokenizer = _tokenizer(hf_path, config)
+    beside = {name: _read_json(hf_path / name) for name in BESIDE if (hf_path / name).exists()}
+    tokenizer.chat = read_chat(hf_path, beside, tokenizer)
     with ExitStack() as files:
         checkpoint = _Checkpoint(hf_path, files)
         table = key_table(config, fields["model_type"])
@@ -70,7 +73,7 @@ def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
         shapes = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
         stored = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in shapes.items()}
         with new_directory(out) as directory:
-            tokenizer.save(directory / "tokenizer.json")
+            tokenizer.save(directory)
             target = layouts(config, stored)
             anchor, members = _write(directory / "weights", target, tensors, experts)
             description = {
@@ -81,7 +84,7 @@ def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
                 "anchor": {"tensors": anchor},
                 "fingerprint": None,  # until it is published
                 "imported": FAMILIES[fields["model_type"]].architecture,
-                "tokenizer": tokenizer.digest,
+                **tokenizer.digests,
                 "tensors": stored,
             }
             write_description(directory, description)

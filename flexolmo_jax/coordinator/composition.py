@@ -183,7 +183,7 @@ class Composition:
             "members": list(self.members),
             "anchor": dict(self.anchor),
             "fingerprint": self.fingerprint,
-            "tokenizer": self.tokenizer.digest,
+            **self.tokenizer.digests,
             "tensors": tensors,
             **self.more,
         }
@@ -226,7 +226,7 @@ class Composition:
             if self.given:
                 self.given.ensure()
             store.check_again(origins)
-            self.tokenizer.save(directory / "tokenizer.json")
+            self.tokenizer.save(directory)
             tensors = description["tensors"]
             target, rows = (
                 layouts(build(ModelConfig, description["model"]), tensors),

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 CHAT_FILE = "chat.json"
 TEMPLATE_LIMIT = 1 << 16  # bytes
 ENDS = 8  # tokens that may end a turn
-LIMIT = 8 * TEMPLATE_LIMIT  # bytes of the file
+NAME_LIMIT = 1000  # characters of a token
+LIMIT = 1 << 20  # bytes of the file
+SIGNS = TEMPLATE_LIMIT + 100  # commas and brackets in it
 # the names that a template may use, as `tokenizer_config.json` has them
 TOKEN_NAMES = (
     "bos_token",
@@ -47,7 +49,7 @@ TOKEN_NAMES = (
 MARKS = range(0xE000, 0xF900)  # characters for private use, which stand for nothing
 
 Message = Mapping[str, str]  # role and content
-_Name = Annotated[str, Field(min_length=1, max_length=1000)]
+_Name = Annotated[str, Field(min_length=1, max_length=NAME_LIMIT)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Chat:
         file = directory / CHAT_FILE
         try:
             text = read_bytes(absolute(file), LIMIT)
-            fields = parse_json(text)
+            fields = parse_json(text, SIGNS)
             conform(_File, fields)
             chat = cls(fields["template"], fields["tokens"], tuple(fields["ends"]))
             if chat.content.encode() != text:
@@ -248,7 +250,8 @@ def make_chat(
     Raises:
         UserError: the template is too large or malformed, or a token is not in the tokenizer.
     """
-    known = {token.content for token in tokenizer.added_tokens.values()}
+    added = tokenizer.added_tokens.values()
+    known = {token.content for token in added if len(token.content) <= NAME_LIMIT}
     if (size := len(template.encode(errors="replace"))) > TEMPLATE_LIMIT or not template:
         raise UserError(
             f"{where}: the chat template has {size} bytes; expected 1 to {TEMPLATE_LIMIT}"

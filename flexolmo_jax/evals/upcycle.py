@@ -41,7 +41,7 @@ def assemble(dense: Mapping[str, Path], out: Path, *, active: int, seed: int = 0
     rows = random.normal(0, config.init_std, (config.n_layers, E, config.d_model))
     params["experts/row"] = rows.astype(np.float32)
     with new_directory(out) as directory:
-        first.tokenizer.save(directory / "tokenizer.json")
+        first.tokenizer.save(directory)
         digests = weights.save(directory / "weights", params, flatten(logical_axes(config)))
         tensors = {
             path: {"dtype": "float32", "shape": list(a.shape), "sha256": digests[path]}
@@ -54,7 +54,7 @@ def assemble(dense: Mapping[str, Path], out: Path, *, active: int, seed: int = 0
             "members": [],
             "fingerprint": None,
             "tensors": tensors,
-            "tokenizer": first.tokenizer.digest,
+            **first.tokenizer.digests,
         }
         write_description(directory, description)
     return open_artifact(out)

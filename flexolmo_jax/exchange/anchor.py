@@ -1,12 +1,12 @@
 """Publishing an anchor: a checkpoint becomes the frozen model that every owner trains against.
 
 The weights are cast once to the release dtype, without the optimiser's state. Router row 0 becomes
-the mean embedding of public text. Tokenizer, embedder and a sample of packed public text are
-written beside the weights.
+the mean embedding of public text. Tokenizer, chat template, embedder and a sample of packed public
+text are written beside the weights.
 
 The fingerprint (integrity.py) is a digest of the architecture, of every tensor's name, dtype, shape
-and bytes (router row 0 too), of tokenizer, embedder and public training records. An expert fits one
-fingerprint only.
+and bytes (router row 0 too), of tokenizer, chat template, embedder and public training records. An
+expert fits one fingerprint only.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def publish(  # noqa: PLR0913 - the verb's options
         raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(RELEASE_DTYPES)}")
     artifact = _dense(dense_path)
     with new_directory(out) as directory:
-        artifact.tokenizer.save(directory / "tokenizer.json")
+        artifact.tokenizer.save(directory)
         length = seq_len or _trained_seq_len(dense_path) or min(artifact.config.max_seq_len, 1024)
         prepare(public, artifact.tokenizer, length, directory / "public", heldout=heldout)
         fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
@@ -132,7 +132,7 @@ def _describe(
     parts = {
         "model": to_dict(config),
         "tensors": tensors,
-        "tokenizer": artifact.tokenizer.digest,
+        **artifact.tokenizer.digests,
         "embedder": embedder_digest(directory / "embedder"),
         "public": public_digest(directory / "public"),
     }
@@ -142,7 +142,7 @@ def _describe(
         "model": parts["model"],
         "experts": ["anchor"],
         "tensors": tensors,
-        "tokenizer": parts["tokenizer"],
+        **artifact.tokenizer.digests,
         "embedder": {"sha256": parts["embedder"]} | name,
         "public_sha256": parts["public"],
         "fingerprint": fingerprint_of(parts),

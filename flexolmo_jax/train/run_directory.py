@@ -55,7 +55,7 @@ def _make_or_check(job: Job, out: Path) -> None:
         return
     # Whole or not there at all: half a directory, left by a kill, could be claimed by no run.
     with new_directory(out) as directory:
-        job.tokenizer.save(directory / "tokenizer.json")
+        job.tokenizer.save(directory)
         write_text(directory / CONFIG, dump_yaml(job.config))
 
 
