@@ -4,8 +4,9 @@ The programs are those of model/decoding.py. Compiling is rare: lengths are roun
 two. Streaming calls the same program with lower limits, and so gives the same tokens.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.decoding import (
+    ENDS,
     GREEDY,
     Compiled,
     Decoding,
@@ -109,8 +111,9 @@ class Generator:
         experts: tuple[int, np.ndarray],
         sampling: Sampling = Sampling(),
         on_token: Callable[[int, np.ndarray], None] | None = None,
+        ends: Sequence[int] = (),
     ) -> list[list[int]]:
-        """The completions of a batch of prompts, each cut before its EOS.
+        """The completions of a batch of prompts, each cut before its EOS or another of its ends.
 
         A completion does not depend on the other prompts.
 
@@ -118,14 +121,17 @@ class Generator:
             experts: how many of them a token uses, and bool [E]: those that it may use.
             on_token: called for every token with its index and the chosen ids [B]; prompts that
                 have ended give `eos_id`. After the first, `STREAMED` tokens come at a time.
+            ends: tokens that end a completion as EOS does, ENDS at most.
 
         Raises:
             UserError: no prompts, an empty prompt, ids outside the vocabulary, no tokens to
-                generate, more tokens than `config.max_seq_len`, or sampling values out of range.
+                generate, more tokens than `config.max_seq_len`, too many ends, or sampling values
+                out of range.
         """
         config, _, vocab_size, eos_id = self._decoder
         sampling.check()
         _check(config, prompts, max_new_tokens, vocab_size)
+        _expect(len(ends) <= ENDS, "ends", f"{len(ends)} tokens", f"at most {ENDS}")
         tokens, lengths = _left_padded(prompts, config.max_seq_len)
         active, allowed = experts
         likeliest = sampling.likeliest(vocab_size)
@@ -135,7 +141,7 @@ class Generator:
         sizes = Sizes(B, P, _bucket(max_new_tokens, config.max_seq_len))
         programs = self._compiled(decoding, sizes)
         last = np.array([prompt[-1] for prompt in prompts], np.int32)
-        request = _request(tokens.shape[1] - lengths, allowed, self._decoder, sampling)
+        request = _request(tokens.shape[1] - lengths, allowed, self._decoder, sampling, ends)
         params = self._decoder.params
         state = programs.prefill(params, tokens, last, request)
         for limit in _limits(max_new_tokens, on_token is not None):
@@ -147,8 +153,7 @@ class Generator:
                     on_token(step, chosen[:, step])
             if chosen.shape[1] < limit:  # every prompt has ended
                 break
-        completions = chosen.tolist()
-        return [ids[: ids.index(eos_id)] if eos_id in ids else ids for ids in completions]
+        return [_before(ids, {eos_id, *ends}) for ids in chosen.tolist()]
 
     def _compiled(self, decoding: Decoding, sizes: Sizes) -> Compiled:
         """The programs. The weights lie as they read them when this returns."""
@@ -159,13 +164,18 @@ class Generator:
 
 
 def _request(
-    first_slot: np.ndarray, allowed: np.ndarray, decoder: Decoder, sampling: Sampling
+    first_slot: np.ndarray,
+    allowed: np.ndarray,
+    decoder: Decoder,
+    sampling: Sampling,
+    ends: Sequence[int],
 ) -> Request:
     """In numpy's arrays: every process of a mesh gives its own."""
     vocab_size = decoder.vocab_size
     settings: dict[str, Any] = {
         "first_slot": first_slot,
         "eos_id": np.int32(decoder.eos_id),
+        "ends": np.array([*ends, *[decoder.eos_id] * (ENDS - len(ends))], np.int32),
         "allowed": np.asarray(allowed, bool),
         "temperature": np.float32(sampling.temperature),
         "top_k": np.int32(min(sampling.top_k or vocab_size, vocab_size)),
@@ -182,6 +192,11 @@ def _lay_out(params: Params, formats: Params) -> None:
             _lay_out(params[name], wanted)
         elif params[name].format != wanted:
             params[name] = jax.device_put(params[name], wanted)
+
+
+def _before(ids: list[int], ends: set[int]) -> list[int]:
+    """The ids before the first of the ends."""
+    return list(itertools.takewhile(lambda i: i not in ends, ids))
 
 
 def _limits(max_new_tokens: int, is_streamed: bool) -> list[int]:
@@ -205,16 +220,19 @@ def _left_padded(
 class TextStream:
     """Turns ids into text as they come.
 
-    A token may end inside a character. Its bytes then wait for the rest of the character.
+    A token may end inside a character. Its bytes then wait for the rest of the character. Special
+    tokens and those of `hidden` give no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, hidden: Collection[int] = ()):
+        self._tokenizer, self._hidden = tokenizer, hidden
         self._ids: list[int] = []  # since the last token that ended with a whole character
         self._printed = 0  # characters of these that were returned
 
     def push(self, token: int) -> str:
         """Returns the text that this token completes: often one word; empty inside a character."""
+        if token in self._hidden:
+            return ""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         # The bytes of an incomplete character decode to one U+FFFD, at the end. The text before it

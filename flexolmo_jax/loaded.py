@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from flexolmo_jax.artifact import Artifact, open_artifact, placement_on
 from flexolmo_jax.config import MeshConfig, ModelConfig, expect
+from flexolmo_jax.data.chat import Message
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Decoder, Generator, Sampling
@@ -112,6 +113,49 @@ class LoadedModel:
         if all(isinstance(prompt, str) for prompt in prompts):
             return [tokenizer.decode(ids) for ids in completions]
         return completions
+
+    def chat(  # noqa: PLR0913 - a model call
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 128,
+        *,
+        without: Sequence[str] = (),
+        active: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_token: Callable[[int, np.ndarray], None] | None = None,
+    ) -> str:
+        """The assistant's answer to messages, without special tokens.
+
+        It ends with the assistant's turn, or after `max_new_tokens`. What a message spells stays
+        text, special tokens too.
+
+            model.chat([{"role": "user", "content": "Where is the mill?"}])
+
+        Args:
+            messages: each a role and a content, both text; the last is usually the user's.
+
+        The rest is as in `generate`. Raises UserError where the model has no chat template, the
+        template refuses the messages, and as `generate` does.
+        """
+        k, allowed = self.selection(without, active)
+        self.check_batch(1)
+        tokenizer, chat = self.tokenizer, self.tokenizer.chat
+        if chat is None:
+            raise UserError(
+                f"{self.artifact.path} has no chat template: expected one of an instruct model that"
+                " was imported with it; use generate"
+            )
+        ends = chat.end_ids(tokenizer)
+        ids = chat.encode(tokenizer, messages)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        (answer,) = self._generator.generate(
+            [ids], max_new_tokens, (k, allowed), sampling, on_token, ends
+        )
+        hidden = chat.special_ids(tokenizer)
+        return tokenizer.decode(i for i in answer if i not in hidden)
 
     @functools.cached_property
     def _generator(self) -> Generator:

@@ -55,10 +55,11 @@ def run(
     dtype=None,
     active=None,
     allowed=None,
+    ends=(),
 ) -> list[list[int]]:
     generator = Generator(Decoder(config, params or params_of(config), VOCAB, eos_id), dtype=dtype)
     experts = active or config.n_active, np.asarray(allowed or [True] * config.n_experts)
-    return generator.generate(prompts, max_new_tokens, experts, sampling, on_token)
+    return generator.generate(prompts, max_new_tokens, experts, sampling, on_token, ends)
 
 
 @functools.cache
@@ -165,6 +166,19 @@ def test_streaming_gives_the_tokens_of_generating_in_one_go(sampling):
         assert column == completion + [eos] * (N - len(completion))
 
 
+def test_other_tokens_end_a_completion_as_eos_does():
+    whole = greedy()
+    ends, steps = [whole[1][4], whole[0][6], *[VOCAB - 1] * 5], []
+    expected = [next((ids[:i] for i in range(N) if ids[i] in ends), ids) for ids in whole]
+    assert {len(ids) for ids in expected[:2]} != {N} and max(map(len, expected)) == N
+    assert run(ends=ends) == expected
+    assert run(ends=ends[1:], eos_id=ends[0]) == expected
+    run([PROMPTS[1]], ends=ends, on_token=lambda step, tokens: steps.append(tokens.tolist()))
+    assert len(steps) == len(expected[1]) + 1, "it stops when every prompt has ended"
+    with pytest.raises(UserError, match="ends: got 9 tokens, expected at most 8"):
+        run(ends=range(9))
+
+
 def test_fewer_new_tokens_are_a_prefix():
     assert run(max_new_tokens=1) == [ids[:1] for ids in greedy()]
 
@@ -193,6 +207,7 @@ def test_other_experts_prompts_seeds_and_limits_compile_nothing():
         allowed=[True, False, True, False],
         max_new_tokens=N + 1,
         eos_id=3,
+        ends=[4, 5],
     )
     assert compiled.cache_info().misses == before
 

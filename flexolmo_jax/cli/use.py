@@ -123,10 +123,17 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
 
 @verb(
     "generate",
-    "Complete prompts.",
+    "Complete prompts, or answer them as messages.",
     'generate model --prompt "The patient" --without legal',
     MODEL,
     option("--prompt", action="append", required=True, help="may be given again: a batch"),
+    option(
+        "--chat",
+        action="store_true",
+        help="each prompt is a user's message, which the model answers by its chat template: "
+        '--chat --system "Be brief." --prompt "Where is the mill?"',
+    ),
+    option("--system", metavar="TEXT", help="with --chat: a message of the system before it"),
     option("--max-new-tokens", type=int, default=128),
     option("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
     option("--top-k", type=int, default=0, help="0: all"),
@@ -145,31 +152,49 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.loaded import load
 
+    if args.system is not None and not args.chat:
+        raise UserError("--system is a message of a chat; give --chat too")
     model = load(args.path, args.checkpoint, args.mesh, args.kernels, args.dtype)
     sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "seed")}
     how = {**_selection(args), **sampling}
     if len(args.prompt) == 1 and not args.json:
         return _streamed(model, args, how)
-    completions = model.generate(args.prompt, args.max_new_tokens, **how)
+    if args.chat:
+        chats = (_messages(prompt, args.system) for prompt in args.prompt)
+        completions = [model.chat(messages, args.max_new_tokens, **how) for messages in chats]
+    else:
+        completions = model.generate(args.prompt, args.max_new_tokens, **how)
     pairs = [
         {"prompt": prompt, "completion": completion}
         for prompt, completion in zip(args.prompt, completions, strict=True)
     ]
-    text = "\n\n".join(pair["prompt"] + pair["completion"] for pair in pairs)
-    return {"completions": pairs, "text": text}
+    shown = (pair["completion"] if args.chat else "".join(pair.values()) for pair in pairs)
+    return {"completions": pairs, "text": "\n\n".join(shown)}
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
 
 
 def _streamed(model: Any, args: argparse.Namespace, how: dict[str, Any]) -> dict[str, Any]:
-    """Prints the completion of one prompt as it comes."""
+    """Prints the completion of one prompt, or the answer to it, as it comes."""
     from flexolmo_jax.generate import TextStream
 
-    stream = TextStream(model.tokenizer)
+    (prompt,), tokenizer = args.prompt, model.tokenizer
+    hidden = tokenizer.chat.special_ids(tokenizer) if args.chat and tokenizer.chat else ()
+    stream = TextStream(tokenizer, hidden)
 
     def show(step: int, ids: Any) -> None:
-        before = "" if step else args.prompt[0]  # not earlier: a mistake may still come up
+        # the prompt not earlier: a mistake may still come up
+        before = "" if step or args.chat else prompt
         print(for_terminal(before + stream.push(int(ids[0]))), end="", flush=True)
 
-    model.generate(args.prompt, args.max_new_tokens, on_token=show, **how)
+    how |= {"max_new_tokens": args.max_new_tokens, "on_token": show}
+    if args.chat:
+        model.chat(_messages(prompt, args.system), **how)
+    else:
+        model.generate([prompt], **how)
     return {"text": stream.finish()}
 
 

@@ -103,6 +103,10 @@ class Chat:
         """Writes `chat.json` into the directory."""
         write_text(directory / CHAT_FILE, self.content)
 
+    def special_ids(self, tokenizer: "Tokenizer") -> frozenset[int]:
+        """The ids of the tokens that no message can spell, and that no reply shows."""
+        return frozenset(_SpecialTokens(self, tokenizer).ids.values())
+
     def end_ids(self, tokenizer: "Tokenizer") -> list[int]:
         """The ids of the tokens that end a turn. Raises UserError for one that is not there."""
         ids = {token.content: i for i, token in tokenizer.added_tokens.items()}
@@ -153,7 +157,7 @@ class _SpecialTokens:
         added = tokenizer.added_tokens
         self._tokenizer = tokenizer
         self._tokens = {t.content: t for t in added.values() if t.special or t.content in named}
-        self._ids = {t.content: i for i, t in added.items() if t.content in self._tokens}
+        self.ids = {t.content: i for i, t in added.items() if t.content in self._tokens}
         self._lengths = sorted({len(name) for name in self._tokens}, reverse=True)
         starts = sorted({name[0] for name in self._tokens})
         self._start = re.compile(f"[{''.join(map(re.escape, starts))}]" if starts else "(?!)")
@@ -204,14 +208,14 @@ class _SpecialTokens:
         for part, name in self._split(text, mark):
             plain = self._within.split(part.replace(mark, ""))
             found = [i for each in plain if each for i in self._tokenizer.encode(each)]
-            if not set(self._ids.values()).isdisjoint(found):
+            if not set(self.ids.values()).isdisjoint(found):
                 raise UserError(
                     "text of a message becomes a special token with this tokenizer; take it out of"
                     " the message"
                 )
             ids += found
             if name:
-                ids.append(self._ids[name])
+                ids.append(self.ids[name])
         return ids
 
     def _split(self, text: str, mark: str) -> Iterator[tuple[str, str]]:

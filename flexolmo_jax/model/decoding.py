@@ -33,6 +33,7 @@ from .transformer import Output, Params, decode, empty_cache, num_experts
 # Prompt tokens that a device reads at once. Their activations lie beside the weights: at 7 x 7B
 # 32,768 of them took 16.0 of the 15.8 GiB of a v5e.
 READ_AT_ONCE = 8192
+ENDS = 8  # tokens, beside EOS, that may end a completion
 GREEDY = 1  # of `Decoding.likeliest`: the likeliest token, the lowest id among equals
 
 
@@ -49,6 +50,9 @@ class Request(NamedTuple):
 
     first_slot: Int[Array, "B"]  # of the prompt in the cache; the slots before it are padding
     eos_id: Int[Array, ""]
+    ends: Int[
+        Array, "Z"
+    ]  # ENDS tokens that end a completion as EOS does; EOS where there are fewer
     allowed: Bool[Array, "E"]
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
@@ -183,6 +187,7 @@ class Decoding:
         request = Request(
             first_slot=array(B),
             eos_id=array(),
+            ends=array(ENDS),
             allowed=array(num_experts(self.config, params), dtype="bool"),
             temperature=array(dtype="float32"),
             top_k=array(),
@@ -261,7 +266,8 @@ class Decoding:
         token = self._next_token(out.logits[:, 0, : self.vocab_size], request, state.step)
         token = jnp.where(state.ended, request.eos_id, token)
         chosen = jax.lax.dynamic_update_slice_in_dim(state.chosen, token[:, None], state.step, 1)
-        ended = state.ended | (token == request.eos_id)
+        ends = (token == request.eos_id) | jnp.any(token[:, None] == request.ends, axis=1)
+        ended = state.ended | ends
         return State(out.cache, token, ended, state.step + 1, chosen)
 
     def _next_token(

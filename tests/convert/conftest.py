@@ -33,21 +33,25 @@ MOE = dataclasses.replace(DENSE, n_experts=3, n_active=2, router_bias=False)
 Make = Callable[..., Path]
 
 
+def write_checkpoint(directory: Path, config, dtype, tokenizer, change=None) -> None:
+    """A Hugging Face checkpoint; `change` edits its tensors and config first."""
+    directory.mkdir()
+    params = init_params(config, jax.random.key(1))
+    params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), params)
+    tensors, fields = to_hf(config, params), hf_config(config, dtype=np.dtype(dtype).name)
+    if change:
+        change(tensors, fields)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(fields))
+    tokenizer.save(directory)
+
+
 @pytest.fixture
 def checkpoint(tmp_path, tiny_tokenizer) -> Make:
     """Writes a Hugging Face checkpoint; `change` edits its tensors and config first."""
 
     def make(config=MOE, dtype=ml_dtypes.bfloat16, name="hf", change=None) -> Path:
-        directory = tmp_path / name
-        directory.mkdir()
-        params = init_params(config, jax.random.key(1))
-        params = jax.tree.map(lambda a: np.asarray(a).astype(dtype), params)
-        tensors, fields = to_hf(config, params), hf_config(config, dtype=np.dtype(dtype).name)
-        if change:
-            change(tensors, fields)
-        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-        (directory / "config.json").write_text(json.dumps(fields))
-        tiny_tokenizer.save(directory)
-        return directory
+        write_checkpoint(tmp_path / name, config, dtype, tiny_tokenizer, change)
+        return tmp_path / name
 
     return make
