@@ -43,3 +43,11 @@ def test_whole_characters_are_not_held_back(tokenizer):
             given_so_far += stream.push(token)
         assert given_so_far.endswith(char)
     assert stream.finish() == ""
+
+
+def test_hidden_tokens_give_no_text_also_inside_a_character(tokenizer):
+    first, *rest = tokenizer.encode("é")
+    (hidden,) = tokenizer.encode("m")
+    stream = TextStream(tokenizer, {hidden})
+    pieces = [stream.push(i) for i in (hidden, first, hidden, *rest, hidden)]
+    assert rest and "".join(pieces) + stream.finish() == "é"
