@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flexolmo_jax import cli
+from flexolmo_jax.cli.printing import for_terminal
 from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel, load
@@ -91,7 +92,7 @@ def test_the_command_answers_as_the_model_does(instruct, chatting, capfd):
     for question, answer in zip(QUESTIONS, answers, strict=False):
         capfd.readouterr()
         assert cli.main([*how, "--prompt", question]) == 0
-        assert capfd.readouterr().out.removesuffix("\n") == cli.printing.for_terminal(answer)
+        assert capfd.readouterr().out.removesuffix("\n") == for_terminal(answer)
     asked = [part for question in QUESTIONS[:2] for part in ("--prompt", question)]
     assert cli.main([*how, *asked, "--json"]) == 0
     found = json.loads(capfd.readouterr().out)

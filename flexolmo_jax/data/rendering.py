@@ -3,7 +3,7 @@
 A template runs in Jinja's immutable sandbox: it reaches no attribute that begins with an underscore
 and changes no value. A sandbox does not bound time and memory: `{{ 9 ** 999999999 }}`, or text that
 doubles itself, would take all there is. So the process that renders (rendering_process.py) has
-bounds on its CPU time and its memory. Each call starts one, which takes 0.1 s.
+bounds on its CPU time and its memory. Each call starts one.
 """
 
 import json
@@ -42,6 +42,8 @@ def _answer(request: dict[str, Any]) -> str:
         done = subprocess.run(command, input=content, capture_output=True, timeout=WAIT)
     except subprocess.TimeoutExpired:
         raise TemplateError(f"it takes more than {WAIT} seconds") from None
+    except OSError as error:
+        raise TemplateError(f"Python cannot be started to render it: {error}") from None
     if done.returncode < 0:  # ended by a signal
         raise TemplateError(f"it takes more than {SECONDS} seconds or {MIB} MiB")
     if done.returncode:

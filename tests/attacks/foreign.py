@@ -15,7 +15,9 @@ from flexolmo_jax.config import ModelConfig, dump_yaml, load_config
 from flexolmo_jax.convert.hub_config import hf_config
 from flexolmo_jax.convert.huggingface import to_hf
 from flexolmo_jax.convert.importing import INDEX, import_hf
+from flexolmo_jax.data.chat import Chat
 from flexolmo_jax.data.records import open_records
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.embedder import fit_embedder, load_embedder
 from flexolmo_jax.model import init_params
@@ -37,11 +39,11 @@ MODEL = ModelConfig(
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory, prepared, tiny_tokenizer) -> dict[str, Path]:
     """A good one of each: a checkpoint in Hugging Face's form, prepared records, an embedder, a
-    run's config."""
+    run's config, a tokenizer with a chat template."""
     root = tmp_path_factory.mktemp("foreign")
-    checkpoint, fitted = root / "hf", root / "embedder"
-    checkpoint.mkdir()
-    fitted.mkdir()
+    checkpoint, fitted, chat = root / "hf", root / "embedder", root / "chat"
+    for directory in (checkpoint, fitted, chat):
+        directory.mkdir()
     tensors = to_hf(MODEL, jax.tree.map(np.asarray, init_params(MODEL, jax.random.key(0))))
     save_file(tensors, checkpoint / "model.safetensors")
     (checkpoint / "config.json").write_text(json.dumps(hf_config(MODEL)))
@@ -54,6 +56,13 @@ def sources(tmp_path_factory, prepared, tiny_tokenizer) -> dict[str, Path]:
         )
     )
     tiny_tokenizer.save(checkpoint)
+    template = "{{ messages[0].content }}{{ eos_token }}"
+    fields = {"chat_template": [{"name": "default", "template": template}]}
+    fields |= {"eos_token": {"content": "<|endoftext|>"}, "pad_token": "<|pad|>"}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(fields))
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+    tiny_tokenizer.save(chat)
+    Chat(template, {"eos_token": "<|endoftext|>"}, ("<|endoftext|>",)).save(chat)
     fit_embedder("tfidf", ["the river feeds the valley", "a farmer paints"], 16).save(fitted)
     config = root / "config.yaml"
     config.write_text(dump_yaml(run_config("anchor", prepared["public"])))
@@ -62,6 +71,7 @@ def sources(tmp_path_factory, prepared, tiny_tokenizer) -> dict[str, Path]:
         "prepared": Path(shutil.copytree(prepared["public"], root / "prepared")),
         "embedder": fitted,
         "run": config,
+        "chat": chat,
     }
 
 
@@ -79,6 +89,9 @@ def read_embedder(path: Path) -> None:
 FILES: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     "config.json": ("hf", import_hf),
     INDEX: ("hf", import_hf),
+    "tokenizer_config.json": ("hf", import_hf),
+    "generation_config.json": ("hf", import_hf),
+    "chat.json": ("chat", lambda path, out: Tokenizer.load(path)),
     "index.json": ("prepared", lambda path, out: read_prepared(path)),
     "embedder.json": ("embedder", lambda path, out: read_embedder(path)),
     "config.yaml": ("run", lambda path, out: load_config(path)),

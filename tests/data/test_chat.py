@@ -204,6 +204,17 @@ def test_a_template_that_takes_too_much_ends_soon(monkeypatch, template):
     assert time.monotonic() - started < rendering.WAIT
 
 
+def test_a_process_that_cannot_render_is_told_of_in_a_line(monkeypatch, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name")
+    monkeypatch.setattr(rendering, "PROGRAM", broken)
+    with pytest.raises(UserError, match="ModuleNotFoundError: No module named 'nothing_of_this_n"):
+        Chat("a", {}, ("x",)).render(said("hello"))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="Python cannot be started to render it"):
+        Chat("a", {}, ("x",)).render(said("hello"))
+
+
 def test_roles_in_the_wrong_order_are_refused_in_the_words_of_the_template(file):
     _, chat = chat_of(file, "mistral")
     with pytest.raises(UserError, match="Conversation roles must alternate"):
