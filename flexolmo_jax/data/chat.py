@@ -7,6 +7,10 @@ a turn. It lies in `chat.json` beside `tokenizer.json`. Token ids equal those of
 (`apply_chat_template`), but for one thing: a message that spells a special token stays text. Where
 the text of messages could be read as such a token, a mark is put before it. The mark is a character
 that no message has. It is taken out after the template's own special tokens have been found.
+
+A template may cut messages and join the parts. So all is rendered a second time, with a mark before
+every character with which a special token begins. The second text is taken if it is the same, but
+for its marks. It is not where the template itself asks how a message begins.
 """
 
 import hashlib
@@ -124,14 +128,14 @@ class Chat:
         that are not text with a role, and where the template refuses them, fails or takes too much.
         """
         _check(messages)
-        variables = {
-            "messages": [dict(message) for message in messages],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": generation_prompt,
-        }
+        return self._rendered(generation_prompt, messages)[0] or ""
+
+    def _rendered(self, prompt: bool, *ways: Sequence[Message]) -> list[str | None]:
+        """`render` of each; None where only the first can be rendered."""
+        same = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self.tokens}
         try:
-            return render(self.template, {**self.tokens, **variables})
+            each = ({"messages": [dict(message) for message in messages]} for messages in ways)
+            return render(self.template, *(same | messages for messages in each))
         except TemplateError as error:
             raise UserError(f"the chat template fails on these messages: {error!s:.300}") from None
 
@@ -142,8 +146,15 @@ class Chat:
         _check(messages)
         special = _SpecialTokens(self, tokenizer)
         mark = _unused([self.template, *(m[key] for m in messages for key in m)])
-        marked = [{key: special.marked(m[key], mark) for key in m} for m in messages]
-        return special.encode(self.render(marked, generation_prompt), mark)
+        few, many = (
+            [{key: special.marked(m[key], mark, everywhere) for key in m} for m in messages]
+            for everywhere in (False, True)
+        )
+        text, safer = self._rendered(generation_prompt, few, many)
+        assert text is not None
+        if safer is not None and safer.replace(mark, "") == text.replace(mark, ""):
+            text = safer
+        return special.encode(text, mark)
 
 
 class _SpecialTokens:
@@ -169,13 +180,14 @@ class _SpecialTokens:
         )
         self._within = re.compile("|".join(within) or "(?!)")
 
-    def marked(self, text: str, mark: str) -> str:
+    def marked(self, text: str, mark: str, everywhere: bool) -> str:
         """A message's text, with a mark before each place where a special token begins.
 
         It may also begin where the text ends, or end where it begins: what the template adds there
-        could complete it.
+        could complete it. `everywhere`: where one could begin at all.
         """
-        places = {m.start() for m in self._start.finditer(text) if self._begins(text, m.start())}
+        starts = (match.start() for match in self._start.finditer(text))
+        places = {place for place in starts if everywhere or self._begins(text, place)}
         if self._ends(text.lstrip()):
             places.add(len(text) - len(text.lstrip()))
         parts, start = [], 0

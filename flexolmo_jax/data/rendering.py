@@ -24,17 +24,20 @@ class TemplateError(Exception):
     """A template is malformed, refuses its input, or takes too much. The text says which."""
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
-    """The text that a template makes of JSON values. Raises TemplateError."""
-    return _answer({"template": template, "variables": dict(variables)})
+def render(template: str, *variables: Mapping[str, Any]) -> list[str | None]:
+    """The texts that a template makes of JSON values, once for each set of them.
+
+    Raises TemplateError where the first cannot be rendered; another one's text is then None.
+    """
+    return _answer({"template": template, "variables": variables})
 
 
 def check_syntax(template: str) -> None:
     """Raises TemplateError for a template that Jinja cannot read. Renders nothing."""
-    _answer({"template": template})
+    _answer({"template": template, "variables": ()})
 
 
-def _answer(request: dict[str, Any]) -> str:
+def _answer(request: dict[str, Any]) -> list[str | None]:
     # -P: a module of the standard library is not the one of its name beside the program
     command = [sys.executable, "-P", str(PROGRAM), str(SECONDS), str(MIB), str(CHARACTERS)]
     content = json.dumps(request).encode()
@@ -52,4 +55,4 @@ def _answer(request: dict[str, Any]) -> str:
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise TemplateError(answer["error"])
-    return answer["text"]
+    return answer["texts"]

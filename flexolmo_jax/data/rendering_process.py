@@ -1,8 +1,10 @@
 """The program that renders one template: `python rendering_process.py SECONDS MIB CHARACTERS`.
 
-It reads {"template", "variables"} from stdin and writes {"text"} or {"error"} to stdout, both JSON.
-Without variables it only reads the template. It imports nothing of this package, so that it starts
-quickly. What a template is given is what transformers 5.23 gives it (chat_template_utils.py).
+It reads {"template", "variables"} from stdin and writes {"texts"} or {"error"} to stdout, both
+JSON. `variables` is a list, with a text for each of its objects: null where only the first can be
+rendered. An empty list lets it only read the template. The program imports nothing of this package,
+so that it starts quickly. A template is given what transformers 5.23 gives it
+(chat_template_utils.py).
 """
 
 import json
@@ -83,7 +85,7 @@ def tojson(
     return json.dumps(x, ensure_ascii=ensure_ascii, **how)
 
 
-def rendered(template: str, variables: Mapping[str, Any] | None, characters: int) -> str:
+def compiled(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
@@ -91,8 +93,11 @@ def rendered(template: str, variables: Mapping[str, Any] | None, characters: int
     given = {"dict": Dictionaries(), "namespace": Namespace}
     given |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     environment.globals.update(given)
-    compiled = environment.from_string(template)
-    text = "" if variables is None else compiled.render(variables)
+    return environment.from_string(template)
+
+
+def rendered(template: jinja2.Template, variables: Mapping[str, Any], characters: int) -> str:
+    text = template.render(variables)
     if len(text) > characters:
         raise ValueError(f"it makes {len(text)} characters; expected at most {characters}")
     text.encode()  # raises for half a surrogate pair, which is not Unicode
@@ -116,9 +121,17 @@ def main() -> None:
     seconds, mib, characters = map(int, sys.argv[1:])
     limit(seconds, mib)
     request = json.loads(sys.stdin.read())
+    texts: list[str | None] = []
     try:
-        text = rendered(request["template"], request.get("variables"), characters)
-        answer = {"text": text}
+        template = compiled(request["template"])
+        for variables in request["variables"]:
+            try:
+                texts.append(rendered(template, variables, characters))
+            except Exception:
+                if not texts:
+                    raise
+                texts.append(None)
+        answer: dict[str, Any] = {"texts": texts}
     except MemoryError:
         answer = {"error": f"it takes more than {mib} MiB"}
     except Exception as error:

@@ -26,9 +26,12 @@ def plain(monkeypatch: pytest.MonkeyPatch):
     """Stands in for Jinja, whose process is slow to start: a template of `a[]b`, where [] is each
     message in turn, without space around it."""
 
-    def render(template, variables):
+    def render(template, *each):
         before, behind = template.split("[]")
-        return "".join(before + m["content"].strip() + behind for m in variables["messages"])
+        return [
+            "".join(before + m["content"].strip() + behind for m in variables["messages"])
+            for variables in each
+        ]
 
     monkeypatch.setattr(chats, "render", render)
 
@@ -72,6 +75,26 @@ def test_a_message_completes_no_special_token_with_what_stands_beside_it(file, p
         assert counted(whole.encode(tokenizer, said(content)), tokenizer) == 2, content
 
 
+def test_a_message_that_a_template_cuts_and_joins_spells_no_special_token(file):
+    tokenizer = with_tokens(file, "<|end|>")
+    joined = (
+        "{{ messages[0].content | replace('/think', '') }}<|end|>{{ messages[0].content | trim }}"
+    )
+    chat = Chat(joined, {}, ("<|end|>",))
+    for content in ("<|en/thinkd|>", "a <|/thinkend/think|>/think", "<|end/think|>"):
+        ids = chat.encode(tokenizer, said(content))
+        assert counted(ids, tokenizer) == 1 and "<|end|>" in tokenizer.decode(ids), content
+
+
+def test_a_template_may_ask_how_a_message_begins(file):
+    """Then a mark before it would change the answer, or be an error of the template."""
+    tokenizer = with_tokens(file, "<|end|>")
+    for other in ("no", "{{ raise_exception('no') }}"):
+        asked = "{% if messages[0].content[0] == '<' %}yes{% else %}" + other + "{% endif %}<|end|>"
+        ids = Chat(asked, {}, ("<|end|>",)).encode(tokenizer, said("<b>"))
+        assert tokenizer.decode(ids) == "yes" and counted(ids, tokenizer) == 1
+
+
 PIECES = st.lists(
     st.sampled_from(["<", "|", "end", "en", "d|>", ">", "[", "INST", "]", " ", "\n", "a", "\ue000"])
 )
@@ -83,9 +106,10 @@ def test_no_message_makes_or_loses_a_special_token_or_a_character(file, contents
     tokenizer = with_tokens(file, "<|end|>", "[INST]", special=special)
     chat = Chat("[INST][]<|end|>", {"bos_token": "[INST]"}, ("<|end|>",))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chats, "render", lambda template, variables: "".join(
-            f"[INST]{m['content']}<|end|>" for m in variables["messages"]
-        ))  # fmt: skip
+        patch.setattr(chats, "render", lambda template, *each: [
+            "".join(f"[INST]{m['content']}<|end|>" for m in variables["messages"])
+            for variables in each
+        ])  # fmt: skip
         ids = chat.encode(tokenizer, said(*contents))
     names = {i: token.content for i, token in tokenizer.added_tokens.items()}
     own = [names[i] for i in ids if i in names]
