@@ -100,6 +100,11 @@ def _tokenizer(hf_path: Path, config: ModelConfig) -> Tokenizer:
             f"{hf_path} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size"
             f" {config.vocab_size}; {TOGETHER}"
         )
+    if tokenizer.lost_bytes:
+        note(
+            f"the vocabulary cannot spell the bytes {tokenizer.lost_bytes.hex(' ')}; text loses them,"
+            " and bits per byte count 8 for each"
+        )
     return tokenizer
 
 

@@ -33,7 +33,7 @@ from flexolmo_jax.data.records import (
 )
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack, shards_of
 from flexolmo_jax.data.spread import spread
-from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from flexolmo_jax.data.tokenizer import LOST_BITS, TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
@@ -88,6 +88,11 @@ def prepare(  # noqa: PLR0913 - the verb's options
             )
         index = _index(name, packed, heldout, directory, tokenizer, seq_len)
         index.write(directory)
+        if lost := sum(split.lost_bytes for split in packed.splits.values()):
+            note(
+                f"warning: the tokenizer's vocabulary cannot spell {lost} bytes of {name}; they are"
+                f" left out, and count {LOST_BITS:g} bits each in bits per byte"
+            )
         return index
 
 

@@ -6,7 +6,8 @@ the tokenizer, and `index.json`, which describes all of them. `prepare.py` write
 
 Every token of a document is scored, except its first in each record, for which the record has no
 context. EOS and padding are not scored. Bits per byte are the sum of -log2 p over the scored
-tokens, divided by their UTF-8 bytes.
+tokens, divided by their UTF-8 bytes. A byte that the vocabulary cannot spell (data/tokenizer.py)
+is a byte more, and 8 bits.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ class SplitIndex:
     """What a split holds.
 
     `scored_bytes` are the UTF-8 bytes of the scored tokens; `fill` is the share of tokens that are
-    not padding.
+    not padding; `lost_bytes` are those of the documents that no token stands for.
     """
 
     records: Count
@@ -55,6 +56,7 @@ class SplitIndex:
     scored_tokens: Count
     scored_bytes: Count
     fill: Annotated[float, Field(ge=0, le=1)]
+    lost_bytes: Count = 0  # not written where it is 0, as in directories of earlier versions
 
     @classmethod
     def of(cls, seq_len: int, **counts: int) -> "SplitIndex":
@@ -123,7 +125,11 @@ class Index:
 
     def write(self, path: Path) -> None:
         """Writes `index.json` into a directory."""
-        write_bytes(path / INDEX_FILE, (json.dumps(asdict(self), indent=1) + "\n").encode())
+        fields = asdict(self)
+        for split in fields["splits"].values():
+            if not split["lost_bytes"]:
+                del split["lost_bytes"]
+        write_bytes(path / INDEX_FILE, (json.dumps(fields, indent=1) + "\n").encode())
 
 
 class Records:
@@ -155,6 +161,11 @@ class Records:
     def tokenizer_digest(self) -> str:
         """The digest of the tokenizer that the records were made with."""
         return self.index.tokenizer_digest
+
+    @property
+    def lost_bytes(self) -> int:
+        """UTF-8 bytes of this split's documents that no token stands for."""
+        return self.stats.lost_bytes
 
     @property
     def stats(self) -> SplitIndex:

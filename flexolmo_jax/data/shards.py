@@ -23,6 +23,7 @@ SHARD = 1 << 30  # bytes of its files, as they are on disk; a longer file is a s
 _CHUNK_CHARACTERS = 1 << 18
 
 Chunk = list[tuple[Split, str]]
+Tokenized = tuple[Split, np.ndarray, int]  # tokens with EOS, and bytes that they do not spell
 
 
 class Shard(NamedTuple):
@@ -95,8 +96,8 @@ def pack(
     inputs: list[InputFile] = []
     for shard in shards:
         chunks = _chunks(documents.read(shard.files, advance))
-        for split, tokens in _tokenized(chunks, tokenizer, workers):
-            writers[split].add(tokens)
+        for split, tokens, lost_bytes in _tokenized(chunks, tokenizer, workers):
+            writers[split].add(tokens, lost_bytes)
         for writer in writers.values():
             writer.cut()
         inputs += [InputFile(file.name, size_of(file), sha256_of(file)) for file in shard.files]
@@ -130,23 +131,25 @@ def _chunks(documents: Iterable[tuple[Split, str]]) -> Iterator[Chunk]:
         yield chunk
 
 
-def _tokenized(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Split, np.ndarray]]:
-    """Tokens and EOS of every document, in order.
+def _tokenized(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Tokenized]:
+    """Every document, in order.
 
     At most about two chunks wait for each of the `workers` threads, which bounds the memory.
     """
     dtype = token_dtype(tokenizer.vocab_size)
 
-    def tokenize(chunk: Chunk) -> list[tuple[Split, np.ndarray]]:
+    def tokenize(chunk: Chunk) -> list[Tokenized]:
         # One document at a time: for several, the tokenizer would start threads of its own.
         return [
-            (split, np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype))
+            (
+                split,
+                np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype),
+                tokenizer.lost_in(text),
+            )
             for split, text in chunk
         ]
 
-    pending: deque[Future[list[tuple[Split, np.ndarray]]]] = deque()
+    pending: deque[Future[list[Tokenized]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
     try:
         for chunk in chunks:

@@ -50,6 +50,7 @@ class SplitWriter:
         )
         self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
         self._documents = self._filled = self._scored_tokens = self._scored_bytes = 0
+        self._lost_bytes = 0
 
     def __enter__(self) -> "SplitWriter":
         return self
@@ -58,9 +59,10 @@ class SplitWriter:
         self._tokens.close()
         self._segments.close()
 
-    def add(self, document: np.ndarray) -> None:
-        """Takes the tokens of a document, EOS included."""
+    def add(self, document: np.ndarray, lost_bytes: int = 0) -> None:
+        """Takes the tokens of a document, EOS included, and how many bytes they do not spell."""
         self._documents += 1
+        self._lost_bytes += lost_bytes
         self._write(self._packer.add(document))
 
     def cut(self) -> None:
@@ -80,6 +82,7 @@ class SplitWriter:
             tokens=self._filled,
             scored_tokens=self._scored_tokens,
             scored_bytes=self._scored_bytes,
+            lost_bytes=self._lost_bytes,
         )
 
     def _write(self, closed: list[Pieces]) -> None:

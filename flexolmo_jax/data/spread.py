@@ -148,6 +148,6 @@ def _tokenizer(directory: Path) -> Tokenizer:
 
 def _sum(parts: Sequence[dict[str, Any]], seq_len: int) -> SplitIndex:
     """What the records of all shards hold."""
-    counted = ("records", "documents", "tokens", "scored_tokens", "scored_bytes")
+    counted = ("records", "documents", "tokens", "scored_tokens", "scored_bytes", "lost_bytes")
     total = {name: sum(part[name] for part in parts) for name in counted}
     return SplitIndex.of(seq_len, **total)

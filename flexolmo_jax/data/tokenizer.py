@@ -1,8 +1,9 @@
 """Byte-level BPE tokenizers: loading, training, and how many bytes of text each token stands for.
 
 The file is the `tokenizer.json` of the `tokenizers` package. Only byte-level tokenizers are
-accepted: with them every token stands for a known number of UTF-8 bytes and no text is lost, so
-bits per byte can be compared between models.
+accepted: with them every token stands for a known number of UTF-8 bytes, so bits per byte can be
+compared between models. A vocabulary may lack bytes that text hardly ever has (RARE). Encoding
+drops those, and bits per byte count `LOST_BITS` for each.
 """
 
 import hashlib
@@ -29,13 +30,21 @@ from .tokenizer_file import LIMIT, read_tokenizer
 TOKENIZER_FILE = "tokenizer.json"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 MOST = 1 << 21  # tokens: a tokenizer.json of more would be longer than is read
-EOS_NAMES = (EOS, "</s>", "<eos>")
+EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>")
 PAD_NAMES = (PAD, "<|padding|>", "<pad>")
-# the 256 characters that stand for bytes in a vocabulary
-BYTES = frozenset(pre_tokenizers.ByteLevel.alphabet())
+# the 256 characters that stand for bytes in a vocabulary: printable ones for themselves, the others
+# for U+0100 and those that follow it
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = (byte for byte in range(0x100) if byte not in _PRINTABLE)
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)
+}
 
-# 0xC0, 0xC1 and 0xF5 to 0xFF, as those characters. GPT-NeoX's vocabulary leaves them out.
-_NEVER_IN_UTF8 = frozenset("\u00c0\u00c1") | {chr(byte) for byte in range(0xF5, 0x100)}
+# GPT-NeoX's vocabulary leaves these out: no UTF-8 has them.
+_NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
+# Control characters, and the first bytes of characters beyond U+3FFFF. SmolLM2's lacks eight.
+RARE = frozenset((*range(0x20), 0x7F, *range(0xF1, 0xF5))) - frozenset(b"\t\n\r")
+LOST_BITS = 8.0  # of a byte that the vocabulary cannot spell: a guess among 256
 
 # How dolma2 cuts text before BPE: contractions, words with the character before them, up to three
 # digits, punctuation, line ends, spaces.
@@ -53,6 +62,7 @@ class Tokenizer:
         eos_id: the token that ends a document, which a caller appends.
         pad_id: the token that fills a record (`eos_id` where the vocabulary has no padding token).
         digest: SHA-256 (hex) of the content, however the file is written.
+        lost_bytes: those of RARE that the vocabulary lacks.
         byte_lengths: uint16 [V], the UTF-8 bytes each token stands for; 0 for special tokens and
             unused ids.
         chat: how messages become tokens; None where no template is known.
@@ -69,15 +79,17 @@ class Tokenizer:
             added: dict[str, dict[str, Any]] = {
                 token["content"]: token for token in fields["added_tokens"]
             }
-            _check_byte_level(fields, added, where)
+            self.lost_bytes: bytes = _check_byte_level(fields, added, where)
             for name in (*EOS_NAMES, *PAD_NAMES):
                 if name in added:
                     # Some published files forget this: then a text could spell its own end.
                     added[name]["special"] = True
             _check_special(fields["model"], added, where)
             with no_panic(where):
-                # Encoding adds no tokens; a template could only repeat or drop the text's own.
-                self._backend = Backend.from_str(json.dumps(fields | {"post_processor": None}))
+                # Encoding adds no tokens, neither by a template, which could only repeat or drop the
+                # text's own, nor for bytes that are lost.
+                own = {"post_processor": None, "model": fields["model"] | {"unk_token": None}}
+                self._backend = Backend.from_str(json.dumps(fields | own))
                 # not the file's ids: the library moves added tokens that leave a gap
                 vocab = self._backend.get_vocab()
         except UserError:
@@ -158,6 +170,11 @@ class Tokenizer:
         with no_panic(self._where):
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
+
+    def lost_in(self, text: str) -> int:
+        """How many of the text's UTF-8 bytes no token stands for."""
+        content = text.encode() if self.lost_bytes else b""
+        return len(content) - len(content.translate(None, self.lost_bytes))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8."""
@@ -253,25 +270,30 @@ def _sample(files: Sequence[Path], heldout: float, sample_bytes: int) -> Iterato
         )
 
 
-def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str) -> None:
+def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str) -> bytes:
+    """Returns the bytes of RARE that the vocabulary lacks. Raises UserError for what is no
+    byte-level BPE."""
     model, steps = fields["model"], fields["pre_tokenizer"] or {}
     kinds = [step["type"] for step in steps.get("pretokenizers", [steps]) if step]
     if model["type"] != "BPE" or "ByteLevel" not in kinds:
+        kind = "SentencePiece's BPE" if model.get("byte_fallback") else f"a {model['type']}"
         raise UserError(
-            f"{where} is a {model['type']} with pre-tokenizer {kinds or None}: expected a"
-            " byte-level BPE"
+            f"{where} is {kind} with pre-tokenizer {kinds or None}: expected a byte-level BPE"
         )
-    if missing := BYTES - _NEVER_IN_UTF8 - model["vocab"].keys():
+    missing = {byte for sign, byte in BYTES.items() if sign not in model["vocab"]}
+    missing -= _NEVER_IN_UTF8
+    if usual := missing - RARE:
         raise UserError(
-            f"{where} lacks tokens for {len(missing)} bytes and would lose text: expected a"
-            " byte-level BPE"
+            f"{where} lacks tokens for {len(usual)} bytes of usual text and would lose it: expected"
+            " a byte-level BPE"
         )
     learnt = (name for name in model["vocab"] if name not in added)
-    if foreign := next((name for name in learnt if not BYTES.issuperset(name)), None):
+    if foreign := next((name for name in learnt if not BYTES.keys() >= set(name)), None):
         raise UserError(
             f"{where} has the token {foreign!r}, which does not spell bytes: expected a"
             " byte-level BPE"
         )
+    return bytes(sorted(missing))
 
 
 def _check_special(model: dict[str, Any], added: dict[str, Any], where: str) -> None:
@@ -282,7 +304,7 @@ def _check_special(model: dict[str, Any], added: dict[str, Any], where: str) -> 
     special = {name for name, token in added.items() if token.get("special")}
     special &= model["vocab"].keys()
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-    spelled = special & BYTES or special.intersection("".join(pair) for pair in pairs)
+    spelled = special & BYTES.keys() or special.intersection("".join(pair) for pair in pairs)
     # then a whole word of the vocabulary needs no merges; words of letters are not cut into parts
     if model.get("ignore_merges"):
         spelled |= {name for name in special if name.lstrip("\u0120").isalpha()}

@@ -1,7 +1,8 @@
 """Bits per byte and routing on prepared records, in the training loop and outside of it.
 
 Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Every token
-of a document is scored, except the first of each record that it spans; EOS and padding are not.
+of a document is scored, except the first of each record that it spans; EOS and padding are not. A byte that the vocabulary cannot spell adds a
+byte and 8 bits.
 """
 
 import functools
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.arrays import read_records
 from flexolmo_jax.data.records import scored_targets
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenizer import LOST_BITS, Tokenizer
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
@@ -128,7 +129,9 @@ def score_records(
             f"{records.path} has no held-out text to score; prepare more documents or a larger"
             " --heldout share"
         )
-    return Score(bits, n_tokens, n_bytes, routing / n_tokens)
+    # which records lack them is not known: a part of the records has its share
+    lost = round(records.lost_bytes * count / len(records))
+    return Score(bits + LOST_BITS * lost, n_tokens, n_bytes + lost, routing / n_tokens)
 
 
 def score_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from flexolmo_jax.data.tokenizer import BYTES, Tokenizer, train_tokenizer
 
 WORDS = [
     "the",
@@ -64,3 +64,15 @@ def tokenizer(
     folder = tmp_path_factory.mktemp("tokenizer")
     corpus = write_jsonl(folder / "corpus.jsonl", made_up_documents(300, seed=0))
     return train_tokenizer([corpus], 400, folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def lossy_tokenizer(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The same without some bytes that text hardly ever has, as SmolLM2's vocabulary."""
+    folder = tmp_path_factory.mktemp("lossy")
+    tokenizer.save(folder)
+    fields = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    for sign, byte in BYTES.items():
+        if byte in (0x04, 0x1D, 0xF1):
+            del fields["model"]["vocab"][sign]
+    return Tokenizer(json.dumps(fields))

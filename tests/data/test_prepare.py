@@ -96,6 +96,26 @@ def test_the_scored_bytes_of_whole_documents_are_their_text_without_the_first_to
     assert index.splits["train"].scored_bytes == sum(len(text.encode()) for text in texts) - first
 
 
+def test_bytes_that_the_vocabulary_cannot_spell_are_counted(
+    tmp_path, write_jsonl, lossy_tokenizer, capfd
+):
+    texts = ["one\x04 two\x1d", "three \U00040000", "four"]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    index = prepare([source], lossy_tokenizer, 64, tmp_path / "out", heldout=0)
+    assert index.splits["train"].lost_bytes == 3
+    assert "cannot spell 3 bytes of out" in capfd.readouterr().err
+    assert open_records(tmp_path / "out", "train").lost_bytes == 3
+    index = prepare(
+        [write_jsonl(tmp_path / "b.jsonl", texts[2:])],
+        lossy_tokenizer,
+        64,
+        tmp_path / "b",
+        heldout=0,
+    )
+    assert "lost_bytes" not in (tmp_path / "b" / "index.json").read_text()
+    assert Index.read(tmp_path / "b") == index
+
+
 def test_the_directory_is_complete_and_names_no_path(prepared, corpus, tokenizer):
     arrays = {
         f"{split}.{kind}.npy" for split in ("train", "heldout") for kind in ("tokens", "segments")

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from flexolmo_jax.data.documents import digest_of, is_heldout
-from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
+from flexolmo_jax.data.tokenizer import BYTES, RARE, Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
 
 UNICODE = st.text(st.characters(codec="utf-8"))
@@ -119,6 +120,51 @@ def test_padding_falls_back_to_eos_and_other_names_are_known(fields):
     assert other.eos_id == other.pad_id == 0
 
 
+def test_the_table_of_bytes_is_that_of_the_library():
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    assert BYTES.keys() == set(pre_tokenizers.ByteLevel.alphabet())
+    every = "".join(map(chr, range(0x80))) + "é€𝄞"
+    [(signs, _)] = split.pre_tokenize_str(every)
+    assert bytes(BYTES[sign] for sign in signs) == every.encode()
+
+
+def test_bytes_that_a_vocabulary_lacks_are_named_and_counted(fields):
+    lacking = {0x04, 0x1D, 0xF1}
+    for sign, byte in BYTES.items():
+        if byte in lacking:
+            del fields["model"]["vocab"][sign]
+    # by the file, such a byte would become a token that ends a document
+    fields["model"]["unk_token"] = "<|endoftext|>"
+    tokenizer = loaded(fields)
+    assert tokenizer.lost_bytes == bytes(sorted(lacking)) and lacking <= RARE
+    text = "a\x04\x1dbc \U00040000 é\U0001f600"
+    assert tokenizer.lost_in(text) == 3
+    ids = tokenizer.encode(text)
+    assert tokenizer.eos_id not in ids
+    assert int(tokenizer.byte_lengths[ids].sum()) == len(text.encode()) - 3
+    assert tokenizer.lost_in("usual text, é\U0001f600") == 0
+    assert loaded(fields).lost_in("") == 0
+
+
+def test_a_whole_vocabulary_loses_nothing(tokenizer):
+    assert tokenizer.lost_bytes == b"" and tokenizer.lost_in("\x04\U00040000") == 0
+
+
+def test_the_end_of_a_document_has_other_names_too(fields):
+    for token in fields["added_tokens"]:
+        if token["id"] == 0:
+            token["content"] = "<|end_of_text|>"
+    fields["model"]["vocab"]["<|end_of_text|>"] = fields["model"]["vocab"].pop("<|endoftext|>")
+    assert loaded(fields).eos_id == 0
+
+
+def test_sentencepiece_is_refused_by_its_name(fields):
+    fields["model"]["byte_fallback"] = True
+    fields["pre_tokenizer"] = None
+    with pytest.raises(UserError, match="is SentencePiece's BPE with pre-tokenizer None"):
+        loaded(fields)
+
+
 def test_what_is_no_byte_level_bpe_is_refused(tokenizer, fields, tmp_path):
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
@@ -130,7 +176,7 @@ def test_what_is_no_byte_level_bpe_is_refused(tokenizer, fields, tmp_path):
             Tokenizer(content, "words.json")
     without_bytes = json.loads(json.dumps(fields))
     without_bytes["model"]["vocab"].pop("Ġ")
-    with pytest.raises(UserError, match="lacks tokens for 1 bytes"):
+    with pytest.raises(UserError, match="lacks tokens for 1 bytes of usual text"):
         loaded(without_bytes)
     foreign = json.loads(json.dumps(fields))
     foreign["model"]["vocab"]["▁the"] = 999

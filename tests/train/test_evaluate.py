@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
-from flexolmo_jax.data.records import open_records
+from flexolmo_jax.data.records import Records, open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from tests.tiny import SEQ_LEN
@@ -52,6 +52,19 @@ def test_the_bytes_of_a_document_are_those_of_its_text(tiny_tokenizer, corpora, 
         for piece in pieces
     )
     assert stats.scored_bytes == text > 500
+
+
+def test_a_byte_that_is_lost_costs_a_guess(model, prepared, monkeypatch):
+    loaded = flexolmo_jax.load(model)
+    n = len(open_records(prepared["code"], "heldout"))
+    before, half = (evaluate(loaded, [prepared["code"]], limit=limit) for limit in (n, n // 2))
+    monkeypatch.setattr(Records, "lost_bytes", 2 * n)
+    for limit, was in ((n, before), (n // 2, half)):
+        now = evaluate(loaded, [prepared["code"]], limit=limit)
+        size, lost = was["bytes"]["code"], 2 * limit
+        assert now["bytes"]["code"] == size + lost
+        bits = was["bits_per_byte"]["code"] * size + 8 * lost
+        np.testing.assert_allclose(now["bits_per_byte"]["code"], bits / (size + lost), rtol=1e-6)
 
 
 def test_padding_the_last_batch_changes_nothing(model, prepared):
