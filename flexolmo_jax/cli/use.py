@@ -230,6 +230,20 @@ def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @verb(
+    "import-gguf",
+    "Make a model of a GGUF file of a Llama, Mistral, OLMo or Qwen, in bfloat16.",
+    "import-gguf SmolLM2-135M-Instruct-Q8_0.gguf model",
+    option("source", metavar="FILE", type=path_of, help="as llama.cpp's converter writes it"),
+    option("out", type=path_of),
+)
+def _import_gguf(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.convert.importing_gguf import import_gguf
+
+    model = import_gguf(args.source, args.out)
+    return {"out": str(args.out), "experts": list(model.experts), "dtype": model.dtype}
+
+
+@verb(
     "export-hf",
     "Write a run, anchor or model as a Hugging Face checkpoint, a mixture as FlexOlmo, Mixtral or "
     "Qwen 3 MoE.",

@@ -12,7 +12,11 @@ from typing import Any, NamedTuple, NoReturn
 from flexolmo_jax.errors import printable
 
 Run = Callable[[argparse.Namespace], dict[str, Any]]
-GROUPS = {"data": "fetch and prepare text", "tokenizer": "train a tokenizer"}
+GROUPS = {
+    "data": "fetch and prepare text",
+    "tokenizer": "train a tokenizer",
+    "anchor": "fetch an open model as an anchor",
+}
 
 
 class Option(NamedTuple):

@@ -6,40 +6,33 @@ of their own or, as transformers 5 holds them in memory, parts of one tensor for
 layer. Nothing is unpickled.
 """
 
-import hashlib
-import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import numpy as np
 from pydantic import Field
 
-from flexolmo_jax.artifact import Artifact, open_artifact, write_description
-from flexolmo_jax.config import ModelConfig, to_dict
+from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import check_expert_name
-from flexolmo_jax.integrity import layouts, name_of_tensor
-from flexolmo_jax.model import init_params
-from flexolmo_jax.model.tree import flatten
-from flexolmo_jax.runtime.progress import bar, note
-from flexolmo_jax.storage.files import clear, new_directory
+from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage.files import clear
 from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute, children, reason
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
-from flexolmo_jax.storage.weights import Layout, Writer
 
 from .chat import BESIDE, read_chat
 from .families import FAMILIES
 from .hub_config import model_config
 from .huggingface import TOGETHER, Entry, key_table, some, transposed
+from .imported import Source, check_vocabulary, write_model
 
 INDEX = "model.safetensors.index.json"
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$"
@@ -62,50 +55,17 @@ def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     fields = _read_json(hf_path / "config.json")
     config = model_config(fields)
     experts = _names(names, config.n_experts)
-    tokenizer = _tokenizer(hf_path, config)
+    tokenizer = Tokenizer.load(hf_path)
+    check_vocabulary(tokenizer, config, hf_path)
     beside = {name: _read_json(hf_path / name) for name in BESIDE if (hf_path / name).exists()}
     tokenizer.chat = read_chat(hf_path, beside, tokenizer)
     with ExitStack() as files:
         checkpoint = _Checkpoint(hf_path, files)
         table = key_table(config, fields["model_type"])
-        tensors = checkpoint.locate(table, tied=config.tied_head)
-        dtype = checkpoint.dtype
-        shapes = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
-        stored = {path: {"dtype": dtype, "shape": list(a.shape)} for path, a in shapes.items()}
-        with new_directory(out) as directory:
-            tokenizer.save(directory)
-            target = layouts(config, stored)
-            anchor, members = _write(directory / "weights", target, tensors, experts)
-            description = {
-                "kind": "model",
-                "model": to_dict(config),
-                "experts": list(experts),
-                "members": members,
-                "anchor": {"tensors": anchor},
-                "fingerprint": None,  # until it is published
-                "imported": FAMILIES[fields["model_type"]].architecture,
-                **tokenizer.digests,
-                "tensors": stored,
-            }
-            write_description(directory, description)
-    size = sum(a.size for a in shapes.values())
-    note(f"imported {out}: {size:,} parameters in {dtype}, experts {', '.join(experts)}")
-    return open_artifact(out)
-
-
-def _tokenizer(hf_path: Path, config: ModelConfig) -> Tokenizer:
-    tokenizer = Tokenizer.load(hf_path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{hf_path} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size"
-            f" {config.vocab_size}; {TOGETHER}"
-        )
-    if tokenizer.lost_bytes:
-        note(
-            f"the vocabulary cannot spell the bytes {tokenizer.lost_bytes.hex(' ')}; text loses them,"
-            " and bits per byte count 8 for each"
-        )
-    return tokenizer
+        values = checkpoint.locate(table, tied=config.tied_head)
+        architecture = FAMILIES[fields["model_type"]].architecture
+        source = Source(config, architecture, tokenizer, checkpoint.dtype, values)
+        return write_model(out, source, experts)
 
 
 @dataclass(frozen=True)
@@ -202,81 +162,6 @@ def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | Non
         return f"{prefix}.down_proj", expert * outputs * inputs, (experts, outputs, inputs)
     start = (2 * expert + (kind == "up")) * outputs * inputs  # an expert's gate, then its up
     return f"{prefix}.gate_up_proj", start, (experts, 2 * outputs, inputs)
-
-
-def _write(
-    directory: Path,
-    target: Mapping[str, Layout],
-    tensors: Mapping[str, list[_Located]],
-    experts: Sequence[str],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Writes the arrays; returns what a model's description says of its anchor and its members."""
-    anchor: dict[str, Any] = {}
-    by_expert: list[dict[str, Any]] = [{} for _ in experts]
-    total = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in target.values())
-    with bar("import", float(total), in_bytes=True) as advance, Writer(directory, target) as writer:
-        for path, layout in target.items():
-            of_anchor = hashlib.sha256()
-            for index, values in _slices(layout, tensors.get(path, ())):
-                writer.write_slice(path, index, values)
-                for layer, expert, part in _by_expert(path, index, values):
-                    content = part.reshape(-1).view(np.uint8).data
-                    if expert == 0:
-                        of_anchor.update(content)
-                    else:
-                        digest = hashlib.sha256(content).hexdigest()
-                        entry = {"dtype": str(part.dtype), "shape": list(part.shape)}
-                        entry["sha256"] = digest
-                        by_expert[expert][name_of_tensor(path, layer)] = entry
-                advance(values.nbytes)
-            shape = list(layout.shape)
-            if path.startswith("experts/"):
-                shape[1] = 1  # only the first expert is the anchor's
-            anchor[path] = {"dtype": layout.dtype, "shape": shape, "sha256": of_anchor.hexdigest()}
-    rest = {
-        "owner": "",
-        "domain": "",
-        "licence": "",
-        "expires": None,
-        "router_bias": False,
-        "privacy": "none",
-        "manifest": None,
-    }
-    members = [
-        {"name": name, **rest, "tensors": tensors, "training": {"imported": True}}
-        for name, tensors in zip(experts, by_expert, strict=True)
-    ]
-    return anchor, members[1:]
-
-
-def _by_expert(
-    path: str, index: tuple[int, ...], values: np.ndarray
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(layer, expert, its values) of a slice of a leaf; all of the trunk is expert 0's."""
-    if not path.startswith("experts/"):
-        yield 0, 0, values
-    elif len(index) == 2:
-        yield *index, values
-    else:  # router rows and biases: of all layers and experts at once
-        for expert in range(values.shape[1]):
-            for layer in range(values.shape[0]):
-                yield layer, expert, np.ascontiguousarray(values[layer, expert])
-
-
-def _slices(
-    layout: Layout, located: Sequence[_Located]
-) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """A leaf in contiguous parts: matrices one by one, vectors of all layers at once.
-
-    Zeros where the checkpoint has none, as a dense model has no router.
-    """
-    if not located:
-        yield (), np.zeros(layout.shape, layout.dtype)
-    elif located[0].entry.transpose or not located[0].entry.index:
-        for one in located:
-            yield one.entry.index, one.read()
-    else:
-        yield (), np.stack([one.read() for one in located]).reshape(layout.shape)
 
 
 def _names(names: Sequence[str], experts: int) -> tuple[str, ...]:

@@ -86,8 +86,8 @@ class Tokenizer:
                     added[name]["special"] = True
             _check_special(fields["model"], added, where)
             with no_panic(where):
-                # Encoding adds no tokens, neither by a template, which could only repeat or drop the
-                # text's own, nor for bytes that are lost.
+                # Encoding adds no tokens: neither by a template, which could only repeat or drop
+                # the text's own, nor for bytes that are lost.
                 own = {"post_processor": None, "model": fields["model"] | {"unk_token": None}}
                 self._backend = Backend.from_str(json.dumps(fields | own))
                 # not the file's ids: the library moves added tokens that leave a gap

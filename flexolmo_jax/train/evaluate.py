@@ -1,8 +1,8 @@
 """Bits per byte and routing on prepared records, in the training loop and outside of it.
 
 Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Every token
-of a document is scored, except the first of each record that it spans; EOS and padding are not. A byte that the vocabulary cannot spell adds a
-byte and 8 bits.
+of a document is scored, except the first of each record that it spans; EOS and padding are not. A
+byte that the vocabulary cannot spell adds a byte and 8 bits.
 """
 
 import functools

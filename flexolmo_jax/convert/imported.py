@@ -1,0 +1,160 @@
+"""Writing a model from the tensors of another format: one at a time, in the order of our leaves."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from flexolmo_jax.artifact import Artifact, open_artifact, write_description
+from flexolmo_jax.config import ModelConfig, to_dict
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.errors import UserError
+from flexolmo_jax.integrity import layouts, name_of_tensor
+from flexolmo_jax.model import init_params
+from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.storage.files import new_directory
+from flexolmo_jax.storage.weights import Layout, Writer
+
+from .huggingface import Entry
+
+
+class Values(Protocol):
+    """The values of one entry of the key table, wherever they are."""
+
+    @property
+    def entry(self) -> Entry: ...
+
+    def read(self) -> np.ndarray:
+        """The values, laid out as our leaf has them."""
+        ...
+
+
+class Source(NamedTuple):
+    """A model in another format."""
+
+    config: ModelConfig
+    architecture: str  # transformers' class
+    tokenizer: Tokenizer
+    dtype: str
+    values: Mapping[str, Sequence[Values]]  # of each leaf, by its path, in the order of its index
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
+    """Raises UserError where the tokenizer has ids that the model does not."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where} has a tokenizer of {tokenizer.vocab_size} tokens and vocab_size"
+            f" {config.vocab_size}; expected no more tokens than that; check that they belong"
+            " together"
+        )
+
+
+def write_model(out: Path, source: Source, experts: Sequence[str]) -> Artifact:
+    """Writes the model; `experts` are the names of its experts, the anchor's first."""
+    config, tokenizer = source.config, source.tokenizer
+    shapes = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    stored = {path: {"dtype": source.dtype, "shape": list(a.shape)} for path, a in shapes.items()}
+    with new_directory(out) as directory:
+        tokenizer.save(directory)
+        target = layouts(config, stored)
+        anchor, members = _write(directory / "weights", target, source.values, experts)
+        description = {
+            "kind": "model",
+            "model": to_dict(config),
+            "experts": list(experts),
+            "members": members,
+            "anchor": {"tensors": anchor},
+            "fingerprint": None,  # until it is published
+            "imported": source.architecture,
+            **tokenizer.digests,
+            "tensors": stored,
+        }
+        write_description(directory, description)
+    if tokenizer.lost_bytes:
+        note(
+            f"the vocabulary cannot spell the bytes {tokenizer.lost_bytes.hex(' ')}; text loses"
+            " them, and bits per byte count 8 for each"
+        )
+    size = sum(a.size for a in shapes.values())
+    note(f"imported {out}: {size:,} parameters in {source.dtype}, experts {', '.join(experts)}")
+    return open_artifact(out)
+
+
+def _write(
+    directory: Path,
+    target: Mapping[str, Layout],
+    tensors: Mapping[str, list[Values]],
+    experts: Sequence[str],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Writes the arrays; returns what a model's description says of its anchor and its members."""
+    anchor: dict[str, Any] = {}
+    by_expert: list[dict[str, Any]] = [{} for _ in experts]
+    total = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in target.values())
+    with bar("import", float(total), in_bytes=True) as advance, Writer(directory, target) as writer:
+        for path, layout in target.items():
+            of_anchor = hashlib.sha256()
+            for index, values in _slices(layout, tensors.get(path, ())):
+                writer.write_slice(path, index, values)
+                for layer, expert, part in _by_expert(path, index, values):
+                    content = part.reshape(-1).view(np.uint8).data
+                    if expert == 0:
+                        of_anchor.update(content)
+                    else:
+                        digest = hashlib.sha256(content).hexdigest()
+                        entry = {"dtype": str(part.dtype), "shape": list(part.shape)}
+                        entry["sha256"] = digest
+                        by_expert[expert][name_of_tensor(path, layer)] = entry
+                advance(values.nbytes)
+            shape = list(layout.shape)
+            if path.startswith("experts/"):
+                shape[1] = 1  # only the first expert is the anchor's
+            anchor[path] = {"dtype": layout.dtype, "shape": shape, "sha256": of_anchor.hexdigest()}
+    rest = {
+        "owner": "",
+        "domain": "",
+        "licence": "",
+        "expires": None,
+        "router_bias": False,
+        "privacy": "none",
+        "manifest": None,
+    }
+    members = [
+        {"name": name, **rest, "tensors": tensors, "training": {"imported": True}}
+        for name, tensors in zip(experts, by_expert, strict=True)
+    ]
+    return anchor, members[1:]
+
+
+def _by_expert(
+    path: str, index: tuple[int, ...], values: np.ndarray
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(layer, expert, its values) of a slice of a leaf; all of the trunk is expert 0's."""
+    if not path.startswith("experts/"):
+        yield 0, 0, values
+    elif len(index) == 2:
+        yield *index, values
+    else:  # router rows and biases: of all layers and experts at once
+        for expert in range(values.shape[1]):
+            for layer in range(values.shape[0]):
+                yield layer, expert, np.ascontiguousarray(values[layer, expert])
+
+
+def _slices(
+    layout: Layout, located: Sequence[Values]
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """A leaf in contiguous parts: matrices one by one, vectors of all layers at once.
+
+    Zeros where the checkpoint has none, as a dense model has no router.
+    """
+    if not located:
+        yield (), np.zeros(layout.shape, layout.dtype)
+    elif located[0].entry.transpose or not located[0].entry.index:
+        for one in located:
+            yield one.entry.index, one.read()
+    else:
+        yield (), np.stack([one.read() for one in located]).reshape(layout.shape)
