@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels.expert_ffn import swiglu
-from flexolmo_jax.model.moe import Choices, Experts, mixture
+from flexolmo_jax.model.moe import Choices, Experts, mixture, route
 
 B, T, E = 2, 40, 4
 CONFIG = ModelConfig(d_model=16, d_ffn=24, init_std=0.3)  # logits and margins of order 1
@@ -88,6 +88,16 @@ def test_the_sparse_path_equals_the_dense_one_in_values_and_gradients(active):
     assert_close(y, expected)
     np.testing.assert_array_equal(router.probabilities, expected_router.probabilities)
     jax.tree.map(assert_close, gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("active", [1, 2, E])
+def test_renormalised_weights_of_the_chosen_add_up_to_one(active):
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(9, E)), jnp.float32)
+    choices = Choices(active, EVERYONE)
+    plain, renormalised = (route(logits, choices, renormalise) for renormalise in (False, True))
+    p = np.asarray(plain.probabilities)
+    np.testing.assert_allclose(renormalised.probabilities, p / p.sum(-1, keepdims=True), rtol=1e-6)
+    assert np.array_equal(plain.ids, renormalised.ids)
 
 
 def test_the_anchor_has_no_bias_whatever_is_stored_there():

@@ -128,6 +128,16 @@ def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_a
     )
 
 
+def test_load_balance_is_of_two_experts_too():
+    probabilities = np.broadcast_to(np.float32([0.7, 0.0]), (L, B, T, 2))
+    output = output_of(np.zeros((B, T, V), np.float32), probabilities, np.zeros((L, B, T)))
+    plain, balanced = (
+        loss_sums(output, TOKENS, jnp.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x))
+        for x in (0, 1.0)
+    )
+    np.testing.assert_allclose((balanced.total - plain.total) / (B * (T - 1)), 2, rtol=1e-5)
+
+
 def test_load_balance_weighs_the_share_of_choices_with_that_of_probabilities():
     # Half of the tokens choose two experts and half only the first of them.
     first, second = np.eye(E)[:2]
