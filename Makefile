@@ -37,8 +37,14 @@ notebooks: $(testing) ## .ipynb files of notebooks/*.py, for Colab
 test: $(testing) ## the fast tests; ARGS= adds pytest's arguments
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: $(testing) ## the slow tests, then the fast ones in a random order; SEED= repeats one
+# The story of tests/tiny.py, and what it is told on: pairs, merges, masks, opt-out, tuning, generation, evaluation.
+families := llama qwen2 qwen3 olmo3
+story := tests/coordinator/test_invariants.py tests/coordinator/test_router.py tests/owner/test_pair.py \
+    tests/owner/test_package.py tests/train/test_evaluate.py tests/evals/test_predictors.py
+
+test-slow: $(testing) ## the slow tests, the story on other families, then the fast ones in a random order; SEED= repeats one
 	$(PYTEST) -m slow $(ARGS)
+	for family in $(families); do TINY_FAMILY=$$family $(PYTEST) -m "not slow" $(story) || exit 1; done
 	$(PYTEST) -m "not slow" --shuffle $(or $(SEED),$(shell echo $$RANDOM)) $(ARGS)
 
 test-mutants: .venv-mutants/.installed-$(version) ## plants faults and makes mutants: which does no test see?

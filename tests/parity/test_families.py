@@ -13,6 +13,7 @@ from flexolmo_jax.config import ModelConfig, RopeScaling
 from flexolmo_jax.convert.families import FAMILIES, family_of
 from flexolmo_jax.convert.hub_config import hf_config, model_config
 from flexolmo_jax.convert.huggingface import from_hf, to_hf
+from flexolmo_jax.generate import Decoder, Generator
 from flexolmo_jax.model import forward, init_params
 
 torch = pytest.importorskip("torch")
@@ -20,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.numpy")
 
 pytestmark = pytest.mark.parity
+torch.set_num_threads(1)  # the products are too small for more
 
 # Odd sizes, so that nothing is right because two of them are equal.
 SHAPE = ModelConfig(
@@ -108,6 +110,73 @@ def test_logits_and_what_is_written_equal_those_of_transformers(config, tmp_path
     # a token whose last chosen and first unchosen expert are close may be routed either way
     assert (error < 2e-4).mean() > (0.97 if config.n_active < config.n_experts else 0.9999)
     assert 0.3 < theirs.std() < 30, "the tolerance is for logits of order 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CASES)
+def test_gradients_equal_those_of_transformers(config, tmp_path):
+    config = dataclasses.replace(config, n_active=config.n_experts)  # no choice is close
+    params = random_params(config)
+    model = torch_model(config, params, tmp_path)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 67))
+    model(torch.as_tensor(tokens), labels=torch.as_tensor(tokens)).loss.backward()
+    theirs = {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+    def loss(params):
+        logits = forward(config, params, jnp.asarray(tokens)).logits
+        targets = jnp.asarray(tokens)[:, 1:, None]
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), targets, axis=-1))
+
+    with jax.default_matmul_precision("highest"):
+        gradients = jax.grad(loss)(params)
+    ours = fused(config, to_hf(config, gradients, family_of(config)))
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        error = np.linalg.norm(ours[name] - gradient)
+        assert error < 2e-4 * np.linalg.norm(gradient) + 1e-9, name
+
+
+def fused(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With the experts of a layer in one tensor, as transformers has them in memory."""
+    if config.n_experts == 1:
+        return tensors
+    gathered: dict[str, list[np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        where, _, rest = name.partition(".experts.")
+        where = where.replace("block_sparse_moe", "mlp")
+        if not rest:
+            gathered[where] = [tensor]
+            continue
+        kind = rest.split(".")[1]
+        if kind in ("gate_proj", "w1"):
+            up = {"gate_proj": "up_proj", "w1": "w3"}[kind]
+            tensor = np.concatenate([tensor, tensors[name.replace(kind, up)]])
+            gathered.setdefault(f"{where}.experts.gate_up_proj", []).append(tensor)
+        elif kind in ("down_proj", "w2"):
+            gathered.setdefault(f"{where}.experts.down_proj", []).append(tensor)
+    return {
+        name: np.stack(parts) if ".experts." in name else parts[0]
+        for name, parts in gathered.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CASES)
+def test_greedy_tokens_equal_those_of_transformers(config, tmp_path):
+    config = dataclasses.replace(config, n_active=config.n_experts)
+    params = random_params(config)
+    model = torch_model(config, params, tmp_path)
+    prompts = np.random.default_rng(3).integers(0, config.vocab_size, (2, 23))
+    with torch.no_grad():
+        theirs = model.generate(
+            torch.as_tensor(prompts), max_new_tokens=64, do_sample=False, pad_token_id=0
+        ).numpy()[:, 23:]
+    with jax.default_matmul_precision("highest"):
+        generator = Generator(Decoder(config, params, config.vocab_size, -1))
+        ours = generator.generate(
+            prompts.tolist(), 64, (config.n_experts, np.ones(config.n_experts, bool))
+        )
+    assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("config", CASES)
