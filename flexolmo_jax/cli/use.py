@@ -7,7 +7,7 @@ from typing import Any
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import path_of
 
-from .options import CHECKPOINT, HELDOUT, KERNELS, MESH, MODEL, SELECTING, positive, size
+from .options import CHECKPOINT, HELDOUT, KERNELS, MESH, MODEL, SELECTING, local, positive, size
 from .printing import for_terminal
 from .verbs import option, verb
 
@@ -205,12 +205,11 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
 @verb(
     "import-hf",
     "Make a model of a Hugging Face checkpoint: OLMo, Llama, Mistral, Qwen, or a mixture of them.",
-    "import-hf FlexOlmo-7x7B-1T model --names math,news,code,academic,creative,reddit",
+    "import-hf allenai/FlexOlmo-7x7B-1T model --names math,news,code,academic,creative,reddit",
     option(
         "source",
         metavar="HF_DIR",
-        type=path_of,
-        help="config.json, *.safetensors and tokenizer.json",
+        help="config.json, *.safetensors and tokenizer.json; or a name on the hub: org/name",
     ),
     option("out", type=path_of),
     option(
@@ -221,10 +220,11 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
     ),
 )
 def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.convert.hub import local_copy
     from flexolmo_jax.convert.importing import import_hf
 
     names = [name for name in args.names.split(",") if name]
-    model = import_hf(args.source, args.out, names)
+    model = import_hf(local_copy(args.source), args.out, names)
     sizes = {"dtype": model.dtype, "active": model.config.n_active}
     return {"out": str(args.out), "experts": list(model.experts), **sizes}
 
@@ -286,6 +286,20 @@ def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
         which=args.checkpoint,
         mesh=args.mesh,
     )
+
+
+@verb(
+    "push-to-hub",
+    "Upload an exported checkpoint, with its card, to Hugging Face's hub; private by default.",
+    "push-to-hub model-hf lab/model",
+    option("folder", metavar="HF_DIR", type=local, help="what export-hf wrote"),
+    option("name", metavar="ORG/NAME"),
+    option("--public", action="store_true", help="where the model is new: for everyone to see"),
+)
+def _push_to_hub(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.convert.hub import push
+
+    return {"address": push(args.folder, args.name, public=args.public)}
 
 
 @verb(

@@ -168,9 +168,9 @@ def test_greedy_tokens_equal_those_of_transformers(config, tmp_path):
     model = torch_model(config, params, tmp_path)
     prompts = np.random.default_rng(3).integers(0, config.vocab_size, (2, 23))
     with torch.no_grad():
-        theirs = model.generate(
-            torch.as_tensor(prompts), max_new_tokens=64, do_sample=False, pad_token_id=0
-        ).numpy()[:, 23:]
+        ids = torch.as_tensor(prompts)
+        how = {"max_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        theirs = model.generate(ids, **how).numpy()[:, 23:]
     with jax.default_matmul_precision("highest"):
         generator = Generator(Decoder(config, params, config.vocab_size, -1))
         ours = generator.generate(
