@@ -37,6 +37,7 @@ from .huggingface import Entry, check_bias, key_table, transposed
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("bfloat16", "float16", "float32")
+ROW = 16  # bytes: torch's `grouped_mm` takes rows of multiples of these
 
 
 def export_hf(  # noqa: PLR0913 - the verb's options
@@ -79,13 +80,16 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     with new_directory(out) as directory:
         write_tokenizer(directory, artifact.tokenizer)
         total = _write_weights(directory, files, arrays, dtype)
-        write_bytes(directory / "README.md", _card(artifact, config, scores).encode())
+        card = _card(artifact, config, scores, _advice(config, dtype))
+        write_bytes(directory / "README.md", card.encode())
         for name, content in configs.items():
             _write_json(directory / name, content)
         artifact.ensure()  # again: another directory may have got its name meanwhile
     plural = "s" * (len(files) > 1)
     (architecture,) = configs["config.json"]["architectures"]
     note(f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}")
+    if advice := _advice(config, dtype):
+        note(advice)
     made = {"out": str(out), "architecture": architecture}
     return made | {"dtype": dtype, "bytes": total, "files": len(files)} | scores
 
@@ -216,7 +220,7 @@ def shards(table: Sequence[Entry], itemsize: int, limit: int) -> dict[str, list[
     return {f"model-{i:05}-of-{count:05}.safetensors": file for i, file in enumerate(files, 1)}
 
 
-def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> str:
+def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any], advice: str) -> str:
     """The model card: who made which expert, on what terms, and on which anchor."""
     members = {
         member["name"]: manifest_of(member) or member
@@ -247,6 +251,8 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any]) -> st
         lines += ["", "Router biases were dropped. Bits per byte:", ""]
         for name, each in scores["bits_per_byte"].items():
             lines.append(f"- {name}: {', '.join(f'{_plain(d)} {x:.4f}' for d, x in each.items())}")
+    if advice:
+        lines += ["", advice]
     return "\n".join(lines) + "\n"
 
 
@@ -258,6 +264,18 @@ def _plain(text: Any) -> str:
     """
     letters = printable(str(text or ""))
     return "".join(c if c.isalnum() or c in " ," else f"&#{ord(c)};" for c in letters)
+
+
+def _advice(config: ModelConfig, dtype: str) -> str:
+    """Of a mixture that transformers' default product of groups refuses; else nothing."""
+    rows = [size * np.dtype(dtype).itemsize for size in (config.d_model, config.d_ffn)]
+    if config.n_experts == 1 or not any(row % ROW for row in rows):
+        return ""
+    return (
+        f"Rows of the experts' matrices have {rows[0]} and {rows[1]} bytes. transformers'"
+        f" grouped_mm needs multiples of {ROW}: load this model with"
+        ' experts_implementation="eager".'
+    )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -4,15 +4,19 @@ numbers are in test_huggingface.py."""
 import dataclasses
 import json
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from flexolmo_jax.config import PRESETS, ModelConfig
 from flexolmo_jax.convert.exporting import export_hf
 from flexolmo_jax.convert.hub_config import hf_config, model_config
-from flexolmo_jax.convert.huggingface import key_table
+from flexolmo_jax.convert.huggingface import key_table, to_hf
 from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.loaded import load
+from flexolmo_jax.model import init_params
 from tests.tiny import documents
 
 torch = pytest.importorskip("torch")
@@ -134,3 +138,31 @@ def test_transformers_generates_the_same_greedy_tokens(kind, anchor, model, tmp_
             else continued
         )
     assert ours.generate(asked, max_new_tokens=new) == expected
+
+
+@pytest.mark.parametrize(("width", "has_advice"), [(24, False), (20, True)])
+def test_an_export_says_where_transformers_own_product_of_groups_fails(
+    width, has_advice, tmp_path, tiny_tokenizer, capsys
+):
+    shape = dict(vocab_size=384, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ffn=width)
+    config = ModelConfig(**shape, n_experts=2, n_active=1, router_bias=False)
+    source = tmp_path / "hf"
+    source.mkdir()
+    params = init_params(config, jax.random.key(0))
+    params = jax.tree.map(lambda a: np.asarray(a, ml_dtypes.bfloat16), params)
+    save_file(to_hf(config, params), source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text(json.dumps(hf_config(config, dtype="bfloat16")))
+    tiny_tokenizer.save(source)
+    export_hf(import_hf(source, tmp_path / "model").path, tmp_path / "out")
+    advice = 'load this model with experts_implementation="eager"'
+    assert (advice in capsys.readouterr().err) == has_advice
+    assert (advice in (tmp_path / "out" / "README.md").read_text()) == has_advice
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    ids = torch.as_tensor([[1, 2, 3]])
+    read(tmp_path / "out", experts_implementation="eager")(ids)
+    default = read(tmp_path / "out", experts_implementation="grouped_mm")
+    if not has_advice:
+        default(ids)
+    else:
+        with pytest.raises(RuntimeError):
+            default(ids)
