@@ -80,18 +80,17 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     with new_directory(out) as directory:
         write_tokenizer(directory, artifact.tokenizer)
         total = _write_weights(directory, files, arrays, dtype)
-        card = _card(artifact, config, scores, _advice(config, dtype))
-        write_bytes(directory / "README.md", card.encode())
+        advice = _advice(config, dtype)
+        write_bytes(directory / "README.md", _card(artifact, config, scores, advice).encode())
         for name, content in configs.items():
             _write_json(directory / name, content)
         artifact.ensure()  # again: another directory may have got its name meanwhile
     plural = "s" * (len(files) > 1)
     (architecture,) = configs["config.json"]["architectures"]
-    note(f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}")
-    if advice := _advice(config, dtype):
-        note(advice)
-    made = {"out": str(out), "architecture": architecture}
-    return made | {"dtype": dtype, "bytes": total, "files": len(files)} | scores
+    told = f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}"
+    note("\n".join(filter(None, (told, advice))))
+    made = {"out": str(out), "architecture": architecture, "dtype": dtype}
+    return made | {"bytes": total, "files": len(files)} | scores
 
 
 def _check_options(

@@ -3,12 +3,12 @@ cuts text before BPE (`tokenizer.ggml.pre`). The rules are llama.cpp's (`llama-v
 """
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexolmo_jax.data.tokenizer import PRE_TOKENS, Tokenizer
 from flexolmo_jax.errors import UserError
-
-from .gguf_file import GgufFile
 
 PREFIX = "tokenizer.ggml."
 # types of tokens, besides 1 for usual ones
@@ -44,34 +44,37 @@ RULES = {
 }
 
 
-def tokenizer_of(file: GgufFile) -> Tokenizer:
-    """Raises UserError for what is no byte-level BPE, and for a rule that is not known."""
-    kind, rule = (file.fields.get(PREFIX + name) for name in ("model", "pre"))
+def tokenizer_of(fields: Mapping[str, Any], where: Path) -> Tokenizer:
+    """By what a file says of itself.
+
+    Raises UserError for what is no byte-level BPE, and for a rule that is not known.
+    """
+    kind, rule = (fields.get(PREFIX + name) for name in ("model", "pre"))
     if kind != "gpt2":
         raise UserError(
-            f"{file.path}: {PREFIX}model is {kind!r:.80}; expected 'gpt2', a byte-level BPE"
+            f"{where}: {PREFIX}model is {kind!r:.80}; expected 'gpt2', a byte-level BPE"
             " ('llama' is SentencePiece's); such a model cannot be imported"
         )
     if rule not in RULES:
         raise UserError(
-            f"{file.path}: {PREFIX}pre is {rule!r:.80}; expected one of {', '.join(RULES)}; import"
+            f"{where}: {PREFIX}pre is {rule!r:.80}; expected one of {', '.join(RULES)}; import"
             " the model from its Hugging Face checkpoint"
         )
-    tokens, types = _list(file, "tokens", str), _list(file, "token_type", int)
+    tokens, types = _list(fields, where, "tokens", str), _list(fields, where, "token_type", int)
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise UserError(
-            f"{file.path} has {len(tokens)} tokens, {len(set(tokens))} different ones, and"
+            f"{where} has {len(tokens)} tokens, {len(set(tokens))} different ones, and"
             f" {len(types)} types of tokens; expected as many of each; download it again"
         )
-    backend = _backend(RULES[rule], tokens, types, _list(file, "merges", str))
-    return Tokenizer(json.dumps(backend, ensure_ascii=False), str(file.path))
+    backend = _backend(RULES[rule], tokens, types, _list(fields, where, "merges", str))
+    return Tokenizer(json.dumps(backend, ensure_ascii=False), str(where))
 
 
-def _list(file: GgufFile, name: str, kind: type) -> list[Any]:
-    value = file.fields.get(PREFIX + name)
+def _list(fields: Mapping[str, Any], where: Path, name: str, kind: type) -> list[Any]:
+    value = fields.get(PREFIX + name)
     if not isinstance(value, list) or not all(type(one) is kind for one in value):
         raise UserError(
-            f"{file.path}: {PREFIX}{name} is {value!r:.80}; expected a list of {kind.__name__};"
+            f"{where}: {PREFIX}{name} is {value!r:.80}; expected a list of {kind.__name__};"
             " download it again"
         )
     return value

@@ -88,7 +88,7 @@ def write_model(out: Path, source: Source, experts: Sequence[str]) -> Artifact:
 def _write(
     directory: Path,
     target: Mapping[str, Layout],
-    tensors: Mapping[str, list[Values]],
+    tensors: Mapping[str, Sequence[Values]],
     experts: Sequence[str],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Writes the arrays; returns what a model's description says of its anchor and its members."""

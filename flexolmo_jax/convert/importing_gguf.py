@@ -74,7 +74,7 @@ def import_gguf(path: Path, out: Path) -> Artifact:
             config = model_config(fields)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        tokenizer = tokenizer_of(file)
+        tokenizer = tokenizer_of(file.fields, path)
         check_vocabulary(tokenizer, config, path)
         values = _locate(file, config, fields["model_type"])
         architecture = FAMILIES[fields["model_type"]].architecture

@@ -203,7 +203,7 @@ def test_a_file_that_is_cut_short_is_refused_wherever_it_ends(written, tmp_path)
     for end in (*range(0, 60), *range(60, len(content), len(content) // 40), len(content) - 1):
         cut.write_bytes(content[:end])
         with pytest.raises(UserError, match=r"cut\.gguf"):
-            GgufFile(cut).close()
+            GgufFile(cut)
 
 
 def header(*, tensors=0, fields=0, rest=b"", version=3, magic=b"GGUF") -> bytes:
@@ -270,7 +270,7 @@ def test_counts_and_types_that_lie_are_refused_at_once(content, message, tmp_pat
     path = tmp_path / "lie.gguf"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        GgufFile(path).close()
+        GgufFile(path)
 
 
 def test_a_changed_byte_is_no_traceback(written, tmp_path):

@@ -1,6 +1,8 @@
 """The rules that cut text before BPE, against the same rules put together by hand."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
@@ -36,21 +38,17 @@ BY_HAND = {
 }
 
 
-class Recorded:
+def recorded(backend: Backend, rule: str) -> dict[str, Any]:
     """What a GGUF file records of a tokenizer."""
-
-    path = "recorded.gguf"
-
-    def __init__(self, backend: Backend, rule: str):
-        model = json.loads(backend.to_str())["model"]
-        names = sorted(model["vocab"], key=model["vocab"].get)
-        self.fields = {
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": rule,
-            "tokenizer.ggml.tokens": [*names, "[gap]", "<tool>"],
-            "tokenizer.ggml.token_type": [3, *[1] * (len(names) - 1), 5, 4],
-            "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
-        }
+    model = json.loads(backend.to_str())["model"]
+    names = sorted(model["vocab"], key=model["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": rule,
+        "tokenizer.ggml.tokens": [*names, "[gap]", "<tool>"],
+        "tokenizer.ggml.token_type": [3, *[1] * (len(names) - 1), 5, 4],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+    }
 
 
 @pytest.mark.parametrize("rule", BY_HAND)
@@ -67,7 +65,7 @@ def test_ids_are_those_of_the_same_tokenizer_put_together_by_hand(rule):
         show_progress=False,
     )
     backend.train_from_iterator(TEXTS * 3, trainer)
-    tokenizer = tokenizer_of(Recorded(backend, rule))
+    tokenizer = tokenizer_of(recorded(backend, rule), Path("recorded.gguf"))
     size = backend.get_vocab_size()
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (size + 2, 0)
     for text in TEXTS:

@@ -144,8 +144,17 @@ def test_transformers_generates_the_same_greedy_tokens(kind, anchor, model, tmp_
 def test_an_export_says_where_transformers_own_product_of_groups_fails(
     width, has_advice, tmp_path, tiny_tokenizer, capsys
 ):
-    shape = dict(vocab_size=384, d_model=32, n_layers=1, n_heads=2, n_kv_heads=2, d_ffn=width)
-    config = ModelConfig(**shape, n_experts=2, n_active=1, router_bias=False)
+    config = ModelConfig(
+        vocab_size=384,
+        d_model=32,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        d_ffn=width,
+        n_experts=2,
+        n_active=1,
+        router_bias=False,
+    )
     source = tmp_path / "hf"
     source.mkdir()
     params = init_params(config, jax.random.key(0))

@@ -129,7 +129,7 @@ def test_load_balance_is_one_a_token_when_balanced_and_e_when_one_expert_takes_a
 
 
 def test_load_balance_is_of_two_experts_too():
-    probabilities = np.broadcast_to(np.float32([0.7, 0.0]), (L, B, T, 2))
+    probabilities = np.broadcast_to(np.array([0.7, 0.0], np.float32), (L, B, T, 2))
     output = output_of(np.zeros((B, T, V), np.float32), probabilities, np.zeros((L, B, T)))
     plain, balanced = (
         loss_sums(output, TOKENS, jnp.ones((B, T), bool), OptimConfig(z_loss=0, load_balance=x))
