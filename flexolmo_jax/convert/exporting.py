@@ -85,10 +85,10 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         for name, content in configs.items():
             _write_json(directory / name, content)
         artifact.ensure()  # again: another directory may have got its name meanwhile
-    plural = "s" * (len(files) > 1)
     (architecture,) = configs["config.json"]["architectures"]
-    told = f"exported {out}: {architecture}, {total:,} bytes in {len(files)} file{plural}, {dtype}"
-    note("\n".join(filter(None, (told, advice))))
+    note(f"exported {out}: {architecture}, {total:,} bytes, files: {len(files)}, {dtype}")
+    if advice:
+        note(advice)
     made = {"out": str(out), "architecture": architecture, "dtype": dtype}
     return made | {"bytes": total, "files": len(files)} | scores
 
