@@ -80,15 +80,13 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     with new_directory(out) as directory:
         write_tokenizer(directory, artifact.tokenizer)
         total = _write_weights(directory, files, arrays, dtype)
-        advice = _advice(config, dtype)
-        write_bytes(directory / "README.md", _card(artifact, config, scores, advice).encode())
+        card = _card(artifact, config, scores, dtype)
+        write_bytes(directory / "README.md", card.encode())
         for name, content in configs.items():
             _write_json(directory / name, content)
         artifact.ensure()  # again: another directory may have got its name meanwhile
     (architecture,) = configs["config.json"]["architectures"]
     note(f"exported {out}: {architecture}, {total:,} bytes, files: {len(files)}, {dtype}")
-    if advice:
-        note(advice)
     made = {"out": str(out), "architecture": architecture, "dtype": dtype}
     return made | {"bytes": total, "files": len(files)} | scores
 
@@ -219,7 +217,7 @@ def shards(table: Sequence[Entry], itemsize: int, limit: int) -> dict[str, list[
     return {f"model-{i:05}-of-{count:05}.safetensors": file for i, file in enumerate(files, 1)}
 
 
-def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any], advice: str) -> str:
+def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any], dtype: str) -> str:
     """The model card: who made which expert, on what terms, and on which anchor."""
     members = {
         member["name"]: manifest_of(member) or member
@@ -250,7 +248,8 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any], advic
         lines += ["", "Router biases were dropped. Bits per byte:", ""]
         for name, each in scores["bits_per_byte"].items():
             lines.append(f"- {name}: {', '.join(f'{_plain(d)} {x:.4f}' for d, x in each.items())}")
-    if advice:
+    if advice := _advice(config, dtype):
+        note(advice)
         lines += ["", advice]
     return "\n".join(lines) + "\n"
 

@@ -7,10 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flexolmo_jax.data.chat import Chat, make_chat
 from flexolmo_jax.data.tokenizer import PRE_TOKENS, Tokenizer
 from flexolmo_jax.errors import UserError
 
-PREFIX = "tokenizer.ggml."
+PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
+# special tokens by the names that a template uses; the last two end a turn
+NAMED = {
+    "bos_token_id": "bos_token",
+    "eos_token_id": "eos_token",
+    "unknown_token_id": "unk_token",
+    "padding_token_id": "pad_token",
+    "eot_token_id": "eot_token",
+    "eom_token_id": "eom_token",
+}
 # types of tokens, besides 1 for usual ones
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 BYTE_LEVEL = {
@@ -67,7 +77,31 @@ def tokenizer_of(fields: Mapping[str, Any], where: Path) -> Tokenizer:
             f" {len(types)} types of tokens; expected as many of each; download it again"
         )
     backend = _backend(RULES[rule], tokens, types, _list(fields, where, "merges", str))
-    return Tokenizer(json.dumps(backend, ensure_ascii=False), str(where))
+    tokenizer = Tokenizer(json.dumps(backend, ensure_ascii=False), str(where))
+    tokenizer.chat = _chat(fields, where, tokens, tokenizer)
+    return tokenizer
+
+
+def _chat(
+    fields: Mapping[str, Any], where: Path, names: list[str], tokenizer: Tokenizer
+) -> Chat | None:
+    template = fields.get(TEMPLATE)
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise UserError(
+            f"{where}: {TEMPLATE} is {template!r:.80}; expected text; download it again"
+        )
+    ids = {ours: fields[PREFIX + name] for name, ours in NAMED.items() if PREFIX + name in fields}
+    if unknown := [i for i in ids.values() if type(i) is not int or i >= len(names)]:
+        raise UserError(
+            f"{where} names the special token {unknown[0]!r:.40}; expected one of its {len(names)}"
+            " tokens; download it again"
+        )
+    tokens = {name: names[i] for name, i in ids.items()}
+    ends = [tokens.pop(name) for name in ("eot_token", "eom_token") if name in tokens]
+    ends += [tokens["eos_token"]] if "eos_token" in tokens else []
+    return make_chat(template, tokens, ends, tokenizer, str(where))
 
 
 def _list(fields: Mapping[str, Any], where: Path, name: str, kind: type) -> list[Any]:

@@ -74,6 +74,29 @@ def test_a_family_comes_back_bit_for_bit(family, written, tmp_path, tiny_tokeniz
     assert verify(tmp_path / "model")["verified"]
 
 
+TEMPLATE = (
+    "{% for m in messages %}{{ bos_token + m['role'] + ': ' + m['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ bos_token + 'assistant: ' }}{% endif %}"
+)
+
+
+def with_chat(template=TEMPLATE, bos=0, eos=1):
+    def change(fields, tensors):
+        fields["tokenizer.chat_template"] = template
+        fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"] = bos, eos
+
+    return change
+
+
+def test_a_chat_template_comes_with_it(written, tmp_path):
+    model = load(import_gguf(written(change=with_chat()), tmp_path / "model").path)
+    tokenizer = model.tokenizer
+    assert tokenizer.chat is not None and tokenizer.chat.ends == (tokenizer.token(1),)
+    ids = tokenizer.chat.encode(tokenizer, [{"role": "user", "content": "Hello"}])
+    assert ids == [0, *tokenizer.encode("user: Hello"), 1, 0, *tokenizer.encode("assistant: ")]
+    assert isinstance(model.chat([{"role": "user", "content": "Hello"}], max_new_tokens=4), str)
+
+
 def test_an_anchor_is_published_from_it(written, tmp_path, corpora):
     model = import_gguf(written(), tmp_path / "model")
     anchor = publish(model.path, [corpora["public"]], tmp_path / "anchor")
@@ -171,6 +194,10 @@ BAD = {
     "types": (setting("tokenizer.ggml.token_type", [1, 3]), "2 types of tokens"),
     "no merges": (lambda f, t: f.pop("tokenizer.ggml.merges"), "merges is None"),
     "merge": (setting("tokenizer.ggml.merges", ["a"]), "is not a tokenizer.json"),
+    "template": (with_chat("{% for %}"), "the chat template is malformed: line 1"),
+    "no template": (with_chat(7), "tokenizer.chat_template is 7; expected text"),
+    "special token": (with_chat(eos=999), "the special token 999; expected one of its 3.. tokens"),
+    "end of a turn": (with_chat(eos=300), "which tokenizer.json does not have"),
     "more tokens": (
         lambda f, t: t.update(
             {

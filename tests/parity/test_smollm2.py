@@ -120,3 +120,22 @@ def test_tokens_are_those_of_what_the_file_records(file, model, texts):
         assert int(model.tokenizer.byte_lengths[ids].sum()) == len(text.encode()) - lost
     assert size > 10_000_000
     assert model.tokenizer.lost_bytes == bytes.fromhex("04 06 13 14 16 1d f1 f2")
+
+
+def test_messages_are_rendered_as_transformers_renders_them(file, model):
+    fields = gguf.GGUFReader(file).fields
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Backend(models.BPE()),
+        chat_template=fields["tokenizer.chat_template"].contents(),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+    )
+    chat, user = model.tokenizer.chat, {"role": "user", "content": "What is 2 + 2?"}
+    assert chat is not None and chat.ends == ("<|im_end|>",)
+    turns = [user, {"role": "assistant", "content": "4."}, {"role": "user", "content": "Sure?"}]
+    for messages in ([user], turns, [{"role": "system", "content": "Be brief."}, *turns]):
+        for prompt in (False, True):
+            expected = theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
+            assert chat.render(messages, prompt) == expected
