@@ -11,6 +11,7 @@ It needs neither JAX nor a cloud.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -244,38 +245,48 @@ def check_devices(run: RunConfig, devices: int, where: str, slices: int = 1) -> 
 
 def stored_plan(job: Job, run: RunConfig) -> dict[str, Any]:
     """The report of `flexolmo plan` for this program on these slices. Raises UserError where there
-    is none."""
+    is none. Files that are no plan count for nothing."""
     wanted = (job.slice.name, job.slices, program_of(run))
+    broken = []
     for path in sorted((ROOT / job.plans).glob("*.json")):
         try:
             plan = json.loads(path.read_text())
             found = plan["topology"], plan["slices"], plan["program"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path} is no plan; expected what flexolmo plan --json prints"
-            ) from None
+            plan["fits"]
+        except (OSError, ValueError, KeyError, TypeError):
+            broken.append(path)
+            continue
         if found == wanted:
             return plan
-    slices = ["--slices", str(job.slices)] if job.slices > 1 else []
-    command = shlex.join(
-        [
-            "flexolmo",
-            "plan",
-            job.config,
-            *_flags(job.set),
-            "--topology",
-            job.slice.name,
-            *slices,
-            "--json",
-        ]
-    )
-    name = job.config.removeprefix("configs/").removesuffix(".yaml").replace("/", "-")
-    where = job.slice.name.replace(":", "-") + (f"-{job.slices}" if slices else "")
-    target = shlex.quote(f"{job.plans}/{name}-{where}.json")
+    names = ", ".join(path.name for path in broken)
+    also = f" ({names}: no plan; remove what is no plan)" if broken else ""
     raise UserError(
-        f"no plan in {job.plans} says whether {job.config} fits {job.where}; make one: {command} >"
-        f" {target}"
+        f"no plan in {job.plans} says whether {job.config} fits {job.where}{also}; make one:"
+        f" {shlex.join(_planning(job, run, broken))}"
     )
+
+
+def _planning(job: Job, run: RunConfig, broken: Sequence[Path]) -> list[str]:
+    """The command that makes the plan. It needs no bucket: of the job's overrides it has those on
+    which the program depends, and no path is one of them."""
+    needed = list(job.set)
+    for override in job.set:
+        others = [other for other in needed if other is not override]
+        try:
+            if program_of(load_config(ROOT / job.config, others)) == program_of(run):
+                needed = others
+        except UserError:  # without it there is no such run
+            continue
+    slices = ["--slices", str(job.slices)] if job.slices > 1 else []
+    where = job.slice.name.replace(":", "-") + "".join(f"-{n}" for n in slices[1:])
+    name = job.config.removeprefix("configs/").removesuffix(".yaml").replace("/", "-")
+    for number in itertools.count(1):  # another program's plan may have the name
+        target = f"{name}-{where}.json" if number == 1 else f"{name}-{where}_{number}.json"
+        path = ROOT / job.plans / target
+        if path in broken or not path.exists():
+            break
+    plan = ["flexolmo", "plan", job.config, *_flags(needed), "--topology", job.slice.name, *slices]
+    return [*plan, "--out", f"{job.plans}/{target}"]
 
 
 def variables(job: Job) -> str:

@@ -86,15 +86,45 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         help="compile with every train.remat and train.accumulate that could be the fastest, and "
         "plan the fastest that fits: minutes",
     ),
+    option("--out", type=path_of, metavar="FILE", help="also write the report: a new .json"),
     SET,
     KERNELS,
 )
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    import json
     import os
 
     from flexolmo_jax.runtime.tpus import COMPILER_ENVIRONMENT, slice_of
+    from flexolmo_jax.storage.files import write_new
+    from flexolmo_jax.storage.outputs import check_new_file
 
     where = slice_of(args.topology)
+    _check_options(args)
+    if args.out:
+        check_new_file(args.out)
+    os.environ.update(COMPILER_ENVIRONMENT)  # before JAX is imported
+    from flexolmo_jax.plan.report import plan_decoding, plan_training, show
+
+    if args.decode is None:
+        from flexolmo_jax.config import load_config
+        from flexolmo_jax.plan.tune import show_tuned, tune
+
+        run = load_config(args.path, args.set)
+        plan, show = (tune, show_tuned) if args.tune else (plan_training, show)
+        report = plan(run, where, args.slices)
+    else:
+        from flexolmo_jax.plan.steps import decoded
+
+        prompts, context = args.decode
+        what = decoded(args.path, args.set)
+        report = plan_decoding(what, where, prompts, context, args.kernels)
+    if args.out:
+        write_new(args.out, (json.dumps(report, indent=1) + "\n").encode())
+    return report if args.json else report | {"text": show(report)}
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for options of `plan` that do not go together."""
     if args.decode is None and args.kernels != "auto":
         raise UserError(
             f"--kernels {args.kernels} is for --decode; a run's step has those of its config: --set"
@@ -107,25 +137,6 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
             "--slices is for training steps: what generates runs on one slice; leave out --slices"
             " or --decode"
         )
-    os.environ.update(COMPILER_ENVIRONMENT)  # before JAX is imported
-    from flexolmo_jax.plan.report import plan_decoding, plan_training, show
-
-    if args.decode is None:
-        from flexolmo_jax.config import load_config
-        from flexolmo_jax.plan.tune import show_tuned, tune
-
-        run = load_config(args.path, args.set)
-        if args.tune:
-            report = tune(run, where, args.slices)
-            return report if args.json else report | {"text": show_tuned(report)}
-        report = plan_training(run, where, args.slices)
-    else:
-        from flexolmo_jax.plan.steps import decoded
-
-        prompts, context = args.decode
-        what = decoded(args.path, args.set)
-        report = plan_decoding(what, where, prompts, context, args.kernels)
-    return report if args.json else report | {"text": show(report)}
 
 
 @verb(

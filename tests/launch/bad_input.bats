@@ -40,7 +40,7 @@ teardown() { [[ ! -s $FAKE/calls ]]; }
   set_also train.remat=dots
   launch launch/skypilot.sh "$JOB"
   refused 2 'make one: flexolmo plan configs/7b/pair.yaml --set train.remat=dots '
-  [[ $stderr == *"--topology v5p:4x4x4 --json > "*/7b-pair-v5p-4x4x4.json ]]
+  [[ $stderr == *"--topology v5p:4x4x4 --out "*/7b-pair-v5p-4x4x4.json && $stderr != *gs://* ]]
 }
 
 @test "a config that does not fit, with sizes and what to change" {

@@ -5,6 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import pytest
@@ -185,27 +186,54 @@ def test_a_plan_counts_only_for_its_own_program_and_slices(tmp_path):
             preflight(load_job(changed(tmp_path, **keys)))
 
 
-def test_the_command_that_makes_a_plan_is_one_that_flexolmo_takes(tmp_path):
-    with pytest.raises(UserError) as error:
-        preflight(
-            load_job(
-                changed(tmp_path, slices=2, set=["mesh.data=2", "pair.owner=Biomed Institute"])
-            )
-        )
-    command, target = (
-        shlex.split(str(error.value).partition("make one: ")[2]),
-        str(tmp_path / "plans/7b-pair-v5p-4x4x4-2.json"),
-    )
-    assert command[-2:] == [">", target]
+def remedy(told):
+    """What the command that makes a plan is given, as flexolmo reads it."""
     from flexolmo_jax.cli.command import PARSER
 
-    args = PARSER.parse_args(command[1:-2])
-    assert (args.topology, args.slices, args.json, args.set) == (
-        "v5p:4x4x4",
-        2,
-        True,
-        ["mesh.data=2", "pair.owner=Biomed Institute"],
-    )
+    command = shlex.split(told.partition("make one: ")[2])
+    assert command[:2] == ["flexolmo", "plan"]
+    return PARSER.parse_args(command[1:])
+
+
+def refusal(job):
+    with pytest.raises(UserError) as error:
+        preflight(job)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_command_that_makes_a_plan_has_what_the_program_depends_on_and_reads_no_bucket(
+    tmp_path,
+):
+    given = yaml.safe_load((ROOT / "launch/jobs/biomed.yaml").read_text())["set"]
+    own = ["mesh.data=2", "train.remat=dots", "data.tokenizer=gs://biomed-4711-flexolmo/anchor"]
+    told = refusal(load_job(changed(tmp_path, slices=2, set=[*given, *own])))
+    args = remedy(told)
+    assert (args.topology, args.slices, args.set) == ("v5p:4x4x4", 2, own[:2])
+    assert args.out == tmp_path / "plans/7b-pair-v5p-4x4x4-2.json" and "gs://" not in told
+
+
+def test_the_command_that_makes_a_plan_makes_the_one_that_is_looked_for(tmp_path):
+    job = load_job(changed(tmp_path, set=[*load_job(EXAMPLES[1]).set, "model.d_ffn=64"]))
+    args = remedy(refusal(job))
+    args.out.parent.mkdir()
+    args.out.write_text(json.dumps(plan_for(replace(job, set=tuple(args.set)))))
+    preflight(job)
+    # The file of another program's plan stays.
+    assert remedy(refusal(replace(job, set=()))).out == args.out.with_stem(f"{args.out.stem}_2")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"topology": "v5p:4x4x4"}', "\udcff"])
+def test_a_broken_file_among_the_plans_stops_no_job_that_has_one(tmp_path, text):
+    job = planned(tmp_path)
+    broken = tmp_path / "plans/7b-pair-v5p-4x4x4.json"
+    broken.write_bytes(text.encode(errors="surrogateescape"))
+    (tmp_path / "plans/folder.json").mkdir()
+    preflight(job)
+    (tmp_path / "plans/any.json").unlink()
+    told = refusal(job)
+    assert "(7b-pair-v5p-4x4x4.json, folder.json: no plan; remove what is no plan)" in told
+    assert remedy(told).out == broken
 
 
 def test_a_config_that_does_not_fit_is_refused_with_what_to_change(tmp_path):
@@ -213,16 +241,6 @@ def test_a_config_that_does_not_fit_is_refused_with_what_to_change(tmp_path):
         UserError, match=r"needs 112.0 GiB and has 95.0 GiB; change it: --set train.remat=full"
     ):
         preflight(planned(tmp_path, fits=False))
-
-
-def test_a_file_among_the_plans_that_is_none_is_refused(tmp_path):
-    job = planned(tmp_path)
-    for text in ("{", "[]", "{}", "3"):
-        (tmp_path / "plans/a.json").write_text(text)
-        with pytest.raises(
-            UserError, match="is no plan; expected what flexolmo plan --json prints"
-        ):
-            preflight(job)
 
 
 def test_preflight_says_yes_where_training_does():

@@ -4,6 +4,7 @@ the rest."""
 import dataclasses
 import functools
 import importlib.util
+import json
 import math
 import re
 
@@ -16,6 +17,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import init_params
 from flexolmo_jax.model.tree import flatten
+from flexolmo_jax.plan import report
 from flexolmo_jax.plan.program import program_of
 from flexolmo_jax.plan.report import _needed, unread_bytes
 from flexolmo_jax.plan.steps import Decoded, architecture, decoded, generation, training_step
@@ -211,6 +213,18 @@ def test_an_architecture_that_nothing_says_is_asked_for():
 def test_a_plan_without_the_compiler_says_how_to_get_it(capsys):
     assert main(["plan", str(PAIR), "--topology", "v5p:4x4x4"]) == 2
     assert ".venv-tpu/bin/pip install 'flexolmo-jax[tpu]'" in capsys.readouterr().err
+
+
+def test_the_report_of_a_plan_is_written_whole_to_a_new_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "plan_training", lambda *_: {"fits": False, "peak_bytes": 1})
+    monkeypatch.setattr(report, "show", lambda _: "what people read")
+    out = tmp_path / "plans" / "pair.json"
+    command = ["plan", str(PAIR), "--topology", "v5p:4x4x4", "--out", str(out)]
+    assert main(command) == 1  # it does not fit: a report too
+    assert json.loads(out.read_text()) == {"fits": False, "peak_bytes": 1}
+    assert capsys.readouterr().out == "what people read\n"
+    monkeypatch.setattr(report, "plan_training", lambda *_: pytest.fail("compiled for nothing"))
+    assert main(command) == 2 and f"{out} exists; give a new file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("active", "batch", "share"), [(2, 1, 3 / 4), (2, 3, 27 / 64), (8, 1, 0)])
