@@ -45,6 +45,7 @@ GIB = 2**30
 # What a TPU VM boots (docs.cloud.google.com/tpu/docs/runtimes, November 2026); TPU7x is to be had
 # through GKE only.
 RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+IN_BUCKET = re.compile(r"gs://[a-z0-9][-_.a-z0-9]+")
 NAME = r"[a-z]([-a-z0-9]*[a-z0-9])?"
 # What Google accepts, as far as a mistake here would only come out once something has been created.
 EXPECTED = {
@@ -222,6 +223,7 @@ def preflight(job: Job) -> None:
     """Raises UserError for what would come out only once the slice is there and costs."""
     run = load_config(ROOT / job.config, job.set)
     check_devices(run, job.slice.devices * job.slices, job.where, job.slices)
+    check_paths(run, job)
     plan = stored_plan(job, run)
     if not plan["fits"]:
         raise UserError(
@@ -241,6 +243,18 @@ def check_devices(run: RunConfig, devices: int, where: str, slices: int = 1) -> 
             " change the slice"
         )
     check_microbatch(run, sizes)
+
+
+def check_paths(run: RunConfig, job: Job) -> None:
+    """Raises UserError for what the run would read from this machine: the workers have only the
+    image and buckets."""
+    elsewhere = {key: path for key, path in run.paths.items() if not IN_BUCKET.match(path)}
+    if elsewhere:
+        got = " and ".join(f"{key} is {path!r}" for key, path in elsewhere.items())
+        raise UserError(
+            f"{got}; expected gs://{job.bucket}/... or another bucket, because workers see nothing"
+            " else; copy it there and say so in the job's set"
+        )
 
 
 def stored_plan(job: Job, run: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import subprocess
 import sys
+import typing
 
 import pytest
 from hypothesis import given, settings
@@ -312,3 +313,26 @@ def test_keys_that_earlier_versions_lack_are_written_only_where_they_say_somethi
     more = to_dict(other)
     assert more.keys() - written.keys() == {"norm", "d_head", "rope_scaling"}
     assert build(ModelConfig, more, "model") == other
+
+
+# strings of a config that are no paths
+WORDS = {"name", "domain", "owner", "licence", "profile"}
+
+
+def test_a_run_knows_every_key_that_is_a_path():
+    def strings(section: type) -> set[str]:
+        hints = typing.get_type_hints(section)
+        inner = [one for hint in hints.values() for one in (hint, *typing.get_args(hint))]
+        deeper = [strings(one) for one in inner if dataclasses.is_dataclass(one)]
+        return {key for key, hint in hints.items() if hint is str}.union(*deeper)
+
+    tree = {"data": {"train": [{"path": "a"}], "eval": [{"path": "b"}], "tokenizer": "c"}}
+    pair = resolve(tree | {"run": "pair", "pair": {"anchor": "d", "name": "n", "public": "e"}})
+    router = resolve(tree | {"run": "router", "router": {"model": "f"}})
+    anchor = resolve(tree | {"train": {"init": "g"}})
+    data = {"data.train[0].path": "a", "data.eval[0].path": "b", "data.tokenizer": "c"}
+    assert pair.paths == data | {"pair.anchor": "d", "pair.public": "e"}
+    assert router.paths == data | {"router.model": "f"}
+    assert anchor.paths == data | {"train.init": "g"}
+    known = {key.rpartition(".")[2] for run in (pair, router, anchor) for key in run.paths}
+    assert strings(RunConfig) - WORDS == known

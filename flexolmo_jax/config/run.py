@@ -276,6 +276,22 @@ class RunConfig(Section):
         if not (self.pair or self.router or self.train.init):  # which have another's architecture
             self._check_length()
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """Whatever the run reads, by the key that gives its place."""
+        sources = {"train": self.data.train, "eval": self.data.eval}
+        found = {
+            f"data.{key}[{i}].path": source.path
+            for key, several in sources.items()
+            for i, source in enumerate(several)
+        }
+        found |= {"data.tokenizer": self.data.tokenizer, "train.init": self.train.init}
+        if self.pair is not None:
+            found |= {"pair.anchor": self.pair.anchor, "pair.public": self.pair.public}
+        if self.router is not None:
+            found["router.model"] = self.router.model
+        return {key: path for key, path in found.items() if path}
+
     def of_model(self, model: ModelConfig) -> "RunConfig":
         """The run with the architecture of what it starts from. Raises UserError for longer records
         than that reads."""

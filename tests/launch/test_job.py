@@ -21,6 +21,9 @@ from .plan_for import plan_for
 EXAMPLES = sorted((ROOT / "launch/jobs").glob("*.yaml"))
 
 
+PATHS = load_job(EXAMPLES[1]).set[2:]
+
+
 def changed(tmp_path, /, **keys):
     """The path of biomed's job with other keys; None takes one out."""
     tree = (
@@ -163,24 +166,56 @@ def test_a_run_that_does_not_suit_its_slice_is_refused(tmp_path, overrides, mess
         preflight(load_job(path))
 
 
+@pytest.mark.parametrize(
+    ("config", "overrides", "told"),
+    [
+        ("pair", ["pair.anchor=anchor"], "pair.anchor is 'anchor'; expected gs://biomed-4711-flex"),
+        ("pair", ["pair.anchor=/mnt/gs/anchor"], "pair.anchor is '/mnt/gs/anchor'"),
+        ("pair", ["pair.anchor=gs:/b/anchor"], "pair.anchor is 'gs:/b/anchor'"),
+        ("pair", ["pair.public=public"], "pair.public is 'public'"),
+        ("pair", ["data.train=[{path: data/private}]"], "data.train[0].path is 'data/private'"),
+        (
+            "pair",
+            ["data.eval=[{path: gs://b/a}, {path: b}]", "data.tokenizer=c"],
+            "data.eval[1].path is 'b' and data.tokenizer is 'c'; expected",
+        ),
+        (
+            "anchor",
+            ["data.train=[{path: gs://b/a}]", "train.init=runs/a"],
+            "train.init is 'runs/a'",
+        ),
+        ("router", ["data.train=[{path: gs://b/a}]"], "router.model is 'model'"),
+    ],
+)
+def test_what_no_worker_can_read_is_refused(tmp_path, config, overrides, told):
+    own = list(load_job(EXAMPLES[1]).set) if config == "pair" else []
+    keys = {"set": [*own, *overrides], "config": f"configs/7b/{config}.yaml"}
+    assert told in refusal(load_job(changed(tmp_path, **keys)))
+
+
+def test_a_job_whose_set_lacks_the_anchor_is_refused(tmp_path):
+    given = [each for each in load_job(EXAMPLES[1]).set if "anchor" not in each]
+    assert "pair.anchor is 'anchor'" in refusal(load_job(changed(tmp_path, set=given)))
+
+
 def test_the_data_axis_runs_over_the_slices(tmp_path):
     with pytest.raises(
         UserError, match=r"mesh.data is 1; expected a multiple of 2, the number of slices"
     ):
         preflight(planned(tmp_path, slices=2))
     for mesh in (["mesh.data=2"], ["mesh.data=-1", "mesh.fsdp=64"]):
-        preflight(planned(tmp_path, slices=2, set=mesh))
+        preflight(planned(tmp_path, slices=2, set=[*PATHS, *mesh]))
 
 
 def test_a_plan_counts_only_for_its_own_program_and_slices(tmp_path):
     planned(tmp_path)
     # what changes no program
-    preflight(load_job(changed(tmp_path, set=["optim.lr=1e-3", "pair.name=other"])))
+    preflight(load_job(changed(tmp_path, set=[*PATHS, "optim.lr=1e-3", "pair.name=other"])))
     for keys in (
         {"tpu": "v5p:2x4x4"},
-        {"set": ["train.remat=dots"]},
-        {"set": ["mesh.tensor=2"]},
-        {"slices": 2, "set": ["mesh.data=2"]},
+        {"set": [*PATHS, "train.remat=dots"]},
+        {"set": [*PATHS, "mesh.tensor=2"]},
+        {"slices": 2, "set": [*PATHS, "mesh.data=2"]},
     ):
         with pytest.raises(UserError, match="no plan in"):
             preflight(load_job(changed(tmp_path, **keys)))
@@ -220,7 +255,7 @@ def test_the_command_that_makes_a_plan_makes_the_one_that_is_looked_for(tmp_path
     args.out.write_text(json.dumps(plan_for(replace(job, set=tuple(args.set)))))
     preflight(job)
     # The file of another program's plan stays.
-    assert remedy(refusal(replace(job, set=()))).out == args.out.with_stem(f"{args.out.stem}_2")
+    assert remedy(refusal(replace(job, set=PATHS))).out == args.out.with_stem(f"{args.out.stem}_2")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "3", '{"topology": "v5p:4x4x4"}', "\udcff"])
