@@ -14,9 +14,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 read_job "$@"
-[[ $JOB_CHOICES == 1 ]] || die 2 "fallbacks has $((JOB_CHOICES - 1)); expected none on GKE; launch/tpu_vm.sh takes them"
-[[ -n $JOB_CLUSTER ]] || die 2 "cluster is ''; expected the name of the owner's GKE cluster in $JOB_REGION"
-[[ $JOB_CAPACITY != reserved || -n $JOB_RESERVATION ]] || die 2 "reservation is ''; expected its name, for capacity: reserved on GKE"
 need gcloud kubectl xpk
 
 # ---- The commands ----

@@ -102,25 +102,17 @@ class Job:
         for key, (pattern, expected) in EXPECTED.items():
             if not re.fullmatch(pattern, getattr(self, key)):
                 raise UserError(f"{key} is {getattr(self, key)!r}; expected {expected}")
-        account_project = self.service_account.partition("@")[2].removesuffix(
-            ".iam.gserviceaccount.com"
-        )
-        if (
-            self.service_account.endswith(".iam.gserviceaccount.com")
-            and account_project != self.project
-        ):
+        suffix = ".iam.gserviceaccount.com"
+        project = self.service_account.partition("@")[2].removesuffix(suffix)
+        if self.service_account.endswith(suffix) and project != self.project:
             raise UserError(
-                f"service_account is of project {account_project!r}; expected one of the job's own,"
+                f"service_account is of project {project!r}; expected one of the job's own,"
                 f" {self.project!r}"
             )
         for key, least in (("slices", 1), ("restarts", 0), ("patience", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"{key} is {getattr(self, key)}; expected at least {least}")
-        if (
-            self.config.startswith("/")
-            or ".." in Path(self.config).parts
-            or not self.config.startswith("configs/")
-        ):
+        if not self.config.startswith("configs/") or ".." in Path(self.config).parts:
             raise UserError(
                 f"config is {self.config!r}; expected a file below configs/, which is what the"
                 " image carries"
@@ -150,6 +142,10 @@ class Job:
         return f"{self.slices} x {self.slice.name}" if self.slices > 1 else self.slice.name
 
     @property
+    def region(self) -> str:
+        return self.zone.rpartition("-")[0]
+
+    @property
     def out(self) -> str:
         return f"gs://{self.bucket}/{self.run}"
 
@@ -171,6 +167,43 @@ class Job:
         variables = [f"{name}={value}" for name, value in environment.items()]
         train = ["flexolmo", "train", self.config, *_flags(self.set), "--out", self.out]
         return ["env", *variables, *train]
+
+
+def check_launcher(job: Job, launcher: str) -> None:
+    """Raises UserError for what a launcher, by the name of its script, cannot do."""
+    kind, is_reserved = job.slice.chip.name, job.capacity == "reserved"
+    slices = f"slices is {job.slices}; expected 1"
+    fallbacks = f"fallbacks has {len(job.fallbacks)}; expected none"
+    gke, vms = "launch/gke_xpk.sh", "launch/tpu_vm.sh"
+    cluster = f"the name of the owner's GKE cluster in {job.region}"
+    refused = {
+        "tpu_vm": {
+            f"{slices} on TPU VMs; {gke} runs several": job.slices > 1,
+            f"tpu is {job.tpu}, which is to be had through GKE only; use {gke}": kind == "tpu7x",
+        },
+        "gke_xpk": {
+            f"{fallbacks} on GKE; {vms} takes them": bool(job.fallbacks),
+            f"cluster is ''; expected {cluster}": not job.cluster,
+            "reservation is ''; expected its name, for capacity: reserved on GKE": (
+                is_reserved and not job.reservation
+            ),
+        },
+        # SkyPilot boots a v5e with a v5p's runtime, which its command line cannot change, and knows
+        # no TPU7x.
+        "skypilot": {
+            f"{fallbacks} with SkyPilot; {vms} takes them": bool(job.fallbacks),
+            f"{slices} with SkyPilot; {gke} runs several": job.slices > 1,
+            f"tpu is {job.tpu}; expected v5p or v6e with SkyPilot; use {vms} or {gke}": (
+                kind not in ("v5p", "v6e")
+            ),
+            f"capacity is reserved; expected spot or on-demand with SkyPilot; use {vms} or {gke}": (
+                is_reserved
+            ),
+        },
+    }
+    for told, is_so in refused[launcher].items():
+        if is_so:
+            raise UserError(told)
 
 
 def choices(job: Job) -> list[Job]:
@@ -313,7 +346,7 @@ def variables(job: Job) -> str:
         "torus": job.slice.grid,
         "runtime": RUNTIMES.get(job.slice.chip.name, ""),
         "hosts": str(job.slice.hosts),
-        "region": job.zone.rpartition("-")[0],
+        "region": job.region,
         "out": job.out,
         "command": shlex.join(job.command),
     }
@@ -335,6 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="K=V",
         help="with --devices: overrides of the run's config",
     )
+    parser.add_argument("--launcher", help="tpu_vm, gke_xpk or skypilot: refuse what it cannot do")
     parser.add_argument(
         "--choice", type=int, default=0, help="which slice: 0 is the job's tpu, then its fallbacks"
     )
@@ -343,7 +377,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.devices is not None:
             check_devices(load_config(args.path, args.set), args.devices, "this job")
         else:
-            jobs = choices(load_job(args.path))
+            job = load_job(args.path)
+            if args.launcher:
+                check_launcher(job, args.launcher)
+            jobs = choices(job)
             for job in jobs:
                 preflight(job)
             print(variables(jobs[args.choice]))

@@ -10,11 +10,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 read_job "$@"
-[[ $JOB_CHOICES == 1 ]] || die 2 "fallbacks has $((JOB_CHOICES - 1)); expected none with SkyPilot; launch/tpu_vm.sh takes them"
-[[ $JOB_SLICES == 1 ]] || die 2 "slices is $JOB_SLICES; expected 1 with SkyPilot; launch/gke_xpk.sh runs several"
-# SkyPilot boots a v5e with the runtime of a v5p, which its command line cannot change, and knows no TPU7x.
-[[ $JOB_TPU == v5p:* || $JOB_TPU == v6e:* ]] || die 2 "tpu is $JOB_TPU; expected v5p or v6e with SkyPilot; use tpu_vm.sh or gke_xpk.sh"
-[[ $JOB_CAPACITY != reserved ]] || die 2 "capacity is reserved; expected spot or on-demand with SkyPilot; use tpu_vm.sh or gke_xpk.sh"
 need gcloud sky
 
 PROJECT=(gcloud config get project)
@@ -34,6 +29,9 @@ clean_up() { # clean_up STATUS
 call "cannot see gcloud's project" "${PROJECT[@]}"
 [[ -n $DRY_RUN || $answer == "$JOB_PROJECT" ]] || die 2 "gcloud's project is '$answer'; expected gcloud config set project $JOB_PROJECT"
 check_bucket
+# What check_bucket has shown is of another account.
+say "the workers act as skypilot-v1@$JOB_PROJECT.iam.gserviceaccount.com, which SkyPilot makes, and not as the job's" \
+  "service_account; it needs roles/storage.objectUser on gs://$JOB_BUCKET, which is not checked"
 if [[ -n $DRY_RUN ]]; then
   show "${LAUNCH[@]}"
   exit

@@ -28,7 +28,11 @@ read_job() {
   for argument; do
     case $argument in
       --dry-run) DRY_RUN=yes ;;
-      -*) die 2 "unknown option $argument; expected JOB.yaml [--dry-run]" ;;
+      -h | --help)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" # what stands at the launcher's top
+        exit
+        ;;
+      -*) die 2 "unknown option $argument; expected JOB.yaml [--dry-run], or --help" ;;
       *)
         [[ -z $file ]] || die 2 "got $file and $argument; expected one job"
         file=$argument
@@ -42,7 +46,7 @@ read_job() {
 
 choose() { # choose NUMBER: the job on this one of its slices; 0 is the preferred one
   local variables
-  variables=$("${PYTHON:-python3}" "$HERE/job.py" "$JOB_FILE" --choice "$1") || exit
+  variables=$("${PYTHON:-python3}" "$HERE/job.py" "$JOB_FILE" --launcher "$(basename "$0" .sh)" --choice "$1") || exit
   eval "$variables"
 }
 

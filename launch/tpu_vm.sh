@@ -4,8 +4,9 @@
 #   launch/tpu_vm.sh launch/jobs/biomed.yaml [--dry-run]
 #
 # Checks the job, asks for the slice, waits for it, starts the container on all workers, follows their logs, and deletes the slice when
-# the run is done, has failed, or this is interrupted. A slice that is not given in time makes way for the job's next one. Where a worker ends with 42, 75, 134 or 137, or the slice is taken away, the same
-# run starts again. Should this machine go down meanwhile the workers go on, and the same command finds them again.
+# the run is done, has failed, or this is interrupted. A slice that is not given in time makes way for the job's next one. Where a
+# worker ends with 42, 75, 134 or 137, or the slice is taken away, the same run starts again. Should this machine go down meanwhile the
+# workers go on, and the same command finds them again.
 #
 # Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 gcloud refused something; 75 too many restarts; otherwise
 # what a worker ended with.
@@ -14,8 +15,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 read_job "$@"
-[[ $JOB_SLICES == 1 ]] || die 2 "slices is $JOB_SLICES; expected 1 on TPU VMs; launch/gke_xpk.sh runs several"
-[[ -n $JOB_RUNTIME ]] || die 2 "tpu is $JOB_TPU, which is to be had through GKE only; use launch/gke_xpk.sh"
 need gcloud
 
 # ---- The commands ----

@@ -60,6 +60,15 @@ teardown() { [[ ! -s $FAKE/calls ]]; }
   refused 2 'unknown option --dryrun'
 }
 
+@test "--help says what a launcher does, and needs no job" {
+  local launcher
+  for launcher in tpu_vm gke_xpk skypilot; do
+    launch "launch/$launcher.sh" --help
+    [[ $status == 0 && -z $stderr && $output == 'One job on '*"launch/$launcher.sh launch/jobs/biomed.yaml [--dry-run]"* ]]
+    [[ $output != *'#'* && $output != *pipefail* ]]
+  done
+}
+
 @test "a command that is not installed" {
   local tool launcher missing
   mkdir "$FAKE/only"

@@ -171,7 +171,7 @@ EOF
 }
 
 @test "fallbacks are refused before anything is called" {
-  fall_back
+  job biomed 'fallbacks: [v5p:2x4x4]'
   launch launch/gke_xpk.sh "$JOB"
   refused 2 'fallbacks has 1; expected none on GKE; launch/tpu_vm.sh takes them'
   [[ ! -s $FAKE/calls ]]

@@ -30,6 +30,16 @@ setup() {
   diff "$FAKE/calls" "$FAKE/typed"
 }
 
+@test "whose account the workers are is said, as it is not the job's" {
+  local words='the workers act as skypilot-v1@biomed-4711.iam.gserviceaccount.com, which SkyPilot makes, and not as the job'
+  launch launch/skypilot.sh "$JOB" --dry-run
+  ends_with 0 "$words"
+  [[ $stderr == *'it needs roles/storage.objectUser on gs://biomed-4711-flexolmo, which is not checked' ]]
+  answer 'gcloud config get project' 0 biomed-4711
+  launch launch/skypilot.sh "$JOB"
+  [[ $stderr == *"$words"* ]]
+}
+
 @test "another project than gcloud's is refused before anything is launched" {
   answer 'gcloud config get project' 0 code-2718
   launch launch/skypilot.sh "$JOB"
@@ -67,14 +77,16 @@ setup() {
   launch launch/skypilot.sh "$JOB"
   refused 2 'capacity is reserved; expected spot or on-demand'
   job biomed 'tpu: v5e:16x16'
-  plan_too
   launch launch/skypilot.sh "$JOB"
   refused 2 'tpu is v5e:16x16; expected v5p or v6e'
+  job biomed 'slices: 2'
+  launch launch/skypilot.sh "$JOB"
+  refused 2 'slices is 2; expected 1 with SkyPilot; launch/gke_xpk.sh runs several'
   [[ ! -s $FAKE/calls ]]
 }
 
 @test "fallbacks are refused before anything is called" {
-  fall_back
+  job biomed 'fallbacks: [v5p:2x4x4]'
   launch launch/skypilot.sh "$JOB"
   refused 2 'fallbacks has 1; expected none with SkyPilot; launch/tpu_vm.sh takes them'
   [[ ! -s $FAKE/calls ]]

@@ -14,7 +14,17 @@ import yaml
 from flexolmo_jax.config import check_microbatch, load_config
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import sharding
-from launch.job import ROOT, Job, check_devices, choices, load_job, main, preflight, variables
+from launch.job import (
+    ROOT,
+    Job,
+    check_devices,
+    check_launcher,
+    choices,
+    load_job,
+    main,
+    preflight,
+    variables,
+)
 
 from .plan_for import plan_for
 
@@ -339,6 +349,42 @@ def test_it_imports_no_jax(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "0 set()"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "keys", "told"),
+    [
+        ("tpu_vm", {"slices": 2}, "slices is 2; expected 1 on TPU VMs"),
+        ("tpu_vm", {"tpu": "tpu7x:2x2x1"}, "tpu is tpu7x:2x2x1, which is to be had through GKE"),
+        ("gke_xpk", {"fallbacks": ["v5p:4x4x12"]}, "fallbacks has 1; expected none on GKE"),
+        ("gke_xpk", {"cluster": ""}, "cluster is ''"),
+        ("gke_xpk", {"capacity": "reserved"}, "reservation is ''"),
+        ("skypilot", {"fallbacks": ["v5p:4x4x12"]}, "fallbacks has 1; expected none with SkyPilot"),
+        ("skypilot", {"slices": 2}, "slices is 2; expected 1 with SkyPilot"),
+        ("skypilot", {"tpu": "v5e:16x16"}, "tpu is v5e:16x16; expected v5p or v6e"),
+        ("skypilot", {"capacity": "reserved"}, "capacity is reserved"),
+    ],
+)
+def test_what_a_launcher_cannot_do_is_refused_before_the_rest_is_checked(
+    tmp_path, capsys, launcher, keys, told
+):
+    """Neither fallbacks nor anything else of these jobs would pass."""
+    path = str(changed(tmp_path, set=["pair.name=a", "mesh.fsdp=3"], **keys))
+    assert main([path, "--launcher", launcher]) == 2
+    assert f"launch: {told}" in capsys.readouterr().err
+    assert main([path]) == 2 and told not in capsys.readouterr().err
+
+
+def test_the_first_example_is_for_every_launcher_and_the_anchor_s_for_one():
+    can = {
+        path.stem: [
+            launcher
+            for launcher in ("tpu_vm", "gke_xpk", "skypilot")
+            if said_yes(check_launcher, load_job(path), launcher)
+        ]
+        for path in EXAMPLES
+    }
+    assert can["biomed"] == ["tpu_vm", "gke_xpk", "skypilot"] and can["anchor"] == ["tpu_vm"]
 
 
 def test_a_fallback_has_the_same_batch_in_other_microbatches(tmp_path):

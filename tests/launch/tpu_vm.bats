@@ -212,12 +212,9 @@ interrupted_by() { # interrupted_by SIGNAL STATUS
 
 @test "what tpu_vm.sh does not do is refused before anything is called" {
   job biomed 'slices: 2'
-  set_also mesh.data=2
-  plan_too
   launch launch/tpu_vm.sh "$JOB"
   refused 2 'slices is 2; expected 1 on TPU VMs; launch/gke_xpk.sh runs several'
   job biomed 'tpu: tpu7x:4x4x4'
-  rm -r "$FAKE/plans" && plan_too
   launch launch/tpu_vm.sh "$JOB"
   refused 2 'tpu is tpu7x:4x4x4, which is to be had through GKE only; use launch/gke_xpk.sh'
   [[ ! -s $FAKE/calls ]]
