@@ -1,4 +1,4 @@
-"""The errors that a user is meant to see. Each prints as one line."""
+"""The errors that a user is meant to see, each printed as one line, and words they share."""
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -12,6 +12,15 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def from_a_clone(extra: str, environment: str = "") -> str:
+    """How an extra is installed, in an environment that exists or in a new one of this name.
+
+    The package is on no index: whoever takes its name there could be anybody.
+    """
+    make = f"python3 -m venv {environment} && {environment}/bin/" if environment else ""
+    return f"from a clone of flexolmo-jax, {make}pip install -e '.[{extra}]'"
 
 
 class UserError(Exception):

@@ -248,8 +248,8 @@ def test_a_path_in_a_bucket_without_gcsfs_is_told_in_one_line(bucket, monkeypatc
     assert cli.main(["verify", str(bucket)]) == 2
     told = capsys.readouterr().err
     assert (
-        told == "flexolmo: paths in buckets (gs://) need gcsfs; install it: pip install"
-        " 'flexolmo-jax[gcs]'\n"
+        told == "flexolmo: paths in buckets (gs://) need gcsfs; install it: from a clone of"
+        " flexolmo-jax, pip install -e '.[gcs]'\n"
     )
 
 

@@ -348,7 +348,7 @@ assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 def test_without_ray_the_extra_is_named(tmp_path, many, some_tokenizer, monkeypatch):
     monkeypatch.setattr(runtime_cluster.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'flexolmo-jax\[ray\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[ray\]'"):
         prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", ray="")
     assert not list(tmp_path.iterdir())
 

@@ -2,6 +2,7 @@
 source."""
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,3 +165,19 @@ def test_modules_and_functions_fit_a_reader(path: Path):
     functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
     assert {name: length for name, length in lengths.items() if length > 50} == {}
+
+
+# On an index the name could be anybody's.
+FROM_AN_INDEX = re.compile(r"(?:flexolmo-jax|flexolmo_jax)\[[a-z,]+\](?! @)")
+
+
+def test_nothing_tells_to_install_the_package_from_an_index():
+    places = ("README.md", "CONTRIBUTING.md", "docs/*.md", "kernels/**/*", "flexolmo_jax/**/*.py")
+    more = ("launch/**/*", "notebooks/*.py", "configs/**/*", "benchmarks/*.py", "Makefile")
+    paths = [path for place in (*places, *more) for path in ROOT.glob(place) if path.is_file()]
+    texts = {path: path.read_text() for path in paths if path.suffix not in (".pyc", ".ipynb")}
+    assert [path for path, text in texts.items() if FROM_AN_INDEX.search(text)] == []
+    # One function has the words that messages share.
+    told = [path for path in modules() if "pip install -e" in texts[path]]
+    assert told == [PACKAGE / "errors.py"]
+    assert FROM_AN_INDEX.search("pip install 'flexolmo-jax[gcs,formats]'")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, from_a_clone
 from flexolmo_jax.storage.paths import path_of
 
 from .options import CHECKPOINT, HELDOUT, KERNELS, MESH, MODEL, SELECTING, local, positive, size
@@ -29,7 +29,7 @@ from .verbs import option, verb
     option(
         "--harness",
         action="store_true",
-        help="run the tasks through lm-eval (pip install 'flexolmo-jax[eval]')",
+        help=f"run the tasks through lm-eval ({from_a_clone('eval')})",
     ),
     *SELECTING,
     option("--split", default="heldout", choices=["heldout", "train"]),

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on our models: `pip install 'flexolmo-jax[eval]'`.
+"""EleutherAI's lm-evaluation-harness on our models: the extra `eval`.
 
     from flexolmo_jax.evals.harness import harness_model
     lm_eval.simple_evaluate(harness_model(flexolmo_jax.load("model")), tasks=["my_task"],
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexolmo_jax.config import ModelConfig
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, from_a_clone
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Params, forward
@@ -216,5 +216,5 @@ def _harness() -> tuple[Any, Any]:
         import lm_eval  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError("the harness is not installed: pip install 'flexolmo-jax[eval]'") from None
+        raise UserError(f"the harness is not installed: {from_a_clone('eval')}") from None
     return lm_eval, TaskManager

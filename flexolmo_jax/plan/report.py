@@ -21,7 +21,7 @@ from flexolmo_jax.config import (
     expect,
     to_dict,
 )
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, from_a_clone
 from flexolmo_jax.integrity import MATRICES
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.runtime import sharding
@@ -168,9 +168,8 @@ def _devices(slice_: Slice, slices: int) -> list[Any]:
     """Devices that can be compiled for. Raises UserError where there is no compiler for them."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            "flexolmo plan needs libtpu, the TPU's compiler, in an environment of its own: python3"
-            " -m venv .venv-tpu && .venv-tpu/bin/pip install 'flexolmo-jax[tpu]' &&"
-            " .venv-tpu/bin/flexolmo plan ..."
+            "flexolmo plan needs libtpu, the TPU's compiler, in an environment of its own:"
+            f" {from_a_clone('tpu', '.venv-tpu')} && .venv-tpu/bin/flexolmo plan ..."
         )
     from jax.experimental import topologies
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from importlib import metadata, resources
 from typing import Any
 
-from flexolmo_jax.errors import RunError, UserError
+from flexolmo_jax.errors import RunError, UserError, from_a_clone
 
 ADDRESS = "RAY_ADDRESS"  # what Ray sets for a job that it runs
 # a cluster of this machine: it listens to this machine only, and keeps idle processes, which take
@@ -44,8 +44,7 @@ def connected(address: str) -> Iterator[None]:
     """
     if missing := [name for name in ("ray", "pandas") if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"--ray needs the package {missing[0]}, which is missing: pip install"
-            " 'flexolmo-jax[ray]'"
+            f"--ray needs the package {missing[0]}, which is missing: {from_a_clone('ray')}"
         )
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     address = address or os.environ.get(ADDRESS, "")
@@ -180,8 +179,8 @@ def _told(error: Exception) -> Exception:
     cause = getattr(error, "cause", None)
     if isinstance(cause, ImportError):
         return UserError(
-            f"a worker lacks a package ({cause}); install flexolmo-jax[ray], of the same version,"
-            " on all machines"
+            f"a worker lacks a package ({cause}); on all machines, {from_a_clone('ray')}, and the"
+            " same clone on each"
         )
     if isinstance(cause, Exception):
         return cause

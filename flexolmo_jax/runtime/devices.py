@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from flexolmo_jax.errors import from_a_clone
+
 from .progress import note
 
 # What a driver leaves in /dev, and the extra that brings JAX's support.
@@ -33,7 +35,7 @@ def _note_fallback() -> None:
     for extra, (name, files) in ACCELERATORS.items():
         if any(map(glob.glob, files)):
             note(
-                f"this machine seems to have a {name}, but JAX runs on the CPU: install"
-                f" 'flexolmo-jax[{extra}]', and see with --debug what JAX says; or set"
+                f"this machine seems to have a {name}, but JAX runs on the CPU:"
+                f" {from_a_clone(extra)}, and see with --debug what JAX says; or set"
                 " JAX_PLATFORMS=cpu"
             )

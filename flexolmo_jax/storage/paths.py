@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, from_a_clone
 
 BUCKETS = "gs://"
 BLOCK = 1 << 25  # bytes of an object per request, when all of it is read or written in order
@@ -225,9 +225,7 @@ def remove_objects(paths: Sequence[Path]) -> None:
 def file_system() -> Any:
     """gcsfs, for all buckets. It caches no listings: others write there at the same time."""
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(
-            "paths in buckets (gs://) need gcsfs; install it: pip install 'flexolmo-jax[gcs]'"
-        )
+        raise UserError(f"paths in buckets (gs://) need gcsfs; install it: {from_a_clone('gcs')}")
     import fsspec
     import fsspec.config
 

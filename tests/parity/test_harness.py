@@ -1,5 +1,5 @@
-"""Our tasks through EleutherAI's harness, where it is installed (`pip install
-'flexolmo-jax[eval]'`): the same figures."""
+"""Our tasks through EleutherAI's harness, where it is installed (the extra `eval`): the same
+figures."""
 
 import types
 

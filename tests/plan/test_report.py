@@ -212,7 +212,7 @@ def test_an_architecture_that_nothing_says_is_asked_for():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_a_plan_without_the_compiler_says_how_to_get_it(capsys):
     assert main(["plan", str(PAIR), "--topology", "v5p:4x4x4"]) == 2
-    assert ".venv-tpu/bin/pip install 'flexolmo-jax[tpu]'" in capsys.readouterr().err
+    assert "&& .venv-tpu/bin/pip install -e '.[tpu]' && .venv" in capsys.readouterr().err
 
 
 def test_the_report_of_a_plan_is_written_whole_to_a_new_file(tmp_path, monkeypatch, capsys):

@@ -32,7 +32,7 @@ def driver(tmp_path: Path) -> Path:
 
 def test_running_on_the_cpu_beside_an_accelerator_is_said_once(driver: Path):
     lines = [line for line in told(driver, "").splitlines() if "seems to have" in line]
-    assert len(lines) == 1 and "flexolmo-jax[tpu]" in lines[0]
+    assert len(lines) == 1 and "flexolmo-jax, pip install -e '.[tpu]'" in lines[0]
 
 
 def test_nothing_is_said_where_the_cpu_was_asked_for_or_is_all_there_is(driver: Path):
