@@ -179,8 +179,8 @@ def _told(error: Exception) -> Exception:
     cause = getattr(error, "cause", None)
     if isinstance(cause, ImportError):
         return UserError(
-            f"a worker lacks a package ({cause}); on all machines, {from_a_clone('ray')}, and the"
-            " same clone on each"
+            f"a worker lacks a package ({cause}); on every machine, all of the same version:"
+            f" {from_a_clone('ray')}"
         )
     if isinstance(cause, Exception):
         return cause

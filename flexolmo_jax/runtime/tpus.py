@@ -242,14 +242,31 @@ def slice_of(name: str) -> Slice:
 
 
 def _unknown_type(kind: str, name: str) -> UserError:
+    word, *number = re.split(r"[-_ ]", kind)
+    if slice_ := _by_accelerator(ALIASES.get(word, word), number):
+        unit = "cores" if slice_.chip.cores > 1 else "chips"
+        return UserError(
+            f"{name!r} names a slice by its number of {unit}; expected its topology, {slice_.name}"
+        )
+    known = f"expected one of {', '.join(CHIPS)}"
+    if re.fullmatch("v[234]", word):
+        return UserError(f"{name!r} is of TPU {word}, which is not supported; {known}")
     similar = difflib.get_close_matches(kind, CHIPS, n=1, cutoff=0.3)
-    near = ALIASES.get(re.split(r"[-_ ]", kind)[0]) or next(iter(similar), None)
-    hint = f"did you mean {near}?" if near else f"expected one of {', '.join(CHIPS)}"
+    near = ALIASES.get(word) or next(iter(similar), None)
+    hint = f"did you mean {near}?" if near else f"{known}."
     example = SHAPES[CHIPS[near or "v5p"].dimensions][4]
     return UserError(
         f"unknown TPU type {kind!r} in {name!r}; {hint} A topology is written like"
         f" {near or 'v5p'}:{example}"
     )
+
+
+def _by_accelerator(kind: str, number: list[str]) -> Slice | None:
+    """The slice that gcloud names by its number of chips or, as v5p-128, of cores."""
+    if kind not in CHIPS or len(number) != 1:
+        return None
+    wanted = f"{CHIPS[kind].accelerator}-{number[0]}"
+    return next((one for one in slices_of(kind) if one.accelerator == wanted), None)
 
 
 def _is_of_cubes(chip: Chip, shape: tuple[int, ...]) -> bool:

@@ -126,7 +126,7 @@ def test_nothing_in_a_job_is_run_by_the_shell(tmp_path, value):
         ({"capacity": "cheap"}, "capacity is 'cheap'; expected one of spot, on-demand, reserved"),
         ({"slices": 0}, "slices is 0; expected at least 1"),
         ({"restarts": -1}, "restarts is -1; expected at least 0"),
-        ({"tpu": "v5p-128"}, "unknown TPU type 'v5p-128'"),
+        ({"tpu": "v5p-128"}, "by its number of cores; expected its topology, v5p:4x4x4"),
         ({"tpu": "trillium:16x16"}, "did you mean v6e?"),
         ({"tpu": "v6e:16x17"}, "the nearest is v6e:16x16"),
         ({"buckett": "x"}, "unknown config key 'buckett'; did you mean 'bucket'?"),
