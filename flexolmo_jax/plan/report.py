@@ -25,6 +25,7 @@ from flexolmo_jax.errors import UserError, from_a_clone
 from flexolmo_jax.integrity import MATRICES
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.runtime import sharding
+from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.runtime.tpus import Slice, slices_of
 from flexolmo_jax.train.activations import kept_bytes
 from flexolmo_jax.train.flops import forward_flops, step_flops
@@ -61,6 +62,8 @@ def plan_training(
     flops = step_flops(run, model)
     tokens = run.data.batch_size * run.data.seq_len
     step = training_step(run, model, mesh, is_trained)
+    how = f"train.remat={run.train.remat}, train.accumulate={run.train.accumulate}"
+    _announce(f"a training step ({how})", slice_, slices)
     compiled = _compiled(step, mesh)
     offloaded = run.train.accumulate * kept_bytes(run, model).on_host // mesh.size
     report = _report(compiled, step, slice_, mesh, flops.hardware, tokens, offloaded)
@@ -92,6 +95,7 @@ def plan_decoding(
     flops = batch * sum(forward_flops(model, model.n_active, context))
     generating = generation(what, where, batch, context, kernels)
     step = generating.step()
+    _announce(f"what reads {batch} prompts and completes them", slice_)
     loop = _compiled(step, where)
     unread = unread_bytes(step.kinds["frozen"], model, batch)
     report = _report(loop, step, slice_, where, flops, batch, unread=unread)
@@ -192,6 +196,11 @@ def _head(slice_: Slice, slices: int, mesh: Mesh) -> dict[str, Any]:
     }
 
 
+def _announce(what: str, slice_: Slice, slices: int = 1) -> None:
+    where = f"{slices} x {slice_.name}" if slices > 1 else slice_.name
+    note(f"compiling {what} for {where}; this may take minutes")
+
+
 def _compiled(step: Step, mesh: Mesh) -> Any:
     """The compiled step, or the bytes that a device would need if it does not fit."""
     try:
@@ -228,7 +237,8 @@ def _report(  # noqa: PLR0913 - a program and what is known of it
     sizes = {f"{name}_bytes": size_of(tree) for name, tree in step.kinds.items()}
     report = {"fits": peak <= limit, "hbm_bytes": limit, "peak_bytes": peak, **sizes}
     if isinstance(compiled, int):
-        return report | {"fits": False, "flops": flops}
+        rest = max(peak - sum(sizes.values()), 0)  # the step's number too
+        return report | {"fits": False, "temporary_bytes": rest, "flops": flops}
     memory = compiled.memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = collectives(compiled.as_text(), dict(mesh.shape), one_pass="cache" in step.kinds)

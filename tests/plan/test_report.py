@@ -209,6 +209,35 @@ def test_an_architecture_that_nothing_says_is_asked_for():
         architecture(run)
 
 
+@pytest.fixture
+def refused(monkeypatch):
+    """A slice that does not exist here, for which the compiler refuses every program."""
+    monkeypatch.setattr(report, "_devices", lambda *_: jax.devices())
+    monkeypatch.setattr(report, "_compiled", lambda *_: 141 * 2**30)
+
+
+@pytest.mark.parametrize("more", [(), ("--decode", "16x4096", "--set", "mesh.tensor=8")])
+def test_the_memory_of_what_does_not_fit_adds_up_to_what_it_needs(more, refused, capsys):
+    config = ROOT / "configs" / "7b" / ("joint.yaml" if more else "anchor.yaml")
+    assert main(["plan", str(config), "--topology", "v5e:2x4", *more]) == 1
+    listed = re.findall(r"^  (.+?)  +([0-9.]+) GiB$", capsys.readouterr().out, re.MULTILINE)
+    sizes = {name: float(size) for name, size in listed}
+    assert sum(sizes.values()) == pytest.approx(141, abs=0.05) and sizes["temporaries"] > 50
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ((), "a training step (train.remat=full, train.accumulate=4) for v5e:2x4; this may take"),
+        (("--decode", "16x4096", "--set", "mesh.tensor=8"), "what reads 16 prompts and completes"),
+    ],
+)
+def test_a_plan_says_what_it_compiles_before_it_does(more, told, refused, monkeypatch, capsys):
+    monkeypatch.setattr(report, "_compiled", lambda *_: pytest.fail(capsys.readouterr().err))
+    with pytest.raises(pytest.fail.Exception, match=re.escape(f"compiling {told}")):
+        main(["plan", str(ROOT / "configs/7b/joint.yaml"), "--topology", "v5e:2x4", *more])
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
 def test_a_plan_without_the_compiler_says_how_to_get_it(capsys):
     assert main(["plan", str(PAIR), "--topology", "v5p:4x4x4"]) == 2
