@@ -237,7 +237,7 @@ def tables(out: Path) -> str:
     lines = [
         (
             "| run | slice | chips | mesh | peak, of what a device has | temporaries | a step |"
-            " tokens/s | bound | moved, of the least |"
+            " tokens/s | bound | bytes moved / least |"
         ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
