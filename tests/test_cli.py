@@ -10,6 +10,7 @@ import pytest
 
 from flexolmo_jax.cli import main
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.runtime import environment
 
 VERBS = [
     "data fetch", "data prepare", "tokenizer train", "train", "publish", "contribute", "package",
@@ -58,6 +59,15 @@ def test_help_does_not_import_jax(command):
     )
     assert (result.returncode, result.stderr.split()) == (0, [])
     assert result.stdout.startswith("usage: flexolmo")
+
+
+def test_the_version_is_the_package_s(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"flexolmo-jax {environment.package_version()}\n"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"1.2.3 of {name}")
+    assert environment.package_version() == "1.2.3 of flexolmo-jax"
 
 
 def test_a_mistake_ends_the_process_with_status_2_and_one_line(tmp_path):

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 from flexolmo_jax.errors import printable
+from flexolmo_jax.runtime.environment import package_version
 
 Run = Callable[[argparse.Namespace], dict[str, Any]]
 GROUPS = {
@@ -49,6 +50,7 @@ def parser_of(modules: Iterable[ModuleType]) -> argparse.ArgumentParser:
     main = _Parser(
         prog="flexolmo", description="One language model from organisations that do not share data."
     )
+    main.add_argument("--version", action=_Version, nargs=0, help="print it and exit")
     top = main.add_subparsers(required=True, metavar="VERB")
     groups = {}
     values = (value for module in modules for value in vars(module).values())
@@ -78,6 +80,14 @@ def _add(to: Any, word: str, verb: Verb) -> None:
         if group and group not in groups:
             groups[group] = added.add_argument_group(*group)
         groups[group].add_argument(*names, **settings)
+
+
+class _Version(argparse.Action):
+    """Looks the version up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(f"flexolmo-jax {package_version()}")
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from flexolmo_jax.integrity import (
     tensor_digest,
 )
 from flexolmo_jax.model import Params
+from flexolmo_jax.runtime.environment import package_version
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.storage.files import new_directory, write_bytes
@@ -239,7 +239,7 @@ def _manifest(fields: dict[str, Any], anchor: Artifact) -> bytes:
         "model": to_dict(anchor.config),
         "dtype": anchor.dtype,
         "privacy": "none",  # training here gives no differential privacy
-        "tool": f"flexolmo-jax {_version()}",
+        "tool": f"flexolmo-jax {package_version()}",
     }
     text = sealed(fields | of_all)
     try:
@@ -283,10 +283,3 @@ def _evaluate(
                 score = score_model(*model, records, run.tokenizer, mesh=mesh, limit=limit)
                 scores[who][name] = round(score.bits_per_byte, 6)
     return scores
-
-
-def _version() -> str:
-    try:
-        return version("flexolmo-jax")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "checkout"

@@ -1,4 +1,6 @@
-"""JAX's environment variables, which a user sets: mistakes there are told in one line."""
+"""What the program runs with: its version, and JAX's environment variables, which a user sets.
+Mistakes there are told in one line.
+"""
 
 import os
 import traceback
@@ -16,6 +18,15 @@ _REFUSALS = (
     "Disallowed host-to-device transfer",
     "Disallowed device-to-host transfer",
 )
+
+
+def package_version() -> str:
+    import importlib.metadata as metadata
+
+    try:
+        return metadata.version("flexolmo-jax")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "checkout"
 
 
 def check(environment: Mapping[str, str]) -> None:
