@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from flexolmo_jax.config import RunConfig, build, check_microbatch, load_config  # noqa: E402
+from flexolmo_jax.config.loading import JOB, expect_kind  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
 from flexolmo_jax.plan.program import program_of  # noqa: E402
 from flexolmo_jax.runtime.tpus import Slice, slice_of  # noqa: E402
@@ -237,6 +238,7 @@ def load_job(path: Path) -> Job:
     """A checked Job. Raises UserError, with the file's name."""
     try:
         tree = yaml.safe_load(path.read_text())
+        expect_kind(JOB, tree)
         job = build(Job, tree or {})
         job.check()
     except FileNotFoundError:
@@ -301,19 +303,18 @@ def stored_plan(job: Job, run: RunConfig) -> dict[str, Any]:
             found = plan["topology"], plan["slices"], plan["program"]
             plan["fits"]
         except (OSError, ValueError, KeyError, TypeError):
-            broken.append(path)
+            broken.append(path.name)
             continue
         if found == wanted:
             return plan
-    names = ", ".join(path.name for path in broken)
-    also = f" ({names}: no plan; remove what is no plan)" if broken else ""
+    also = f" (these are no plans, remove them: {', '.join(broken)})" if broken else ""
     raise UserError(
         f"no plan in {job.plans} says whether {job.config} fits {job.where}{also}; make one:"
         f" {shlex.join(_planning(job, run, broken))}"
     )
 
 
-def _planning(job: Job, run: RunConfig, broken: Sequence[Path]) -> list[str]:
+def _planning(job: Job, run: RunConfig, broken: Sequence[str]) -> list[str]:
     """The command that makes the plan. It needs no bucket: of the job's overrides it has those on
     which the program depends, and no path is one of them."""
     needed = list(job.set)
@@ -329,8 +330,7 @@ def _planning(job: Job, run: RunConfig, broken: Sequence[Path]) -> list[str]:
     name = job.config.removeprefix("configs/").removesuffix(".yaml").replace("/", "-")
     for number in itertools.count(1):  # another program's plan may have the name
         target = f"{name}-{where}.json" if number == 1 else f"{name}-{where}_{number}.json"
-        path = ROOT / job.plans / target
-        if path in broken or not path.exists():
+        if target in broken or not (ROOT / job.plans / target).exists():
             break
     plan = ["flexolmo", "plan", job.config, *_flags(needed), "--topology", job.slice.name, *slices]
     return [*plan, "--out", f"{job.plans}/{target}"]

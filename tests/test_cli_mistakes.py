@@ -66,7 +66,7 @@ def test_a_corpus_smaller_than_a_batch_is_refused(paths, tmp_path, fails):
     ("override", "says"),
     [
         ("optim.larning_rate=1", "unknown config key 'optim.larning_rate'"),
-        ("optim.warmpu=1", "did you mean 'warmup'?"),
+        ("optim.warmpu=1", "did you mean 'optim.warmup'?"),
         ("optim.lr", "expected section.key=value"),
         ("model.preset=13b", "unknown model.preset '13b'; expected one of tiny, 1b, 7b"),
         ("mesh={tensor: 3}", "does not divide 8 devices"),
@@ -370,6 +370,6 @@ def test_mistakes_in_choosing_proxies_and_tuning_are_told(paths, tmp_path, fails
     )
     assert "no expert 'theirs'" in fails(*tune, "--proxy", f"theirs={paths.public}")
     assert "nowhere.jsonl does not exist" in fails(*tune, "--proxy", "code=nowhere.jsonl")
-    assert "did you mean 'lr'?" in fails(
+    assert "did you mean 'optim.lr'?" in fails(
         *tune, "--proxy", f"code={paths.public}", "--set", "optim.rl=1"
     )

@@ -6,6 +6,8 @@ import datetime
 import subprocess
 import sys
 import typing
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from flexolmo_jax.config import (
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.plain_yaml import parse_yaml
 
+ROOT = Path(__file__).parents[1]
 DATA = {"train": [{"path": "records/web"}]}
 MINIMAL = {"data": DATA}
 
@@ -46,10 +49,10 @@ def test_importing_the_config_imports_nothing_heavy():
     [
         ({"trian": {}}, "'trian'; did you mean 'train'"),
         ({"optim": {"learning_rate": 1}}, "'optim.learning_rate'; expected one of lr, "),
-        ({"optim": {"warmpu": 1}}, "'optim.warmpu'; did you mean 'warmup'"),
+        ({"optim": {"warmpu": 1}}, "'optim.warmpu'; did you mean 'optim.warmup'"),
         (
             {"data": {"train": [{"path": "a"}, {"pth": "b"}]}},
-            r"'data.train\[1\].pth'; did you mean 'path'",
+            r"'data.train\[1\].pth'; did you mean 'data.train\[1\].path'",
         ),
         ({"model": {"preset": "13b"}}, "'13b'; expected one of tiny, 1b, 7b"),
     ],
@@ -232,7 +235,7 @@ def test_resolving_leaves_its_input_as_it_was():
         ("train.steps", "expected section.key=value"),
         ("train.steps.more=1", "'steps' is not a section"),
         ("data.train.path=1", "'train' is not a section"),
-        ("train.stepz=1", "did you mean 'steps'"),
+        ("train.stepz=1", "did you mean 'train.steps'"),
         ("train.steps=[1", "--set got"),
     ],
 )
@@ -315,12 +318,50 @@ def test_keys_that_earlier_versions_lack_are_written_only_where_they_say_somethi
     assert build(ModelConfig, more, "model") == other
 
 
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        (
+            "launch/jobs/biomed.yaml",
+            "a launcher's job; expected a run's config; that job's is 'configs/7b/pair.yaml'",
+        ),
+        ("launch/ray/kuberay.yaml", None),  # several documents
+        ("launch/ray/skypilot.yaml", "a SkyPilot task; expected a run's config"),
+        ("launch/skypilot.yaml", "a SkyPilot task; expected a run's config"),
+        ("launch/plans/pair-v5p-2x2x1.json", "a plan; expected a run's config"),
+        ("configs/reproduce/cpu.yaml", "a study; expected a run's config"),
+    ],
+)
+def test_another_kind_of_file_is_named(file, told):
+    path = ROOT / file
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert told is None or str(error.value) == f"{path} seems to be {told}"
+
+
+def test_every_config_is_one():
+    for path in (ROOT / "configs").glob("[!r]*/*.yaml"):
+        load_config(path)
+    with pytest.raises(UserError, match="unknown config key 'owner'; did you mean 'router'"):
+        resolve(MINIMAL | {"owner": "me", "zone": "a"})
+
+
+@pytest.mark.parametrize("override", ["pair.anchor=a", "router.model=b", "pair={}"])
+def test_an_override_of_another_kind_of_run_is_told_from_a_section_of_the_file(override):
+    section = "pair" if override.startswith("pair") else "router"
+    told = rf"--set \(of a job: set\) got '{override}', but run is anchor, which has no section"
+    with pytest.raises(UserError, match=f"{told} '{section}'"):
+        resolve(MINIMAL, [override])
+    with pytest.raises(UserError, match="section 'pair' belongs to run: pair; got run: anchor"):
+        resolve(MINIMAL | {"pair": {"name": "b"}}, ["pair.anchor=a"])
+
+
 # strings of a config that are no paths
 WORDS = {"name", "domain", "owner", "licence", "profile"}
 
 
 def test_a_run_knows_every_key_that_is_a_path():
-    def strings(section: type) -> set[str]:
+    def strings(section: Any) -> set[str]:
         hints = typing.get_type_hints(section)
         inner = [one for hint in hints.values() for one in (hint, *typing.get_args(hint))]
         deeper = [strings(one) for one in inner if dataclasses.is_dataclass(one)]

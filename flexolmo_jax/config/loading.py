@@ -24,9 +24,34 @@ T = TypeVar("T")
 LEVELS = 8  # of sections in a key, more than any has
 
 
+# What YAML and JSON files here are, by some keys that are theirs.
+RUN, JOB = "a run's config", "a launcher's job"
+KINDS = {
+    RUN: {"run", "model", "data", "train", "optim", "pair", "router", "mesh"},
+    JOB: {"owner", "project", "zone", "bucket", "service_account", "tpu", "image", "run"},
+    "a study": {"domains", "public", "seeds", "anchor", "dense", "joint", "btx", "ablations"},
+    "a plan": {"topology", "slices", "program", "fits", "peak_bytes"},
+    "a Kubernetes object": {"apiVersion", "kind", "metadata", "spec"},
+    "a SkyPilot task": {"resources", "envs", "setup", "run"},
+}
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's YAML, applies `section.key=value` overrides and checks the result."""
-    return resolve(read_yaml(path), overrides)
+    tree = read_yaml(path)
+    expect_kind(RUN, tree, str(path))
+    return resolve(tree, overrides)
+
+
+def expect_kind(kind: str, tree: Any, what: str = "it") -> None:
+    """Raises UserError where a file has two or more keys of another kind, and more than of this."""
+    if not isinstance(tree, dict):
+        return
+    found = {one: len(keys & tree.keys()) for one, keys in KINDS.items()}
+    likely = max(found, key=lambda one: found[one])
+    if likely != kind and found[likely] > max(1, found[kind]):
+        own = f"; that job's is {tree.get('config')!r:.80}" if (likely, kind) == (JOB, RUN) else ""
+        raise UserError(f"{what} seems to be {likely}; expected {kind}{own}")
 
 
 def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,6 +60,7 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(
             f"the config is {tree!r:.80}; expected sections: {', '.join(_fields(RunConfig))}"
         )
+    given = tree
     tree = override(tree, overrides)
     model = tree.get("model")
     if isinstance(model, dict) and "preset" in model:
@@ -46,6 +72,7 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         tree["model"] = PRESETS[preset] | model
     _refuse_privacy(tree.get("pair"))
     config = build(RunConfig, tree)
+    _refuse_section(config, given, overrides)
     config.check()
     return config
 
@@ -127,7 +154,8 @@ def build(cls: type[T], tree: Any, at: str = "") -> T:
         if key not in _fields(cls):
             near = difflib.get_close_matches(str(key)[:80], _fields(cls), n=1, cutoff=0.5)
             known = f"expected one of {', '.join(_fields(cls))}"
-            hint = f"did you mean {near[0]!r}?" if near else known
+            prefix = f"{at}." if at else ""
+            hint = f"did you mean {prefix + near[0]!r}?" if near else known
             raise UserError(f"unknown config key {path!r:.80}; {hint}")
         values[key] = _converted(value, typing.get_type_hints(cls)[key], path)
     return cls(**values)
@@ -149,6 +177,18 @@ def dump_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     tree = {key: value for key, value in to_dict(config).items() if value is not None}
     return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _refuse_section(config: RunConfig, given: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Raises UserError for an override that opens a section of another kind of run."""
+    for text in overrides:
+        section = text.partition("=")[0].partition(".")[0]
+        is_of_another = section in {"pair", "router"} - {config.run} and section not in given
+        if is_of_another and getattr(config, section) is not None:
+            raise UserError(
+                f"--set (of a job: set) got {text!r:.200}, but run is {config.run}, which has no"
+                f" section {section!r}; leave it out, or give a config of run: {section}"
+            )
 
 
 def _refuse_privacy(pair: Any) -> None:

@@ -66,9 +66,10 @@ def architecture(run: RunConfig) -> ModelConfig:
         return model_of_pair(run, model) if run.pair else model
     if run.model.vocab_size == 0:
         where = f"{start} does not exist and " if start else ""
+        is_said = run.model != ModelConfig()  # but for the tokenizer's, which is not read
+        missing = "model.vocab_size=8192" if is_said else "model.preset=7b, or the keys of `model`"
         raise UserError(
-            f"{where}model.vocab_size is not given; a plan needs the architecture: --set"
-            " model.preset=7b, or the keys of `model`"
+            f"{where}model.vocab_size is not given; a plan needs the architecture: --set {missing}"
         )
     if run.run == "router" and run.model.n_experts == 1:
         raise UserError(

@@ -66,8 +66,9 @@ def _check_config(job: Job, out: Path) -> None:
     kept, now = (_identity(config, free) for config in both)
     changed = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
     if changed:
+        both = (f"{key} ({kept.get(key)!r:.80}, now {now.get(key)!r:.80})" for key in changed)
         raise UserError(
-            f"{out} holds a run with another {', '.join(changed)}; give the config it was started"
+            f"{out} holds a run with another {', '.join(both)}; give the config it was started"
             " with, or a new place (--out, or --work where that was given)"
         )
 

@@ -88,7 +88,8 @@ def test_what_proves_nothing_is_refused(tmp_path):
     done = check(JOBS / "biomed.yaml")
     assert (
         done.returncode == 2
-        and "got jobs of biomed alone; expected those of two owners or more" in done.stderr
+        and "got jobs of owner biomed alone, who may share everything; expected the files of two"
+        in done.stderr
     )
     done = check(JOBS / "biomed.yaml", tmp_path / "none.yaml")
     assert (
@@ -96,6 +97,20 @@ def test_what_proves_nothing_is_refused(tmp_path):
         and done.stderr.startswith("check_isolation: no job at")
         and done.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("configs/7b/pair.yaml", "a run's config"),
+        ("launch/plans/pair-v5p-2x2x1.json", "a plan"),
+        ("launch/skypilot.yaml", "a SkyPilot task"),
+    ],
+)
+def test_a_file_that_is_no_job_is_named(file, kind):
+    done = check(ROOT / file, JOBS / "code.yaml")
+    told = f"check_isolation: {ROOT / file}: it seems to be {kind}; expected a launcher's job\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 def ray_job(path, *changes):

@@ -167,7 +167,7 @@ def test_a_file_that_is_no_job_is_refused(tmp_path):
             "a microbatch of 24 records .* does not divide over the 64 devices",
         ),
         (["train.accumulate=3"], "train.accumulate is 3; expected a divisor"),
-        (["mesh.fspd=1"], "unknown config key 'mesh.fspd'; did you mean 'fsdp'"),
+        (["mesh.fspd=1"], "unknown config key 'mesh.fspd'; did you mean 'mesh.fsdp'"),
     ],
 )
 def test_a_run_that_does_not_suit_its_slice_is_refused(tmp_path, overrides, message):
@@ -277,7 +277,7 @@ def test_a_broken_file_among_the_plans_stops_no_job_that_has_one(tmp_path, text)
     preflight(job)
     (tmp_path / "plans/any.json").unlink()
     told = refusal(job)
-    assert "(7b-pair-v5p-4x4x4.json, folder.json: no plan; remove what is no plan)" in told
+    assert "(these are no plans, remove them: 7b-pair-v5p-4x4x4.json, folder.json)" in told
     assert remedy(told).out == broken
 
 

@@ -205,7 +205,10 @@ def test_a_refusal_tells_what_would_be_needed(message, gib):
 
 def test_an_architecture_that_nothing_says_is_asked_for():
     run = load_config(ROOT / "configs" / "tiny" / "pair.yaml")
-    with pytest.raises(UserError, match=r"model\.vocab_size is not given"):
+    with pytest.raises(UserError, match=r"vocab_size is not given; .*: --set model\.preset=7b"):
+        architecture(run)
+    run = load_config(ROOT / "configs" / "tiny" / "anchor.yaml")  # all but the tokenizer's size
+    with pytest.raises(UserError, match=r": --set model\.vocab_size=8192$"):
         architecture(run)
 
 
