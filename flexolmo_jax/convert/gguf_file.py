@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import UserError, from_a_clone
 from flexolmo_jax.storage.paths import open_regular, reason
 
 try:
     import gguf
 except ImportError:
-    raise UserError("GGUF files need the gguf package: pip install 'flexolmo-jax[gguf]'") from None
+    raise UserError(f"GGUF files need the gguf package: {from_a_clone('gguf')}") from None
 
 VERSIONS = (2, 3)
 HEADER_LIMIT = 1 << 26  # bytes; one of 150,000 tokens and as many merges has 6 MB
