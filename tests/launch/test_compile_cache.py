@@ -98,7 +98,8 @@ def test_two_processes_compile_nothing_where_two_have_before(config, tmp_path, m
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "4")
     cache = tmp_path / ".compiled"
     first, second = (both(config, tmp_path / name, cache) for name in ("one", "two"))
-    assert all(events[FOUND] < events[ASKED] for events in first), first
+    # the other one may come late enough to find what the first has written
+    assert first[0][FOUND] < first[0][ASKED], first
     assert all(events[FOUND] == events[ASKED] > 3 for events in second), second
 
 
