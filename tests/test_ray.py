@@ -304,7 +304,7 @@ def test_a_worker_without_the_package_is_refused(
     cluster, tmp_path, many, some_tokenizer, monkeypatch
 ):
     monkeypatch.setattr(spread, "_HERE", "flexolmo_jax.data.missing")
-    with pytest.raises(UserError, match=r"a worker lacks a package .*missing.* on all machines"):
+    with pytest.raises(UserError, match=r"a worker lacks a package .*missing.* on every machine"):
         prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", ray=cluster.address)
 
 

@@ -101,7 +101,7 @@ def test_a_model_card_has_no_markup_of_strangers(model):
     members = artifact.description["members"]
     members[0]["manifest"] |= dict.fromkeys(("owner", "domain", "licence"), evil)
     artifact.description["fingerprint"] = evil
-    card = _card(artifact, artifact.config, {"bits_per_byte": {"with": {evil: 1.25}}})
+    card = _card(artifact, artifact.config, {"bits_per_byte": {"with": {evil: 1.25}}}, "bfloat16")
     body = card.split("---\n", 2)[2]
     assert not re.search(r"<img|\]\(|https?://|www\.|`|\x1b|@evil", body)
     assert len([line for line in body.splitlines() if line.startswith("#")]) == 1
