@@ -4,6 +4,7 @@ file is believed."""
 import dataclasses
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax
@@ -80,7 +81,7 @@ TEMPLATE = (
 )
 
 
-def with_chat(template=TEMPLATE, bos=0, eos=1):
+def with_chat(template: Any = TEMPLATE, bos=0, eos=1):
     def change(fields, tensors):
         fields["tokenizer.chat_template"] = template
         fields["tokenizer.ggml.bos_token_id"], fields["tokenizer.ggml.eos_token_id"] = bos, eos
