@@ -61,9 +61,8 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         which: a run's checkpoint: last, best or a step.
         mesh: the devices that the model is spread over to be scored (default: one device).
 
-    Raises:
-        UserError: for biases that matter and are not to be dropped, an unknown dtype, and a mesh
-            that does not fit the devices or comes without `eval_data`.
+    Raises UserError for biases that matter and are not to be dropped, an unknown dtype, and a mesh
+    that does not fit the devices or comes without `eval_data`.
     """
     check_new(out)
     clear(out)
@@ -80,13 +79,14 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     with new_directory(out) as directory:
         write_tokenizer(directory, artifact.tokenizer)
         total = _write_weights(directory, files, arrays, dtype)
-        card = _card(artifact, config, scores, dtype)
-        write_bytes(directory / "README.md", card.encode())
+        write_bytes(directory / "README.md", _card(artifact, config, scores, dtype).encode())
         for name, content in configs.items():
             _write_json(directory / name, content)
         artifact.ensure()  # again: another directory may have got its name meanwhile
     (architecture,) = configs["config.json"]["architectures"]
     note(f"exported {out}: {architecture}, {total:,} bytes, files: {len(files)}, {dtype}")
+    if advice := _advice(config, dtype):
+        note(advice)
     made = {"out": str(out), "architecture": architecture, "dtype": dtype}
     return made | {"bytes": total, "files": len(files)} | scores
 
@@ -249,7 +249,6 @@ def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any], dtype
         for name, each in scores["bits_per_byte"].items():
             lines.append(f"- {name}: {', '.join(f'{_plain(d)} {x:.4f}' for d, x in each.items())}")
     if advice := _advice(config, dtype):
-        note(advice)
         lines += ["", advice]
     return "\n".join(lines) + "\n"
 

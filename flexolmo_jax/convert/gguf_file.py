@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from flexolmo_jax.errors import UserError, from_a_clone
-from flexolmo_jax.storage.paths import open_regular, reason
+from flexolmo_jax.storage.untrusted import open_others
 
 try:
     import gguf
@@ -56,12 +56,7 @@ class GgufFile:
     def __init__(self, path: Path):
         """Reads all but the tensors. Raises UserError for anything but a whole GGUF file."""
         self.path = path
-        try:
-            self._file = open_regular(path)
-        except OSError as error:
-            raise UserError(
-                f"cannot read {path}: {reason(error)}; expected a regular file"
-            ) from None
+        self._file = open_others(path)
         try:
             self._size = self._file.seek(0, os.SEEK_END)
             header = _Header(path, self._read(0, min(self._size, HEADER_LIMIT)))
@@ -218,6 +213,12 @@ class _Header:
         start = math.ceil(self._at / alignment) * alignment
         for name, tensor in self.tensors.items():
             self.tensors[name] = tensor._replace(begin=start + tensor.begin)
+
+
+def names_of(architecture: str, layers: int) -> gguf.TensorNameMap:
+    """From Hugging Face's names of tensors to those of an architecture here."""
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(kind, layers)
 
 
 def _floats(content: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:

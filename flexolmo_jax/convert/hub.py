@@ -4,6 +4,7 @@ huggingface_hub downloads them into its cache, goes on with what it has, and fin
 endpoint as its own documentation says (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -56,13 +57,11 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
     if not match or match[3]:
         raise UserError(f"got {name!r:.200}; expected org/name")
     files = [path.name for path in children(folder)]
-    is_whole = any(file.endswith(".safetensors") for file in files)
-    if missing := [file for file in ("config.json", "README.md") if file not in files]:
-        is_whole = False
-    if not is_whole:
+    wanted = ("config.json", "README.md", "*.safetensors")
+    if missing := [pattern for pattern in wanted if not fnmatch.filter(files, pattern)]:
         raise UserError(
-            f"{folder} lacks {', '.join(missing) or '*.safetensors'}; expected a checkpoint that"
-            " `flexolmo export-hf` wrote"
+            f"{folder} lacks {', '.join(missing)}; expected a checkpoint that `flexolmo export-hf`"
+            " wrote"
         )
     import huggingface_hub
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gguf
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact
@@ -23,7 +22,7 @@ from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute
 
 from .families import FAMILIES
-from .gguf_file import GgufFile
+from .gguf_file import GgufFile, names_of
 from .gguf_tokenizer import tokenizer_of
 from .hub_config import model_config
 from .huggingface import Entry, key_table, some, transposed
@@ -101,9 +100,7 @@ class _Located(NamedTuple):
 def _locate(file: GgufFile, config: ModelConfig, model_type: str) -> dict[str, list[_Located]]:
     """Where each leaf is, by its path. Raises UserError naming tensors that are missing, unexpected
     or of another shape."""
-    architecture = file.fields["general.architecture"]
-    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(kind, config.n_layers)
+    names = names_of(file.fields["general.architecture"], config.n_layers)
     found: dict[str, list[_Located]] = defaultdict(list)
     missing, used = [], {FREQUENCIES}
     for entry in key_table(config, model_type):
@@ -221,9 +218,15 @@ def _scaling(
     file: GgufFile, own: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     said = {ours: own[name] for name, ours in SCALING.items() if name in own}
-    kind = said.pop("rope_type", "none")
-    if FREQUENCIES in file.tensors:
+    # llama.cpp takes a factor without a type as linear
+    kind = said.pop("rope_type", "linear" if said.get("factor") else "none")
+    if FREQUENCIES in file.tensors and kind == "none":
         return _llama3(file, fields)
+    if FREQUENCIES in file.tensors:
+        raise UserError(
+            f"rope.scaling.type is {kind!r:.40} beside {FREQUENCIES}; expected one of the two; such"
+            " a model cannot be imported"
+        )
     if kind == "none":
         return None
     factor = said.get("factor")

@@ -22,8 +22,8 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import before_change
-from flexolmo_jax.storage.paths import open_regular, open_to_write, reason
-from flexolmo_jax.storage.untrusted import parse_json
+from flexolmo_jax.storage.paths import open_to_write
+from flexolmo_jax.storage.untrusted import open_others, parse_json
 
 NAMES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -72,12 +72,7 @@ class TensorFile:
         `with_metadata`, and for a header of more than `header_limit` bytes.
         """
         self.path, self._with_metadata, self._header_limit = path, with_metadata, header_limit
-        try:
-            self._file = open_regular(path)
-        except OSError as error:
-            raise UserError(
-                f"cannot read {path}: {reason(error)}; expected a regular file"
-            ) from None
+        self._file = open_others(path)
         try:
             self.entries, self.header_sha256 = self._read_header(self._file.seek(0, os.SEEK_END))
         except BaseException:

@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import open_regular, size_of
+from flexolmo_jax.storage.paths import open_regular, reason, size_of
 
 JSON_LIMIT = 1 << 24  # bytes; a description of 64 experts and 100 layers has 6 MB
 DEPTH = 32  # levels of nesting
@@ -32,6 +32,14 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
     if len(text) > limit:
         raise UserError(f"{path} has {size_of(path)} bytes; expected at most {limit}")
     return text
+
+
+def open_others(path: Path) -> BinaryIO:
+    """Opens a large file. Raises UserError for anything but a regular file."""
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {reason(error)}; expected a regular file") from None
 
 
 def parse_json(text: bytes | str, signs: int | None = None, keys: int | None = None) -> Any:

@@ -3,6 +3,8 @@ file is believed."""
 
 import dataclasses
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,29 @@ def with_yarn(factor):
     return change
 
 
+def linear(fields, tensors):
+    del tensors["rope_freqs.weight"]
+    fields["rope.scaling.factor"] = 2.0
+
+
+def test_a_factor_without_a_type_is_linear(written, tmp_path):
+    model = import_gguf(written(change=linear), tmp_path / "model")
+    scaling = model.config.rope_scaling
+    assert scaling is not None and (scaling.kind, scaling.factor) == ("linear", 2.0)
+
+
+def test_a_missing_package_is_said_in_one_line(tmp_path):
+    program = (
+        "import sys; sys.modules['gguf'] = None\n"
+        "from flexolmo_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    for verb in ("import-gguf model.gguf model", "anchor fetch smollm2-135m anchor"):
+        command = [sys.executable, "-c", program, *verb.split()]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert "pip install -e '.[gguf]'" in done.stderr
+
+
 NORM = "output_norm.weight"
 BAD = {
     "architecture": (setting("architecture", "gemma2"), "general.architecture is 'gemma2'"),
@@ -167,6 +192,10 @@ BAD = {
     "width": (setting("feed_forward_length", [64, 32]), "intermediate_size"),
     "no context": (lambda f, t: f.pop("context_length"), "max_position_embeddings"),
     "scaling": (scaled, "holds another scaling than Llama 3.1's"),
+    "two scalings": (
+        setting("rope.scaling.factor", 2.0),
+        "rope.scaling.type is 'linear' beside rope_freqs.weight",
+    ),
     "no sign of it": (
         lambda f, t: t.update({"rope_freqs.weight": np.ones(16, np.float32)}),
         "holds another scaling than Llama 3.1's",
