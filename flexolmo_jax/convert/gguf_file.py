@@ -15,16 +15,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import ml_dtypes
 import numpy as np
 
-from flexolmo_jax.errors import UserError, from_a_clone
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.untrusted import open_others
-
-try:
-    import gguf
-except ImportError:
-    raise UserError(f"GGUF files need the gguf package: {from_a_clone('gguf')}") from None
 
 VERSIONS = (2, 3)
 HEADER_LIMIT = 1 << 26  # bytes; one of 150,000 tokens and as many merges has 6 MB

