@@ -35,8 +35,9 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     """Scores the held-out records of prepared directories and raw documents, all of token files.
 
     Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data:
-    {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}}. With `limit`
-    only the first records of each data set are read. `names`: the data's, instead of the files'.
+    {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}, "by_record":
+    {data: [[bits, bytes] of each record]}}. With `limit` only the first records of each data set
+    are read. `names`: the data's, instead of the files'.
     """
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
@@ -46,7 +47,7 @@ def evaluate(  # noqa: PLR0913 - the verb's options
         placed = (put_whole_batch(model.mesh, array) for array in batch)
         return scorer(model.params, *placed, allowed)
 
-    keys = ("bits_per_byte", "tokens", "bytes", "routing", "routing_by_layer")
+    keys = ("bits_per_byte", "tokens", "bytes", "routing", "routing_by_layer", "by_record")
     result: dict[str, Any] = {key: {} for key in keys}
     seq_len = min(RAW_SEQ_LEN, model.config.max_seq_len)
     for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
@@ -70,7 +71,8 @@ def evaluate(  # noqa: PLR0913 - the verb's options
 def in_brief(result: dict[str, Any]) -> dict[str, Any]:
     """A result of `evaluate` for people: the largest shares of each data set."""
     largest = {name: _largest(shares) for name, shares in result["routing"].items()}
-    return result | {"routing": largest, "routing_by_layer": "with every share: --json"}
+    brief = {key: figures for key, figures in result.items() if key != "by_record"}
+    return brief | {"routing": largest, "routing_by_layer": "with every share: --json"}
 
 
 def _largest(shares: dict[str, float]) -> dict[str, float]:
@@ -87,4 +89,5 @@ def _figures(score: Score, experts: Sequence[str]) -> dict[str, Any]:
         "bytes": score.bytes,
         "routing": {expert: sum(shares) / len(shares) for expert, shares in by_layer.items()},
         "routing_by_layer": by_layer,
+        "by_record": score.by_record.tolist(),
     }

@@ -30,7 +30,7 @@ from flexolmo_jax.storage.paths import in_bucket
 from .losses import predicts, token_losses
 
 BATCH_SIZE = 16  # records
-# (tokens, segments, scored), each [B, T], -> sums of nats and of routing shares [L, E]
+# (tokens, segments, scored), each [B, T], -> nats of each record [B], sums of routing shares [L, E]
 Scorer = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
 
 
@@ -38,11 +38,20 @@ Scorer = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
 class Score:
     """How a model does on one set of records."""
 
-    bits: float
+    by_record: np.ndarray  # [R, 2]: bits, and bytes of the scored tokens, of each record
     tokens: int
-    bytes: int
+    # UTF-8 bytes that the vocabulary cannot spell: which records lack them is not known
+    lost_bytes: int
     # [L, E]: each expert's share of the probability of those chosen, averaged over scored tokens
     routing: np.ndarray
+
+    @property
+    def bits(self) -> float:
+        return float(self.by_record[:, 0].sum()) + LOST_BITS * self.lost_bytes
+
+    @property
+    def bytes(self) -> int:
+        return int(self.by_record[:, 1].sum()) + self.lost_bytes
 
     @property
     def bits_per_byte(self) -> float:
@@ -83,7 +92,7 @@ def make_scorer(
         counted = predicts(scored).astype(jnp.float32)
         p = output.router.probabilities
         shares = p / jnp.sum(p, axis=-1, keepdims=True)
-        sums = jnp.sum(losses * counted), jnp.einsum("lbte,bt->le", shares, counted)
+        sums = jnp.sum(losses * counted, axis=1), jnp.einsum("lbte,bt->le", shares, counted)
         # every process reads them
         return sums if mesh is None else jax.lax.with_sharding_constraint(sums, replicated(mesh))
 
@@ -106,7 +115,7 @@ def score_records(
     """
     check_tokenizer(records, tokenizer)
     count = min(len(records), limit or len(records))
-    bits, n_tokens, n_bytes, routing = 0.0, 0, 0, np.zeros(())
+    by_record, n_tokens, routing = [np.zeros((0, 2))], 0, np.zeros(())
     for start in range(0, count, batch_size):
         places = range(start, min(start + batch_size, count))
         batch = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
@@ -114,7 +123,6 @@ def score_records(
         segments = _stack([record["segments"] for record in batch], batch_size)
         scored = scored_targets(tokens, segments, tokenizer.eos_id)
         nats, shares = score(tokens, segments, scored)
-        bits += float(nats) / math.log(2)
         routing = routing + np.asarray(shares, np.float64)
         n_tokens += int(scored.sum())
         if (largest := tokens.max()) >= tokenizer.vocab_size:
@@ -122,16 +130,18 @@ def score_records(
                 f"{records.path} has the token {largest}; expected less than"
                 f" {tokenizer.vocab_size}, the tokenizer's; prepare the data again"
             )
-        n_bytes += int(tokenizer.byte_lengths[tokens[scored]].sum())
+        n_bytes = (tokenizer.byte_lengths[tokens] * scored).sum(axis=1)
+        bits = np.asarray(nats, np.float64) / math.log(2)
+        by_record.append(np.stack([bits, n_bytes], axis=1)[: len(batch)])
         advance(len(batch))
-    if n_bytes == 0:
+    figures = np.concatenate(by_record)
+    if not figures[:, 1].any():
         raise UserError(
             f"{records.path} has no held-out text to score; prepare more documents or a larger"
             " --heldout share"
         )
-    # which records lack them is not known: a part of the records has its share
-    lost = round(records.lost_bytes * count / len(records))
-    return Score(bits + LOST_BITS * lost, n_tokens, n_bytes + lost, routing / n_tokens)
+    lost = round(records.lost_bytes * count / len(records))  # a part of the records has its share
+    return Score(figures, n_tokens, lost, routing / n_tokens)
 
 
 def score_model(
@@ -146,14 +156,15 @@ def score_model(
     """Scores records, as `score_records` does, by a model whose parameters lie on this mesh, with
     every weight in its own dtype and computing in float32.
 
-    A batch has 16 records, or more where the mesh needs more to be divided evenly.
+    A batch has 16 records, or `limit` if that is less, or more where the mesh needs more to be
+    divided evenly.
     """
     scorer = make_scorer(config, mesh=mesh)
 
     def score(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return scorer(params, *(put_whole_batch(mesh, array) for array in batch))
 
-    size = batch_over(mesh, BATCH_SIZE)
+    size = batch_over(mesh, min(BATCH_SIZE, limit or BATCH_SIZE))
     return score_records(score, records, tokenizer, batch_size=size, limit=limit)
 
 
