@@ -22,19 +22,23 @@ def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Initialise it with the trained parameters alone: the frozen ones need no state."""
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip),
-        optax.adamw(
-            learning_rate(optim, steps),
-            b1=optim.beta1,
-            b2=optim.beta2,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            mask=_decayed,
-        ),
+    adamw = optax.adamw(
+        learning_rate(optim, steps),
+        b1=optim.beta1,
+        b2=optim.beta2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        mask=_decayed,
     )
+    if optim.router_rate != 1:
+        adamw = optax.chain(adamw, optax.masked(optax.scale(optim.router_rate), _is_router))
+    return optax.chain(optax.clip_by_global_norm(optim.clip), adamw)
 
 
 def _decayed(params: dict) -> dict:
     """Upstream decays everything but the embedding."""
     return unflatten({path: not path.endswith("embedding") for path in flatten(params)})
+
+
+def _is_router(params: dict) -> dict:
+    return unflatten({path: path.endswith(("/row", "/bias")) for path in flatten(params)})

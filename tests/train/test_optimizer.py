@@ -62,6 +62,25 @@ def test_weight_decay_takes_everything_but_the_embedding():
         np.testing.assert_allclose(update, decayed, rtol=1e-5, err_msg=path)
 
 
+def test_routers_may_learn_at_a_rate_of_their_own():
+    model = ModelConfig(
+        vocab_size=32, d_model=8, n_layers=2, n_heads=2, n_kv_heads=2, d_ffn=12, n_experts=3
+    )
+    shapes = jax.eval_shape(functools.partial(init_params, model, pair=True), jax.random.key(0))
+    params: Any = jax.tree.map(lambda a: jnp.full(a.shape, 0.3), shapes)
+    gradient = jax.tree.map(lambda a: jnp.full(a.shape, 0.01), shapes)
+
+    def updates(rate: float) -> dict[str, Any]:
+        optim = OptimConfig(lr=0.5, warmup=0, weight_decay=0.1, router_rate=rate)
+        optimizer = make_optimizer(optim, 10)
+        return flatten(optimizer.update(gradient, optimizer.init(params), params)[0])  # type: ignore[arg-type]
+
+    slow, fast = updates(1.0), updates(20.0)
+    for path, update in slow.items():
+        times = 20 if path.rpartition("/")[2] in ("row", "bias") else 1
+        np.testing.assert_allclose(fast[path], times * update, rtol=1e-6, err_msg=path)
+
+
 def test_clipping_bounds_the_gradient():
     params = {"a": jnp.zeros(4)}
     # a large eps makes updates follow gradients
