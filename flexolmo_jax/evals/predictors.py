@@ -98,22 +98,31 @@ class BranchTrainMerge:
 
     A model's share is softmax(-loss / temperature) of its loss on the document so far. All models
     take part, or at every token the `top` best (Li et al., arXiv 2208.03306; Gururangan et al.,
-    2303.14177).
+    2303.14177). With `switch`, each token may be of another model than the one before it, with this
+    probability: what lies far back counts less (Herbster and Warmuth, 1998: fixed share).
     """
 
     def __init__(
-        self, models: Sequence[Predictor], top: int | None = None, temperature: float = TEMPERATURE
+        self,
+        models: Sequence[Predictor],
+        top: int | None = None,
+        temperature: float = TEMPERATURE,
+        switch: float = 0.0,
     ):
-        if not 1 <= (top or 1) <= len(models) or temperature <= 0:
+        if not 1 <= (top or 1) <= len(models) or temperature <= 0 or not 0 <= switch < 1:
             raise ValueError(
-                f"top is {top} and temperature {temperature}; expected 1 to {len(models)}, the"
-                " number of models, and above 0"
+                f"top is {top}, temperature {temperature} and switch {switch}; expected 1 to"
+                f" {len(models)}, the number of models, above 0, and 0 to below 1"
             )
-        self._models, self._top, self._temperature = models, top or len(models), temperature
+        self._models, self._top = models, top or len(models)
+        self._temperature, self._switch = temperature, switch
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
         each = _stacked_losses(self._models, tokens, segments).astype(np.float64)
-        logits = -_before(each, segments) / self._temperature
+        if self._switch:
+            logits = _switched(each / self._temperature, segments, self._switch)
+        else:
+            logits = -_before(each, segments) / self._temperature
         # of equal ones, as at a document's start, the first models
         order = np.argsort(-logits, axis=0, kind="stable")
         ranks = np.argsort(order, axis=0, kind="stable")
@@ -268,6 +277,20 @@ def _before(losses: np.ndarray, segments: np.ndarray) -> np.ndarray:
         own = losses[:, record, start + 1 : end - 1]
         sums[:, record, start + 2 : end] = np.cumsum(own, axis=-1)
     return sums
+
+
+def _switched(losses: np.ndarray, segments: np.ndarray, switch: float) -> np.ndarray:
+    """[M, B, T] -> [M, B, T]: at each token, the log of every model's share after those before it
+    in its document, where each may be of another model than the one before it."""
+    logits = np.zeros_like(losses)
+    for record, start, end in _documents(segments):
+        shares = np.full(len(losses), 1 / len(losses))
+        for place in range(start + 2, end):  # a document's first token has no loss
+            own = losses[:, record, place - 1]
+            shares = shares * np.exp(own.min() - own)
+            shares = (1 - switch) * shares / shares.sum() + switch / len(shares)
+            logits[:, record, place] = np.log(shares)
+    return logits
 
 
 def _log_sum_exp(logits: np.ndarray) -> np.ndarray:

@@ -47,6 +47,7 @@ def kinds(dense: list[LoadedModel]) -> dict[str, Predictor]:
         "BTM": BranchTrainMerge(each),
         "BTM, top 2": BranchTrainMerge(each, top=2),
         "BTM, top 1": BranchTrainMerge(each, top=1),
+        "BTM, switching": BranchTrainMerge(each, switch=0.01),
         "prompt routing": PromptRouting(each, lambda ids: sum(ids) % 3, PROMPT),
         "soup": Soup(dense),
         "weighted soup": WeightedSoup(dense, PROMPT),
@@ -136,6 +137,33 @@ def test_branch_train_merge_is_a_mixture_by_what_each_model_lost_before(top, den
             assert losses[record, t] == pytest.approx(-np.log(mixed), rel=1e-4)
 
 
+class Given:
+    """A predictor with these losses, whatever it is asked."""
+
+    def __init__(self, losses: list[float]):
+        self._losses = np.array([losses], np.float32)
+
+    def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        return self._losses
+
+
+def test_a_switching_mixture_follows_a_document_that_changes_its_domain():
+    tokens = segments = np.ones((1, 8), np.int32)
+    first, second = [0.0, *[0.1] * 3, *[4.0] * 4], [0.0, *[4.0] * 3, *[0.1] * 4]
+    models: list[Predictor] = [Given(first), Given(second)]
+    switch, shares, expected = 0.05, np.array([0.5, 0.5]), []
+    for own in np.array([first, second]).T[1:]:
+        expected.append(-np.log(np.sum(shares * np.exp(-own))))
+        shares = shares * np.exp(-own) / np.sum(shares * np.exp(-own))
+        shares = (1 - switch) * shares + switch * 0.5
+    found = BranchTrainMerge(models, switch=switch).losses(tokens, segments)[0, 1:]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # three tokens of evidence have to be made up for by one that cannot switch
+    still = BranchTrainMerge(models).losses(tokens, segments)[0, 1:]
+    np.testing.assert_allclose(found[0], still[0], rtol=1e-6)
+    assert found.sum() < still.sum() - 2
+
+
 def test_prompt_routing_sends_a_document_to_the_model_of_its_prompt(dense, batch):
     tokens, segments = batch
     prompts = []
@@ -209,5 +237,7 @@ def test_nonsense_is_refused(dense):
         BranchTrainMerge([OfModel(dense[0])], top=2)
     with pytest.raises(ValueError, match="temperature 0"):
         BranchTrainMerge([OfModel(dense[0])], temperature=0)
+    with pytest.raises(ValueError, match="switch 1"):
+        BranchTrainMerge([OfModel(dense[0])], switch=1)
     with pytest.raises(ValueError, match="no text"):
         bits_per_byte(OfModel(dense[0]), [], dense[0].tokenizer)
