@@ -22,7 +22,7 @@ PYTEST = $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadsco
 runtime := $(VENV)/.installed-$(version)
 testing := $(VENV)/.installed-$(version)-test
 
-.PHONY: help env demo notebooks test test-slow test-mutants test-launch test-tpu-compile test-tpu tune-tpu check clean
+.PHONY: help env demo demo-real notebooks test test-slow test-mutants test-launch test-tpu-compile test-tpu tune-tpu check clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
@@ -30,6 +30,9 @@ env: $(runtime) ## makes the environment (.venv) with flexolmo installed
 
 demo: $(runtime) ## the whole story on real text on a CPU
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash launch/demo.sh
+
+demo-real: $(runtime) ## the same on SmolLM2, a real small model, in less than an hour
+	$(VENV)/bin/flexolmo demo --anchor smollm2 --out demo-real
 
 notebooks: $(testing) ## .ipynb files of notebooks/*.py, for Colab
 	$(VENV)/bin/python launch/colab/build.py
@@ -72,7 +75,7 @@ check: $(testing) ## lint, format, types, import contract
 	$(VENV)/bin/lint-imports
 
 clean: ## removes environments, caches and what the demo made
-	rm -rf .venv .venv-* build dist demo .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf .venv .venv-* build dist demo demo-real .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 
 $(runtime): what := .
 $(testing): what := .[test]

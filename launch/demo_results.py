@@ -9,7 +9,6 @@ that opting out is exact holds at every scale, and ends the demo if not.
 """
 
 import datetime
-import filecmp
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ from flexolmo_jax.evals.report.charts import curves_section
 from flexolmo_jax.evals.report.maps import routing_section
 from flexolmo_jax.evals.report.page import Check, Sample, checks_section, page, samples_section
 from flexolmo_jax.evals.report.tables import Table, format_table, table_section
+from flexolmo_jax.reproduce.demo.results import left_exactly
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.train.metrics import read_metrics
@@ -82,8 +82,9 @@ def main(root: Path, owners: list[str]) -> None:
 
     seconds = stage_seconds(root) | {"evaluate": round(time.perf_counter() - start)}
     leaver = owners[-1]
+    left, never = root / f"merged-{leaver}", root / f"never-{leaver}"
     table = Table(list(data), rows)
-    checks = [*claims(rows, routing["merged"], owners), same_as_never(root, leaver)]
+    checks = [*claims(rows, routing["merged"], owners), left_exactly(left, never, leaver)]
     samples = [sample(merged, owner, leaver) for owner in (leaver, owners[0])]
     write_text(root / "results.txt", report_text(table, checks, samples, seconds))
     experts = list(merged.experts)
@@ -165,32 +166,6 @@ def claims(
             ),
         ]
     return checks
-
-
-def same_as_never(root: Path, leaver: str) -> Check:
-    """Opting out against never having merged: every array file, byte for byte, and every tensor's
-    digest."""
-    dropped, never = root / f"merged-{leaver}", root / f"never-{leaver}"
-    files = sorted(
-        p.relative_to(never)
-        for p in (never / "weights").rglob("*")
-        if "c" in p.relative_to(never / "weights").parts
-    )
-    present = sorted(
-        p.relative_to(dropped)
-        for p in (dropped / "weights").rglob("*")
-        if "c" in p.relative_to(dropped / "weights").parts
-    )
-    same = files == present and all(
-        (never / f).is_dir() or filecmp.cmp(dropped / f, never / f, shallow=False) for f in files
-    )
-    described = [json.loads((path / "flexolmo.json").read_text()) for path in (dropped, never)]
-    count = sum(not (never / f).is_dir() for f in files)
-    return Check(
-        f"opting {leaver} out gives exactly the model that never had it",
-        same and count > 0 and described[0] == described[1],
-        f"{count} array files compared byte for byte",
-    )
 
 
 def sample(merged: flexolmo_jax.LoadedModel, owner: str, leaver: str) -> Sample:

@@ -18,7 +18,7 @@ VERBS = [
     "replace", "append", "verify-receipt", "gc", "keygen", "screen", "embed-domain", "proxy",
     "tune", "eval", "generate",
     "import-hf", "import-gguf", "export-hf", "push-to-hub", "anchor fetch",
-    "plan", "info", "extract", "reproduce",
+    "plan", "info", "extract", "reproduce", "demo",
 ]  # fmt: skip
 
 

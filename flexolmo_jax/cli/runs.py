@@ -153,3 +153,23 @@ def _reproduce(args: argparse.Namespace) -> dict[str, Any]:
 
     results = reproduce(args.spec, args.out)
     return results if args.json else results | {"text": text(load_spec(args.spec), results)}
+
+
+@verb(
+    "demo",
+    "The whole story on an open model: four owners, a merge, one leaves, a table. Goes on where it "
+    "was.",
+    "demo --anchor smollm2 --out demo-smollm2",
+    option(
+        "--anchor",
+        required=True,
+        help="smollm2: SmolLM2-135M from PyPI; less than 50 minutes on two cores",
+    ),
+    option("--out", required=True, type=local),
+)
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    from flexolmo_jax.reproduce.demo.run import run_demo
+    from flexolmo_jax.reproduce.demo.spec import read_demo
+
+    results = run_demo(read_demo(args.anchor), args.out)
+    return results if args.json else results | {"text": results["table"]}

@@ -21,26 +21,9 @@ from flexolmo_jax.train.pretrain import pretrain
 
 from . import scores
 from .overlap import overlaps
+from .running import Cell, Command
 from .spec import Spec
 from .trial import Trial, write_json
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """`do` makes `output`, whole or not at all, from the outputs of the cells that it needs.
-
-    A cell is done when its output exists. A training run that was stopped continues from its last
-    checkpoint.
-    """
-
-    output: Path
-    needs: tuple[str, ...]
-    do: Callable[[], Any]
-
-    @property
-    def is_done(self) -> bool:
-        return self.output.exists()
-
 
 NamedCells = Iterator[tuple[str, Cell]]
 
@@ -60,14 +43,21 @@ def _data_cells(spec: Spec, root: Path) -> NamedCells:
     """What all seeds share."""
     text = {name: root / "text" / f"{name}.jsonl" for name in (*spec.public, *spec.domains)}
     public = [text[name] for name in spec.public]
-    tokenizer, overlap = root / "tokenizer.json", root / "overlap.json"
+    overlap = root / "overlap.json"
     yield "text", Cell(root / "text.json", (), partial(_fetch, spec, root))
-    do = partial(train_tokenizer, public, spec.vocab_size, tokenizer)
-    yield "tokenizer", Cell(tokenizer, ("text",), do)
+    if spec.open_anchor:
+        anchor = root / "anchor"
+        fetched = ("anchor", "fetch", spec.open_anchor, str(anchor))
+        yield "anchor", Cell(anchor, (), Command(fetched))
+        of_tokenizer, tokenizer = "anchor", anchor
+    else:
+        of_tokenizer, tokenizer = "tokenizer", root
+        do = partial(train_tokenizer, public, spec.vocab_size, root / "tokenizer.json")
+        yield "tokenizer", Cell(root / "tokenizer.json", ("text",), do)
     for name in ("public", *spec.domains):
         inputs, out = public if name == "public" else [text[name]], root / "data" / name
-        do = partial(_prepare, spec, root, inputs, out)
-        yield f"data-{name}", Cell(out, ("tokenizer",), do)
+        do = partial(_prepare, spec, tokenizer, inputs, out)
+        yield f"data-{name}", Cell(out, ("text", of_tokenizer), do)
     do = partial(_count_overlap, public, text, spec.domains, overlap)
     yield "overlap", Cell(overlap, ("text",), do)
 
@@ -77,14 +67,19 @@ def _cells_of(trial: Trial) -> NamedCells:
     yield from _anchor_cells(trial)
     yield from _merged_cells(trial)
     yield from _dense_cells(trial)
-    yield from _tuned_cells(trial)
-    yield from _joint_cells(trial)
+    if trial.spec.router:
+        yield from _tuned_cells(trial)
+    if trial.spec.joint:
+        yield from _joint_cells(trial)
+    if trial.spec.btx:
+        yield from _btx_cells(trial)
     yield from _score_cells(trial)
 
 
 def _anchor_cells(trial: Trial) -> NamedCells:
-    yield _run(trial, "anchor-run", ["data-public"], trial.train_anchor)
-    yield "anchor", Cell(trial.path / "anchor", ("anchor-run",), trial.publish_anchor)
+    if not trial.spec.open_anchor:
+        yield _run(trial, "anchor-run", ["data-public"], trial.train_anchor)
+        yield "anchor", Cell(trial.anchor, ("anchor-run",), trial.publish_anchor)
     yield _run(trial, "control", ["anchor"], _train(trial.continued, "public"))
 
 
@@ -97,23 +92,24 @@ def _merged_cells(trial: Trial) -> NamedCells:
             needs = ("anchor", f"data-{domain}")
             yield f"{variant}-{domain}", Cell(path / variant / domain, needs, do)
         merged = "merged" if variant == "pairs" else f"merged-{variant}"
-        do = partial(merge, path / "anchor", trial.contributions(variant), path / merged)
+        do = partial(merge, trial.anchor, trial.contributions(variant), path / merged)
         needs = tuple(f"{variant}-{domain}" for domain in domains)
         yield merged, Cell(path / merged, needs, do)
 
 
 def _dense_cells(trial: Trial) -> NamedCells:
-    """What else a domain's owner makes: a dense model, and the choice of proxies."""
+    """What else a domain's owner makes: a dense model."""
     for domain in trial.spec.domains:
         needs = ["anchor", f"data-{domain}"]
         yield _run(trial, f"dense-{domain}", needs, _train(trial.continued, domain))
-        do = partial(trial.choose_proxies, domain)
-        proxies = f"proxies-{domain}"
-        yield proxies, Cell(trial.path / f"{proxies}.json", ("anchor", "text"), do)
 
 
 def _tuned_cells(trial: Trial) -> NamedCells:
+    """The owners' choices of proxies, and the routers that are tuned on them."""
     proxies = [f"proxies-{domain}" for domain in trial.spec.domains]
+    for name, domain in zip(proxies, trial.spec.domains, strict=True):
+        do = partial(trial.choose_proxies, domain)
+        yield name, Cell(trial.path / f"{name}.json", ("anchor", "text"), do)
     ablations = trial.spec.tuned_ablations if trial.seed == 0 else ()
     for suffix in ("", *(f"-{variant}" for variant in ablations)):
         merged, tuned = f"merged{suffix}", f"tuned{suffix}"
@@ -122,31 +118,37 @@ def _tuned_cells(trial: Trial) -> NamedCells:
 
 
 def _joint_cells(trial: Trial) -> NamedCells:
-    """Mixtures that see all data: trained from the anchor, and from the dense models (BTX)."""
-    path, domains = trial.path, trial.spec.domains
-    same = {name: path / "anchor" for name in ("anchor", *domains)}
-    out = path / "joint-start"
+    """Mixtures that see all data, trained from the anchor."""
+    same = dict.fromkeys(("anchor", *trial.spec.domains), trial.anchor)
+    out = trial.path / "joint-start"
     do = partial(assemble, same, out, active=trial.active)
     yield "joint-start", Cell(out, ("anchor",), do)
     for times in (1, 2):
         needs = ["joint-start", *_all_data(trial)]
         yield _run(trial, f"joint-{times}x", needs, _train(trial.joint, times))
-    dense = {"anchor": path / "anchor"} | {name: path / f"dense-{name}" for name in domains}
-    out = path / "btx-start"
+
+
+def _btx_cells(trial: Trial) -> NamedCells:
+    """A mixture of the dense models' FFNs, trained on public text."""
+    dense = {"anchor": trial.anchor}
+    dense |= {name: trial.path / f"dense-{name}" for name in trial.spec.domains}
+    out = trial.path / "btx-start"
     do = partial(assemble, dense, out, active=trial.active)
     yield "btx-start", Cell(out, tuple(_all_dense(trial)), do)
     yield _run(trial, "btx", ["btx-start"], _train(trial.btx))
 
 
 def _score_cells(trial: Trial) -> NamedCells:
-    domains, dense = trial.spec.domains, _all_dense(trial)
+    spec, domains, dense = trial.spec, trial.spec.domains, _all_dense(trial)
     scored = {
         "models": ["control", *(f"pairs-{domain}" for domain in domains), *dense],
         "ensembles": dense,
-        "merged": ["merged", "tuned"],
-        "joint": ["joint-1x", "joint-2x", "btx"],
+        "merged": ["merged", *(["tuned"] if spec.router else [])],
     }
-    if trial.seed == 0:
+    joint = [*(["joint-1x", "joint-2x"] if spec.joint else []), *(["btx"] if spec.btx else [])]
+    if joint:
+        scored["joint"] = joint
+    if trial.seed == 0 and spec.overfit:
         yield _run(trial, "overfit", ["anchor", "text"], trial.train_overfit)
         needs = ("overfit", "merged", f"dense-{domains[0]}", f"pairs-{domains[0]}")
         out = trial.path / "scores" / "extraction.json"
@@ -192,8 +194,8 @@ def _count_overlap(
     write_json(out, overlaps(public, text, domains))
 
 
-def _prepare(spec: Spec, root: Path, inputs: Sequence[Path], out: Path) -> None:
-    prepare(inputs, Tokenizer.load(root), spec.seq_len, out)
+def _prepare(spec: Spec, tokenizer: Path, inputs: Sequence[Path], out: Path) -> None:
+    prepare(inputs, Tokenizer.load(tokenizer), spec.seq_len, out)
 
 
 def _fetch(spec: Spec, root: Path) -> None:

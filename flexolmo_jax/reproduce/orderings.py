@@ -56,10 +56,11 @@ def orderings(spec: Spec, means: Lines, first: Lines) -> list[Ordering]:
 
     Ablations have one seed: they are compared with the merge of the first seed.
     """
+    tuning = _of_tuning(spec) if spec.router else ()
     return [
         *(claim.ordering(means, first) for claim in _of_merging(spec)),
         _one_active_is_worst(spec, means),
-        *(claim.ordering(means, first) for claim in _of_tuning(spec)),
+        *(claim.ordering(means, first) for claim in tuning),
         *(_opting_out(spec, means, domain) for domain in spec.domains),
     ]
 
@@ -69,7 +70,8 @@ def _of_merging(spec: Spec) -> Iterator[_Claim]:
     for variant, claim in ABLATIONS.items():
         if variant in spec.ablations:
             yield _Claim(claim, "merged", variant, AVERAGE, is_of_first_seed=True)
-    yield _Claim("tuning the router helps", "merged+tuned", "merged", AVERAGE)
+    if spec.router:
+        yield _Claim("tuning the router helps", "merged+tuned", "merged", AVERAGE)
     for variant in spec.tuned_ablations:
         claim, tuned = f"tuning the router helps {variant}", f"{variant}+tuned"
         yield _Claim(claim, tuned, variant, AVERAGE, is_of_first_seed=True)
@@ -78,12 +80,16 @@ def _of_merging(spec: Spec) -> Iterator[_Claim]:
         ("merged beats the weighted soup", "weighted soup", AVERAGE),
         ("merged beats BTM on single domains", "BTM:top2", PRIVATE),
         ("merged beats BTM on mixed documents", "BTM:top2", MIXED),
+        ("merged beats switching BTM on mixed documents", "BTM:switching", MIXED),
         ("merged beats prompt routing on mixed documents", "prompt routing", MIXED),
-        ("merged beats BTX", "BTX", AVERAGE),
-        ("merged reaches the joint model of equal FLOPs", "joint 1x", AVERAGE),
     ):
         yield _Claim(claim, "merged", worse, column)
-    yield _Claim("the joint model of twice the FLOPs wins", "joint 2x", "merged", AVERAGE)
+    if spec.btx:
+        yield _Claim("merged beats BTX", "merged", "BTX", AVERAGE)
+    if spec.joint:
+        claim = "merged reaches the joint model of equal FLOPs"
+        yield _Claim(claim, "merged", "joint 1x", AVERAGE)
+        yield _Claim("the joint model of twice the FLOPs wins", "joint 2x", "merged", AVERAGE)
 
 
 def _of_tuning(spec: Spec) -> Iterator[_Claim]:

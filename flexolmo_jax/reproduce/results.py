@@ -22,6 +22,7 @@ from flexolmo_jax.evals.report.tables import Table, format_table, markdown_table
 from flexolmo_jax.storage.files import write_text
 
 from .orderings import AVERAGE, PRIVATE, Figures, Lines, Ordering, orderings
+from .running import seconds_of
 from .scores import MIXED
 from .spec import Spec
 
@@ -34,23 +35,21 @@ def write_results(spec: Spec, root: Path) -> dict[str, Any]:
     """
     by_seed = [_read(root / f"seed{seed}" / "scores") for seed in range(spec.seeds)]
     scores = root / "seed0" / "scores"
-    attack = _json(scores / "extraction.json")
-    took = [json.loads(line) for line in (root / "seconds.jsonl").read_text().splitlines()]
+    attack = _json(scores / "extraction.json") if spec.overfit else {}
     lines = {
         name: _summary([lines[name] for lines in by_seed if name in lines]) for name in by_seed[0]
     }
     results = {
         "title": spec.title,
         "rows": lines,
-        "orderings": _orderings(spec, _means(lines), by_seed, attack["overfit"]["rate"]),
+        "orderings": _orderings(spec, _means(lines), by_seed, attack),
         "flops": {path.stem: _json(path) for path in sorted((root / "seed0").glob("flops-*.json"))},
         "proxies": {
             path.stem: _json(path) for path in sorted((root / "seed0").glob("proxies-*.json"))
         },
         "extraction": attack,
         "heldout": _json(root / "overlap.json"),
-        # of a cell that ran more than once, its last run
-        "cell_seconds": sum({one["cell"]: one["seconds"] for one in took}.values()),
+        "cell_seconds": sum(seconds_of(root).values()),
         "hardware": hardware(),
         "date": datetime.date.today().isoformat(),
     }
@@ -89,22 +88,27 @@ def markdown(spec: Spec, results: Mapping[str, Any]) -> str:
     for name, one in results["orderings"].items():
         holds = "yes" if one["holds"] else "no"
         lines.append(f"| {name} | {holds} | {_margin(one)} | {_seeds(one)} |")
-    lines += [
-        "",
-        "| extraction | documents | extracted | rate, 95 % interval | mean similarity |",
-        "|---|---:|---:|---|---:|",
-    ]
-    for name, one in results["extraction"].items():
-        rate = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
-        similarity = f"{one['mean_similarity']:.2f}"
-        counts = f"{one['documents']} | {one['extracted']}"
-        lines.append(f"| {name} | {counts} | {rate} | {similarity} |")
+    if results["extraction"]:
+        lines += ["", *_extraction_lines(results["extraction"])]
     averages = {name: columns[AVERAGE]["spread"] for name, columns in results["rows"].items()}
     spreads = [f"{name} {x:.3f}" for name, x in averages.items() if x is not None]
     if spreads:
         over = f"Standard deviation over {spec.seeds} seeds of the average"
         lines += ["", f"{over}: {', '.join(spreads)}."]
     return "\n".join([*lines, "", _made(spec, results)]) + "\n"
+
+
+def _extraction_lines(extraction: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| extraction | documents | extracted | rate, 95 % interval | mean similarity |",
+        "|---|---:|---:|---|---:|",
+    ]
+    for name, one in extraction.items():
+        rate = f"{one['rate']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
+        similarity = f"{one['mean_similarity']:.2f}"
+        counts = f"{one['documents']} | {one['extracted']}"
+        lines.append(f"| {name} | {counts} | {rate} | {similarity} |")
+    return lines
 
 
 def html(spec: Spec, results: Mapping[str, Any], routing: Mapping[str, Any]) -> str:
@@ -133,8 +137,8 @@ def html(spec: Spec, results: Mapping[str, Any], routing: Mapping[str, Any]) -> 
         "Bits per byte": table_section(_table(means, _columns(spec))),
         "Active experts": line_charts_section(by_active, x_active, "bits per byte"),
         "Experts merged": line_charts_section(by_experts, x_experts, "bits per byte"),
-        "Extraction: best similarity of ten samples to the document": table_section(
-            _extraction_table(spec, results["extraction"])
+        "Extraction: best similarity of ten samples to the document": _extraction_section(
+            spec, results["extraction"]
         ),
         "Opting out": table_section(_table(opted_out, each_domain, "merged")),
         "Routing": routing_section(maps, experts),
@@ -192,11 +196,13 @@ def _means(lines: Mapping[str, Any]) -> dict[str, Figures]:
 
 
 def _orderings(
-    spec: Spec, means: Lines, by_seed: Sequence[Lines], overfit_rate: float
+    spec: Spec, means: Lines, by_seed: Sequence[Lines], attack: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The orderings of the means, and in how many of the seeds each holds."""
-    claim = "the attack extracts half of what the overfitted control learnt"
-    checks = [*orderings(spec, means, by_seed[0]), Ordering(claim, overfit_rate, 0.5)]
+    checks = orderings(spec, means, by_seed[0])
+    if attack:
+        claim = "the attack extracts half of what the overfitted control learnt"
+        checks.append(Ordering(claim, attack["overfit"]["rate"], 0.5))
     of_seeds = [one for lines in by_seed for one in orderings(spec, lines, lines)]
     found = {}
     for check in checks:
@@ -230,13 +236,15 @@ def _by_experts(spec: Spec) -> list[str]:
     return ["anchor", *(f"merged:experts={n}" for n in range(1, len(spec.domains))), "merged"]
 
 
-def _extraction_table(spec: Spec, extraction: Mapping[str, Any]) -> Table:
+def _extraction_section(spec: Spec, extraction: Mapping[str, Any]) -> str:
+    if not extraction:
+        return ""
     lines = {
         name: {"similarity": one["mean_similarity"], "rate": one["rate"]}
         for name, one in extraction.items()
     }
     unit = f"of {extraction['anchor']['documents']} documents of {spec.domains[0]}"
-    return Table(["similarity", "rate"], lines, unit)
+    return table_section(Table(["similarity", "rate"], lines, unit))
 
 
 def _table(means: Lines, columns: list[str], reference: str = "anchor") -> Table:
@@ -265,9 +273,11 @@ def _intro(spec: Spec, results: Mapping[str, Any]) -> str:
     return (
         f"Bits per byte on held-out text, lower is better; {seeds}. {PRIVATE}: mean of the private"
         f" domains; {AVERAGE}: of these and public text; {MIXED}: documents of two private"
-        f" domains.\n\nFLOPs of the joint runs over the pairs' together: {flops}. Classifiers of"
-        f" proxies, accuracy: {accuracy}. No held-out document is trained on; of their runs of 13"
-        f" words these stand in training text: {overlap}."
+        " domains.\n\n"
+        + (f"FLOPs of the joint runs over the pairs' together: {flops}. " if flops else "")
+        + (f"Classifiers of proxies, accuracy: {accuracy}. " if accuracy else "")
+        + "No held-out document is trained on; of their runs of 13 words these stand in training"
+        f" text: {overlap}."
     )
 
 

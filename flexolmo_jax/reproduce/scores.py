@@ -30,6 +30,7 @@ from flexolmo_jax.runtime.progress import note
 from .trial import Trial, write_json
 
 MIXED = "mixed"  # the column of documents of two private domains
+SWITCH = 0.01  # of tokens, after which a document may go on as another domain's
 
 
 class Line(NamedTuple):
@@ -42,7 +43,7 @@ def write(trial: Trial, group: str) -> None:
 
     Every line has a file of its own too: after a kill, those that were scored before are kept.
     """
-    columns, tokenizer = heldout(trial), open_anchor(trial.path / "anchor").tokenizer
+    columns, tokenizer = heldout(trial), open_anchor(trial.anchor).tokenizer
     folder = trial.path / "scores" / group
     lines = {}
     for line in LINES[group](trial):
@@ -67,7 +68,7 @@ def write_extraction(trial: Trial) -> None:
     merged = load(trial.path / "merged")
     E = len(merged.experts)
     models: dict[str, tuple[LoadedModel, dict[str, Any]]] = {
-        "anchor": (load(trial.path / "anchor"), {}),
+        "anchor": (load(trial.anchor), {}),
         f"dense:{domain}": (load(trial.path / f"dense-{domain}"), {}),
         f"pair:{domain}": (load(trial.path / "pairs" / f"{domain}.run"), {}),
         "merged": (merged, {"active": E}),
@@ -90,7 +91,7 @@ def heldout(trial: Trial) -> dict[str, list[Record]]:
     columns = {
         name: _evenly(source, trial.spec.heldout_records) for name, source in sources.items()
     }
-    tokenizer = open_anchor(trial.path / "anchor").tokenizer
+    tokenizer = open_anchor(trial.anchor).tokenizer
     mixed = [
         record
         for first, second in trial.pairs_of_domains()
@@ -111,7 +112,7 @@ def routing(trial: Trial) -> dict[str, Any]:
     """{model: {data: {expert: [share of each layer]}}}, with every expert active."""
     paths = [trial.data(name) for name in ("public", *trial.spec.domains)]
     found = {}
-    for name in ("merged", "tuned"):
+    for name in ("merged", *(["tuned"] if trial.spec.router else [])):
         model = load(trial.path / name)
         result = evaluate(
             model,
@@ -125,7 +126,7 @@ def routing(trial: Trial) -> dict[str, Any]:
 
 
 def _models(trial: Trial) -> Iterator[Line]:
-    yield Line("anchor", lambda: OfModel(load(trial.path / "anchor")))
+    yield Line("anchor", lambda: OfModel(load(trial.anchor)))
     yield Line("anchor+public", lambda: OfModel(load(trial.path / "control")))
     for domain in trial.spec.domains:
         yield Line(
@@ -148,17 +149,20 @@ def _ensembles(trial: Trial) -> Iterator[Line]:
     yield Line("BTM", lambda: BranchTrainMerge(each))
     yield Line("BTM:top1", lambda: BranchTrainMerge(each, top=1))
     yield Line("BTM:top2", lambda: BranchTrainMerge(each, top=2))
+    yield Line("BTM:switching", lambda: BranchTrainMerge(each, switch=SWITCH))
     yield Line("prompt routing", lambda: PromptRouting(each, nearest_domain(trial, dense[0])))
 
 
 def _merged(trial: Trial) -> Iterator[Line]:
-    merged, tuned = load(trial.path / "merged"), load(trial.path / "tuned")
+    models = {"merged": load(trial.path / "merged")}
+    if trial.spec.router:
+        models["merged+tuned"] = load(trial.path / "tuned")
+    merged = models["merged"]
     E = len(merged.experts)
-    yield Line("merged", lambda: OfModel(merged, active=E))
-    yield Line("merged+tuned", lambda: OfModel(tuned, active=E))
-    for k in range(1, E):
-        yield Line(f"merged:k={k}", lambda k=k: OfModel(merged, active=k))
-        yield Line(f"merged+tuned:k={k}", lambda k=k: OfModel(tuned, active=k))
+    for name, model in models.items():
+        yield Line(name, lambda model=model: OfModel(model, active=E))
+        for k in range(1, E):
+            yield Line(f"{name}:k={k}", lambda model=model, k=k: OfModel(model, active=k))
     for domain in trial.spec.domains:
         yield Line(
             f"merged-{domain}",
@@ -173,7 +177,9 @@ def _merged(trial: Trial) -> Iterator[Line]:
 
 
 def _joint(trial: Trial) -> Iterator[Line]:
-    for name, title in (("joint-1x", "joint 1x"), ("joint-2x", "joint 2x"), ("btx", "BTX")):
+    of_joint = {"joint-1x": "joint 1x", "joint-2x": "joint 2x"} if trial.spec.joint else {}
+    of_btx = {"btx": "BTX"} if trial.spec.btx else {}
+    for name, title in (of_joint | of_btx).items():
         yield Line(title, lambda name=name: OfModel(load(trial.path / name)))
 
 
@@ -205,7 +211,7 @@ def nearest_domain(trial: Trial, anchor: LoadedModel) -> Callable[[Any], int]:
 
     These means are all that a server has to know of the owners' text.
     """
-    embedder = load_embedder(trial.path / "anchor" / "embedder")
+    embedder = load_embedder(trial.anchor / "embedder")
     means = []
     for names in (trial.spec.public, *((domain,) for domain in trial.spec.domains)):
         texts = (text for name in names for text in read_training_documents(trial.text(name)))

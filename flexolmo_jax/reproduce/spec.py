@@ -15,7 +15,8 @@ from flexolmo_jax.plain_yaml import read_yaml
 class Spec:
     """A study. Its sections for runs are those of a run's YAML.
 
-    They leave out what the study fills in: paths, names, seeds.
+    They leave out what the study fills in: paths, names, seeds. A section that is not there leaves
+    its models out: `joint`, `btx`, `router`, `overfit`.
     """
 
     title: str = ""
@@ -32,6 +33,8 @@ class Spec:
     proxy_share: float = 0.02  # of the public documents
     proxy_diversity: int = 4
     release_dtype: str = "float32"
+    # a name of `flexolmo anchor fetch`, in place of an anchor that the study trains and releases
+    open_anchor: str = ""
     model: dict = dataclasses.field(default_factory=dict)
     anchor: dict = dataclasses.field(default_factory=dict)
     pair: dict = dataclasses.field(default_factory=dict)
@@ -68,6 +71,11 @@ class Spec:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; expected 1 or more")
+        for name in ("model", "anchor") if self.open_anchor else ():
+            if getattr(self, name):
+                raise UserError(f"{name} has no effect beside open_anchor; remove one of them")
+        if self.tuned_ablations and not self.router:
+            raise UserError("tuned_ablations needs the section router; add it, or leave them out")
         if unknown := set(self.tuned_ablations) - set(self.ablations):
             raise UserError(
                 f"tuned_ablations has {', '.join(sorted(unknown))}; expected some of"

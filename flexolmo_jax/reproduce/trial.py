@@ -31,6 +31,7 @@ class Trial:
     def __init__(self, spec: Spec, root: Path, seed: int):
         self.spec, self.root, self.seed = spec, root, seed
         self.path = root / f"seed{seed}"
+        self.anchor = (root if spec.open_anchor else self.path) / "anchor"
 
     def data(self, name: str) -> Path:
         return self.root / "data" / name
@@ -64,20 +65,20 @@ class Trial:
         pretrain(self.spec.run("anchor", section, self.records("public"), self.seed), out)
 
     def publish_anchor(self) -> None:
-        run, out = self.path / "anchor-run", self.path / "anchor"
-        publish(run, self.public_text, out, dtype=self.spec.release_dtype)
+        run = self.path / "anchor-run"
+        publish(run, self.public_text, self.anchor, dtype=self.spec.release_dtype)
 
     def continued(self, domain: str) -> RunConfig:
         """The anchor, all weights of which are trained further.
 
         On a domain that makes the domain's dense model, on public text the control.
         """
-        start = {"train.init": str(self.path / "anchor")}
+        start = {"train.init": str(self.anchor)}
         return self.spec.run("anchor", self.spec.dense, self.records(domain), self.seed, **start)
 
     def pair(self, domain: str, overrides: Mapping[str, Any]) -> RunConfig:
         names = {
-            "pair.anchor": str(self.path / "anchor"),
+            "pair.anchor": str(self.anchor),
             "pair.name": domain,
             "pair.public": str(self.data("public")),
         }
@@ -94,7 +95,7 @@ class Trial:
         out = self.path / f"proxies-{domain}.jsonl"
         remove_file(out)  # left where an earlier start was killed before it wrote its report
         chosen = select_proxies(
-            self.path / "anchor",
+            self.anchor,
             [self.text(domain)],
             self.public_text,
             out,
@@ -118,7 +119,7 @@ class Trial:
 
     def joint(self, times: int) -> RunConfig:
         """A run on all data, mixed as the pairs had it, with `times` the FLOPs of all pairs."""
-        anchor = open_artifact(self.path / "anchor").config
+        anchor = open_artifact(self.anchor).config
         start = open_artifact(self.path / "joint-start").config
         run, report = self.joint_of(times, anchor, start)
         write_json(self.path / f"flops-{times}x.json", report)
@@ -157,19 +158,19 @@ class Trial:
         """Token ids of what is attacked: training documents of the first private domain."""
         spec = self.spec
         texts = read_training_documents(self.text(spec.domains[0]))
-        tokenizer = open_artifact(self.path / "anchor").tokenizer
+        tokenizer = open_artifact(self.anchor).tokenizer
         count, prefix = spec.extraction_documents, spec.extraction_prefix
         return sample_documents(texts, tokenizer, count, prefix, spec.extraction_tokens)
 
     def train_overfit(self, out: Path) -> None:
         """The anchor, trained on nothing but these documents: the attack should succeed on it."""
-        tokenizer = open_artifact(self.path / "anchor").tokenizer
+        tokenizer = open_artifact(self.anchor).tokenizer
         text, data = self.path / "attacked.jsonl", self.path / "attacked-data"
         if not data.exists():
             attacked = map(tokenizer.decode, self.attacked_documents())
             write_text(text, "".join(json.dumps({"text": one}) + "\n" for one in attacked))
             prepare([text], tokenizer, self.spec.seq_len, data, heldout=0)
-        start, sources = {"train.init": str(self.path / "anchor")}, [{"path": str(data)}]
+        start, sources = {"train.init": str(self.anchor)}, [{"path": str(data)}]
         pretrain(self.spec.run("anchor", self.spec.overfit, sources, self.seed, **start), out)
 
     def pairs_of_domains(self) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,17 +17,23 @@ import pytest
 from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.reproduce.cells import Cell, cells
+from flexolmo_jax.reproduce.cells import cells
 from flexolmo_jax.reproduce.orderings import AVERAGE, PRIVATE, orderings
 from flexolmo_jax.reproduce.overlap import overlaps
 from flexolmo_jax.reproduce.results import write_results
+from flexolmo_jax.reproduce.running import Cell, run_cells
 from flexolmo_jax.reproduce.scores import heldout
 from flexolmo_jax.reproduce.spec import load_spec
-from flexolmo_jax.reproduce.study import reproduce, run_cells
+from flexolmo_jax.reproduce.study import reproduce
 from flexolmo_jax.reproduce.trial import Trial
 from tests.tiny import MODEL, documents, write_jsonl
 
 ROOT = Path(__file__).parents[2]
+# what a study on an open anchor has no need of
+OPTIONAL = (
+    *("model", "vocab_size", "anchor", "joint", "btx", "router", "overfit"),
+    *("ablations", "tuned_ablations"),
+)
 DOMAINS = ("code", "law")
 RUN = {
     "data": {"batch_size": 8},
@@ -289,6 +296,47 @@ def test_studies_that_are_none_are_refused(tmp_path):
         reproduce(tmp_path / "other.yaml", a_study(tmp_path / "study"))
 
 
+def test_a_study_leaves_out_what_it_has_no_section_for(tmp_path):
+    small = {key: value for key, value in SPEC.items() if key not in OPTIONAL}
+    root = a_study(tmp_path / "study")
+    (root / "spec.yaml").write_text(json.dumps(small | {"open_anchor": "smollm2-135m"}))
+    spec = load_spec(root / "spec.yaml")
+    steps = cells(spec, root)
+    assert str(steps["anchor"].do) == f"flexolmo anchor fetch smollm2-135m {root / 'anchor'}"
+    unwanted = ("tokenizer", "anchor-run", "tuned", "proxies", "joint", "btx", "overfit", "extrac")
+    assert not [name for name in steps if any(part in name for part in unwanted)]
+    assert all(need in steps for step in steps.values() for need in step.needs)
+    names = ("merged", "merged:k=1", "merged:k=2", "merged-code", "merged-law")
+    columns = ("public", *DOMAINS, PRIVATE, AVERAGE, "mixed")
+    means = {name: dict.fromkeys(columns, 2.0) for name in names}
+    claims = [one.name for one in orderings(spec, means, means)]
+    assert not [name for name in claims if "tun" in name or "joint" in name or "BTX" in name]
+    for changes, told in (
+        ({"anchor": RUN}, "anchor has no effect beside open_anchor"),
+        ({"model": MODEL}, "model has no effect beside open_anchor"),
+        ({"ablations": {"a": {}}, "tuned_ablations": ["a"]}, "needs the section router"),
+    ):
+        path = tmp_path / "bad.yaml"
+        path.write_text(json.dumps(small | {"open_anchor": "smollm2-135m"} | changes))
+        with pytest.raises(UserError, match=told):
+            load_spec(path)
+
+
+@pytest.mark.slow
+def test_a_study_on_an_open_anchor_runs_to_its_report(tmp_path, anchor):
+    small = {key: value for key, value in SPEC.items() if key not in OPTIONAL}
+    root = a_study(tmp_path / "study")
+    content = json.dumps(small | {"open_anchor": "smollm2-135m"})
+    (root / "spec.yaml").write_text(content)
+    shutil.copytree(anchor, root / "anchor")
+    results = reproduce(root / "spec.yaml", root)
+    lines = {"anchor", "anchor+public", "pair:code", "dense:law", "soup", "BTM:switching", "merged"}
+    assert lines <= results["rows"].keys()
+    assert not {"joint 1x", "BTX", "merged+tuned"} & results["rows"].keys()
+    assert all(one["margin"] is not None for one in results["orderings"].values())
+    assert not results["extraction"] and (root / "report.html").is_file()
+
+
 def test_a_cell_that_fails_ends_the_study_with_its_last_line(tmp_path):
     root = a_study(tmp_path / "study")
     (root / "text" / "public.jsonl").write_text("no json\n")
@@ -297,9 +345,8 @@ def test_a_cell_that_fails_ends_the_study_with_its_last_line(tmp_path):
     ):
         reproduce(root / "spec.yaml", root)
     with pytest.raises(RunError, match="waits for what no cell makes: b"):
-        run_cells(
-            {"a": Cell(root / "a", ("b",), print), "b": Cell(root / "b", ("a",), print)}, root, 1
-        )
+        waiting = {"a": Cell(root / "a", ("b",), print), "b": Cell(root / "b", ("a",), print)}
+        run_cells(waiting, root, 1, "no program is started")
 
 
 @pytest.mark.slow
