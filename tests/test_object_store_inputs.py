@@ -20,6 +20,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.signature import Trust, keygen
 from flexolmo_jax.storage import paths
 from flexolmo_jax.storage.paths import children, listing, path_of
+from tests.chats import byte_chat, said
 from tests.object_store import forbidding, upload
 from tests.test_object_store_training import bits, run
 from tests.tiny import SEQ_LEN, documents, run_config
@@ -50,6 +51,21 @@ def test_records_in_a_bucket_are_those_on_the_disk_and_only_those_asked_for_are_
         there[len(there) - 1]
     with pytest.raises(UserError, match="an incomplete copy"):
         open_records(bucket / "public", "train")
+
+
+def test_conversations_in_a_bucket_are_prepared_as_on_the_disk(bucket, tmp_path):
+    """Their array begins in the midst of the records, and is joined from objects."""
+    rows = [{"text": f"{i} " * 30} for i in range(90)] + [{"messages": said("a", "b")}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for out in (bucket / "out", tmp_path / "out"):
+        prepare([tmp_path / "a.jsonl"], byte_chat("chatml"), 24, out, heldout=0)
+    names = [path.name for path in children(tmp_path / "out")]
+    assert "train.context.npy" in names
+    assert sorted(listing(bucket / "out")) == sorted(names)
+    for name in names:
+        assert (bucket / "out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    there, here = (open_records(at / "out", "train") for at in (bucket, tmp_path))
+    assert there[len(there) - 1]["context"].any() == here[len(here) - 1]["context"].any()
 
 
 def test_token_files_in_a_bucket_are_those_on_the_disk(bucket, tiny_tokenizer, tmp_path):
