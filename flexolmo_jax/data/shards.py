@@ -21,6 +21,7 @@ from flexolmo_jax.storage.paths import size_of
 SHARD = 1 << 30  # bytes of its files, as they are on disk; a longer file is a shard of its own
 # a task has a chunk; the process that renders its conversations takes 0.1 s to start
 _CHUNK_CHARACTERS = 1 << 20
+_AROUND = 200  # of a message: what a template writes around it, and the work for it
 
 Chunk = list[tuple[Split, Document]]
 
@@ -122,7 +123,7 @@ def _chunks(documents: Iterable[tuple[Split, Document]]) -> Iterator[Chunk]:
     characters = 0
     for split, document in documents:
         chunk.append((split, document))
-        characters += len(document.text)
+        characters += len(document.text) + _AROUND * len(document.messages)
         if characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

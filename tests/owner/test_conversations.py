@@ -9,10 +9,11 @@ import pytest
 
 import flexolmo_jax
 from flexolmo_jax import cli
+from flexolmo_jax.config import Loss
 from flexolmo_jax.data import shards
 from flexolmo_jax.data.chat import Chat
 from flexolmo_jax.data.prepare import prepare
-from flexolmo_jax.data.records import Index, open_records
+from flexolmo_jax.data.records import Index, Records, open_records
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
@@ -155,6 +156,20 @@ def test_eval_scores_what_the_assistant_says_if_told_to(contribution, data, prep
     public = json.loads((run / "flexolmo.json").read_text())["base"] + "/public"
     assert cli.main(["eval", str(run), "--data", public, "--loss", "assistant"]) == 2
     assert "--loss is assistant, and public have no conversations" in capfd.readouterr().err
+
+
+def test_bytes_that_are_lost_count_where_they_are_scored(contribution, data, monkeypatch):
+    model = flexolmo_jax.load(contribution.with_name("desk.work") / "run")
+    expected: dict[Loss, int] = {"all": 50, "assistant": 20}
+    before = {loss: evaluate(model, [data], loss=loss) for loss in expected}
+    monkeypatch.setattr(Records, "lost_bytes", 50)
+    monkeypatch.setattr(Records, "lost_in_context", 30)
+    for loss, lost in expected.items():
+        now, was = evaluate(model, [data], loss=loss), before[loss]
+        size = was["bytes"]["data"]
+        assert now["bytes"]["data"] == size + lost
+        bits = was["bits_per_byte"]["data"] * size + 8 * lost
+        np.testing.assert_allclose(now["bits_per_byte"]["data"], bits / (size + lost), rtol=1e-6)
 
 
 def test_conversations_against_an_anchor_without_a_template_are_refused(

@@ -51,7 +51,7 @@ def data(tokenizer, tmp_path_factory) -> dict[str, Path]:
     text = [{"text": f"the mill {i} " * (i % 5 + 1)} for i in range(64)]
     return {
         "chats": prepared(tokenizer, folder, "chats", conversations("where?")),
-        "other": prepared(tokenizer, folder, "other", conversations("who feeds it?")),
+        "other": prepared(tokenizer, folder, "who", conversations("who feeds it?")),
         "text": prepared(tokenizer, folder, "text", text),
         "both": prepared(tokenizer, folder, "both", [*text, *conversations("where?")]),
     }
@@ -160,6 +160,7 @@ def test_it_is_refused_where_no_own_source_holds_conversations(data, tokenizer):
 
 
 def test_the_tokenizer_of_prepared_conversations_has_their_template(data, tokenizer):
-    found = choose_tokenizer(config("all", data["text"], data["chats"]).data)
+    """Also where they are not the first directory."""
+    found = choose_tokenizer(config("all", data["text"], data["other"]).data)
     assert found.chat == tokenizer.chat
     assert choose_tokenizer(config("all", data["text"]).data).chat is None
