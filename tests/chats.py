@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from flexolmo_jax.data.chat import Chat, make_chat
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenizer import BYTES, EOS, PAD, Tokenizer
 
 
 class Form(NamedTuple):
@@ -54,6 +55,16 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {% endif %}
 {% endfor %}
 """
+# ChatML that says itself what the assistant's is, and the same without
+MARKED = """{% for message in messages %}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.role == 'assistant' %}
+{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}
+{%- else %}{{ message.content + '<|im_end|>\\n' }}
+{%- endif %}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+UNMARKED = re.sub(r"\{% (end)?generation %\}", "", MARKED)
 FORMS = {
     "chatml": Form(
         CHATML,
@@ -92,6 +103,34 @@ def chat_of(file: Path, name: str, **fields: bool) -> tuple[Tokenizer, Chat]:
     form = FORMS[name]
     tokenizer = with_tokens(file, *form.special, **fields)
     return tokenizer, make_chat(form.template, form.tokens, form.ends, tokenizer, "a model")
+
+
+def byte_tokenizer(*special: str) -> Tokenizer:
+    """A token for each byte, and special ones: the same in every version of everything."""
+    plain = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    added = [
+        {"id": len(BYTES) + i, "content": name, "special": True} | plain
+        for i, name in enumerate((EOS, PAD, *special))
+    ]
+    steps = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps["use_regex"] = True
+    vocab = {sign: i for i, sign in enumerate(sorted(BYTES))}
+    unset = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    model = {"type": "BPE", "vocab": vocab, "merges": []} | dict.fromkeys(unset)
+    model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
+    fields = {"version": "1.0", "added_tokens": added, "model": model}
+    fields |= {"pre_tokenizer": steps, "decoder": steps}
+    unset = ("truncation", "padding", "normalizer", "post_processor")
+    return Tokenizer(json.dumps(fields | dict.fromkeys(unset)))
+
+
+def byte_chat(name: str, template: str = "") -> Tokenizer:
+    """A token for each byte and the special ones of a form, with its chat, or another template."""
+    form = FORMS[name]
+    tokenizer = byte_tokenizer(*form.special)
+    made = make_chat(template or form.template, form.tokens, form.ends, tokenizer, "a model")
+    tokenizer.chat = made
+    return tokenizer
 
 
 def said(*contents: str, system: str = "") -> list[dict[str, str]]:

@@ -16,10 +16,14 @@ from flexolmo_jax.data import arrays
 from flexolmo_jax.data.mixture import mixture
 from flexolmo_jax.data.prepare import open_data, prepare
 from flexolmo_jax.data.records import open_records
+from flexolmo_jax.data.shards import SHARD, Documents, open_writers, pack, shards_of
+from flexolmo_jax.data.split_writer import join_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.signature import Trust, keygen
 from flexolmo_jax.storage import paths
+from flexolmo_jax.storage.files import make_folder
 from flexolmo_jax.storage.paths import children, listing, path_of
+from tests.chats import byte_chat, said
 from tests.object_store import forbidding, upload
 from tests.test_object_store_training import bits, run
 from tests.tiny import SEQ_LEN, documents, run_config
@@ -50,6 +54,48 @@ def test_records_in_a_bucket_are_those_on_the_disk_and_only_those_asked_for_are_
         there[len(there) - 1]
     with pytest.raises(UserError, match="an incomplete copy"):
         open_records(bucket / "public", "train")
+
+
+def test_conversations_in_a_bucket_are_prepared_as_on_the_disk(bucket, tmp_path):
+    """Their array begins in the midst of the records, and is joined from objects."""
+    rows = [{"text": f"{i} " * 30} for i in range(90)] + [{"messages": said("a", "b")}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for out in (bucket / "out", tmp_path / "out"):
+        prepare([tmp_path / "a.jsonl"], byte_chat("chatml"), 24, out, heldout=0)
+    names = [path.name for path in children(tmp_path / "out")]
+    assert "train.context.npy" in names
+    assert sorted(listing(bucket / "out")) == sorted(names)
+    for name in names:
+        assert (bucket / "out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    there, here = (open_records(at / "out", "train") for at in (bucket, tmp_path))
+    assert there[len(there) - 1]["context"].any() == here[len(here) - 1]["context"].any()
+
+
+def test_records_of_workers_are_joined_in_a_bucket_where_some_have_no_conversations(
+    bucket, tmp_path
+):
+    tokenizer = byte_chat("chatml")
+    rows = [{"text": "a " * 40}], [{"messages": said("a", "b")}], [{"text": "c " * 40}]
+    files = [tmp_path / f"{number}.jsonl" for number in range(3)]
+    for place in (bucket, tmp_path):
+        parts = {}
+        for shard, file in zip(shards_of(files, [SHARD] * 3), files, strict=True):
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows[shard.number]))
+            folder = place / "shards" / file.stem
+            make_folder(folder)
+            with open_writers(folder, tokenizer, 24, bare=True) as writers:
+                kept = Documents(0, lambda _: True)
+                parts[folder] = pack([shard], kept, writers, tokenizer).splits["train"]
+        make_folder(place / "joined")
+        join_records(place / "joined", parts, "train", tokenizer, 24)
+    for kind in ("tokens", "segments", "context"):
+        joined = Path("joined") / f"train.{kind}.npy"
+        assert (bucket / joined).read_bytes() == (tmp_path / joined).read_bytes()
+    context = np.load(tmp_path / "joined" / "train.context.npy")
+    of_each = [part.records for part in parts.values()]
+    assert len(context) == sum(of_each) and min(of_each) > 0
+    inside = np.split(context.any(axis=1), np.cumsum(of_each)[:-1])
+    assert [part.any() for part in inside] == [False, True, False]
 
 
 def test_token_files_in_a_bucket_are_those_on_the_disk(bucket, tiny_tokenizer, tmp_path):

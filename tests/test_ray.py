@@ -33,6 +33,7 @@ from flexolmo_jax.errors import UserError  # noqa: E402
 from flexolmo_jax.exchange.anchor import embed_domain  # noqa: E402
 from flexolmo_jax.owner.proxy import select_proxies  # noqa: E402
 from flexolmo_jax.runtime import cluster as runtime_cluster  # noqa: E402
+from tests.chats import byte_chat, said  # noqa: E402
 from tests.tiny import WORDS, documents, write_jsonl  # noqa: E402
 
 SEQ_LEN = 64
@@ -153,6 +154,28 @@ def test_a_cluster_prepares_the_bytes_of_one_process(
     prepare(many, some_tokenizer, SEQ_LEN, tmp_path / "out", heldout=0.2, ray=cluster.address)
     assert files_of(tmp_path / "out") == files_of(alone)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_cluster_prepares_conversations_as_one_process_does(cluster, tmp_path, many):
+    """In some of the files: the others' records are no context. Each worker has the template."""
+    has_workers(cluster, 2)
+    tokenizer = byte_chat("chatml")
+    rows = ({"messages": said(f"where {i}?", f"there {i}")} for i in range(60))
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [many[0], chats, many[1]]
+    made = {}
+    for name, ray_address in (("alone", None), ("spread", cluster.address)):
+        how = {"heldout": 0.2, "ray": ray_address}
+        prepare(files, tokenizer, SEQ_LEN, tmp_path / name / "out", **how)
+        made[name] = files_of(tmp_path / name / "out")
+    assert made["alone"] == made["spread"]
+    assert {"chat.json", "train.context.npy", "heldout.context.npy"} < made["alone"].keys()
+    tokenizer.chat = None
+    with pytest.raises(
+        UserError, match=r"chats\.jsonl, line 1: it has messages, and the tokenizer"
+    ):
+        prepare(files, tokenizer, SEQ_LEN, tmp_path / "none", ray=cluster.address)
 
 
 def test_a_killed_worker_changes_no_byte(cluster, tmp_path, many, some_tokenizer, alone):

@@ -35,7 +35,8 @@ def _data_fetch(args: argparse.Namespace) -> dict[str, Any]:
         nargs="+",
         required=True,
         type=path_of,
-        help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them",
+        help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them; a line or row has "
+        '"text", or "messages" by the chat template of the tokenizer',
     ),
     option(
         "--tokenizer",

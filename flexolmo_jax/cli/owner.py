@@ -33,7 +33,8 @@ from .verbs import option, verb
         nargs="+",
         required=True,
         type=path_of,
-        help="private documents; they never leave",
+        help='private documents, of "text" or "messages"; they never leave. To learn only what '
+        "the assistant says: --set data.loss=assistant",
     ),
     ALLOW_HUB,
     option("--name", required=True, help="the expert's name"),

@@ -33,6 +33,12 @@ from .verbs import option, verb
     ),
     *SELECTING,
     option("--split", default="heldout", choices=["heldout", "train"]),
+    option(
+        "--loss",
+        choices=["all", "assistant"],
+        default="all",
+        help="of conversations, score every token (default) or only what the assistant says",
+    ),
     option("--limit", type=positive, help="records of each to read, documents of each task"),
     option("--batch-size", type=positive, default=16),
     CHECKPOINT,
@@ -52,7 +58,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     model = load(args.path, args.checkpoint, args.mesh, args.kernels)
     result = {}
     if args.data:
-        how = {"split": args.split, "limit": args.limit, "batch_size": args.batch_size}
+        how = {key: getattr(args, key) for key in ("split", "loss", "limit", "batch_size")}
         result = evaluate(model, args.data, **how, **_selection(args))
         result = result if args.json else in_brief(result)
     if tasks:

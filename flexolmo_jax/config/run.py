@@ -20,6 +20,7 @@ LINE = 1000  # the most characters of anything that an owner states
 ONE_LINE = f"one printable line of at most {LINE} characters"
 SEQUENCES = 2**53 - 1  # the largest integer that every JSON reader can hold
 Remat = Literal["none", "dots", "ffn", "outputs", "attention", "full", "offload"]
+Loss = Literal["all", "assistant"]
 Date = typing.NewType("Date", str)  # YYYY-MM-DD; YAML reads one without quotes as a date of its own
 
 
@@ -53,6 +54,9 @@ class DataConfig(Section):
     tokenizer: str = ""
     batch_size: int = 32  # records a step, over all devices
     seq_len: int = 256
+    # what is learnt and scored of conversations: all tokens, or only what the assistant says;
+    # documents of text count whole
+    loss: Loss = "all"
 
     def check(self) -> None:
         expect(bool(self.train), "data.train", "nothing", "a list of {path, weight, name}")

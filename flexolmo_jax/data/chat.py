@@ -14,13 +14,14 @@ for its marks. It is not where the template itself asks how a message begins.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -109,7 +110,7 @@ class Chat:
 
     def special_ids(self, tokenizer: "Tokenizer") -> frozenset[int]:
         """The ids of the tokens that no message can spell, and that no reply shows."""
-        return frozenset(_SpecialTokens(self, tokenizer).ids.values())
+        return frozenset(SpecialTokens(self, tokenizer).ids.values())
 
     def end_ids(self, tokenizer: "Tokenizer") -> list[int]:
         """The ids of the tokens that end a turn. Raises UserError for one that is not there."""
@@ -127,15 +128,18 @@ class Chat:
         With `generation_prompt` it ends where the model is to answer. Raises UserError for messages
         that are not text with a role, and where the template refuses them, fails or takes too much.
         """
-        _check(messages)
+        check_messages(messages)
         return self._rendered(generation_prompt, messages)[0] or ""
+
+    def variables(self, messages: Sequence[Message], generation_prompt: bool) -> dict[str, Any]:
+        """What the template is given."""
+        same = {"tools": None, "documents": None, "add_generation_prompt": generation_prompt}
+        return {**same, **self.tokens, "messages": [dict(message) for message in messages]}
 
     def _rendered(self, prompt: bool, *ways: Sequence[Message]) -> list[str | None]:
         """`render` of each; None where only the first can be rendered."""
-        same = {"tools": None, "documents": None, "add_generation_prompt": prompt, **self.tokens}
         try:
-            each = ({"messages": [dict(message) for message in messages]} for messages in ways)
-            return render(self.template, *(same | messages for messages in each))
+            return render(self.template, *(self.variables(way, prompt) for way in ways))
         except TemplateError as error:
             raise UserError(f"the chat template fails on these messages: {error!s:.300}") from None
 
@@ -143,21 +147,22 @@ class Chat:
         self, tokenizer: "Tokenizer", messages: Sequence[Message], generation_prompt: bool = True
     ) -> list[int]:
         """The token ids of what `render` gives. Special tokens are the template's own only."""
-        _check(messages)
-        special = _SpecialTokens(self, tokenizer)
-        mark = _unused([self.template, *(m[key] for m in messages for key in m)])
-        few, many = (
-            [{key: special.marked(m[key], mark, everywhere) for key in m} for m in messages]
-            for everywhere in (False, True)
-        )
-        text, safer = self._rendered(generation_prompt, few, many)
-        assert text is not None
-        if safer is not None and safer.replace(mark, "") == text.replace(mark, ""):
-            text = safer
-        return special.encode(text, mark)
+        special = SpecialTokens(self, tokenizer)
+        (mark,) = unused([self.template, *contents(check_messages(messages))], 1)
+        few, many = self._rendered(generation_prompt, *special.both_ways(messages, mark))
+        assert few is not None
+        return special.encode(safest(few, many, mark), mark)
 
 
-class _SpecialTokens:
+class Piece(NamedTuple):
+    """A special token, or text between two."""
+
+    start: int  # characters before it, without marks
+    text: str
+    ids: list[int]
+
+
+class SpecialTokens:
     """The tokens that no message may spell: special ones, and those that the chat names.
 
     Some tokenizer.json forget to call the latter special.
@@ -169,6 +174,7 @@ class _SpecialTokens:
         self._tokenizer = tokenizer
         self._tokens = {t.content: t for t in added.values() if t.special or t.content in named}
         self.ids = {t.content: i for i, t in added.items() if t.content in self._tokens}
+        self._special = set(self.ids.values())
         self._lengths = sorted({len(name) for name in self._tokens}, reverse=True)
         starts = sorted({name[0] for name in self._tokens})
         self._start = re.compile(f"[{''.join(map(re.escape, starts))}]" if starts else "(?!)")
@@ -180,7 +186,14 @@ class _SpecialTokens:
         )
         self._within = re.compile("|".join(within) or "(?!)")
 
-    def marked(self, text: str, mark: str, everywhere: bool) -> str:
+    def both_ways(self, messages: Sequence[Message], mark: str) -> list[list[Message]]:
+        """The messages with few and with many marks; `safest` chooses between what they give."""
+        return [
+            [{key: self._marked(m[key], mark, everywhere) for key in m} for m in messages]
+            for everywhere in (False, True)
+        ]
+
+    def _marked(self, text: str, mark: str, everywhere: bool) -> str:
         """A message's text, with a mark before each place where a special token begins.
 
         It may also begin where the text ends, or end where it begins: what the template adds there
@@ -216,35 +229,36 @@ class _SpecialTokens:
 
     def encode(self, text: str, mark: str) -> list[int]:
         """The ids of rendered text. Where a mark is, no special token begins."""
-        ids: list[int] = []
-        for part, name in self._split(text, mark):
-            plain = self._within.split(part.replace(mark, ""))
-            found = [i for each in plain if each for i in self._tokenizer.encode(each)]
-            if not set(self.ids.values()).isdisjoint(found):
-                raise UserError(
-                    "text of a message becomes a special token with this tokenizer; take it out of"
-                    " the message"
-                )
-            ids += found
-            if name:
-                ids.append(self.ids[name])
-        return ids
+        return [i for piece in self.pieces(text, mark) for i in piece.ids]
 
-    def _split(self, text: str, mark: str) -> Iterator[tuple[str, str]]:
-        """(text, the special token behind it), the last without one."""
-        start = 0
+    def pieces(self, text: str, mark: str) -> Iterator[Piece]:
+        """Rendered text, cut behind and before each special token."""
+        start, place = 0, 0
         for match in self._start.finditer(text):
-            place = match.start()
-            if place < start or text[place - 1 : place] == mark:
+            at = match.start()
+            if at < start or text[at - 1 : at] == mark or (name := self._at(text, at)) is None:
                 continue
-            if (name := self._at(text, place)) is None:
-                continue
-            part, token = text[start:place], self._tokens[name]
-            yield part.rstrip() if token.lstrip else part, name
-            start = place + len(name)
+            plain, token = text[start:at].replace(mark, ""), self._tokens[name]
+            yield Piece(place, plain, self.plain(plain.rstrip() if token.lstrip else plain))
+            place += len(plain)
+            yield Piece(place, name, [self.ids[name]])
+            start, place = at + len(name), place + len(name)
             if token.rstrip:
-                start += len(text) - start - len(text[start:].lstrip())
-        yield text[start:], ""
+                space = len(text) - start - len(text[start:].lstrip())
+                start, place = start + space, place + space
+        plain = text[start:].replace(mark, "")
+        yield Piece(place, plain, self.plain(plain))
+
+    def plain(self, text: str) -> list[int]:
+        """The ids of text without special tokens."""
+        parts = self._within.split(text)
+        found = [i for part in parts if part for i in self._tokenizer.encode(part)]
+        if not self._special.isdisjoint(found):
+            raise UserError(
+                "text of a message becomes a special token with this tokenizer; take it out of"
+                " the message"
+            )
+        return found
 
 
 def make_chat(
@@ -290,7 +304,8 @@ def make_chat(
     return Chat(template, {k: v for k, v in given.items() if v in known}, ends)
 
 
-def _check(messages: Sequence[Message]) -> None:
+def check_messages(messages: Any) -> tuple[Message, ...]:
+    """The same. Raises UserError for what is no list of messages."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UserError(f"messages are {messages!r:.80}; expected a list of at least one message")
     for number, message in enumerate(messages):
@@ -307,11 +322,25 @@ def _check(messages: Sequence[Message]) -> None:
                     f"message {number}: character {error.start} of its {key} is not Unicode; give"
                     " it in UTF-8"
                 ) from None
+    return tuple(messages)
 
 
-def _unused(texts: Sequence[str]) -> str:
-    """A character that none of the texts has."""
+def contents(messages: Sequence[Message]) -> list[str]:
+    """Every text in messages."""
+    return [text for message in messages for text in message.values()]
+
+
+def unused(texts: Sequence[str], count: int) -> list[str]:
+    """Characters that none of the texts has."""
     used = set().union(*texts)
-    if (found := next((chr(c) for c in MARKS if chr(c) not in used), None)) is None:
+    found = list(itertools.islice((chr(c) for c in MARKS if chr(c) not in used), count))
+    if len(found) < count:
         raise UserError("messages have every character for private use; take some out")
     return found
+
+
+def safest(few: str, many: str | None, mark: str) -> str:
+    """Of texts with few and with many marks, the second if it is the same but for the marks."""
+    if many is not None and many.replace(mark, "") == few.replace(mark, ""):
+        return many
+    return few

@@ -1,9 +1,10 @@
 """Raw documents on disk, read one at a time: `.jsonl` (plain, `.gz`, `.zst`), `.txt`, `.parquet`.
 
-A JSONL line is one object with a `text` string (the Dolma form; other keys are ignored). A `.txt`
-file is one document. A Parquet file has a document in each entry of its `text` column. A directory
-stands for all such files inside it, in sorted order. Nothing is repaired or skipped silently: what
-cannot be read is a `UserError` that names the file and the line.
+A JSONL line is one object with a `text` string (the Dolma form) or with `messages`, a list of
+`{"role": ..., "content": ...}`: a conversation. Other keys are ignored. A `.txt` file is one
+document. A Parquet file has a document in each row, by its columns `text` and `messages`. A
+directory stands for all such files inside it, in sorted order. Nothing is repaired or skipped
+silently: what cannot be read is a `UserError` that names the file and the line.
 """
 
 import gzip
@@ -11,18 +12,23 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import absolute, files_below, open_to_read, path_of, reason, size_of
+
+from .chat import Message, check_messages
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 HELDOUT = 0.05  # share of documents kept for evaluation
 INDEX_FILE = "index.json"  # makes a directory a prepared one: see data/records.py
 
-_EXPECTED_LINE = 'expected one JSON object a line with a "text" string'
+ASSISTANT = "assistant"  # the role whose messages a model learns to say
+
+_KEYS = ("text", "messages")  # of which a document has one
+_EXPECTED_LINE = 'expected one JSON object a line with a "text" string or with "messages"'
 LONGEST = 1 << 26  # bytes of a line: a few compressed kilobytes may unpack to gigabytes
 _PIECE = 1 << 12  # compressed bytes that are unpacked at once, to at most about 80 MB
 _CHUNK = 1 << 20
@@ -31,8 +37,25 @@ _LARGE = 1 << 20
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 
 
+class Document(NamedTuple):
+    """A text, or a conversation. Only what makes records of it looks at `messages`.
+
+    For everything else a conversation is its text: what its messages say, without their roles,
+    with blank lines between them. So the same words are held out, or a duplicate, in both forms.
+    """
+
+    text: str
+    where: str  # the file and the line
+    messages: tuple[Message, ...] = ()
+
+
 def read_documents(path: Path, advance: Callable[[int], Any] | None = None) -> Iterator[str]:
-    """The text of every document in a file or directory, in a fixed order.
+    """The text of every document: see `documents_in`."""
+    return (document.text for document in documents_in(path, advance))
+
+
+def documents_in(path: Path, advance: Callable[[int], Any] | None = None) -> Iterator[Document]:
+    """Every document in a file or directory, in a fixed order.
 
     Args:
         path: a file with one of `SUFFIXES`, or a directory with such files at any depth.
@@ -45,7 +68,7 @@ def read_documents(path: Path, advance: Callable[[int], Any] | None = None) -> I
             damaged file, and a format that needs a missing package.
     """
     files = document_files(path)
-    return (text for file in files for text in _read_file(file, advance or (lambda _: None)))
+    return (one for file in files for one in _read_file(file, advance or (lambda _: None)))
 
 
 def read_training_documents(path: Path, heldout: float = HELDOUT) -> Iterator[str]:
@@ -101,7 +124,7 @@ def name_of(path: Path) -> str:
     return name.removesuffix(suffix) or name
 
 
-def _read_file(path: Path, advance: Callable[[int], Any]) -> Iterator[str]:
+def _read_file(path: Path, advance: Callable[[int], Any]) -> Iterator[Document]:
     try:
         with open_to_read(path) as raw:
             if path.name.endswith(".parquet"):
@@ -114,14 +137,14 @@ def _read_file(path: Path, advance: Callable[[int], Any]) -> Iterator[str]:
                         " several, or make it a .jsonl"
                     )
                 advance(len(data))
-                yield _decode(data, path, 1)
+                yield Document(_decode(data, path, 1), str(path))
             else:
                 yield from _read_lines(path, raw, advance)
     except (OSError, EOFError, zlib.error) as error:  # gzip reports damage as any of the three
         raise UserError(f"cannot read {path}: {reason(error)}; is the file complete?") from error
 
 
-def _read_lines(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Iterator[str]:
+def _read_lines(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Iterator[Document]:
     if path.name.endswith(".zst"):
         lines = _zstd_lines(path, raw)
     else:
@@ -140,12 +163,12 @@ def _read_lines(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Ite
         advance(done - before)
 
 
-def _document(line: bytes, path: Path, number: int) -> str:
+def _document(line: bytes, path: Path, number: int) -> Document:
     content = _decode(line, path, number)
     if len(line) > _LARGE and len(_STRING.sub("", content)) > _LARGE:
         raise UserError(
             f"{path}, line {number}: it has more than {_LARGE} bytes that are no text; keep only"
-            ' "text"'
+            ' "text" or "messages"'
         )
     try:
         document = json.loads(content)
@@ -155,9 +178,45 @@ def _document(line: bytes, path: Path, number: int) -> str:
         raise UserError(
             f"{path}, line {number}: got a JSON {type(document).__name__}; {_EXPECTED_LINE}"
         )
-    if "text" not in document:
-        raise UserError(f'{path}, line {number}: the object has no "text"; {_EXPECTED_LINE}')
-    return _checked_text(document["text"], f"{path}, line {number}")
+    if not any(key in document for key in _KEYS):
+        raise UserError(
+            f'{path}, line {number}: the object has no "text" and no "messages"; {_EXPECTED_LINE}'
+        )
+    return _checked(document, f"{path}, line {number}")
+
+
+def _checked(fields: Mapping[str, Any], where: str) -> Document:
+    """The document of an object or a row. What is null is not there."""
+    text, messages = map(fields.get, _KEYS)
+    if messages is None:
+        return Document(_checked_text(text, where), where)
+    if text is not None:
+        raise UserError(
+            f'{where}: it has "text" and "messages"; expected one of them: take the other out'
+        )
+    messages = _checked_messages(messages, where)
+    return Document("\n\n".join(one["content"] for one in messages), where, messages)
+
+
+def _checked_messages(messages: object, where: str) -> tuple[Message, ...]:
+    if isinstance(messages, list):  # a Parquet file has every key in every message
+        messages = [
+            {key: value for key, value in one.items() if value is not None}
+            if isinstance(one, dict)
+            else one
+            for one in messages
+        ]
+    try:
+        checked = check_messages(messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if all(one["role"] != ASSISTANT for one in checked):
+        roles = ", ".join(sorted({one["role"] for one in checked}))
+        raise UserError(
+            f"{where}: its messages are of {roles!r:.80}; expected one or more of the role"
+            f" {ASSISTANT!r}, from which a model learns to answer"
+        )
+    return checked
 
 
 def _checked_text(text: object, where: str) -> str:
@@ -222,7 +281,7 @@ def _zstd_lines(path: Path, raw: BinaryIO) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Iterator[str]:
+def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -232,15 +291,16 @@ def _read_parquet(path: Path, raw: BinaryIO, advance: Callable[[int], Any]) -> I
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(raw) as table:
-            if "text" not in table.schema_arrow.names:
+            columns = [key for key in _KEYS if key in table.schema_arrow.names]
+            if not columns:
                 raise UserError(
                     f"{path} has the columns {', '.join(table.schema_arrow.names)}; expected one"
-                    ' named "text"'
+                    ' named "text" or "messages"'
                 )
-            for batch in table.iter_batches(batch_size=32, columns=["text"]):
-                for text in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=32, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    yield _checked_text(text, f"{path}, document {number}")
+                    yield _checked(row, f"{path}, document {number}")
                 advance(size * batch.num_rows // table.metadata.num_rows)
     except pyarrow.ArrowException as error:
         raise UserError(

@@ -45,17 +45,20 @@ class Batches:
     def at(self, step: int, places: Sequence[int] | None = None) -> Record:
         """The batch of a step, or only the n records at these places in it.
 
-        "tokens" and "segments": int32 [n, T]; "source": int32 [n], the number of each record's
-        source in the mixture.
+        "tokens" and "segments": int32 [n, T]; "context": bool [n, T], where a record has one;
+        "source": int32 [n], the number of each record's source in the mixture.
         """
         places = range(self.batch_size) if places is None else places
         indices = [step * self.batch_size + place for place in places]
         # Grain's type allows None for records that are filtered out: here nothing is filtered
         get = cast(Callable[[int], Record], self._records.__getitem__)
         records = list(read_records(get, indices, at_once=self._at_once))
+        no_context = np.zeros(self.seq_len, bool)
+        keys = ("tokens", "segments", "context", "source")
         return {
-            key: np.stack([record[key] for record in records])
-            for key in ("tokens", "segments", "source")
+            key: np.stack([record.get(key, no_context) for record in records])
+            for key in keys
+            if any(key in record for record in records)
         }
 
     def iterate(

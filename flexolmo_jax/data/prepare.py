@@ -3,9 +3,10 @@
 Documents are read one by one. Empty ones and exact duplicates (SHA-256 of the text) are dropped.
 The digest alone decides whether a document is held out, so it is on the same side in every corpus.
 Tokens and EOS are packed into records (data/packing.py), which are written as soon as they are
-complete. Memory holds some digests (data/digests.py), the open records and a few chunks of text,
-never the corpus. The files depend on the documents, their order and the arguments, never on the
-number of workers.
+complete. Of conversations they also say which tokens are the assistant's (data/tokenized.py).
+Memory holds some digests (data/digests.py), the open records and a few chunks of text, never the
+corpus. The files depend on the documents, their order and the arguments, never on the number of
+workers.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.config import LARGEST
+from flexolmo_jax.data.chat import CHAT_FILE
 from flexolmo_jax.data.digests import open_digests
 from flexolmo_jax.data.documents import (
     HELDOUT,
@@ -81,18 +83,17 @@ def prepare(  # noqa: PLR0913 - the verb's options
                 how = {"workers": workers or _cores(), "advance": advance}
                 packed = _pack_here(shards, heldout, directory, tokenizer, seq_len, how)
             else:
-                packed = spread(shards, heldout, directory, seq_len, address=ray, advance=advance)
+                how = {"address": ray, "advance": advance}
+                packed = spread(shards, heldout, directory, tokenizer, seq_len, **how)
         if not any(split.records for split in packed.splits.values()):
             raise UserError(
                 f"no text in {', '.join(map(str, files))}: expected documents that are not empty"
             )
+        if tokenizer.chat and any(split.conversations for split in packed.splits.values()):
+            tokenizer.chat.save(directory)
         index = _index(name, packed, heldout, directory, tokenizer, seq_len)
         index.write(directory)
-        if lost := sum(split.lost_bytes for split in packed.splits.values()):
-            note(
-                f"warning: the tokenizer's vocabulary cannot spell {lost} bytes of {name}; they are"
-                f" left out, and count {LOST_BITS:g} bits each in bits per byte"
-            )
+        _warn_of_lost_bytes(packed, name)
         return index
 
 
@@ -136,18 +137,21 @@ def prepare_cached(
     """`path` where it is a prepared directory, else documents prepared into a cache.
 
     The cache is `cache`, or what `cache_folder` finds. The content of the documents, the tokenizer
-    and the length are the key under which a preparation is found again. Of several processes that
-    ask at once, one prepares and the others wait. A bucket has no locks: where the cache is in one,
-    only one process may ask for what is not yet prepared.
+    with its chat template and the length are the key under which a preparation is found again. Of
+    several processes that ask at once, one prepares and the others wait. A bucket has no locks:
+    where the cache is in one, only one process may ask for what is not yet prepared.
 
     Raises:
-        UserError: a directory prepared with another tokenizer or length; what `prepare` raises.
+        UserError: a directory prepared with another tokenizer, chat template or length; what
+            `prepare` raises.
     """
     path = path_of(path)
     if not has_documents(path):
         _check_prepared(path, tokenizer, seq_len)
         return path
     key = hashlib.sha256(f"{FORMAT} {tokenizer.digest} {seq_len} {HELDOUT}".encode())
+    if tokenizer.chat:
+        key.update(f" {tokenizer.chat.digest}".encode())
     for file in document_files(path):
         key.update(f" {file.suffix} {sha256_of(file)}".encode())
     # The digest names the outer directory and the corpus the inner one, because records are named
@@ -176,6 +180,12 @@ def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
         raise UserError(
             f"{path} was prepared with another tokenizer than the one asked for: prepare it"
             " again with that one"
+        )
+    known = tokenizer.chat.digest if tokenizer.chat else None
+    if index.files.get(CHAT_FILE, known) != known:
+        raise UserError(
+            f"{path} has conversations, prepared with another chat template than the tokenizer's:"
+            " prepare it again with that one"
         )
     if index.seq_len != seq_len:
         raise UserError(
@@ -211,6 +221,14 @@ def _pack_here(
         open_writers(directory, tokenizer, seq_len) as writers,
     ):
         return pack(shards, Documents(heldout, digests.add), writers, tokenizer, **how)
+
+
+def _warn_of_lost_bytes(packed: Packed, name: str) -> None:
+    if lost := sum(split.lost_bytes for split in packed.splits.values()):
+        note(
+            f"warning: the tokenizer's vocabulary cannot spell {lost} bytes of {name}; they are"
+            f" left out, and count {LOST_BITS:g} bits each in bits per byte"
+        )
 
 
 def _index(

@@ -2,12 +2,14 @@
 
 A prepared directory holds, per split (train, heldout), `<split>.tokens.npy` uint16 or uint32 [R, T]
 and `<split>.segments.npy` uint16 [R, T] (0 is padding; 1, 2, ... are the documents in a record),
-the tokenizer, and `index.json`, which describes all of them. `prepare.py` writes it.
+the tokenizer, and `index.json`, which describes all of them. `prepare.py` writes it. A split with
+conversations has `<split>.context.npy` uint8 [R, T] too: 1 is a token of a conversation that is not
+the assistant's. Then the chat template lies beside the tokenizer.
 
-Every token of a document is scored, except its first in each record, for which the record has no
-context. EOS and padding are not scored. Bits per byte are the sum of -log2 p over the scored
-tokens, divided by their UTF-8 bytes. A byte that the vocabulary cannot spell (data/tokenizer.py)
-is a byte more, and 8 bits.
+Every token of a document is scored, except its first in each record, before which the record has
+nothing of it. EOS and padding are not scored; with `data.loss: assistant` context is not either.
+Bits per byte are the sum of -log2 p over the scored tokens, divided by their UTF-8 bytes. A byte
+that the vocabulary cannot spell (data/tokenizer.py) is a byte more, and 8 bits.
 """
 
 import hashlib
@@ -19,7 +21,7 @@ from typing import Annotated, Literal, get_args
 import numpy as np
 from pydantic import FailFast, Field
 
-from flexolmo_jax.config import LARGEST
+from flexolmo_jax.config import LARGEST, Loss
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.errors import UserError
@@ -30,9 +32,10 @@ from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 FORMAT = 1
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-Record = dict[str, np.ndarray]  # "tokens" and "segments", int32 [T]
+# "tokens" and "segments", int32 [T]; where there are conversations "context", bool [T]
+Record = dict[str, np.ndarray]
 
-FILES = r"^((train|heldout)\.(tokens|segments)\.npy|tokenizer\.json)$"
+FILES = r"^((train|heldout)\.(tokens|segments|context)\.npy|(tokenizer|chat)\.json)$"
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Token = Annotated[int, Field(ge=0, lt=2**24)]
 Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
@@ -47,7 +50,9 @@ class SplitIndex:
     """What a split holds.
 
     `scored_bytes` are the UTF-8 bytes of the scored tokens; `fill` is the share of tokens that are
-    not padding; `lost_bytes` are those of the documents that no token stands for.
+    not padding; `lost_bytes` are those of the documents that no token stands for, and
+    `lost_in_context` those of them that are not the assistant's; `conversations` are the documents
+    of messages. The last three are not written where they are 0, as in earlier versions.
     """
 
     records: Count
@@ -56,7 +61,9 @@ class SplitIndex:
     scored_tokens: Count
     scored_bytes: Count
     fill: Annotated[float, Field(ge=0, le=1)]
-    lost_bytes: Count = 0  # not written where it is 0, as in directories of earlier versions
+    lost_bytes: Count = 0
+    lost_in_context: Count = 0
+    conversations: Count = 0
 
     @classmethod
     def of(cls, seq_len: int, **counts: int) -> "SplitIndex":
@@ -127,8 +134,9 @@ class Index:
         """Writes `index.json` into a directory."""
         fields = asdict(self)
         for split in fields["splits"].values():
-            if not split["lost_bytes"]:
-                del split["lost_bytes"]
+            for count in ("lost_bytes", "lost_in_context", "conversations"):
+                if not split[count]:
+                    del split[count]
         write_bytes(path / INDEX_FILE, (json.dumps(fields, indent=1) + "\n").encode())
 
 
@@ -146,6 +154,7 @@ class Records:
         self.index = Index.read(self.path)
         self._tokens = self._map("tokens", np.dtype(token_dtype(self.index.vocab_size)))
         self._segments = self._map("segments", np.dtype(np.uint16))
+        self._context = self._map("context", np.dtype(np.uint8)) if self.conversations else None
 
     @property
     def name(self) -> str:
@@ -163,9 +172,19 @@ class Records:
         return self.index.tokenizer_digest
 
     @property
+    def conversations(self) -> int:
+        """How many of this split's documents are conversations."""
+        return self.stats.conversations
+
+    @property
     def lost_bytes(self) -> int:
         """UTF-8 bytes of this split's documents that no token stands for."""
         return self.stats.lost_bytes
+
+    @property
+    def lost_in_context(self) -> int:
+        """Those of them that are in conversations, but not the assistant's."""
+        return self.stats.lost_in_context
 
     @property
     def stats(self) -> SplitIndex:
@@ -176,17 +195,21 @@ class Records:
         return self.stats.records
 
     def __getitem__(self, index: int) -> Record:
-        """One record as "tokens" and "segments", int32 [T]."""
+        """One record as "tokens" and "segments", int32 [T], and in a split with conversations
+        "context", bool [T]."""
         tokens = self._tokens[index].astype(np.int64)
         if (largest := tokens.max()) >= self.index.vocab_size:
             raise UserError(
                 f"{self.path}: record {index} has the token {largest}; expected less than"
                 f" {self.index.vocab_size}, its vocabulary; prepare the data again"
             )
-        return {
+        record = {
             "tokens": tokens.astype(np.int32),
             "segments": self._segments[index].astype(np.int32),
         }
+        if self._context is not None:
+            record["context"] = self._context[index] != 0
+        return record
 
     def check_digests(self) -> None:
         """Reads every file. Raises UserError for the first whose digest differs from the index."""
@@ -242,19 +265,27 @@ def positions(segments: np.ndarray) -> np.ndarray:
     return np.where(segments != 0, at - start, 0).astype(np.int32)
 
 
-def loss_targets(segments: np.ndarray) -> np.ndarray:
+def left_out(record: Record, loss: Loss) -> np.ndarray | None:
+    """What does not count in the loss: the context of a record or batch, or nothing."""
+    return record.get("context") if loss == "assistant" else None
+
+
+def loss_targets(segments: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
     """int [.., T] -> bool [.., T]: the tokens to learn to predict.
 
-    They are all tokens of a document, with EOS, but its first in the record.
+    They are all tokens of a document, with EOS, but its first in the record, and `context` (bool
+    [.., T]), of which `left_out` says whether it is learnt.
     """
     targets = np.zeros(segments.shape, bool)
     targets[..., 1:] = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != 0)
-    return targets
+    return targets if context is None else targets & ~context
 
 
-def scored_targets(tokens: np.ndarray, segments: np.ndarray, eos_id: int) -> np.ndarray:
+def scored_targets(
+    tokens: np.ndarray, segments: np.ndarray, eos_id: int, context: np.ndarray | None = None
+) -> np.ndarray:
     """int [.., T] twice -> bool [.., T]: the scored tokens, `loss_targets` without EOS."""
-    return loss_targets(segments) & (tokens != eos_id)
+    return loss_targets(segments, context) & (tokens != eos_id)
 
 
 def sha256_of(file: Path) -> str:

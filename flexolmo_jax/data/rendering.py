@@ -3,15 +3,16 @@
 A template runs in Jinja's immutable sandbox: it reaches no attribute that begins with an underscore
 and changes no value. A sandbox does not bound time and memory: `{{ 9 ** 999999999 }}`, or text that
 doubles itself, would take all there is. So the process that renders (rendering_process.py) has
-bounds on its CPU time and its memory. Each call starts one.
+bounds on its CPU time and its memory. Each call starts one, for all that it is given; where that is
+too much for one, the halves have a process each, and so on.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROGRAM = Path(__file__).with_name("rendering_process.py")
 SECONDS = 10  # of CPU time, for starting Python too
@@ -24,22 +25,63 @@ class TemplateError(Exception):
     """A template is malformed, refuses its input, or takes too much. The text says which."""
 
 
+class Asked(NamedTuple):
+    """What a template is to render.
+
+    `beginnings`: how many of the messages, and whether the model speaks next. Is what they give a
+    beginning of the text? `around`: what stands before and behind that which the template marks
+    with `{% generation %}`.
+    """
+
+    variables: Mapping[str, Any]
+    beginnings: Sequence[tuple[int, bool]] = ()
+    around: tuple[str, str] = ("", "")
+
+
+class Rendered(NamedTuple):
+    """A text, and how long its beginnings are: None for what is none."""
+
+    text: str
+    beginnings: list[int | None]
+
+
 def render(template: str, *variables: Mapping[str, Any]) -> list[str | None]:
     """The texts that a template makes of JSON values, once for each set of them.
 
     Raises TemplateError where the first cannot be rendered; another one's text is then None.
     """
-    return _answer({"template": template, "variables": variables})
+    first, *others = _answer(template, [Asked(each) for each in variables], "")
+    if isinstance(first, TemplateError):
+        raise first
+    return [first.text, *(one.text if isinstance(one, Rendered) else None for one in others)]
+
+
+def render_all(
+    template: str, asked: Sequence[Asked], date: str = ""
+) -> Iterator[Rendered | TemplateError]:
+    """What a template makes of each, or why it makes nothing, in order.
+
+    `date`: the day that a template is told (as 2024-07-26); today where it is empty.
+    """
+    try:
+        yield from _answer(template, asked, date)
+    except TemplateError as error:
+        if len(asked) < 2:
+            yield error
+            return
+        for half in (asked[: len(asked) // 2], asked[len(asked) // 2 :]):
+            yield from render_all(template, half, date)
 
 
 def check_syntax(template: str) -> None:
     """Raises TemplateError for a template that Jinja cannot read. Renders nothing."""
-    _answer({"template": template, "variables": ()})
+    _answer(template, (), "")
 
 
-def _answer(request: dict[str, Any]) -> list[str | None]:
+def _answer(template: str, asked: Sequence[Asked], date: str) -> list[Rendered | TemplateError]:
     # -P: a module of the standard library is not the one of its name beside the program
     command = [sys.executable, "-P", str(PROGRAM), str(SECONDS), str(MIB), str(CHARACTERS)]
+    request = {"template": template, "date": date, "asked": [one._asdict() for one in asked]}
     content = json.dumps(request).encode()
     try:
         done = subprocess.run(command, input=content, capture_output=True, timeout=WAIT)
@@ -55,4 +97,7 @@ def _answer(request: dict[str, Any]) -> list[str | None]:
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise TemplateError(answer["error"])
-    return answer["texts"]
+    return [
+        TemplateError(one["error"]) if "error" in one else Rendered(**one)
+        for one in answer["rendered"]
+    ]

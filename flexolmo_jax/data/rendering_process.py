@@ -1,10 +1,10 @@
 """The program that renders one template: `python rendering_process.py SECONDS MIB CHARACTERS`.
 
-It reads {"template", "variables"} from stdin and writes {"texts"} or {"error"} to stdout, both
-JSON. `variables` is a list, with a text for each of its objects: null where only the first can be
-rendered. An empty list lets it only read the template. The program imports nothing of this package,
-so that it starts quickly. A template is given what transformers 5.23 gives it
-(chat_template_utils.py).
+It reads {"template", "date", "asked"} from stdin and writes {"rendered"} or {"error"} to stdout,
+both JSON. `asked` is a list of {"variables", "beginnings", "around"}, and `rendered` has a {"text",
+"beginnings"} or {"error"} for each: rendering.py says what they are. An empty list lets the program
+only read the template. It imports nothing of this package, so that it starts quickly. A template is
+given what transformers 5.23 gives it (chat_template_utils.py).
 """
 
 import json
@@ -21,9 +21,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Generation(Extension):
-    """`{% generation %}` marks what the assistant says. It changes nothing in the text."""
+    """`{% generation %}` marks what the assistant says. It changes nothing in the text but what it
+    puts around it."""
 
     tags = {"generation"}  # noqa: RUF012 - the name and the type are Jinja's
+    around = ("", "")
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -32,7 +34,8 @@ class Generation(Extension):
         return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _said(self, caller: Any) -> str:
-        return caller()
+        before, behind = self.around
+        return before + caller() + behind
 
 
 class Namespace(jinja2.utils.Namespace):
@@ -69,10 +72,6 @@ def raise_exception(message: Any) -> None:
     raise jinja2.TemplateError(str(message))
 
 
-def strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
 def tojson(
     x: Any,
     ensure_ascii: bool = False,
@@ -85,15 +84,20 @@ def tojson(
     return json.dumps(x, ensure_ascii=ensure_ascii, **how)
 
 
-def compiled(template: str) -> jinja2.Template:
+def environment_of(date: str) -> ImmutableSandboxedEnvironment:
+    """What a template may use. It is told the date, or today where that is empty."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
+
+    def strftime_now(form: str) -> str:
+        return (datetime.fromisoformat(date) if date else datetime.now()).strftime(form)
+
     environment.filters["tojson"] = tojson
     given = {"dict": Dictionaries(), "namespace": Namespace}
     given |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     environment.globals.update(given)
-    return environment.from_string(template)
+    return environment
 
 
 def rendered(template: jinja2.Template, variables: Mapping[str, Any], characters: int) -> str:
@@ -102,6 +106,31 @@ def rendered(template: jinja2.Template, variables: Mapping[str, Any], characters
         raise ValueError(f"it makes {len(text)} characters; expected at most {characters}")
     text.encode()  # raises for half a surrogate pair, which is not Unicode
     return text
+
+
+def answered(template: jinja2.Template, one: Mapping[str, Any], characters: int) -> dict[str, Any]:
+    """The text that is asked for, and the lengths of its beginnings."""
+    variables = one["variables"]
+    text, lengths = rendered(template, variables, characters), []
+    for count, prompt in one["beginnings"]:
+        first = {"messages": variables["messages"][:count], "add_generation_prompt": prompt}
+        try:
+            beginning = rendered(template, variables | first, characters)
+        except MemoryError:
+            raise
+        except Exception:  # as where there is no message yet
+            lengths.append(None)
+        else:
+            lengths.append(len(beginning) if text.startswith(beginning) else None)
+    return {"text": text, "beginnings": lengths}
+
+
+def reason(error: Exception, mib: int) -> dict[str, str]:
+    if isinstance(error, MemoryError):
+        return {"error": f"it takes more than {mib} MiB"}
+    line = getattr(error, "lineno", None)
+    where = f"line {line}: " if line else ""
+    return {"error": where + (str(error) or type(error).__name__)[:300]}
 
 
 def limit(seconds: int, mib: int) -> None:
@@ -121,23 +150,22 @@ def main() -> None:
     seconds, mib, characters = map(int, sys.argv[1:])
     limit(seconds, mib)
     request = json.loads(sys.stdin.read())
-    texts: list[str | None] = []
+    each: list[dict[str, Any]] = []
     try:
-        template = compiled(request["template"])
-        for variables in request["variables"]:
+        environment = environment_of(request["date"])
+        template = environment.from_string(request["template"])
+        (generation,) = (e for e in environment.extensions.values() if isinstance(e, Generation))
+        for one in request["asked"]:
+            generation.around = tuple(one["around"])
             try:
-                texts.append(rendered(template, variables, characters))
-            except Exception:
-                if not texts:
-                    raise
-                texts.append(None)
-        answer: dict[str, Any] = {"texts": texts}
-    except MemoryError:
-        answer = {"error": f"it takes more than {mib} MiB"}
+                each.append(answered(template, one, characters))
+            except MemoryError:  # the texts before it may have taken it
+                raise
+            except Exception as error:
+                each.append(reason(error, mib))
+        answer: dict[str, Any] = {"rendered": each}
     except Exception as error:
-        line = getattr(error, "lineno", None)
-        where = f"line {line}: " if line else ""
-        answer = {"error": where + (str(error) or type(error).__name__)[:300]}
+        answer = reason(error, mib)
     sys.stdout.write(json.dumps(answer))
 
 

@@ -11,19 +11,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
-from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex, sha256_of, token_dtype
+from flexolmo_jax.data.documents import Document, digest_of, documents_in, is_heldout
+from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex, sha256_of
 from flexolmo_jax.data.split_writer import SplitWriter
+from flexolmo_jax.data.tokenized import Tokenized, tokenized
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.storage.paths import size_of
 
 SHARD = 1 << 30  # bytes of its files, as they are on disk; a longer file is a shard of its own
-_CHUNK_CHARACTERS = 1 << 18
+# a task has a chunk; the process that renders its conversations takes 0.1 s to start
+_CHUNK_CHARACTERS = 1 << 20
+_AROUND = 200  # of a message: what a template writes around it, and the work for it
 
-Chunk = list[tuple[Split, str]]
-Tokenized = tuple[Split, np.ndarray, int]  # tokens with EOS, and bytes that they do not spell
+Chunk = list[tuple[Split, Document]]
 
 
 class Shard(NamedTuple):
@@ -67,15 +67,15 @@ class Documents:
 
     def read(
         self, files: Sequence[Path], advance: Callable[[int], object]
-    ) -> Iterator[tuple[Split, str]]:
-        for text in (text for file in files for text in read_documents(file, advance)):
-            digest = digest_of(text)
-            if not text:
+    ) -> Iterator[tuple[Split, Document]]:
+        for document in (one for file in files for one in documents_in(file, advance)):
+            digest = digest_of(document.text)
+            if not document.text:
                 self.empty += 1
             elif not self._is_new(digest):
                 self.duplicates += 1
             else:
-                yield ("heldout" if is_heldout(digest, self.heldout) else "train"), text
+                yield ("heldout" if is_heldout(digest, self.heldout) else "train"), document
 
 
 def pack(
@@ -96,8 +96,8 @@ def pack(
     inputs: list[InputFile] = []
     for shard in shards:
         chunks = _chunks(documents.read(shard.files, advance))
-        for split, tokens, lost_bytes in _tokenized(chunks, tokenizer, workers):
-            writers[split].add(tokens, lost_bytes)
+        for split, document in _tokenized(chunks, tokenizer, workers):
+            writers[split].add(document)
         for writer in writers.values():
             writer.cut()
         inputs += [InputFile(file.name, size_of(file), sha256_of(file)) for file in shard.files]
@@ -117,13 +117,13 @@ def open_writers(
         }
 
 
-def _chunks(documents: Iterable[tuple[Split, str]]) -> Iterator[Chunk]:
+def _chunks(documents: Iterable[tuple[Split, Document]]) -> Iterator[Chunk]:
     """Documents in groups that are large enough to be worth a task in another thread."""
     chunk: Chunk = []
     characters = 0
-    for split, text in documents:
-        chunk.append((split, text))
-        characters += len(text)
+    for split, document in documents:
+        chunk.append((split, document))
+        characters += len(document.text) + _AROUND * len(document.messages)
         if characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -131,25 +131,19 @@ def _chunks(documents: Iterable[tuple[Split, str]]) -> Iterator[Chunk]:
         yield chunk
 
 
-def _tokenized(chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int) -> Iterator[Tokenized]:
+def _tokenized(
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Split, Tokenized]]:
     """Every document, in order.
 
     At most about two chunks wait for each of the `workers` threads, which bounds the memory.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
 
-    def tokenize(chunk: Chunk) -> list[Tokenized]:
-        # One document at a time: for several, the tokenizer would start threads of its own.
-        return [
-            (
-                split,
-                np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype),
-                tokenizer.lost_in(text),
-            )
-            for split, text in chunk
-        ]
+    def tokenize(chunk: Chunk) -> list[tuple[Split, Tokenized]]:
+        splits, documents = zip(*chunk, strict=True)
+        return list(zip(splits, tokenized(documents, tokenizer), strict=True))
 
-    pending: deque[Future[list[Tokenized]]] = deque()
+    pending: deque[Future[list[tuple[Split, Tokenized]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
     try:
         for chunk in chunks:

@@ -1,9 +1,10 @@
 """Writing the records of one split, as many as come, in memory that does not grow with them."""
 
+import functools
 import io
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from flexolmo_jax.data.packing import Packer, Pieces, lay_out
 from flexolmo_jax.data.records import Split, SplitIndex, scored_targets, token_dtype
+from flexolmo_jax.data.tokenized import Tokenized
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.storage.files import remove_file, write_bytes
 from flexolmo_jax.storage.paths import (
@@ -24,12 +26,15 @@ from flexolmo_jax.storage.paths import (
 
 _BUFFERED_RECORDS = 64
 _BLOCK = 1 << 24  # bytes that are copied at once
+# beside a token's id, which is below 2**24, while documents are packed: it is context
+_CONTEXT = np.uint32(1 << 31)
 
 
 class SplitWriter:
-    """Packs the documents of one split and writes its two arrays, record after record.
+    """Packs the documents of one split and writes its arrays, record after record.
 
-    `bare`: without headers, for `join_records`.
+    There are two, and of context a third from the first conversation on. `bare`: without headers,
+    for `join_records`.
     """
 
     def __init__(
@@ -48,42 +53,55 @@ class SplitWriter:
             kind(directory / name, dtype, seq_len)
             for name, dtype in _arrays(split, tokenizer).items()
         )
+        self._context: _BareFile | None = None
+        self._new_context = functools.partial(
+            kind, directory / context_file(split), np.uint8, seq_len
+        )
         self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
-        self._documents = self._filled = self._scored_tokens = self._scored_bytes = 0
-        self._lost_bytes = 0
+        self._filled = self._scored_tokens = self._scored_bytes = 0
+        self._documents = self._conversations = self._lost_bytes = self._lost_in_context = 0
 
     def __enter__(self) -> "SplitWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tokens.close()
-        self._segments.close()
+        for file in self._files():
+            file.close()
 
-    def add(self, document: np.ndarray, lost_bytes: int = 0) -> None:
-        """Takes the tokens of a document, EOS included, and how many bytes they do not spell."""
+    def add(self, document: Tokenized) -> None:
+        """Takes a document."""
+        tokens = document.tokens.astype(np.uint32)
         self._documents += 1
-        self._lost_bytes += lost_bytes
-        self._write(self._packer.add(document))
+        self._lost_bytes += document.lost_bytes
+        if document.context is not None:
+            self._conversations += 1
+            self._lost_in_context += document.lost_in_context
+            tokens |= document.context * _CONTEXT
+        self._write(self._packer.add(tokens))
 
     def cut(self) -> None:
         """Closes all open records: what comes is of another shard."""
         self._write(self._packer.flush())
 
     def finish(self) -> SplitIndex:
-        """Completes the two files and says what they hold."""
+        """Completes the files and says what they hold."""
         self.cut()
         self._flush()
-        records = self._tokens.finish()
-        self._segments.finish()
+        counts = [file.finish() for file in self._files()]
         return SplitIndex.of(
             self._seq_len,
-            records=records,
+            records=counts[0],
             documents=self._documents,
             tokens=self._filled,
             scored_tokens=self._scored_tokens,
             scored_bytes=self._scored_bytes,
             lost_bytes=self._lost_bytes,
+            lost_in_context=self._lost_in_context,
+            conversations=self._conversations,
         )
+
+    def _files(self) -> "list[_BareFile]":
+        return [self._tokens, self._segments, *([self._context] if self._context else [])]
 
     def _write(self, closed: list[Pieces]) -> None:
         for pieces in closed:
@@ -94,28 +112,60 @@ class SplitWriter:
     def _flush(self) -> None:
         if not self._buffer:
             return
-        tokens, segments = map(np.stack, zip(*self._buffer, strict=True))
+        packed, segments = map(np.stack, zip(*self._buffer, strict=True))
         self._buffer.clear()
+        tokens = packed & ~_CONTEXT
         scored = tokens[scored_targets(tokens, segments, self._tokenizer.eos_id)]
         self._filled += int(np.count_nonzero(segments))
         self._scored_tokens += len(scored)
         self._scored_bytes += int(self._tokenizer.byte_lengths[scored].sum(dtype=np.int64))
+        if self._conversations and self._context is None:
+            self._context = self._new_context()
+            self._context.append_zeros(self._tokens.records)
+        if self._context:
+            self._context.append(packed >= _CONTEXT)
         self._tokens.append(tokens)
         self._segments.append(segments)
 
 
 def join_records(
-    directory: Path, folders: Sequence[Path], split: Split, tokenizer: Tokenizer, seq_len: int
+    directory: Path,
+    parts: Mapping[Path, SplitIndex],
+    split: Split,
+    tokenizer: Tokenizer,
+    seq_len: int,
 ) -> None:
-    """Writes the arrays of a split from the bare files in the folders, which are then gone."""
-    for name, dtype in _arrays(split, tokenizer).items():
+    """Writes the arrays of a split from the bare files in folders, which are then gone.
+
+    `parts`: what each folder's records hold.
+    """
+    arrays = _arrays(split, tokenizer)
+    if any(part.conversations for part in parts.values()):
+        arrays[context_file(split)] = np.uint8
+    for name, dtype in arrays.items():
         file = _ArrayFile(directory / name, dtype, seq_len)
         try:
-            for folder in folders:
+            for folder, part in parts.items():
+                if name == context_file(split) and not part.conversations:
+                    _write_zeros(folder / name, part.records, seq_len)
                 file.take(folder / name)
             file.finish()
         finally:
             file.close()
+
+
+def _write_zeros(path: Path, records: int, seq_len: int) -> None:
+    file = _BareFile(path, np.uint8, seq_len)
+    try:
+        file.append_zeros(records)
+        file.finish()
+    finally:
+        file.close()
+
+
+def context_file(split: Split) -> str:
+    """The name of the array that a split with conversations has beside the others."""
+    return f"{split}.context.npy"
 
 
 def _arrays(split: Split, tokenizer: Tokenizer) -> dict[str, type[np.unsignedinteger]]:
@@ -128,13 +178,18 @@ class _BareFile:
     """Records of T values that grow in number: their bytes, one record after another."""
 
     def __init__(self, path: Path, dtype: type[np.unsignedinteger], seq_len: int):
-        self._dtype, self._seq_len, self._records = np.dtype(dtype), seq_len, 0
+        self._dtype, self._seq_len, self.records = np.dtype(dtype), seq_len, 0
         self._in_bucket = in_bucket(path)
         self._file = open_to_write(path)
 
     def append(self, records: np.ndarray) -> None:
         self._file.write(records.astype(self._dtype, copy=False).tobytes())
-        self._records += len(records)
+        self.records += len(records)
+
+    def append_zeros(self, count: int) -> None:
+        for start in range(0, count, _BUFFERED_RECORDS):
+            size = min(_BUFFERED_RECORDS, count - start)
+            self.append(np.zeros((size, self._seq_len), self._dtype))
 
     def finish(self) -> int:
         """Completes the file and returns the number of its records."""
@@ -143,7 +198,7 @@ class _BareFile:
         else:
             self._file.flush()
             os.fsync(self._file.fileno())
-        return self._records
+        return self.records
 
     def close(self) -> None:
         self._file.close()
@@ -166,7 +221,7 @@ class _ArrayFile(_BareFile):
 
     def take(self, bare: Path) -> None:
         """Moves all records of a bare file to the end of this one."""
-        self._records += size_of(bare) // (self._seq_len * self._dtype.itemsize)
+        self.records += size_of(bare) // (self._seq_len * self._dtype.itemsize)
         if self._in_bucket:
             self._parts.append(bare)
             return
@@ -180,7 +235,7 @@ class _ArrayFile(_BareFile):
             write_bytes(self._parts[0], self._header())
             join_objects(self._parts, self._path)
             remove_objects(self._parts)
-            return self._records
+            return self.records
         self._file.seek(0)
         self._file.write(self._header())
         return super().finish()
@@ -189,7 +244,7 @@ class _ArrayFile(_BareFile):
         header: dict[str, Any] = {
             "descr": self._dtype.str,
             "fortran_order": False,
-            "shape": (self._records, self._seq_len),
+            "shape": (self.records, self._seq_len),
         }
         content = io.BytesIO()
         np.lib.format.write_array_header_1_0(content, header)

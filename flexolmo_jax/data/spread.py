@@ -14,16 +14,17 @@ import functools
 import itertools
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flexolmo_jax.data.chat import Chat
 from flexolmo_jax.data.documents import digest_of, read_documents
 from flexolmo_jax.data.over_shards import Columns, Files, everywhere, files_of, mapped, seen
-from flexolmo_jax.data.records import SPLITS, InputFile, SplitIndex
+from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack
 from flexolmo_jax.data.split_writer import join_records
 from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -37,10 +38,11 @@ _HERE = "flexolmo_jax.data.spread"
 _WORDS = ("a", "b", "c", "d")  # a digest as four numbers of 64 bits
 
 
-def spread(
+def spread(  # noqa: PLR0913 - as `pack`, and where the cluster is
     shards: Sequence[Shard],
     heldout: float,
     directory: Path,
+    tokenizer: Tokenizer,
     seq_len: int,
     *,
     address: str,
@@ -51,18 +53,25 @@ def spread(
     Raises what `connected` raises, and UserError where a worker does not see a path.
     """
     found: dict[int, dict[str, Any]] = {}
+    if tokenizer.chat:
+        make_folder(directory / "shards")
+        tokenizer.chat.save(directory / "shards")
     with connected(address):
         for row in _dataset(shards, heldout, directory, seq_len).iter_rows():
             found[row["shard"]] = json.loads(row["packed"])
             advance(shards[row["shard"]].bytes)
     each = [found[shard.number] for shard in shards]
-    tokenizer = Tokenizer.load(directory)
+    parts: dict[Split, dict[Path, SplitIndex]] = {
+        split: {
+            directory / "shards" / one["folder"]: SplitIndex(**one["splits"][split]) for one in each
+        }
+        for split in SPLITS
+    }
     for split in SPLITS:
-        folders = [directory / "shards" / one["folder"] for one in each]
-        join_records(directory, folders, split, tokenizer, seq_len)
+        join_records(directory, parts[split], split, tokenizer, seq_len)
     discard(directory / "shards")
     return Packed(
-        {split: _sum([one["splits"][split] for one in each], seq_len) for split in SPLITS},
+        {split: _sum(parts[split].values(), seq_len) for split in SPLITS},
         [InputFile(**file) for one in each for file in one["inputs"]],
         sum(one["duplicates"] for one in each),
         sum(one["empty"] for one in each),
@@ -143,11 +152,13 @@ def write_shard(
 def _tokenizer(directory: Path) -> Tokenizer:
     if not (directory / TOKENIZER_FILE).exists():
         raise shared_path_error(directory)
-    return Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(directory)
+    tokenizer.chat = Chat.load(directory / "shards")
+    return tokenizer
 
 
-def _sum(parts: Sequence[dict[str, Any]], seq_len: int) -> SplitIndex:
+def _sum(parts: Iterable[SplitIndex], seq_len: int) -> SplitIndex:
     """What the records of all shards hold."""
-    counted = ("records", "documents", "tokens", "scored_tokens", "scored_bytes", "lost_bytes")
-    total = {name: sum(part[name] for part in parts) for name in counted}
-    return SplitIndex.of(seq_len, **total)
+    each = [asdict(part) for part in parts]
+    counts = {name: sum(part[name] for part in each) for name in each[0] if name != "fill"}
+    return SplitIndex.of(seq_len, **counts)

@@ -42,7 +42,7 @@ class TokenRecords:
     """
 
     split: Split = "train"
-    lost_bytes = 0
+    lost_bytes = lost_in_context = conversations = 0
 
     def __init__(self, path: Path, tokenizer: Tokenizer, seq_len: int):
         self.path = path_of(path)

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from flexolmo_jax.config import Loss
 from flexolmo_jax.data.documents import name_of
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import Split
+from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.runtime.progress import bar
@@ -31,6 +33,7 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     limit: int | None = None,
     batch_size: int = 16,
     names: Sequence[str] | None = None,
+    loss: Loss = "all",
 ) -> dict[str, Any]:
     """Scores the held-out records of prepared directories and raw documents, all of token files.
 
@@ -38,6 +41,8 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}, "by_record":
     {data: [[bits, bytes] of each record]}}. With `limit` only the first records of each data set
     are read. `names`: the data's, instead of the files'.
+    `loss`: "assistant" scores of conversations only what the assistant says. Raises UserError where
+    no data set holds any.
     """
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
@@ -49,16 +54,15 @@ def evaluate(  # noqa: PLR0913 - the verb's options
 
     keys = ("bits_per_byte", "tokens", "bytes", "routing", "routing_by_layer", "by_record")
     result: dict[str, Any] = {key: {} for key in keys}
-    seq_len = min(RAW_SEQ_LEN, model.config.max_seq_len)
-    for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
-        if name in result["tokens"]:
-            raise UserError(f"two data sets are called {name!r}; rename one of them")
-        records = open_heldout(path, model.tokenizer, seq_len, split)
-        with bar(f"eval {name_of(path)}", min(len(records), limit or len(records))) as advance:
+    for name, records in _opened(model, data, names, split, loss).items():
+        with bar(
+            f"eval {name_of(records.path)}", min(len(records), limit or len(records))
+        ) as advance:
             score = score_records(
                 score_batch,
                 records,
                 model.tokenizer,
+                loss=loss,
                 limit=limit,
                 batch_size=batch_size,
                 advance=advance,
@@ -66,6 +70,27 @@ def evaluate(  # noqa: PLR0913 - the verb's options
         for key, figure in _figures(score, model.experts).items():
             result[key][name] = figure
     return result
+
+
+def _opened(
+    model: LoadedModel,
+    data: Sequence[Path],
+    names: Sequence[str] | None,
+    split: Split,
+    loss: Loss,
+) -> dict[str, Source]:
+    """The records of each data set, by its name."""
+    seq_len, opened = min(RAW_SEQ_LEN, model.config.max_seq_len), dict[str, Source]()
+    for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
+        if name in opened:
+            raise UserError(f"two data sets are called {name!r}; rename one of them")
+        opened[name] = open_heldout(path, model.tokenizer, seq_len, split)
+    if loss == "assistant" and not any(records.conversations for records in opened.values()):
+        raise UserError(
+            f"--loss is assistant, and {', '.join(opened)} have no conversations; give documents"
+            ' with "messages", or leave --loss out'
+        )
+    return opened
 
 
 def in_brief(result: dict[str, Any]) -> dict[str, Any]:

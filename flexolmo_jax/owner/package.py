@@ -279,7 +279,7 @@ def _evaluate(
         records = open_heldout(path_of(path), run.tokenizer, config.data.seq_len)
         if len(records):
             for who, model in models.items():
-                limit = config.train.eval_records
-                score = score_model(*model, records, run.tokenizer, mesh=mesh, limit=limit)
+                how = {"loss": config.data.loss, "limit": config.train.eval_records}
+                score = score_model(*model, records, run.tokenizer, mesh=mesh, **how)
                 scores[who][name] = round(score.bits_per_byte, 6)
     return scores

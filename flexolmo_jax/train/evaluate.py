@@ -1,8 +1,9 @@
 """Bits per byte and routing on prepared records, in the training loop and outside of it.
 
 Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Every token
-of a document is scored, except the first of each record that it spans; EOS and padding are not. A
-byte that the vocabulary cannot spell adds a byte and 8 bits.
+of a document is scored, except the first of each record that it spans; EOS and padding are not. Of
+conversations, "assistant" as the `loss` scores only what the assistant says. A byte that the
+vocabulary cannot spell adds a byte and 8 bits.
 """
 
 import functools
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.config import Loss, ModelConfig
 from flexolmo_jax.data.arrays import read_records
-from flexolmo_jax.data.records import scored_targets
+from flexolmo_jax.data.records import left_out, scored_targets
 from flexolmo_jax.data.tokenizer import LOST_BITS, Tokenizer
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
@@ -99,11 +100,12 @@ def make_scorer(
     return score
 
 
-def score_records(
+def score_records(  # noqa: PLR0913 - a model, records, and how they are read
     score: Scorer,
     records: Source,
     tokenizer: Tokenizer,
     *,
+    loss: Loss = "all",
     batch_size: int = BATCH_SIZE,
     limit: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
@@ -119,9 +121,9 @@ def score_records(
     for start in range(0, count, batch_size):
         places = range(start, min(start + batch_size, count))
         batch = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
-        tokens = _stack([record["tokens"] for record in batch], batch_size)
-        segments = _stack([record["segments"] for record in batch], batch_size)
-        scored = scored_targets(tokens, segments, tokenizer.eos_id)
+        whole = {key: _stack([record[key] for record in batch], batch_size) for key in batch[0]}
+        tokens, segments = whole["tokens"], whole["segments"]
+        scored = scored_targets(tokens, segments, tokenizer.eos_id, left_out(whole, loss))
         nats, shares = score(tokens, segments, scored)
         routing = routing + np.asarray(shares, np.float64)
         n_tokens += int(scored.sum())
@@ -140,16 +142,18 @@ def score_records(
             f"{records.path} has no held-out text to score; prepare more documents or a larger"
             " --heldout share"
         )
-    lost = round(records.lost_bytes * count / len(records))  # a part of the records has its share
+    lost_bytes = records.lost_bytes - (records.lost_in_context if loss == "assistant" else 0)
+    lost = round(lost_bytes * count / len(records))  # a part of the records has its share
     return Score(figures, n_tokens, lost, routing / n_tokens)
 
 
-def score_model(
+def score_model(  # noqa: PLR0913 - a model, records, and how they are read
     config: ModelConfig,
     params: Params,
     records: Source,
     tokenizer: Tokenizer,
     *,
+    loss: Loss = "all",
     mesh: Mesh | None = None,
     limit: int | None = None,
 ) -> Score:
@@ -165,7 +169,7 @@ def score_model(
         return scorer(params, *(put_whole_batch(mesh, array) for array in batch))
 
     size = batch_over(mesh, min(BATCH_SIZE, limit or BATCH_SIZE))
-    return score_records(score, records, tokenizer, batch_size=size, limit=limit)
+    return score_records(score, records, tokenizer, loss=loss, batch_size=size, limit=limit)
 
 
 def check_tokenizer(records: Source, tokenizer: Tokenizer) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 from jax.sharding import Mesh
 
-from flexolmo_jax.data.records import Record, loss_targets
+from flexolmo_jax.config import Loss
+from flexolmo_jax.data.records import Record, left_out, loss_targets
 from flexolmo_jax.runtime import sharding
 
 from .job import Job
@@ -15,6 +16,7 @@ class Feed:
 
     def __init__(self, job: Job, mesh: Mesh, start: int):
         self._mesh, self._size, self._contrast = mesh, job.config.data.batch_size, job.contrast
+        self._loss: Loss = job.config.data.loss
         self._records = sharding.local_records(mesh, self._size)
         self._batches = job.batches.iterate(start, self._records)
 
@@ -30,7 +32,8 @@ class Feed:
 
     def _with_targets(self, batch: Record) -> Record:
         source = batch.pop("source")
-        batch["targets"] = loss_targets(batch["segments"])
+        batch["targets"] = loss_targets(batch["segments"], left_out(batch, self._loss))
+        batch.pop("context", None)
         if self._contrast:
             experts, counts = (np.array(column) for column in zip(*self._contrast, strict=True))
             batch["expert"] = experts[source].astype(np.int32)

@@ -40,6 +40,7 @@ class Evaluation:
                 functools.partial(self._score_batch, params),
                 records,
                 self._job.tokenizer,
+                loss=self._job.config.data.loss,
                 batch_size=self._batch_size,
                 limit=self._job.config.train.eval_records,
             )

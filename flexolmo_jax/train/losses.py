@@ -2,7 +2,7 @@
 contrast; for joint runs load balancing.
 
 Which tokens count is decided by the data (`data.records.loss_targets`): all of a document but its
-first token in a record.
+first token in a record, or of conversations what the assistant says.
 """
 
 from typing import NamedTuple

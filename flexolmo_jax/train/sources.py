@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from flexolmo_jax.config import DataConfig, Dataset
+from flexolmo_jax.data.chat import CHAT_FILE
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.mixture import Batches, mixture
 from flexolmo_jax.data.prepare import open_data
@@ -15,13 +16,15 @@ from flexolmo_jax.storage.paths import path_of
 
 
 def choose_tokenizer(data: DataConfig) -> Tokenizer:
-    """The config's tokenizer, or the one that its first prepared directory carries."""
+    """The config's tokenizer, or the one that its first prepared directory carries: the first with
+    a chat template, if one has conversations."""
     if data.tokenizer:
         return Tokenizer.load(path_of(data.tokenizer))
-    for dataset in data.train:
-        path = path_of(dataset.path)
-        if not has_tokens(path) and not has_documents(path):  # raises where there is nothing at all
-            return Tokenizer.load(path)
+    paths = [path_of(dataset.path) for dataset in data.train]
+    # raises where there is nothing at all
+    prepared = [path for path in paths if not has_tokens(path) and not has_documents(path)]
+    for path in sorted(prepared, key=lambda path: not (path / CHAT_FILE).exists()):
+        return Tokenizer.load(path)
     raise UserError(
         "data.tokenizer is empty and no data.train path is a prepared directory that carries one;"
         " set data.tokenizer"
@@ -43,7 +46,8 @@ def open_sources(
 
     Raw documents are prepared into a cache. Evaluation leaves out sources without held-out records.
     Token files are not split: one is for training or for evaluation as a whole. Raises UserError
-    where it is given for both.
+    where it is given for both, and for `data.loss: assistant` where `data.train` holds no
+    conversation.
     """
 
     def opened(dataset: Dataset, split: Split) -> Source:
@@ -58,6 +62,13 @@ def open_sources(
 
     by_the_first(prepare)
     training = [(opened(d, "train"), d.weight) for d in mixed]
+    if data.loss == "assistant" and not any(
+        records.conversations for records, _ in training[: len(data.train)]
+    ):
+        raise UserError(
+            "data.loss is 'assistant', and no source of data.train holds conversations; give one"
+            ' with documents of "messages", or leave data.loss out'
+        )
     unsplit = {d.path for d in mixed if has_tokens(path_of(d.path))}
     if both := sorted(unsplit & {d.path for d in data.eval}):
         raise UserError(

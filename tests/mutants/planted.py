@@ -26,6 +26,7 @@ class Fault(NamedTuple):
     what: str
 
 
+FEED, HELDOUT = "flexolmo_jax/train/feed.py", "flexolmo_jax/train/heldout.py"
 LOSSES, STEP = "flexolmo_jax/train/losses.py", "flexolmo_jax/train/step.py"
 MOE, FLOPS = "flexolmo_jax/model/moe.py", "flexolmo_jax/train/flops.py"
 ROOFLINE, REPORT = "flexolmo_jax/plan/roofline.py", "flexolmo_jax/plan/report.py"
@@ -33,6 +34,20 @@ OF_LOSSES, OF_MOE = "tests/train/test_losses.py", "tests/model"
 OF_STEP = f"tests/train/test_step.py {OF_LOSSES}"
 FAULTS = (
     # --- train ---
+    Fault(
+        FEED,
+        "left_out(batch, self._loss)",
+        "None",
+        "tests/train/test_assistant_loss.py",
+        "what the user says is learnt, whatever data.loss is",
+    ),
+    Fault(
+        HELDOUT,
+        "loss=self._job.config.data.loss,",
+        "",
+        "tests/owner/test_conversations.py",
+        "a run scores what the user says, and does not learn it",
+    ),
     Fault(
         LOSSES,
         "jnp.roll(tokens, -1, axis=1)",

@@ -3,7 +3,9 @@
 import pytest
 
 from flexolmo_jax.data.chat import make_chat
-from tests.chats import FORMS, Form, said, with_tokens
+from flexolmo_jax.data.documents import Document
+from flexolmo_jax.data.tokenized import tokenized
+from tests.chats import FORMS, MARKED, UNMARKED, Form, said, with_tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,3 +57,27 @@ def test_ids_equal_those_of_transformers(
         )
         compared += 1
     assert compared >= 5
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED], ids=["marked", "unmarked"])
+@pytest.mark.parametrize("stripping", [{}, {"lstrip": True}, {"rstrip": True}], ids=str)
+def test_the_assistants_tokens_equal_those_of_transformers(
+    tiny, tiny_tokenizer, tmp_path, stripping, template
+):
+    """By a template's own marks; and of the same template without them, by beginnings."""
+    _, tokens, ends, special = FORMS["chatml"]
+    ours = with_tokens(tiny / "tokenizer.json", *special, **stripping)
+    ours.chat = make_chat(template, tokens, ends, ours, "a model")
+    ours.save(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=MARKED, **tokens
+    )
+    answered = [messages for messages in CONVERSATIONS.values() if len(messages) > 1]
+    found = tokenized([Document("", "a.jsonl", tuple(one)) for one in answered], ours)
+    for messages, one in zip(answered, found, strict=True):
+        how = {"return_dict": True, "return_assistant_tokens_mask": True}
+        expected = theirs.apply_chat_template(messages, tokenize=True, **how)
+        assert one.tokens.tolist() == [*expected["input_ids"], ours.eos_id]
+        assert one.context is not None
+        assert (~one.context).astype(int).tolist() == [*expected["assistant_masks"], 0]
+    assert len(answered) == 4
