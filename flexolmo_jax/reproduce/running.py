@@ -71,13 +71,15 @@ def alone_at(file: Path) -> Iterator[None]:
 
 
 def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int, program: str) -> None:
-    """Runs as many cells at a time as there are workers.
+    """Runs as many cells at a time as there are workers; on an accelerator, of which one process
+    takes most of the memory, one.
 
     If one fails, those that run are stopped. Raises RunError then, with the last line of its log.
     program: the module that runs one, given the root and the cell's name: see `run_cell`.
     """
     (root / "logs").mkdir(exist_ok=True)
     waiting = collections.deque(name for name, cell in all_cells.items() if not cell.is_done)
+    environment, workers = _sharing(root, workers) if waiting else ({}, workers)
     running: dict[str, tuple[subprocess.Popen, float]] = {}
     with bar("cells", len(all_cells)) as advance:
         advance(len(all_cells) - len(waiting))
@@ -90,7 +92,7 @@ def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int, program: 
                 ]
                 for name in ready[: workers - len(running)]:
                     waiting.remove(name)
-                    running[name] = _start(program, name, root, workers), time.monotonic()
+                    running[name] = _start(program, name, root, environment), time.monotonic()
                 if waiting and not running:
                     needs = ", ".join(all_cells[waiting[0]].needs)
                     raise RunError(f"{waiting[0]} waits for what no cell makes: {needs}")
@@ -115,19 +117,34 @@ def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int, program: 
                 _close(process)
 
 
-def _start(program: str, name: str, root: Path, workers: int) -> subprocess.Popen:
+def _sharing(root: Path, workers: int) -> tuple[dict[str, str], int]:
+    """The environment of cells that run at the same time, and how many can."""
     # huge pages save a tenth of a step's time on a CPU
-    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | dict(os.environ)
     environment |= {
         # cells share their compiled programs
         "JAX_COMPILATION_CACHE_DIR": str((root / ".compiled").absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    # several processes are faster with one thread each
-    if workers > 1 and environment.get("JAX_PLATFORMS") == "cpu":
-        environment["XLA_FLAGS"] = (
-            f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
-        )
+    if workers > 1 and (platform := _platform(environment)) != "cpu":
+        note(f"one cell at a time, as they share the {platform}")
+        return environment, 1
+    if workers > 1:  # several processes are faster with one thread each
+        flags = environment.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false"
+    return environment, workers
+
+
+def _platform(environment: Mapping[str, str]) -> str:
+    """What JAX runs on, as a process that ends tells: this one is not to hold a device."""
+    ask = [sys.executable, "-P", "-c", "import jax; print(jax.default_backend())"]
+    done = subprocess.run(ask, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"JAX cannot start: {(done.stderr.splitlines() or ['no reason given'])[-1]}")
+    return done.stdout.strip()
+
+
+def _start(program: str, name: str, root: Path, environment: Mapping[str, str]) -> subprocess.Popen:
     # -P: else modules of the working directory would be imported in the place of the real ones
     command = [sys.executable, "-P", "-m", program, str(root), name]
     with _log(root, name).open("a") as log:

@@ -349,6 +349,36 @@ def test_a_cell_that_fails_ends_the_study_with_its_last_line(tmp_path):
         run_cells(waiting, root, 1, "no program is started")
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_cells_share_the_cores_of_a_cpu_and_take_turns_on_an_accelerator(
+    platform, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "modules" / "jax").mkdir(parents=True)
+    fake = f"def default_backend():\n    return {platform!r}\n"
+    (tmp_path / "modules" / "jax" / "__init__.py").write_text(fake)
+    program = """
+import json, os, sys, time
+from pathlib import Path
+start = time.monotonic()
+time.sleep(4)
+told = [start, time.monotonic(), os.environ.get("XLA_FLAGS", "")]
+Path(sys.argv[1], sys.argv[2]).write_text(json.dumps(told))
+"""
+    (tmp_path / "modules" / "a_program.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    root = tmp_path / "root"
+    root.mkdir()
+    steps = {name: Cell(root / name, (), print) for name in ("a", "b")}
+    run_cells(steps, root, 2, "a_program")
+    first, second = sorted(json.loads((root / name).read_text()) for name in steps)
+    took_turns = first[1] < second[0]
+    assert took_turns == (platform == "tpu")
+    assert ("multi_thread_eigen=false" in first[2]) == (platform == "cpu")
+    told = "one cell at a time, as they share the tpu" in capsys.readouterr().err
+    assert told == (platform == "tpu")
+
+
 @pytest.mark.slow
 def test_a_study_that_is_killed_again_and_again_ends_with_the_same_table(tmp_path):
     whole = a_study(tmp_path / "whole", ablations={}, tuned_ablations=[])
