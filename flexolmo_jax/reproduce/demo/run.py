@@ -19,7 +19,7 @@ from flexolmo_jax.storage.files import make_folder, write_text
 
 from ..running import Cell, Command, alone_at, run_cell, run_cells
 from .results import lines, score, write_results
-from .spec import CONTROL, Demo, Places, parse_demo
+from .spec import CONTROL, Demo, Places, parse_demo, with_text
 
 
 def run_demo(content: str, root: Path) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def run_demo(content: str, root: Path) -> dict[str, Any]:
     elif parse_demo(places.spec.read_text()) != spec:
         raise UserError(f"{root} holds another demo; remove it, or give a new directory")
     with alone_at(places.spec):
+        run_cells(dict(_text_cell(spec, places)), root, spec.workers, __name__)
         steps = cells(spec, places)
         typed = [str(step.do) for step in steps.values() if isinstance(step.do, Command)]
         write_text(places.commands, "".join(f"{line}\n" for line in typed))
@@ -47,8 +48,12 @@ def run_demo(content: str, root: Path) -> dict[str, Any]:
 
 
 def cells(spec: Demo, places: Places) -> dict[str, Cell]:
-    """By name, each after those that it needs."""
-    found = dict(_training_cells(spec, places))
+    """By name, each after those that it needs. Before the text is there, only that."""
+    found = dict(_text_cell(spec, places))
+    if not found["text"].is_done:
+        return found
+    spec = with_text(spec, places)
+    found |= dict(_training_cells(spec, places))
     found |= dict(_merging_cells(spec, places))
     for line in lines(spec, places):
         do = partial(score, spec, places, line)
@@ -59,17 +64,16 @@ def cells(spec: Demo, places: Places) -> dict[str, Cell]:
     return found
 
 
-def _training_cells(spec: Demo, places: Places) -> Iterator[tuple[str, Cell]]:
-    """The anchor, the owners' experts and the control."""
-    domains = [spec.public, *spec.domains]
+def _text_cell(spec: Demo, places: Places) -> Iterator[tuple[str, Cell]]:
+    domains = [*spec.domains, spec.public]
     wanted = [word for domain in domains for word in ("--domain", domain)]
     size = ["--max-mb", str(spec.max_mb)]
-    folder = places.documents(domains[-1]).parent
-    # domains are written in this order
-    yield (
-        "text",
-        _command(places.documents(domains[-1]), (), "data", "fetch", folder, *wanted, *size),
-    )
+    last = places.documents(domains[-1])  # they are written in this order
+    yield "text", _command(last, (), "data", "fetch", last.parent, *wanted, *size)
+
+
+def _training_cells(spec: Demo, places: Places) -> Iterator[tuple[str, Cell]]:
+    """The anchor, the owners' experts and the control."""
     length = ["--seq-len", str(spec.seq_len)]
     yield (
         "anchor",

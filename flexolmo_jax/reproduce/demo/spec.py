@@ -17,7 +17,8 @@ class Demo:
     """Its domains are private: each has an owner, who trains an expert on it. The last leaves."""
 
     anchor: str = ""  # a name of `flexolmo anchor fetch`
-    domains: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()  # the first whose text can be had
+    owners: int = 4  # how many
     public: str = "public"  # a domain of `flexolmo data fetch`
     max_mb: float = 2.0  # of text of each
     seq_len: int = 512
@@ -36,6 +37,17 @@ class Demo:
     def columns(self) -> tuple[str, ...]:
         """What models are scored on."""
         return ("public", *self.domains)
+
+
+def with_text(spec: Demo, places: "Places") -> Demo:
+    """The demo of domains whose text was fetched. Raises UserError where fewer than two were."""
+    had = [domain for domain in spec.domains if places.documents(domain).exists()]
+    if len(had) < 2:
+        raise UserError(
+            f"of {', '.join(spec.domains)} text of {', '.join(had) or 'none'} could be had;"
+            f" expected two domains or more; see {places.root / 'logs' / 'text.log'}"
+        )
+    return dataclasses.replace(spec, domains=tuple(had[: spec.owners]))
 
 
 class Places:
