@@ -132,7 +132,7 @@ def test_a_demo_runs_to_its_report_and_goes_on_after_a_failure(tmp_path, anchor,
     shutil.copytree(anchor, places.anchor)
     results = run_demo(json.dumps(SPEC), root)
     assert set(results["rows"]) == {
-        *("anchor", CONTROL, "pair:code", "pair:law", "merged", "merged:k=2", "merged-law"),
+        *("anchor", CONTROL, "pair:code", "pair:law", "merged", "merged:k=3", "merged-law"),
     }
     rows = results["rows"]
     for name in ("code", "law"):

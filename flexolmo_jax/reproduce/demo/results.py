@@ -34,7 +34,8 @@ INTRO = (
     " held-out text: lower is better.\n\n"
     "control is an expert that was trained on public text alone, for as many tokens: what more"
     " training does without new text. pair:X is owner X's own result before the merge. merged runs"
-    " every expert, merged:k=2 two for each token, merged-X is what is left when X has gone."
+    " the experts that score highest at each token, merged:k=K K of them, merged-X is what is left"
+    " when X has gone."
 )
 
 
@@ -51,16 +52,16 @@ class Line:
 
 def lines(spec: Demo, places: Places) -> Iterator[Line]:
     """The table's lines, in its order."""
-    every = len(spec.domains) + 1
     experts = tuple(f"expert-{name}" for name in spec.domains)
     yield Line("anchor", experts, spec.columns, places.anchor)
     yield Line(CONTROL, (*experts, CONTROL), spec.columns, places.run(CONTROL))
     for name in spec.domains:
         yield Line(f"pair:{name}", (f"expert-{name}",), ("public", name), places.run(name))
-    yield Line("merged", ("merged",), spec.columns, places.merged, every)
-    yield Line("merged:k=2", ("merged",), spec.columns, places.merged, 2)
+    yield Line("merged", ("merged",), spec.columns, places.merged)
+    every = len(spec.domains) + 1
+    yield Line(f"merged:k={every}", ("merged",), spec.columns, places.merged, every)
     left = f"merged-{spec.leaver}"
-    yield Line(left, (left,), spec.columns, places.without(spec.leaver), every - 1)
+    yield Line(left, (left,), spec.columns, places.without(spec.leaver))
 
 
 def score(spec: Demo, places: Places, line: Line) -> None:
@@ -196,10 +197,12 @@ def _samples(spec: Demo, places: Places) -> Iterator[Sample]:
         ids = open_records(places.data(name), "heldout")[0]["tokens"].tolist()
         prompt, rest = ids[: spec.prompt], ids[spec.prompt : spec.prompt + spec.answer]
         decode = merged.tokenizer.decode
+        how: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "seed": 1}
+        without = {"without": [spec.leaver]}
         authors = {
-            "anchor": load(places.anchor).generate([prompt], spec.answer),
-            "with all experts": merged.generate([prompt], spec.answer),
-            f"without {spec.leaver}": merged.generate([prompt], spec.answer, without=[spec.leaver]),
+            "anchor": load(places.anchor).generate([prompt], spec.answer, **how),
+            "with all experts": merged.generate([prompt], spec.answer, **how),
+            f"without {spec.leaver}": merged.generate([prompt], spec.answer, **how, **without),
             "the document": [rest],
         }
         yield Sample(decode(prompt), {who: decode(of[0]) for who, of in authors.items()})

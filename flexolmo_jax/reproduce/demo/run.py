@@ -103,15 +103,15 @@ def _merging_cells(spec: Demo, places: Places) -> Iterator[tuple[str, Cell]]:
     everyone = [places.contribution(name) for name in spec.domains]
     anchor, trust = ["--anchor", places.anchor], ["--trust", places.keys]
     needs = tuple(f"expert-{name}" for name in spec.domains)
-    of_all = ["--active", len(spec.domains) + 1, "--out", places.merged]
-    yield "merged", _command(places.merged, needs, "merge", *anchor, *everyone, *trust, *of_all)
+    active, out = ["--active", spec.active], ["--out", places.merged]
+    words = [*anchor, *everyone, *trust, *active, *out]
+    yield "merged", _command(places.merged, needs, "merge", *words)
     leaver, out = spec.leaver, places.without(spec.leaver)
     left = ["--expert", leaver, "--out", out]
     yield f"merged-{leaver}", _command(out, ("merged",), "opt-out", places.merged, *left)
     never = places.never(leaver)
-    of_rest = ["--active", len(spec.domains), "--out", never]
-    rest = everyone[:-1]
-    yield f"never-{leaver}", _command(never, needs[:-1], "merge", *anchor, *rest, *trust, *of_rest)
+    words = [*anchor, *everyone[:-1], *trust, *active, "--out", never]
+    yield f"never-{leaver}", _command(never, needs[:-1], "merge", *words)
 
 
 def _command(output: Path, needs: tuple[str, ...], *words: object) -> Cell:

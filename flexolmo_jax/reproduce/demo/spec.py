@@ -19,6 +19,7 @@ class Demo:
     anchor: str = ""  # a name of `flexolmo anchor fetch`
     domains: tuple[str, ...] = ()  # the first whose text can be had
     owners: int = 4  # how many
+    active: int = 2  # experts that a token uses in the merged model
     public: str = "public"  # a domain of `flexolmo data fetch`
     max_mb: float = 2.0  # of text of each
     seq_len: int = 512
