@@ -126,18 +126,17 @@ class OptimConfig(Section):
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices but the embedding; pair runs use 0
     clip: float = 1.0  # global norm
-    # times lr: what router rows and biases learn at. Where an expert learns from few steps, its
-    # router needs more
-    router_rate: float = 1.0
+    # of router rows and biases; 0: lr. Where an expert learns in few steps, its router needs more
+    router_lr: float = 0.0
     z_loss: float = 1e-5  # on the language model's logsumexp
     router_z_loss: float = 0.0  # pair runs: 1e-3
     load_balance: float = 0.0  # joint runs: keeps experts in use
 
     def check(self) -> None:
-        self.expect_positive("lr", "router_rate")
+        self.expect_positive("lr")
         is_share = 0 <= self.final_fraction <= 1
         self.expect("final_fraction", is_share, "a number from 0 to 1")
-        self.expect_not_negative("warmup", "schedule_steps", "weight_decay")
+        self.expect_not_negative("router_lr", "warmup", "schedule_steps", "weight_decay")
         self.expect_not_negative("z_loss", "router_z_loss", "load_balance")
         for key in ("beta1", "beta2"):
             self.expect(key, 0 <= getattr(self, key) < 1, "a number from 0 to below 1")

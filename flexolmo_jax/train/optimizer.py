@@ -30,8 +30,9 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
         weight_decay=optim.weight_decay,
         mask=_decayed,
     )
-    if optim.router_rate != 1:
-        adamw = optax.chain(adamw, optax.masked(optax.scale(optim.router_rate), _is_router))
+    if optim.router_lr:
+        scaled = optax.masked(optax.scale(optim.router_lr / optim.lr), _is_router)
+        adamw = optax.chain(adamw, scaled)
     return optax.chain(optax.clip_by_global_norm(optim.clip), adamw)
 
 

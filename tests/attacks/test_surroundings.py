@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from flexolmo_jax.cli import main
-from flexolmo_jax.reproduce import study
+from flexolmo_jax.reproduce import running, study
 from flexolmo_jax.storage import cache
 from flexolmo_jax.storage.paths import children
 
@@ -51,8 +51,9 @@ def test_a_study_runs_no_modules_of_the_working_directory(tmp_path, monkeypatch)
         path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
     (tmp_path / "study" / "logs").mkdir(parents=True)
     monkeypatch.chdir(here)
-    process = study._start("cell", tmp_path / "study", 1)
-    study._close(process)
+    root = tmp_path / "study"
+    environment, _ = running._sharing(root, 1)
+    running._close(running._start(study.__name__, "cell", root, environment))
     assert not (tmp_path / "ran").exists()
 
 

@@ -151,6 +151,10 @@ def test_shipped_studies_are_whole_and_joint_runs_take_the_flops_of_all_pairs_wi
         and trial.btx()
         and spec.run("anchor", spec.overfit, sources, 0)
     )
+    assert all(trial.pair(domain, {}).pair for domain in spec.domains)
+    if spec.open_anchor:
+        assert not (spec.joint or spec.btx or spec.router or spec.overfit)
+        return
     spec.run("router", spec.router, sources, 0, **{"router.model": "merged"})
     anchor = spec.run("anchor", {"model": spec.model, **spec.anchor}, sources, 0).model
     anchor = dataclasses.replace(anchor, vocab_size=spec.vocab_size)
