@@ -198,11 +198,11 @@ def _samples(spec: Demo, places: Places) -> Iterator[Sample]:
         prompt, rest = ids[: spec.prompt], ids[spec.prompt : spec.prompt + spec.answer]
         decode = merged.tokenizer.decode
         how: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "seed": 1}
-        without = {"without": [spec.leaver]}
+        without = how | {"without": [spec.leaver]}
         authors = {
             "anchor": load(places.anchor).generate([prompt], spec.answer, **how),
             "with all experts": merged.generate([prompt], spec.answer, **how),
-            f"without {spec.leaver}": merged.generate([prompt], spec.answer, **how, **without),
+            f"without {spec.leaver}": merged.generate([prompt], spec.answer, **without),
             "the document": [rest],
         }
         yield Sample(decode(prompt), {who: decode(of[0]) for who, of in authors.items()})

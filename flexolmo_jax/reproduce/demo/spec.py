@@ -96,7 +96,7 @@ def read_demo(name: str) -> str:
     """The YAML of a demo. Raises UserError for an unknown name."""
     if name not in NAMES:
         raise UserError(f"got {name!r:.80}; expected one of {', '.join(NAMES)}")
-    file = importlib.resources.files(__package__).joinpath(f"{name}.yaml")
+    file = importlib.resources.files("flexolmo_jax.reproduce.demo").joinpath(f"{name}.yaml")
     return file.read_text(encoding="utf-8")
 
 
