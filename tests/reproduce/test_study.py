@@ -311,8 +311,8 @@ def test_a_study_leaves_out_what_it_has_no_section_for(tmp_path):
     assert not [name for name in steps if any(part in name for part in unwanted)]
     assert all(need in steps for step in steps.values() for need in step.needs)
     names = ("merged", "merged:k=1", "merged:k=2", "merged-code", "merged-law")
-    columns: tuple[str, ...] = ("public", *DOMAINS, PRIVATE, AVERAGE, "mixed")
-    means = {name: dict.fromkeys(columns, 2.0) for name in names}
+    columns = ("public", *DOMAINS, PRIVATE, AVERAGE, "mixed")
+    means: dict[str, dict[str, float]] = {name: dict.fromkeys(columns, 2.0) for name in names}
     claims = [one.name for one in orderings(spec, means, means)]
     assert not [name for name in claims if "tun" in name or "joint" in name or "BTX" in name]
     for changes, told in (

@@ -198,7 +198,7 @@ def _samples(spec: Demo, places: Places) -> Iterator[Sample]:
         prompt, rest = ids[: spec.prompt], ids[spec.prompt : spec.prompt + spec.answer]
         decode = merged.tokenizer.decode
         how: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95, "seed": 1}
-        without = how | {"without": [spec.leaver]}
+        without: dict[str, Any] = how | {"without": [spec.leaver]}
         authors = {
             "anchor": load(places.anchor).generate([prompt], spec.answer, **how),
             "with all experts": merged.generate([prompt], spec.answer, **how),
