@@ -140,8 +140,11 @@ def _models(trial: Trial) -> Iterator[Line]:
 
 def _ensembles(trial: Trial) -> Iterator[Line]:
     dense = [
-        load(trial.path / name)
-        for name in ("anchor", *(f"dense-{domain}" for domain in trial.spec.domains))
+        load(path)
+        for path in (
+            trial.anchor,
+            *(trial.path / f"dense-{domain}" for domain in trial.spec.domains),
+        )
     ]
     each = [Remembered(OfModel(model)) for model in dense]
     yield Line("soup", lambda: Soup(dense))
