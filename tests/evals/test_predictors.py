@@ -84,8 +84,26 @@ def test_bits_per_byte_are_those_of_eval(model, dense, prepared):
         assert ours == pytest.approx(expected, rel=1e-6)
 
 
+def test_eval_tells_the_bits_and_bytes_of_each_record(model, prepared):
+    loaded = load(model)
+    records = open_records(prepared["law"], "heldout")
+    count = len(records)
+    found = evaluate(loaded, [prepared["law"]], batch_size=count - 1)  # the last batch has padding
+    by_record = np.array(found["by_record"]["law"])
+    assert by_record.shape == (count, 2)
+    bits, n_bytes = by_record.sum(axis=0)
+    assert n_bytes == found["bytes"]["law"]
+    assert bits / n_bytes == pytest.approx(found["bits_per_byte"]["law"])
+    last = bits_per_byte(OfModel(loaded), [records[count - 1]], loaded.tokenizer, batch_size=1)
+    assert by_record[-1, 0] / by_record[-1, 1] == pytest.approx(last, rel=1e-5)
+
+
 @pytest.mark.parametrize(
-    "kind", ["model", "BTM", "BTM, top 2", "BTM, top 1", "prompt routing", "soup", "weighted soup"]
+    "kind",
+    [
+        *("model", "BTM", "BTM, top 2", "BTM, top 1", "BTM, switching"),
+        *("prompt routing", "soup", "weighted soup"),
+    ],
 )
 def test_what_comes_later_and_what_is_packed_beside_changes_nothing(kind, dense, batch):
     predictor = kinds(dense)[kind]

@@ -130,7 +130,7 @@ def claims(spec: Demo, figures: dict[str, Any]) -> list[Check]:
         rivals = [change("merged", name, x) for name in ("anchor", CONTROL)]
         nearest = max(rivals, key=lambda rival: rival.mean)
         by_tenth.append(nearest.mean <= -0.10)
-        told = f"{rivals[0]} of the anchor, {rivals[1]} of the control"
+        told = f"{rivals[0]} against the anchor, {rivals[1]} against the control"
         found.append(Check(f"{x}: merged beats the anchor and the control", nearest.mean < 0, told))
         behind = change("merged", f"pair:{x}", x)
         claim = f"{x}: merged is within 3 % of its owner's pair"
@@ -217,7 +217,7 @@ def _curves(spec: Demo, places: Places) -> dict[str, list[tuple[int, float]]]:
 
 def _text(table: Table, checks: Sequence[Check], samples: Sequence[Sample], made: str) -> str:
     parts = [
-        "bits per byte on held-out text (in brackets: change against the anchor)",
+        "bits per byte on held-out text",
         format_table(table),
         *(f"{'holds ' if one.holds else 'FAILS '} {one.claim}: {one.figure}" for one in checks),
         "In brackets: 95 % intervals, by drawing records again.",

@@ -103,8 +103,8 @@ def _merging_cells(spec: Demo, places: Places) -> Iterator[tuple[str, Cell]]:
     everyone = [places.contribution(name) for name in spec.domains]
     anchor, trust = ["--anchor", places.anchor], ["--trust", places.keys]
     needs = tuple(f"expert-{name}" for name in spec.domains)
-    active, out = ["--active", spec.active], ["--out", places.merged]
-    words = [*anchor, *everyone, *trust, *active, *out]
+    active = ["--active", spec.active]
+    words = [*anchor, *everyone, *trust, *active, "--out", places.merged]
     yield "merged", _command(places.merged, needs, "merge", *words)
     leaver, out = spec.leaver, places.without(spec.leaver)
     left = ["--expert", leaver, "--out", out]
