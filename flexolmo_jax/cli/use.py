@@ -211,7 +211,7 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
 @verb(
     "import-hf",
     "Make a model of a Hugging Face checkpoint: OLMo, Llama, Mistral, Qwen, or a mixture of them.",
-    "import-hf allenai/FlexOlmo-7x7B-1T model --names math,news,code,academic,creative,reddit",
+    "import-hf allenai/OLMo-2-0425-1B model",
     option(
         "source",
         metavar="HF_DIR",
@@ -222,7 +222,15 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
         "--names",
         default="",
         metavar="A,B,C",
-        help="of the experts behind the anchor (default: expert1,expert2,...)",
+        help="of the experts behind the anchor, in order (default: as our export noted them, else "
+        "expert1,expert2,...)",
+    ),
+    option(
+        "--match",
+        action="append",
+        default=[],
+        metavar="NAME=HF_DIR",
+        help="name the expert whose matrices are those of this checkpoint of one expert; repeat",
     ),
 )
 def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
@@ -230,7 +238,13 @@ def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.convert.importing import import_hf
 
     names = [name for name in args.names.split(",") if name]
-    model = import_hf(local_copy(args.source), args.out, names)
+    match = {}
+    for given in args.match:
+        name, equals, source = given.partition("=")
+        if not equals or name in match:
+            raise UserError(f"--match is {given!r:.100}; expected NAME=HF_DIR, and each name once")
+        match[name] = local_copy(source)
+    model = import_hf(local_copy(args.source), args.out, names, match)
     sizes = {"dtype": model.dtype, "active": model.config.n_active}
     return {"out": str(args.out), "experts": list(model.experts), **sizes}
 

@@ -9,6 +9,7 @@ model card.
 import dataclasses
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ import numpy as np
 from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.errors import UserError, printable
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from flexolmo_jax.integrity import MATRICES, manifest_of
+from flexolmo_jax.integrity import MATRICES, name_of_tensor
 from flexolmo_jax.loaded import load
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.runtime.sharding import batch_over
@@ -30,14 +31,14 @@ from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.tensorfile import write_tensors
 from flexolmo_jax.train.evaluate import BATCH_SIZE
 
+from .card import model_card, rows_advice
 from .chat import tokens_and_ends, write_tokenizer
-from .families import family_of
 from .hub_config import hf_config
 from .huggingface import Entry, check_bias, key_table, transposed
+from .identity import KEY, Tensors, by_expert, described, note_of
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("bfloat16", "float16", "float32")
-ROW = 16  # bytes: torch's `grouped_mm` takes rows of multiples of these
 
 
 def export_hf(  # noqa: PLR0913 - the verb's options
@@ -71,21 +72,25 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     arrays, config = _arrays(artifact, which)
     dtype = dtype or str(arrays["trunk/embedding"].dtype)
     scores: dict[str, Any] = {}
+    lowest = 0.0
     if "experts/bias" in arrays:
-        check_bias(np.asarray(arrays["experts/bias"][:]), drop_bias)
+        lowest = check_bias(np.asarray(arrays["experts/bias"][:]), drop_bias)
         scores = _scores(artifact, which, eval_data, mesh) if drop_bias and eval_data else {}
     configs = _configs(config, artifact.tokenizer, dtype)
     files = shards(_table(artifact, config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
         write_tokenizer(directory, artifact.tokenizer)
-        total = _write_weights(directory, files, arrays, dtype)
-        write_bytes(directory / "README.md", _card(artifact, config, scores, dtype).encode())
+        total, others = _write_weights(directory, files, arrays, dtype)
+        if others:
+            configs["config.json"][KEY] = note_of(artifact, others)
+        card = model_card(artifact, config, dtype, lowest, scores)
+        write_bytes(directory / "README.md", card.encode())
         for name, content in configs.items():
             _write_json(directory / name, content)
         artifact.ensure()  # again: another directory may have got its name meanwhile
     (architecture,) = configs["config.json"]["architectures"]
     note(f"exported {out}: {architecture}, {total:,} bytes, files: {len(files)}, {dtype}")
-    if advice := _advice(config, dtype):
+    if advice := rows_advice(config, dtype):
         note(advice)
     made = {"out": str(out), "architecture": architecture, "dtype": dtype}
     return made | {"bytes": total, "files": len(files)} | scores
@@ -129,16 +134,22 @@ def _table(artifact: Artifact, config: ModelConfig) -> list[Entry]:
 
 def _write_weights(
     directory: Path, files: dict[str, list[Entry]], arrays: dict[str, Any], dtype: str
-) -> int:
-    """Writes the files, with an index where they are several; returns the bytes of all tensors."""
+) -> tuple[int, list[Tensors]]:
+    """Writes the files, with an index where they are several; returns the bytes of all tensors, and
+    the tensors of each expert but the anchor."""
     table = [entry for entries in files.values() for entry in entries]
+    others: dict[int, Tensors] = defaultdict(dict)
     total = sum(math.prod(entry.shape) for entry in table) * np.dtype(dtype).itemsize
     with bar("export", total, in_bytes=True) as advance:
 
         def tensors(entries: Sequence[Entry]) -> Iterator[np.ndarray]:
             for entry in entries:
-                part = arrays["/".join(entry.path)][entry.index or slice(None)]
+                path = "/".join(entry.path)
+                part = arrays[path][entry.index or slice(None)]
                 values = np.asarray(part).astype(dtype, copy=False)
+                for layer, expert, each in by_expert(path, entry.index, values):
+                    if expert > 0:
+                        others[expert][name_of_tensor(path, layer)] = described(each)
                 yield transposed(values) if entry.transpose else values
                 advance(values.nbytes)
 
@@ -149,7 +160,7 @@ def _write_weights(
         weight_map = {entry.name: name for name, entries in files.items() for entry in entries}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(directory / INDEX, index)
-    return total
+    return total, [others[expert] for expert in sorted(others)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,64 +226,6 @@ def shards(table: Sequence[Entry], itemsize: int, limit: int) -> dict[str, list[
         return {"model.safetensors": files[0]}
     count = len(files)
     return {f"model-{i:05}-of-{count:05}.safetensors": file for i, file in enumerate(files, 1)}
-
-
-def _card(artifact: Artifact, config: ModelConfig, scores: dict[str, Any], dtype: str) -> str:
-    """The model card: who made which expert, on what terms, and on which anchor."""
-    members = {
-        member["name"]: manifest_of(member) or member
-        for member in artifact.description.get("members", ())
-    }
-    what = "A dense model"
-    if config.n_experts > 1:
-        what = f"A mixture of {config.n_experts} experts"
-    anchor = _plain(artifact.fingerprint or "not published")
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [flexolmo-jax]",
-        "---",
-        "",
-        f"# {_plain(artifact.path.name)}",
-        "",
-        f"{what} ({family_of(config)}), exported by flexolmo-jax. Anchor: {anchor}.",
-        "",
-        "| expert | owner | domain | licence | expires |",
-        "|---|---|---|---|---|",
-    ]
-    for name in artifact.experts:
-        about = map(members.get(name, {}).get, ("owner", "domain", "licence", "expires"))
-        lines.append(f"| {' | '.join(map(_plain, (name, *about)))} |")
-    if scores:
-        lines += ["", "Router biases were dropped. Bits per byte:", ""]
-        for name, each in scores["bits_per_byte"].items():
-            lines.append(f"- {name}: {', '.join(f'{_plain(d)} {x:.4f}' for d, x in each.items())}")
-    if advice := _advice(config, dtype):
-        lines += ["", advice]
-    return "\n".join(lines) + "\n"
-
-
-def _plain(text: Any) -> str:
-    """Strangers' words for a page: letters and digits as they are, the rest as HTML's character
-    numbers.
-
-    Markdown does not interpret those: nothing becomes markup or a link, or ends a line or a cell.
-    """
-    letters = printable(str(text or ""))
-    return "".join(c if c.isalnum() or c in " ," else f"&#{ord(c)};" for c in letters)
-
-
-def _advice(config: ModelConfig, dtype: str) -> str:
-    """Of a mixture that transformers' default product of groups refuses; else nothing."""
-    rows = [size * np.dtype(dtype).itemsize for size in (config.d_model, config.d_ffn)]
-    if config.n_experts == 1 or not any(row % ROW for row in rows):
-        return ""
-    return (
-        f"Rows of the experts' matrices have {rows[0]} and {rows[1]} bytes. transformers'"
-        f" grouped_mm needs multiples of {ROW}: load this model with"
-        ' experts_implementation="eager".'
-    )
 
 
 def _write_json(path: Path, value: Any) -> None:

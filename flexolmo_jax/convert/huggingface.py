@@ -167,10 +167,11 @@ def from_hf(
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
-def check_bias(bias: np.ndarray, drop: bool) -> None:
-    """Raises UserError for router biases [L, E] that matter, unless they are to be dropped.
+def check_bias(bias: np.ndarray, drop: bool) -> float:
+    """The lowest router bias [L, E] that matters, or 0.
 
-    Those are below 0: the model adds min(bias, 0) to the logits, and nothing for the anchor.
+    Raises UserError where there is one, unless biases are to be dropped. Biases above 0 do not
+    matter: the model adds min(bias, 0) to the logits, and nothing for the anchor.
     """
     lowest = float(np.min(np.asarray(bias, np.float32)[:, 1:], initial=0))
     if lowest < 0 and not drop:
@@ -178,6 +179,7 @@ def check_bias(bias: np.ndarray, drop: bool) -> None:
             f"router biases (down to {lowest:.3g}) have no place in Hugging Face's format;"
             " --drop-bias leaves them out"
         )
+    return lowest
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:

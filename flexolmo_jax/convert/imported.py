@@ -21,6 +21,7 @@ from flexolmo_jax.storage.files import new_directory
 from flexolmo_jax.storage.weights import Layout, Writer
 
 from .huggingface import Entry
+from .identity import TERMS, Identify, Identity, Tensors, by_expert, described
 
 
 class Values(Protocol):
@@ -54,19 +55,21 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> 
         )
 
 
-def write_model(out: Path, source: Source, experts: Sequence[str]) -> Artifact:
-    """Writes the model; `experts` are the names of its experts, the anchor's first."""
+def write_model(out: Path, source: Source, identify: Identify) -> Artifact:
+    """Writes the model, whose experts behind the anchor are those that `identify` says."""
     config, tokenizer = source.config, source.tokenizer
     shapes = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
     stored = {path: {"dtype": source.dtype, "shape": list(a.shape)} for path, a in shapes.items()}
     with new_directory(out) as directory:
         tokenizer.save(directory)
         target = layouts(config, stored)
-        anchor, members = _write(directory / "weights", target, source.values, experts)
+        anchor, tensors = _write(directory / "weights", target, source.values, config.n_experts)
+        members = [_member(*each) for each in zip(identify(tensors), tensors, strict=True)]
+        experts = ["anchor", *(member["name"] for member in members)]
         description = {
             "kind": "model",
             "model": to_dict(config),
-            "experts": list(experts),
+            "experts": experts,
             "members": members,
             "anchor": {"tensors": anchor},
             "fingerprint": None,  # until it is published
@@ -89,59 +92,40 @@ def _write(
     directory: Path,
     target: Mapping[str, Layout],
     tensors: Mapping[str, Sequence[Values]],
-    experts: Sequence[str],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Writes the arrays; returns what a model's description says of its anchor and its members."""
+    experts: int,
+) -> tuple[dict[str, Any], list[Tensors]]:
+    """Writes the arrays; returns what a model's description says of the tensors of its anchor, and
+    of each of its other experts."""
     anchor: dict[str, Any] = {}
-    by_expert: list[dict[str, Any]] = [{} for _ in experts]
+    others: list[Tensors] = [{} for _ in range(experts)]
     total = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in target.values())
     with bar("import", float(total), in_bytes=True) as advance, Writer(directory, target) as writer:
         for path, layout in target.items():
             of_anchor = hashlib.sha256()
             for index, values in _slices(layout, tensors.get(path, ())):
                 writer.write_slice(path, index, values)
-                for layer, expert, part in _by_expert(path, index, values):
-                    content = part.reshape(-1).view(np.uint8).data
+                for layer, expert, part in by_expert(path, index, values):
                     if expert == 0:
-                        of_anchor.update(content)
+                        of_anchor.update(part.reshape(-1).view(np.uint8).data)
                     else:
-                        digest = hashlib.sha256(content).hexdigest()
-                        entry = {"dtype": str(part.dtype), "shape": list(part.shape)}
-                        entry["sha256"] = digest
-                        by_expert[expert][name_of_tensor(path, layer)] = entry
+                        others[expert][name_of_tensor(path, layer)] = described(part)
                 advance(values.nbytes)
             shape = list(layout.shape)
             if path.startswith("experts/"):
                 shape[1] = 1  # only the first expert is the anchor's
             anchor[path] = {"dtype": layout.dtype, "shape": shape, "sha256": of_anchor.hexdigest()}
-    rest = {
-        "owner": "",
-        "domain": "",
-        "licence": "",
-        "expires": None,
+    return anchor, others[1:]
+
+
+def _member(who: Identity, tensors: Tensors) -> dict[str, Any]:
+    return {
+        **{field: getattr(who, field) for field in ("name", *TERMS)},
         "router_bias": False,
         "privacy": "none",
         "manifest": None,
+        "tensors": tensors,
+        "training": {"imported": True},
     }
-    members = [
-        {"name": name, **rest, "tensors": tensors, "training": {"imported": True}}
-        for name, tensors in zip(experts, by_expert, strict=True)
-    ]
-    return anchor, members[1:]
-
-
-def _by_expert(
-    path: str, index: tuple[int, ...], values: np.ndarray
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(layer, expert, its values) of a slice of a leaf; all of the trunk is expert 0's."""
-    if not path.startswith("experts/"):
-        yield 0, 0, values
-    elif len(index) == 2:
-        yield *index, values
-    else:  # router rows and biases: of all layers and experts at once
-        for expert in range(values.shape[1]):
-            for layer in range(values.shape[0]):
-                yield layer, expert, np.ascontiguousarray(values[layer, expert])
 
 
 def _slices(

@@ -8,7 +8,7 @@ layer. Nothing is unpickled.
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from pydantic import Field
 from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.exchange.contribution import check_expert_name
+from flexolmo_jax.integrity import MATRICES, name_of_tensor
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import clear
 from flexolmo_jax.storage.outputs import check_new
@@ -32,6 +32,7 @@ from .chat import BESIDE, read_chat
 from .families import FAMILIES
 from .hub_config import model_config
 from .huggingface import TOGETHER, Entry, key_table, some, transposed
+from .identity import KEY, Tensors, described, from_note, matched, named
 from .imported import Source, check_vocabulary, write_model
 
 INDEX = "model.safetensors.index.json"
@@ -42,19 +43,35 @@ SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
 HEAD = "lm_head.weight"  # some files have it although the config says that it is the embedding
 
 
-def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
-    """Writes a model: a dense one, or for a mixture one whose expert 0 is the anchor and whose
-    others have these names (default: expert1, expert2, ...).
+def import_hf(
+    hf_path: Path, out: Path, names: Sequence[str] = (), match: Mapping[str, Path] | None = None
+) -> Artifact:
+    """Writes a model: a dense one, or for a mixture one whose expert 0 is the anchor.
 
-    Only a few tensors are in memory at once. Raises UserError, naming the config's key, the tensor
-    or the file, for what our model does not compute and for files that config.json does not
-    describe. A warning names tensors with values that are not finite.
+    Only a few tensors are in memory at once. A warning names tensors with values that are not
+    finite.
+
+    Args:
+        names: of the other experts, in order (default: those that an export of ours noted in
+            config.json, else expert1, expert2, ...).
+        match: checkpoints of single experts by name. An expert with the same matrices has the name.
+
+    Raises UserError, naming the config's key, the tensor or the file, for what our model does not
+    compute, for files that config.json does not describe, and for names that are not the experts'.
     """
     check_new(out)
     clear(out)
     fields = _read_json(hf_path / "config.json")
     config = model_config(fields)
-    experts = _names(names, config.n_experts)
+    noted = from_note(fields.get(KEY), hf_path / "config.json", config.n_experts - 1)
+    if match:
+        if names:
+            raise UserError("got --names and --match; expected one of them")
+        identify = matched(
+            {name: _single(path) for name, path in match.items()}, config.n_experts - 1
+        )
+    else:
+        identify = named(names, noted, config.n_experts - 1)
     tokenizer = Tokenizer.load(hf_path)
     check_vocabulary(tokenizer, config, hf_path)
     beside = {name: _read_json(hf_path / name) for name in BESIDE if (hf_path / name).exists()}
@@ -65,7 +82,7 @@ def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
         values = checkpoint.locate(table, tied=config.tied_head)
         architecture = FAMILIES[fields["model_type"]].architecture
         source = Source(config, architecture, tokenizer, checkpoint.dtype, values)
-        return write_model(out, source, experts)
+        return write_model(out, source, identify)
 
 
 @dataclass(frozen=True)
@@ -164,16 +181,27 @@ def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | Non
     return f"{prefix}.gate_up_proj", start, (experts, 2 * outputs, inputs)
 
 
-def _names(names: Sequence[str], experts: int) -> tuple[str, ...]:
-    chosen = tuple(names) or tuple(f"expert{i}" for i in range(1, experts))
-    if len(chosen) != experts - 1 or len(set(chosen)) != len(chosen):
+def _single(path: Path) -> Tensors:
+    """The matrices of a checkpoint's one expert: a dense model's FFN, or the second of two experts,
+    of which the first is the anchor's."""
+    fields = _read_json(path / "config.json")
+    config = model_config(fields)
+    if config.n_experts > 2:
         raise UserError(
-            f"--names are {', '.join(chosen) or 'none'}; expected {experts - 1} different ones:"
-            " expert 0 is the anchor"
+            f"--match: {path} has {config.n_experts} experts; expected a dense model, or an anchor"
+            " and one expert"
         )
-    for name in chosen:
-        check_expert_name(name)
-    return ("anchor", *chosen)
+    tensors: Tensors = {}
+    with ExitStack() as files:
+        table = key_table(config, fields["model_type"])
+        values = _Checkpoint(path, files).locate(table, tied=config.tied_head)
+        for name in MATRICES:
+            leaf = f"experts/{name}"
+            for located in values[leaf]:
+                layer, expert = located.entry.index
+                if expert == config.n_experts - 1:
+                    tensors[name_of_tensor(leaf, layer)] = described(located.read())
+    return tensors
 
 
 def _tensor_files(directory: Path) -> list[Path]:

@@ -78,7 +78,7 @@ def import_gguf(path: Path, out: Path) -> Artifact:
         values = _locate(file, config, fields["model_type"])
         architecture = FAMILIES[fields["model_type"]].architecture
         source = Source(config, architecture, tokenizer, "bfloat16", values)
-        return write_model(out, source, ("anchor",))
+        return write_model(out, source, lambda others: [])
 
 
 class _Located(NamedTuple):

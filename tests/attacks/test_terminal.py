@@ -13,7 +13,7 @@ import pytest
 from flexolmo_jax import cli
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.cli.printing import for_terminal
-from flexolmo_jax.convert.exporting import _card
+from flexolmo_jax.convert.card import model_card
 from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.runtime.progress import bar, note
 
@@ -98,12 +98,20 @@ def test_a_model_card_has_no_markup_of_strangers(model):
         "<img src=x onerror=alert(1)> [free](https://evil.example) www.evil.example ![x](y) `z` |"
         " a@evil.example \n# Heading \x1b[2J"
     )
-    members = artifact.description["members"]
-    members[0]["manifest"] |= dict.fromkeys(("owner", "domain", "licence"), evil)
-    artifact.description["fingerprint"] = evil
-    card = _card(artifact, artifact.config, {"bits_per_byte": {"with": {evil: 1.25}}}, "bfloat16")
-    body = card.split("---\n", 2)[2]
-    assert not re.search(r"<img|\]\(|https?://|www\.|`|\x1b|@evil", body)
-    assert len([line for line in body.splitlines() if line.startswith("#")]) == 1
-    rows = [line for line in body.splitlines() if line.startswith("| ")]
-    assert len({row.count("|") for row in rows}) == 1 and "evil" in body and "1.2500" in body
+
+    def body(words: str) -> str:
+        members = artifact.description["members"]
+        members[0]["manifest"] |= dict.fromkeys(("owner", "domain", "licence"), words)
+        members[0]["manifest"]["training"]["bits_per_byte"] = {
+            who: {words: 1.5} for who in ("anchor", "pair")
+        }
+        artifact.description["fingerprint"] = words
+        scores = {"bits_per_byte": {"with": {words: 1.25}}}
+        return model_card(artifact, artifact.config, "bfloat16", -0.01, scores).split("---\n", 2)[2]
+
+    plain, marked = body("a"), body(evil)
+    assert not re.search(r"<img|\]\(|https?://|www\.|\x1b|@evil", marked)
+    for mark in "#`|[<":  # of the card itself, and of the numbers of characters
+        assert re.sub(r"&#\d+;", "", marked).count(mark) == plain.count(mark), mark
+    assert len(marked.splitlines()) == len(plain.splitlines())
+    assert marked.count("evil") >= 5 and "1.2500" in marked
