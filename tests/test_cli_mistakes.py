@@ -196,6 +196,9 @@ def test_experts_that_cannot_be_chosen_are_refused(paths, tmp_path, fails):
     assert "two experts are called 'code'" in fails(
         "merge", "--anchor", paths.anchor, code, code, "--out", out
     )
+    assert "got no contribution; expected one or more" in fails(
+        "merge", "--anchor", paths.anchor, "--out", out
+    )
     assert "--active is 3; expected 1 to 2" in fails(
         "merge", "--anchor", paths.anchor, code, "--active", 3, "--out", out
     )

@@ -134,7 +134,14 @@ def _verify(args: argparse.Namespace) -> dict[str, Any]:
 )
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.coordinator.merge import merge
+    from flexolmo_jax.exchange.anchor import open_anchor
 
+    if not args.contribution:
+        open_anchor(args.anchor)  # what is wrong with that is said first
+        raise UserError(
+            "got no contribution; expected one or more, as in `flexolmo merge --anchor anchor"
+            " c/code c/legal --out model`"
+        )
     how = {"active": args.active, **_admitting(args), **_composing(args)}
     return _merged(merge(args.anchor, args.contribution, args.out, **how))
 

@@ -31,6 +31,7 @@ from flexolmo_jax.artifact import DESCRIPTION, Artifact, open_artifact, read_sea
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import Contribution
 from flexolmo_jax.integrity import anchor_tensors, tensors_of
+from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import (
     abandoned,
@@ -217,6 +218,7 @@ class Store:
             return held
         # The object is whole, but the contribution's own files may be damaged.
         verified.once(contribution.path, claim, contribution.check_tensors)
+        note(f"{contribution.name}: the store holds its weights already, and the model gets those")
         return self._checked(key)
 
     def held(self, key: str, what: str) -> Held:

@@ -377,3 +377,20 @@ def test_more_active_experts_than_there_are_and_none_are_refused(
     with pytest.raises(UserError, match=f"--active is {active}; expected 1 to 2"):
         merge(anchor, [contributions["code"]], tmp_path / "out", active=active)
     assert not (tmp_path / "out").exists() and not (tmp_path / STORE).exists()
+
+
+def test_a_damaged_copy_of_what_the_store_holds_is_refused_and_a_good_one_is_said_to_be_there(
+    anchor, contributions, tmp_path, capsys
+):
+    held = "code: the store holds its weights already, and the model gets those"
+    merge(anchor, [contributions["code"]], tmp_path / "first")
+    assert held not in capsys.readouterr().err
+    copy = Path(shutil.copytree(contributions["code"], tmp_path / "copy"))
+    merge(anchor, [copy], tmp_path / "second")
+    assert held in capsys.readouterr().err
+    content = bytearray((copy / TENSORS).read_bytes())
+    content[-1] ^= 1
+    (copy / TENSORS).write_bytes(content)
+    with pytest.raises(UserError, match="layers"):
+        merge(anchor, [copy], tmp_path / "third")
+    assert not (tmp_path / "third").exists()
