@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -32,6 +33,13 @@ HEARTBEAT = 10  # seconds without a sign of life after which a process counts as
 GOODBYE = 8  # seconds that a process waits at its end for the others to end too
 PATIENCE = 600  # seconds to wait for all others at the start
 THREADS = 16  # of each process on CPUs, whatever its host has
+# statuses of XLA's errors, and words in the text of others, by which a peer is lost
+_PASSING = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")
+_GONE = re.compile(
+    r"connection|connect |timed? ?out|heartbeat|broken pipe|socket|by peer|remote process"
+    r"|network|unreachable|barrier|coordination",
+    re.IGNORECASE,
+)
 _FOR_EVER = 7 * 24 * 3600 * 1000  # ms; if the awaited process dies, all end
 
 _joined = False
@@ -316,10 +324,20 @@ def _status_of(error: BaseException) -> int:
 
 
 def _is_loss(error: BaseException) -> bool:
+    """Whether an error says that another process, or the way to it, is gone: a restart mends that.
+
+    A mistake of the program comes again. XLA calls some losses INTERNAL or UNKNOWN too, so their
+    text decides. Gloo's "enforce fail" means that processes exchanged tensors of other sizes.
+    """
     import jax
 
-    # A process that runs out of memory has lost nobody.
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    if not isinstance(error, jax.errors.JaxRuntimeError):
+        return False
+    status, _, text = str(error).partition(":")
+    if status.strip() in _PASSING:
+        return True
+    is_open = status.strip() in ("INTERNAL", "UNKNOWN", "FAILED_PRECONDITION", "DATA_LOSS")
+    return is_open and bool(_GONE.search(text)) and "enforce fail" not in text
 
 
 def _leave(status: int) -> None:

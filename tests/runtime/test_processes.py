@@ -159,3 +159,57 @@ def test_what_the_first_process_does_for_all_may_itself_be_done_by_the_first(mon
     with pytest.raises(UserError, match="inner"):
         by_the_first(lambda: by_the_first(lambda: (_ for _ in ()).throw(UserError("inner"))))
     assert by_the_first(lambda: 3) == 3 and len(told) == 3
+
+
+@pytest.mark.parametrize(
+    ("told", "is_loss"),
+    [
+        ("UNAVAILABLE: failed to connect to all addresses", True),
+        ("ABORTED: Task 1 is gone", True),
+        ("DEADLINE_EXCEEDED: Barrier timed out", True),
+        ("CANCELLED: call", True),
+        ("FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed: Connection closed"
+         " by peer [10.0.0.2]:5000", True),
+        ("UNKNOWN: Gloo AllGather failed: Timed out waiting 1800000ms for recv", True),
+        ("INTERNAL: NCCL failed: remote process exited or there was a network error", True),
+        ("INTERNAL: Gloo all-reduce failed: [enforce fail at pair.cc:547] op.preamble.length <="
+         " op.nbytes. 8 vs 4. connection", False),
+        ("INVALID_ARGUMENT: Executable expected parameter 0 of size 4 but got 8", False),
+        ("INVALID_ARGUMENT: the network has no such connection", False),
+        ("INTERNAL: during context [hlo verifier]: mixed precision in all-reduce", False),
+        ("UNIMPLEMENTED: 64 bit floats", False),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes", False),
+        ("NOT_FOUND: no kernel image", False),
+    ],
+)  # fmt: skip
+def test_only_the_loss_of_a_peer_asks_for_a_restart(told, is_loss):
+    import jax
+
+    assert processes._is_loss(jax.errors.JaxRuntimeError(told)) == is_loss
+    assert not processes._is_loss(RuntimeError(told))
+
+
+FAILING = """
+import sys, socket
+import numpy as np
+from flexolmo_jax.runtime import processes
+
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+processes.join(f"localhost:{port}", 1, 0)
+import jax
+
+def wrong(_):
+    return np.zeros(3)
+
+processes.ending(
+    lambda: jax.jit(lambda x: jax.pure_callback(wrong, jax.ShapeDtypeStruct((2,), "float32"), x))(0)
+)
+"""
+
+
+def test_a_mistake_of_the_program_in_a_run_of_processes_is_no_lost_peer():
+    ended = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True)
+    assert "JaxRuntimeError" in ended.stderr, ended.stderr
+    assert ended.returncode == 1 and "is lost" not in ended.stderr
