@@ -16,6 +16,7 @@ from typing import Any
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.paths import children
 
 from ..running import Cell, Command, alone_at, run_cell, run_cells
 from .results import lines, score, write_results
@@ -30,7 +31,7 @@ def run_demo(content: str, root: Path) -> dict[str, Any]:
     spec, places = parse_demo(content), Places(root)
     make_folder(root)
     if not places.spec.exists():
-        if others := sorted(path.name for path in root.iterdir()):
+        if others := [path.name for path in children(root)]:
             raise UserError(
                 f"{root} holds {others[0]}, but no demo; give a new or an empty directory"
             )
