@@ -12,7 +12,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import make_folder, write_text
 from flexolmo_jax.storage.paths import children
 
-from .cells import cells
+from .cells import cells, check_sources
 from .results import write_results
 from .running import alone_at, run_cell, run_cells
 from .spec import load_spec
@@ -41,6 +41,7 @@ def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
             f" ({kept})"
         )
     with alone_at(kept):
+        check_sources(spec, root)
         run_cells(cells(spec, root), root, spec.workers, __name__)
         return write_results(spec, root)
 
