@@ -110,6 +110,11 @@ def is_clutter(name: str) -> bool:
     return bool(_IS_CLUTTER_FILE(last)) or any(map(_IS_CLUTTER_FOLDER, (*folders, last)))
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path exists. Unlike `Path.exists`, says no where a folder may not be searched."""
+    return path.exists() if in_bucket(path) else os.path.exists(path)
+
+
 def listing(directory: Path, *, clutter: bool = False) -> dict[str, File]:
     """Every file and link below a directory, by its relative path; `is_clutter` only if asked for.
 
