@@ -293,7 +293,7 @@ class RunConfig(Section):
         """The run with other places of what it reads: `place` of the key and its path, "" for
         none."""
         data, pair, router = self.data, self.pair, self.router
-        of_data = {
+        of_data: dict[str, typing.Any] = {
             name: tuple(
                 dataclasses.replace(source, path=place(f"data.{name}[{i}].path", source.path))
                 for i, source in enumerate(getattr(data, name))

@@ -17,6 +17,7 @@ from flexolmo_jax.coordinator.merge import merge
 from flexolmo_jax.coordinator.store import STORE, Store
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.data.documents import document_files
+from flexolmo_jax.data.packages import Package, download
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.tokens import has_tokens
 from flexolmo_jax.errors import UserError
@@ -236,3 +237,13 @@ def test_a_move_in_a_bucket_leaves_none_of_it_behind(bucket):
     move(bucket / "a", bucket / "c")
     assert not listing(bucket / "a", clutter=True)
     assert set(listing(bucket / "c", clutter=True)) == {".DS_Store", "b"}
+
+
+def test_a_download_is_taken_from_a_cache_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLEXOLMO_CACHE", str(tmp_path))
+    package = Package("apt", "fortunes", "1.0", "0" * 64)
+    folder = tmp_path / "apt-fortunes-1.0"
+    folder.mkdir()
+    for name in (".DS_Store", "fortunes.deb"):
+        (folder / name).write_text("x")
+    assert download(package) == folder / "fortunes.deb"
