@@ -11,7 +11,7 @@ The run of a pair stores the new expert only, and that of a router the router ro
 name what they were trained on by its path and its anchor's fingerprint.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ from flexolmo_jax.runtime.devices import all_devices
 from flexolmo_jax.runtime.processes import by_the_first
 from flexolmo_jax.runtime.sharding import parameter_sharding
 from flexolmo_jax.storage import checkpoint, loading, verified
-from flexolmo_jax.storage.paths import path_of
+from flexolmo_jax.storage.paths import BUCKETS, absolute, bucket_of, in_bucket, is_there, path_of
 from flexolmo_jax.storage.weights import Reader, Stored
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "write_description",
 ]
 
+LEVELS = 6  # of folders, that a run and what it read may have had in common and not in common
 DEFAULT_ACTIVE = 4  # experts that a token of a merged model uses, unless a number is given
 OF_PAIRS = ("router_bias", "init_bias")  # keys of a pair's model that are not its anchor's
 # from a tensor's path and shape to where it goes
@@ -68,6 +69,7 @@ class Artifact:
     config: ModelConfig
     experts: tuple[str, ...]  # "anchor" first
     description: dict[str, Any]  # all of flexolmo.json
+    base_at: Path | None = None  # where the base of a run lies, if the user says so
 
     @property
     def is_pair(self) -> bool:
@@ -166,10 +168,27 @@ class Artifact:
     def base(self) -> "Artifact":
         """What a run was trained on: a pair's anchor, or the model whose router was tuned.
 
-        Raises UserError if it has changed since.
+        It lies where the user says. Otherwise it is where it was, or beside the run if both were
+        moved or copied. Raises UserError if it is not there, or is another one.
         """
-        base = open_artifact(path_of(self.description["base"]))
+        recorded = self.description["base"]
+        places = [self.base_at] if self.base_at else places_of(self.path, recorded)
+        refusals: list[UserError] = []
+        for place in places:
+            try:
+                return self._base_at(place)
+            except UserError as error:
+                refusals.append(error)
+        raise refusals[0]
+
+    def _base_at(self, place: str | Path) -> "Artifact":
         expected = "anchor" if self.is_pair else "model"
+        if not is_there(path_of(place) / DESCRIPTION):
+            raise UserError(
+                f"{self.path} was trained on the {expected} {self.fingerprint}, which is not at"
+                f" {place}; give the place where it is (--anchor)"
+            )
+        base = open_artifact(place)
         if base.kind != expected:
             raise UserError(
                 f"{self.path} was trained on {base.path}, which is a {base.kind} now; expected"
@@ -183,7 +202,8 @@ class Artifact:
         if base.fingerprint != self.fingerprint or not has_our_experts or not is_described:
             raise UserError(
                 f"{self.path} was trained on another version of {base.path} (fingerprint"
-                f" {self.fingerprint}); restore that one"
+                f" {self.fingerprint}; this is {base.fingerprint}); restore that one, or give the"
+                " place where it is (--anchor)"
             )
         ours, its = to_dict(self.config), to_dict(base.config)
         own = OF_PAIRS if self.is_pair else ()
@@ -247,17 +267,47 @@ def placement_on(mesh: Mesh | None, config: ModelConfig, *, pair: bool = False) 
     return lambda path, shape: parameter_sharding(mesh, axes[path], shape)
 
 
-def open_artifact(path: str | Path) -> Artifact:
+def open_artifact(path: str | Path, base_at: Path | None = None) -> Artifact:
     """Opens a run, an anchor or a model.
 
-    Raises UserError if there is none, if its description contradicts itself, or if its format is
-    newer than this version.
+    Args:
+        base_at: where the anchor of a pair's run lies, or the model of a router's run.
+
+    Raises:
+        UserError: there is none, its description contradicts itself, its format is newer than this
+            version, or it stands on no anchor.
     """
     path = path_of(path)
     description, config = read_description(path)
-    if description["kind"] == "run":
+    kind, experts = description["kind"], tuple(description["experts"])
+    if kind == "run":
         integrity.check_run(path, description, config)
-    return Artifact(path, description["kind"], config, tuple(description["experts"]), description)
+    if base_at is not None and "base" not in description:
+        raise UserError(
+            f"{path} is no run of a pair or a router ({description.get('run', kind)}), and needs no"
+            " other directory; leave out --anchor"
+        )
+    return Artifact(path, kind, config, experts, description, base_at)
+
+
+def places_of(run: Path, recorded: str) -> Iterator[str | Path]:
+    """Where something may lie that a run found at `recorded`, the likeliest place first.
+
+    There, or where it was as seen from the run, if both were moved or copied.
+    """
+    # A bucket is asked last by who is not in one: perhaps it cannot even be read from here.
+    is_far = in_bucket(recorded) and not in_bucket(run)
+    if not is_far:
+        yield recorded
+    above = [path for path in absolute(run).parents if bucket_of(path) or not in_bucket(run)]
+    parts = [part for part in recorded.removeprefix(BUCKETS).split("/") if part]
+    for folder in above[:LEVELS]:
+        for count in range(1, min(len(parts), LEVELS) + 1):
+            place = folder.joinpath(*parts[-count:])
+            if ".." not in parts and is_there(place):
+                yield place
+    if is_far:
+        yield recorded
 
 
 def active_among(config: ModelConfig, experts: int) -> int:

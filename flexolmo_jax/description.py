@@ -64,6 +64,15 @@ class _Common:
 
 
 @dataclass(frozen=True)
+class Input:
+    """What a run reads beside its base: where it lies, what it holds in words, and its digest."""
+
+    path: str
+    holds: Text
+    sha256: Digest
+
+
+@dataclass(frozen=True)
 class Run(_Common):
     run: Literal["anchor", "pair", "router", "joint"]
     tensors: Tensors
@@ -71,6 +80,7 @@ class Run(_Common):
     fingerprint: Digest | None = None  # ... and the anchor's fingerprint
     base_sha256: Digest | None = None  # a router run: digest of that model's description
     data: tuple[str, ...] = ()
+    inputs: dict[Text, Input] | None = None  # by the config's key; runs of earlier versions: none
 
 
 @dataclass(frozen=True)

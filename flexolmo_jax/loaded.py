@@ -20,6 +20,7 @@ from flexolmo_jax.generate import Decoder, Generator, Sampling
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.runtime.sharding import check_batch, make_mesh
+from flexolmo_jax.storage.paths import path_of
 
 DTYPES = ("bfloat16", "float32")  # that a model generates in
 
@@ -184,6 +185,7 @@ def load(
     mesh: MeshConfig | None = None,
     kernels: Kernels = "auto",
     dtype: str | None = None,
+    anchor: str | Path | None = None,
 ) -> LoadedModel:
     """Loads a run, a published anchor or a merged model.
 
@@ -195,15 +197,17 @@ def load(
         kernels: that route tokens: the platform's own, "xla" or "pallas".
         dtype: that it generates in, "bfloat16" or "float32"; by default that of the weights, on a
             CPU float32. Logits are always computed in float32.
+        anchor: where the anchor of a pair's run lies, if it is neither where it was nor beside the
+            run as it was; of a router's run, the model.
 
     Raises:
-        UserError: nothing to load, damaged files, a mesh that does not fit the devices, or kernels
-            or a dtype that there are not.
+        UserError: nothing to load, another anchor, damaged files, a mesh that does not fit the
+            devices, or kernels or a dtype that there are not.
     """
     known = get_args(Kernels)
     expect(kernels in known, "kernels", kernels, f"one of {', '.join(known)}")
     expect(dtype is None or dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, None if anchor is None else path_of(anchor))
     devices = None if mesh is None else make_mesh(mesh)
     placement = placement_on(devices, artifact.config, pair=artifact.is_pair)
     return LoadedModel(artifact, artifact.params(which, placement), devices, kernels, dtype)

@@ -11,6 +11,7 @@ from flexolmo_jax.storage.placing import WAYS
 from .options import (
     ADMITTING,
     ANCHOR,
+    BASE,
     CHECKPOINT,
     COMPOSING,
     HELDOUT,
@@ -197,6 +198,7 @@ def _append(args: argparse.Namespace) -> dict[str, Any]:
         help="with the router rows that were contributed, where the router was tuned since",
     ),
     option("--sign-key", type=secret, help="the coordinator's private key: signs the receipt"),
+    BASE,
     *COMPOSING,
 )
 def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
@@ -204,7 +206,8 @@ def _opt_out(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.coordinator.merge import opt_out
     from flexolmo_jax.integrity import RECEIPT
 
-    how = {"untuned": args.untuned, "sign_key": args.sign_key, **_composing(args)}
+    how = {"untuned": args.untuned, "sign_key": args.sign_key, "base_at": args.anchor}
+    how |= _composing(args)
     model = opt_out(args.model, args.expert, args.out, **how)
     receipt = read_sealed(model.path / RECEIPT)
     if args.json:

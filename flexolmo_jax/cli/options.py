@@ -167,6 +167,12 @@ COMPOSING = (
         help="how files get there (auto: the cheapest that works)",
     ),
 )
+BASE = option(
+    "--anchor",
+    type=path_of,
+    help="of a pair's run: its anchor, if it is neither where it was nor beside the run as it was "
+    "(of a router's run: its model)",
+)
 MODEL = option("path", type=path_of, help="a run, anchor or model")
 SELECTING = (
     option(

@@ -71,7 +71,12 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
     "package runs/code --out contributions/code",
     option("run", type=path_of, help="a pair's run, or an imported model"),
     option("--expert", metavar="NAME", help="of the imported model"),
-    option("--anchor", type=path_of, help="what `flexolmo publish` made of the imported model"),
+    option(
+        "--anchor",
+        type=path_of,
+        help="of the imported model, what `flexolmo publish` made of it; of a pair's run its "
+        "anchor, if it is neither where it was nor beside the run as it was",
+    ),
     CHECKPOINT,
     PAIR_MESH,
     SIGN_KEY,
@@ -80,10 +85,10 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
 def _package(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.owner.package import package, package_imported
 
-    if (args.expert is None) != (args.anchor is None):
+    if args.expert is not None and args.anchor is None:
         raise UserError(
             "an expert of an imported model is packaged with --expert NAME and --anchor ANCHOR;"
-            " give both or none"
+            " give both"
         )
     if args.expert and args.mesh:
         raise UserError(
@@ -93,7 +98,8 @@ def _package(args: argparse.Namespace) -> dict[str, Any]:
     if args.expert:
         made = package_imported(args.run, args.expert, args.anchor, args.out, args.sign_key)
     else:
-        made = package(args.run, args.out, args.checkpoint, args.sign_key, args.mesh)
+        how = {"mesh": args.mesh, "anchor": args.anchor}
+        made = package(args.run, args.out, args.checkpoint, args.sign_key, **how)
     return _packaged(args, made)
 
 

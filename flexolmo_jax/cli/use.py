@@ -7,7 +7,18 @@ from typing import Any
 from flexolmo_jax.errors import UserError, from_a_clone
 from flexolmo_jax.storage.paths import path_of
 
-from .options import CHECKPOINT, HELDOUT, KERNELS, MESH, MODEL, SELECTING, local, positive, size
+from .options import (
+    BASE,
+    CHECKPOINT,
+    HELDOUT,
+    KERNELS,
+    MESH,
+    MODEL,
+    SELECTING,
+    local,
+    positive,
+    size,
+)
 from .printing import for_terminal
 from .verbs import option, verb
 
@@ -42,6 +53,7 @@ from .verbs import option, verb
     option("--limit", type=positive, help="records of each to read, documents of each task"),
     option("--batch-size", type=positive, default=16),
     CHECKPOINT,
+    BASE,
     MESH,
     KERNELS,
 )
@@ -55,7 +67,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     if args.harness and not args.tasks:
         raise UserError("--harness is for tasks; give --tasks too")
     tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
-    model = load(args.path, args.checkpoint, args.mesh, args.kernels)
+    model = load(args.path, args.checkpoint, args.mesh, args.kernels, anchor=args.anchor)
     result = {}
     if args.data:
         how = {key: getattr(args, key) for key in ("split", "loss", "limit", "batch_size")}
@@ -109,6 +121,7 @@ def _evaluated_tasks(model: Any, tasks: Any, args: argparse.Namespace) -> dict[s
     HELDOUT,
     *SELECTING,
     CHECKPOINT,
+    BASE,
     MESH,
 )
 def _extract(args: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +129,7 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.evals.extraction import extract, sample_documents
     from flexolmo_jax.loaded import load
 
-    model = load(args.path, args.checkpoint, args.mesh)
+    model = load(args.path, args.checkpoint, args.mesh, anchor=args.anchor)
     paths, heldout = args.documents, args.heldout
     texts = (text for path in paths for text in read_training_documents(path, heldout))
     documents = sample_documents(texts, model.tokenizer, args.limit, args.prefix, args.tokens)
@@ -152,6 +165,7 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
     ),
     *SELECTING,
     CHECKPOINT,
+    BASE,
     MESH,
     KERNELS,
 )
@@ -160,7 +174,8 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.system is not None and not args.chat:
         raise UserError("--system is a message of a chat; give --chat too")
-    model = load(args.path, args.checkpoint, args.mesh, args.kernels, args.dtype)
+    how = {"kernels": args.kernels, "dtype": args.dtype, "anchor": args.anchor}
+    model = load(args.path, args.checkpoint, args.mesh, **how)
     sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "seed")}
     how = {**_selection(args), **sampling}
     if len(args.prompt) == 1 and not args.json:
@@ -291,6 +306,7 @@ def _import_gguf(args: argparse.Namespace) -> dict[str, Any]:
         help="scored before and after biases are dropped",
     ),
     CHECKPOINT,
+    BASE,
     MESH,
 )
 def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
@@ -305,6 +321,7 @@ def _export_hf(args: argparse.Namespace) -> dict[str, Any]:
         eval_data=args.eval_data,
         which=args.checkpoint,
         mesh=args.mesh,
+        anchor=args.anchor,
     )
 
 

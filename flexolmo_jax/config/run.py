@@ -5,7 +5,7 @@ import datetime
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -285,18 +285,34 @@ class RunConfig(Section):
     @property
     def paths(self) -> dict[str, str]:
         """Whatever the run reads, by the key that gives its place."""
-        sources = {"train": self.data.train, "eval": self.data.eval}
-        found = {
-            f"data.{key}[{i}].path": source.path
-            for key, several in sources.items()
-            for i, source in enumerate(several)
-        }
-        found |= {"data.tokenizer": self.data.tokenizer, "train.init": self.train.init}
-        if self.pair is not None:
-            found |= {"pair.anchor": self.pair.anchor, "pair.public": self.pair.public}
-        if self.router is not None:
-            found["router.model"] = self.router.model
+        found: dict[str, str] = {}
+        self.reading(lambda key, path: found.setdefault(key, path))
         return {key: path for key, path in found.items() if path}
+
+    def reading(self, place: Callable[[str, str], str]) -> "RunConfig":
+        """The run with other places of what it reads: `place` of the key and its path, "" for
+        none."""
+        data, pair, router = self.data, self.pair, self.router
+        of_data: dict[str, typing.Any] = {
+            name: tuple(
+                dataclasses.replace(source, path=place(f"data.{name}[{i}].path", source.path))
+                for i, source in enumerate(getattr(data, name))
+            )
+            for name in ("train", "eval")
+        }
+        of_data["tokenizer"] = place("data.tokenizer", data.tokenizer)
+        if pair is not None:
+            anchor, public = place("pair.anchor", pair.anchor), place("pair.public", pair.public)
+            pair = dataclasses.replace(pair, anchor=anchor, public=public)
+        if router is not None:
+            router = dataclasses.replace(router, model=place("router.model", router.model))
+        return dataclasses.replace(
+            self,
+            data=dataclasses.replace(data, **of_data),
+            train=dataclasses.replace(self.train, init=place("train.init", self.train.init)),
+            pair=pair,
+            router=router,
+        )
 
     def of_model(self, model: ModelConfig) -> "RunConfig":
         """The run with the architecture of what it starts from. Raises UserError for longer records

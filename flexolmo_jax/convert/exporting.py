@@ -51,6 +51,7 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     eval_data: Sequence[Path] = (),
     which: str = "last",
     mesh: MeshConfig | None = None,
+    anchor: Path | None = None,
 ) -> dict[str, Any]:
     """Writes the checkpoint and returns its figures. In memory is a tensor of it, or of a run.
 
@@ -59,7 +60,7 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         dtype: by default the stored one.
         drop_bias: leave router biases out, which changes the model.
         eval_data: is scored with and without the biases that are dropped.
-        which: a run's checkpoint: last, best or a step.
+        which, anchor: as in `load`.
         mesh: the devices that the model is spread over to be scored (default: one device).
 
     Raises UserError for biases that matter and are not to be dropped, an unknown dtype, and a mesh
@@ -67,7 +68,7 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     """
     check_new(out)
     clear(out)
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, anchor)
     _check_options(dtype, drop_bias, eval_data, mesh)
     arrays, config = _arrays(artifact, which)
     dtype = dtype or str(arrays["trunk/embedding"].dtype)
@@ -195,7 +196,7 @@ def _scores(
     artifact: Artifact, which: str, data: Sequence[Path], mesh: MeshConfig | None
 ) -> dict[str, Any]:
     """Bits per byte with and without router biases."""
-    model = load(artifact.path, which, mesh)
+    model = load(artifact.path, which, mesh, anchor=artifact.base_at)
     branch = "expert" if artifact.is_pair else "experts"
     experts = model.params[branch]
     dropped = experts | {"bias": jax.numpy.zeros_like(experts["bias"])}

@@ -5,12 +5,13 @@ endpoint as its own documentation says (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_O
 """
 
 import fnmatch
+import glob
 import re
 from pathlib import Path
 
 from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.paths import children, path_of
+from flexolmo_jax.storage.paths import children, listing, path_of
 
 NAME = re.compile(r"(hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 FILES = ("*.safetensors", "*.json", "*.jinja")  # never a pickle, nor a program
@@ -69,7 +70,10 @@ def push(folder: Path, name: str, *, public: bool = False) -> str:
     try:
         hub.create_repo(match[2], private=not public, exist_ok=True)
         done = hub.upload_folder(
-            repo_id=match[2], folder_path=folder, commit_message="Upload by flexolmo-jax"
+            repo_id=match[2],
+            folder_path=folder,
+            commit_message="Upload by flexolmo-jax",
+            allow_patterns=[*map(glob.escape, listing(folder))],
         )
     except Exception as error:
         raise UserError(

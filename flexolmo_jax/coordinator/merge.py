@@ -85,6 +85,7 @@ def opt_out(  # noqa: PLR0913 - the verb's options
     sign_key: Path | None = None,
     store_path: Path | None = None,
     ways: Sequence[str] = WAYS,
+    base_at: Path | None = None,
 ) -> Artifact:
     """Writes the model without these experts, as the merge that never had them, and a receipt.
 
@@ -94,6 +95,8 @@ def opt_out(  # noqa: PLR0913 - the verb's options
             experts that were there when they were tuned.
         sign_key: the coordinator's private key, which signs the receipt.
         store_path, ways: as in `merge`.
+        base_at: the model of a router run, if it is neither where it was nor beside the run as it
+            was.
 
     Raises:
         UserError: for a name that the model does not have, for the anchor's, and where an expert
@@ -101,7 +104,7 @@ def opt_out(  # noqa: PLR0913 - the verb's options
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
-    model, tuning = _tuned(model_path)
+    model, tuning = _tuned(model_path, base_at)
     model.check_experts(names)
     store = _store(model, store_path)
     composition = Composition.of_model(model, tuning).without(names)
@@ -258,9 +261,9 @@ def _anchor_sketches(composition: Composition, model: Artifact, store: Store) ->
     return sketches_of(model.path / "weights", model.config)
 
 
-def _tuned(path: Path) -> tuple[Artifact, Tuning]:
+def _tuned(path: Path, base_at: Path | None = None) -> tuple[Artifact, Tuning]:
     """The merged model at `path`, or the model of the router run there, and its tuning."""
-    artifact = open_artifact(path)
+    artifact = open_artifact(path, base_at)
     model = artifact.base() if artifact.description.get("run") == "router" else artifact
     model = open_model(model.path)
     traces = dict.fromkeys(model.description.get("router", {}).get("tuned_with", ()))

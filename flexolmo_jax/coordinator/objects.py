@@ -124,11 +124,12 @@ class Inventory:
         return expert_layouts(self.config, dtype, name_of_tensor("bias", 0) in self.tensors)
 
 
-def content_of(directory: Path) -> dict[str, File]:
-    """The files of an object without its inventory, or what a process is writing of that."""
+def content_of(directory: Path, *, clutter: bool = False) -> dict[str, File]:
+    """The files of an object, as `listing` has them, without its inventory, or what a process is
+    writing of that."""
     return {
         name: file
-        for name, file in listing(directory).items()
+        for name, file in listing(directory, clutter=clutter).items()
         if name not in (OBJECT_FILE, UNFINISHED) and not _TEMPORARY_INVENTORY.fullmatch(name)
     }
 

@@ -90,7 +90,7 @@ class Store:
         """A store, or a place for a new one. Raises UserError for anything else."""
         store = cls(absolute(path))
         check_for_arrays(store.path)
-        if not store._is_known() and children(store.path):
+        if not store._is_known() and children(store.path, clutter=True):
             raise UserError(
                 f"{path} is not a store of this version: it has no {STORE_FILE}; give --store a new"
                 " or empty directory, or the store itself"
@@ -184,7 +184,7 @@ class Store:
         for path in self._unneeded():
             if self._is_ours(path):
                 discard(path)
-        if children(self._objects) or children(self._models):
+        if any(children(folder, clutter=True) for folder in (self._objects, self._models)):
             return
         remove_file(self.path / STORE_FILE)
         for directory in (self._objects, self._models, self.path):
@@ -346,7 +346,7 @@ class Store:
     def _is_ours(self, path: Path) -> bool:
         """Whether an object has no other files than those of its inventory."""
         try:
-            return content_of(path).keys() == Inventory.read(path).files.keys()
+            return content_of(path, clutter=True).keys() == Inventory.read(path).files.keys()
         except UserError:
             return False
 

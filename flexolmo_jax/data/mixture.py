@@ -36,11 +36,13 @@ class Batches:
         records: grain.MapDataset[Record],
         batch_size: int,
         seq_len: int,
-        at_once: bool = False,
+        sources: Sequence[Source] = (),
     ):
         self.batch_size = batch_size
         self.seq_len = seq_len
-        self._records, self._at_once = records, at_once
+        self.sources = tuple(sources)
+        self._records = records
+        self._at_once = any(in_bucket(source.path) for source in sources)
 
     def at(self, step: int, places: Sequence[int] | None = None) -> Record:
         """The batch of a step, or only the n records at these places in it.
@@ -93,8 +95,7 @@ def mixture(sources: Sequence[tuple[Source, float]], batch_size: int, seed: int)
     mixed = shuffled[0]
     if len(shuffled) > 1:
         mixed = grain.MapDataset.mix(shuffled, weights=[share for _, share in sources])
-    at_once = any(in_bucket(records.path) for records, _ in sources)
-    return Batches(mixed, batch_size, sources[0][0].seq_len, at_once)
+    return Batches(mixed, batch_size, sources[0][0].seq_len, [records for records, _ in sources])
 
 
 def _shuffled_for_ever(records: Source, seed: tuple[int, int]) -> grain.MapDataset[Record]:

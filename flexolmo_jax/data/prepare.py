@@ -29,6 +29,7 @@ from flexolmo_jax.data.records import (
     FORMAT,
     INPUTS,
     Index,
+    InputFile,
     Split,
     open_records,
     sha256_of,
@@ -172,6 +173,31 @@ def prepare_cached(
         )
         raise UserError(message) from error
     return prepared
+
+
+def changed_documents(prepared: Path, documents: Sequence[Path]) -> str:
+    """How documents differ from those that a directory was prepared from, in words; "" where they
+    do not.
+
+    Their content and order count. Where they lie does not, nor what they are called.
+    """
+    files = [file for path in documents for file in document_files(path)]
+    now = [InputFile(file.name, size_of(file), sha256_of(file)) for file in files]
+    before = Index.read(prepared).inputs
+    if list(map(_kind_of, before)) == list(map(_kind_of, now)):
+        return ""
+    old, new = ({file.name: file.sha256 for file in inputs} for inputs in (before, now))
+    found = {
+        "edited": [name for name in new if old.get(name, new[name]) != new[name]],
+        "new": [name for name in new if name not in old],
+        "gone": [name for name in old if name not in new],
+    }
+    told = (f"{what}: {', '.join(names[:3])}" for what, names in found.items() if names)
+    return "; ".join(told) or "in another order"
+
+
+def _kind_of(file: InputFile) -> tuple[str, str]:
+    return Path(file.name).suffix, file.sha256
 
 
 def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:

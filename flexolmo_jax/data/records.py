@@ -16,7 +16,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 from pydantic import FailFast, Field
@@ -70,6 +70,13 @@ class SplitIndex:
         """With the fill that the other counts give."""
         size = counts["records"] * seq_len
         return cls(**counts, fill=round(counts["tokens"] / size, 6) if size else 0.0)
+
+
+class Content(NamedTuple):
+    """What a source holds: by its digest, and in words."""
+
+    sha256: str
+    holds: str
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,17 @@ class Index:
                 f"{file} is damaged or not an index of prepared data ({error!s:.200}): prepare the"
                 " data again"
             ) from error
+
+    @property
+    def content(self) -> Content:
+        """By the digests of the files, whatever they were prepared from and wherever they lie."""
+        files = json.dumps(self.files, sort_keys=True)
+        documents, tokens = (
+            sum(getattr(split, count) for split in self.splits.values())
+            for count in ("documents", "tokens")
+        )
+        holds = f"{documents} documents of {tokens} tokens (files: {len(self.inputs)})"
+        return Content(hashlib.sha256(files.encode()).hexdigest(), holds)
 
     def write(self, path: Path) -> None:
         """Writes `index.json` into a directory."""
@@ -190,6 +208,11 @@ class Records:
     def stats(self) -> SplitIndex:
         """What this split holds."""
         return self.index.splits[self.split]
+
+    @property
+    def content(self) -> Content:
+        """What the whole directory holds."""
+        return self.index.content
 
     def __len__(self) -> int:
         return self.stats.records

@@ -11,7 +11,9 @@ none). Without a header, the vocabulary decides the type: uint16 up to 65,536 to
 above. If every second value is then 0 as uint16, the file is read as uint32.
 """
 
+import hashlib
 from bisect import bisect_right
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,13 +21,14 @@ import numpy as np
 
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
 from flexolmo_jax.data.documents import INDEX_FILE
-from flexolmo_jax.data.records import Record, Records, Split, token_dtype
+from flexolmo_jax.data.records import Content, Record, Records, Split, token_dtype
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import files_below, path_of, reason
 
 SUFFIXES = (".npy", ".bin")
-_SAMPLE = 1 << 16  # tokens of each file that are checked when it is opened
+_SAMPLE = 1 << 16  # tokens of each file that are checked when it is opened, and of a sample
+_SAMPLES, _WHOLE = 256, 1 << 24
 
 
 def has_tokens(path: Path) -> bool:
@@ -74,6 +77,22 @@ class TokenRecords:
         segments = np.ones(self.seq_len, np.int32)
         segments[1:] += np.cumsum(record[:-1] == self._eos_id, dtype=np.int32)
         return {"tokens": record, "segments": segments}
+
+    @cached_property
+    def content(self) -> Content:
+        """By the ids themselves; of more than _WHOLE tokens by the files' lengths and by _SAMPLES
+        samples, as reading all of a large corpus takes hours."""
+        lengths = [len(tokens) for _, tokens in self._files]
+        ends, digest = list(accumulate(lengths)), hashlib.sha256(repr(lengths).encode())
+        starts = [(i, at) for i, length in enumerate(lengths) for at in range(0, length, _SAMPLE)]
+        if ends[-1] > _WHOLE:
+            chosen = np.linspace(0, ends[-1] - 1, _SAMPLES, dtype=np.int64).tolist()
+            numbered = ((bisect_right(ends, token), token) for token in chosen)
+            starts = [(i, token - ends[i] + lengths[i]) for i, token in numbered]
+        for i, at in starts:
+            sample = self._files[i][1][at : at + _SAMPLE]
+            digest.update(sample.astype(np.uint32).tobytes())
+        return Content(digest.hexdigest(), f"{ends[-1]} tokens (files: {len(lengths)})")
 
     def _check(self, file: Path, tokens: np.ndarray) -> None:
         if len(tokens) and int(tokens.max()) >= self._vocab_size:

@@ -28,7 +28,8 @@ from flexolmo_jax.config import ModelConfig, build
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import OF_MERGES
-from flexolmo_jax.storage.paths import children, in_bucket, path_of, reason
+from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.storage.paths import children, in_bucket, is_clutter, path_of, reason
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
@@ -222,31 +223,11 @@ def tensor_shapes(config: ModelConfig, has_bias: bool) -> dict[str, tuple[int, .
 def open_contribution(path: Path) -> Contribution:
     """Reads the manifest and the signature of a contribution.
 
-    Raises UserError for anything else, and for a directory with other files in it.
+    What systems leave in folders, as a Mac's zip does, is not read, and a note names it. Raises
+    UserError for anything else, and for a directory with other files in it.
     """
     path = path_of(path)
-    try:
-        names = {child.name for child in children(path)}
-    except OSError as error:
-        raise UserError(
-            f"{path} is not a contribution: {reason(error)}; expected a directory with a {MANIFEST}"
-        ) from None
-    if MANIFEST not in names:
-        if not path.exists():
-            raise UserError(f"{path} does not exist; expected a contribution")
-        raise UserError(f"{path} is not a contribution: it has no {MANIFEST}")
-    if unknown := names - {TENSORS, MANIFEST, SIGNATURE}:
-        found = ", ".join(repr(name) for name in sorted(unknown)[:3])
-        raise UserError(
-            f"{path} holds {found}; a contribution is {TENSORS}, {MANIFEST} and perhaps"
-            f" {SIGNATURE}, and nothing else"
-        )
-    for name in names:
-        if not in_bucket(path) and not stat.S_ISREG((path / name).lstat().st_mode):
-            raise UserError(
-                f"{path / name} is not a regular file; a contribution has no links and no folders"
-                " in it"
-            )
+    names = _names_in(path)
     try:
         text = read_bytes(path / MANIFEST, MANIFEST_LIMIT)
         signature = read_bytes(path / SIGNATURE, SIGNATURE_LIMIT) if SIGNATURE in names else None
@@ -261,6 +242,37 @@ def open_contribution(path: Path) -> Contribution:
             f"{path / MANIFEST} is damaged ({error!s:.300}); ask its owner for it again"
         ) from None
     return Contribution(path, manifest, text, signature)
+
+
+def _names_in(path: Path) -> set[str]:
+    """The names of a contribution's files. Raises UserError as `open_contribution` does."""
+    try:
+        names = {child.name for child in children(path, clutter=True)}
+    except OSError as error:
+        raise UserError(
+            f"{path} is not a contribution: {reason(error)}; expected a directory with a {MANIFEST}"
+        ) from None
+    if MANIFEST not in names:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; expected a contribution")
+        raise UserError(f"{path} is not a contribution: it has no {MANIFEST}")
+    own = names & {TENSORS, MANIFEST, SIGNATURE}
+    if unknown := sorted(name for name in names - own if not is_clutter(name)):
+        found = ", ".join(map(repr, unknown[:3]))
+        raise UserError(
+            f"{path} holds {found}; a contribution is {TENSORS}, {MANIFEST} and perhaps"
+            f" {SIGNATURE}, and nothing else"
+        )
+    if left := sorted(names - own):
+        shown = ", ".join(map(repr, left[:3]))
+        note(f"{path} holds {shown}, which is no part of the contribution and is not read")
+    for name in own:
+        if not in_bucket(path) and not stat.S_ISREG((path / name).lstat().st_mode):
+            raise UserError(
+                f"{path / name} is not a regular file; a contribution has no links and no folders"
+                " in it"
+            )
+    return own
 
 
 def recorded(path: Path, manifest: dict[str, Any], signature: str | None) -> Contribution:

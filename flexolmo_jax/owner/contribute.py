@@ -10,16 +10,16 @@ from typing import Any
 
 from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.config import DEFAULTS, RunConfig, Settings, section_of
-from flexolmo_jax.data.documents import document_files, has_documents
-from flexolmo_jax.data.prepare import open_data, prepare
-from flexolmo_jax.data.records import Index, InputFile, open_records, sha256_of
+from flexolmo_jax.data.documents import has_documents
+from flexolmo_jax.data.prepare import changed_documents, open_data, prepare
+from flexolmo_jax.data.records import Index, open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, check_expert_name
 from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.storage.files import remove_if_empty
 from flexolmo_jax.storage.outputs import check_new, is_whole
-from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of, size_of
+from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of
 
 from .package import package
 from .pair import train_pair
@@ -69,8 +69,10 @@ def contribute(  # noqa: PLR0913 - the verb's options
         except UserError:
             remove_if_empty(work)  # an earlier run's directory stays
             raise
-    elif Index.read(work / "data").inputs != _inputs(documents):
-        raise UserError(f"{work} was made from other documents; delete it, or give a new {option}")
+    elif changes := changed_documents(work / "data", documents):
+        raise UserError(
+            f"{work} was made from other documents ({changes}); delete it, or give a new {option}"
+        )
     if not settings.say(tree, "train", "steps"):
         run = settings.run(tree, FILLED, f"train.steps={_steps(run, work)}")
     train_pair(run, work / "run")
@@ -126,8 +128,3 @@ def _steps(run: RunConfig, work: Path) -> int:
     records = len(open_records(work / "data", "train"))
     own = run.data.batch_size * (1 - run.pair.public_share)
     return max(1, round(EPOCHS * records / own))
-
-
-def _inputs(documents: Sequence[Path]) -> list[InputFile]:
-    files = [file for path in documents for file in document_files(path)]
-    return [InputFile(file.name, size_of(file), sha256_of(file)) for file in files]

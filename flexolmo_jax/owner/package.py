@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jax.sharding import Mesh
 
-from flexolmo_jax.artifact import Artifact, open_artifact, placement_on
+from flexolmo_jax.artifact import Artifact, open_artifact, placement_on, places_of
 from flexolmo_jax.config import Dataset, MeshConfig, RunConfig, load_config, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
@@ -42,7 +42,7 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.storage.files import new_directory, write_bytes
 from flexolmo_jax.storage.outputs import check_new
-from flexolmo_jax.storage.paths import path_of
+from flexolmo_jax.storage.paths import is_there, path_of
 from flexolmo_jax.storage.tensorfile import TensorFile, write_tensors
 from flexolmo_jax.storage.weights import Stored
 from flexolmo_jax.train.evaluate import score_model
@@ -55,6 +55,7 @@ def package(
     which: str = "last",
     sign_key: Path | None = None,
     mesh: MeshConfig | None = None,
+    anchor: Path | None = None,
 ) -> Contribution:
     """Makes a contribution of a pair's run.
 
@@ -70,30 +71,33 @@ def package(
         sign_key: the owner's private key.
         mesh: the devices that the pair's weights are spread over. Default: the run's own mesh, or
             all devices along fsdp where that does not fit them.
+        anchor: the anchor's directory, if it is neither where it was nor beside the run as it was.
 
     Raises:
-        UserError: for any other run, a wrong key, scores that are not finite, and a mesh that does
-            not fit the devices.
+        UserError: for any other run, another anchor, a wrong key, scores that are not finite, and a
+            mesh that does not fit the devices.
     """
     check_new(out)
     key = load_key(sign_key) if sign_key else None
-    run = open_artifact(path)
+    run = dataclasses.replace(open_artifact(path), base_at=anchor)
     if not run.is_pair:
-        raise UserError(f"{path} is not a pair's run; expected one, to make a contribution from")
+        raise UserError(
+            f"{path} is not a pair's run; expected one, or an imported model with --expert NAME"
+        )
     config = _config_of(path, run)
-    anchor = open_anchor(run.base().path)
+    base = open_anchor(run.base().path)
     step = run.step(which)
     devices = make_mesh(mesh) if mesh else _mesh_of(config)
     placement = placement_on(devices, run.config, pair=True)
-    expert = place_expert(_released(run, str(step), anchor.dtype), run.config, placement)
-    pair = anchor.params(placement=placement) | {"expert": expert}
-    scores = _evaluate(run, anchor, pair, config, devices)
+    expert = place_expert(_released(run, str(step), base.dtype), run.config, placement)
+    pair = base.params(placement=placement) | {"expert": expert}
+    scores = _evaluate(run, base, pair, _located(config, run), devices)
     fields = _fields(config, step, scores)
 
     def tensor(leaf: str, layer: int) -> np.ndarray:
         return np.asarray(expert[leaf][layer, 0])
 
-    return _hand_over(out, anchor, fields, "bias" in expert, tensor, key)
+    return _hand_over(out, base, fields, "bias" in expert, tensor, key)
 
 
 def _config_of(path: Path, run: Artifact) -> RunConfig:
@@ -106,6 +110,35 @@ def _config_of(path: Path, run: Artifact) -> RunConfig:
             " restore the run's own config.yaml"
         )
     return config
+
+
+def _located(config: RunConfig, run: Artifact) -> RunConfig:
+    """A pair's config with its data where they lie now: where they were, or beside the run, if all
+    of it was moved or copied. Their names stay."""
+    inputs = run.description.get("inputs", {})  # runs of earlier versions have none
+
+    def is_it(place: str | Path, read: Mapping[str, str]) -> bool:
+        if place == read["path"]:
+            return is_there(path_of(place))
+        try:
+            source = open_heldout(path_of(place), run.tokenizer, config.data.seq_len)
+        except UserError:
+            return False
+        return source.content.sha256 == read["sha256"]
+
+    def place(key: str, path: str) -> str:
+        if not path or (read := inputs.get(key)) is None:
+            return path
+        found = (str(p) for p in places_of(run.path, read["path"]) if is_it(p, read))
+        return next(found, path)
+
+    data = config.data
+    train, heldout = (
+        tuple(dataclasses.replace(source, name=source.title) for source in sources)
+        for sources in (data.train, data.eval)
+    )
+    data = dataclasses.replace(data, train=train, eval=heldout)
+    return dataclasses.replace(config, data=data).reading(place)
 
 
 def _fields(config: RunConfig, step: int, scores: dict[str, Any]) -> dict[str, Any]:

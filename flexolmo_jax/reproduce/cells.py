@@ -13,7 +13,8 @@ from typing import Any
 from flexolmo_jax.config import RunConfig
 from flexolmo_jax.coordinator.merge import merge
 from flexolmo_jax.data.fetch import fetch
-from flexolmo_jax.data.prepare import prepare
+from flexolmo_jax.data.prepare import changed_documents, prepare
+from flexolmo_jax.data.records import Index
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.upcycle import assemble
@@ -41,8 +42,8 @@ def cells(spec: Spec, root: Path) -> dict[str, Cell]:
 
 def _data_cells(spec: Spec, root: Path) -> NamedCells:
     """What all seeds share."""
-    text = {name: root / "text" / f"{name}.jsonl" for name in (*spec.public, *spec.domains)}
-    public = [text[name] for name in spec.public]
+    text, sources = _text(spec, root), _sources(spec, root)
+    public = sources["public"]
     overlap = root / "overlap.json"
     yield "text", Cell(root / "text.json", (), partial(_fetch, spec, root))
     if spec.open_anchor:
@@ -54,12 +55,41 @@ def _data_cells(spec: Spec, root: Path) -> NamedCells:
         of_tokenizer, tokenizer = "tokenizer", root
         do = partial(train_tokenizer, public, spec.vocab_size, root / "tokenizer.json")
         yield "tokenizer", Cell(root / "tokenizer.json", ("text",), do)
-    for name in ("public", *spec.domains):
-        inputs, out = public if name == "public" else [text[name]], root / "data" / name
+    for name, inputs in sources.items():
+        out = root / "data" / name
         do = partial(_prepare, spec, tokenizer, inputs, out)
         yield f"data-{name}", Cell(out, ("text", of_tokenizer), do)
     do = partial(_count_overlap, public, text, spec.domains, overlap)
     yield "overlap", Cell(overlap, ("text",), do)
+
+
+def _text(spec: Spec, root: Path) -> dict[str, Path]:
+    return {name: root / "text" / f"{name}.jsonl" for name in (*spec.public, *spec.domains)}
+
+
+def _sources(spec: Spec, root: Path) -> dict[str, list[Path]]:
+    """What each prepared directory is made of."""
+    text = _text(spec, root)
+    public = [text[name] for name in spec.public]
+    return {"public": public} | {name: [text[name]] for name in spec.domains}
+
+
+def check_sources(spec: Spec, root: Path) -> None:
+    """Raises UserError where a study's text or tokenizer is not what its data were made of."""
+    tokenizer = root / "anchor" if spec.open_anchor else root / "tokenizer.json"
+    for name, inputs in _sources(spec, root).items():
+        data = root / "data" / name
+        if not data.exists():
+            continue
+        changes = changed_documents(data, inputs) if all(map(Path.exists, inputs)) else ""
+        prepared_with = Index.read(data).tokenizer_digest
+        if tokenizer.exists() and Tokenizer.load(tokenizer).digest != prepared_with:
+            changes = f"another {tokenizer}"
+        if changes:
+            raise UserError(
+                f"{data} was made from other text ({changes}); restore what it was made from, or"
+                " give a new --out"
+            )
 
 
 def _cells_of(trial: Trial) -> NamedCells:

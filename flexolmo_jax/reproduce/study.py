@@ -10,8 +10,9 @@ from typing import Any
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.paths import children
 
-from .cells import cells
+from .cells import cells, check_sources
 from .results import write_results
 from .running import alone_at, run_cell, run_cells
 from .spec import load_spec
@@ -29,7 +30,7 @@ def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
     make_folder(root)
     kept = root / SPEC
     if not kept.exists():
-        if others := sorted(path.name for path in root.iterdir()):
+        if others := [path.name for path in children(root)]:
             raise UserError(
                 f"{root} holds {others[0]}, but no study; give a new or an empty directory"
             )
@@ -40,6 +41,7 @@ def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
             f" ({kept})"
         )
     with alone_at(kept):
+        check_sources(spec, root)
         run_cells(cells(spec, root), root, spec.workers, __name__)
         return write_results(spec, root)
 

@@ -2,7 +2,8 @@
 
 Saving is asynchronous. The newest few checkpoints and the best are kept. Orbax does not notice a
 flipped bit, so each step has digests of its files, which are checked when it is restored. A run
-that resumes skips damaged checkpoints with a note. Published weights are Orbax checkpoints too, but
+that resumes skips damaged checkpoints with a note. Files that are not its own are left alone: what
+systems leave silently, others with a note. Published weights are Orbax checkpoints too, but
 weights.py writes them and loading.py reads them, both without Orbax.
 
 On a disk, a step gets its name when it is complete. In a bucket nothing can be renamed: there a
@@ -14,7 +15,7 @@ import functools
 import hashlib
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,12 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import discard, make_folder, move, write_text
 from flexolmo_jax.storage.outputs import is_whole
 from flexolmo_jax.storage.paths import (
+    File,
     absolute,
     check_for_arrays,
     children,
     in_bucket,
+    is_clutter,
     listing,
     open_to_read,
 )
@@ -41,6 +44,7 @@ from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 
 DIGESTS = "_DIGESTS"
 COMMIT = "commit_success.txt"  # Orbax's, in a bucket
+TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's, in the name of a step that it is writing on a disk
 # files without a digest; Orbax writes the last two after the digests: they hold times, no state
 UNSEALED = {DIGESTS, COMMIT, "_CHECKPOINT_METADATA"}
 ALGORITHMS = {64: "sha256", 32: "md5"}  # by a digest's length in hex: on a disk, in a bucket
@@ -83,7 +87,9 @@ class StepCheckpoints:
     def _tidy(self) -> None:
         make_folder(self._directory)
         for path in children(self._directory):
-            if path.name.isdigit() and not _is_committed(path):
+            if not (path.name.isdigit() or _is_temporary(path.name)):
+                note(f"warning: {path} is no checkpoint of this run; it is left alone")
+            elif path.name.isdigit() and not _is_committed(path):
                 # A save or a removal was killed in a bucket. What it leaves on a disk has another
                 # name, and Orbax removes it.
                 discard(path)
@@ -114,9 +120,9 @@ class StepCheckpoints:
         """
         if is_first():
             for path in children(self._directory):
-                is_finished = path.name.isdigit() and _is_committed(path)
-                if not is_finished and not (path / DIGESTS).exists():
-                    digests = _digests(path, "md5" if in_bucket(path) else "sha256")
+                if _is_being_saved(path) and not (path / DIGESTS).exists():
+                    algorithm = "md5" if in_bucket(path) else "sha256"
+                    digests = _digests(path, _files(path), algorithm)
                     write_text(path / DIGESTS, json.dumps(digests, indent=1, sort_keys=True) + "\n")
 
     def wait(self) -> None:
@@ -269,6 +275,18 @@ def _is_step(name: str) -> bool:
     return name.isascii() and name.isdigit() and len(name) < 19
 
 
+def _is_temporary(name: str) -> bool:
+    """Whether Orbax calls a step so while it writes it on a disk."""
+    step, mark, _ = name.partition(TEMPORARY)
+    return bool(mark) and step.isdigit()
+
+
+def _is_being_saved(path: Path) -> bool:
+    if in_bucket(path):
+        return _is_step(path.name) and not _is_committed(path)
+    return _is_temporary(path.name)
+
+
 def _is_complete(step: Path) -> bool:
     """Whether a step is finished and its metadata can be read.
 
@@ -297,33 +315,40 @@ def _is_committed(step: Path) -> bool:
     return not in_bucket(step) or (is_whole(step) and (step / COMMIT).exists())
 
 
-def _digests(step: Path, algorithm: str, names: Iterable[str] | None = None) -> dict[str, str]:
-    """The digests of a step's files, or of those in `names`; the object store's own if it has."""
-    found = listing(step)
+def _digests(step: Path, files: Mapping[str, File], algorithm: str) -> dict[str, str]:
+    """The digests of files of a step, by name; the object store's own if it has."""
 
     def digest_of(name: str) -> tuple[str, str]:
-        if algorithm == "md5" and found[name].md5:
-            return name, found[name].md5
+        if algorithm == "md5" and files[name].md5:
+            return name, files[name].md5
         with open_to_read(step / name) as file:
             return name, hashlib.file_digest(file, algorithm).hexdigest()  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(4) as pool:
-        return dict(
-            pool.map(digest_of, sorted(found.keys() - UNSEALED) if names is None else names)
-        )
+        return dict(pool.map(digest_of, sorted(files)))
 
 
-def _check(step: Path, names: Iterable[str] | None = None) -> None:
+def _files(step: Path) -> dict[str, File]:
+    """Every file in a step that gets a digest when it is saved."""
+    return {name: file for name, file in listing(step).items() if name not in UNSEALED}
+
+
+def _check(step: Path, names: Collection[str] | None = None) -> None:
     """Raises UserError unless a step's files, or those in `names`, are what was saved."""
     try:
-        expected = _json(step / DIGESTS)
-        found = _digests(step, ALGORITHMS[len(next(iter(expected.values())))], names)
+        saved, files = _json(step / DIGESTS), _files(step)
+        expected = {name: digest for name, digest in saved.items() if not is_clutter(name)}
+        algorithm = ALGORITHMS[len(next(iter(expected.values())))]
+        wanted = expected.keys() if names is None else names
+        found = _digests(step, {n: file for n, file in files.items() if n in wanted}, algorithm)
     except (OSError, UserError, *_MALFORMED) as error:
         raise UserError(f"checkpoint {step} cannot be read: {_first_line(error)}") from None
-    compared = found.keys() if names is not None else expected.keys() | found.keys()
-    for name in sorted(compared):
-        if expected.get(name) != found.get(name):
+    for name in sorted(wanted):
+        if name not in found or expected.get(name) != found[name]:
             raise UserError(f"checkpoint {step} is damaged: {name} is not what was saved")
+    if names is None and (strangers := sorted(files.keys() - expected.keys())):
+        shown = ", ".join(map(repr, strangers[:3]))
+        note(f"warning: checkpoint {step} holds {shown}, which its run did not save; not read")
 
 
 def _first_line(error: BaseException) -> str:

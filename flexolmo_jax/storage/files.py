@@ -146,7 +146,7 @@ def _clear(directory: Path) -> None:
     if not _is_marked(directory):
         return
     before_change("remove", directory)
-    names = listing(directory).keys()
+    names = listing(directory, clutter=True).keys()
     remove_objects([directory / name for name in names if name != UNFINISHED])
     (directory / UNFINISHED).unlink()
 
@@ -190,7 +190,8 @@ def abandoned(directory: Path, name: str | None = None) -> list[Path]:
             continue
         try:
             with locked(path, wait=False):
-                if _is_marked(path) or not children(path):  # empty: stopped before it got the mark
+                # empty: stopped before it got the mark
+                if _is_marked(path) or not children(path, clutter=True):
                     found.append(path)
         except OSError:
             continue  # a process is writing it, or has just finished
@@ -365,7 +366,8 @@ def move(directory: Path, target: Path) -> None:
     make_folder(target.parent)
     before_change("rename", target)
     if in_bucket(directory):  # at both places for a while
-        copy_objects([(directory / name, target / name) for name in listing(directory)])
+        names = listing(directory, clutter=True)
+        copy_objects([(directory / name, target / name) for name in names])
         discard(directory)
     else:
         os.replace(directory, target)

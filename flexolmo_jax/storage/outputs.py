@@ -27,8 +27,10 @@ def check_new(out: Path, *, inside_a_store: bool = False) -> None:
     It must not exist, or be an empty directory other than the working directory. Unless it is
     `inside_a_store`, it must lie outside all stores, anchors, models and contributions.
     """
-    if is_whole(out) and (not out.is_dir() or children(out)):
-        raise UserError(f"{out} exists and is not empty; give a new or empty directory")
+    if is_whole(out) and (not out.is_dir() or children(out, clutter=True)):
+        inside = [f" (it holds {path.name!r})" for path in children(out, clutter=True)]
+        told = next(iter(inside), "")
+        raise UserError(f"{out} exists and is not empty{told}; give a new or empty directory")
     if not in_bucket(out) and out.is_dir() and out.samefile("."):
         raise UserError(
             f"{out} is the working directory, which cannot be replaced; give a new directory in it"

@@ -8,6 +8,7 @@ Object stores have no directories, links, locks or renaming: files.py works arou
 import base64
 import datetime
 import errno
+import fnmatch
 import functools
 import importlib.util
 import io
@@ -27,6 +28,20 @@ _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
 # in the messages of gcsfs and TensorStore
 _REFUSALS = ("Forbidden: ", "PERMISSION_DENIED", "UNAUTHENTICATED")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+# Names of what systems, file servers and editors leave in folders by themselves.
+_CLUTTER_FILES = (
+    *(".DS_Store", "._*", ".localized", "Icon\r", "Thumbs.db", "ehthumbs.db", "desktop.ini"),
+    *(".nfs*", ".fuse_hidden*", ".directory", "~$*", ".~lock.*#", "*.sw[nop]", "*~", ".#*", "#*#"),
+)
+_CLUTTER_FOLDERS = (
+    *("__MACOSX", ".AppleDouble", ".Spotlight-V100", ".fseventsd", ".TemporaryItems", ".Trashes"),
+    *(".Trash-*", "$RECYCLE.BIN", "System Volume Information", "lost+found", ".snapshot"),
+    *("@eaDir", "#recycle", "#snapshot"),
+)
+_IS_CLUTTER_FILE, _IS_CLUTTER_FOLDER = (
+    re.compile("|".join(map(fnmatch.translate, names)), re.IGNORECASE).match
+    for names in (_CLUTTER_FILES, _CLUTTER_FOLDERS)
+)
 
 
 class File(NamedTuple):
@@ -86,8 +101,22 @@ def absolute(path: Path) -> Path:
     return found
 
 
-def listing(directory: Path) -> dict[str, File]:
-    """Every file and link below a directory, by its relative path.
+def is_clutter(name: str) -> bool:
+    """Whether systems and editors leave what has this path in a directory. A folder's ends in "/".
+
+    Nothing of ours is called so. It is not read or copied, and it does not count as a change.
+    """
+    *folders, last = name.split("/")
+    return bool(_IS_CLUTTER_FILE(last)) or any(map(_IS_CLUTTER_FOLDER, (*folders, last)))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists. Unlike `Path.exists`, says no where a folder may not be searched."""
+    return path.exists() if in_bucket(path) else os.path.exists(path)
+
+
+def listing(directory: Path, *, clutter: bool = False) -> dict[str, File]:
+    """Every file and link below a directory, by its relative path; `is_clutter` only if asked for.
 
     Empty if there is no such directory.
     """
@@ -100,9 +129,13 @@ def listing(directory: Path) -> dict[str, File]:
         return {
             name[start:]: File(info["size"], _seconds(info["mtime"]), _hex(info.get("md5Hash", "")))
             for name, info in found.items()
+            if clutter or not is_clutter(name[start:])
         }
     files = {}
     for folder, folders, names in os.walk(directory):
+        if not clutter:
+            folders[:] = [name for name in folders if not is_clutter(f"{name}/")]
+            names = [name for name in names if not is_clutter(name)]
         links = (name for name in folders if os.path.islink(os.path.join(folder, name)))
         for name in (*names, *links):
             path = os.path.join(folder, name)
@@ -111,15 +144,20 @@ def listing(directory: Path) -> dict[str, File]:
     return files
 
 
-def children(directory: Path) -> list[Path]:
-    """The files and folders in a directory, sorted. Empty if there is no such directory."""
-    if not in_bucket(directory):
-        return sorted(directory.iterdir()) if directory.is_dir() else []
-    try:
-        found = file_system().ls(str(directory), detail=False)
-    except FileNotFoundError:
-        return []
-    return [directory / os.path.basename(name) for name in sorted(found)]
+def children(directory: Path, *, clutter: bool = False) -> list[Path]:
+    """The files and folders in a directory, sorted; `is_clutter` only if asked for.
+
+    Empty if there is no such directory.
+    """
+    if in_bucket(directory):
+        try:
+            names = file_system().ls(str(directory), detail=False)
+        except FileNotFoundError:
+            return []
+        found = [directory / os.path.basename(name) for name in sorted(names)]
+    else:
+        found = sorted(directory.iterdir()) if directory.is_dir() else []
+    return [path for path in found if clutter or not is_clutter(path.name)]
 
 
 def files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -2,11 +2,12 @@
 
     ~/.cache/flexolmo-jax/verified/<digest>   (or below $XDG_CACHE_HOME)
 
-The digest covers the claim that was verified and, for every file of the directory, its name,
-device, inode, size and times. It is kept in the user's own cache, so a directory cannot say of
-itself that it was verified. Nothing is remembered if the cache cannot be written, if others can
-write to it, or if its folder is a link, which others may have made. If somebody changes a file and
-restores its old times, only `flexolmo verify` notices: it always reads everything.
+The digest covers the claim that was verified and, for every file of the directory that `is_clutter`
+does not name, its name, device, inode, size and times. It is kept in the user's own cache, so a
+directory cannot say of itself that it was verified. Nothing is remembered if the cache cannot be
+written, if others can write to it, or if its folder is a link, which others may have made. If
+somebody changes a file and restores its old times, only `flexolmo verify` notices: it always reads
+everything.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import in_bucket, listing
+from flexolmo_jax.storage.paths import in_bucket, is_clutter, listing
 
 RULES = 2  # raised whenever a version checks more, so that everything is verified again
 
@@ -99,7 +100,10 @@ def _files(directory: Path) -> Iterator[list[Any]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = inside + entry.name
-                if entry.is_dir(follow_symlinks=False):
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if is_clutter(f"{name}/" if is_folder else name):
+                    continue
+                if is_folder:
                     folders.append((f"{name}/", entry.path))
                     continue
                 status = entry.stat(follow_symlinks=False)

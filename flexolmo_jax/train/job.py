@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexolmo_jax.artifact import Placement
+from flexolmo_jax.artifact import Artifact, Placement
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data.mixture import Batches
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -34,3 +34,5 @@ class Job:
     load_base: Callable[[Placement], Params] = lambda placement: {}
     # pair, router: {"base": path, "fingerprint": digest, ...}
     base: dict[str, Any] = field(default_factory=dict)
+    # what `train.init` names
+    init: Artifact | None = None

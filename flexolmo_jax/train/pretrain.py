@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from flexolmo_jax.artifact import Placement, open_artifact
+from flexolmo_jax.artifact import Artifact, Placement, open_artifact
 from flexolmo_jax.config import ModelConfig, RunConfig
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
@@ -56,7 +56,7 @@ def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
         # Masters are float32 whatever the release dtype: steps of 1e-4 vanish in bfloat16.
         return jax.tree.map(lambda a: a.astype("float32"), start.params(placement=placement))
 
-    return _start(run, start.config, start.tokenizer, initial, out)
+    return _start(run, start.config, start.tokenizer, initial, out, start)
 
 
 def _start(
@@ -65,9 +65,20 @@ def _start(
     tokenizer: Tokenizer,
     initial: Callable[[Placement, Params], Params],
     out: Path,
+    init: Artifact | None = None,
 ) -> dict[str, Any]:
     run = run.of_model(model)
     batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
-    job = Job(run, model, lambda path: True, initial, experts, tokenizer, batches, heldout)
+    job = Job(
+        config=run,
+        model=model,
+        is_trained=lambda path: True,
+        initial=initial,
+        experts=experts,
+        tokenizer=tokenizer,
+        batches=batches,
+        heldout=heldout,
+        init=init,
+    )
     return train(job, out)

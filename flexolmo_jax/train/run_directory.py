@@ -1,20 +1,39 @@
-"""A run's directory: one run claims it, and only the same run resumes in it."""
+"""A run's directory: one run claims it, and only the same run resumes in it.
 
+A run is its config and what it reads: data, tokenizer, and the anchor or model that it starts from.
+These are compared by their digests. How their paths are spelled, and where they lie, does not
+matter.
+"""
+
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.artifact import DESCRIPTION, describe, open_artifact, write_description
-from flexolmo_jax.config import dump_yaml, load_config, to_dict
+from flexolmo_jax.artifact import (
+    DESCRIPTION,
+    Artifact,
+    describe,
+    open_artifact,
+    write_description,
+)
+from flexolmo_jax.config import RunConfig, dump_yaml, load_config, to_dict
+from flexolmo_jax.data.records import Content
+from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.processes import by_the_first
 from flexolmo_jax.storage.files import new_directory, write_text
 from flexolmo_jax.storage.outputs import is_whole
+from flexolmo_jax.storage.paths import absolute, path_of
 
 from .job import Job
 
+Inputs = Mapping[str, Mapping[str, str]]
 CONFIG = "config.yaml"
+ELSEWHERE = "a new place (--out, or --work where that was given)"
 # Keys that may change when a run is resumed, beside the mesh: none of them changes what is learnt,
 # but for rounding.
 FREE = {"eval_every", "eval_records", "save_every", "save_minutes", "keep", "log_every"}
@@ -34,23 +53,34 @@ def claim(job: Job, out: Path) -> None:
 
 
 def describe_run(job: Job, out: Path, trained: Params) -> None:
-    """Writes what its checkpoints hold, so that the directory can be opened as an artifact."""
-    description = {
-        "kind": "run",
-        "run": job.config.run,
-        "model": to_dict(job.model),
-        "experts": list(job.experts),
-        "tensors": describe(trained),
-        **job.base,
-    }
-    by_the_first(lambda: write_description(out, description))
+    """Writes what its checkpoints hold and what it reads, so that the directory can be opened as an
+    artifact, and only the same run resumes in it."""
+
+    def write() -> None:
+        description = {
+            "kind": "run",
+            "run": job.config.run,
+            "model": to_dict(job.model),
+            "experts": list(job.experts),
+            "tensors": describe(trained),
+            "inputs": _inputs(job),
+            **job.base,
+        }
+        write_description(out, description)
+
+    by_the_first(write)
 
 
 def _make_or_check(job: Job, out: Path) -> None:
     if is_whole(out) and (out / CONFIG).exists():
-        _check_config(job, out)
-        if (out / DESCRIPTION).exists():
-            _check_base(job, out)
+        # What was stopped before it began to train has no description.
+        kept = open_artifact(out).description if (out / DESCRIPTION).exists() else {}
+        now = _inputs(job)
+        _check_tokenizer(job, out)
+        _check_config(job, out, kept, now)
+        if kept:
+            _check_base(job, out, kept)
+        _check_inputs(out, kept.get("inputs", now), now)
         write_text(out / CONFIG, dump_yaml(job.config))
         return
     # Whole or not there at all: half a directory, left by a kill, could be claimed by no run.
@@ -59,23 +89,32 @@ def _make_or_check(job: Job, out: Path) -> None:
         write_text(directory / CONFIG, dump_yaml(job.config))
 
 
-def _check_config(job: Job, out: Path) -> None:
-    both = to_dict(load_config(out / CONFIG)), to_dict(job.config)
+def _check_config(job: Job, out: Path, kept: Mapping[str, Any], inputs: Inputs) -> None:
+    """Raises UserError for another config, but for paths of what the other checks compare."""
+    compared = {"data.tokenizer"}
+    if "inputs" in kept:  # runs of earlier versions have none
+        compared |= kept["inputs"].keys() | inputs.keys()
+    for key, digest in (("pair.anchor", "fingerprint"), ("router.model", "base_sha256")):
+        compared |= {key} if digest in kept else set()
+
+    def place(key: str, path: str) -> str:
+        return str(absolute(path_of(path))) if path and key not in compared else ""
+
+    both = load_config(out / CONFIG), job.config
     # Balance is a microbatch's own: no other number of them adds up to the same loss.
-    free = FREE - {"accumulate"} if all(c["optim"]["load_balance"] for c in both) else FREE
-    kept, now = (_identity(config, free) for config in both)
-    changed = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
-    if changed:
-        both = (f"{key} ({kept.get(key)!r:.80}, now {now.get(key)!r:.80})" for key in changed)
+    free = FREE - {"accumulate"} if all(c.optim.load_balance for c in both) else FREE
+    old, new = (_settings(config.reading(place), free) for config in both)
+    if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        shown, now = (_settings(config, free) for config in both)
+        told = (f"{key} ({shown.get(key)!r:.80}, now {now.get(key)!r:.80})" for key in changed)
         raise UserError(
-            f"{out} holds a run with another {', '.join(both)}; give the config it was started"
-            " with, or a new place (--out, or --work where that was given)"
+            f"{out} holds a run with another {', '.join(told)}; give the config it was started"
+            f" with, or {ELSEWHERE}"
         )
 
 
-def _check_base(job: Job, out: Path) -> None:
-    """Raises UserError where the anchor or model at the same path is another one by now."""
-    description = open_artifact(out).description
+def _check_base(job: Job, out: Path, description: Mapping[str, Any]) -> None:
+    """Raises UserError where the anchor or model is another one by now."""
     if description["run"] != job.config.run:
         raise UserError(
             f"{out} holds a run of run: {description['run']}; got a config of run:"
@@ -92,12 +131,74 @@ def _check_base(job: Job, out: Path) -> None:
             )
 
 
-def _identity(config: dict[str, Any], free: set[str]) -> dict[str, Any]:
+def _check_tokenizer(job: Job, out: Path) -> None:
+    if Tokenizer.load(out).digests != job.tokenizer.digests:
+        given = job.config.data.tokenizer or "that of its data or its anchor"
+        raise UserError(
+            f"{out} holds a run with another tokenizer (data.tokenizer) than {given} is now;"
+            f" restore the one in {out}, or give {ELSEWHERE}"
+        )
+
+
+def _check_inputs(out: Path, kept: Inputs, now: Inputs) -> None:
+    """Raises UserError where what the run reads is not what it read before."""
+    told = []
+    for key in sorted(kept.keys() | now.keys()):
+        old, new = (inputs.get(key, {"holds": "nothing"}) for inputs in (kept, now))
+        if old.get("sha256") != new.get("sha256"):
+            was = f"{old['path']} held {old['holds']}" if "path" in old else "it was not there"
+            holds = "others" if old["holds"] == new["holds"] else new["holds"]
+            place = new.get("path", old.get("path"))
+            told.append(f"{key}: {was}; now {place} holds {holds}")
+    if told:
+        raise UserError(
+            f"{out} holds a run that read something else: {'; '.join(told)}; restore what it read,"
+            f" or give {ELSEWHERE}"
+        )
+
+
+def _settings(config: RunConfig, free: set[str]) -> dict[str, Any]:
     """What two configs of the same run have in common: all keys but the mesh and those that are
     free."""
-    given = {key: value for key, value in config.items() if value is not None and key != "mesh"}
+    tree = to_dict(config).items()
+    given = {key: value for key, value in tree if value is not None and key != "mesh"}
     return {
         path.replace("/", "."): value
         for path, value in flatten(given).items()
         if path.split("/")[-1] not in free
     }
+
+
+def _inputs(job: Job) -> dict[str, dict[str, str]]:
+    """What a run reads beside its anchor or model, by the config's key: see `description.Input`."""
+    config, data = job.config, job.config.data
+    found: dict[str, dict[str, str]] = {}
+
+    def add(key: str, path: str, content: Content) -> None:
+        found[key] = {"path": str(absolute(path_of(path))), **content._asdict()}
+
+    trained = [(f"data.train[{i}].path", source.path) for i, source in enumerate(data.train)]
+    trained += [("pair.public", config.pair.public)] if config.pair else []
+    # where public text has no share it is not among the sources
+    for (key, path), source in zip(trained, job.batches.sources, strict=False):
+        add(key, path or str(source.path), source.content)
+    for i, dataset in enumerate(data.eval):
+        if (source := job.heldout.get(dataset.title)) is not None:
+            add(f"data.eval[{i}].path", dataset.path, source.content)
+    if job.init is not None:
+        add("train.init", config.train.init, _content_of(job.init))
+    return found
+
+
+def _content_of(start: Artifact) -> Content:
+    """What weights are started from. A run is the same however far it has come."""
+    if start.kind != "run":
+        sha256 = start.description["sha256"]
+        return Content(sha256, f"the {start.kind} {(start.fingerprint or sha256)[:16]}")
+    file, inputs = start.path / CONFIG, start.description.get("inputs", {})
+    settings: dict[str, Any] = {}
+    if file.exists():
+        settings = _settings(load_config(file).reading(lambda *_: ""), FREE)
+    digests = {key: read["sha256"] for key, read in inputs.items()}
+    whole = canonical_json([settings, digests, start.fingerprint]).encode()
+    return Content(hashlib.sha256(whole).hexdigest(), f"a run (run: {start.description['run']})")

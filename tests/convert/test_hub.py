@@ -165,10 +165,12 @@ def test_an_export_is_uploaded_with_its_card(
     monkeypatch.setenv("HF_TOKEN", "hf_mine")
     model = import_hf(hub.folder, tmp_path / "model")
     export_hf(model.path, tmp_path / "out")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"a Mac's")
     options = ["--public"] if public else []
     assert cli.main(["push-to-hub", str(tmp_path / "out"), "lab/new", *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["address"].endswith("/lab/new")
-    assert hub.sent == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert hub.sent == files
     (made,) = hub.created
     assert (made["name"], made["organization"]) == ("new", "lab")
     seen = made.get("visibility") or ("private" if made["private"] else "public")

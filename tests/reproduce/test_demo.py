@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from flexolmo_jax.cli.command import PARSER
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.reproduce.demo.results import Change, claims, left_exactly, lines
 from flexolmo_jax.reproduce.demo.run import cells, run_demo
 from flexolmo_jax.reproduce.demo.spec import CONTROL, Demo, Places, parse_demo, read_demo
-from tests.tiny import SEQ_LEN
+from tests.tiny import SEQ_LEN, documents, write_jsonl
 
 RUN = {
     "data": {"batch_size": 8},
@@ -117,6 +118,19 @@ def test_a_demo_stands_alone_in_its_folder(tmp_path):
     (tmp_path / "other" / "demo.yaml").write_text(json.dumps(SPEC | {"records": 5}))
     with pytest.raises(UserError, match="holds another demo"):
         run_demo(json.dumps(SPEC), tmp_path / "other")
+
+
+def test_a_demo_of_other_text_does_not_go_on(tmp_path, tiny_tokenizer):
+    places = Places(tmp_path)
+    places.documents("law").parent.mkdir()
+    for name in ("code", "law", "public"):
+        write_jsonl(places.documents(name), documents(name, 40))
+    places.spec.write_text(json.dumps(SPEC))
+    prepare([places.documents("law")], tiny_tokenizer, SEQ_LEN, places.data("law"))
+    write_jsonl(places.documents("law"), documents("law", 41))
+    told = r"law\.work/data was made from other documents than \S+ \(edited: law\.jsonl\)"
+    with pytest.raises(UserError, match=told):
+        run_demo(json.dumps(SPEC), tmp_path)
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ import pytest
 
 from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
 from flexolmo_jax.data.records import open_records
+from flexolmo_jax.data.tokenizer import train_tokenizer
 from flexolmo_jax.errors import RunError, UserError
-from flexolmo_jax.reproduce.cells import cells
+from flexolmo_jax.reproduce.cells import cells, check_sources
 from flexolmo_jax.reproduce.orderings import AVERAGE, PRIVATE, orderings
 from flexolmo_jax.reproduce.overlap import overlaps
 from flexolmo_jax.reproduce.results import write_results
@@ -298,6 +299,25 @@ def test_studies_that_are_none_are_refused(tmp_path):
     (tmp_path / "other.yaml").write_text(json.dumps(SPEC | {"seq_len": 64}))
     with pytest.raises(UserError, match="holds another study"):
         reproduce(tmp_path / "other.yaml", a_study(tmp_path / "study"))
+
+
+@pytest.mark.parametrize("what", ["text", "tokenizer"])
+def test_a_study_of_other_text_does_not_go_on(tmp_path, what):
+    root = a_study(tmp_path / "study")
+    steps = cells(load_spec(root / "spec.yaml"), root)
+    for name in ("tokenizer", "data-public", "data-code"):
+        steps[name].do()
+    check_sources(load_spec(root / "spec.yaml"), root)
+    told = r"data/code was made from other text \(edited: code\.jsonl\)"
+    if what == "text":
+        write_jsonl(root / "text" / "code.jsonl", documents("code", 161))
+    else:
+        (root / "tokenizer.json").unlink()
+        train_tokenizer([root / "text" / "law.jsonl"], 300, root / "tokenizer.json")
+        told = r"data/public was made from other text \(another \S+tokenizer\.json\)"
+    with pytest.raises(UserError, match=told):
+        reproduce(root / "spec.yaml", root)
+    assert not (root / "logs").exists()
 
 
 def test_a_study_leaves_out_what_it_has_no_section_for(tmp_path):

@@ -20,6 +20,7 @@ from flexolmo_jax.evals.report.tables import Table, format_table, table_section
 from flexolmo_jax.integrity import RECEIPT
 from flexolmo_jax.loaded import load
 from flexolmo_jax.storage.files import write_text
+from flexolmo_jax.storage.paths import listing
 from flexolmo_jax.train.metrics import read_metrics
 
 from ..results import hardware
@@ -174,9 +175,9 @@ class Change:
 def left_exactly(left: Path, never: Path, name: str) -> Check:
     """Whether a model that an expert has left is, byte for byte, one that it never was in."""
 
-    def arrays(model: Path) -> set[Path]:
-        chunks = (file for file in (model / "weights").rglob("*") if file.is_file())
-        return {file.relative_to(model) for file in chunks if "c" in file.parts}
+    def arrays(model: Path) -> set[str]:
+        chunks = (f"weights/{name}" for name in listing(model / "weights"))
+        return {name for name in chunks if "c" in name.split("/")}
 
     files = arrays(never)
     same = files == arrays(left) and all(

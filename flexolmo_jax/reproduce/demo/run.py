@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flexolmo_jax.data.prepare import changed_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.paths import children
 
 from ..running import Cell, Command, alone_at, run_cell, run_cells
 from .results import lines, score, write_results
@@ -30,7 +32,7 @@ def run_demo(content: str, root: Path) -> dict[str, Any]:
     spec, places = parse_demo(content), Places(root)
     make_folder(root)
     if not places.spec.exists():
-        if others := sorted(path.name for path in root.iterdir()):
+        if others := [path.name for path in children(root)]:
             raise UserError(
                 f"{root} holds {others[0]}, but no demo; give a new or an empty directory"
             )
@@ -39,12 +41,24 @@ def run_demo(content: str, root: Path) -> dict[str, Any]:
         raise UserError(f"{root} holds another demo; remove it, or give a new directory")
     with alone_at(places.spec):
         run_cells(dict(_text_cell(spec, places)), root, spec.workers, __name__)
+        _check_documents(with_text(spec, places), places)
         steps = cells(spec, places)
         typed = [str(step.do) for step in steps.values() if isinstance(step.do, Command)]
         write_text(places.commands, "".join(f"{line}\n" for line in typed))
         write_text(places.pair, json.dumps({"run": "pair", **spec.pair}, indent=1) + "\n")
         run_cells(steps, root, spec.workers, __name__)
     return json.loads(places.results.read_text())
+
+
+def _check_documents(spec: Demo, places: Places) -> None:
+    """Raises UserError where text is not what an expert was trained on."""
+    for name, domain in {CONTROL: spec.public, **{name: name for name in spec.domains}}.items():
+        data = places.data(name)
+        if data.exists() and (changes := changed_documents(data, [places.documents(domain)])):
+            raise UserError(
+                f"{data} was made from other documents than {places.documents(domain)}"
+                f" ({changes}); restore them, or give a new --out"
+            )
 
 
 def cells(spec: Demo, places: Places) -> dict[str, Cell]:
