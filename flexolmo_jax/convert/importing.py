@@ -24,7 +24,7 @@ from flexolmo_jax.exchange.contribution import check_expert_name
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import clear
 from flexolmo_jax.storage.outputs import check_new
-from flexolmo_jax.storage.paths import absolute, children, reason
+from flexolmo_jax.storage.paths import absolute, children, reason, takes_paths
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
@@ -42,6 +42,7 @@ SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
 HEAD = "lm_head.weight"  # some files have it although the config says that it is the embedding
 
 
+@takes_paths
 def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     """Writes a model: a dense one, or for a mixture one whose expert 0 is the anchor and whose
     others have these names (default: expert1, expert2, ...).
