@@ -6,7 +6,8 @@
 Aliases are refused: a few lines of them expand to gigabytes. Tags are refused: they create objects.
 """
 
-from pathlib import Path
+import os
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -24,6 +25,8 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
     Raises UserError for anything but a regular file, or a link to one, with such YAML.
     """
+    if not isinstance(path, PurePath) or str(path).startswith("~"):  # from Python
+        path = Path(os.path.expanduser(path))
     try:
         if path.exists() and not path.is_file():  # reading a pipe may never end
             raise UserError(f"{path} is not a regular file; expected a YAML file")

@@ -377,3 +377,11 @@ def test_a_run_knows_every_key_that_is_a_path():
     assert anchor.paths == data | {"train.init": "g"}
     known = {key.rpartition(".")[2] for run in (pair, router, anchor) for key in run.paths}
     assert strings(RunConfig) - WORDS == known
+
+
+@pytest.mark.parametrize("path", ["..", ".", "~", "../there", "~/there/"])
+def test_a_source_has_a_name_however_its_path_is_written(path, tmp_path, monkeypatch):
+    (tmp_path / "there" / "below").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / ("" if "/" in path else "there")))
+    monkeypatch.chdir(tmp_path / "there" / ("below" if path == ".." else ""))
+    assert resolve({"data": {"train": [{"path": path}]}}).data.train[0].title == "there"

@@ -44,22 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    is_debugged = False
     try:
         args = PARSER.parse_args(argv)
-    except UserError as error:  # a path that can be none
-        print(f"flexolmo: {error}", file=sys.stderr)
-        return 2
-    if not args.debug:
-        # What JAX, Orbax and others tell themselves is no news to a user.
-        logging.disable(logging.WARNING)
-    try:
+        is_debugged = args.debug
+        if not is_debugged:
+            # What JAX, Orbax and others tell themselves is no news to a user.
+            logging.disable(logging.WARNING)
         environment.check(os.environ)
         result = args.run_verb(args)
     except Exception as error:
         if was_raised():
             raise KeyboardInterrupt from error
         told = _told(error)
-        if told is None or args.debug:
+        if told is None or is_debugged:
             raise
         print(f"flexolmo: {printable(told)}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2

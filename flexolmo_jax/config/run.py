@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Mapping
@@ -35,7 +36,8 @@ class Dataset(Section):
 
     @property
     def title(self) -> str:
-        return self.name or Path(self.path).name.split(".")[0]
+        place = os.path.abspath(os.path.expanduser(self.path))  # ".." has a name too
+        return self.name or Path(place).name.split(".")[0]
 
     def check(self) -> None:
         expected = "a prepared directory or a file of documents"

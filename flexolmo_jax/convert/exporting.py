@@ -28,6 +28,7 @@ from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.runtime.sharding import batch_over
 from flexolmo_jax.storage.files import clear, new_directory, write_bytes
 from flexolmo_jax.storage.outputs import check_new
+from flexolmo_jax.storage.paths import takes_paths
 from flexolmo_jax.storage.tensorfile import write_tensors
 from flexolmo_jax.train.evaluate import BATCH_SIZE
 
@@ -41,6 +42,7 @@ INDEX = "model.safetensors.index.json"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
+@takes_paths
 def export_hf(  # noqa: PLR0913 - the verb's options
     path: Path,
     out: Path,

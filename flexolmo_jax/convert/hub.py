@@ -11,9 +11,9 @@ from pathlib import Path
 
 from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.runtime.progress import note
-from flexolmo_jax.storage.paths import children, listing, path_of
+from flexolmo_jax.storage.paths import children, listing, path_of, takes_paths
 
-NAME = re.compile(r"(hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+NAME = re.compile(r"(hf://)?(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 FILES = ("*.safetensors", "*.json", "*.jinja")  # never a pickle, nor a program
 
 
@@ -47,6 +47,7 @@ def local_copy(source: str) -> Path:
     return Path(folder)
 
 
+@takes_paths
 def push(folder: Path, name: str, *, public: bool = False) -> str:
     """Uploads a checkpoint that `export-hf` wrote, with its card; returns its address.
 

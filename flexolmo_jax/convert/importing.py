@@ -24,7 +24,7 @@ from flexolmo_jax.integrity import MATRICES, name_of_tensor
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import clear
 from flexolmo_jax.storage.outputs import check_new
-from flexolmo_jax.storage.paths import absolute, children, reason
+from flexolmo_jax.storage.paths import absolute, children, reason, takes_paths
 from flexolmo_jax.storage.tensorfile import TensorFile
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
@@ -43,6 +43,7 @@ SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
 HEAD = "lm_head.weight"  # some files have it although the config says that it is the embedding
 
 
+@takes_paths
 def import_hf(
     hf_path: Path, out: Path, names: Sequence[str] = (), match: Mapping[str, Path] | None = None
 ) -> Artifact:

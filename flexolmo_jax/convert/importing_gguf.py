@@ -19,7 +19,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import clear
 from flexolmo_jax.storage.outputs import check_new
-from flexolmo_jax.storage.paths import absolute
+from flexolmo_jax.storage.paths import absolute, takes_paths
 
 from .families import FAMILIES
 from .gguf_file import GgufFile, names_of
@@ -59,6 +59,7 @@ FREQUENCIES = "rope_freqs.weight"  # what Llama 3.1's are divided by
 LOW, HIGH = 1.0, 4.0
 
 
+@takes_paths
 def import_gguf(path: Path, out: Path) -> Artifact:
     """Writes a model. A tensor is in memory at a time.
 

@@ -15,6 +15,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import publish
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.outputs import check_new
+from flexolmo_jax.storage.paths import takes_paths
 
 from .importing_gguf import import_gguf
 
@@ -41,6 +42,7 @@ MODELS = {
 }
 
 
+@takes_paths
 def fetch_anchor(name: str, out: Path, seq_len: int | None = None) -> Artifact:
     """Downloads a model and public text, and publishes the anchor `out` of them.
 

@@ -15,6 +15,7 @@ from flexolmo_jax.exchange.manifest import told
 from flexolmo_jax.exchange.signature import named_key
 from flexolmo_jax.integrity import manifest_of
 from flexolmo_jax.storage.outputs import STORE_FILE
+from flexolmo_jax.storage.paths import takes_paths
 from flexolmo_jax.train.metrics import last_entry
 
 from .store import Store
@@ -24,6 +25,7 @@ SHOWN = 16  # characters of a digest or a key
 CUT = f"the first {SHOWN} characters; `flexolmo verify` checks and shows them"
 
 
+@takes_paths
 def info(path: Path) -> dict[str, Any]:
     """What a directory is, from its descriptions; no weights are read.
 

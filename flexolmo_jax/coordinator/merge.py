@@ -19,7 +19,7 @@ from flexolmo_jax.exchange.signature import load_key, sign
 from flexolmo_jax.integrity import RECEIPT, RECEIPT_SIGNATURE, tensors_of
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.storage.outputs import check_new
-from flexolmo_jax.storage.paths import absolute
+from flexolmo_jax.storage.paths import absolute, takes_paths
 from flexolmo_jax.storage.placing import WAYS
 
 from .composition import Composition, Member, Tuning
@@ -31,6 +31,7 @@ from .sketch import encoded
 from .store import STORE, Store
 
 
+@takes_paths
 def merge(  # noqa: PLR0913 - the verb's options
     anchor_path: Path,
     contribution_paths: Sequence[Path],
@@ -76,6 +77,7 @@ def merge(  # noqa: PLR0913 - the verb's options
         return composition.write(out, store, ways)
 
 
+@takes_paths
 def opt_out(  # noqa: PLR0913 - the verb's options
     model_path: Path,
     names: Sequence[str],
@@ -116,6 +118,7 @@ def opt_out(  # noqa: PLR0913 - the verb's options
         return composition.write(out, store, ways, beside)
 
 
+@takes_paths
 def apply_tuning(
     run: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS
 ) -> Artifact:
@@ -132,6 +135,7 @@ def apply_tuning(
         return Composition.of_model(model, tuning).write(out, store, ways)
 
 
+@takes_paths
 def undo_tuning(
     model_path: Path, out: Path, *, store_path: Path | None = None, ways: Sequence[str] = WAYS
 ) -> Artifact:
@@ -147,6 +151,7 @@ def undo_tuning(
         return composition.untuned(_contributed(composition, store)).write(out, store, ways)
 
 
+@takes_paths
 def replace(  # noqa: PLR0913 - the verb's options
     model_path: Path,
     contribution: Path,
@@ -176,6 +181,7 @@ def replace(  # noqa: PLR0913 - the verb's options
     return _with_contribution(composition, model, newer, _store(model, store_path), out, ways)
 
 
+@takes_paths
 def append(
     model_path: Path,
     contribution: Path,
@@ -198,6 +204,7 @@ def append(
     return _with_contribution(composition, model, more, _store(model, store_path), out, ways)
 
 
+@takes_paths
 def open_model(path: Path) -> Artifact:
     """Opens a merged model for use.
 

@@ -18,7 +18,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import partition
 from flexolmo_jax.storage.outputs import check_new, is_whole
-from flexolmo_jax.storage.paths import absolute, path_of
+from flexolmo_jax.storage.paths import absolute, path_of, takes_paths
 from flexolmo_jax.storage.placing import WAYS
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import train
@@ -37,6 +37,7 @@ def is_trained(path: str) -> bool:
     return path in ("experts/row", "experts/bias")
 
 
+@takes_paths
 def tune(  # noqa: PLR0913 - the verb's options
     model_path: Path,
     proxies: Mapping[str, Path],
@@ -119,6 +120,7 @@ def _check_start(start: Artifact, model: Artifact, work: Path) -> None:
             )
 
 
+@takes_paths
 def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
     """Runs a router config; see `train.loop.train`.
 

@@ -53,6 +53,7 @@ from flexolmo_jax.storage.paths import (
     in_bucket,
     listing,
     path_of,
+    takes_paths,
 )
 
 from .objects import (
@@ -86,6 +87,7 @@ class Store:
     path: Path
 
     @classmethod
+    @takes_paths
     def at(cls, path: Path) -> "Store":
         """A store, or a place for a new one. Raises UserError for anything else."""
         store = cls(absolute(path))
@@ -98,6 +100,7 @@ class Store:
         return store
 
     @classmethod
+    @takes_paths
     def existing(cls, path: Path) -> "Store":
         """The store in a directory. Raises UserError where there is none."""
         store = cls(absolute(path))

@@ -28,7 +28,7 @@ from flexolmo_jax.integrity import (
 )
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.outputs import STORE_FILE
-from flexolmo_jax.storage.paths import reason
+from flexolmo_jax.storage.paths import reason, takes_paths
 from flexolmo_jax.storage.untrusted import read_bytes
 
 from .objects import sketches_of
@@ -47,6 +47,7 @@ _KINDS = {
 }
 
 
+@takes_paths
 def verify(
     path: Path,
     anchor_path: Path | None = None,
@@ -239,6 +240,7 @@ def _check_member(
     return signer
 
 
+@takes_paths
 def verify_receipt(path: Path, model_path: Path, trust: Trust = ANY) -> dict[str, Any]:
     """Checks a model against a receipt, and reads all of the model's bytes.
 

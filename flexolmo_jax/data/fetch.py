@@ -24,6 +24,7 @@ from flexolmo_jax.data.packages import Package, digest_of_file, download_all
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import progress
 from flexolmo_jax.storage import files
+from flexolmo_jax.storage.paths import takes_paths
 
 # Raise it when a reader or the cleaning changes what a domain holds: files written under another
 # version are written again.
@@ -45,6 +46,7 @@ class Document(NamedTuple):
         return len(self.text.encode())
 
 
+@takes_paths
 def fetch(
     out: Path, domains: Sequence[str] | None = None, max_bytes: int | None = None
 ) -> dict[str, dict]:

@@ -44,9 +44,10 @@ from flexolmo_jax.storage.cache import CACHE_VARIABLE, cache_folder
 from flexolmo_jax.storage.files import clear, make_folder, new_directory
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import UNFINISHED, is_whole
-from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of
+from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of, takes_paths
 
 
+@takes_paths
 def prepare(  # noqa: PLR0913 - the verb's options
     inputs: Sequence[Path],
     tokenizer: Tokenizer,

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -197,7 +196,6 @@ class _BareFile:
             self._file.close()
         else:
             self._file.flush()
-            os.fsync(self._file.fileno())
         return self.records
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.files import make_folder, write_text
 from flexolmo_jax.storage.outputs import check_new_file
-from flexolmo_jax.storage.paths import absolute, children, reason, size_of
+from flexolmo_jax.storage.paths import absolute, children, reason, size_of, takes_paths
 from flexolmo_jax.storage.untrusted import no_panic, read_bytes
 
 from .chat import Chat
@@ -118,6 +118,7 @@ class Tokenizer:
                 self.byte_lengths[i] = len(name.encode())
 
     @classmethod
+    @takes_paths
     def load(cls, path: Path) -> "Tokenizer":
         """From a tokenizer.json, or from a directory with one, and with its chat template if it has
         one. Raises UserError."""
@@ -182,6 +183,7 @@ class Tokenizer:
             return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
+@takes_paths
 def train_tokenizer(
     files: Sequence[Path],
     vocab_size: int,

@@ -16,6 +16,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.runtime.sharding import put_whole_batch
+from flexolmo_jax.storage.paths import takes_paths
 from flexolmo_jax.train.evaluate import Score, make_scorer, score_records
 
 # tokens of the records that raw documents are packed into; a prepared directory has its own length
@@ -23,6 +24,7 @@ RAW_SEQ_LEN = 1024
 SHOWN = 8  # experts whose share of a data set is shown by name
 
 
+@takes_paths
 def evaluate(  # noqa: PLR0913 - the verb's options
     model: LoadedModel,
     data: Sequence[Path],

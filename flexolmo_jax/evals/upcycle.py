@@ -20,9 +20,11 @@ from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.storage import weights
 from flexolmo_jax.storage.files import new_directory
 from flexolmo_jax.storage.outputs import check_new
+from flexolmo_jax.storage.paths import takes_paths
 from flexolmo_jax.train.flops import step_flops
 
 
+@takes_paths
 def assemble(dense: Mapping[str, Path], out: Path, *, active: int, seed: int = 0) -> Artifact:
     """Writes a mixture of dense models' FFNs, in float32, for a joint run's `train.init`.
 

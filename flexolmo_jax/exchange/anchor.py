@@ -29,7 +29,7 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage import weights
 from flexolmo_jax.storage.files import new_directory, write_new
 from flexolmo_jax.storage.outputs import check_new_file
-from flexolmo_jax.storage.paths import in_bucket
+from flexolmo_jax.storage.paths import in_bucket, takes_paths
 
 from .embedder import Embedder, domain_embedding, fit_embedder, load_embedder
 from .sampling import sampled
@@ -37,6 +37,7 @@ from .sampling import sampled
 RELEASE_DTYPES = ("bfloat16", "float32")
 
 
+@takes_paths
 def publish(  # noqa: PLR0913 - the verb's options
     dense_path: Path,
     public: Sequence[Path],
@@ -149,6 +150,7 @@ def _describe(
     }
 
 
+@takes_paths
 def open_anchor(path: Path) -> Artifact:
     """Opens a published anchor for use.
 
@@ -164,6 +166,7 @@ def open_anchor(path: Path) -> Artifact:
     return artifact
 
 
+@takes_paths
 def embed_domain(
     anchor_path: Path,
     documents: Sequence[Path],

@@ -29,6 +29,7 @@ import numpy as np
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import progress
+from flexolmo_jax.storage.paths import takes_paths
 
 from .embedder_file import (
     BUCKETS,
@@ -91,6 +92,7 @@ def fit_embedder(kind: str, public_texts: Iterable[str], dim: int) -> Embedder:
     return _fit_tfidf(public_texts, dim) if kind == "tfidf" else _encoder(kind, dim)
 
 
+@takes_paths
 def load_embedder(directory: Path, dim: int | None = None, *, allow_hub: bool = False) -> Embedder:
     """The embedder that `save` wrote into an anchor's directory, ready to embed.
 

@@ -32,7 +32,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.plain_yaml import parse_yaml
 from flexolmo_jax.storage.files import write_together
 from flexolmo_jax.storage.outputs import check_new_file
-from flexolmo_jax.storage.paths import absolute, children, open_regular, reason
+from flexolmo_jax.storage.paths import absolute, children, open_regular, reason, takes_paths
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 ALGORITHM = "ed25519"
@@ -95,6 +95,7 @@ class Trust:
     rules: Mapping[str, Rule] | None = None  # by the name of a key's file; None: there is no policy
 
     @classmethod
+    @takes_paths
     def of(cls, directory: Path | None, signed: bool = False) -> "Trust":
         """The public keys of a directory, `*.pub`, and its policy.
 
@@ -151,6 +152,7 @@ class Trust:
 ANY = Trust()
 
 
+@takes_paths
 def keygen(out: Path) -> str:
     """Writes a new private key, which only its owner can read, and the public key beside it.
 
@@ -170,6 +172,7 @@ def keygen(out: Path) -> str:
     return _encoded(key.public_key())
 
 
+@takes_paths
 def load_key(path: Path) -> Ed25519PrivateKey:
     """The private key in a file.
 

@@ -19,7 +19,7 @@ from flexolmo_jax.exchange.contribution import Contribution, check_expert_name
 from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.storage.files import remove_if_empty
 from flexolmo_jax.storage.outputs import check_new, is_whole
-from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of
+from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of, takes_paths
 
 from .package import package
 from .pair import train_pair
@@ -29,6 +29,7 @@ FILLED = ("run", "pair.anchor", "pair.name", "data.train")
 EPOCHS = 2  # passes over the owner's records, where the config does not say how many steps
 
 
+@takes_paths
 def contribute(  # noqa: PLR0913 - the verb's options
     anchor_path: Path,
     documents: Sequence[Path],

@@ -42,13 +42,14 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.storage.files import new_directory, write_bytes
 from flexolmo_jax.storage.outputs import check_new
-from flexolmo_jax.storage.paths import is_there, path_of
+from flexolmo_jax.storage.paths import is_there, path_of, takes_paths
 from flexolmo_jax.storage.tensorfile import TensorFile, write_tensors
 from flexolmo_jax.storage.weights import Stored
 from flexolmo_jax.train.evaluate import score_model
 from flexolmo_jax.train.sources import evaluation_sets
 
 
+@takes_paths
 def package(
     path: Path,
     out: Path,
@@ -178,6 +179,7 @@ def _mesh_of(config: RunConfig) -> Mesh:
         return make_mesh(MeshConfig())
 
 
+@takes_paths
 def package_imported(
     model_path: Path, name: str, anchor_path: Path, out: Path, sign_key: Path | None = None
 ) -> Contribution:

@@ -34,6 +34,7 @@ from flexolmo_jax.runtime.cluster import connected
 from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.storage.files import write_new
 from flexolmo_jax.storage.outputs import check_new_file
+from flexolmo_jax.storage.paths import takes_paths
 
 SHARE = 0.01  # of the public documents
 # documents of each kind that the classifiers are trained on (the paper: 500k, balanced)
@@ -57,6 +58,7 @@ class Proxies(NamedTuple):
         return self.documents / self.of
 
 
+@takes_paths
 def select_proxies(  # noqa: PLR0913 - the verb's options
     anchor_path: Path,
     private: Sequence[Path],

@@ -27,11 +27,13 @@ from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.runtime.sharding import batch_over
 from flexolmo_jax.storage.outputs import check_new_file
+from flexolmo_jax.storage.paths import takes_paths
 from flexolmo_jax.train.evaluate import BATCH_SIZE
 
 MAX_WORSE = 0.02
 
 
+@takes_paths
 def screen(  # noqa: PLR0913 - the verb's options
     candidate_path: Path,
     anchor_path: Path,

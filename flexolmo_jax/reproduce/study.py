@@ -10,7 +10,7 @@ from typing import Any
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import make_folder, write_text
-from flexolmo_jax.storage.paths import children
+from flexolmo_jax.storage.paths import children, takes_paths
 
 from .cells import cells, check_sources
 from .results import write_results
@@ -20,6 +20,7 @@ from .spec import load_spec
 SPEC = "spec.yaml"
 
 
+@takes_paths
 def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
     """Runs a study in a directory and returns its results. Stopped and called again, it continues.
 

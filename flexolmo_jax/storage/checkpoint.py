@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.runtime.processes import by_the_first, is_first, joined
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import discard, make_folder, move, write_text
@@ -38,6 +38,7 @@ from flexolmo_jax.storage.paths import (
     in_bucket,
     is_clutter,
     listing,
+    literal,
     open_to_read,
 )
 from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
@@ -55,6 +56,17 @@ Tree = dict[str, Any]
 Leaves = Mapping[str, jax.ShapeDtypeStruct]  # by path, as "experts/gate"
 
 
+def check_place(directory: Path) -> None:
+    """Raises UserError where no checkpoint can lie. In a bucket, Orbax reads a path as an address
+    of the web, which ends at # or ?."""
+    check_for_arrays(directory)
+    if in_bucket(directory) and not set("#?\r\n\t").isdisjoint(str(directory)):
+        raise UserError(
+            f"checkpoints cannot lie in {directory}; expected a path in a bucket without # and ?,"
+            " and in one line; choose another place"
+        )
+
+
 class StepCheckpoints:
     """The checkpoints of one run. A context manager: leaving it waits for a save in progress.
 
@@ -62,7 +74,7 @@ class StepCheckpoints:
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
-        check_for_arrays(directory)
+        check_place(directory)
         self._directory = directory
         self._manager: ocp.CheckpointManager | None = None
         if keep is None:
@@ -82,7 +94,7 @@ class StepCheckpoints:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
+        self._manager = ocp.CheckpointManager(literal(absolute(directory)), options=options)
 
     def _tidy(self) -> None:
         make_folder(self._directory)
@@ -130,6 +142,19 @@ class StepCheckpoints:
         assert self._manager is not None
         self._manager.wait_until_finished()
 
+    def read_back(self, step: int, saved: Tree) -> None:
+        """Waits until a step is complete, and reads what was saved of this state: each file, and
+        what each array is. Raises RunError where that is not what was saved."""
+        self.wait()
+        place = self._directory / str(step)
+        shapes = sorted((str(a.dtype), tuple(a.shape)) for a in jax.tree.leaves(saved))
+        try:
+            by_the_first(functools.partial(_check_arrays, place, shapes))
+        except UserError as error:
+            raise RunError(
+                f"{error}; it was saved just now: look whether the disk is sound, and run it again"
+            ) from error
+
     def steps(self) -> list[int]:
         """The steps of complete checkpoints, newest first."""
         named = (path for path in children(self._directory) if _is_step(path.name))
@@ -168,8 +193,7 @@ class StepCheckpoints:
 
         Raises UserError for a damaged or missing checkpoint.
         """
-        restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-        return self._restore(ocp.args.PyTreeRestore(target, restore_args=restore_args), step)
+        return self._restore(_all_of(target), step)
 
     def restore_part(self, key: str, target: Tree, step: int) -> Tree:
         """Restores only the branch `key`, without reading the rest, such as optimiser state."""
@@ -196,16 +220,19 @@ class StepCheckpoints:
     def restore_latest(self, target: Tree) -> tuple[int, Tree] | None:
         """Restores the newest checkpoint that is intact; None if there is none.
 
-        Damaged ones are moved to `damaged/`, with a note.
+        Damaged ones are moved to `damaged/`, with a note. One that is intact stays in its place:
+        where it cannot be restored, that is raised.
         """
         for step in by_the_first(self.steps):
             try:
-                return step, self.restore(target, step)
+                by_the_first(functools.partial(_check, self._directory / str(step)))
             except UserError as error:
                 note(f"warning: {error}; going back to the one before it")
                 by_the_first(functools.partial(self._set_aside, str(step)))
                 if self._manager is not None:
                     self._manager.reload()
+                continue
+            return step, _restore(self._directory / str(step), _all_of(target))
         return None
 
     def _set_aside(self, step: str) -> None:
@@ -251,17 +278,25 @@ class StepReader:
         return leaf
 
 
+def _all_of(target: Tree) -> ocp.args.PyTreeRestore:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=restore_args)
+
+
 def _restore(step: Path, args: ocp.args.PyTreeRestore) -> Any:
     """What `args` asks for of a step whose files have been checked."""
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(absolute(step) / "default", args=args)
+            restored = checkpointer.restore(literal(absolute(step) / "default"), args=args)
     except Exception as error:  # Orbax raises bare Exception for data that it cannot read
         # The files passed their check. With several processes, one of them or the network
         # between them may have failed, so the checkpoint is not to blame.
         if joined():
             raise
-        raise UserError(f"checkpoint {step} cannot be restored: {_first_line(error)}") from error
+        raise UserError(
+            f"checkpoint {step} is intact, but cannot be restored: {_first_line(error)}; run it"
+            " again, or move the checkpoint away to go on from the one before it"
+        ) from error
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(restored)):
         raise UserError(
             f"checkpoint {step} lacks parameters that its run trained; restore the run's own"
@@ -349,6 +384,19 @@ def _check(step: Path, names: Collection[str] | None = None) -> None:
     if names is None and (strangers := sorted(files.keys() - expected.keys())):
         shown = ", ".join(map(repr, strangers[:3]))
         note(f"warning: checkpoint {step} holds {shown}, which its run did not save; not read")
+
+
+def _check_arrays(step: Path, expected: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Raises UserError unless a step is intact and holds arrays of these dtypes and shapes."""
+    _check(step)
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        arrays = jax.tree.leaves(handler.metadata(literal(absolute(step) / "default")).tree)
+        found = sorted((str(np.dtype(a.dtype)), tuple(a.shape)) for a in arrays)
+    except Exception as error:  # Orbax raises bare Exception for data that it cannot read
+        raise UserError(f"checkpoint {step} cannot be read: {_first_line(error)}") from error
+    if found != expected:
+        raise UserError(f"checkpoint {step} lacks arrays of its state: it has {len(found)}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage import lacks
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import UNFINISHED, check_new, check_new_file
 from flexolmo_jax.storage.paths import (
@@ -72,11 +73,13 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(out)
+        if out.exists():  # a mount, for one, cannot be replaced: better told now than at the end
+            os.rename(out, temporary)
+            os.rename(temporary, out)
         temporary.mkdir()
     except OSError as error:
-        raise UserError(
-            f"cannot write {out}: {error.strerror}; choose a place that can be written"
-        ) from error
+        place = "a directory in it" if out.exists() else "a place that can be written"
+        raise UserError(f"cannot write {out}: {error.strerror}; choose {place}") from error
     try:
         with locked(temporary):
             (temporary / UNFINISHED).write_bytes(MARK)
@@ -259,6 +262,7 @@ def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
     Raises UserError where one exists already and where they cannot be written.
     """
     temporaries = {path: _temporary(path) for path in files}
+    written: dict[Path, os.stat_result] = {}
     try:
         for path, temporary in temporaries.items():
             make_folder(path.parent)
@@ -270,13 +274,14 @@ def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
             sync(temporary)
         for path, temporary in temporaries.items():
             before_change("link", path)
-            os.link(temporary, path)  # unlike a rename, fails where a file exists
+            _put_new(temporary, path)
+            written[path] = path.lstat()
         for folder in {path.parent for path in files}:
             sync(folder)
     except BaseException as error:
-        for path, temporary in temporaries.items():
+        for path, status in written.items():
             with contextlib.suppress(OSError):
-                if os.path.samestat(path.lstat(), temporary.lstat()):
+                if os.path.samestat(path.lstat(), status):
                     path.unlink()
         if isinstance(error, OSError):
             names, told = " and ".join(map(str, files)), reason(error)
@@ -288,6 +293,15 @@ def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
         for temporary in temporaries.values():
             with contextlib.suppress(OSError):
                 temporary.unlink()
+
+
+def _put_new(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, fails where a file exists
+    except OSError as error:
+        if error.errno not in lacks.LINKS or os.path.lexists(path):
+            raise
+        os.rename(temporary, path)
 
 
 def _put(path: Path, content: bytes) -> None:
@@ -374,9 +388,13 @@ def move(directory: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk, where the file system can tell."""
     before_change("sync", path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in lacks.SYNCING:
+            raise
     finally:
         os.close(descriptor)

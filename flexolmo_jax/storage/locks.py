@@ -1,15 +1,13 @@
 """Locks of files and directories, which keep processes of one file system apart."""
 
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flexolmo_jax.storage import lacks
 from flexolmo_jax.storage.paths import in_bucket
-
-_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -28,7 +26,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[N
         try:
             fcntl.flock(descriptor, how)
         except OSError as error:
-            if not wait or error.errno not in _UNSUPPORTED:
+            if not wait or error.errno not in lacks.LOCKS:
                 raise
         yield
     finally:

@@ -11,14 +11,16 @@ import errno
 import fnmatch
 import functools
 import importlib.util
+import inspect
 import io
 import logging
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from glob import has_magic
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar
 
 from flexolmo_jax.errors import UserError, from_a_clone
 
@@ -27,6 +29,8 @@ BLOCK = 1 << 25  # bytes of an object per request, when all of it is read or wri
 _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
 # in the messages of gcsfs and TensorStore
 _REFUSALS = ("Forbidden: ", "PERMISSION_DENIED", "UNAUTHENTICATED")
+AnyPath = str | os.PathLike[str]
+P, R = ParamSpec("P"), TypeVar("R")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # Names of what systems, file servers and editors leave in folders by themselves.
 _CLUTTER_FILES = (
@@ -52,28 +56,72 @@ class File(NamedTuple):
     md5: str = ""  # in hex; of objects only, and if the store has computed it
 
 
-def path_of(path: str | os.PathLike[str]) -> Path:
-    """The path that a user gave.
+def path_of(path: AnyPath) -> Path:
+    """The path that a user gave, wherever it was given: every entrance makes its paths here.
 
-    Raises UserError for a misspelt one, and for one in a bucket if gcsfs is not installed.
+    ~ becomes the home folder. There is no `..` in the result, which TensorStore refuses, and it has
+    a name: that of `.` is the working directory's. A path that has been through here stays as it
+    is. Raises UserError for what is no path, and for one in a bucket if gcsfs is not installed.
     """
-    text = os.fspath(path)
+    text = os.fsdecode(path)
     if not in_bucket(text):
-        if _SCHEME.match(text):
-            raise UserError(
-                f"got the path {text}; expected one on this machine, or in a bucket:"
-                " gs://bucket/name"
-            )
-        return Path(path)
+        return _on_this_machine(text)
     if not _NAME.fullmatch(text):
         raise UserError(
             f"got the path {text}; expected gs://bucket/name, with small letters and digits in the"
             " bucket's name, and - _ . inside it"
         )
-    from etils import epath
-
     file_system()
-    return epath.Path(path)  # type: ignore[return-value]  # its interface is pathlib's
+    return literal(text)
+
+
+def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
+    """Lets users call a function: arguments annotated as Path, as several, or as some by name go
+    through `path_of`, and may be anything that Python takes for a path."""
+    signature = inspect.signature(function)
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+
+    @functools.wraps(function)
+    def taking(*args: P.args, **options: P.kwargs) -> R:
+        given = signature.bind(*args, **options)
+        for name, value in given.arguments.items():
+            if value is None:
+                continue
+            if kinds[name] in (Path, Path | None):
+                given.arguments[name] = path_of(value)
+            elif kinds[name] == Sequence[Path]:
+                given.arguments[name] = [path_of(each) for each in value]
+            elif kinds[name] in (Mapping[str, Path], Mapping[str, Path] | None):
+                given.arguments[name] = {key: path_of(each) for key, each in value.items()}
+        return function(*given.args, **given.kwargs)
+
+    return taking
+
+
+def _on_this_machine(text: str) -> Path:
+    if not text or "\0" in text or _SCHEME.match(text):
+        raise UserError(
+            f"got {'the path ' if text else 'an empty path'}{text}; expected one on this machine,"
+            " or in a bucket: gs://bucket/name"
+        )
+    found = Path(os.path.expanduser(text))
+    if f"{text}/".startswith("~/") and found == Path(text):
+        raise UserError(f"got the path {text}, but there is no home folder; set HOME")
+    if ".." in found.parts:
+        # Of link/.. it is the folder that holds what the link leads to, as for the system.
+        after = found.parts[::-1].index("..")
+        split = len(found.parts) - after
+        found = absolute(Path(*found.parts[:split])).joinpath(*found.parts[split:])
+    if not found.name or found.parts[0].startswith("~") or found.parts[0].endswith(":"):
+        found = found.absolute()  # ./~x has to stay what it is
+    return found
+
+
+def literal(path: str | Path) -> Path:
+    """The path as Orbax takes it, and as those in buckets are."""
+    from .literal import LiteralPath
+
+    return LiteralPath(path)  # type: ignore[return-value]  # its interface is pathlib's
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
@@ -255,8 +303,14 @@ def join_objects(parts: Sequence[Path], target: Path) -> None:
 
 
 def remove_objects(paths: Sequence[Path]) -> None:
-    if paths:
-        file_system().rm([str(path) for path in paths])
+    """Removes objects, many at once unless gcsfs would take the name of one for a pattern."""
+    names = [str(path) for path in paths]
+    if not any(map(has_magic, names)):
+        if names:
+            file_system().rm(names)
+        return
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flexolmo_jax.errors import UserError
 
+from . import lacks
 from .files import before_change, make_folder
 
 READ_ONLY = 0o444  # the mode of files that several directories may share
@@ -42,7 +43,7 @@ def place(original: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
         try:
             {"link": _link, "reflink": _reflink, "copy": shutil.copyfile}[way](original, target)
             if way != "link":
-                target.chmod(READ_ONLY)
+                make_read_only(target)
             return way
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
@@ -53,6 +54,15 @@ def place(original: Path, target: Path, ways: Sequence[str] = WAYS) -> str:
                     " --by auto"
                 ) from error
     raise ValueError(f"got no way; expected some of {', '.join(WAYS)}")
+
+
+def make_read_only(file: Path) -> None:
+    """Lets a file be shared by link. Where there are no modes it stays as it is, and is copied."""
+    try:
+        file.chmod(READ_ONLY)
+    except OSError as error:
+        if error.errno not in lacks.MODES:
+            raise
 
 
 def _link(original: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ import tensorstore as ts
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import before_change, write_bytes
 from flexolmo_jax.storage.paths import in_bucket, kvstore
+from flexolmo_jax.storage.placing import make_read_only
 
 CHUNK = 1 << 21  # the most bytes of a chunk, if its axis can be halved that often
 PIECES = 16  # the fewest chunks of a shard: so many devices can each read only their own ...
@@ -163,7 +164,7 @@ class Writer:
             self._writing.result()
             for file in self._written:
                 if not in_bucket(file):
-                    file.chmod(0o444)  # only read-only files are shared by link
+                    make_read_only(file)
         elif self._writing is not None:
             self._writing.exception()  # waits, and raises no second error
         if kind is None:

@@ -68,6 +68,8 @@ def train(job: Job, out: Path) -> dict[str, Any]:
                 trainer.stop(number, stop)
         if done == last:  # started again after its end: only its result is asked for
             trainer.evaluate()
+        else:
+            trainer.read_back(last)
     return trainer.finish()
 
 
@@ -192,6 +194,12 @@ class Trainer:
             self._checkpoints.save(number, self._state._asdict(), loss=loss)
         self._log.restart_clock()
         self._saved_at = time.monotonic()
+
+    def read_back(self, number: int) -> None:
+        """Makes sure that what was saved of the last step can be read. Raises RunError."""
+        self._watchdog.expect(f"reading back what was saved after step {number}")
+        with self._accounting.spent("save"):
+            self._checkpoints.read_back(number, self._state._asdict())
 
     def stop(self, number: int, status: int) -> NoReturn:
         """Ends the process with this exit status, once the step's checkpoint is complete."""

@@ -15,12 +15,14 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, init_params
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.storage.paths import takes_paths
 
 from .job import Job
 from .loop import train
 from .sources import choose_tokenizer, open_sources
 
 
+@takes_paths
 def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
     """Runs an anchor or joint config; see `loop.train`."""
     if run.train.init:
