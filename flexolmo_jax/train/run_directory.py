@@ -25,7 +25,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.processes import by_the_first
-from flexolmo_jax.storage.checkpoint import check_place
+from flexolmo_jax.storage.checkpoint import StepCheckpoints, check_place
 from flexolmo_jax.storage.files import new_directory, write_text
 from flexolmo_jax.storage.outputs import is_whole
 from flexolmo_jax.storage.paths import absolute, path_of
@@ -143,8 +143,8 @@ def _check_tokenizer(job: Job, out: Path) -> None:
 
 
 def _check_inputs(out: Path, kept: Inputs, now: Inputs) -> None:
-    """Raises UserError where what the run reads is not what it read before."""
-    told = []
+    """Raises UserError where what the run reads is not what it has learnt from."""
+    told, same_places = [], True
     for key in sorted(kept.keys() | now.keys()):
         old, new = (inputs.get(key, {"holds": "nothing"}) for inputs in (kept, now))
         if old.get("sha256") != new.get("sha256"):
@@ -152,11 +152,18 @@ def _check_inputs(out: Path, kept: Inputs, now: Inputs) -> None:
             holds = "others" if old["holds"] == new["holds"] else new["holds"]
             place = new.get("path", old.get("path"))
             told.append(f"{key}: {was}; now {place} holds {holds}")
-    if told:
-        raise UserError(
-            f"{out} holds a run that read something else: {'; '.join(told)}; restore what it read,"
-            f" or give {ELSEWHERE}"
-        )
+            same_places &= place == old.get("path", place)
+    if not told or (same_places and not _has_checkpoints(out)):
+        return
+    raise UserError(
+        f"{out} holds a run that read something else: {'; '.join(told)}; restore what it read, or"
+        f" give {ELSEWHERE}"
+    )
+
+
+def _has_checkpoints(out: Path) -> bool:
+    with StepCheckpoints(out / "checkpoints") as checkpoints:
+        return bool(checkpoints.steps())
 
 
 def _settings(config: RunConfig, free: set[str]) -> dict[str, Any]:

@@ -120,6 +120,20 @@ def test_a_run_of_an_earlier_version_goes_on_where_its_data_lie(here, world, cap
     assert "inputs" in read_sealed(here / "run" / DESCRIPTION)
 
 
+def test_a_run_that_has_saved_nothing_begins_anew_on_what_is_there(here, capfd):
+    assert start(here, here) == 0  # from here on its data are here
+    shutil.rmtree(here / "run" / "checkpoints")
+    edited(here)
+    capfd.readouterr()
+    assert start(here, here) == 0
+    assert "resumes" not in capfd.readouterr().err
+    shutil.rmtree(here / "run" / "checkpoints")
+    (here / "docs").rename(here / "other")
+    assert start(here, here, f"data.train=[{{path: {here}/other}}]") == 0  # the same documents
+    write_jsonl(here / "b.jsonl", documents("law", 80))
+    assert start(here, here, f"data.train=[{{path: {here}/b.jsonl}}]") == 2
+
+
 def test_other_weights_to_start_from_are_refused(here, anchor, anchor32, capfd):
     shutil.copytree(anchor, here / "start")
     init = f"train.init={here / 'start'}"

@@ -53,11 +53,12 @@ def run_demo(content: str, root: Path) -> dict[str, Any]:
 def _check_documents(spec: Demo, places: Places) -> None:
     """Raises UserError where text is not what an expert was trained on."""
     for name, domain in {CONTROL: spec.public, **{name: name for name in spec.domains}}.items():
-        data = places.data(name)
-        if data.exists() and (changes := changed_documents(data, [places.documents(domain)])):
+        data, text = places.data(name), places.documents(domain)
+        is_made = data.exists() and text.exists()
+        if is_made and (changes := changed_documents(data, [text])):
             raise UserError(
-                f"{data} was made from other documents than {places.documents(domain)}"
-                f" ({changes}); restore them, or give a new --out"
+                f"{data} was made from other documents than {text} ({changes}); restore them, or"
+                " give a new --out"
             )
 
 
