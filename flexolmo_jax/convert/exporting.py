@@ -74,11 +74,9 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     _check_options(dtype, drop_bias, eval_data, mesh)
     arrays, config = _arrays(artifact, which)
     dtype = dtype or str(arrays["trunk/embedding"].dtype)
-    scores: dict[str, Any] = {}
-    lowest = 0.0
-    if "experts/bias" in arrays:
-        lowest = check_bias(np.asarray(arrays["experts/bias"][:]), drop_bias)
-        scores = _scores(artifact, which, eval_data, mesh) if drop_bias and eval_data else {}
+    bias = np.asarray(arrays["experts/bias"][:]) if "experts/bias" in arrays else np.zeros((1, 1))
+    lowest = check_bias(bias, drop_bias)
+    scores = _scores(artifact, which, eval_data, mesh) if bias.any() and eval_data else {}
     configs = _configs(config, artifact.tokenizer, dtype)
     files = shards(_table(artifact, config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:

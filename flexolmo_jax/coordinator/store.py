@@ -105,11 +105,9 @@ class Store:
         """The store in a directory. Raises UserError where there is none."""
         store = cls(absolute(path))
         if not store._is_known():
-            if not path.exists():
-                raise UserError(f"{path} does not exist; expected a store (flexolmo-store)")
+            why = f"is not a store: it has no {STORE_FILE}" if path.exists() else "does not exist"
             raise UserError(
-                f"{path} is not a store: it has no {STORE_FILE}; expected what `flexolmo merge`"
-                " made (flexolmo-store)"
+                f"{path} {why}; expected a store, as `flexolmo merge` makes it (flexolmo-store)"
             )
         return store
 

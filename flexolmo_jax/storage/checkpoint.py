@@ -33,7 +33,7 @@ from flexolmo_jax.storage.outputs import is_whole
 from flexolmo_jax.storage.paths import (
     File,
     absolute,
-    check_for_arrays,
+    check_for_checkpoints,
     children,
     in_bucket,
     is_clutter,
@@ -56,17 +56,6 @@ Tree = dict[str, Any]
 Leaves = Mapping[str, jax.ShapeDtypeStruct]  # by path, as "experts/gate"
 
 
-def check_place(directory: Path) -> None:
-    """Raises UserError where no checkpoint can lie. In a bucket, Orbax reads a path as an address
-    of the web, which ends at # or ?."""
-    check_for_arrays(directory)
-    if in_bucket(directory) and not set("#?\r\n\t").isdisjoint(str(directory)):
-        raise UserError(
-            f"checkpoints cannot lie in {directory}; expected a path in a bucket without # and ?,"
-            " and in one line; choose another place"
-        )
-
-
 class StepCheckpoints:
     """The checkpoints of one run. A context manager: leaving it waits for a save in progress.
 
@@ -74,7 +63,7 @@ class StepCheckpoints:
     """
 
     def __init__(self, directory: Path, keep: int | None = None):
-        check_place(directory)
+        check_for_checkpoints(directory)
         self._directory = directory
         self._manager: ocp.CheckpointManager | None = None
         if keep is None:

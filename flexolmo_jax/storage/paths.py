@@ -290,6 +290,17 @@ def check_for_arrays(directory: Path) -> None:
         )
 
 
+def check_for_checkpoints(directory: Path) -> None:
+    """Raises UserError where no checkpoint can lie. In a bucket, Orbax reads a path as an address
+    of the web, which ends at # or ?."""
+    check_for_arrays(directory)
+    if in_bucket(directory) and not set("#?\r\n\t").isdisjoint(str(directory)):
+        raise UserError(
+            f"checkpoints cannot lie in {directory}; expected a path in a bucket without # and ?,"
+            " and in one line; choose another place"
+        )
+
+
 def copy_objects(pairs: Sequence[tuple[Path, Path]]) -> None:
     """Copies objects inside the object store. No byte passes through this machine."""
     if pairs:

@@ -25,10 +25,10 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.processes import by_the_first
-from flexolmo_jax.storage.checkpoint import StepCheckpoints, check_place
+from flexolmo_jax.storage.checkpoint import StepCheckpoints
 from flexolmo_jax.storage.files import new_directory, write_text
 from flexolmo_jax.storage.outputs import is_whole
-from flexolmo_jax.storage.paths import absolute, path_of
+from flexolmo_jax.storage.paths import absolute, check_for_checkpoints, path_of
 
 from .job import Job
 
@@ -45,7 +45,7 @@ FREE |= {"owner", "domain", "licence", "expires", "sequence"}  # what an owner s
 def claim(job: Job, out: Path) -> None:
     """Makes the run's directory, or checks that it holds this very run. Raises UserError where it
     holds another, or cannot hold its checkpoints."""
-    check_place(out)
+    check_for_checkpoints(out)
     by_the_first(lambda: _make_or_check(job, out))
     if not (out / CONFIG).exists():
         raise UserError(

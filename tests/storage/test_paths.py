@@ -10,9 +10,15 @@ import pytest
 
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.plain_yaml import read_yaml
-from flexolmo_jax.storage.checkpoint import StepCheckpoints, check_place
+from flexolmo_jax.storage.checkpoint import StepCheckpoints
 from flexolmo_jax.storage.files import append_bytes, discard
-from flexolmo_jax.storage.paths import children, listing, path_of, takes_paths
+from flexolmo_jax.storage.paths import (
+    check_for_checkpoints,
+    children,
+    listing,
+    path_of,
+    takes_paths,
+)
 
 STATE = {"params": {"a": np.arange(3.0)}}
 
@@ -159,4 +165,4 @@ def test_no_name_in_a_bucket_is_a_pattern(bucket, name):
 @pytest.mark.parametrize("name", ["what?", "a#1", "two\nlines"])
 def test_a_path_in_a_bucket_that_orbax_cannot_read_is_refused(bucket, name):
     with pytest.raises(UserError, match="checkpoints cannot lie in"):
-        check_place(path_of(f"{bucket}/{name}/run"))
+        check_for_checkpoints(path_of(f"{bucket}/{name}/run"))
