@@ -13,6 +13,7 @@ object store keeps of its objects, so that sealing and checking read no data aga
 import functools
 import hashlib
 import json
+import logging
 import operator
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ from flexolmo_jax.storage.paths import (
 )
 from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 
+# Orbax raises errors and also logs them, each with several tracebacks
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 DIGESTS = "_DIGESTS"
 COMMIT = "commit_success.txt"  # Orbax's, in a bucket
 # files without a digest; Orbax writes the last two after the digests: they hold times, no state
