@@ -13,6 +13,7 @@ same command again: a run resumes. Progress and notes go to stderr; stdout holds
 JSON object with --json.
 """
 
+import argparse
 import logging
 import os
 import sys
@@ -44,11 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    is_debugged = False
+    args = argparse.Namespace(debug=False)
     try:
         args = PARSER.parse_args(argv)
-        is_debugged = args.debug
-        if not is_debugged:
+        if not args.debug:
             # What JAX, Orbax and others tell themselves is no news to a user.
             logging.disable(logging.WARNING)
         environment.check(os.environ)
@@ -56,8 +56,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except Exception as error:
         if was_raised():
             raise KeyboardInterrupt from error
-        told = _told(error)
-        if told is None or is_debugged:
+        told = _told(error, getattr(args, "out", None))
+        if told is None or args.debug:
             raise
         print(f"flexolmo: {printable(told)}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
@@ -72,14 +72,16 @@ def _run(argv: Sequence[str] | None) -> int:
     return 1 if result.get("fits") is False else 0
 
 
-def _told(error: Exception) -> str | None:
-    """What a user is told of an error. None: it is a bug, which is shown whole."""
+def _told(error: Exception, out: Path | None) -> str | None:
+    """What a user is told of an error of a command that writes `out`. None: it is a bug, which is
+    shown whole."""
     if isinstance(error, UserError | RunError):
         return str(error)
     if is_disk_full(error):
+        place = getattr(error, "filename", None) or out
         return (
-            "no space left on the disk; free some and run it again: a run goes on from its last"
-            " checkpoint"
+            f"no space left on the disk{f' while writing {place}' if place else ''}; free some and"
+            " run it again: a run goes on from its last checkpoint"
         )
     if isinstance(error, MemoryError):
         return f"not enough memory ({error!s:.120}); give smaller numbers, or a machine with more"

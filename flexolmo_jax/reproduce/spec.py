@@ -60,6 +60,16 @@ class Spec:
                 f" {', '.join(self.public) or 'none'}; expected two or more private domains and a"
                 " public one, all different"
             )
+        for what, names in (
+            ("domains and public", [*self.domains, *self.public]),
+            ("ablations", list(map(str, self.ablations))),
+        ):  # folders and files have these names
+            folded = [name.casefold() for name in names]
+            if alike := [name for name in names if folded.count(name.casefold()) > 1]:
+                raise UserError(
+                    f"{what} have {' and '.join(map(repr, alike))}, one name where capitals make no"
+                    " difference; give each a name of its own"
+                )
         for name in (
             "seeds",
             "workers",

@@ -14,6 +14,7 @@ object store keeps of its objects, so that sealing and checking read no data aga
 import functools
 import hashlib
 import json
+import logging
 import operator
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,8 @@ from flexolmo_jax.storage.paths import (
 )
 from flexolmo_jax.storage.untrusted import JSON_LIMIT, parse_json, read_bytes
 
+# Orbax raises errors and also logs them, each with several tracebacks
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 DIGESTS = "_DIGESTS"
 COMMIT = "commit_success.txt"  # Orbax's, in a bucket
 TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's, in the name of a step that it is writing on a disk

@@ -13,10 +13,8 @@ written and the last to go, and until then `is_whole` says no. Without our mark 
 import contextlib
 import errno
 import os
-import re
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +22,7 @@ from pathlib import Path
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage import lacks
 from flexolmo_jax.storage.locks import locked
-from flexolmo_jax.storage.outputs import UNFINISHED, check_new, check_new_file
+from flexolmo_jax.storage.outputs import TEMPORARY, UNFINISHED, beside, check_new, check_new_file
 from flexolmo_jax.storage.paths import (
     absolute,
     children,
@@ -43,7 +41,6 @@ MARK = (  # what the file UNFINISHED says
 CONTENT = "content"
 # A bucket has no locks. After so many seconds without a change nobody is taken to be writing there.
 GRACE = 3600.0
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 # Told of every change before it is made: tests fail there, or kill the process.
@@ -72,14 +69,12 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(out)
-        if out.exists():  # a mount, for one, cannot be replaced: better told now than at the end
-            os.rename(out, temporary)
-            os.rename(temporary, out)
+        temporary = beside(out)
         temporary.mkdir()
     except OSError as error:
-        place = "a directory in it" if out.exists() else "a place that can be written"
-        raise UserError(f"cannot write {out}: {error.strerror}; choose {place}") from error
+        raise UserError(
+            f"cannot write {out}: {error.strerror}; choose a place that can be written"
+        ) from error
     try:
         with locked(temporary):
             (temporary / UNFINISHED).write_bytes(MARK)
@@ -95,11 +90,6 @@ def new_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
         raise
     finally:
         _remove_temporary(temporary)
-
-
-def _temporary(path: Path) -> Path:
-    """A new name beside `path`, which `_TEMPORARY` matches."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _put_in_place(content: Path, out: Path, *, inside_a_store: bool) -> None:
@@ -187,7 +177,7 @@ def abandoned(directory: Path, name: str | None = None) -> list[Path]:
         return [path for path in places if is_settled(path) and _is_marked(path)]
     found = []
     for path in children(directory):
-        if not _TEMPORARY.fullmatch(path.name) or (name and not path.name.startswith(f".{name}.")):
+        if not TEMPORARY.fullmatch(path.name) or (name and not path.name.startswith(f".{name}.")):
             continue
         if path.is_symlink() or not path.is_dir():
             continue
@@ -261,7 +251,7 @@ def write_together(files: Mapping[Path, tuple[bytes, int]]) -> None:
 
     Raises UserError where one exists already and where they cannot be written.
     """
-    temporaries = {path: _temporary(path) for path in files}
+    temporaries = {path: beside(path) for path in files}
     written: dict[Path, os.stat_result] = {}
     try:
         for path, temporary in temporaries.items():
@@ -326,7 +316,7 @@ def append_bytes(path: Path, content: bytes) -> None:
         with path.open("ab") as file:
             file.write(content)
     elif path.exists():
-        added = _temporary(path)
+        added = beside(path)
         added.write_bytes(content)
         join_objects([path, added], path)
         added.unlink()
@@ -348,7 +338,7 @@ def discard(directory: Path) -> None:
         _put(directory / UNFINISHED, MARK)
         _clear(directory)
         return
-    temporary = _temporary(directory)
+    temporary = beside(directory)
     temporary.mkdir()
     (temporary / UNFINISHED).write_bytes(MARK)
     os.replace(directory, temporary / CONTENT)

@@ -1,12 +1,15 @@
 """Where a command may write: to a new place, outside the directories of other artifacts."""
 
 import os
+import re
+import uuid
 from pathlib import Path
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.paths import absolute, children, in_bucket
 
 UNFINISHED = ".unfinished"  # a file that marks a directory as not finished
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the names of `beside`
 STORE_FILE = "store.json"  # only stores have it
 # Directories that hold exactly their own files, each with the names that identify it.
 _CLOSED = {
@@ -37,13 +40,39 @@ def check_new(out: Path, *, inside_a_store: bool = False) -> None:
         )
     if not inside_a_store:
         _check_outside(out)
+    _check_writable(out)
 
 
 def check_new_file(out: Path) -> None:
-    """Raises UserError if `out` exists, even as a broken link, or lies in an artifact."""
+    """Raises UserError if `out` exists, even as a broken link, lies in an artifact, or cannot be
+    written."""
     if out.exists() if in_bucket(out) else os.path.lexists(out):
         raise UserError(f"{out} exists; give a new file")
     _check_outside(out)
+    _check_writable(out)
+
+
+def _check_writable(out: Path) -> None:
+    """Raises UserError where nothing can be made, or replaced, as far as that can be seen now."""
+    if in_bucket(out):
+        return
+    folder = next(parent for parent in absolute(out).parents if os.path.lexists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "may not be written to" if folder.is_dir() else "is not a folder"
+        raise UserError(f"cannot write {out}: {folder} {what}; choose another place")
+    if out.is_dir():
+        place = absolute(out)
+        try:  # replacing a mount, for one, fails: better told now than after the work
+            os.rename(place, aside := beside(place))
+            os.rename(aside, place)
+        except OSError as error:
+            told = f"cannot replace {out}: {error.strerror}; give a new directory in it"
+            raise UserError(told) from error
+
+
+def beside(path: Path) -> Path:
+    """A new name beside `path`, for what becomes `path`; `abandoned` finds what is left of it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _check_outside(out: Path) -> None:

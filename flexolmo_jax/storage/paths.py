@@ -99,10 +99,9 @@ def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _on_this_machine(text: str) -> Path:
-    if not text or "\0" in text or _SCHEME.match(text):
+    if "\0" in text or _SCHEME.match(text):
         raise UserError(
-            f"got {'the path ' if text else 'an empty path'}{text}; expected one on this machine,"
-            " or in a bucket: gs://bucket/name"
+            f"got the path {text}; expected one on this machine, or in a bucket: gs://bucket/name"
         )
     found = Path(os.path.expanduser(text))
     if f"{text}/".startswith("~/") and found == Path(text):
@@ -257,7 +256,15 @@ def read_range(file: Path, start: int, end: int) -> bytes:
 
 def open_regular(path: Path) -> BinaryIO:
     """Opens a file that others made. Raises OSError for all but a regular file, links included."""
-    return open_to_read(path) if in_bucket(path) else _regular(path, os.O_RDONLY | os.O_NOFOLLOW)
+    if in_bucket(path):
+        return open_to_read(path)
+    try:
+        return _regular(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        remedy = "copy the directory with what its links lead to (cp -rL)"
+        raise OSError(errno.ELOOP, f"it is a link; {remedy}", str(path)) from None
 
 
 def _regular(path: Path, flags: int) -> io.FileIO:

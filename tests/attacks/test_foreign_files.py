@@ -165,10 +165,13 @@ def test_a_config_may_be_a_link_as_mounted_ones_are(sources, tmp_path):
 
 def test_a_checkpoint_may_be_of_links_as_a_hub_cache_is(sources, tmp_path):
     """Promise: what is refused of strangers is no burden for those who use it as it is meant."""
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for file in sources["hf"].iterdir():
-        (snapshot / file.name).symlink_to(file)
+    snapshot, blobs = tmp_path / "snapshots" / "0" / "x", tmp_path / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(sources["hf"].iterdir()):
+        (blobs / f"{number}").symlink_to(file)
+        (blobs / f"also-{number}").symlink_to(f"{number}")
+        (snapshot / file.name).symlink_to(f"../../../blobs/also-{number}")
     assert import_hf(snapshot, tmp_path / "model").experts == ("anchor", "expert1")
 
 

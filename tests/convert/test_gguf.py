@@ -75,6 +75,16 @@ def test_a_family_comes_back_bit_for_bit(family, written, tmp_path, tiny_tokeniz
     assert verify(tmp_path / "model")["verified"]
 
 
+def test_a_file_may_lie_behind_links_as_in_a_hubs_cache(written, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    for folder in (blobs, snapshot):
+        folder.mkdir(parents=True)
+    (blobs / "0123").symlink_to("../model.gguf")
+    (snapshot / "model.gguf").symlink_to("../../blobs/0123")
+    expected = import_gguf(written(), tmp_path / "expected").description
+    assert import_gguf(snapshot / "model.gguf", tmp_path / "out").description == expected
+
+
 TEMPLATE = (
     "{% for m in messages %}{{ bos_token + m['role'] + ': ' + m['content'] + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ bos_token + 'assistant: ' }}{% endif %}"

@@ -279,6 +279,8 @@ def test_studies_that_are_none_are_refused(tmp_path):
     for changes, message in (
         ({"domains": ["code"]}, "expected two or more private domains"),
         ({"domains": ["code", "code"]}, "all different"),
+        ({"domains": ["code", "Code"]}, "'code' and 'Code', one name where capitals"),
+        ({"ablations": {"a": {}, "A": {}}}, "ablations have 'a' and 'A', one name"),
         ({"seeds": 0}, "seeds is 0"),
         (
             {"ablations": {}},

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexolmo_jax.cli import main
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.reproduce.running import alone_at
 from flexolmo_jax.storage.files import new_directory, write_text, write_together
+from flexolmo_jax.storage.outputs import check_new, check_new_file
 from flexolmo_jax.storage.placing import place
 from flexolmo_jax.storage.weights import Reader, save
 
@@ -94,7 +96,7 @@ def test_a_place_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, mo
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(UserError, match="busy; choose a directory in it"), new_directory(out):
+    with pytest.raises(UserError, match="busy; give a new directory in it"), new_directory(out):
         raise AssertionError("the work has begun")
     assert list(tmp_path.iterdir()) == [out]
 
@@ -118,3 +120,26 @@ def test_an_empty_folder_that_is_there_is_filled(tmp_path):
         assert (tmp_path / "out").is_dir()
         (directory / "a").write_text("a")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        for check in (check_new, check_new_file):
+            with pytest.raises(UserError, match="file is not a folder"):
+                check(out)
+    access = os.access  # root may write wherever the file system may
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    for check in (check_new, check_new_file):
+        with pytest.raises(UserError, match=f"{tmp_path} may not be written to"):
+            check(tmp_path / "new" / "x")
+
+
+def test_a_full_disk_is_told_with_the_path(tmp_path, capsys, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("flexolmo_jax.config.load_config", full)
+    assert main(["train", "run.yaml", "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"flexolmo: no space left on the disk while writing {tmp_path}/run; ")
