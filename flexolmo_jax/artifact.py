@@ -295,8 +295,9 @@ def places_of(run: Path, recorded: str) -> Iterator[str | Path]:
 
     There, or where it was as seen from the run, if both were moved or copied.
     """
-    # A bucket is asked last by who is not in one: perhaps it cannot even be read from here.
-    is_far = in_bucket(recorded) and not in_bucket(run)
+    # Another bucket than the run's is asked last: perhaps it cannot even be read from here.
+    bucket = "/".join(recorded.split("/", 3)[:3])
+    is_far = in_bucket(recorded) and not str(run).startswith(f"{bucket}/")
     if not is_far:
         yield recorded
     above = [path for path in absolute(run).parents if bucket_of(path) or not in_bucket(run)]

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from flexolmo_jax.description import canonical_json
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import write_new
-from flexolmo_jax.storage.paths import children, reason
+from flexolmo_jax.storage.paths import children, is_apple_double, reason
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 from .contribution import Contribution
@@ -169,7 +169,9 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = [path]
         if path.is_dir():
-            found = [child for child in children(path) if child.name.lower().endswith(SUFFIX)]
+            inside = children(path, clutter=True)
+            found = [child for child in inside if child.name.lower().endswith(SUFFIX)]
+            found = [child for child in found if not is_apple_double(child)]
             if overlooked := [child for child in found if not child.name.endswith(SUFFIX)]:
                 raise UserError(
                     f"{overlooked[0]} is not read; expected names that end in {SUFFIX}; rename it,"

@@ -32,7 +32,14 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.plain_yaml import parse_yaml
 from flexolmo_jax.storage.files import write_together
 from flexolmo_jax.storage.outputs import check_new_file
-from flexolmo_jax.storage.paths import absolute, children, open_regular, reason, takes_paths
+from flexolmo_jax.storage.paths import (
+    absolute,
+    children,
+    is_apple_double,
+    open_regular,
+    reason,
+    takes_paths,
+)
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 ALGORITHM = "ed25519"
@@ -103,7 +110,8 @@ class Trust:
         """
         if directory is None:
             return cls(signed)
-        paths = children(directory)
+        paths = children(directory, clutter=True)
+        paths = [path for path in paths if not is_apple_double(path)]
         keys: dict[str, str] = {}
         for path in paths:
             if path.name.endswith(PUBLIC):

@@ -157,6 +157,20 @@ def is_clutter(name: str) -> bool:
     return bool(_IS_CLUTTER_FILE(last)) or any(map(_IS_CLUTTER_FOLDER, (*folders, last)))
 
 
+def is_apple_double(path: Path) -> bool:
+    """Whether a file `._x` is what macOS writes beside `x` in archives and on other systems' disks.
+
+    Its content says so: nobody's own file is overlooked for its name.
+    """
+    if not path.name.startswith("._"):
+        return False
+    try:
+        with open_regular(path) as file:
+            return file.read(4) == b"\0\5\x16\7"
+    except OSError:
+        return False
+
+
 def is_there(path: Path) -> bool:
     """Whether a path exists. Unlike `Path.exists`, says no where a folder may not be searched."""
     return path.exists() if in_bucket(path) else os.path.exists(path)

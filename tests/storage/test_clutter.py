@@ -202,16 +202,23 @@ def test_data_is_prepared_as_if_it_were_not_there(tiny_tokenizer, tmp_path):
     assert not has_tokens(tmp_path / "second") and verify(tmp_path / "second")["verified"]
 
 
-def test_keys_and_verdicts_are_read_beside_it(tmp_path):
-    (tmp_path / "keys").mkdir()
+def test_keys_and_verdicts_are_read_beside_it_and_none_is_overlooked_for_its_name(tmp_path):
+    mac = b"\0\5\x16\7\0\2\0\0Mac OS X"
+    for folder in ("keys", "verdicts"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / ".DS_Store").write_bytes(mac)
     keygen(tmp_path / "keys" / "law")
     (tmp_path / "keys" / "law").unlink()
-    (tmp_path / "keys" / "._law.pub").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "keys" / "._law.pub").write_bytes(mac)
     assert list((Trust.of(tmp_path / "keys").keys or {}).values()) == ["law"]
-    (tmp_path / "verdicts").mkdir()
-    for name in ("._law.json", "law.json"):
+    (tmp_path / "verdicts" / "._law.json").write_bytes(mac)
+    for name in ("~$law.json", "._care.json", "law.json"):
         (tmp_path / "verdicts" / name).write_text("{}")
-    assert [path.name for path in _files([tmp_path / "verdicts"])] == ["law.json"]
+    found = [path.name for path in _files([tmp_path / "verdicts"])]
+    assert found == ["._care.json", "law.json", "~$law.json"]
+    keygen(tmp_path / "keys" / "care")
+    (tmp_path / "keys" / "care.pub").rename(tmp_path / "keys" / "._care.pub")
+    assert set((Trust.of(tmp_path / "keys").keys or {}).values()) == {"law", "._care"}
 
 
 def test_an_export_is_imported_beside_it(model, tmp_path):
