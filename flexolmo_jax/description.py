@@ -73,6 +73,14 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Continued:
+    """A run that was trained on with other settings: from after `step`, these keys changed."""
+
+    step: Annotated[int, Field(ge=1)]
+    changed: dict[Text, tuple[Text, Text]]  # what each was, and became
+
+
+@dataclass(frozen=True)
 class Run(_Common):
     run: Literal["anchor", "pair", "router", "joint"]
     tensors: Tensors
@@ -81,6 +89,7 @@ class Run(_Common):
     base_sha256: Digest | None = None  # a router run: digest of that model's description
     data: tuple[str, ...] = ()
     inputs: dict[Text, Input] | None = None  # by the config's key; runs of earlier versions: none
+    lineage: Annotated[tuple[Continued, ...], Field(min_length=1, max_length=1000)] | None = None
 
 
 @dataclass(frozen=True)

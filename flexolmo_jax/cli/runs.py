@@ -24,6 +24,13 @@ _SEVERAL = (
     SET,
     OUT,
     option(
+        "--continue",
+        dest="continues",
+        action="store_true",
+        help="train a run on, with its optimiser's state, though train.steps, optim or data are "
+        "others now",
+    ),
+    option(
         "--profile",
         metavar="START:STOP",
         help="write a profile of these steps into OUT/profile, for xprof",
@@ -53,7 +60,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
         from flexolmo_jax.coordinator.router import train_router as start
     else:
         from flexolmo_jax.train.pretrain import pretrain as start
-    return {"out": str(args.out), **start(run, args.out)}
+    return {"out": str(args.out), **start(run, args.out, continues=args.continues)}
 
 
 @verb(

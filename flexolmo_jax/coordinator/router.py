@@ -121,7 +121,7 @@ def _check_start(start: Artifact, model: Artifact, work: Path) -> None:
 
 
 @takes_paths
-def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
+def train_router(run: RunConfig, out: Path, *, continues: bool = False) -> dict[str, Any]:
     """Runs a router config; see `train.loop.train`.
 
     Raises UserError for a model without experts.
@@ -154,4 +154,4 @@ def train_router(run: RunConfig, out: Path) -> dict[str, Any]:
         load_base=lambda placement: model.params(placement=placement),
         base=base,
     )
-    return train(job, out)
+    return train(job, out, continues)

@@ -43,7 +43,7 @@ TEXT_RECORDS = 2000  # of each source without raw documents, for rows that start
 
 
 @takes_paths
-def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
+def train_pair(run: RunConfig, out: Path, *, continues: bool = False) -> dict[str, Any]:
     """Runs a pair config; see `train.loop.train`."""
     pair = run.pair
     assert pair is not None  # checked by RunConfig
@@ -80,7 +80,7 @@ def train_pair(run: RunConfig, out: Path) -> dict[str, Any]:
         load_base=lambda placement: anchor.params(placement=placement),
         base={"base": str(absolute(anchor.path)), "fingerprint": anchor.fingerprint},
     )
-    return train(job, out)
+    return train(job, out, continues)
 
 
 def model_of_pair(run: RunConfig, anchor: ModelConfig) -> ModelConfig:

@@ -42,9 +42,12 @@ from .step import check_remat, make_step
 from .watchdog import Watchdog
 
 
-def train(job: Job, out: Path) -> dict[str, Any]:
+def train(job: Job, out: Path, continues: bool = False) -> dict[str, Any]:
     """Runs the job to its last step in the directory `out`, from its newest checkpoint if it has
     one.
+
+    `continues`: the run may have other steps, another rate or other data than before. Its
+    optimiser's state stays, and its description says what changed after which step.
 
     Returns the last evaluation: {"step", "tokens", "bits_per_byte": {name: x}}. Raises UserError
     where `out` holds another run, RunError where the loss is not finite; SystemExit after a signal,
@@ -52,7 +55,7 @@ def train(job: Job, out: Path) -> dict[str, Any]:
     """
     every, last = job.config.train, job.config.train.steps
     with ExitStack() as stack:
-        trainer = Trainer(job, out, stack)
+        trainer = Trainer(job, out, stack, continues)
         done = trainer.restore()
         stop_status = trainer.begin(done)
         for number in range(done + 1, last + 1):
@@ -77,7 +80,7 @@ class Trainer:
     """A run's state and its phases, in the order of their calls. `stack` closes what they open, the
     last first."""
 
-    def __init__(self, job: Job, out: Path, stack: ExitStack):
+    def __init__(self, job: Job, out: Path, stack: ExitStack, continues: bool):
         self._job, self._out, self._stack = job, out, stack
         self._accounting = Accounting()
         self._watchdog = stack.enter_context(Watchdog(job.config.train.watchdog))
@@ -92,7 +95,7 @@ class Trainer:
             }
             check_microbatch(job.config, self._mesh.shape)
             check_remat(job.config.train.remat, sharding.platform_of(self._mesh))
-            claim(job, out)
+            claim(job, out, continues)
             self._optimizer = make_optimizer(job.config.optim, job.config.train.steps)
             self._dispatch = make_step(job.model, job.config, self._optimizer, self._mesh)
             self._evaluation = Evaluation(job, self._mesh)

@@ -23,10 +23,14 @@ from .sources import choose_tokenizer, open_sources
 
 
 @takes_paths
-def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
+def pretrain(run: RunConfig, out: Path, *, continues: bool = False) -> dict[str, Any]:
     """Runs an anchor or joint config; see `loop.train`."""
-    if run.train.init:
-        return _continue(run, out)
+    return train(
+        _job_from_weights(run) if run.train.init else _job_from_nothing(run), out, continues
+    )
+
+
+def _job_from_nothing(run: RunConfig) -> Job:
     tokenizer = choose_tokenizer(run.data)
     vocab_size = run.model.vocab_size or -(-tokenizer.vocab_size // 128) * 128
     if vocab_size < tokenizer.vocab_size:
@@ -43,10 +47,10 @@ def pretrain(run: RunConfig, out: Path) -> dict[str, Any]:
         shardings = unflatten({path: placement(path, a.shape) for path, a in shapes.items()})
         return jax.jit(initialise, out_shardings=shardings)(key)
 
-    return _start(run, model, tokenizer, initial, out)
+    return _job(run, model, tokenizer, initial)
 
 
-def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
+def _job_from_weights(run: RunConfig) -> Job:
     start = open_artifact(run.train.init)
     if start.is_pair or (start.config.n_experts > 1) != (run.run == "joint"):
         raise UserError(
@@ -58,21 +62,20 @@ def _continue(run: RunConfig, out: Path) -> dict[str, Any]:
         # Masters are float32 whatever the release dtype: steps of 1e-4 vanish in bfloat16.
         return jax.tree.map(lambda a: a.astype("float32"), start.params(placement=placement))
 
-    return _start(run, start.config, start.tokenizer, initial, out, start)
+    return _job(run, start.config, start.tokenizer, initial, start)
 
 
-def _start(
+def _job(
     run: RunConfig,
     model: ModelConfig,
     tokenizer: Tokenizer,
     initial: Callable[[Placement, Params], Params],
-    out: Path,
     init: Artifact | None = None,
-) -> dict[str, Any]:
+) -> Job:
     run = run.of_model(model)
     batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
-    job = Job(
+    return Job(
         config=run,
         model=model,
         is_trained=lambda path: True,
@@ -83,4 +86,3 @@ def _start(
         heldout=heldout,
         init=init,
     )
-    return train(job, out)

@@ -25,14 +25,17 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.runtime.processes import by_the_first
+from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.checkpoint import StepCheckpoints
 from flexolmo_jax.storage.files import new_directory, write_text
 from flexolmo_jax.storage.outputs import is_whole
 from flexolmo_jax.storage.paths import absolute, check_for_checkpoints, path_of
 
 from .job import Job
+from .optimizer import learning_rate
 
 Inputs = Mapping[str, Mapping[str, str]]
+Changes = dict[str, tuple[str, str]]  # by key: what was, and what is now
 CONFIG = "config.yaml"
 ELSEWHERE = "a new place (--out, or --work where that was given)"
 # Keys that may change when a run is resumed, beside the mesh: none of them changes what is learnt,
@@ -40,13 +43,18 @@ ELSEWHERE = "a new place (--out, or --work where that was given)"
 FREE = {"eval_every", "eval_records", "save_every", "save_minutes", "keep", "log_every"}
 FREE |= {"accumulate", "kernels", "remat", "watchdog", "profile", "allow_hub_embedder"}
 FREE |= {"owner", "domain", "licence", "expires", "sequence"}  # what an owner states
+# keys, by how they begin, that may change where a run is trained on
+CONTINUED = ("train.steps", "optim.", "data.train", "data.eval")
 
 
-def claim(job: Job, out: Path) -> None:
-    """Makes the run's directory, or checks that it holds this very run. Raises UserError where it
-    holds another, or cannot hold its checkpoints."""
+def claim(job: Job, out: Path, continues: bool = False) -> None:
+    """Makes the run's directory, or checks that it holds this very run; with `continues`, this run
+    but for the keys of `CONTINUED`.
+
+    Raises UserError where it holds another, or cannot hold its checkpoints.
+    """
     check_for_checkpoints(out)
-    by_the_first(lambda: _make_or_check(job, out))
+    by_the_first(lambda: _make_or_check(job, out, continues))
     if not (out / CONFIG).exists():
         raise UserError(
             f"{out} is not the same place for all processes of this run; give a directory that all"
@@ -59,6 +67,7 @@ def describe_run(job: Job, out: Path, trained: Params) -> None:
     artifact, and only the same run resumes in it."""
 
     def write() -> None:
+        kept = open_artifact(out).description if (out / DESCRIPTION).exists() else {}
         description = {
             "kind": "run",
             "run": job.config.run,
@@ -67,32 +76,91 @@ def describe_run(job: Job, out: Path, trained: Params) -> None:
             "tensors": describe(trained),
             "inputs": _inputs(job),
             **job.base,
+            **{key: kept[key] for key in ("lineage",) if key in kept},
         }
         write_description(out, description)
 
     by_the_first(write)
 
 
-def _make_or_check(job: Job, out: Path) -> None:
+def _make_or_check(job: Job, out: Path, continues: bool) -> None:
     if is_whole(out) and (out / CONFIG).exists():
         # What was stopped before it began to train has no description.
         kept = open_artifact(out).description if (out / DESCRIPTION).exists() else {}
         now = _inputs(job)
         _check_tokenizer(job, out)
-        _check_config(job, out, kept, now)
         if kept:
             _check_base(job, out, kept)
-        _check_inputs(out, kept.get("inputs", now), now)
+        settings, read = _changed_settings(job, out, kept, now), _changed_inputs(out, kept, now)
+        if continues and (settings or read):
+            _continue(job, out, kept, settings | read)
+        else:
+            _refuse(out, settings, read)
         write_text(out / CONFIG, dump_yaml(job.config))
         return
+    if continues:
+        raise UserError(f"{out} holds no run to train on (--continue); leave --continue out")
     # Whole or not there at all: half a directory, left by a kill, could be claimed by no run.
     with new_directory(out) as directory:
         job.tokenizer.save(directory)
         write_text(directory / CONFIG, dump_yaml(job.config))
 
 
-def _check_config(job: Job, out: Path, kept: Mapping[str, Any], inputs: Inputs) -> None:
-    """Raises UserError for another config, but for paths of what the other checks compare."""
+def _refuse(out: Path, settings: Changes, read: Changes) -> None:
+    """Raises UserError where anything has changed."""
+    if settings:
+        told = (f"{key} ({old:.80}, now {new:.80})" for key, (old, new) in settings.items())
+        on = "; --continue trains a run on with these" if all(map(_may_change, settings)) else ""
+        raise UserError(
+            f"{out} holds a run with another {', '.join(told)}; give the config it was started"
+            f" with, or {ELSEWHERE}{on}"
+        )
+    if read:
+        told = (f"{key}: {old}; now {new}" for key, (old, new) in read.items())
+        raise UserError(
+            f"{out} holds a run that read something else: {'; '.join(told)}; restore what it read,"
+            f" or give {ELSEWHERE}"
+        )
+
+
+def _continue(job: Job, out: Path, kept: Mapping[str, Any], changed: Changes) -> None:
+    """Notes in the run's description what changes after its newest step.
+
+    Raises UserError for changes that would make it another run, and where no step is left.
+    """
+    if other := [key for key in changed if not _may_change(key)]:
+        old, new = changed[other[0]]
+        raise UserError(
+            f"{out} cannot be trained on with another {other[0]} ({old:.80}, now {new:.80});"
+            f" --continue takes {', '.join(CONTINUED)}; give {ELSEWHERE}"
+        )
+    was = load_config(out / CONFIG).optim.router_lr
+    if (was > 0) != (job.config.optim.router_lr > 0):
+        raise UserError(
+            f"{out} has optim.router_lr {was:g}; got {job.config.optim.router_lr:g}; a rate of the"
+            " router's own has to be there from the start, or not at all"
+        )
+    done = _newest(out)
+    if not done or job.config.train.steps <= done:
+        raise UserError(
+            f"{out} has {done} steps, and train.steps is {job.config.train.steps}; to train it on"
+            " give more than it has"
+        )
+    entry = {"step": done, "changed": {key: list(both) for key, both in changed.items()}}
+    lineage = kept.get("lineage", [])
+    if entry not in lineage[-1:]:  # else this was killed right after it was written
+        write_description(out, {**kept, "lineage": [*lineage, entry]})
+    told = ", ".join(f"{key} {old:.80} -> {new:.80}" for key, (old, new) in changed.items())
+    rate = float(learning_rate(job.config.optim, job.config.train.steps)(done))
+    note(f"{out} is trained on from step {done}, at a learning rate of {rate:.3g}: {told}")
+
+
+def _may_change(key: str) -> bool:
+    return key.startswith(CONTINUED)
+
+
+def _changed_settings(job: Job, out: Path, kept: Mapping[str, Any], inputs: Inputs) -> Changes:
+    """Keys with another value, but for paths of what the other checks compare."""
     compared = {"data.tokenizer"}
     if "inputs" in kept:  # runs of earlier versions have none
         compared |= kept["inputs"].keys() | inputs.keys()
@@ -106,13 +174,9 @@ def _check_config(job: Job, out: Path, kept: Mapping[str, Any], inputs: Inputs) 
     # Balance is a microbatch's own: no other number of them adds up to the same loss.
     free = FREE - {"accumulate"} if all(c.optim.load_balance for c in both) else FREE
     old, new = (_settings(config.reading(place), free) for config in both)
-    if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-        shown, now = (_settings(config, free) for config in both)
-        told = (f"{key} ({shown.get(key)!r:.80}, now {now.get(key)!r:.80})" for key in changed)
-        raise UserError(
-            f"{out} holds a run with another {', '.join(told)}; give the config it was started"
-            f" with, or {ELSEWHERE}"
-        )
+    shown, now = (_settings(config, free) for config in both)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return {key: (f"{shown.get(key)!r:.900}", f"{now.get(key)!r:.900}") for key in changed}
 
 
 def _check_base(job: Job, out: Path, description: Mapping[str, Any]) -> None:
@@ -142,28 +206,25 @@ def _check_tokenizer(job: Job, out: Path) -> None:
         )
 
 
-def _check_inputs(out: Path, kept: Inputs, now: Inputs) -> None:
-    """Raises UserError where what the run reads is not what it has learnt from."""
-    told, same_places = [], True
+def _changed_inputs(out: Path, description: Mapping[str, Any], now: Inputs) -> Changes:
+    """What the run reads that is not what it has learnt from."""
+    kept = description.get("inputs", now)
+    changed, same_places = {}, True
     for key in sorted(kept.keys() | now.keys()):
         old, new = (inputs.get(key, {"holds": "nothing"}) for inputs in (kept, now))
         if old.get("sha256") != new.get("sha256"):
             was = f"{old['path']} held {old['holds']}" if "path" in old else "it was not there"
             holds = "others" if old["holds"] == new["holds"] else new["holds"]
             place = new.get("path", old.get("path"))
-            told.append(f"{key}: {was}; now {place} holds {holds}")
+            changed[key] = (was, f"{place} holds {holds}")
             same_places &= place == old.get("path", place)
-    if not told or (same_places and not _has_checkpoints(out)):
-        return
-    raise UserError(
-        f"{out} holds a run that read something else: {'; '.join(told)}; restore what it read, or"
-        f" give {ELSEWHERE}"
-    )
+    return {} if same_places and not _newest(out) else changed
 
 
-def _has_checkpoints(out: Path) -> bool:
+def _newest(out: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
     with StepCheckpoints(out / "checkpoints") as checkpoints:
-        return bool(checkpoints.steps())
+        return max(checkpoints.steps(), default=0)
 
 
 def _settings(config: RunConfig, free: set[str]) -> dict[str, Any]:
