@@ -224,13 +224,17 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
         metavar="A,B,C",
         help="of the experts behind the anchor (default: expert1,expert2,...)",
     ),
+    option(
+        "--dtype",
+        help="bfloat16, float16 or float32 (default: that of most weights); the others are cast",
+    ),
 )
 def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.convert.hub import local_copy
     from flexolmo_jax.convert.importing import import_hf
 
     names = [name for name in args.names.split(",") if name]
-    model = import_hf(local_copy(args.source), args.out, names)
+    model = import_hf(local_copy(args.source), args.out, names, dtype=args.dtype)
     sizes = {"dtype": model.dtype, "active": model.config.n_active}
     return {"out": str(args.out), "experts": list(model.experts), **sizes}
 

@@ -27,7 +27,7 @@ from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.runtime.sharding import batch_over
 from flexolmo_jax.storage.files import clear, new_directory, write_bytes
 from flexolmo_jax.storage.outputs import check_new
-from flexolmo_jax.storage.tensorfile import write_tensors
+from flexolmo_jax.storage.tensorfile import finite, write_tensors
 from flexolmo_jax.train.evaluate import BATCH_SIZE
 
 from .chat import tokens_and_ends, write_tokenizer
@@ -61,8 +61,9 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         which: a run's checkpoint: last, best or a step.
         mesh: the devices that the model is spread over to be scored (default: one device).
 
-    Raises UserError for biases that matter and are not to be dropped, an unknown dtype, and a mesh
-    that does not fit the devices or comes without `eval_data`.
+    Raises UserError for biases that matter and are not to be dropped, an unknown dtype, values that
+    are not finite or beyond the dtype, and a mesh that does not fit the devices or comes without
+    `eval_data`.
     """
     check_new(out)
     clear(out)
@@ -138,7 +139,7 @@ def _write_weights(
         def tensors(entries: Sequence[Entry]) -> Iterator[np.ndarray]:
             for entry in entries:
                 part = arrays["/".join(entry.path)][entry.index or slice(None)]
-                values = np.asarray(part).astype(dtype, copy=False)
+                values = finite(np.asarray(part), entry.name, dtype)
                 yield transposed(values) if entry.transpose else values
                 advance(values.nbytes)
 

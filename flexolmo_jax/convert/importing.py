@@ -6,8 +6,9 @@ of their own or, as transformers 5 holds them in memory, parts of one tensor for
 layer. Nothing is unpickled.
 """
 
+import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from flexolmo_jax.artifact import Artifact
+from flexolmo_jax.config import expect
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import check_expert_name
@@ -25,16 +27,18 @@ from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import clear
 from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute, children, reason
-from flexolmo_jax.storage.tensorfile import TensorFile
+from flexolmo_jax.storage.tensorfile import TensorFile, finite
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 from .chat import BESIDE, read_chat
+from .exporting import DTYPES
 from .families import FAMILIES
 from .hub_config import model_config
 from .huggingface import TOGETHER, Entry, key_table, some, transposed
 from .imported import Source, check_vocabulary, write_model
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = r"(.*)-\d{5}-of-(\d{5})\.safetensors"
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSORS = 1 << 17  # more than any model has, in all files together
@@ -42,14 +46,19 @@ SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
 HEAD = "lm_head.weight"  # some files have it although the config says that it is the embedding
 
 
-def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
+def import_hf(
+    hf_path: Path, out: Path, names: Sequence[str] = (), *, dtype: str | None = None
+) -> Artifact:
     """Writes a model: a dense one, or for a mixture one whose expert 0 is the anchor and whose
     others have these names (default: expert1, expert2, ...).
 
+    `dtype` is that of the weights, by default the one that most of their numbers have.
     Only a few tensors are in memory at once. Raises UserError, naming the config's key, the tensor
-    or the file, for what our model does not compute and for files that config.json does not
-    describe. A warning names tensors with values that are not finite.
+    or the file, for what our model does not compute, for files that config.json does not describe,
+    and for values that are not finite.
     """
+    known = ", ".join(DTYPES)
+    expect(dtype in (None, *DTYPES), "--dtype", dtype, f"one of {known}")
     check_new(out)
     clear(out)
     fields = _read_json(hf_path / "config.json")
@@ -60,7 +69,7 @@ def import_hf(hf_path: Path, out: Path, names: Sequence[str] = ()) -> Artifact:
     beside = {name: _read_json(hf_path / name) for name in BESIDE if (hf_path / name).exists()}
     tokenizer.chat = read_chat(hf_path, beside, tokenizer)
     with ExitStack() as files:
-        checkpoint = _Checkpoint(hf_path, files)
+        checkpoint = _Checkpoint(hf_path, files, dtype)
         table = key_table(config, fields["model_type"])
         values = checkpoint.locate(table, tied=config.tied_head)
         architecture = FAMILIES[fields["model_type"]].architecture
@@ -82,19 +91,22 @@ class _Located(NamedTuple):
     name: str
     start: int  # the first value's place in the tensor
     entry: Entry
+    dtype: str  # that it is imported in
 
     def read(self) -> np.ndarray:
-        """The values, laid out as our leaf has them."""
+        """The values, laid out as our leaf has them. Raises UserError for those that are not
+        finite, or beyond the dtype."""
         values, is_finite = self.file.read_part(self.name, self.start, self.entry.shape)
-        if not is_finite:
-            note(f"warning: {self.name} in {self.file.path} has values that are not finite")
+        if not is_finite or values.dtype != self.dtype:
+            values = finite(values, f"{self.name} in {self.file.path}", self.dtype)
         return transposed(values) if self.entry.transpose else values
 
 
 class _Checkpoint:
     """The safetensors files of a directory."""
 
-    def __init__(self, directory: Path, opened: ExitStack):
+    def __init__(self, directory: Path, opened: ExitStack, dtype: str | None):
+        """`dtype`: that all tensors are cast to; by default that of most numbers."""
         self._directory = directory
         self._files: dict[str, TensorFile] = {}  # by tensor
         for path in _tensor_files(directory):
@@ -111,14 +123,25 @@ class _Checkpoint:
                 raise UserError(
                     f"{directory} has more than {TENSORS} tensors; expected those of one model"
                 )
-        dtypes = {str(file.entries[name].dtype): name for name, file in self._files.items()}
-        if len(dtypes) != 1:
-            found = " and ".join(f"{name} is {dtype}" for dtype, name in sorted(dtypes.items()))
-            raise UserError(
-                f"{directory} has {found or 'no tensors'}; expected all tensors in one dtype; save"
-                " the model in one"
-            )
-        self.dtype = next(iter(dtypes))
+        self.dtype = self._chosen(dtype)
+
+    def _chosen(self, dtype: str | None) -> str:
+        """The dtype to import in. A note says which tensors are cast to it."""
+        if not self._files:
+            raise UserError(f"{self._directory} has no tensors; download the whole checkpoint")
+        names: dict[str, list[str]] = defaultdict(list)
+        numbers = Counter[str]()
+        for name, file in self._files.items():
+            entry = file.entries[name]
+            names[entry.dtype.name].append(name)
+            numbers[entry.dtype.name] += math.prod(entry.shape)
+        dtype = dtype or numbers.most_common(1)[0][0]
+        for other, cast in sorted(names.items()):
+            if other != dtype:
+                note(
+                    f"cast from {other} to {dtype}: {some(cast)}; --dtype float32 keeps every value"
+                )
+        return dtype
 
     def locate(self, table: Sequence[Entry], tied: bool) -> dict[str, list[_Located]]:
         """Where each leaf is, by its path, in the order of its index.
@@ -141,7 +164,7 @@ class _Checkpoint:
                     f"{file.path}: {name} has shape {file.entries[name].shape}; expected {shape} by"
                     f" config.json; {TOGETHER}"
                 )
-            found["/".join(entry.path)].append(_Located(file, name, start, entry))
+            found["/".join(entry.path)].append(_Located(file, name, start, entry, self.dtype))
             used.add(name)
         unexpected = sorted(self._files.keys() - used - ({HEAD} if tied else set()))
         for what, names in (("misses", missing), ("has unexpected", unexpected)):
@@ -180,23 +203,23 @@ def _tensor_files(directory: Path) -> list[Path]:
     """The checkpoint's safetensors files. Raises UserError where some or all are missing."""
     present = [path.name for path in children(directory)]
     found = [name for name in present if name.endswith(".safetensors")]
-    expected = found
-    if INDEX in present:
-        index: dict[str, Any] = {"weight_map": _read_json(directory / INDEX).get("weight_map")}
-        try:
-            conform(_Index, index)
-        except ValueError as error:
-            raise UserError(
-                f"{directory / INDEX} has no weight_map from tensors to files beside it ({error});"
-                " download it again"
-            ) from None
-        expected = sorted(set(index["weight_map"].values()))
-    elif found and (match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", found[0])):
-        expected = [
-            f"{match[1]}-{i:05}-of-{match[2]}.safetensors" for i in range(1, int(match[2]) + 1)
-        ]
+    shards = {name: match.groups() for name in found if (match := re.fullmatch(SHARD, name))}
+    expected = indexed = _indexed(directory / INDEX) if INDEX in present else []
+    if WHOLE in found and WHOLE not in indexed and set(indexed) <= set(found):
+        # transformers reads it first, whatever lies beside it
+        expected = [name for name in found if name not in {*indexed, *shards}]
+    elif not indexed and shards:
+        expected = _of_one_set(directory, set(shards.values()))
+    elif not indexed:
+        expected = found
+    old = [name for name in present if name.startswith("pytorch_model") and name.endswith(".bin")]
+    if passed := [*sorted(set(found) - set(expected)), *(old if found else [])]:
+        note(f"passed over in {directory}: {some(passed)}; the weights are in {some(expected)}")
     if missing := sorted(set(expected) - set(found)):
-        raise UserError(f"{directory} misses {some(missing)}; download the whole checkpoint")
+        raise UserError(
+            f"{directory} misses {some(missing)}; download the whole checkpoint, or remove what"
+            f" does not belong to it ({INDEX}?)"
+        )
     if not expected:
         if pickles := [name for name in present if name.endswith(PICKLES)]:
             raise UserError(
@@ -207,6 +230,30 @@ def _tensor_files(directory: Path) -> list[Path]:
             f"{directory} has no *.safetensors; expected a checkpoint as save_pretrained writes it"
         )
     return [directory / name for name in expected]
+
+
+def _indexed(file: Path) -> list[str]:
+    """The files that an index names."""
+    index: dict[str, Any] = {"weight_map": _read_json(file).get("weight_map")}
+    try:
+        conform(_Index, index)
+    except ValueError as error:
+        raise UserError(
+            f"{file} has no weight_map from tensors to files beside it ({error}); download it again"
+        ) from None
+    return sorted(set(index["weight_map"].values()))
+
+
+def _of_one_set(directory: Path, sets: set[tuple[str, ...]]) -> list[str]:
+    """The shards that belong together, of those that are there without an index."""
+    if len(sets) > 1:
+        told = " and ".join(f"{name}-*-of-{count}" for name, count in sorted(sets))
+        raise UserError(
+            f"{directory} has the shards {told}, and no {INDEX} that says which are the model's;"
+            " remove the others"
+        )
+    ((name, count),) = sets
+    return [f"{name}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -127,13 +127,14 @@ def test_large_tensors_are_read_in_parts(written, monkeypatch):
     assert np.array_equal(whole, parts)
 
 
-def test_values_that_are_not_finite_are_noted_by_name(written, tmp_path, capsys):
+def test_values_that_are_not_finite_are_refused_by_name(written, tmp_path):
     def spoil(fields, tensors):
         tensors["blk.1.ffn_up.weight"][0, 0] = np.nan
 
-    import_gguf(written(change=spoil), tmp_path / "model")
-    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "blk.1.ffn_up.weight" in warning and "not finite" in warning
+    source = written(change=spoil)
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight in .* has the value nan"):
+        import_gguf(source, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def setting(name, value):
