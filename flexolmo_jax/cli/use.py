@@ -188,7 +188,8 @@ def _streamed(model: Any, args: argparse.Namespace, how: dict[str, Any]) -> dict
     from flexolmo_jax.generate import TextStream
 
     (prompt,), tokenizer = args.prompt, model.tokenizer
-    hidden = tokenizer.chat.special_ids(tokenizer) if args.chat and tokenizer.chat else ()
+    in_chat = args.chat and tokenizer.chat
+    hidden = tokenizer.chat.special_ids(tokenizer) if in_chat else tokenizer.end_ids
     stream = TextStream(tokenizer, hidden)
 
     def show(step: int, ids: Any) -> None:
@@ -215,7 +216,8 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
     option(
         "source",
         metavar="HF_DIR",
-        help="config.json, *.safetensors and tokenizer.json; or a name on the hub: org/name",
+        help="config.json and *.safetensors, with tokenizer.json for text; or a name on the hub: "
+        "org/name",
     ),
     option("out", type=path_of),
     option(
@@ -228,13 +230,20 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
         "--dtype",
         help="bfloat16, float16 or float32 (default: that of most weights); the others are cast",
     ),
+    option(
+        "--tokenizer",
+        metavar="PATH",
+        type=path_of,
+        help="a tokenizer.json, or a folder that holds it, in place of the checkpoint's",
+    ),
 )
 def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.convert.hub import local_copy
     from flexolmo_jax.convert.importing import import_hf
 
     names = [name for name in args.names.split(",") if name]
-    model = import_hf(local_copy(args.source), args.out, names, dtype=args.dtype)
+    how = {"dtype": args.dtype, "tokenizer_path": args.tokenizer}
+    model = import_hf(local_copy(args.source), args.out, names, **how)
     sizes = {"dtype": model.dtype, "active": model.config.n_active}
     return {"out": str(args.out), "experts": list(model.experts), **sizes}
 

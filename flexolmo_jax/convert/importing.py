@@ -19,8 +19,8 @@ import numpy as np
 from pydantic import Field
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.config import expect
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.config import ModelConfig, expect
+from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.contribution import check_expert_name
 from flexolmo_jax.runtime.progress import note
@@ -30,7 +30,8 @@ from flexolmo_jax.storage.paths import absolute, children, reason
 from flexolmo_jax.storage.tensorfile import TensorFile, finite
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
-from .chat import BESIDE, read_chat
+from .chat import BESIDE, GENERATION_CONFIG, read_chat
+from .conventions import read_conventions, with_added_tokens
 from .exporting import DTYPES
 from .families import FAMILIES
 from .hub_config import model_config
@@ -47,12 +48,20 @@ HEAD = "lm_head.weight"  # some files have it although the config says that it i
 
 
 def import_hf(
-    hf_path: Path, out: Path, names: Sequence[str] = (), *, dtype: str | None = None
+    hf_path: Path,
+    out: Path,
+    names: Sequence[str] = (),
+    *,
+    dtype: str | None = None,
+    tokenizer_path: Path | None = None,
 ) -> Artifact:
     """Writes a model: a dense one, or for a mixture one whose expert 0 is the anchor and whose
     others have these names (default: expert1, expert2, ...).
 
-    `dtype` is that of the weights, by default the one that most of their numbers have.
+    Args:
+        dtype: of the weights, by default the one that most of their numbers have.
+        tokenizer_path: a tokenizer.json, or a directory with one, in place of the checkpoint's.
+
     Only a few tensors are in memory at once. Raises UserError, naming the config's key, the tensor
     or the file, for what our model does not compute, for files that config.json does not describe,
     and for values that are not finite.
@@ -64,10 +73,7 @@ def import_hf(
     fields = _read_json(hf_path / "config.json")
     config = model_config(fields)
     experts = _names(names, config.n_experts)
-    tokenizer = Tokenizer.load(hf_path)
-    check_vocabulary(tokenizer, config, hf_path)
-    beside = {name: _read_json(hf_path / name) for name in BESIDE if (hf_path / name).exists()}
-    tokenizer.chat = read_chat(hf_path, beside, tokenizer)
+    tokenizer = _tokenizer(hf_path, tokenizer_path, fields, config)
     with ExitStack() as files:
         checkpoint = _Checkpoint(hf_path, files, dtype)
         table = key_table(config, fields["model_type"])
@@ -185,6 +191,35 @@ def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | Non
         return f"{prefix}.down_proj", expert * outputs * inputs, (experts, outputs, inputs)
     start = (2 * expert + (kind == "up")) * outputs * inputs  # an expert's gate, then its up
     return f"{prefix}.gate_up_proj", start, (experts, 2 * outputs, inputs)
+
+
+def _tokenizer(
+    hf_path: Path, given: Path | None, fields: dict[str, Any], config: ModelConfig
+) -> Tokenizer | None:
+    """The tokenizer, with what its publisher says of it: that in `given`, or the checkpoint's own.
+
+    None, with a note, where there is neither.
+    """
+    if given is None and TOKENIZER_FILE not in {path.name for path in children(hf_path)}:
+        note(
+            f"{hf_path} has no {TOKENIZER_FILE}: the model will have weights and logits, and no"
+            " text: no eval, generate, chat or publish; give one with --tokenizer PATH"
+        )
+        return None
+    tokenizer = Tokenizer.load(given or hf_path)
+    if given and tokenizer.digests.keys() > {"tokenizer"}:  # a directory of ours, which says it all
+        check_vocabulary(tokenizer, config, given)
+        return tokenizer
+    folder = given if given and given.is_dir() else hf_path
+    places = {name: folder / name for name in BESIDE}
+    places[GENERATION_CONFIG] = hf_path / GENERATION_CONFIG
+    beside = {name: _read_json(path) for name, path in places.items() if path.exists()}
+    beside["config.json"] = fields
+    tokenizer = with_added_tokens(tokenizer, beside, config.vocab_size)
+    check_vocabulary(tokenizer, config, given or hf_path)
+    tokenizer.chat = read_chat(folder, beside, tokenizer)
+    tokenizer.conventions = read_conventions(folder, beside, tokenizer)
+    return tokenizer
 
 
 def _names(names: Sequence[str], experts: int) -> tuple[str, ...]:

@@ -93,7 +93,6 @@ BAD = {
     "no weights": (without("model.safetensors"), r"no \*.safetensors"),
     "no config": (without("config.json"), "cannot read .*config.json"),
     "no JSON": (spoil_json, "is not JSON"),
-    "no tokenizer": (without("tokenizer.json"), "tokenizer.json"),
     "rope scaling": (setting("rope_parameters", YARN), "rope_parameters"),
     "attention bias": (setting("attention_bias", True), "attention_bias is True"),
     "activation": (setting("hidden_act", "gelu"), "hidden_act is 'gelu'"),

@@ -98,6 +98,19 @@ def test_a_chat_template_comes_with_it(written, tmp_path):
     assert isinstance(model.chat([{"role": "user", "content": "Hello"}], max_new_tokens=4), str)
 
 
+@pytest.mark.parametrize(
+    ("fields", "start"), [({}, []), ({"add_bos_token": False}, []), ({"add_bos_token": True}, [3])]
+)
+def test_texts_begin_with_bos_where_the_file_says_so(written, tmp_path, fields, start):
+    def change(given, tensors):
+        given |= {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+        given["tokenizer.ggml.bos_token_id"] = 3
+
+    model = import_gguf(written(change=change), tmp_path / "model")
+    assert model.tokenizer.start_ids == start and verify(model.path)["verified"]
+    assert ("conventions" in model.description) == bool(start)
+
+
 def test_an_anchor_is_published_from_it(written, tmp_path, corpora):
     model = import_gguf(written(), tmp_path / "model")
     anchor = publish(model.path, [corpora["public"]], tmp_path / "anchor")
