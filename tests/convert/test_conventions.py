@@ -3,6 +3,7 @@ all that is made of a model."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ from flexolmo_jax.data.records import open_records
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.evals.extraction import extract
+from flexolmo_jax.evals.harness import _Adapter
+from flexolmo_jax.evals.mixed import mixed_documents
+from flexolmo_jax.evals.tasks import Request, Task, score
 from flexolmo_jax.exchange.anchor import publish
 from flexolmo_jax.loaded import load
 from tests.attacks.forging import copied
@@ -123,16 +128,81 @@ def test_bits_per_byte_count_every_byte_behind_bos(bos, tmp_path):
 def test_texts_are_generated_from_behind_bos_and_ids_as_they_are(bos):
     model = load(bos)
     tokenizer = model.tokenizer
-    (expected,) = model.generate([[320, *tokenizer.encode(TEXT)]], 6)
-    assert model.generate([TEXT], 6) == [tokenizer.decode(expected)]
-    assert model.generate([""], 6) == [tokenizer.decode(model.generate([[320]], 6)[0])]
+    for text in (TEXT, ""):
+        (expected,) = model.generate([[320, *tokenizer.encode(text)]], 6)
+        assert model.generate([text], 6) == [tokenizer.decode(map(int, expected))]
+
+
+class Seen:
+    """A predictor that keeps what it is asked about."""
+
+    def __init__(self):
+        self.tokens: list[list[int]] = []
+
+    def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        self.tokens += [row[kept > 0].tolist() for row, kept in zip(tokens, segments, strict=True)]
+        return np.ones(tokens.shape, np.float32)
+
+
+def test_requests_of_tasks_begin_with_bos_however_long_they_are(bos):
+    tokenizer, seen = open_artifact(bos).tokenizer, Seen()
+    asked = [(TEXT, " and"), ("", " and"), (TEXT, TEXT)]
+    task = Task("made up", "bpb", [Request(i, 0, *texts, 0) for i, texts in enumerate(asked)])
+    scores = {one.document: one for one in score(seen, tokenizer, 16, task, batch_size=1)}
+    text, end = tokenizer.encode(TEXT), tokenizer.encode(" and")
+    expected = [[320, *(text + end)[-16:]], [320, *end], [320, *(text + text)[-16:]]]
+    assert sorted(seen.tokens) == sorted(expected)
+    assert [-scores[i].log_likelihood for i in range(3)] == [len(end), len(end), min(len(text), 16)]
+
+
+def test_the_harness_scores_and_generates_behind_bos(bos):
+    model = load(bos)
+    adapter = _Adapter(model, (), None, 2)
+    text, end = model.tokenizer.encode(TEXT), model.tokenizer.encode(" and")
+
+    def log_p(ids: list[int], count: int) -> float:
+        logits = model.logits(np.array([ids])).astype(np.float64)[0, :-1]
+        each = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return each[np.arange(len(ids) - 1), ids[1:]][-count:].sum()
+
+    asked = [SimpleNamespace(args=(before, " and")) for before in (TEXT, "")]
+    found = [total for total, _ in adapter.loglikelihood(asked)]
+    expected = [log_p([320, *text, *end], len(end)), log_p([320, *end], len(end))]
+    assert found == pytest.approx(expected, rel=1e-5)
+    (rolling,) = adapter.loglikelihood_rolling([SimpleNamespace(args=(TEXT,))])
+    assert rolling == pytest.approx(log_p([320, *text], len(text)), rel=1e-5)
+    options = {"max_gen_toks": 5}
+    made = adapter.generate_until([SimpleNamespace(args=(TEXT, options))])
+    assert made == model.generate([TEXT], 5)
+
+
+def test_extraction_gives_the_beginnings_of_documents_behind_bos(bos, monkeypatch):
+    model, prompts = load(bos), []
+
+    def generate(self, asked, length, **_):
+        prompts.extend(asked)
+        return [[1] * length for _ in asked]
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    extract(model, [[5, 6, 7, 8]], prefix=2, samples=1, batch_size=1)
+    assert prompts == [[320, 5, 6]]
+
+
+def test_mixed_documents_begin_with_bos_once(bos, corpora, tmp_path):
+    tokenizer, sources = open_artifact(bos).tokenizer, []
+    for domain in ("law", "code"):
+        prepare([corpora[domain]], tokenizer, 32, tmp_path / domain, heldout=0)
+        sources.append(open_records(tmp_path / domain, "train"))
+    for record in mixed_documents(sources[0], sources[1], tokenizer, 4):
+        assert record["tokens"].shape == (32,)
+        assert np.flatnonzero(record["tokens"] == 320).tolist() == [0]
 
 
 @pytest.mark.parametrize("file", ["generation_config", "config"])
 def test_each_of_several_ends_ends_a_completion(checkpoint, tmp_path, file):
     source = checkpoint(DENSE, np.float32)
     plain = load(import_hf(written(source), tmp_path / "plain").path)
-    (whole,) = plain.generate([[5, 6, 7]], 8)
+    whole = [int(i) for i in plain.generate([[5, 6, 7]], 8)[0]]
     end = whole[3]
     written(source, **{file: {"eos_token_id": [0, end, 322]}})
     model = import_hf(source, tmp_path / "model")
@@ -273,8 +343,9 @@ def test_older_files_of_tokens_are_read_as_transformers_reads_them(
     assert f"added to the tokenizer, as the files beside it list them: {new}" in (
         capsys.readouterr().err
     )
-    assert tokenizer.id_of(new) is not None and tokenizer.id_of("<beyond>") is None
-    assert tokenizer.decode([tokenizer.id_of(new), *tokenizer.encode("x")]) == "x"
+    index = tokenizer.id_of(new)
+    assert index is not None and tokenizer.id_of("<beyond>") is None
+    assert tokenizer.decode([index, *tokenizer.encode("x")]) == "x"
 
 
 @pytest.mark.parity
