@@ -43,7 +43,7 @@ EMBEDDER_LIMIT = 1 << 30  # bytes of an embedder's file
 TOKENIZER_PARTS = {
     "tokenizer": "tokenizer",
     "chat": "chat template",
-    "conventions": "publisher's conventions",
+    "conventions": "conventions file",
 }
 ZEROS = "zeros"  # in place of a digest: the bias of an expert that has none is stored as zeros
 

@@ -10,6 +10,7 @@ Texts begin with what the tokenizer.json's own post-processor puts there, as in 
 with BOS where `add_bos_token` is true. What Hugging Face's files say by default is not kept.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,13 +158,22 @@ def _tokens(said: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
             extra += more
     named = {key: _text(value) for key, value in given.items() if re.fullmatch(KEY, key)}
     kept = {key: text for key, text in named.items() if text}
-    return kept, list(dict.fromkeys(text for one in extra if (text := _text(one))))
+    without = list(dict.fromkeys(text for one in extra if (text := _text(one))))
+    return dict(itertools.islice(kept.items(), 64)), without[:1000]
 
 
 def _text(token: Any) -> str:
     """A token's text; "" of what is none."""
     text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) and len(text) <= NAME_LIMIT else ""
+    return text if _is_text(text, NAME_LIMIT) else ""
+
+
+def _is_text(value: Any, most: int) -> bool:
+    """Whether it is Unicode text of at most so many bytes."""
+    try:
+        return isinstance(value, str) and len(value.encode()) <= most
+    except UnicodeEncodeError:
+        return False
 
 
 def _ends(beside: Beside, tokenizer: Tokenizer, left: list[str]) -> list[str]:
@@ -183,12 +193,12 @@ def _ids(beside: Beside, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         key: value
         for key, value in given.items()
-        if value != usual[key] and all(map(_is_id, value if isinstance(value, list) else [value]))
+        if value != usual[key] and _are_ids(value if isinstance(value, list) else [value])
     }
 
 
-def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**24
+def _are_ids(values: list[Any]) -> bool:
+    return len(values) <= 64 and all(type(i) is int and 0 <= i < 2**24 for i in values)
 
 
 def _is_plain(value: Any) -> bool:
@@ -198,7 +208,7 @@ def _is_plain(value: Any) -> bool:
             isinstance(v, list) or not _is_plain(v) for v in value
         )
     if isinstance(value, str):
-        return len(value) <= 1000
+        return _is_text(value, 1000)
     return isinstance(value, int | float) and abs(value) <= 1e18
 
 
@@ -218,7 +228,7 @@ def _templates(directory: Path, beside: Beside, left: list[str]) -> dict[str, st
     for name, template in sorted(found.items()):
         if name == "default":
             continue
-        fits = re.fullmatch(TEMPLATE_NAME, name) and len(template.encode()) <= TEMPLATE_LIMIT
+        fits = re.fullmatch(TEMPLATE_NAME, name) and _is_text(template, TEMPLATE_LIMIT)
         if fits and len(kept) < TEMPLATES:
             kept[name] = template
         else:

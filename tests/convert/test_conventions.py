@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from flexolmo_jax import cli
 from flexolmo_jax.artifact import open_artifact
+from flexolmo_jax.cli.printing import for_terminal
 from flexolmo_jax.convert.exporting import export_hf
 from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.coordinator.merge import merge
@@ -199,15 +201,20 @@ def test_mixed_documents_begin_with_bos_once(bos, corpora, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["generation_config", "config"])
-def test_each_of_several_ends_ends_a_completion(checkpoint, tmp_path, file):
+def test_each_of_several_ends_ends_a_completion(checkpoint, tmp_path, file, capfd):
     source = checkpoint(DENSE, np.float32)
     plain = load(import_hf(written(source), tmp_path / "plain").path)
-    whole = [int(i) for i in plain.generate([[5, 6, 7]], 8)[0]]
+    prompt = plain.tokenizer.encode(TEXT)
+    whole = [int(i) for i in plain.generate([prompt], 8)[0]]
     end = whole[3]
     written(source, **{file: {"eos_token_id": [0, end, 322]}})
     model = import_hf(source, tmp_path / "model")
     assert model.tokenizer.end_ids == [0, end, 322]
-    assert load(model.path).generate([[5, 6, 7]], 8) == [whole[: whole.index(end)]]
+    assert load(model.path).generate([prompt], 8) == [whole[: whole.index(end)]]
+    capfd.readouterr()
+    assert cli.main(["generate", str(model.path), "--prompt", TEXT, "--max-new-tokens", "8"]) == 0
+    text = TEXT + model.tokenizer.decode(whole[: whole.index(end)])
+    assert capfd.readouterr().out.removesuffix("\n") == for_terminal(text)
     export_hf(model.path, tmp_path / "back")
     generation = json.loads((tmp_path / "back/generation_config.json").read_text())
     assert generation["eos_token_id"] == [0, end, 322]
@@ -299,9 +306,7 @@ def test_other_conventions_are_another_anchor_and_changed_ones_are_refused(
     assert len(set(fingerprints)) == 2
     copy = copied(tmp_path / "anchor0", tmp_path / "copy")
     (copy / CONVENTIONS_FILE).write_bytes((tmp_path / "anchor1" / CONVENTIONS_FILE).read_bytes())
-    with pytest.raises(
-        UserError, match="its publisher's conventions is not the one of its description"
-    ):
+    with pytest.raises(UserError, match="its conventions file is not the one of its description"):
         verify(copy)
     (copy / CONVENTIONS_FILE).write_text("{}")
     with pytest.raises(UserError, match=r"conventions\.json is damaged"):
