@@ -94,18 +94,22 @@ def with_added_tokens(tokenizer: Tokenizer, beside: Beside, vocab_size: int) -> 
     else:
         older = beside.get(ADDED_TOKENS, {})
         named = [(str(i), {"content": name}) for name, i in older.items() if type(i) is int]
-    missing = {
-        int(i): token
-        for i, token in named
-        if (name := _text(token)) and tokenizer.id_of(name) is None
-        # what is beyond the model, or another token's, it cannot be
-        if re.fullmatch("[0-9]{1,8}", i) and vocab_size > int(i) not in tokenizer.ids
-    }
-    if not missing:
-        return tokenizer
+    taken, missing, left = tokenizer.ids, {}, []
+    for i, token in named:
+        if not (name := _text(token)) or tokenizer.id_of(name) is not None:
+            continue
+        if re.fullmatch("[0-9]{1,8}", i) and vocab_size > int(i) not in taken:
+            missing[int(i)] = token
+        else:
+            left.append(name)
     names = [_text(token) for token in missing.values()]
-    note(f"added to the tokenizer, as the files beside it list them: {', '.join(names):.300}")
-    return tokenizer.with_added(missing)
+    if names:
+        note(f"added to the tokenizer, as the files beside it list them: {', '.join(names):.300}")
+    if left:
+        note(
+            f"not added, for another token has their ids or the model none: {', '.join(left):.300}"
+        )
+    return tokenizer.with_added(missing) if missing else tokenizer
 
 
 def written(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, dict[str, Any]]:
@@ -165,7 +169,7 @@ def _tokens(said: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
 def _text(token: Any) -> str:
     """A token's text; "" of what is none."""
     text = token.get("content") if isinstance(token, dict) else token
-    return text if _is_text(text, NAME_LIMIT) else ""
+    return str(text) if _is_text(text, NAME_LIMIT) else ""
 
 
 def _is_text(value: Any, most: int) -> bool:

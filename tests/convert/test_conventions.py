@@ -344,10 +344,9 @@ def test_older_files_of_tokens_are_read_as_transformers_reads_them(
     tokenizer = import_hf(source, tmp_path / "model").tokenizer
     bos = "<|b|>" if listed else BOS
     assert tokenizer.conventions.tokens == {"bos_token": bos, "eos_token": "<|a|>"}
-    new = "<tool>" if listed else "<old>"
-    assert f"added to the tokenizer, as the files beside it list them: {new}" in (
-        capsys.readouterr().err
-    )
+    new, told = "<tool>" if listed else "<old>", capsys.readouterr().err
+    assert f"added to the tokenizer, as the files beside it list them: {new}" in told
+    assert ("not added" in told and "<beyond>" in told) == (not listed)
     index = tokenizer.id_of(new)
     assert index is not None and tokenizer.id_of("<beyond>") is None
     assert tokenizer.decode([index, *tokenizer.encode("x")]) == "x"
