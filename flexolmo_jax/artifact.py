@@ -1,7 +1,8 @@
 """A training run, a published anchor or a merged model, opened and loaded the same way.
 
 Each is a directory with a description (`flexolmo.json`), the tokenizer, a chat template if there is
-one (`chat.json`), and its weights as an Orbax checkpoint:
+one (`chat.json`), what else its publisher says of it (`conventions.json`), and its weights as an
+Orbax checkpoint:
 
     RUN      config.yaml  checkpoints/<step>/  metrics.jsonl
     ANCHOR   weights/     embedder/            public/ (packed public records for owners)
@@ -90,10 +91,21 @@ class Artifact:
         """What a model keeps of each contribution in it, in the order of its experts."""
         return tuple(self.description.get("members", ()))
 
+    @property
+    def own_tokenizer(self) -> Tokenizer | None:
+        """None of a model that was imported without one."""
+        has_one = self.kind == "run" or "tokenizer" in self.description
+        return self.tokenizer if has_one else None
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """With the chat template. Raises UserError for others than those of the description, or too
-        large a tokenizer."""
+        """With chat template and conventions. Raises UserError where there is none, for others than
+        those of the description, and for too large a tokenizer."""
+        if self.kind != "run" and "tokenizer" not in self.description:
+            raise UserError(
+                f"{self.path} has no tokenizer: it was imported without one; import it again with"
+                " `import-hf --tokenizer PATH`, a tokenizer.json or a folder that holds it"
+            )
         tokenizer = Tokenizer.load(self.path)
         if self.kind != "run":  # whose description names none
             integrity.check_tokenizer(self.path, tokenizer, self.description)

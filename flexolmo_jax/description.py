@@ -108,6 +108,7 @@ class Anchor(_Common):
     fingerprint: Digest
     public_sha256: Digest | None = None
     chat: Digest | None = None
+    conventions: Digest | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Parts:
     embedder: Digest | None = None
     public: Digest | None = None
     chat: Digest | None = None
+    conventions: Digest | None = None
 
 
 @dataclass(frozen=True)
@@ -159,14 +161,15 @@ class Tuned:
 @dataclass(frozen=True)
 class Model(_Common):
     tensors: Tensors
-    tokenizer: Digest
     members: tuple[Member | FlatMember, ...]
     fingerprint: Digest | None
     # None: assembled from dense models; then each tensor has its digest in `tensors`
     anchor: Parts | DigestedTensors | None = None
     imported: Text | None = None
+    tokenizer: Digest | None = None  # an imported model may have none
     router: Tuned | None = None
     chat: Digest | None = None
+    conventions: Digest | None = None
     files: dict[str, Digest] | None = None  # of format 1
 
 

@@ -1,9 +1,9 @@
 """Checks an anchor's or a model's files against its description: names, digests, fingerprint.
 
 An anchor's fingerprint is the digest of its parts: its architecture, every tensor's dtype, shape
-and SHA-256, the tokenizer, the chat template, the embedder and the public training records (not the
-held-out ones). A merged model keeps its anchor's parts, so its trunk and its expert 0 are checked
-against the same fingerprint.
+and SHA-256, the tokenizer, the chat template, its publisher's conventions, the embedder and the
+public training records (not the held-out ones). A merged model keeps its anchor's parts, so its
+trunk and its expert 0 are checked against the same fingerprint.
 
 The bytes that are checked must be the bytes that are used. Zarr's and Orbax's own files decide how
 weights are read, so they must equal what weights.py writes for the described tensors, and the
@@ -21,6 +21,7 @@ import numpy as np
 
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.chat import CHAT_FILE
+from flexolmo_jax.data.conventions import CONVENTIONS_FILE
 from flexolmo_jax.data.records import Index, open_records
 from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.description import DESCRIPTION, canonical_json
@@ -38,7 +39,12 @@ MATRICES = ("gate", "up", "down")
 # keys of a model's config that a merge decides
 OF_MERGES = ("n_experts", "n_active", "router_bias")
 EMBEDDER_LIMIT = 1 << 30  # bytes of an embedder's file
-TOKENIZER_PARTS = {"tokenizer": "tokenizer", "chat": "chat template"}  # keys of a description
+# keys of a description
+TOKENIZER_PARTS = {
+    "tokenizer": "tokenizer",
+    "chat": "chat template",
+    "conventions": "conventions file",
+}
 ZEROS = "zeros"  # in place of a digest: the bias of an expert that has none is stored as zeros
 
 
@@ -48,7 +54,8 @@ def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> No
     Raises UserError that names the first difference from its description.
     """
     check_files(path, description, config)
-    check_tokenizer(path, Tokenizer.load(path), description)
+    if "tokenizer" in description:
+        check_tokenizer(path, Tokenizer.load(path), description)
     if description["kind"] == "anchor":
         _check_anchor(path, description)
     elif description["fingerprint"] is not None and not is_of_its_anchor(description):
@@ -66,7 +73,8 @@ def check(path: Path, description: Mapping[str, Any], config: ModelConfig) -> No
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer, description: Mapping[str, Any]) -> None:
-    """Raises UserError unless tokenizer and chat template are those of a description."""
+    """Raises UserError unless tokenizer, chat template and conventions are those of a
+    description."""
     for key, what in TOKENIZER_PARTS.items():
         if tokenizer.digests.get(key) != description.get(key):
             raise UserError(f"{path}: its {what} is not the one of its description; fetch it again")
@@ -183,9 +191,9 @@ def _sizes(
                 " model's config says; do not use it"
             )
     target = layouts(config, tensors)
-    sizes: dict[str, int | None] = {DESCRIPTION: None, TOKENIZER_FILE: None}
-    if "chat" in description:
-        sizes[CHAT_FILE] = None
+    sizes: dict[str, int | None] = {DESCRIPTION: None}
+    described = {"tokenizer": TOKENIZER_FILE, "chat": CHAT_FILE, "conventions": CONVENTIONS_FILE}
+    sizes |= {file: None for key, file in described.items() if key in description}
     sizes |= {f"weights/{name}": len(content) for name, content in metadata_files(target).items()}
     for array, layout in target.items():
         names = (f"weights/{shard_name(array, index)}" for index in layout.indices())
@@ -218,7 +226,7 @@ def parts_of(description: Mapping[str, Any]) -> dict[str, Any]:
         return dict(description["anchor"])
     parts = {key: description[key] for key in ("model", "tensors", "tokenizer")}
     parts["embedder"] = description["embedder"]["sha256"]
-    optional = {"public": "public_sha256", "chat": "chat"}
+    optional = {"public": "public_sha256", "chat": "chat", "conventions": "conventions"}
     parts |= {part: description[key] for part, key in optional.items() if key in description}
     return parts
 

@@ -93,6 +93,7 @@ class LoadedModel:
     ) -> list[str] | list[list[int]]:
         """The completions of the prompts, without the prompts: text for text, ids for ids.
 
+        A text begins with the model's BOS, if its texts do; ids are taken as they are.
         The sampling values are those of `Sampling`; by default it is greedy. `without` and `active`
         are as in `logits`, `on_token` is as in `Generator.generate`. Raises UserError.
         """
@@ -100,19 +101,21 @@ class LoadedModel:
             raise UserError(f"prompts are {prompts!r:.80}; expected a list, also of one")
         k, allowed = self.selection(without, active)
         self.check_batch(len(prompts))
-        tokenizer, ids = self.tokenizer, []
+        ids = []
         for number, prompt in enumerate(prompts):
             if isinstance(prompt, str):
                 _check_unicode(number, prompt)
-                ids.append(tokenizer.encode(prompt))
+                ids.append([*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)])
             else:
                 ids.append(list(prompt))
         sampling = Sampling(temperature, top_k, top_p, seed)
+        own = self.artifact.own_tokenizer
+        ends = own.end_ids if own else ()
         completions = self._generator.generate(
-            ids, max_new_tokens, (k, allowed), sampling, on_token
+            ids, max_new_tokens, (k, allowed), sampling, on_token, ends
         )
         if all(isinstance(prompt, str) for prompt in prompts):
-            return [tokenizer.decode(ids) for ids in completions]
+            return [self.tokenizer.decode(ids) for ids in completions]
         return completions
 
     def chat(  # noqa: PLR0913 - a model call
@@ -160,8 +163,10 @@ class LoadedModel:
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        tokenizer = self.tokenizer
-        decoder = Decoder(self.config, self.params, tokenizer.vocab_size, tokenizer.eos_id)
+        vocabulary, eos_id = self.config.vocab_size, -1
+        if own := self.artifact.own_tokenizer:
+            vocabulary, eos_id = own.vocab_size, own.eos_id
+        decoder = Decoder(self.config, self.params, vocabulary, eos_id)
         return Generator(decoder, self.mesh, self.kernels, self.dtype)
 
     def check_batch(self, size: int) -> None:

@@ -203,7 +203,8 @@ def _streamed(model: Any, args: argparse.Namespace, how: dict[str, Any]) -> dict
     from flexolmo_jax.generate import TextStream
 
     (prompt,), tokenizer = args.prompt, model.tokenizer
-    hidden = tokenizer.chat.special_ids(tokenizer) if args.chat and tokenizer.chat else ()
+    in_chat = args.chat and tokenizer.chat
+    hidden = tokenizer.chat.special_ids(tokenizer) if in_chat else tokenizer.end_ids
     stream = TextStream(tokenizer, hidden)
 
     def show(step: int, ids: Any) -> None:
@@ -230,7 +231,8 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
     option(
         "source",
         metavar="HF_DIR",
-        help="config.json, *.safetensors and tokenizer.json; or a name on the hub: org/name",
+        help="config.json and *.safetensors, with tokenizer.json for text; or a name on the hub: "
+        "org/name",
     ),
     option("out", type=path_of),
     option(
@@ -247,6 +249,16 @@ def _selection(args: argparse.Namespace) -> dict[str, Any]:
         metavar="NAME=HF_DIR",
         help="name the expert whose matrices are those of this checkpoint of one expert; repeat",
     ),
+    option(
+        "--dtype",
+        help="bfloat16, float16 or float32 (default: that of most weights); the others are cast",
+    ),
+    option(
+        "--tokenizer",
+        metavar="PATH",
+        type=path_of,
+        help="a tokenizer.json, or a folder that holds it, in place of the checkpoint's",
+    ),
 )
 def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.convert.hub import local_copy
@@ -259,7 +271,8 @@ def _import_hf(args: argparse.Namespace) -> dict[str, Any]:
         if not equals or name in match:
             raise UserError(f"--match is {given!r:.100}; expected NAME=HF_DIR, and each name once")
         match[name] = local_copy(source)
-    model = import_hf(local_copy(args.source), args.out, names, match)
+    how = {"match": match, "dtype": args.dtype, "tokenizer_path": args.tokenizer}
+    model = import_hf(local_copy(args.source), args.out, names, **how)
     sizes = {"dtype": model.dtype, "active": model.config.n_active}
     return {"out": str(args.out), "experts": list(model.experts), **sizes}
 

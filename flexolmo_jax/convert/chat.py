@@ -2,7 +2,9 @@
 
 chat_template.jinja       the template; else tokenizer_config.json has it
 tokenizer_config.json     the special tokens that a template may name: bos_token, ...
-generation_config.json    eos_token_id: the tokens that end a turn, beside eos_token
+special_tokens_map.json   the same in older checkpoints
+generation_config.json    eos_token_id: the tokens that end a turn, beside eos_token; without it
+                          config.json has them
 """
 
 from collections.abc import Mapping
@@ -10,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.data.chat import TEMPLATE_LIMIT, TOKEN_NAMES, Chat, make_chat
-from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.storage.paths import absolute, reason
 from flexolmo_jax.storage.untrusted import read_bytes
 
 TEMPLATE = "chat_template.jinja"
-BESIDE = TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+BESIDE = TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, GENERATION_CONFIG = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 
 
 def read_chat(
@@ -26,7 +32,7 @@ def read_chat(
     """The chat of a checkpoint; None where it has no template.
 
     Args:
-        beside: the contents of those files of BESIDE that are there.
+        beside: the contents of config.json and of those files of BESIDE that are there.
 
     Raises:
         UserError: naming the file, for a template that is too large or malformed, for tokens that
@@ -35,37 +41,59 @@ def read_chat(
     config = beside.get(TOKENIZER_CONFIG, {})
     file, template = directory / TEMPLATE, None
     if file.exists():
-        template = _read_text(file)
+        template = read_text(file)
     elif "chat_template" in config:
         file = directory / TOKENIZER_CONFIG
         template = _chosen(file, config["chat_template"])
     if template is None:
         return None
-    tokens = _tokens(directory / TOKENIZER_CONFIG, config)
+    tokens = _tokens(directory / TOKENIZER_CONFIG, special_tokens(beside))
     given = beside.get(GENERATION_CONFIG, {}).get("eos_token_id")
     ends = _names(directory / GENERATION_CONFIG, given, tokenizer)
+    if given is None:
+        special = {token.content for token in tokenizer.added_tokens.values()}
+        names, _ = known_ends(beside["config.json"], tokenizer)
+        ends = [name for name in names if name in special]
     if "eos_token" in tokens:
         ends.append(tokens["eos_token"])
     return make_chat(template, tokens, ends, tokenizer, str(file))
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    """Writes `tokenizer.json`, and the file of the template where there is one."""
-    tokenizer.save(directory / TOKENIZER_FILE)
-    if tokenizer.chat:
-        write_text(directory / TEMPLATE, tokenizer.chat.template)
+def special_tokens(beside: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """tokenizer_config.json with special_tokens_map.json.
+
+    As in transformers, the map goes first where the config does not list added tokens.
+    """
+    config, older = beside.get(TOKENIZER_CONFIG, {}), beside.get(SPECIAL_TOKENS, {})
+    if "added_tokens_decoder" in config:
+        return {**older, **config}
+    return {**config, **older}
 
 
-def tokens_and_ends(tokenizer: Tokenizer) -> tuple[dict[str, str], int | list[int]]:
-    """The special tokens of a `tokenizer_config.json`, and `eos_token_id` for generation."""
-    if chat := tokenizer.chat:
-        ends = chat.end_ids(tokenizer)
-        return dict(chat.tokens), ends if len(ends) > 1 else ends[0]
-    eos, pad = tokenizer.eos_id, tokenizer.pad_id
-    return {"eos_token": tokenizer.token(eos), "pad_token": tokenizer.token(pad)}, eos
+def known_ends(config: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[str], list[Any]]:
+    """The tokens of `eos_token_id`, and what is in it that the tokenizer does not have."""
+    ids, known = config.get("eos_token_id"), tokenizer.ids
+    given = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    names = [tokenizer.token(i) for i in given if type(i) is int and i in known]
+    unknown = [i for i in given if not (type(i) is int and i in known)]
+    return list(dict.fromkeys(names)), unknown
 
 
-def _read_text(file: Path) -> str:
+def named_templates(templates: Any) -> dict[str, str]:
+    """The templates of a list with names; none of anything else."""
+    try:
+        found = {entry["name"]: entry["template"] for entry in templates}
+    except (TypeError, KeyError):
+        return {}
+    return {
+        name: text
+        for name, text in found.items()
+        if isinstance(name, str) and isinstance(text, str)
+    }
+
+
+def read_text(file: Path) -> str:
+    """The text of a template's file. Raises UserError."""
     try:
         return read_bytes(absolute(file), TEMPLATE_LIMIT).decode("utf-8")
     except OSError as error:
@@ -79,8 +107,7 @@ def _chosen(file: Path, templates: Any) -> str | None:
     if templates is None or isinstance(templates, str):
         return templates
     try:
-        named = {entry["name"]: entry["template"] for entry in templates}
-        chosen = named.get("default")
+        chosen = {entry["name"]: entry["template"] for entry in templates}.get("default")
     except (TypeError, KeyError):
         chosen = templates
     if chosen is not None and not isinstance(chosen, str):

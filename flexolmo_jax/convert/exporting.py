@@ -19,21 +19,22 @@ import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact
 from flexolmo_jax.config import MeshConfig, ModelConfig
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.integrity import MATRICES, name_of_tensor
 from flexolmo_jax.loaded import load
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.runtime.sharding import batch_over
-from flexolmo_jax.storage.files import clear, new_directory, write_bytes
+from flexolmo_jax.storage.files import clear, new_directory, write_bytes, write_text
 from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import takes_paths
-from flexolmo_jax.storage.tensorfile import write_tensors
+from flexolmo_jax.storage.tensorfile import finite, write_tensors
 from flexolmo_jax.train.evaluate import BATCH_SIZE
 
 from .card import model_card, rows_advice
-from .chat import tokens_and_ends, write_tokenizer
+from .chat import TEMPLATE
+from .conventions import write_templates, written
 from .hub_config import hf_config
 from .huggingface import Entry, check_bias, key_table, transposed
 from .identity import KEY, Tensors, by_expert, described, note_of
@@ -65,8 +66,9 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         which, anchor: as in `load`.
         mesh: the devices that the model is spread over to be scored (default: one device).
 
-    Raises UserError for biases that matter and are not to be dropped, an unknown dtype, and a mesh
-    that does not fit the devices or comes without `eval_data`.
+    Raises UserError for biases that matter and are not to be dropped, an unknown dtype, values that
+    are not finite or beyond the dtype, and a mesh that does not fit the devices or comes without
+    `eval_data`.
     """
     check_new(out)
     clear(out)
@@ -77,10 +79,10 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     bias = np.asarray(arrays["experts/bias"][:]) if "experts/bias" in arrays else np.zeros((1, 1))
     lowest = check_bias(bias, drop_bias)
     scores = _scores(artifact, which, eval_data, mesh) if bias.any() and eval_data else {}
-    configs = _configs(config, artifact.tokenizer, dtype)
+    configs = _configs(config, artifact.own_tokenizer, dtype)
     files = shards(_table(artifact, config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
-        write_tokenizer(directory, artifact.tokenizer)
+        _write_tokenizer(directory, artifact.own_tokenizer)
         total, others = _write_weights(directory, files, arrays, dtype)
         if others:
             configs["config.json"][KEY] = note_of(artifact, others)
@@ -112,19 +114,22 @@ def _check_options(
         )
 
 
-def _configs(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, dict[str, Any]]:
+def _configs(
+    config: ModelConfig, tokenizer: Tokenizer | None, dtype: str
+) -> dict[str, dict[str, Any]]:
     """The contents of the JSON files beside the weights, by name."""
-    eos, pad = tokenizer.eos_id, tokenizer.pad_id
-    tokens, ends = tokens_and_ends(tokenizer)
-    return {
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": config.max_seq_len,
-            **tokens,
-        },
-        "generation_config.json": {"eos_token_id": ends, "pad_token_id": pad, "do_sample": False},
-        "config.json": hf_config(config, dtype=dtype, eos_token_id=eos, pad_token_id=pad),
-    }
+    files = written(tokenizer, config.max_seq_len) if tokenizer else {}
+    return files | {"config.json": hf_config(config, dtype=dtype) | files.get("config.json", {})}
+
+
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer | None) -> None:
+    """Writes `tokenizer.json`, and the files of chat templates."""
+    if tokenizer is None:
+        return
+    tokenizer.save(directory / TOKENIZER_FILE)
+    if tokenizer.chat:
+        write_text(directory / TEMPLATE, tokenizer.chat.template)
+    write_templates(directory, tokenizer)
 
 
 def _table(artifact: Artifact, config: ModelConfig) -> list[Entry]:
@@ -147,7 +152,7 @@ def _write_weights(
             for entry in entries:
                 path = "/".join(entry.path)
                 part = arrays[path][entry.index or slice(None)]
-                values = np.asarray(part).astype(dtype, copy=False)
+                values = finite(np.asarray(part), entry.name, dtype)
                 for layer, expert, each in by_expert(path, entry.index, values):
                     if expert > 0:
                         others[expert][name_of_tensor(path, layer)] = described(each)

@@ -69,7 +69,7 @@ class GgufFile:
         self._file.close()
 
     def read(self, name: str, dtype: Any = ml_dtypes.bfloat16) -> tuple[np.ndarray, bool]:
-        """Returns a tensor, and whether all its values are finite."""
+        """Returns a tensor in a dtype, and whether all its values are finite there."""
         tensor = self.tensors[name]
         values = np.empty((math.prod(tensor.shape[:-1]), tensor.shape[-1]), dtype)
         rows, is_finite = max(1, BLOCK // max(tensor.shape[-1], 1)), True
@@ -78,8 +78,8 @@ class GgufFile:
             begin = tensor.begin + start * tensor.row_bytes
             content = np.frombuffer(self._read(begin, count * tensor.row_bytes), np.uint8)
             floats = _floats(content.reshape(count, tensor.row_bytes), tensor.type)
-            is_finite = is_finite and bool(np.isfinite(floats).all())
             values[start : start + count] = floats
+            is_finite = is_finite and bool(np.isfinite(values[start : start + count]).all())
         return values.reshape(tensor.shape), is_finite
 
     def _read(self, begin: int, size: int) -> bytes:

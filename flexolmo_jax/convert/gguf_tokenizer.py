@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexolmo_jax.data.chat import Chat, make_chat
+from flexolmo_jax.data.conventions import Conventions
 from flexolmo_jax.data.tokenizer import PRE_TOKENS, Tokenizer
 from flexolmo_jax.errors import UserError
 
@@ -79,6 +80,9 @@ def tokenizer_of(fields: Mapping[str, Any], where: Path) -> Tokenizer:
     backend = _backend(RULES[rule], tokens, types, _list(fields, where, "merges", str))
     tokenizer = Tokenizer(json.dumps(backend, ensure_ascii=False), str(where))
     tokenizer.chat = _chat(fields, where, tokens, tokenizer)
+    bos = fields.get(PREFIX + "bos_token_id")
+    if fields.get(PREFIX + "add_bos_token") is True and type(bos) is int and 0 <= bos < len(tokens):
+        tokenizer.conventions = Conventions(start=(tokens[bos],))
     return tokenizer
 
 

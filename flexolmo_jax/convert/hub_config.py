@@ -14,16 +14,26 @@ from .families import FAMILIES, Family, family_of
 
 # FFNs of all layers and experts: a model's description has no room for the digests of more
 BLOCKS = 1 << 15
-# What our model computes and has no setting for. A key that is absent has this value in
-# transformers too.
-FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "clip_qkv": None,
-    "partial_rotary_factor": None,
-    "decoder_sparse_step": 1,
+WHOLE = 28  # Qwen's layers without a window, where config.json has no max_window_layers
+TYPES = ("full_attention", "sliding_attention")
+# What our model computes and has no setting for: the values of a key that say so, the usual one
+# first. A key that is absent has it in transformers too. The last ones no class of these families
+# reads; a publisher who sets them means another model.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "clip_qkv": (None,),
+    "partial_rotary_factor": (None, 1),
+    "decoder_sparse_step": (1,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "embedding_multiplier": (None, 1),
+    "residual_multiplier": (None, 1),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
 }
+Kind = Literal["default", "linear", "llama3", "yarn"]
 
 Positive = Annotated[float, Field(gt=0, le=1e12)]
 Length = Annotated[int, Field(ge=1, le=LARGEST["max_seq_len"])]
@@ -33,8 +43,8 @@ Length = Annotated[int, Field(ge=1, le=LARGEST["max_seq_len"])]
 class RopeParameters:
     """`rope_parameters` of transformers 5, `rope_scaling` of 4."""
 
-    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
-    type: Literal["default", "linear", "llama3", "yarn"] | None = None  # an older name
+    rope_type: Kind | None = None
+    type: Kind | None = None  # an older name
     rope_theta: Positive | None = None
     factor: Positive | None = None
     original_max_position_embeddings: Length | None = None
@@ -43,14 +53,16 @@ class RopeParameters:
     beta_fast: Positive | None = None
     beta_slow: Positive | None = None
     attention_factor: Positive | None = None
-    truncate: Literal[True] = True
+    truncate: Literal[True] | None = True
+    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+    finetuned: bool | None = None  # says nothing of what is computed
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeByType:
-    """`rope_parameters` of OLMo 3."""
+    """`rope_parameters` of OLMo 3; of others, where they are the same for all layers."""
 
-    full_attention: RopeParameters
+    full_attention: RopeParameters | None = None
     sliding_attention: RopeParameters | None = None
 
 
@@ -69,6 +81,7 @@ class Fields:
     initializer_range: Positive | None = None
     rope_theta: Positive | None = None  # of transformers 4
     rope_scaling: RopeParameters | None = None  # the same
+    original_max_position_embeddings: Length | None = None  # goes before that of the scaling
     rope_parameters: RopeParameters | RopeByType | None = None
     head_dim: Annotated[int, Field(ge=1, le=2**12)] | None = None
     tie_word_embeddings: bool | None = None
@@ -122,8 +135,8 @@ def hf_config(
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
-        "hidden_act": FIXED["hidden_act"],
-        "attention_bias": FIXED["attention_bias"],
+        "hidden_act": FIXED["hidden_act"][0],
+        "attention_bias": FIXED["attention_bias"][0],
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tied_head,
         # written even where None: transformers' defaults are those of AllenAI's tokenizer
@@ -177,8 +190,7 @@ def _written_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.windows == "if used":
         tree |= {"use_sliding_window": config.window > 0, "max_window_layers": 0}
     if family.windows != "all":
-        kinds = ("full_attention", "sliding_attention")
-        tree["layer_types"] = [kinds[config.has_window(l)] for l in range(config.n_layers)]
+        tree["layer_types"] = [TYPES[config.has_window(l)] for l in range(config.n_layers)]
     return tree
 
 
@@ -235,18 +247,22 @@ def model_config(hf_config: Mapping[str, Any]) -> ModelConfig:
 
 def _rope(fields: Mapping[str, Any], family: Family, has_both: bool) -> dict[str, Any]:
     """`has_both`: whether layers with a window and others are there."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    near = None
+    rope, near = fields.get("rope_parameters") or {}, None
+    of_types = [rope[kind] or {} for kind in TYPES if kind in rope]
     if family.windows == "by type":
         near = (rope.get("sliding_attention") or {}).get("rope_theta") or family.theta
         # A theta beside them is that of whole attention alone; so is a scaling.
-        rope = rope.get("full_attention", rope)
-        if fields.get("sliding_window") and not has_both:
-            rope = {"rope_theta": near}
-    elif "full_attention" in rope:
+        rope = (rope.get("full_attention") or {}) if of_types else rope
+    elif any(of_type != of_types[0] for of_type in of_types):
         raise UserError(
             "rope_parameters are by type of layer; expected one for all; it cannot be imported"
         )
+    elif of_types:
+        rope = of_types[0]
+    # transformers 4 and 5 read rope_scaling first
+    rope = _named(rope) | _named(fields.get("rope_scaling") or {})
+    if family.windows == "by type" and fields.get("sliding_window") and not has_both:
+        rope = {"rope_theta": near}
     theta = rope.get("rope_theta") or fields.get("rope_theta") or family.theta
     if theta is None:
         raise UserError(
@@ -264,9 +280,15 @@ def _rope(fields: Mapping[str, Any], family: Family, has_both: bool) -> dict[str
     return found
 
 
+def _named(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with its kind as `rope_type`, if it has one."""
+    kind = rope.get("rope_type") or rope.get("type")
+    return {key: rope[key] for key in rope if key != "type"} | ({"rope_type": kind} if kind else {})
+
+
 def _scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+    kind = rope.get("rope_type") or "default"
+    if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
         return None
     needed = ["factor"]
     if kind == "llama3":
@@ -284,7 +306,8 @@ def _scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling 
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
     }
-    first = rope.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+    key = "original_max_position_embeddings"
+    first = fields.get(key) or rope.get(key) or fields["max_position_embeddings"]
     # A whole number in JSON is a float here: descriptions have one text for each value.
     said = {name: float(rope[key]) for key, name in ours.items() if rope.get(key) is not None}
     return RopeScaling(kind=kind, first_seq_len=first, **said)
@@ -292,9 +315,7 @@ def _scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> RopeScaling 
 
 def _windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
     window, types = fields.get("sliding_window"), fields.get("layer_types")
-    if family.windows == "if used" and not fields.get("use_sliding_window"):
-        window = None
-    if window is None:
+    if window is None or (family.windows == "none" and window >= fields["max_position_embeddings"]):
         return {}
     if family.windows == "none":
         raise UserError(
@@ -307,11 +328,14 @@ def _windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if types is not None:
         full = [l + 1 for l, kind in enumerate(types) if kind == "full_attention"]
         every = full[0] if full else 0
-    elif family.windows == "if used" and fields.get("max_window_layers"):
-        raise UserError(
-            f"max_window_layers is {fields['max_window_layers']}; expected 0: windows in all layers"
-            " or in none; it cannot be imported"
-        )
+    elif family.windows == "if used":
+        whole = fields.get("max_window_layers", 0 if family.experts else WHOLE)
+        if 0 < whole < layers:
+            raise UserError(
+                f"max_window_layers is {whole}; expected 0, or all {layers}: windows in all layers"
+                " or in none; it cannot be imported"
+            )
+        every = min(whole, 1)
     found = {"window": window, "full_every": every}
     pattern = ModelConfig(**found)
     if types is not None and [kind == "sliding_attention" for kind in types] != [
@@ -321,7 +345,7 @@ def _windows(fields: Mapping[str, Any], family: Family) -> dict[str, Any]:
             "layer_types follow no period; expected full_attention in each n-th layer, or in none;"
             " it cannot be imported"
         )
-    return found
+    return {} if family.windows == "if used" and every == 1 else found
 
 
 def _fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,11 +356,11 @@ def _fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             f"model_type is {kind!r:.80}; expected one of {', '.join(FAMILIES)}; other"
             " architectures cannot be imported"
         )
-    for key, value in FIXED.items():
-        if hf_config.get(key, value) != value:
+    for key, values in FIXED.items():
+        if (value := hf_config.get(key, values[0])) not in values:
             raise UserError(
-                f"{key} is {hf_config[key]!r:.80}; expected {value!r}; a model with another value"
-                " cannot be imported"
+                f"{key} is {value!r:.80}; expected {values[0]!r}; a model with another value cannot"
+                " be imported"
             )
     family = FAMILIES[kind]
     if family.experts is None:
@@ -347,6 +371,13 @@ def _fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             hf_config["num_experts"] = hf_config.get("num_local_experts")
     names = [field.name for field in dataclasses.fields(schema)]
     fields = {name: hf_config[name] for name in names if name in hf_config}
+    for key in ("rope_parameters", "rope_scaling"):
+        fields[key] = _without_nulls(fields.get(key))
+    is_used = fields.get("use_sliding_window")
+    if (family.windows == "if used" and not is_used) or (
+        family.windows == "none" and is_used is False
+    ):
+        fields |= {"sliding_window": None, "max_window_layers": None}
     try:
         conform(schema, fields)
     except ValueError as error:
@@ -357,3 +388,10 @@ def _fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             " cannot be imported"
         )
     return fields
+
+
+def _without_nulls(value: Any) -> Any:
+    """A JSON value whose objects lack the keys that are null."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}

@@ -5,6 +5,7 @@ digest of its tensors. An import believes a note where the digests are those of 
 others' checkpoints experts are found by comparing them with checkpoints of single experts.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,11 @@ class Identity:
 class Noted(Identity):
     """An expert in the note of a `config.json`."""
 
-    sha256: Digest = ""
+    sha256: Digest | None = None  # of its tensors; None: nothing to compare with
+
+    def of_any_weights(self) -> "Noted":
+        """The same where weights were cast, whose digests are others."""
+        return dataclasses.replace(self, sha256=None)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def named(names: Sequence[str], noted: Sequence[Noted], experts: int) -> Identif
         left = list(noted)
         who: list[Identity] = []
         for i, tensors in enumerate(found, 1):
-            one = next((one for one in left if one.sha256 == _digest(tensors)), None)
+            one = next((one for one in left if one.sha256 in (None, _digest(tensors))), None)
             if one is None and not names:
                 raise UserError(
                     f"expert {i} is none of those that config.json names"

@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
     config: ModelConfig
     architecture: str  # transformers' class
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     dtype: str
     values: Mapping[str, Sequence[Values]]  # of each leaf, by its path, in the order of its index
 
@@ -61,7 +61,8 @@ def write_model(out: Path, source: Source, identify: Identify) -> Artifact:
     shapes = flatten(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
     stored = {path: {"dtype": source.dtype, "shape": list(a.shape)} for path, a in shapes.items()}
     with new_directory(out) as directory:
-        tokenizer.save(directory)
+        if tokenizer:
+            tokenizer.save(directory)
         target = layouts(config, stored)
         anchor, tensors = _write(directory / "weights", target, source.values, config.n_experts)
         members = [_member(*each) for each in zip(identify(tensors), tensors, strict=True)]
@@ -74,11 +75,11 @@ def write_model(out: Path, source: Source, identify: Identify) -> Artifact:
             "anchor": {"tensors": anchor},
             "fingerprint": None,  # until it is published
             "imported": source.architecture,
-            **tokenizer.digests,
+            **(tokenizer.digests if tokenizer else {}),
             "tensors": stored,
         }
         write_description(directory, description)
-    if tokenizer.lost_bytes:
+    if tokenizer and tokenizer.lost_bytes:
         note(
             f"the vocabulary cannot spell the bytes {tokenizer.lost_bytes.hex(' ')}; text loses"
             " them, and bits per byte count 8 for each"

@@ -6,8 +6,9 @@ of their own or, as transformers 5 holds them in memory, parts of one tensor for
 layer. Nothing is unpickled.
 """
 
+import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,24 +19,28 @@ import numpy as np
 from pydantic import Field
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.data.tokenizer import Tokenizer
+from flexolmo_jax.config import ModelConfig, expect
+from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import MATRICES, name_of_tensor
 from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import clear
 from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute, children, reason, takes_paths
-from flexolmo_jax.storage.tensorfile import TensorFile
+from flexolmo_jax.storage.tensorfile import TensorFile, finite
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
-from .chat import BESIDE, read_chat
+from .chat import BESIDE, GENERATION_CONFIG, read_chat
+from .conventions import read_conventions, with_added_tokens
+from .exporting import DTYPES
 from .families import FAMILIES
 from .hub_config import model_config
 from .huggingface import TOGETHER, Entry, key_table, some, transposed
 from .identity import KEY, Tensors, described, from_note, matched, named
 from .imported import Source, check_vocabulary, write_model
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = r"(.*)-\d{5}-of-(\d{5})\.safetensors"
 FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSORS = 1 << 17  # more than any model has, in all files together
@@ -45,44 +50,50 @@ HEAD = "lm_head.weight"  # some files have it although the config says that it i
 
 @takes_paths
 def import_hf(
-    hf_path: Path, out: Path, names: Sequence[str] = (), match: Mapping[str, Path] | None = None
+    hf_path: Path,
+    out: Path,
+    names: Sequence[str] = (),
+    *,
+    match: Mapping[str, Path] | None = None,
+    dtype: str | None = None,
+    tokenizer_path: Path | None = None,
 ) -> Artifact:
     """Writes a model: a dense one, or for a mixture one whose expert 0 is the anchor.
 
-    Only a few tensors are in memory at once. A warning names tensors with values that are not
-    finite.
+    Only a few tensors are in memory at once.
 
     Args:
         names: of the other experts, in order (default: those that an export of ours noted in
             config.json, else expert1, expert2, ...).
         match: checkpoints of single experts by name. An expert with the same matrices has the name.
+        dtype: of the weights, by default the one that most of their numbers have.
+        tokenizer_path: a tokenizer.json, or a directory with one, in place of the checkpoint's.
 
     Raises UserError, naming the config's key, the tensor or the file, for what our model does not
-    compute, for files that config.json does not describe, and for names that are not the experts'.
+    compute, for files that config.json does not describe, for names that are not the experts', and
+    for values that are not finite.
     """
+    known = ", ".join(DTYPES)
+    expect(dtype in (None, *DTYPES), "--dtype", dtype, f"one of {known}")
     check_new(out)
     clear(out)
     fields = _read_json(hf_path / "config.json")
     config = model_config(fields)
-    noted = from_note(fields.get(KEY), hf_path / "config.json", config.n_experts - 1)
-    if match:
-        if names:
-            raise UserError("got --names and --match; expected one of them")
-        identify = matched(
-            {name: _single(path) for name, path in match.items()}, config.n_experts - 1
-        )
-    else:
-        identify = named(names, noted, config.n_experts - 1)
-    tokenizer = Tokenizer.load(hf_path)
-    check_vocabulary(tokenizer, config, hf_path)
-    beside = {name: _read_json(hf_path / name) for name in BESIDE if (hf_path / name).exists()}
-    tokenizer.chat = read_chat(hf_path, beside, tokenizer)
+    if match and names:
+        raise UserError("got --names and --match; expected one of them")
+    others = config.n_experts - 1
+    noted = from_note(fields.get(KEY), hf_path / "config.json", others)
+    tokenizer = _tokenizer(hf_path, tokenizer_path, fields, config)
     with ExitStack() as files:
-        checkpoint = _Checkpoint(hf_path, files)
+        checkpoint = _Checkpoint(hf_path, files, dtype)
         table = key_table(config, fields["model_type"])
         values = checkpoint.locate(table, tied=config.tied_head)
         architecture = FAMILIES[fields["model_type"]].architecture
         source = Source(config, architecture, tokenizer, checkpoint.dtype, values)
+        singles = {name: _single(path, checkpoint.dtype) for name, path in (match or {}).items()}
+        if checkpoint.is_cast:
+            noted = tuple(one.of_any_weights() for one in noted)
+        identify = matched(singles, others) if match else named(names, noted, others)
         return write_model(out, source, identify)
 
 
@@ -100,19 +111,22 @@ class _Located(NamedTuple):
     name: str
     start: int  # the first value's place in the tensor
     entry: Entry
+    dtype: str  # that it is imported in
 
     def read(self) -> np.ndarray:
-        """The values, laid out as our leaf has them."""
+        """The values, laid out as our leaf has them. Raises UserError for those that are not
+        finite, or beyond the dtype."""
         values, is_finite = self.file.read_part(self.name, self.start, self.entry.shape)
-        if not is_finite:
-            note(f"warning: {self.name} in {self.file.path} has values that are not finite")
+        if not is_finite or values.dtype != self.dtype:
+            values = finite(values, f"{self.name} in {self.file.path}", self.dtype)
         return transposed(values) if self.entry.transpose else values
 
 
 class _Checkpoint:
     """The safetensors files of a directory."""
 
-    def __init__(self, directory: Path, opened: ExitStack):
+    def __init__(self, directory: Path, opened: ExitStack, dtype: str | None):
+        """`dtype`: that all tensors are cast to; by default that of most numbers."""
         self._directory = directory
         self._files: dict[str, TensorFile] = {}  # by tensor
         for path in _tensor_files(directory):
@@ -129,14 +143,26 @@ class _Checkpoint:
                 raise UserError(
                     f"{directory} has more than {TENSORS} tensors; expected those of one model"
                 )
-        dtypes = {str(file.entries[name].dtype): name for name, file in self._files.items()}
-        if len(dtypes) != 1:
-            found = " and ".join(f"{name} is {dtype}" for dtype, name in sorted(dtypes.items()))
-            raise UserError(
-                f"{directory} has {found or 'no tensors'}; expected all tensors in one dtype; save"
-                " the model in one"
-            )
-        self.dtype = next(iter(dtypes))
+        self.dtype = self._chosen(dtype)
+
+    def _chosen(self, dtype: str | None) -> str:
+        """The dtype to import in. A note says which tensors are cast to it."""
+        if not self._files:
+            raise UserError(f"{self._directory} has no tensors; download the whole checkpoint")
+        names: dict[str, list[str]] = defaultdict(list)
+        numbers = Counter[str]()
+        for name, file in self._files.items():
+            entry = file.entries[name]
+            names[entry.dtype.name].append(name)
+            numbers[entry.dtype.name] += math.prod(entry.shape)
+        dtype = dtype or numbers.most_common(1)[0][0]
+        self.is_cast = names.keys() != {dtype}
+        for other, cast in sorted(names.items()):
+            if other != dtype:
+                note(
+                    f"cast from {other} to {dtype}: {some(cast)}; --dtype float32 keeps every value"
+                )
+        return dtype
 
     def locate(self, table: Sequence[Entry], tied: bool) -> dict[str, list[_Located]]:
         """Where each leaf is, by its path, in the order of its index.
@@ -159,7 +185,7 @@ class _Checkpoint:
                     f"{file.path}: {name} has shape {file.entries[name].shape}; expected {shape} by"
                     f" config.json; {TOGETHER}"
                 )
-            found["/".join(entry.path)].append(_Located(file, name, start, entry))
+            found["/".join(entry.path)].append(_Located(file, name, start, entry, self.dtype))
             used.add(name)
         unexpected = sorted(self._files.keys() - used - ({HEAD} if tied else set()))
         for what, names in (("misses", missing), ("has unexpected", unexpected)):
@@ -182,7 +208,36 @@ def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | Non
     return f"{prefix}.gate_up_proj", start, (experts, 2 * outputs, inputs)
 
 
-def _single(path: Path) -> Tensors:
+def _tokenizer(
+    hf_path: Path, given: Path | None, fields: dict[str, Any], config: ModelConfig
+) -> Tokenizer | None:
+    """The tokenizer, with what its publisher says of it: that in `given`, or the checkpoint's own.
+
+    None, with a note, where there is neither.
+    """
+    if given is None and TOKENIZER_FILE not in {path.name for path in children(hf_path)}:
+        note(
+            f"{hf_path} has no {TOKENIZER_FILE}: the model will have weights and logits, and no"
+            " text: no eval, generate, chat or publish; give one with --tokenizer PATH"
+        )
+        return None
+    tokenizer = Tokenizer.load(given or hf_path)
+    if given and tokenizer.digests.keys() > {"tokenizer"}:  # a directory of ours, which says it all
+        check_vocabulary(tokenizer, config, given)
+        return tokenizer
+    folder = given if given and given.is_dir() else hf_path
+    places = {name: folder / name for name in BESIDE}
+    places[GENERATION_CONFIG] = hf_path / GENERATION_CONFIG
+    beside = {name: _read_json(path) for name, path in places.items() if path.exists()}
+    beside["config.json"] = fields
+    tokenizer = with_added_tokens(tokenizer, beside, config.vocab_size)
+    check_vocabulary(tokenizer, config, given or hf_path)
+    tokenizer.chat = read_chat(folder, beside, tokenizer)
+    tokenizer.conventions = read_conventions(folder, beside, tokenizer)
+    return tokenizer
+
+
+def _single(path: Path, dtype: str) -> Tensors:
     """The matrices of a checkpoint's one expert: a dense model's FFN, or the second of two experts,
     of which the first is the anchor's."""
     fields = _read_json(path / "config.json")
@@ -195,7 +250,7 @@ def _single(path: Path) -> Tensors:
     tensors: Tensors = {}
     with ExitStack() as files:
         table = key_table(config, fields["model_type"])
-        values = _Checkpoint(path, files).locate(table, tied=config.tied_head)
+        values = _Checkpoint(path, files, dtype).locate(table, tied=config.tied_head)
         for name in MATRICES:
             leaf = f"experts/{name}"
             for located in values[leaf]:
@@ -209,23 +264,23 @@ def _tensor_files(directory: Path) -> list[Path]:
     """The checkpoint's safetensors files. Raises UserError where some or all are missing."""
     present = [path.name for path in children(directory)]
     found = [name for name in present if name.endswith(".safetensors")]
-    expected = found
-    if INDEX in present:
-        index: dict[str, Any] = {"weight_map": _read_json(directory / INDEX).get("weight_map")}
-        try:
-            conform(_Index, index)
-        except ValueError as error:
-            raise UserError(
-                f"{directory / INDEX} has no weight_map from tensors to files beside it ({error});"
-                " download it again"
-            ) from None
-        expected = sorted(set(index["weight_map"].values()))
-    elif found and (match := re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.safetensors", found[0])):
-        expected = [
-            f"{match[1]}-{i:05}-of-{match[2]}.safetensors" for i in range(1, int(match[2]) + 1)
-        ]
+    shards = {name: match.groups() for name in found if (match := re.fullmatch(SHARD, name))}
+    expected = indexed = _indexed(directory / INDEX) if INDEX in present else []
+    if WHOLE in found and WHOLE not in indexed and set(indexed) <= set(found):
+        # transformers reads it first, whatever lies beside it
+        expected = [name for name in found if name not in {*indexed, *shards}]
+    elif not indexed and shards:
+        expected = _of_one_set(directory, set(shards.values()))
+    elif not indexed:
+        expected = found
+    old = [name for name in present if name.startswith("pytorch_model") and name.endswith(".bin")]
+    if passed := [*sorted(set(found) - set(expected)), *(old if found else [])]:
+        note(f"passed over in {directory}: {some(passed)}; the weights are in {some(expected)}")
     if missing := sorted(set(expected) - set(found)):
-        raise UserError(f"{directory} misses {some(missing)}; download the whole checkpoint")
+        raise UserError(
+            f"{directory} misses {some(missing)}; download the whole checkpoint, or remove what"
+            f" does not belong to it ({INDEX}?)"
+        )
     if not expected:
         if pickles := [name for name in present if name.endswith(PICKLES)]:
             raise UserError(
@@ -236,6 +291,30 @@ def _tensor_files(directory: Path) -> list[Path]:
             f"{directory} has no *.safetensors; expected a checkpoint as save_pretrained writes it"
         )
     return [directory / name for name in expected]
+
+
+def _indexed(file: Path) -> list[str]:
+    """The files that an index names."""
+    index: dict[str, Any] = {"weight_map": _read_json(file).get("weight_map")}
+    try:
+        conform(_Index, index)
+    except ValueError as error:
+        raise UserError(
+            f"{file} has no weight_map from tensors to files beside it ({error}); download it again"
+        ) from None
+    return sorted(set(index["weight_map"].values()))
+
+
+def _of_one_set(directory: Path, sets: set[tuple[str, ...]]) -> list[str]:
+    """The shards that belong together, of those that are there without an index."""
+    if len(sets) > 1:
+        told = " and ".join(f"{name}-*-of-{count}" for name, count in sorted(sets))
+        raise UserError(
+            f"{directory} has the shards {told}, and no {INDEX} that says which are the model's;"
+            " remove the others"
+        )
+    ((name, count),) = sets
+    return [f"{name}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,10 +16,10 @@ import numpy as np
 from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.runtime.progress import note
 from flexolmo_jax.storage.files import clear
 from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import absolute, takes_paths
+from flexolmo_jax.storage.tensorfile import finite
 
 from .families import FAMILIES
 from .gguf_file import GgufFile, names_of
@@ -63,8 +63,8 @@ LOW, HIGH = 1.0, 4.0
 def import_gguf(path: Path, out: Path) -> Artifact:
     """Writes a model. A tensor is in memory at a time.
 
-    Raises UserError, naming the field or the tensor, for what our model does not compute and for
-    files that are not whole. A warning names tensors with values that are not finite.
+    Raises UserError, naming the field or the tensor, for what our model does not compute, for
+    files that are not whole, and for values that are not finite.
     """
     check_new(out)
     clear(out)
@@ -91,7 +91,7 @@ class _Located(NamedTuple):
     def read(self) -> np.ndarray:
         values, is_finite = self.file.read(self.name)
         if not is_finite:
-            note(f"warning: {self.name} in {self.file.path} has values that are not finite")
+            finite(values, f"{self.name} in {self.file.path}")
         if self.interleaved:
             pairs = values.reshape(self.interleaved, -1, 2, values.shape[-1])
             values = pairs.swapaxes(1, 2).reshape(values.shape)

@@ -53,7 +53,7 @@ class Tuning:
 class Composition:
     """Anchor, members, active experts and router rows of a model to write."""
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None: of an imported model that has none
     anchor: Mapping[str, Any]  # what the fingerprint is taken of
     fingerprint: str | None  # None: of an imported model
     model: Mapping[str, Any]  # the anchor's config
@@ -104,7 +104,7 @@ class Composition:
         is_default = active == min(experts, DEFAULT_ACTIVE)
         parts = {"tensors": anchor_tensors(description)} if is_format_1 else parts_of(description)
         return cls(
-            tokenizer=model.tokenizer,
+            tokenizer=model.own_tokenizer,
             anchor=parts,
             fingerprint=model.fingerprint,
             model=parts.get("model") or description["model"],
@@ -183,7 +183,7 @@ class Composition:
             "members": list(self.members),
             "anchor": dict(self.anchor),
             "fingerprint": self.fingerprint,
-            **self.tokenizer.digests,
+            **(self.tokenizer.digests if self.tokenizer else {}),
             "tensors": tensors,
             **self.more,
         }
@@ -226,7 +226,8 @@ class Composition:
             if self.given:
                 self.given.ensure()
             store.check_again(origins)
-            self.tokenizer.save(directory)
+            if self.tokenizer:
+                self.tokenizer.save(directory)
             tensors = description["tensors"]
             target, rows = (
                 layouts(build(ModelConfig, description["model"]), tensors),

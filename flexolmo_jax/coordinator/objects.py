@@ -23,6 +23,7 @@ from flexolmo_jax.storage import verified
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.storage.outputs import UNFINISHED
 from flexolmo_jax.storage.paths import File, in_bucket, listing
+from flexolmo_jax.storage.tensorfile import finite
 from flexolmo_jax.storage.untrusted import conform, read_bytes
 from flexolmo_jax.storage.weights import Layout, Reader, Writer, metadata_files, shard_name
 
@@ -161,12 +162,17 @@ def expert_layouts(config: ModelConfig, dtype: str, has_bias: bool) -> dict[str,
 def take_anchor(anchor: Artifact, directory: Path) -> Inventory:
     """Copies a verified anchor's weights into the directory of an object.
 
-    The files are not linked: whoever has the anchor may change its own.
+    The files are not linked: whoever has the anchor may change its own. Raises UserError for
+    weights that are not finite, which earlier versions published.
     """
     config, tensors = anchor.config, anchor.description["tensors"]
     published, own = anchor.path / "weights", directory / "weights"
     experts, ways = [StoredExpert(published, 0)], ("reflink", "copy")
-    materialize(own, layouts(config, tensors), published, experts, ways)
+    target, reader = layouts(config, tensors), Reader(own)
+    materialize(own, target, published, experts, ways)
+    for path, layout in target.items():
+        for box in layout.boxes():
+            finite(reader.read(path, box), f"{path} of {anchor.path}")
     sketch = encoded(sketches_of(own, config))
     return Inventory("anchor", to_dict(config), tensors, sketch).of_files_in(directory)
 

@@ -13,23 +13,17 @@ every character with which a special token begins. The second text is taken if i
 for its marks. It is not where the template itself asks how a message begins.
 """
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.files import write_text
-from flexolmo_jax.storage.paths import absolute, reason
-from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
+from .beside import Beside
 from .rendering import TemplateError, check_syntax, render
 
 if TYPE_CHECKING:
@@ -39,8 +33,6 @@ CHAT_FILE = "chat.json"
 TEMPLATE_LIMIT = 1 << 16  # bytes
 ENDS = 8  # tokens that may end a turn
 NAME_LIMIT = 1000  # characters of a token
-LIMIT = 1 << 20  # bytes of the file
-SIGNS = TEMPLATE_LIMIT + 100  # commas and brackets in it
 # the names that a template may use, as `tokenizer_config.json` has them
 TOKEN_NAMES = (
     "bos_token",
@@ -68,45 +60,15 @@ class _File:
 
 
 @dataclass(frozen=True)
-class Chat:
+class Chat(Beside):
     """A chat template. `make_chat` checks one of another's."""
+
+    FILE, SCHEMA = CHAT_FILE, _File
+    SIGNS = TEMPLATE_LIMIT + 100
 
     template: str  # Jinja
     tokens: Mapping[str, str]  # special tokens by the names that the template uses: bos_token, ...
     ends: tuple[str, ...]  # tokens that end a turn
-
-    @cached_property
-    def content(self) -> str:
-        """The text of `chat.json`."""
-        return json.dumps({"format": 1, **asdict(self)}, indent=1, sort_keys=True) + "\n"
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) of the file."""
-        return hashlib.sha256(self.content.encode()).hexdigest()
-
-    @classmethod
-    def load(cls, directory: Path) -> "Chat | None":
-        """That of a directory; None where there is none. Raises UserError for a damaged file."""
-        file = directory / CHAT_FILE
-        try:
-            text = read_bytes(absolute(file), LIMIT)
-            fields = parse_json(text, SIGNS)
-            conform(_File, fields)
-            chat = cls(fields["template"], fields["tokens"], tuple(fields["ends"]))
-            if chat.content.encode() != text:
-                raise ValueError("its bytes are not as they were written")
-            return chat
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {reason(error)}; fetch it again") from None
-        except ValueError as error:
-            raise UserError(f"{file} is damaged ({error!s:.200}); fetch it again") from None
-
-    def save(self, directory: Path) -> None:
-        """Writes `chat.json` into the directory."""
-        write_text(directory / CHAT_FILE, self.content)
 
     def special_ids(self, tokenizer: "Tokenizer") -> frozenset[int]:
         """The ids of the tokens that no message can spell, and that no reply shows."""

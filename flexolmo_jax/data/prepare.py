@@ -79,7 +79,7 @@ def prepare(  # noqa: PLR0913 - the verb's options
     shards = shards_of(files, [size_of(file) for file in files])
     total, name = sum(shard.bytes for shard in shards), absolute(out).name
     with new_directory(out) as directory:
-        tokenizer.save(directory / TOKENIZER_FILE)
+        _save(tokenizer, directory)
         with bar(f"prepare {name}", total, in_bytes=True) as advance:
             if ray is None:
                 how = {"workers": workers or _cores(), "advance": advance}
@@ -97,6 +97,13 @@ def prepare(  # noqa: PLR0913 - the verb's options
         index.write(directory)
         _warn_of_lost_bytes(packed, name)
         return index
+
+
+def _save(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes what decides which tokens a text has."""
+    tokenizer.save(directory / TOKENIZER_FILE)
+    if tokenizer.start_ids:
+        tokenizer.conventions.save(directory)
 
 
 def _check(seq_len: int, heldout: float, workers: int | None, ray: str | None) -> None:
@@ -151,7 +158,7 @@ def prepare_cached(
     if not has_documents(path):
         _check_prepared(path, tokenizer, seq_len)
         return path
-    key = hashlib.sha256(f"{FORMAT} {tokenizer.digest} {seq_len} {HELDOUT}".encode())
+    key = hashlib.sha256(f"{FORMAT} {tokenizer.text_digest} {seq_len} {HELDOUT}".encode())
     if tokenizer.chat:
         key.update(f" {tokenizer.chat.digest}".encode())
     for file in document_files(path):
@@ -203,10 +210,11 @@ def _kind_of(file: InputFile) -> tuple[str, str]:
 
 def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
     index = Index.read(path)
-    if (index.tokenizer_digest, index.vocab_size) != (tokenizer.digest, tokenizer.vocab_size):
+    known = (tokenizer.text_digest, tokenizer.vocab_size)
+    if (index.tokenizer_digest, index.vocab_size) != known:
         raise UserError(
-            f"{path} was prepared with another tokenizer than the one asked for: prepare it"
-            " again with that one"
+            f"{path} was prepared with another tokenizer than the one asked for, or without the"
+            " tokens that its texts begin with: prepare it again with that one"
         )
     known = tokenizer.chat.digest if tokenizer.chat else None
     if index.files.get(CHAT_FILE, known) != known:
@@ -272,7 +280,7 @@ def _index(
         format=FORMAT,
         name=name,
         seq_len=seq_len,
-        tokenizer_digest=tokenizer.digest,
+        tokenizer_digest=tokenizer.text_digest,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         pad_id=tokenizer.pad_id,

@@ -35,7 +35,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 # "tokens" and "segments", int32 [T]; where there are conversations "context", bool [T]
 Record = dict[str, np.ndarray]
 
-FILES = r"^((train|heldout)\.(tokens|segments|context)\.npy|(tokenizer|chat)\.json)$"
+FILES = r"^((train|heldout)\.(tokens|segments|context)\.npy|(tokenizer|chat|conventions)\.json)$"
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Token = Annotated[int, Field(ge=0, lt=2**24)]
 Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
@@ -186,7 +186,7 @@ class Records:
 
     @property
     def tokenizer_digest(self) -> str:
-        """The digest of the tokenizer that the records were made with."""
+        """`text_digest` of the tokenizer that the records were made with."""
         return self.index.tokenizer_digest
 
     @property

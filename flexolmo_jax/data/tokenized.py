@@ -1,7 +1,8 @@
 """Documents -> token ids with EOS; of conversations also which of them are the assistant's.
 
-A text becomes its tokens. A conversation becomes what the tokenizer's chat template makes of it, as
-`Chat.encode` does. EOS comes behind both, but not twice: some templates end with it themselves.
+A text becomes its tokens, behind BOS if the model's texts begin so. A conversation becomes what the
+tokenizer's chat template makes of it, as `Chat.encode` does. EOS comes behind both, but not twice:
+some templates end with it themselves.
 
 Which tokens are the assistant's, its text and the token that ends its turn, is found in one of two
 ways:
@@ -64,7 +65,7 @@ def tokenized(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Token
 
 def _text(text: str, tokenizer: Tokenizer) -> Tokenized:
     # One document at a time: for several, the tokenizer would start threads of its own.
-    ids = [*tokenizer.encode(text), tokenizer.eos_id]
+    ids = [*tokenizer.start_ids, *tokenizer.encode(text), tokenizer.eos_id]
     return Tokenized(np.array(ids, token_dtype(tokenizer.vocab_size)), tokenizer.lost_in(text))
 
 

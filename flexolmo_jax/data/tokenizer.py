@@ -8,7 +8,7 @@ drops those, and bits per byte count `LOST_BITS` for each.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from flexolmo_jax.storage.paths import absolute, children, reason, size_of, take
 from flexolmo_jax.storage.untrusted import no_panic, read_bytes
 
 from .chat import Chat
+from .conventions import Conventions
 from .tokenizer_file import LIMIT, read_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -66,9 +67,11 @@ class Tokenizer:
         byte_lengths: uint16 [V], the UTF-8 bytes each token stands for; 0 for special tokens and
             unused ids.
         chat: how messages become tokens; None where no template is known.
+        conventions: what its publisher says beside it.
     """
 
     chat: Chat | None = None
+    conventions: Conventions = Conventions()
 
     def __init__(self, content: str, where: str = "the tokenizer"):
         """Takes the content of a tokenizer.json; `where` names it in messages. Raises UserError."""
@@ -120,8 +123,8 @@ class Tokenizer:
     @classmethod
     @takes_paths
     def load(cls, path: Path) -> "Tokenizer":
-        """From a tokenizer.json, or from a directory with one, and with its chat template if it has
-        one. Raises UserError."""
+        """From a tokenizer.json, or from a directory with one, and with the chat template and the
+        conventions that lie there. Raises UserError."""
         file = path / TOKENIZER_FILE if path.is_dir() else path
         try:
             found = cls(read_bytes(absolute(file), LIMIT).decode("utf-8"), str(file))
@@ -133,26 +136,96 @@ class Tokenizer:
             raise UserError(message) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not a tokenizer.json: it is not UTF-8 text") from error
-        found.chat = Chat.load(path) if path.is_dir() else None
+        if path.is_dir():
+            found.chat = Chat.load(path)
+            found.conventions = Conventions.load(path) or Conventions()
         return found
 
     def save(self, path: Path) -> None:
         """Writes the file as it was loaded: to `path`, or to tokenizer.json in this directory, and
-        the chat template beside it."""
+        chat template and conventions beside it."""
         if path.is_dir() and self.chat:
             self.chat.save(path)
+        if path.is_dir() and self.conventions != Conventions():
+            self.conventions.save(path)
         write_text(path / TOKENIZER_FILE if path.is_dir() else path, self._content)
 
     @property
     def digests(self) -> dict[str, str]:
-        """What a description says of the tokenizer, and of the chat template where there is one."""
+        """What a description says of the tokenizer, and of the files beside it that there are."""
         chat = {"chat": self.chat.digest} if self.chat else {}
-        return {"tokenizer": self.digest} | chat
+        said = self.conventions != Conventions()
+        return (
+            {"tokenizer": self.digest}
+            | chat
+            | ({"conventions": self.conventions.digest} if said else {})
+        )
+
+    @property
+    def text_digest(self) -> str:
+        """SHA-256 (hex) of all that decides which tokens a text has: the tokens before it too."""
+        if not self.conventions.start:
+            return self.digest
+        return hashlib.sha256(json.dumps([self.digest, self.start_ids]).encode()).hexdigest()
+
+    @property
+    def start_ids(self) -> list[int]:
+        """The tokens before every text. Raises UserError for one that is not there."""
+        return [self._known(name) for name in self.conventions.start]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end a completion, beside EOS. Raises UserError for one that is not
+        there."""
+        return [self._known(name) for name in self.conventions.ends]
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a token; None where there is none of this name."""
+        return self._backend.token_to_id(name)
+
+    def _known(self, name: str) -> int:
+        if (index := self.id_of(name)) is None:
+            raise UserError(
+                f"{self._where}: its conventions name the token {name!r:.80}, which it does not"
+                " have; use the tokenizer that belongs to them"
+            )
+        return index
+
+    def own_start(self) -> list[str]:
+        """The tokens that the file's own post-processor puts before a text; none of one that the
+        library cannot read."""
+        try:
+            with no_panic(self._where):
+                own = Backend.from_str(self._content)
+                text = own.encode("a", add_special_tokens=False).ids
+                ids = own.encode("a", add_special_tokens=True).ids
+        except Exception:  # the backend raises bare Exception
+            return []
+        length = next((i for i in range(len(ids)) if ids[i : i + len(text)] == text), 0)
+        return [self.token(i) for i in ids[:length]]
 
     @property
     def added_tokens(self) -> dict[int, AddedToken]:
         """The tokens that are no part of the BPE, special ones among them, by id."""
         return self._backend.get_added_tokens_decoder()
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """All ids that have a token."""
+        return frozenset(self._backend.get_vocab().values())
+
+    def with_added(self, tokens: Mapping[int, Mapping[str, Any]]) -> "Tokenizer":
+        """With more tokens that are no part of the BPE, by id: each a content and flags. Raises
+        UserError as for a file."""
+        fields = json.loads(self._content)
+        usual = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for i, token in sorted(tokens.items()):
+            flags = {key: bool(token.get(key, no)) for key, no in usual.items()}
+            special = bool(token.get("special", True))
+            fields["added_tokens"].append(
+                {"id": i, "content": token["content"], **flags, "special": special}
+            )
+        return Tokenizer(json.dumps(fields, ensure_ascii=False), self._where)
 
     def token(self, index: int) -> str:
         """The name of a special token. Raises KeyError where there is no token of this id."""

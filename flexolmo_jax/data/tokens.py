@@ -50,7 +50,7 @@ class TokenRecords:
     def __init__(self, path: Path, tokenizer: Tokenizer, seq_len: int):
         self.path = path_of(path)
         self.seq_len = seq_len
-        self.tokenizer_digest = tokenizer.digest
+        self.tokenizer_digest = tokenizer.text_digest
         self._eos_id, self._vocab_size = tokenizer.eos_id, tokenizer.vocab_size
         self._files = [(file, _map(file, tokenizer.vocab_size)) for file in _files(self.path)]
         self._ends = list(accumulate(len(tokens) // seq_len for _, tokens in self._files))

@@ -89,7 +89,8 @@ def extract(  # noqa: PLR0913 - the verb's options
             own = slice(start, start + len(chunk))
             truths = np.array([ids[prefix:] for ids in chunk])
             # the last chunk is filled up, so that one compiled program serves all
-            prompts = [ids[:prefix] for ids in chunk + [chunk[0]] * (batch_size - len(chunk))]
+            whole = chunk + [chunk[0]] * (batch_size - len(chunk))
+            prompts = [[*model.tokenizer.start_ids, *ids[:prefix]] for ids in whole]
             for i in range(samples):
                 options["seed"] = seed + i * len(documents) + start
                 sampled = model.generate(prompts, length, **options)[: len(chunk)]

@@ -95,21 +95,24 @@ class _Adapter:
         for request in requests:
             before, after = request.args
             continuation = self._encode(after)[-self._context :]
-            ids = (self._encode(before) if before else [self._eos]) + continuation
-            queries.append((ids[-(self._context + 1) :], len(continuation)))
+            ids = (self._encode(before) if before or self._start else [self._eos]) + continuation
+            kept = ids[-(self._context + 1 - len(self._start)) :]
+            queries.append(([*self._start, *kept], min(len(continuation), len(kept))))
         return self._score(queries)
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Each token once, after an EOS, with as much before it as the context holds."""
-        texts = [[self._eos, *self._encode(request.args[0])] for request in requests]
+        """Each token once, after BOS or an EOS, with as much before it as the context holds."""
+        first = self._start or [self._eos]
+        texts = [[*first, *self._encode(request.args[0])] for request in requests]
         return [sum(total for total, _ in self._score(self._windows(ids))) for ids in texts]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         texts = []
         for request in requests:
             prompt, options = request.args
-            new = min(options.get("max_gen_toks", NEW_TOKENS), self._context - 1)
-            ids = self._encode(prompt)[-(self._context - new) :]
+            space = self._context - len(self._start)
+            new = min(options.get("max_gen_toks", NEW_TOKENS), space - 1)
+            ids = [*self._start, *self._encode(prompt)[-(space - new) :]]
             temperature = options.get("temperature", 0.0)
             (made,) = self._loaded.generate([ids], new, temperature=temperature, **self._selection)
             text = self._loaded.tokenizer.decode([int(i) for i in made])
@@ -149,6 +152,10 @@ class _Adapter:
 
     def _encode(self, text: str) -> list[int]:
         return self._loaded.tokenizer.encode(text)
+
+    @property
+    def _start(self) -> list[int]:
+        return self._loaded.tokenizer.start_ids
 
     @property
     def _eos(self) -> int:

@@ -15,8 +15,8 @@ def mixed_documents(
 ) -> list[Record]:
     """At most `count` records, each one document: half from the first source, half from the second.
 
-    EOS tokens inside a half are left out. A source's records with less than half a record of text
-    are skipped.
+    BOS and EOS tokens inside a half are left out. A source's records with less than half a record
+    of text are skipped.
     """
     half = first.seq_len // 2
 
@@ -24,7 +24,8 @@ def mixed_documents(
         found = []
         for i in range(len(source)):
             record = source[i]
-            is_text = (record["segments"] > 0) & (record["tokens"] != tokenizer.eos_id)
+            around = [*tokenizer.start_ids, tokenizer.eos_id]
+            is_text = (record["segments"] > 0) & ~np.isin(record["tokens"], around)
             text = record["tokens"][is_text]
             if len(text) >= half:
                 found.append(text[:half])
@@ -33,6 +34,9 @@ def mixed_documents(
         return found
 
     pairs = zip(halves(first), halves(second), strict=False)  # as many as the shorter has
+    start = np.array(tokenizer.start_ids, np.int32)
+    segments = np.ones(2 * half, np.int32)
     return [
-        {"tokens": np.concatenate(pair), "segments": np.ones(2 * half, np.int32)} for pair in pairs
+        {"tokens": np.concatenate([start, *pair])[: 2 * half], "segments": segments}
+        for pair in pairs
     ]

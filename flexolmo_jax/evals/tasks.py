@@ -164,9 +164,10 @@ def score(
     queries = []
     for request in task.requests:
         continuation = tokenizer.encode(request.continuation)
-        ids = tokenizer.encode(request.context) + continuation
+        start, ids = tokenizer.start_ids, tokenizer.encode(request.context) + continuation
         # one more than the context: the last token is predicted, and not read
-        queries.append((request, ids[-(context + 1) :], len(continuation)))
+        kept = ids[-(context + 1 - len(start)) :]
+        queries.append((request, [*start, *kept], len(continuation)))
     with bar(task.name, len(queries)) as advance:
         for chosen, tokens, segments in batches([ids for _, ids, _ in queries], batch_size):
             losses = predictor.losses(tokens, segments)

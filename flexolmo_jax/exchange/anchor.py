@@ -5,8 +5,8 @@ the mean embedding of public text. Tokenizer, chat template, embedder and a samp
 text are written beside the weights.
 
 The fingerprint (integrity.py) is a digest of the architecture, of every tensor's name, dtype, shape
-and bytes (router row 0 too), of tokenizer, chat template, embedder and public training records. An
-expert fits one fingerprint only.
+and bytes (router row 0 too), of tokenizer, chat template, its publisher's conventions, embedder and
+public training records. An expert fits one fingerprint only.
 """
 
 import dataclasses

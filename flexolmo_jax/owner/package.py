@@ -43,7 +43,7 @@ from flexolmo_jax.runtime.sharding import make_mesh
 from flexolmo_jax.storage.files import new_directory, write_bytes
 from flexolmo_jax.storage.outputs import check_new
 from flexolmo_jax.storage.paths import is_there, path_of, takes_paths
-from flexolmo_jax.storage.tensorfile import TensorFile, write_tensors
+from flexolmo_jax.storage.tensorfile import TensorFile, finite, write_tensors
 from flexolmo_jax.storage.weights import Stored
 from flexolmo_jax.train.evaluate import score_model
 from flexolmo_jax.train.sources import evaluation_sets
@@ -168,7 +168,8 @@ def _released(run: Artifact, which: str, dtype: str) -> Iterator[tuple[str, np.n
         branch, leaf = path.rsplit("/", 1)
         if branch == "expert":
             for layer in range(run.config.n_layers):
-                yield name_of_tensor(leaf, layer), array.astype(dtype)[layer, 0]
+                name = name_of_tensor(leaf, layer)
+                yield name, finite(array[layer, 0], name, dtype)
 
 
 def _mesh_of(config: RunConfig) -> Mesh:
@@ -217,7 +218,7 @@ def package_imported(
     }
 
     def tensor(leaf: str, layer: int) -> np.ndarray:
-        return arrays[f"experts/{leaf}"][layer, index]
+        return finite(arrays[f"experts/{leaf}"][layer, index], name_of_tensor(leaf, layer))
 
     return _hand_over(out, anchor, fields, False, tensor, key)
 

@@ -188,6 +188,37 @@ class FiniteCheck:
         self.holds = self.holds and (not magnitudes.size or int(magnitudes.max()) < self._infinity)
 
 
+def finite(values: np.ndarray, what: str, dtype: str | None = None) -> np.ndarray:
+    """Values in a dtype, by default their own.
+
+    Raises UserError, naming `what` they are, for infinities and NaN, and for a value that is beyond
+    the dtype.
+    """
+    if (place := _not_finite(values)) is not None:
+        raise UserError(
+            f"{what} has the value {float(values.flat[place])}; expected finite numbers: these"
+            " weights are broken, use others"
+        )
+    with np.errstate(over="ignore"):  # that is what is looked for
+        result = values.astype(dtype or values.dtype, copy=False)
+    if result is not values and (place := _not_finite(result)) is not None:
+        raise UserError(
+            f"{what} has the value {float(values.flat[place])}, which is beyond {dtype}; choose"
+            " another dtype (--dtype)"
+        )
+    return result
+
+
+def _not_finite(values: np.ndarray) -> int | None:
+    """The place, in C order, of the first value that is not finite."""
+    flat, check = np.ascontiguousarray(values).reshape(-1), FiniteCheck(values.dtype)
+    for start in range(0, flat.size, BLOCK):
+        check.update(block := flat[start : start + BLOCK])
+        if not check.holds:
+            return start + int(np.argmin(np.isfinite(block)))
+    return None
+
+
 def write_tensors(
     path: Path,
     entries: Mapping[str, tuple[str, tuple[int, ...]]],

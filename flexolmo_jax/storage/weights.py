@@ -30,6 +30,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import before_change, write_bytes
 from flexolmo_jax.storage.paths import in_bucket, kvstore
 from flexolmo_jax.storage.placing import make_read_only
+from flexolmo_jax.storage.tensorfile import finite
 
 CHUNK = 1 << 21  # the most bytes of a chunk, if its axis can be halved that often
 PIECES = 16  # the fewest chunks of a shard: so many devices can each read only their own ...
@@ -294,7 +295,8 @@ class Stored:
 def save(
     directory: Path, params: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]
 ) -> dict[str, str]:
-    """Writes arrays and returns the SHA-256 of each, by path."""
+    """Writes arrays and returns the SHA-256 of each, by path. Raises UserError, naming it, for one
+    that is not finite."""
     layouts = {path: Layout.of(a.shape, str(a.dtype), axes[path]) for path, a in params.items()}
     digests = {}
     with Writer(directory, layouts) as writer:
@@ -302,6 +304,7 @@ def save(
             digest = hashlib.sha256()
             for index in layout.indices():
                 values = np.ascontiguousarray(np.asarray(params[path][layout.box(index)]))
+                finite(values, path)
                 digest.update(values.reshape(-1).view(np.uint8).data)
                 writer.write(path, index, values)
             digests[path] = digest.hexdigest()

@@ -174,10 +174,11 @@ def score_model(  # noqa: PLR0913 - a model, records, and how they are read
 
 def check_tokenizer(records: Source, tokenizer: Tokenizer) -> None:
     """Raises UserError where the records were prepared with another tokenizer."""
-    if records.tokenizer_digest != tokenizer.digest:
+    if records.tokenizer_digest != tokenizer.text_digest:
         raise UserError(
             f"{records.path} was prepared with tokenizer {records.tokenizer_digest[:12]}; the model"
-            f" has {tokenizer.digest[:12]}; prepare the documents with the model's tokenizer"
+            f" has {tokenizer.text_digest[:12]}; prepare the documents with the model's tokenizer"
+            " (--tokenizer MODEL)"
         )
 
 

@@ -12,10 +12,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from flexolmo_jax.config import ModelConfig, dump_yaml, load_config
+from flexolmo_jax.convert.conventions import written
 from flexolmo_jax.convert.hub_config import hf_config
 from flexolmo_jax.convert.huggingface import to_hf
 from flexolmo_jax.convert.importing import INDEX, import_hf
 from flexolmo_jax.data.chat import Chat
+from flexolmo_jax.data.conventions import Conventions
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
@@ -60,9 +62,17 @@ def sources(tmp_path_factory, prepared, tiny_tokenizer) -> dict[str, Path]:
     fields = {"chat_template": [{"name": "default", "template": template}]}
     fields |= {"eos_token": {"content": "<|endoftext|>"}, "pad_token": "<|pad|>"}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(fields))
-    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+    (checkpoint / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [0, 1], "temperature": 0.6, "stop_strings": ["x"]})
+    )
+    (checkpoint / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>"}, "additional_special_tokens": ["<|pad|>"]})
+    )
+    (checkpoint / "added_tokens.json").write_text(json.dumps({"<s>": 321, "<|pad|>": 1}))
     tiny_tokenizer.save(chat)
     Chat(template, {"eos_token": "<|endoftext|>"}, ("<|endoftext|>",)).save(chat)
+    start, ids = ("<|pad|>",), {"eos_token_id": [0, 1]}
+    Conventions(start, start, {"a_token": "x"}, start, {"a": "b"}, {"top_k": 1}, ids).save(chat)
     fit_embedder("tfidf", ["the river feeds the valley", "a farmer paints"], 16).save(fitted)
     config = root / "config.yaml"
     config.write_text(dump_yaml(run_config("anchor", prepared["public"])))
@@ -85,12 +95,20 @@ def read_embedder(path: Path) -> None:
     assert load_embedder(path, 16).embed(["the river"]).shape == (1, 16)
 
 
+def converted(path: Path, out: Path) -> None:
+    """Imported: what is kept can be read again, and written."""
+    written(import_hf(path, out).tokenizer, MODEL.max_seq_len)
+
+
 # By the file that is changed: what it lies in, and what reads it.
 FILES: dict[str, tuple[str, Callable[[Path, Path], Any]]] = {
     "config.json": ("hf", import_hf),
     INDEX: ("hf", import_hf),
-    "tokenizer_config.json": ("hf", import_hf),
-    "generation_config.json": ("hf", import_hf),
+    "tokenizer_config.json": ("hf", converted),
+    "generation_config.json": ("hf", converted),
+    "special_tokens_map.json": ("hf", converted),
+    "added_tokens.json": ("hf", converted),
+    "conventions.json": ("chat", lambda path, out: Tokenizer.load(path).text_digest),
     "chat.json": ("chat", lambda path, out: Tokenizer.load(path)),
     "index.json": ("prepared", lambda path, out: read_prepared(path)),
     "embedder.json": ("embedder", lambda path, out: read_embedder(path)),

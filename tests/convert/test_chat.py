@@ -101,12 +101,13 @@ def test_without_a_template_nothing_is_said_of_chats(instruct, tmp_path):
     )
     assert model.tokenizer.chat is None and "chat" not in model.description
     assert {path.name for path in model.path.iterdir()} == {
+        "conventions.json",
         "flexolmo.json",
         "tokenizer.json",
         "weights",
     }
     fields = json.loads((export_of(model.path, tmp_path) / "tokenizer_config.json").read_text())
-    assert fields["eos_token"] == "<|endoftext|>"
+    assert fields["eos_token"] == "<|im_end|>"
     assert not (tmp_path / "back/chat_template.jinja").exists()
     named = instruct("other", template=None, chat_template=[{"name": "rag", "template": "x"}])
     assert import_hf(named, tmp_path / "named").tokenizer.chat is None

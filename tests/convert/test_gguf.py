@@ -108,6 +108,19 @@ def test_a_chat_template_comes_with_it(written, tmp_path):
     assert isinstance(model.chat([{"role": "user", "content": "Hello"}], max_new_tokens=4), str)
 
 
+@pytest.mark.parametrize(
+    ("fields", "start"), [({}, []), ({"add_bos_token": False}, []), ({"add_bos_token": True}, [3])]
+)
+def test_texts_begin_with_bos_where_the_file_says_so(written, tmp_path, fields, start):
+    def change(given, tensors):
+        given |= {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+        given["tokenizer.ggml.bos_token_id"] = 3
+
+    model = import_gguf(written(change=change), tmp_path / "model")
+    assert model.tokenizer.start_ids == start and verify(model.path)["verified"]
+    assert ("conventions" in model.description) == bool(start)
+
+
 def test_an_anchor_is_published_from_it(written, tmp_path, corpora):
     model = import_gguf(written(), tmp_path / "model")
     anchor = publish(model.path, [corpora["public"]], tmp_path / "anchor")
@@ -137,13 +150,14 @@ def test_large_tensors_are_read_in_parts(written, monkeypatch):
     assert np.array_equal(whole, parts)
 
 
-def test_values_that_are_not_finite_are_noted_by_name(written, tmp_path, capsys):
+def test_values_that_are_not_finite_are_refused_by_name(written, tmp_path):
     def spoil(fields, tensors):
         tensors["blk.1.ffn_up.weight"][0, 0] = np.nan
 
-    import_gguf(written(change=spoil), tmp_path / "model")
-    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert "blk.1.ffn_up.weight" in warning and "not finite" in warning
+    source = written(change=spoil)
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight in .* has the value nan"):
+        import_gguf(source, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def setting(name, value):

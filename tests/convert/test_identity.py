@@ -155,3 +155,8 @@ def test_a_card_says_what_was_dropped_what_was_measured_and_how_to_use_it(export
     for member in open_artifact(model).members:
         for text, bits in member["manifest"]["training"]["bits_per_byte"]["pair"].items():
             assert f"| {member['name']} | {text} |" in card and f"{bits:.4f}" in card
+
+
+def test_names_come_back_where_weights_are_cast(exported, model, tmp_path):
+    back = import_hf(exported, tmp_path / "back", dtype="float32")
+    assert back.experts == open_artifact(model).experts and back.dtype == "float32"
