@@ -37,7 +37,7 @@ from .chat import TEMPLATE
 from .conventions import write_templates, written
 from .hub_config import hf_config
 from .huggingface import Entry, check_bias, key_table, transposed
-from .identity import KEY, Tensors, by_expert, described, note_of
+from .identity import Tensors, by_expert, described, note_of
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -76,18 +76,15 @@ def export_hf(  # noqa: PLR0913 - the verb's options
     _check_options(dtype, drop_bias, eval_data, mesh)
     arrays, config = _arrays(artifact, which)
     dtype = dtype or str(arrays["trunk/embedding"].dtype)
-    bias = np.asarray(arrays["experts/bias"][:]) if "experts/bias" in arrays else np.zeros((1, 1))
-    lowest = check_bias(bias, drop_bias)
-    scores = _scores(artifact, which, eval_data, mesh) if bias.any() and eval_data else {}
+    lowest = _lowest_bias(arrays, drop_bias)
+    scores = _scores(artifact, which, eval_data, mesh) if lowest < 0 and eval_data else {}
     configs = _configs(config, artifact.own_tokenizer, dtype)
     files = shards(_table(artifact, config), np.dtype(dtype).itemsize, max_shard_size)
     with new_directory(out) as directory:
         _write_tokenizer(directory, artifact.own_tokenizer)
         total, others = _write_weights(directory, files, arrays, dtype)
-        if others:
-            configs["config.json"][KEY] = note_of(artifact, others)
-        card = model_card(artifact, config, dtype, lowest, scores)
-        write_bytes(directory / "README.md", card.encode())
+        configs["config.json"] |= note_of(artifact, others)
+        write_text(directory / "README.md", model_card(artifact, config, dtype, lowest, scores))
         for name, content in configs.items():
             _write_json(directory / name, content)
         artifact.ensure()  # again: another directory may have got its name meanwhile
@@ -97,6 +94,13 @@ def export_hf(  # noqa: PLR0913 - the verb's options
         note(advice)
     made = {"out": str(out), "architecture": architecture, "dtype": dtype}
     return made | {"bytes": total, "files": len(files)} | scores
+
+
+def _lowest_bias(arrays: dict[str, Any], drop: bool) -> float:
+    """Of the router's biases, where there are any; see `check_bias`."""
+    return (
+        check_bias(np.asarray(arrays["experts/bias"][:]), drop) if "experts/bias" in arrays else 0
+    )
 
 
 def _check_options(

@@ -80,14 +80,17 @@ def described(values: np.ndarray) -> dict[str, Any]:
 
 
 def note_of(artifact: Artifact, experts: Sequence[Tensors]) -> dict[str, Any]:
-    """The note of an export, whose experts but the anchor have these tensors."""
+    """The note of an export, whose experts but the anchor have these tensors; none of a dense one,
+    which has no others."""
+    if not experts:
+        return {}
     members = {member["name"]: manifest_of(member) or member for member in artifact.members}
     noted = []
     for name, tensors in zip(artifact.experts[1:], experts, strict=True):
         said = {key: members.get(name, {}).get(key) for key in TERMS}
         terms = {key: value for key, value in said.items() if value}
         noted.append({"name": name, **terms, "sha256": _digest(tensors)})
-    return {"anchor": artifact.fingerprint, "experts": noted}
+    return {KEY: {"anchor": artifact.fingerprint, "experts": noted}}
 
 
 def from_note(value: Any, where: Path, experts: int) -> tuple[Noted, ...]:
@@ -99,6 +102,8 @@ def from_note(value: Any, where: Path, experts: int) -> tuple[Noted, ...]:
         noted = tuple(Noted(**one) for one in value["experts"])
         for one in noted:
             check_expert_name(one.name)
+            if one.sha256 is None:
+                raise UserError(f"{one.name} has no sha256")
     except (ValueError, UserError) as error:
         raise UserError(
             f"{where}: {KEY} is not what export-hf writes ({error!s:.200}); remove that key, or"

@@ -90,6 +90,7 @@ def test_an_expert_that_was_trained_on_is_not_called_what_it_was(exported, model
         {"experts": []},
         {"experts": [{"name": "../a", "sha256": "0" * 64}] * 2},
         {"experts": [{"name": "a", "sha256": "0" * 64}] * 2},
+        {"experts": [{"name": "a"}, {"name": "b"}]},
         {"experts": [{"name": "anchor", "sha256": "0" * 64}, {"name": "b", "sha256": "0" * 64}]},
         {"experts": [{"name": "a", "sha256": "0" * 64, "owner": "x" * 2000}]},
     ],
