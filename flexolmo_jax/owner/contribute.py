@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.config import DEFAULTS, RunConfig, Settings, section_of
+from flexolmo_jax.config import DEFAULTS, Reading, RunConfig, Settings, section_of
 from flexolmo_jax.data.documents import document_files, has_documents
 from flexolmo_jax.data.prepare import open_data, prepare
 from flexolmo_jax.data.records import Index, InputFile, open_records, sha256_of
@@ -59,17 +59,18 @@ def contribute(  # noqa: PLR0913 - the verb's options
         load_key(sign_key)  # raises now for a wrong key, not after hours of training
     option = "--out" if work is None else "--work"
     work = work or _work_beside(out, documents)
-    _check_documents(documents)
     tree = _pair_tree(settings, anchor, name, work, allow_hub)
     run = settings.run(tree, FILLED)  # raises for a wrong config before any document is read
+    _check_documents(documents, run.data.reading)
     _check_run(run, anchor)
     if not is_whole(work / "data"):
         try:
-            prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data")
+            how = {"reading": run.data.reading}
+            prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data", **how)
         except UserError:
             remove_if_empty(work)  # an earlier run's directory stays
             raise
-    elif Index.read(work / "data").inputs != _inputs(documents):
+    elif not _is_of(Index.read(work / "data"), documents, run.data.reading):
         raise UserError(f"{work} was made from other documents; delete it, or give a new {option}")
     if not settings.say(tree, "train", "steps"):
         run = settings.run(tree, FILLED, f"train.steps={_steps(run, work)}")
@@ -89,9 +90,9 @@ def _work_beside(out: Path, documents: Sequence[Path]) -> Path:
     return work
 
 
-def _check_documents(documents: Sequence[Path]) -> None:
+def _check_documents(documents: Sequence[Path], reading: Reading) -> None:
     for path in documents:
-        if not has_documents(path):
+        if not has_documents(path, reading):
             raise UserError(
                 f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a"
                 " directory of them)"
@@ -117,7 +118,7 @@ def _check_run(run: RunConfig, anchor: Artifact) -> None:
     check_expert_name(run.pair.name)
     if run.pair.public_share > 0:
         public = path_of(run.pair.public or str(anchor.path / "public"))
-        open_data(public, anchor.tokenizer, run.data.seq_len, "train")
+        open_data(public, anchor.tokenizer, run.data.seq_len, "train", run.data.reading)
 
 
 def _steps(run: RunConfig, work: Path) -> int:
@@ -128,6 +129,9 @@ def _steps(run: RunConfig, work: Path) -> int:
     return max(1, round(EPOCHS * records / own))
 
 
-def _inputs(documents: Sequence[Path]) -> list[InputFile]:
-    files = [file for path in documents for file in document_files(path)]
-    return [InputFile(file.name, size_of(file), sha256_of(file)) for file in files]
+def _is_of(index: Index, documents: Sequence[Path], reading: Reading) -> bool:
+    """Whether records were made of these very documents, read in this way."""
+    files = [file for path in documents for file in document_files(path, reading)]
+    inputs = [InputFile(file.name, size_of(file), sha256_of(file)) for file in files]
+    how = (reading.text_key, reading.separator)
+    return index.inputs == inputs and (index.text_key, index.separator) == how

@@ -18,7 +18,7 @@ CONFIG = "config.yaml"
 # Keys that may change when a run is resumed, beside the mesh: none of them changes what is learnt,
 # but for rounding.
 FREE = {"eval_every", "eval_records", "save_every", "save_minutes", "keep", "log_every"}
-FREE |= {"accumulate", "kernels", "remat", "watchdog", "profile", "allow_hub_embedder"}
+FREE |= {"accumulate", "kernels", "remat", "watchdog", "profile", "allow_hub_embedder", "strict"}
 FREE |= {"owner", "domain", "licence", "expires", "sequence"}  # what an owner states
 
 
