@@ -122,7 +122,8 @@ READING = (
         "--separator",
         default="<|endoftext|>",
         metavar="LINE",
-        help="the line that ends a document of a .txt (default <|endoftext|>; '': one document)",
+        help="the line that ends a document of a .txt (default <|endoftext|>; '': a file is one "
+        "document; one that begins with a dash: --separator=---)",
     ),
     option(
         "--skip-bad",

@@ -9,7 +9,6 @@ whether that is the end. What makes the file itself unusable is raised.
 import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BufferedReader, BytesIO
@@ -67,9 +66,7 @@ class Tally:
     bad: int = 0
     first_bad: str = ""
     cut: int = 0  # documents of .txt files that are one of several
-    ends: Counter[str] = field(
-        default_factory=Counter
-    )  # lines that look like the end of a document
+    ends: dict[str, int] = field(default_factory=dict)  # lines that look like the end of one
 
     def leave_out(self, bad: BadRecord) -> None:
         self.first_bad = self.first_bad or str(bad)
@@ -79,7 +76,12 @@ class Tally:
         self.first_bad = self.first_bad or other.first_bad
         self.bad += other.bad
         self.cut += other.cut
-        self.ends.update(other.ends)
+        for line, count in other.ends.items():
+            self.see(line, count)
+
+    def see(self, line: str, count: int = 1) -> None:
+        """Counts a line that looks like the end of a document."""
+        self.ends[line] = self.ends.get(line, 0) + count
 
     def told(self, reading: Reading) -> Iterator[str]:
         """What the user should know of it."""
@@ -145,7 +147,7 @@ def read_text(content: BufferedReader, file: File) -> Records:
                 yield from _cut(text, first, file)
                 text, first, is_cut = bytearray(), number + 1, True
                 continue
-            file.tally.ends[word.decode()] += 1
+            file.tally.see(word.decode())
         text += line
         if len(text) > LONGEST:
             raise UserError(

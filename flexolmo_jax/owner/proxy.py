@@ -30,7 +30,7 @@ from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.embedder import Embedder, load_embedder, widened
 from flexolmo_jax.owner.classifier import Classifier, Classifiers, half
 from flexolmo_jax.owner.proxy_cluster import OnCluster, Published
-from flexolmo_jax.owner.proxy_documents import Counted, Documents, InProcess, chunks
+from flexolmo_jax.owner.proxy_documents import Corpus, Counted, Documents, InProcess, chunks
 from flexolmo_jax.runtime.cluster import connected
 from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.storage.files import write_new
