@@ -55,7 +55,7 @@ _READERS = {
     ".csv": read_csv,
     ".tsv": read_tsv,
 }
-_UNKNOWN, _WITHOUT = "of another kind", "without documents"  # why a file is left out
+OTHER, _WITHOUT = "of another kind", "without documents"  # why a file is left out
 _OPTIONS = (
     "--text-key (data.text_key) names another key, --skip-bad (data.skip_bad) leaves such records"
     " out"
@@ -158,19 +158,13 @@ def found_in(path: Path, reading: Reading = AS_TEXT) -> Found:
     path = path_of(path)
     if path.is_dir():
         found = _in_directory(path, reading)
-        told = _in_words(found.left_out)
         if not found.files:
+            told = _in_words(found.left_out)
             raise UserError(
                 f"{path} holds no documents: expected {', '.join(FORMATS)} files inside it"
                 + (f"; left out: {told}" if told else "")
             )
-        if told and reading.strict:
-            raise UserError(
-                f"{path} holds {told}; expected documents alone; take these out, or leave out"
-                " --strict (data.strict)"
-            )
-        if told:
-            note_once(f"{path}: left out {told}; --strict (data.strict) makes this an error")
+        tell_left_out(path, found.left_out, reading)
         return found
     if not path.exists():
         raise UserError(
@@ -179,6 +173,18 @@ def found_in(path: Path, reading: Reading = AS_TEXT) -> Found:
     if not path.name.endswith(SURE):
         _check(path, reading)
     return Found([path], [])
+
+
+def tell_left_out(directory: Path, left_out: list[tuple[str, str]], reading: Reading) -> None:
+    """A note of it; with `reading.strict` a UserError."""
+    if not (told := _in_words(left_out)):
+        return
+    if reading.strict:
+        raise UserError(
+            f"{directory} holds {told}; expected nothing else than what is read; take these out, or"
+            " leave out --strict (data.strict)"
+        )
+    note_once(f"{directory}: left out {told}; --strict (data.strict) makes this an error")
 
 
 def _check(path: Path, reading: Reading) -> None:
@@ -224,17 +230,17 @@ def _problem_of(path: Path, reading: Reading) -> str:
     """
     form, compression = suffixes_of(path.name)
     if not form and Path(path.name[: len(path.name) - len(compression)]).suffix:
-        return _UNKNOWN
+        return OTHER
     try:
         first = _first(path, reading, _LOOKED_AT)
     except (UnknownKind, NoDocument) as error:
-        return _UNKNOWN if isinstance(error, UnknownKind) else _WITHOUT
+        return OTHER if isinstance(error, UnknownKind) else _WITHOUT
     except (UserError, OSError):  # told when it is read
-        return "" if form else _UNKNOWN
+        return "" if form else OTHER
     if not first or any(isinstance(one, Document) for one in first):
         return ""
     if isinstance(first[0], NotJSON):
-        return {"": _UNKNOWN, ".json": _WITHOUT}.get(form, "")
+        return {"": OTHER, ".json": _WITHOUT}.get(form, "")
     return _WITHOUT if isinstance(first[0], NoDocument) else ""
 
 

@@ -46,7 +46,7 @@ from flexolmo_jax.data.records import (
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack, shards_of
 from flexolmo_jax.data.spread import spread
 from flexolmo_jax.data.tokenizer import LOST_BITS, TOKENIZER_FILE, Tokenizer
-from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
+from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens, tell_beside
 from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.cache import CACHE_VARIABLE, cache_folder
@@ -138,6 +138,7 @@ def open_data(
     UserError as `prepare_cached` and `TokenRecords` do.
     """
     if has_tokens(path):
+        tell_beside(path_of(path), reading)
         return TokenRecords(path, tokenizer, seq_len)
     return open_records(prepare_cached(path, tokenizer, seq_len, reading=reading), split)
 

@@ -9,7 +9,7 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import Reading
 from flexolmo_jax.data.documents import document_files, found_in, name_of, read_documents
-from flexolmo_jax.data.prepare import prepare, prepare_cached
+from flexolmo_jax.data.prepare import open_data, prepare, prepare_cached
 from flexolmo_jax.data.records import Index
 from flexolmo_jax.data.tokens import TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
@@ -195,3 +195,12 @@ def test_special_tokens_that_documents_spell_stay_text(tmp_path, tokenizer):
         ids = tokenizer.encode(found)
         assert not {tokenizer.eos_id, tokenizer.pad_id} & set(ids)
         assert tokenizer.decode(ids) == found
+
+
+def test_documents_beside_token_files_are_told(tmp_path, tokenizer, capfd):
+    (tmp_path / "a.bin").write_bytes(bytes(64))
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    assert isinstance(open_data(tmp_path, tokenizer, 8, "train"), TokenRecords)
+    assert f"{tmp_path}: left out 1 of another kind (b.jsonl)" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"holds 1 of another kind \(b\.jsonl\)"):
+        open_data(tmp_path, tokenizer, 8, "train", Reading(strict=True))
