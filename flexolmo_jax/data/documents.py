@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from flexolmo_jax.config import COMPRESSIONS, FORMATS, Reading, suffixes_of, without_suffixes
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import note_once
-from flexolmo_jax.storage.paths import absolute, below, open_to_read, path_of, reason
+from flexolmo_jax.storage.folders import below
+from flexolmo_jax.storage.paths import absolute, open_to_read, path_of, reason
 
 from .compression import unpacked
 from .formats import ASSISTANT as ASSISTANT

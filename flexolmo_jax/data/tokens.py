@@ -23,7 +23,8 @@ from flexolmo_jax.data.documents import INDEX_FILE, OTHER, tell_left_out
 from flexolmo_jax.data.records import Record, Records, Split, token_dtype
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import below, files_below, path_of, reason
+from flexolmo_jax.storage.folders import below, files_below
+from flexolmo_jax.storage.paths import path_of, reason
 
 SUFFIXES = (".npy", ".bin")
 _SAMPLE = 1 << 16  # tokens of each file that are checked when it is opened
