@@ -203,10 +203,16 @@ def _check(path: Path, reading: Reading) -> None:
         return
 
 
-def _first(path: Path, reading: Reading, count: int) -> list[Document | BadRecord]:
-    """The first records of a file."""
+def _first(path: Path, reading: Reading, count: int) -> Document | BadRecord | None:
+    """The first document among the first records of a file; without one, the first record."""
+    first = None
     with open_to_read(path) as raw:
-        return list(itertools.islice(_records(raw, File(path, reading, Tally()), _ignore), count))
+        records = _records(raw, File(path, reading, Tally()), _ignore)
+        for one in itertools.islice(records, count):
+            if isinstance(one, Document):
+                return one
+            first = first or one
+    return first
 
 
 def _in_directory(directory: Path, reading: Reading) -> Found:
@@ -238,11 +244,9 @@ def _problem_of(path: Path, reading: Reading) -> str:
         return OTHER if isinstance(error, UnknownKind) else _WITHOUT
     except (UserError, OSError):  # told when it is read
         return "" if form else OTHER
-    if not first or any(isinstance(one, Document) for one in first):
-        return ""
-    if isinstance(first[0], NotJSON):
+    if isinstance(first, NotJSON):
         return {"": OTHER, ".json": _WITHOUT}.get(form, "")
-    return _WITHOUT if isinstance(first[0], NoDocument) else ""
+    return _WITHOUT if isinstance(first, NoDocument) else ""
 
 
 def grouped(left_out: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

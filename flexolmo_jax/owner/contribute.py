@@ -65,8 +65,8 @@ def contribute(  # noqa: PLR0913 - the verb's options
     _check_run(run, anchor)
     if not is_whole(work / "data"):
         try:
-            how = {"reading": run.data.reading}
-            prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data", **how)
+            length, reading = run.data.seq_len, run.data.reading
+            prepare(documents, anchor.tokenizer, length, work / "data", reading=reading)
         except UserError:
             remove_if_empty(work)  # an earlier run's directory stays
             raise

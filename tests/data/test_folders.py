@@ -170,10 +170,8 @@ def test_the_cache_knows_how_documents_were_read(tmp_path, tokenizer):
     (folder := tmp_path / "docs").mkdir()
     (folder / "a.txt").write_text("one\n---\ntwo\n")
     (folder / "b.jsonl").write_text('{"text": "x", "body": "y"}\n')
-    places = {
-        prepare_cached(folder, tokenizer, 16, tmp_path / "cache", Reading(**how))
-        for how in ({}, {"separator": "---"}, {"text_key": "body"}, {"strict": True}, {})
-    }
+    ways = [Reading(), Reading(separator="---"), Reading(text_key="body"), Reading(strict=True)]
+    places = {prepare_cached(folder, tokenizer, 16, tmp_path / "cache", way) for way in ways}
     assert len(places) == 3
 
 
