@@ -191,7 +191,9 @@ def tell_left_out(directory: Path, left_out: list[tuple[str, str]], reading: Rea
 def _check(path: Path, reading: Reading) -> None:
     """Raises UserError for a file of another kind, and for a table without a column of text."""
     try:
-        _first(path, reading, 1)
+        first = _first(path, reading, 1)
+        if isinstance(first, NotJSON) and not suffixes_of(path.name)[0]:
+            raise UnknownKind("it only begins as JSON") from first
     except UnknownKind as error:
         raise UserError(
             f"{path} is of an unknown kind: expected a name that ends in {', '.join(FORMATS)}, with"
@@ -243,7 +245,7 @@ def _problem_of(path: Path, reading: Reading) -> str:
     except (UnknownKind, NoDocument) as error:
         return OTHER if isinstance(error, UnknownKind) else _WITHOUT
     except (UserError, OSError):  # told when it is read
-        return "" if form else OTHER
+        return "" if form or compression else OTHER
     if isinstance(first, NotJSON):
         return {"": OTHER, ".json": _WITHOUT}.get(form, "")
     return _WITHOUT if isinstance(first, NoDocument) else ""

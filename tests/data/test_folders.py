@@ -1,5 +1,6 @@
 """Directories of documents: nothing that is there is left out silently, nothing hidden is read."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -148,8 +149,19 @@ def test_a_file_is_known_by_its_content_where_its_name_tells_nothing(tmp_path):
     (named := tmp_path / "corpus.v2").write_text('{"text": "a"}\n')
     assert list(read_documents(named)) == ["a"]
     assert ("of another kind", "corpus.v2") in found_in(tmp_path).left_out
-    with pytest.raises(UserError, match="unknown kind"):
-        read_documents(tmp_path / "notes")
+    for name in ("notes", "badge"):
+        with pytest.raises(UserError, match="unknown kind"):
+            read_documents(tmp_path / name)
+
+
+def test_a_packed_file_that_is_cut_short_is_not_taken_for_another_kind(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    whole = gzip.compress(b'{"text": "b"}\n' * 1000)
+    (tmp_path / "part-1.gz").write_bytes(whole)
+    assert len(list(read_documents(tmp_path))) == 1001
+    (tmp_path / "part-1.gz").write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=r"cannot read .*part-1\.gz"):
+        list(read_documents(tmp_path))
 
 
 def test_a_file_of_documents_with_a_bad_first_record_is_not_left_out(tmp_path):
