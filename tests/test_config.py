@@ -357,7 +357,7 @@ def test_an_override_of_another_kind_of_run_is_told_from_a_section_of_the_file(o
 
 
 # strings of a config that are no paths
-WORDS = {"name", "domain", "owner", "licence", "profile"}
+WORDS = {"name", "domain", "owner", "licence", "profile", "text_key", "separator"}
 
 
 def test_a_run_knows_every_key_that_is_a_path():

@@ -5,6 +5,7 @@ The cluster is this machine, several times. Nothing of it listens to other machi
 """
 
 import contextlib
+import gzip
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ os.environ |= {
 ray = pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
+from flexolmo_jax.config import Reading  # noqa: E402
 from flexolmo_jax.data import over_shards, shards, spread  # noqa: E402
 from flexolmo_jax.data.prepare import prepare  # noqa: E402
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
@@ -176,6 +178,27 @@ def test_a_cluster_prepares_conversations_as_one_process_does(cluster, tmp_path,
         UserError, match=r"chats\.jsonl, line 1: it has messages, and the tokenizer"
     ):
         prepare(files, tokenizer, SEQ_LEN, tmp_path / "none", ray=cluster.address)
+
+
+def test_a_cluster_reads_documents_as_one_process_does(cluster, tmp_path, some_tokenizer):
+    """Of every kind, with bad records, several documents in a file, and much that is none."""
+    has_workers(cluster, 2)
+    (folder := tmp_path / "docs").mkdir()
+    texts = documents("code", 60)
+    rows = [json.dumps({"body": text}) for text in texts]
+    (folder / "a.json.gz").write_bytes(gzip.compress("\n".join([*rows[:20], "{oops"]).encode()))
+    (folder / "b.csv").write_text("body,id\n" + "".join(f'"{text}",1\n' for text in texts[10:40]))
+    (folder / "c.txt").write_text("\n---\n".join(texts[30:]) + "\n</s>\n")
+    (folder / "d.pdf").write_text("x")
+    (folder / ".e.jsonl").write_text(rows[0])
+    made = {}
+    for name, address in (("alone", None), ("spread", cluster.address)):
+        how = {"ray": address, "reading": Reading("body", "---", skip_bad=True)}
+        prepare([folder], some_tokenizer, SEQ_LEN, tmp_path / name / "out", **how)
+        made[name] = files_of(tmp_path / name / "out")
+    assert made["alone"] == made["spread"]
+    index = json.loads(made["spread"]["index.json"])
+    assert (index["bad_removed"], index["duplicates_removed"], len(index["left_out"])) == (1, 20, 2)
 
 
 def test_a_killed_worker_changes_no_byte(cluster, tmp_path, many, some_tokenizer, alone):

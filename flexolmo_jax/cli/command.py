@@ -24,6 +24,7 @@ from flexolmo_jax.errors import RunError, UserError, printable
 from flexolmo_jax.runtime import environment, processes
 from flexolmo_jax.runtime.interrupts import catch, was_raised
 from flexolmo_jax.runtime.processes import ending, is_first
+from flexolmo_jax.runtime.progress import note_once
 from flexolmo_jax.runtime.streams import set_streams
 from flexolmo_jax.storage.files import is_disk_full
 from flexolmo_jax.storage.paths import is_refusal, reason
@@ -51,6 +52,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if not args.debug:
             # What JAX, Orbax and others tell themselves is no news to a user.
             logging.disable(logging.WARNING)
+        note_once.cache_clear()
         environment.check(os.environ)
         result = args.run_verb(args)
     except Exception as error:

@@ -17,9 +17,11 @@ from .options import (
     HELDOUT,
     MESH,
     OUT,
+    READING,
     SET,
     TRUST,
     positive,
+    reading_of,
     secret,
 )
 from .verbs import option, verb
@@ -52,6 +54,7 @@ PUBLIC_LENGTH = option(
     ),
     option("--dtype", default="bfloat16", help="release dtype: bfloat16 (default) or float32"),
     PUBLIC_LENGTH,
+    *READING,
     HELDOUT,
     CHECKPOINT,
     OUT,
@@ -68,6 +71,7 @@ def _publish(args: argparse.Namespace) -> dict[str, Any]:
         seq_len=args.seq_len,
         heldout=args.heldout,
         checkpoint_name=args.checkpoint,
+        reading=reading_of(args),
     )
     embedder = anchor.description["embedder"]
     return {"out": str(args.out), "fingerprint": anchor.fingerprint, "embedder": embedder}

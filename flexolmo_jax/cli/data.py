@@ -5,7 +5,7 @@ from typing import Any
 
 from flexolmo_jax.storage.paths import path_of
 
-from .options import HELDOUT, OUT, RAY, finite, local, positive
+from .options import HELDOUT, OUT, RAY, READING, finite, local, positive, reading_of
 from .verbs import option, verb
 
 
@@ -35,8 +35,9 @@ def _data_fetch(args: argparse.Namespace) -> dict[str, Any]:
         nargs="+",
         required=True,
         type=path_of,
-        help=".jsonl(.gz|.zst), .txt, .parquet, or directories of them; a line or row has "
-        '"text", or "messages" by the chat template of the tokenizer',
+        help=".jsonl, .json, .csv, .tsv, .txt (these also .gz, .zst, .bz2, .xz, .lz4), .parquet, "
+        'or directories of them; a line or row has "text", or "messages" by the chat template of '
+        "the tokenizer",
     ),
     option(
         "--tokenizer",
@@ -46,6 +47,7 @@ def _data_fetch(args: argparse.Namespace) -> dict[str, Any]:
     ),
     option("--seq-len", type=int, required=True),
     OUT,
+    *READING,
     HELDOUT,
     option("--workers", type=positive, help="default: one a core"),
     RAY,
@@ -58,9 +60,12 @@ def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
 
     tokenizer = Tokenizer.load(args.tokenizer)
     how = {"heldout": args.heldout, "workers": args.workers, "ray": args.ray}
+    how["reading"] = reading_of(args)
     index = prepare(args.input, tokenizer, args.seq_len, args.out, **how)
     splits = {split: dataclasses.asdict(stats) for split, stats in index.splits.items()}
-    return {"out": str(args.out), **splits, "duplicates_removed": index.duplicates_removed}
+    left_out = [dataclasses.asdict(group) for group in index.left_out]
+    removed = {"duplicates_removed": index.duplicates_removed, "bad_removed": index.bad_removed}
+    return {"out": str(args.out), **splits, **removed, "left_out": left_out}
 
 
 @verb(
@@ -69,12 +74,14 @@ def _data_prepare(args: argparse.Namespace) -> dict[str, Any]:
     "tokenizer train --input public.jsonl --vocab-size 8192 --out tokenizer.json",
     option("--input", nargs="+", required=True, type=path_of),
     option("--vocab-size", type=int, required=True),
+    *READING,
     HELDOUT,
     OUT,
 )
 def _tokenizer_train(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.data.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(args.input, args.vocab_size, args.out, heldout=args.heldout)
+    how = {"heldout": args.heldout, "reading": reading_of(args)}
+    tokenizer = train_tokenizer(args.input, args.vocab_size, args.out, **how)
     found = {"vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest}
     return {"out": str(args.out), **found}

@@ -92,6 +92,15 @@ def size(text: str) -> int:
     return count
 
 
+def reading_of(args: argparse.Namespace) -> Any:
+    """How documents are read, by the options READING."""
+    from flexolmo_jax.config import Reading
+
+    reading = Reading(args.text_key, args.separator, args.skip_bad, args.strict)
+    reading.check("--text-key", "--separator")
+    return reading
+
+
 # ---- options ----
 
 ANCHOR = option("--anchor", required=True, type=path_of)
@@ -101,6 +110,31 @@ HELDOUT = option(
     type=share,
     default=0.05,
     help="share of documents that is for evaluation only (default 0.05)",
+)
+READING = (
+    option(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="the key or column of a document's text (default text; a.b: b in a)",
+    ),
+    option(
+        "--separator",
+        default="<|endoftext|>",
+        metavar="LINE",
+        help="the line that ends a document of a .txt (default <|endoftext|>; '': a file is one "
+        "document; one that begins with a dash: --separator=---)",
+    ),
+    option(
+        "--skip-bad",
+        action="store_true",
+        help="leave out, and count, what is no document (default: the first is an error)",
+    ),
+    option(
+        "--strict",
+        action="store_true",
+        help="refuse a directory that holds anything beside documents (default: it is told)",
+    ),
 )
 RAY = option(
     "--ray",

@@ -1,6 +1,7 @@
 """Verbs of a data owner: train an expert, hand it over, try somebody else's."""
 
 import argparse
+import dataclasses
 from typing import Any
 
 from flexolmo_jax.errors import UserError
@@ -15,9 +16,11 @@ from .options import (
     OUT,
     PAIR_MESH,
     RAY,
+    READING,
     SET,
     SIGN_KEY,
     positive,
+    reading_of,
     secret,
 )
 from .verbs import option, verb
@@ -34,7 +37,7 @@ from .verbs import option, verb
         required=True,
         type=path_of,
         help='private documents, of "text" or "messages"; they never leave. To learn only what '
-        "the assistant says: --set data.loss=assistant",
+        "the assistant says: --set data.loss=assistant; of another key: --set data.text_key=KEY",
     ),
     ALLOW_HUB,
     option("--name", required=True, help="the expert's name"),
@@ -142,6 +145,7 @@ def _keygen(args: argparse.Namespace) -> dict[str, Any]:
         type=path_of,
         help="yours; the held-out ones are scored, and none leaves",
     ),
+    *READING,
     option(
         "--max-worse",
         type=float,
@@ -167,6 +171,7 @@ def _screen(args: argparse.Namespace) -> dict[str, Any]:
         sign_key=args.sign_key,
         limit=args.limit,
         mesh=args.mesh,
+        reading=reading_of(args),
     )
 
 
@@ -176,6 +181,7 @@ def _screen(args: argparse.Namespace) -> dict[str, Any]:
     "embed-domain --anchor anchor --input docs.jsonl --out row.npy",
     ANCHOR,
     option("--input", nargs="+", required=True, type=path_of),
+    *READING,
     ALLOW_HUB,
     OUT,
     RAY,
@@ -183,7 +189,7 @@ def _screen(args: argparse.Namespace) -> dict[str, Any]:
 def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.exchange.anchor import embed_domain
 
-    how = {"allow_hub": args.allow_hub_embedder, "ray": args.ray}
+    how = {"allow_hub": args.allow_hub_embedder, "ray": args.ray, "reading": reading_of(args)}
     row = embed_domain(args.anchor, args.input, args.out, **how)
     return {"out": str(args.out), "dim": len(row), "norm": float((row**2).sum() ** 0.5)}
 
@@ -203,6 +209,8 @@ def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
     ),
     ALLOW_HUB,
     option("--public", nargs="+", required=True, type=path_of, help="to choose from"),
+    *READING,
+    option("--public-text-key", metavar="KEY", help="of the public ones (default: --text-key)"),
     option(
         "--share",
         type=float,
@@ -223,6 +231,8 @@ def _embed_domain(args: argparse.Namespace) -> dict[str, Any]:
 def _proxy(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.owner.proxy import select_proxies
 
+    reading = reading_of(args)
+    public_key = reading.text_key if args.public_text_key is None else args.public_text_key
     proxies = select_proxies(
         args.anchor,
         args.private,
@@ -233,5 +243,7 @@ def _proxy(args: argparse.Namespace) -> dict[str, Any]:
         heldout=args.heldout,
         allow_hub=args.allow_hub_embedder,
         ray=args.ray,
+        reading=reading,
+        public_reading=dataclasses.replace(reading, text_key=public_key),
     )
     return {"out": str(args.out), **proxies._asdict(), "share": proxies.share}

@@ -14,9 +14,11 @@ from .options import (
     KERNELS,
     MESH,
     MODEL,
+    READING,
     SELECTING,
     local,
     positive,
+    reading_of,
     size,
 )
 from .printing import for_terminal
@@ -32,6 +34,7 @@ from .verbs import option, verb
     option(
         "--data", nargs="+", default=[], type=path_of, help="prepared directories, or documents"
     ),
+    *READING,
     option(
         "--tasks",
         metavar="A,B,...",
@@ -71,6 +74,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     result = {}
     if args.data:
         how = {key: getattr(args, key) for key in ("split", "loss", "limit", "batch_size")}
+        how["reading"] = reading_of(args)
         result = evaluate(model, args.data, **how, **_selection(args))
         result = result if args.json else in_brief(result)
     if tasks:
@@ -107,6 +111,7 @@ def _evaluated_tasks(model: Any, tasks: Any, args: argparse.Namespace) -> dict[s
         type=path_of,
         help="what it was trained on; held-out ones are passed over",
     ),
+    *READING,
     option(
         "--limit",
         type=positive,
@@ -130,8 +135,8 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.loaded import load
 
     model = load(args.path, args.checkpoint, args.mesh, anchor=args.anchor)
-    paths, heldout = args.documents, args.heldout
-    texts = (text for path in paths for text in read_training_documents(path, heldout))
+    how = {"heldout": args.heldout, "reading": reading_of(args)}
+    texts = (text for path in args.documents for text in read_training_documents(path, **how))
     documents = sample_documents(texts, model.tokenizer, args.limit, args.prefix, args.tokens)
     sampled = {"prefix": args.prefix, "samples": args.samples}
     how = {"batch_size": args.batch_size, "seed": args.seed, **_selection(args)}

@@ -17,6 +17,7 @@ from .loading import (
     to_dict,
 )
 from .model import LARGEST, LAYERS, PRESETS, ModelConfig, RopeScaling
+from .reading import COMPRESSIONS, END, FORMATS, Reading, suffixes_of, without_suffixes
 from .run import (
     LINE,
     SEQUENCES,
@@ -35,7 +36,10 @@ from .run import (
 from .section import expect
 
 __all__ = [
+    "COMPRESSIONS",
     "DEFAULTS",
+    "END",
+    "FORMATS",
     "LARGEST",
     "LAYERS",
     "LINE",
@@ -48,6 +52,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PairConfig",
+    "Reading",
     "Remat",
     "RopeScaling",
     "RouterConfig",
@@ -62,5 +67,7 @@ __all__ = [
     "override",
     "resolve",
     "section_of",
+    "suffixes_of",
     "to_dict",
+    "without_suffixes",
 ]

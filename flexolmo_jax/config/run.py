@@ -15,6 +15,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
 
 from .model import ModelConfig
+from .reading import END, Reading, without_suffixes
 from .section import Section, expect
 
 LINE = 1000  # the most characters of anything that an owner states
@@ -32,12 +33,13 @@ class Dataset(Section):
 
     path: str = ""
     weight: float = 1.0
-    name: str = ""  # default: the path's last part without suffixes
+    name: str = ""  # default: the path's last part, without the suffixes of documents and tokens
 
     @property
     def title(self) -> str:
         place = os.path.abspath(os.path.expanduser(self.path))  # ".." has a name too
-        return self.name or Path(place).name.split(".")[0]
+        name = without_suffixes(Path(place).name)
+        return self.name or re.sub(r"(?<=.)\.(npy|bin)$", "", name)
 
     def check(self) -> None:
         expected = "a prepared directory or a file of documents"
@@ -59,9 +61,19 @@ class DataConfig(Section):
     # what is learnt and scored of conversations: all tokens, or only what the assistant says;
     # documents of text count whole
     loss: Loss = "all"
+    # of raw documents, but not of prepared ones. The key or column of their text; a.b is b in a
+    text_key: str = "text"
+    separator: str = END  # the line that ends a document of a .txt; "": each file is one document
+    skip_bad: bool = False  # leave out, and count, what is no document; else the first is an error
+    strict: bool = False  # what a folder holds beside documents is an error
+
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.text_key, self.separator, self.skip_bad, self.strict)
 
     def check(self) -> None:
         expect(bool(self.train), "data.train", "nothing", "a list of {path, weight, name}")
+        self.reading.check("data.text_key", "data.separator")
         self.expect_positive("batch_size")
         self.expect("seq_len", self.seq_len > 1, "at least 2")
         for dataset in (*self.train, *self.eval):

@@ -71,7 +71,7 @@ def tune(  # noqa: PLR0913 - the verb's options
     tree = _router_tree(settings, model, start, proxies, public)
     run = settings.run(tree, FILLED)  # raises for a wrong config before any document is read
     for path in (*proxies.values(), *public):
-        has_documents(path)  # raises where there is no such path
+        has_documents(path, run.data.reading)  # raises where there is no such path
     if start != model.path and not is_whole(start):
         undo_tuning(model.path, start, store_path=store_path, ways=ways)
     _check_start(open_artifact(start), model, work)
@@ -102,7 +102,8 @@ def _router_tree(
 def _steps(run: RunConfig, model: Artifact, proxies: Mapping[str, Path]) -> int:
     """The steps that read the proxies EPOCHS times; public text counts as one more expert."""
     length = run.data.seq_len
-    opened = (open_data(path, model.tokenizer, length, "train") for path in proxies.values())
+    how: Any = (model.tokenizer, length, "train", run.data.reading)
+    opened = (open_data(path, *how) for path in proxies.values())
     share = len(proxies) / (len(proxies) + 1)
     return max(1, round(EPOCHS * sum(map(len, opened)) / (run.data.batch_size * share)))
 

@@ -1,9 +1,9 @@
 """What workers of a Ray cluster say of each shard of some documents.
 
-    over_shards(paths, on_workers("module", "function"), **how)     # inside `connected`
+    over_shards(paths, reading, on_workers("module", "function"), **how)     # inside `connected`
 
-calls `function(batch, files, **how)` there, a task a shard. `batch["shard"]` has the numbers of the
-shards, and `files[number]` their files, of which `seen` makes paths.
+calls `function(batch, files, reading, **how)` there, a task a shard. `batch["shard"]` has the
+numbers of the shards, and `files[number]` their files, of which `seen` makes paths.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo_jax.data.documents import document_files
+from flexolmo_jax.config import Reading
+from flexolmo_jax.data.documents import AS_TEXT, document_files
 from flexolmo_jax.data.shards import Shard, shards_of
 from flexolmo_jax.runtime.cluster import shared_path_error
 from flexolmo_jax.storage.paths import in_bucket, path_of, size_of
@@ -22,16 +23,17 @@ Files = dict[int, list[str]]  # of each shard
 
 
 def over_shards(
-    paths: Iterable[Path], call: Callable[..., Any], **how: Any
+    paths: Iterable[Path], reading: Reading, call: Callable[..., Any], **how: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows that workers give, those of a shard in order, shards in any order."""
-    shards = shards_in(paths)
-    yield from mapped(shards, call, files=files_of(shards), **how).iter_rows()
+    shards = shards_in(paths, reading)
+    found = mapped(shards, call, files=files_of(shards), reading=reading, **how)
+    yield from found.iter_rows()
 
 
-def shards_in(paths: Iterable[Path]) -> list[Shard]:
+def shards_in(paths: Iterable[Path], reading: Reading = AS_TEXT) -> list[Shard]:
     """The shards of all documents in files and directories. Raises UserError."""
-    files = [file for path in paths for file in document_files(path)]
+    files = [file for path in paths for file in document_files(path, reading)]
     return shards_of(files, [size_of(file) for file in files])
 
 

@@ -9,27 +9,37 @@ corpus. The files depend on the documents, their order and the arguments, never 
 workers.
 """
 
+import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.config import LARGEST
+from flexolmo_jax.config import LARGEST, Reading, suffixes_of
 from flexolmo_jax.data.chat import CHAT_FILE
 from flexolmo_jax.data.digests import open_digests
 from flexolmo_jax.data.documents import (
+    AS_TEXT,
     HELDOUT,
     INDEX_FILE,
+    SURE,
+    Found,
     document_files,
+    found_in,
+    grouped,
     has_documents,
     name_of,
+    tell,
 )
 from flexolmo_jax.data.records import (
     FORMAT,
     INPUTS,
+    NAMES,
     Index,
     InputFile,
+    LeftOut,
     Split,
     open_records,
     sha256_of,
@@ -37,8 +47,8 @@ from flexolmo_jax.data.records import (
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack, shards_of
 from flexolmo_jax.data.spread import spread
 from flexolmo_jax.data.tokenizer import LOST_BITS, TOKENIZER_FILE, Tokenizer
-from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
-from flexolmo_jax.errors import UserError
+from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens, tell_beside
+from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.cache import CACHE_VARIABLE, cache_folder
 from flexolmo_jax.storage.files import clear, make_folder, new_directory
@@ -57,11 +67,12 @@ def prepare(  # noqa: PLR0913 - the verb's options
     heldout: float = HELDOUT,
     workers: int | None = None,
     ray: str | None = None,
+    reading: Reading = AS_TEXT,
 ) -> Index:
     """Tokenizes and packs documents into the new directory `out`; returns its index.
 
     Args:
-        inputs: document files or directories of them.
+        inputs: document files or directories of them; `reading` says how they are read.
         seq_len: tokens in a record.
         heldout: the share of documents that are kept for evaluation; a small corpus may have none.
         workers: threads that tokenize (the tokenizer releases Python's lock); by default one for
@@ -75,27 +86,27 @@ def prepare(  # noqa: PLR0913 - the verb's options
             nothing half-written is left.
     """
     _check(seq_len, heldout, workers, ray)
-    files = _files(inputs)
-    shards = shards_of(files, [size_of(file) for file in files])
+    found = _found(inputs, reading)
+    shards = shards_of(found.files, [size_of(file) for file in found.files])
     total, name = sum(shard.bytes for shard in shards), absolute(out).name
     with new_directory(out) as directory:
         _save(tokenizer, directory)
         with bar(f"prepare {name}", total, in_bytes=True) as advance:
             if ray is None:
+                documents = functools.partial(Documents, heldout, reading=reading)
                 how = {"workers": workers or _cores(), "advance": advance}
-                packed = _pack_here(shards, heldout, directory, tokenizer, seq_len, how)
+                packed = _pack_here(shards, documents, directory, tokenizer, seq_len, how)
             else:
-                how = {"address": ray, "advance": advance}
+                how = {"address": ray, "advance": advance, "reading": reading}
                 packed = spread(shards, heldout, directory, tokenizer, seq_len, **how)
-        if not any(split.records for split in packed.splits.values()):
-            raise UserError(
-                f"no text in {', '.join(map(str, files))}: expected documents that are not empty"
-            )
+        _check_any(packed, found)
         if tokenizer.chat and any(split.conversations for split in packed.splits.values()):
             tokenizer.chat.save(directory)
         index = _index(name, packed, heldout, directory, tokenizer, seq_len)
+        index = dataclasses.replace(index, **_read_as(packed, found, reading))
         index.write(directory)
         _warn_of_lost_bytes(packed, name)
+        tell(packed.tally, name, reading)
         return index
 
 
@@ -104,6 +115,13 @@ def _save(tokenizer: Tokenizer, directory: Path) -> None:
     tokenizer.save(directory / TOKENIZER_FILE)
     if tokenizer.start_ids:
         tokenizer.conventions.save(directory)
+
+
+def _check_any(packed: Packed, found: Found) -> None:
+    if not any(split.records for split in packed.splits.values()):
+        bad = f" ({packed.tally.bad} are none: {packed.tally.first_bad})" * bool(packed.tally.bad)
+        files = ", ".join(map(str, found.files))
+        raise UserError(f"no text in {files}: expected documents that are not empty{bad}")
 
 
 def _check(seq_len: int, heldout: float, workers: int | None, ray: str | None) -> None:
@@ -120,33 +138,45 @@ def _check(seq_len: int, heldout: float, workers: int | None, ray: str | None) -
         )
 
 
-def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> Source:
+def open_data(
+    path: Path, tokenizer: Tokenizer, seq_len: int, split: Split, reading: Reading = AS_TEXT
+) -> Source:
     """The records of a split: of a prepared directory, of documents, or of token files.
 
     Documents are prepared into the cache. Token files have no splits: they are opened whole. Raises
     UserError as `prepare_cached` and `TokenRecords` do.
     """
     if has_tokens(path):
+        tell_beside(path_of(path), reading)
         return TokenRecords(path, tokenizer, seq_len)
-    return open_records(prepare_cached(path, tokenizer, seq_len), split)
+    return open_records(prepare_cached(path, tokenizer, seq_len, reading=reading), split)
 
 
 def open_heldout(
-    path: Path, tokenizer: Tokenizer, seq_len: int, split: Split = "heldout"
+    path: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    split: Split = "heldout",
+    reading: Reading = AS_TEXT,
 ) -> Source:
     """Records to score: as `open_data`, but prepared ones of any length and tokenizer."""
     if (path / INDEX_FILE).exists():
         return open_records(path, split)
-    return open_data(path, tokenizer, seq_len, split)
+    return open_data(path, tokenizer, seq_len, split, reading)
 
 
 def prepare_cached(
-    path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path | None = None
+    path: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    cache: Path | None = None,
+    reading: Reading = AS_TEXT,
 ) -> Path:
     """`path` where it is a prepared directory, else documents prepared into a cache.
 
-    The cache is `cache`, or what `cache_folder` finds. The content of the documents, the tokenizer
-    with its chat template and the length are the key under which a preparation is found again. Of
+    The cache is `cache`, or what `cache_folder` finds. The content of the documents, how they are
+    read, the tokenizer with its chat template and the length are the key under which a preparation
+    is found again. Of
     several processes that ask at once, one prepares and the others wait. A bucket has no locks:
     where the cache is in one, only one process may ask for what is not yet prepared.
 
@@ -155,14 +185,17 @@ def prepare_cached(
             `prepare` raises.
     """
     path = path_of(path)
-    if not has_documents(path):
+    if not has_documents(path, reading):
         _check_prepared(path, tokenizer, seq_len)
         return path
     key = hashlib.sha256(f"{FORMAT} {tokenizer.text_digest} {seq_len} {HELDOUT}".encode())
     if tokenizer.chat:
         key.update(f" {tokenizer.chat.digest}".encode())
-    for file in document_files(path):
-        key.update(f" {file.suffix} {sha256_of(file)}".encode())
+    for file in document_files(path, reading):
+        key.update(f" {_way(file, reading)} {sha256_of(file)}".encode())
+    for value, usual in ((reading.text_key, AS_TEXT.text_key), (reading.skip_bad, False)):
+        if value != usual:
+            key.update(f" {value}".encode())
     # The digest names the outer directory and the corpus the inner one, because records are named
     # after their directory.
     entry = (cache or cache_folder()) / "prepared" / key.hexdigest()[:32]
@@ -173,7 +206,7 @@ def prepare_cached(
             if not is_whole(prepared):
                 clear(prepared)
                 note(f"preparing {path} in {prepared}")
-                prepare([path], tokenizer, seq_len, prepared)
+                prepare([path], tokenizer, seq_len, prepared, reading=reading)
     except OSError as error:
         message = (
             f"cannot use the cache {entry}: {reason(error)}; set {CACHE_VARIABLE} to a directory"
@@ -183,15 +216,19 @@ def prepare_cached(
     return prepared
 
 
-def changed_documents(prepared: Path, documents: Sequence[Path]) -> str:
-    """How documents differ from those that a directory was prepared from, in words; "" where they
-    do not.
+def changed_documents(prepared: Path, documents: Sequence[Path], reading: Reading = AS_TEXT) -> str:
+    """How documents, read in this way, differ from those that a directory was prepared from, in
+    words; "" where they do not.
 
     Their content and order count. Where they lie does not, nor what they are called.
     """
-    files = [file for path in documents for file in document_files(path)]
+    index = Index.read(prepared)
+    for key in ("text_key", "separator"):
+        if getattr(index, key) != getattr(reading, key):
+            return f"{key} was {getattr(index, key)!r}, now {getattr(reading, key)!r}"
+    files = [file for path in documents for file in document_files(path, reading)]
     now = [InputFile(file.name, size_of(file), sha256_of(file)) for file in files]
-    before = Index.read(prepared).inputs
+    before = index.inputs
     if list(map(_kind_of, before)) == list(map(_kind_of, now)):
         return ""
     old, new = ({file.name: file.sha256 for file in inputs} for inputs in (before, now))
@@ -229,9 +266,17 @@ def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:
         )
 
 
-def _files(inputs: Sequence[Path]) -> list[Path]:
+def _way(file: Path, reading: Reading) -> str:
+    """What, beside its content, says what a file's documents are."""
+    if suffixes_of(file.name)[0] == ".txt":
+        return f".txt {reading.separator}"
+    return file.suffix if file.name.endswith(SURE) else "".join(suffixes_of(file.name))
+
+
+def _found(inputs: Sequence[Path], reading: Reading) -> Found:
     """All files of documents. Raises UserError for none, and for too many."""
-    files = [file for path in inputs for file in document_files(path)]
+    each = [found_in(path, reading) for path in inputs]
+    files = [file for found in each for file in found.files]
     if not files:
         raise UserError("got no documents to prepare: expected files or directories of documents")
     if len(files) > INPUTS:
@@ -239,12 +284,12 @@ def _files(inputs: Sequence[Path]) -> list[Path]:
             f"got {len(files)} files of documents, expected at most {INPUTS}: join them, as lines"
             " of .jsonl"
         )
-    return files
+    return Found(files, [one for found in each for one in found.left_out])
 
 
 def _pack_here(
     shards: Sequence[Shard],
-    heldout: float,
+    documents: Callable[[Callable[[bytes], bool]], Documents],
     directory: Path,
     tokenizer: Tokenizer,
     seq_len: int,
@@ -255,7 +300,7 @@ def _pack_here(
         open_digests(directory) as digests,
         open_writers(directory, tokenizer, seq_len) as writers,
     ):
-        return pack(shards, Documents(heldout, digests.add), writers, tokenizer, **how)
+        return pack(shards, documents(digests.add), writers, tokenizer, **how)
 
 
 def _warn_of_lost_bytes(packed: Packed, name: str) -> None:
@@ -264,6 +309,21 @@ def _warn_of_lost_bytes(packed: Packed, name: str) -> None:
             f"warning: the tokenizer's vocabulary cannot spell {lost} bytes of {name}; they are"
             f" left out, and count {LOST_BITS:g} bits each in bits per byte"
         )
+
+
+def _read_as(packed: Packed, found: Found, reading: Reading) -> dict[str, Any]:
+    """What an index says of how documents were read, and of what was not."""
+    return {
+        "text_key": reading.text_key,
+        "separator": reading.separator,
+        "bad_removed": packed.tally.bad,
+        "left_out": [
+            LeftOut(
+                why, len(names), [printable(name)[:255] for name in dict.fromkeys(names)][:NAMES]
+            )
+            for why, names in grouped(found.left_out).items()
+        ],
+    }
 
 
 def _index(

@@ -14,16 +14,16 @@ that the vocabulary cannot spell (data/tokenizer.py) is a byte more, and 8 bits.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
 from pydantic import FailFast, Field
 
-from flexolmo_jax.config import LARGEST, Loss
+from flexolmo_jax.config import LARGEST, LINE, Loss
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
-from flexolmo_jax.data.documents import INDEX_FILE
+from flexolmo_jax.data.documents import AS_TEXT, INDEX_FILE
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import write_bytes
 from flexolmo_jax.storage.paths import absolute, open_regular, path_of, reason
@@ -41,6 +41,7 @@ Token = Annotated[int, Field(ge=0, lt=2**24)]
 Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 INPUTS = 100_000  # files of documents; an index of more would be longer than untrusted.JSON_LIMIT
+NAMES = 100  # of what is left out, for each reason
 # commas and brackets of an index, and keys of each object in it
 SIGNS, KEYS = 4 * INPUTS + 1000, 32
 
@@ -89,8 +90,22 @@ class InputFile:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Files of directories that were not read, for one reason: how many, and the first names."""
+
+    why: Annotated[str, Field(max_length=100)]
+    count: Count
+    names: Annotated[list[Name], Field(max_length=NAMES)]
+
+
+@dataclass(frozen=True)
 class Index:
-    """The content of `index.json`."""
+    """The content of `index.json`.
+
+    `text_key` and `separator` are those that the documents were read with, `bad_removed` the
+    records of which none could be made. These and `left_out` are not written where they say
+    nothing, as in earlier versions.
+    """
 
     format: int
     name: Name
@@ -106,6 +121,10 @@ class Index:
     empty_removed: Count
     # SHA-256 of every other file in the directory
     files: dict[Annotated[str, Field(pattern=FILES)], Digest]
+    text_key: Annotated[str, Field(max_length=LINE)] = AS_TEXT.text_key
+    separator: Annotated[str, Field(max_length=LINE)] = AS_TEXT.separator
+    bad_removed: Count = 0
+    left_out: Annotated[list[LeftOut], Field(max_length=NAMES)] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> "Index":
@@ -122,6 +141,7 @@ class Index:
             conform(cls, fields)
             fields["splits"] = {split: SplitIndex(**fields["splits"][split]) for split in SPLITS}
             fields["inputs"] = [InputFile(**entry) for entry in fields["inputs"]]
+            fields["left_out"] = [LeftOut(**entry) for entry in fields.get("left_out", [])]
             return cls(**fields)
         except (FileNotFoundError, NotADirectoryError) as error:
             message = (
@@ -155,6 +175,9 @@ class Index:
             for count in ("lost_bytes", "lost_in_context", "conversations"):
                 if not split[count]:
                     del split[count]
+        for key in ("text_key", "separator", "bad_removed", "left_out"):
+            if fields[key] in (getattr(AS_TEXT, key, None), 0, []):
+                del fields[key]
         write_bytes(path / INDEX_FILE, (json.dumps(fields, indent=1) + "\n").encode())
 
 

@@ -11,7 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from flexolmo_jax.data.documents import Document, digest_of, documents_in, is_heldout
+from flexolmo_jax.config import Reading
+from flexolmo_jax.data.documents import (
+    AS_TEXT,
+    Document,
+    Tally,
+    digest_of,
+    documents_in,
+    is_heldout,
+)
 from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex, sha256_of
 from flexolmo_jax.data.split_writer import SplitWriter
 from flexolmo_jax.data.tokenized import Tokenized, tokenized
@@ -39,6 +47,7 @@ class Packed(NamedTuple):
     inputs: list[InputFile]
     duplicates: int
     empty: int
+    tally: Tally
 
 
 def shards_of(files: Sequence[Path], sizes: Sequence[int]) -> list[Shard]:
@@ -60,15 +69,17 @@ class Documents:
     `is_new` says of a document's digest whether the document comes for the first time.
     """
 
-    def __init__(self, heldout: float, is_new: Callable[[bytes], bool]):
-        self.heldout, self._is_new = heldout, is_new
+    def __init__(self, heldout: float, is_new: Callable[[bytes], bool], reading: Reading = AS_TEXT):
+        self.heldout, self._is_new, self._reading = heldout, is_new, reading
+        self.tally = Tally()
         self.duplicates = 0
         self.empty = 0
 
     def read(
         self, files: Sequence[Path], advance: Callable[[int], object]
     ) -> Iterator[tuple[Split, Document]]:
-        for document in (one for file in files for one in documents_in(file, advance)):
+        how = (advance, self._reading, self.tally)
+        for document in (one for file in files for one in documents_in(file, *how)):
             digest = digest_of(document.text)
             if not document.text:
                 self.empty += 1
@@ -102,7 +113,7 @@ def pack(
             writer.cut()
         inputs += [InputFile(file.name, size_of(file), sha256_of(file)) for file in shard.files]
     splits: dict[Split, SplitIndex] = {split: writers[split].finish() for split in SPLITS}
-    return Packed(splits, inputs, documents.duplicates, documents.empty)
+    return Packed(splits, inputs, documents.duplicates, documents.empty, documents.tally)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from flexolmo_jax.config import Reading
 from flexolmo_jax.data.chat import Chat
-from flexolmo_jax.data.documents import digest_of, read_documents
+from flexolmo_jax.data.documents import AS_TEXT, Tally, digest_of, documents_in
 from flexolmo_jax.data.over_shards import Columns, Files, everywhere, files_of, mapped, seen
 from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack
@@ -47,6 +48,7 @@ def spread(  # noqa: PLR0913 - as `pack`, and where the cluster is
     *,
     address: str,
     advance: Callable[[int], object],
+    reading: Reading = AS_TEXT,
 ) -> Packed:
     """Writes the records of all shards into a directory that has the tokenizer already.
 
@@ -57,7 +59,7 @@ def spread(  # noqa: PLR0913 - as `pack`, and where the cluster is
         make_folder(directory / "shards")
         tokenizer.chat.save(directory / "shards")
     with connected(address):
-        for row in _dataset(shards, heldout, directory, seq_len).iter_rows():
+        for row in _dataset(shards, heldout, directory, seq_len, reading).iter_rows():
             found[row["shard"]] = json.loads(row["packed"])
             advance(shards[row["shard"]].bytes)
     each = [found[shard.number] for shard in shards]
@@ -70,24 +72,31 @@ def spread(  # noqa: PLR0913 - as `pack`, and where the cluster is
     for split in SPLITS:
         join_records(directory, parts[split], split, tokenizer, seq_len)
     discard(directory / "shards")
+    tally = Tally()
+    for one in each:
+        tally.add(Tally(**one["tally"]))
     return Packed(
         {split: _sum(parts[split].values(), seq_len) for split in SPLITS},
         [InputFile(**file) for one in each for file in one["inputs"]],
         sum(one["duplicates"] for one in each),
         sum(one["empty"] for one in each),
+        tally,
     )
 
 
-def _dataset(shards: Sequence[Shard], heldout: float, directory: Path, seq_len: int) -> Any:
+def _dataset(
+    shards: Sequence[Shard], heldout: float, directory: Path, seq_len: int, reading: Reading
+) -> Any:
     """The rows {"shard": number, "packed": what `write_shard` says}, in any order."""
     files, partitions = files_of(shards), min(len(shards), PARTITIONS)
-    digests = mapped(shards, on_workers(_HERE, "read_digests"), files=files, partitions=partitions)
+    how: dict[str, Any] = {"files": files, "reading": reading}
+    digests = mapped(shards, on_workers(_HERE, "read_digests"), partitions=partitions, **how)
     duplicates = digests.groupby("partition", partitions).map_groups(
         on_workers(_HERE, "find_duplicates")
     )
     # a row of each shard, so that those without duplicates are there too
     all_of_them = mapped(shards, on_workers(_HERE, "no_duplicate"))
-    how = {"files": files, "directory": everywhere(directory), "heldout": heldout}
+    how |= {"directory": everywhere(directory), "heldout": heldout}
     return (
         duplicates.union(all_of_them)
         .groupby("shard", len(shards))
@@ -98,10 +107,14 @@ def _dataset(shards: Sequence[Shard], heldout: float, directory: Path, seq_len: 
 # ---- on workers ----
 
 
-def read_digests(batch: Columns, files: Files, partitions: int) -> Iterator[Columns]:
+def read_digests(
+    batch: Columns, files: Files, reading: Reading, partitions: int
+) -> Iterator[Columns]:
     """The digests of a shard's documents that are not empty, each with its place and partition."""
     for shard in batch["shard"].tolist():
-        texts = (text for file in seen(files[shard]) for text in read_documents(file) if text)
+        paths = seen(files[shard])
+        found = (one for path in paths for one in documents_in(path, None, reading, Tally()))
+        texts = (one.text for one in found if one.text)
         for first in itertools.count(step=ROWS):
             digests = b"".join(map(digest_of, itertools.islice(texts, ROWS)))
             words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 4)
@@ -130,12 +143,17 @@ def no_duplicate(batch: Columns) -> Columns:
 
 
 def write_shard(
-    duplicates: Columns, files: Files, directory: str, heldout: float, seq_len: int
+    duplicates: Columns,
+    files: Files,
+    reading: Reading,
+    directory: str,
+    heldout: float,
+    seq_len: int,
 ) -> Columns:
     """Writes the records of a shard, given its duplicates' places, into a new folder."""
     number, place = int(duplicates["shard"][0]), path_of(directory)
     again, row = set(duplicates["row"].tolist()), itertools.count()
-    documents = Documents(heldout, lambda _: next(row) not in again)
+    documents = Documents(heldout, lambda _: next(row) not in again, reading)
     shard = Shard(number, seen(files[number]), 0)
     tokenizer = _tokenizer(place)
     folder = place / "shards" / f"{number:05}-{uuid.uuid4().hex[:8]}"
@@ -144,6 +162,7 @@ def write_shard(
         packed = pack([shard], documents, writers, tokenizer)
     told = {"folder": folder.name} | packed._asdict()
     told["splits"] = {split: asdict(index) for split, index in packed.splits.items()}
+    told["tally"] = asdict(packed.tally)
     told["inputs"] = [asdict(file) for file in packed.inputs]
     return {"shard": np.array([number]), "packed": np.array([json.dumps(told)])}
 

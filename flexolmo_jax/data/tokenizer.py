@@ -16,7 +16,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from flexolmo_jax.data.documents import HELDOUT, document_files, read_training_documents
+from flexolmo_jax.config import Reading
+from flexolmo_jax.data.documents import AS_TEXT, HELDOUT, document_files, read_training_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.files import make_folder, write_text
@@ -264,6 +265,7 @@ def train_tokenizer(
     *,
     heldout: float = HELDOUT,
     sample_bytes: int = 1 << 28,
+    reading: Reading = AS_TEXT,
 ) -> Tokenizer:
     """Trains a byte-level BPE on documents and writes it; the same files give the same tokenizer.
 
@@ -278,6 +280,7 @@ def train_tokenizer(
             in `prepare`).
         sample_bytes: how much text to learn from: the first part of every file, in proportion to
             its size.
+        reading: how the documents are read.
 
     Raises:
         UserError: a vocabulary smaller than 258 or larger than MOST, no text, an output that
@@ -290,8 +293,8 @@ def train_tokenizer(
         raise UserError(f"{out} exists: expected a new file or a new or empty directory")
     file = out if out.suffix == ".json" and not out.is_dir() else out / TOKENIZER_FILE
     check_new_file(file)
-    inputs = [file for path in files for file in document_files(path)]
-    tokenizer = _trained(_sample(inputs, heldout, sample_bytes), vocab_size)
+    inputs = [file for path in files for file in document_files(path, reading)]
+    tokenizer = _trained(_sample(inputs, heldout, sample_bytes, reading), vocab_size)
     if tokenizer.vocab_size < vocab_size:
         note(
             f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little"
@@ -321,14 +324,16 @@ def _trained(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend.to_str())
 
 
-def _sample(files: Sequence[Path], heldout: float, sample_bytes: int) -> Iterator[str]:
+def _sample(
+    files: Sequence[Path], heldout: float, sample_bytes: int, reading: Reading
+) -> Iterator[str]:
     """The first part of every file, in proportion to its size. UserError where none has text."""
     sizes = [size_of(file) for file in files]
     any_text = False
     with bar("tokenizer", min(sample_bytes, sum(sizes)), in_bytes=True) as advance:
         for file, size in zip(files, sizes, strict=True):
             left = max(1, sample_bytes * size // max(1, sum(sizes)))
-            for text in read_training_documents(file, heldout):
+            for text in read_training_documents(file, heldout, reading):
                 # A character is at least one byte: this cuts only what is over the limit.
                 text = text[:left]
                 any_text = any_text or bool(text)

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from flexolmo_jax.config import Reading
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
-from flexolmo_jax.data.documents import INDEX_FILE
+from flexolmo_jax.data.documents import INDEX_FILE, OTHER, tell_left_out
 from flexolmo_jax.data.records import Content, Record, Records, Split, token_dtype
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.paths import files_below, path_of, reason
+from flexolmo_jax.storage.folders import below, files_below
+from flexolmo_jax.storage.paths import path_of, reason
 
 SUFFIXES = (".npy", ".bin")
 _SAMPLE = 1 << 16  # tokens of each file that are checked when it is opened, and of a sample
@@ -35,6 +37,17 @@ def has_tokens(path: Path) -> bool:
     """True where a path is a token file, or a directory of them that is not a prepared one."""
     path = path_of(path)
     return bool(_files(path)) and not (path / INDEX_FILE).exists()
+
+
+def tell_beside(path: Path, reading: Reading) -> None:
+    """As `tell_left_out`, of what a directory holds beside token files: documents, too."""
+    entries = below(path) if path.is_dir() else []
+    others = [
+        (entry.problem or OTHER, entry.shown)
+        for entry in entries
+        if entry.problem not in ("", "empty") or not entry.path.name.endswith(SUFFIXES)
+    ]
+    tell_left_out(path, others, reading)
 
 
 class TokenRecords:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flexolmo_jax.config import Loss
-from flexolmo_jax.data.documents import name_of
+from flexolmo_jax.config import Loss, Reading
+from flexolmo_jax.data.documents import AS_TEXT, name_of
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import Split
 from flexolmo_jax.data.tokens import Source
@@ -36,15 +36,16 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     batch_size: int = 16,
     names: Sequence[str] | None = None,
     loss: Loss = "all",
+    reading: Reading = AS_TEXT,
 ) -> dict[str, Any]:
     """Scores the held-out records of prepared directories and raw documents, all of token files.
 
     Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data:
     {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}, "by_record":
     {data: [[bits, bytes] of each record]}}. With `limit` only the first records of each data set
-    are read. `names`: the data's, instead of the files'.
-    `loss`: "assistant" scores of conversations only what the assistant says. Raises UserError where
-    no data set holds any.
+    are read. `names`: the data's, instead of the files'. `reading`: how raw documents are
+    read. `loss`: "assistant" scores of conversations only what the assistant says. Raises UserError
+    where no data set holds any.
     """
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
@@ -56,7 +57,9 @@ def evaluate(  # noqa: PLR0913 - the verb's options
 
     keys = ("bits_per_byte", "tokens", "bytes", "routing", "routing_by_layer", "by_record")
     result: dict[str, Any] = {key: {} for key in keys}
-    for name, records in _opened(model, data, names, split, loss).items():
+    opened = _opened(model, data, names, split, reading)
+    _check_loss(loss, opened)
+    for name, records in opened.items():
         with bar(
             f"eval {name_of(records.path)}", min(len(records), limit or len(records))
         ) as advance:
@@ -79,20 +82,23 @@ def _opened(
     data: Sequence[Path],
     names: Sequence[str] | None,
     split: Split,
-    loss: Loss,
+    reading: Reading,
 ) -> dict[str, Source]:
     """The records of each data set, by its name."""
     seq_len, opened = min(RAW_SEQ_LEN, model.config.max_seq_len), dict[str, Source]()
     for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
         if name in opened:
             raise UserError(f"two data sets are called {name!r}; rename one of them")
-        opened[name] = open_heldout(path, model.tokenizer, seq_len, split)
+        opened[name] = open_heldout(path, model.tokenizer, seq_len, split, reading)
+    return opened
+
+
+def _check_loss(loss: Loss, opened: dict[str, Source]) -> None:
     if loss == "assistant" and not any(records.conversations for records in opened.values()):
         raise UserError(
             f"--loss is assistant, and {', '.join(opened)} have no conversations; give documents"
             ' with "messages", or leave --loss out'
         )
-    return opened
 
 
 def in_brief(result: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
-from flexolmo_jax.config import load_config, to_dict
-from flexolmo_jax.data.documents import HELDOUT, name_of, read_training_documents
+from flexolmo_jax.config import Reading, load_config, to_dict
+from flexolmo_jax.data.documents import AS_TEXT, HELDOUT, name_of, read_training_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.integrity import embedder_digest, fingerprint_of, public_digest
@@ -48,18 +48,18 @@ def publish(  # noqa: PLR0913 - the verb's options
     seq_len: int | None = None,
     heldout: float = HELDOUT,
     checkpoint_name: str = "last",
+    reading: Reading = AS_TEXT,
 ) -> Artifact:
     """Makes an anchor of a dense run or model, or of the first expert of an imported model.
 
     An imported model's router rows are kept. Models are read a shard at a time, runs a parameter.
 
     Args:
-        public: documents. The embedder is fitted on them, router row 0 comes from them, and they go
+        public: documents (`reading`: how they are read) for the embedder and router row 0. They go
             with the anchor as packed records, so that owners have text to contrast their own with.
-        embedder: "tfidf", "minilm" or a sentence-transformers model.
-        dtype: what the weights are released in.
-        seq_len: tokens of a public record (default: the run's).
-        heldout: the share of public documents that is for evaluation only.
+        embedder: "tfidf", "minilm" or a sentence-transformers model; `dtype`: of the weights.
+        seq_len: tokens of a public record (default: the run's); `heldout`: the share of public
+            documents that is for evaluation only.
         checkpoint_name: the checkpoint of a run: "last", "best", or a step.
 
     Raises:
@@ -71,12 +71,12 @@ def publish(  # noqa: PLR0913 - the verb's options
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory)
         length = seq_len or _trained_seq_len(dense_path) or min(artifact.config.max_seq_len, 1024)
-        prepare(public, artifact.tokenizer, length, directory / "public", heldout=heldout)
-        fitted = fit_embedder(embedder, _documents(public, heldout), artifact.config.d_model)
-        fitted.save(directory / "embedder")
-        row = _row_0(directory / "embedder", public, heldout)
-        arrays = _arrays(artifact, checkpoint_name, row).items()
-        released = {path: a.astype(dtype) for path, a in arrays}
+        how: Any = {"heldout": heldout, "reading": reading}
+        prepare(public, artifact.tokenizer, length, directory / "public", **how)
+        fitted = _fitted(embedder, directory / "embedder", _documents(public, **how), artifact)
+        row = _row_0(directory / "embedder", _documents(public, **how))
+        arrays = _arrays(artifact, checkpoint_name, row)
+        released = {path: array.astype(dtype) for path, array in arrays.items()}
         description = _describe(directory, artifact, released, fitted)
         write_description(directory, description | {"public": [name_of(path) for path in public]})
         artifact.ensure()  # again: another directory may have got its name meanwhile
@@ -102,10 +102,17 @@ def _dense(path: Path) -> Artifact:
     return artifact
 
 
-def _row_0(embedder: Path, public: Sequence[Path], heldout: float) -> np.ndarray:
+def _fitted(name: str, out: Path, texts: Iterator[str], artifact: Artifact) -> Embedder:
+    """An embedder that is fitted on public text, and written."""
+    embedder = fit_embedder(name, texts, artifact.config.d_model)
+    embedder.save(out)
+    return embedder
+
+
+def _row_0(embedder: Path, public: Iterator[str]) -> np.ndarray:
     """By the embedder as owners will load it: their rows and row 0 must come from the same one."""
     loaded = load_embedder(embedder, allow_hub=True)
-    return domain_embedding(loaded, _documents(public, heldout))
+    return domain_embedding(loaded, public)
 
 
 def _arrays(artifact: Artifact, checkpoint_name: str, row: np.ndarray) -> dict[str, Any]:
@@ -174,17 +181,22 @@ def embed_domain(
     *,
     allow_hub: bool = False,
     ray: str | None = None,
+    reading: Reading = AS_TEXT,
 ) -> np.ndarray:
     """Writes (as .npy) and returns the mean embedding of documents, float32 [D].
 
     The embedder is the anchor's; for `allow_hub` see `load_embedder`. `ray`: the address of a
     cluster that reads the documents, as `connected` takes it. The bytes are the same.
+    `reading`: how the documents are read.
     """
     anchor = open_anchor(anchor_path)
     check_new_file(out)
     embedder = load_embedder(anchor.path / "embedder", anchor.config.d_model, allow_hub=allow_hub)
     anchor.ensure()  # again, now that it is read
-    texts = _documents(documents) if ray is None else sampled(documents, HELDOUT, ray)
+    if ray is None:
+        texts = _documents(documents, HELDOUT, reading)
+    else:
+        texts = sampled(documents, HELDOUT, reading, ray)
     embedding = domain_embedding(embedder, texts)
     content = io.BytesIO()
     np.save(content, embedding)
@@ -192,9 +204,9 @@ def embed_domain(
     return embedding
 
 
-def _documents(paths: Sequence[Path], heldout: float = HELDOUT) -> Iterator[str]:
+def _documents(paths: Sequence[Path], heldout: float, reading: Reading) -> Iterator[str]:
     for path in paths:
-        yield from read_training_documents(path, heldout)
+        yield from read_training_documents(path, heldout, reading)
 
 
 def _trained_seq_len(path: Path) -> int | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.config import DEFAULTS, RunConfig, Settings, section_of
+from flexolmo_jax.config import DEFAULTS, Reading, RunConfig, Settings, section_of
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.prepare import changed_documents, open_data, prepare
 from flexolmo_jax.data.records import Index, open_records
@@ -60,17 +60,18 @@ def contribute(  # noqa: PLR0913 - the verb's options
         load_key(sign_key)  # raises now for a wrong key, not after hours of training
     option = "--out" if work is None else "--work"
     work = work or _work_beside(out, documents)
-    _check_documents(documents)
     tree = _pair_tree(settings, anchor, name, work, allow_hub)
     run = settings.run(tree, FILLED)  # raises for a wrong config before any document is read
+    _check_documents(documents, run.data.reading)
     _check_run(run, anchor)
     if not is_whole(work / "data"):
         try:
-            prepare(documents, anchor.tokenizer, run.data.seq_len, work / "data")
+            length, reading = run.data.seq_len, run.data.reading
+            prepare(documents, anchor.tokenizer, length, work / "data", reading=reading)
         except UserError:
             remove_if_empty(work)  # an earlier run's directory stays
             raise
-    elif changes := changed_documents(work / "data", documents):
+    elif changes := changed_documents(work / "data", documents, run.data.reading):
         raise UserError(
             f"{work} was made from other documents ({changes}); delete it, or give a new {option}"
         )
@@ -92,9 +93,9 @@ def _work_beside(out: Path, documents: Sequence[Path]) -> Path:
     return work
 
 
-def _check_documents(documents: Sequence[Path]) -> None:
+def _check_documents(documents: Sequence[Path], reading: Reading) -> None:
     for path in documents:
-        if not has_documents(path):
+        if not has_documents(path, reading):
             raise UserError(
                 f"{path} holds no documents; expected .jsonl, .txt or .parquet files (or a"
                 " directory of them)"
@@ -120,7 +121,7 @@ def _check_run(run: RunConfig, anchor: Artifact) -> None:
     check_expert_name(run.pair.name)
     if run.pair.public_share > 0:
         public = path_of(run.pair.public or str(anchor.path / "public"))
-        open_data(public, anchor.tokenizer, run.data.seq_len, "train")
+        open_data(public, anchor.tokenizer, run.data.seq_len, "train", run.data.reading)
 
 
 def _steps(run: RunConfig, work: Path) -> int:

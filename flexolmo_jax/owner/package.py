@@ -312,7 +312,8 @@ def _evaluate(
     scores: dict[str, Any] = {who: {} for who in models}
     for name, path in heldout.items():
         # An owner's records need not be as long as the anchor's public ones.
-        records = open_heldout(path_of(path), run.tokenizer, config.data.seq_len)
+        length, reading = config.data.seq_len, config.data.reading
+        records = open_heldout(path_of(path), run.tokenizer, length, reading=reading)
         if len(records):
             for who, model in models.items():
                 how = {"loss": config.data.loss, "limit": config.train.eval_records}

@@ -12,7 +12,7 @@ public is neither learnt from nor chosen: choosing it would tell that the owner 
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +22,15 @@ import numpy as np
 import optax
 
 from flexolmo_jax.artifact import Artifact
-from flexolmo_jax.data.documents import HELDOUT, digest_of
+from flexolmo_jax.config import Reading
+from flexolmo_jax.data.documents import AS_TEXT, HELDOUT, digest_of
 from flexolmo_jax.data.over_shards import everywhere
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.embedder import Embedder, load_embedder, widened
 from flexolmo_jax.owner.classifier import Classifier, Classifiers, half
 from flexolmo_jax.owner.proxy_cluster import OnCluster, Published
-from flexolmo_jax.owner.proxy_documents import Counted, Documents, InProcess, chunks
+from flexolmo_jax.owner.proxy_documents import Corpus, Counted, Documents, InProcess, chunks
 from flexolmo_jax.runtime.cluster import connected
 from flexolmo_jax.runtime.progress import bar
 from flexolmo_jax.storage.files import write_new
@@ -70,6 +71,8 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
     heldout: float = HELDOUT,
     allow_hub: bool = False,
     ray: str | None = None,
+    reading: Reading = AS_TEXT,
+    public_reading: Reading | None = None,
 ) -> Proxies:
     """Writes a share of the public documents, those most like the private ones, as a .jsonl.
 
@@ -85,6 +88,7 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
         allow_hub: see `load_embedder`.
         ray: the address of a Ray cluster that reads and scores the documents, as `connected` takes
             it; None is this process alone. The choice is the same.
+        reading: how documents are read; `public_reading`: public ones, if otherwise.
 
     Raises:
         UserError: for an output that exists or is not a .jsonl, and for too few documents of either
@@ -92,22 +96,25 @@ def select_proxies(  # noqa: PLR0913 - the verb's options
     """
     _check(out, share, diversity)
     anchor = open_anchor(anchor_path)
-    loaded = _embedder(anchor, allow_hub)
-    embedder = widened(loaded)
-    with _documents(private, public, heldout, anchor, allow_hub, ray) as documents:
+    embedder = widened(_embedder(anchor, allow_hub))
+    both = Corpus(private, reading), Corpus(public, public_reading or reading)
+    with _documents(*both, heldout, anchor, allow_hub, ray) as documents:
         counted = documents.count(MOST)
         learnt_from = _learnt_from(documents, counted)
         classifiers, accuracy = _fitted(embedder, learnt_from)
         count = max(1, round(share * counted.public))
         scored = documents.score(embedder, classifiers, count * diversity)
         candidates = {digest: score for score, digest in scored}
-        texts = documents.texts(candidates, private=False)
-        chosen = {digest_of(text): text for text in texts}
+        chosen = {digest_of(text): text for text in documents.texts(candidates, private=False)}
     kept = sorted(candidates) if diversity == 1 else _diverse(embedder, chosen, candidates, count)
-    lines = (json.dumps({"text": chosen[digest]}, ensure_ascii=False) for digest in sorted(kept))
-    write_new(out, "".join(f"{line}\n" for line in lines).encode())
+    _write(out, (chosen[digest] for digest in sorted(kept)))
     learnt = sum(is_private for _, is_private in learnt_from.values())
     return Proxies(len(kept), counted.public, accuracy, learnt)
+
+
+def _write(out: Path, texts: Iterable[str]) -> None:
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    write_new(out, "".join(f"{line}\n" for line in lines).encode())
 
 
 def _check(out: Path, share: float, diversity: int) -> None:
@@ -129,8 +136,8 @@ def _embedder(anchor: Artifact, allow_hub: bool) -> Embedder:
 
 @contextlib.contextmanager
 def _documents(
-    private: Sequence[Path],
-    public: Sequence[Path],
+    private: Corpus,
+    public: Corpus,
     heldout: float,
     anchor: Artifact,
     allow_hub: bool,

@@ -8,12 +8,12 @@ one process: a document's score does not depend on those beside it.
 
 import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexolmo_jax.config import Reading
 from flexolmo_jax.data.documents import digest_of
 from flexolmo_jax.data.over_shards import (
     Columns,
@@ -27,6 +27,7 @@ from flexolmo_jax.data.over_shards import (
 from flexolmo_jax.exchange.embedder import Embedder, load_embedder, widened
 from flexolmo_jax.owner.classifier import Classifiers
 from flexolmo_jax.owner.proxy_documents import (
+    Corpus,
     Counted,
     Scored,
     chunks,
@@ -55,9 +56,7 @@ class Published(NamedTuple):
 class OnCluster:
     """Documents that workers read, inside `connected`."""
 
-    def __init__(
-        self, private: Sequence[Path], public: Sequence[Path], heldout: float, embedder: Published
-    ):
+    def __init__(self, private: Corpus, public: Corpus, heldout: float, embedder: Published):
         self._private, self._public, self._heldout = private, public, heldout
         self._embedder = embedder
         self._own = b""  # the private digests in order, one behind the other
@@ -82,8 +81,8 @@ class OnCluster:
         )
 
     def texts(self, wanted: Collection[bytes], *, private: bool) -> Iterator[str]:
-        paths = self._private if private else self._public
-        found = self._over(paths, "find_texts", wanted=b"".join(sorted(wanted)))
+        corpus = self._private if private else self._public
+        found = self._over(corpus, "find_texts", wanted=b"".join(sorted(wanted)))
         return distinct((row["text"] for row in found), wanted)
 
     def score(self, embedder: Embedder, classifiers: Classifiers, most: int) -> Scored:
@@ -96,14 +95,15 @@ class OnCluster:
                 best = {digest: logit for logit, digest in _first(best, most)}
         return _first(best, most)
 
-    def _over(self, paths: Sequence[Path], function: str, **how: Any) -> Iterator[dict[str, Any]]:
-        return over_shards(paths, on_workers(_HERE, function), heldout=self._heldout, **how)
+    def _over(self, corpus: Corpus, function: str, **how: Any) -> Iterator[dict[str, Any]]:
+        return over_shards(*corpus, on_workers(_HERE, function), heldout=self._heldout, **how)
 
     def _partitions(self, most: int) -> Iterator[dict[str, Any]]:
         """What `count_partition` says of each partition of the public digests."""
-        shards = shards_in(self._public)
+        shards = shards_in(*self._public)
         partitions = min(len(shards), PARTITIONS)
-        how = {"files": files_of(shards), "heldout": self._heldout, "partitions": partitions}
+        how: dict[str, Any] = {"files": files_of(shards), "reading": self._public.reading}
+        how |= {"heldout": self._heldout, "partitions": partitions}
         digests = mapped(shards, on_workers(_HERE, "read_digests"), **how)
         counted = digests.groupby("partition", partitions).map_groups(
             on_workers(_HERE, "count_partition"), fn_kwargs={"own": self._own, "most": most}
@@ -115,11 +115,11 @@ class OnCluster:
 
 
 def read_digests(
-    batch: Columns, files: Files, heldout: float, partitions: int
+    batch: Columns, files: Files, reading: Reading, heldout: float, partitions: int
 ) -> Iterator[Columns]:
     """The digests of a shard, those of each partition one behind the other."""
     for shard in batch["shard"].tolist():
-        texts = training_documents(seen(files[shard]), heldout)
+        texts = training_documents(seen(files[shard]), reading, heldout)
         while digests := list(map(digest_of, itertools.islice(texts, ROWS))):
             parts: list[list[bytes]] = [[] for _ in range(partitions)]
             for digest in digests:
@@ -139,17 +139,21 @@ def count_partition(partition: Columns, own: bytes, most: int) -> Columns:
     }
 
 
-def find_texts(batch: Columns, files: Files, heldout: float, wanted: bytes) -> Iterator[Columns]:
+def find_texts(
+    batch: Columns, files: Files, reading: Reading, heldout: float, wanted: bytes
+) -> Iterator[Columns]:
     """The documents of a shard with a wanted digest, each once."""
     digests = set(_digests(wanted).tolist())
     for shard in batch["shard"].tolist():
-        for chunk in chunks(distinct(training_documents(seen(files[shard]), heldout), digests)):
+        texts = training_documents(seen(files[shard]), reading, heldout)
+        for chunk in chunks(distinct(texts, digests)):
             yield {"text": _objects(chunk)}
 
 
-def score_shard(
+def score_shard(  # noqa: PLR0913 - what a worker needs to score
     batch: Columns,
     files: Files,
+    reading: Reading,
     heldout: float,
     own: bytes,
     published: Published,
@@ -159,7 +163,8 @@ def score_shard(
     embedder, private = _embedder(published), set(_digests(own).tolist())
     for shard in batch["shard"].tolist():
         done = set(private)
-        for chunk in chunks(_new(training_documents(seen(files[shard]), heldout), done)):
+        texts = training_documents(seen(files[shard]), reading, heldout)
+        for chunk in chunks(_new(texts, done)):
             logits, digests = zip(*scores(chunk, embedder, classifiers), strict=True)
             yield {
                 "digests": _objects([b"".join(digests)]),

@@ -8,12 +8,20 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from flexolmo_jax.data.documents import digest_of, read_training_documents
+from flexolmo_jax.config import Reading
+from flexolmo_jax.data.documents import AS_TEXT, digest_of, read_training_documents
 from flexolmo_jax.exchange.embedder import CHUNK, Embedder
 from flexolmo_jax.owner.classifier import Classifiers
 from flexolmo_jax.runtime.progress import bar
 
 Scored = list[tuple[float, bytes]]  # logits and digests, the most private-like first
+
+
+class Corpus(NamedTuple):
+    """Files and directories of documents, and how they are read."""
+
+    paths: Sequence[Path]
+    reading: Reading = AS_TEXT
 
 
 class Counted(NamedTuple):
@@ -45,13 +53,13 @@ class Documents(Protocol):
 class InProcess:
     """Documents that this process reads. All digests are in memory."""
 
-    def __init__(self, private: Sequence[Path], public: Sequence[Path], heldout: float):
+    def __init__(self, private: Corpus, public: Corpus, heldout: float):
         self._private, self._public, self._heldout = private, public, heldout
         self._choosable: set[bytes] = set()
 
     def count(self, most: int) -> Counted:
-        own = set(map(digest_of, training_documents(self._private, self._heldout)))
-        public = set(map(digest_of, training_documents(self._public, self._heldout)))
+        own = set(map(digest_of, training_documents(*self._private, self._heldout)))
+        public = set(map(digest_of, training_documents(*self._public, self._heldout)))
         self._choosable = public - own
         only_own = own - public
         return Counted(
@@ -63,8 +71,8 @@ class InProcess:
         )
 
     def texts(self, wanted: Collection[bytes], *, private: bool) -> Iterator[str]:
-        paths = self._private if private else self._public
-        return distinct(training_documents(paths, self._heldout), wanted)
+        corpus = self._private if private else self._public
+        return distinct(training_documents(*corpus, self._heldout), wanted)
 
     def score(self, embedder: Embedder, classifiers: Classifiers, most: int) -> Scored:
         scored: Scored = []
@@ -75,10 +83,11 @@ class InProcess:
         return in_order(scored)[:most]
 
 
-def training_documents(paths: Iterable[Path], heldout: float) -> Iterator[str]:
+def training_documents(paths: Iterable[Path], reading: Reading, heldout: float) -> Iterator[str]:
     """The documents of all paths, without held-out and blank ones."""
     for path in paths:
-        yield from (text for text in read_training_documents(path, heldout) if text.strip())
+        texts = read_training_documents(path, heldout, reading)
+        yield from (text for text in texts if text.strip())
 
 
 def distinct(texts: Iterable[str], wanted: Collection[bytes]) -> Iterator[str]:

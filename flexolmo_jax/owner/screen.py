@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from flexolmo_jax.artifact import Artifact, active_among, placement_on
-from flexolmo_jax.config import MeshConfig
+from flexolmo_jax.config import MeshConfig, Reading
+from flexolmo_jax.data.documents import AS_TEXT
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN, evaluate
@@ -45,12 +46,13 @@ def screen(  # noqa: PLR0913 - the verb's options
     sign_key: Path | None = None,
     limit: int | None = None,
     mesh: MeshConfig | None = None,
+    reading: Reading = AS_TEXT,
 ) -> dict[str, Any]:
     """Writes the verdict. Returns it with the bits per byte behind it, which the verdict omits.
 
     Args:
         model_path: a merged model made from this anchor, or the anchor.
-        documents: the owner's documents, or prepared directories of them.
+        documents: the owner's, which are read as `reading` says, or prepared directories of them.
         max_worse: the relative rise of bits per byte that still passes.
         limit: how many records of each to read.
         mesh: the devices that the models are spread over (default: one device).
@@ -65,9 +67,8 @@ def screen(  # noqa: PLR0913 - the verb's options
     candidate.check(anchor)
     model = load(model_path, mesh=mesh)
     _check_model(model.artifact, anchor, candidate)
-    documents = _scored(model, documents)
-    without = _bits(model, documents, limit)
-    with_it = _bits(appended(model, candidate), documents, limit)
+    scored: Any = (_scored(model, documents, reading), limit, reading)
+    without, with_it = _bits(model, *scored), _bits(appended(model, candidate), *scored)
     verdict = make_verdict(
         anchor=str(anchor.fingerprint),
         candidate=candidate.manifest["sha256"],
@@ -151,21 +152,27 @@ def _check_model(model: Artifact, anchor: Artifact, candidate: Contribution) -> 
         )
 
 
-def _scored(model: LoadedModel, documents: Sequence[Path]) -> list[Path]:
+def _scored(model: LoadedModel, documents: Sequence[Path], reading: Reading) -> list[Path]:
     """The documents with held-out text: a file of few documents often has none."""
     length = min(RAW_SEQ_LEN, model.config.max_seq_len)
-    scored = [path for path in documents if len(open_heldout(path, model.tokenizer, length)) > 0]
+    opened = {
+        path: open_heldout(path, model.tokenizer, length, reading=reading) for path in documents
+    }
+    scored = [path for path in documents if len(opened[path])]
     if not scored:
         names = ", ".join(map(str, documents))
         raise UserError(f"{names}: none of the documents is held out (1 in 20 is); give more")
     return scored
 
 
-def _bits(model: LoadedModel, documents: Sequence[Path], limit: int | None) -> dict[str, Any]:
+def _bits(
+    model: LoadedModel, documents: Sequence[Path], limit: int | None, reading: Reading
+) -> dict[str, Any]:
     """Bits, tokens and bytes of all documents together."""
     names = [str(number) for number in range(len(documents))]  # files may have one name
     size = batch_over(model.mesh, BATCH_SIZE)
-    scores = evaluate(model, documents, limit=limit, names=names, batch_size=size)
+    how: dict[str, Any] = {"limit": limit, "batch_size": size, "reading": reading}
+    scores = evaluate(model, documents, names=names, **how)
     bits = sum(scores["bits_per_byte"][name] * count for name, count in scores["bytes"].items())
     return {
         "bits": bits,

@@ -1,6 +1,7 @@
 """Progress bars and notes, all on stderr, so that stdout carries results only."""
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,12 @@ console = Console(
 def note(message: str) -> None:
     """Prints one line on stderr, above any bar that is running."""
     console.print(printable(message), markup=False, soft_wrap=True)
+
+
+@functools.cache
+def note_once(message: str) -> None:
+    """The same, but only the first time that a command says it."""
+    note(message)
 
 
 @contextlib.contextmanager

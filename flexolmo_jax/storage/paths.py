@@ -221,17 +221,6 @@ def children(directory: Path, *, clutter: bool = False) -> list[Path]:
     return [path for path in found if clutter or not is_clutter(path.name)]
 
 
-def files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files at any depth with one of these suffixes, sorted by path, without hidden ones.
-
-    The order is the same on a disk and in a bucket.
-    """
-    names = (name for name in listing(directory) if name.endswith(suffixes))
-    names = sorted(names, key=lambda name: name.split("/"))
-    paths = (directory / name for name in names if not name.rpartition("/")[2].startswith("."))
-    return [path for path in paths if in_bucket(path) or path.is_file()]
-
-
 def size_of(file: Path) -> int:
     """The size in bytes. Raises OSError if there is no such file."""
     return file_system().info(str(file))["size"] if in_bucket(file) else file.stat().st_size

@@ -21,8 +21,9 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
     if data.tokenizer:
         return Tokenizer.load(path_of(data.tokenizer))
     paths = [path_of(dataset.path) for dataset in data.train]
+    others = (path for path in paths if not has_tokens(path))
     # raises where there is nothing at all
-    prepared = [path for path in paths if not has_tokens(path) and not has_documents(path)]
+    prepared = [path for path in others if not has_documents(path, data.reading)]
     for path in sorted(prepared, key=lambda path: not (path / CHAT_FILE).exists()):
         return Tokenizer.load(path)
     raise UserError(
@@ -51,7 +52,8 @@ def open_sources(
     """
 
     def opened(dataset: Dataset, split: Split) -> Source:
-        return open_data(path_of(dataset.path), tokenizer, data.seq_len, split)
+        path = path_of(dataset.path)
+        return open_data(path, tokenizer, data.seq_len, split, data.reading)
 
     mixed, heldout_sets = (*data.train, *extra), evaluation_sets(data, extra)
 
