@@ -30,7 +30,8 @@ _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
 # in the messages of gcsfs and TensorStore
 _REFUSALS = ("Forbidden: ", "PERMISSION_DENIED", "UNAUTHENTICATED")
 AnyPath = str | os.PathLike[str]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # Names of what systems, file servers and editors leave in folders by themselves.
 _CLUTTER_FILES = (
@@ -116,11 +117,11 @@ def _on_this_machine(text: str) -> Path:
     return found
 
 
-def literal(path: str | Path) -> Path:
-    """The path as Orbax takes it, and as those in buckets are."""
+def literal(path: str | Path) -> Any:
+    """The path as Orbax takes it, and as those in buckets are. Its interface is pathlib's."""
     from .literal import LiteralPath
 
-    return LiteralPath(path)  # type: ignore[return-value]  # its interface is pathlib's
+    return LiteralPath(path)
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
