@@ -134,6 +134,7 @@ def test_a_window_as_wide_as_the_context_is_none_to_a_family_without_windows():
     ids=str,
 )
 def test_positions_are_those_of_transformers_in_every_spelling(family, keys):
+    pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     fields = hf_config(PLAIN[family], family) | keys
     config = model_config(fields)
