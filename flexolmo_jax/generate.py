@@ -134,32 +134,28 @@ class Generator:
         """
         config, _, vocab_size, eos_id = self._decoder
         sampling.check()
-        n, limits = len(prompts), max_new_tokens
-        limits = limits if isinstance(limits, list) else [limits] * n
-        _check(config, prompts, limits, vocab_size)
+        n, limits = len(prompts), _checked(config, prompts, max_new_tokens, vocab_size)
         _expect(len(ends) <= ENDS, "ends", f"{len(ends)} tokens", f"at most {ENDS}")
         batch = batch_over(self._mesh, rounded_up(n))
         tokens, last, first_slot = _left_padded(prompts, batch, config.max_seq_len)
-        active, allowed = experts
-        likeliest = sampling.likeliest(vocab_size)
-        how: dict[str, Any] = {"mesh": self._mesh, "kernels": self._kernels}
-        decoding = Decoding(config, active, vocab_size, likeliest, self._dtype, **how)
+        (active, allowed), likeliest = experts, sampling.likeliest(vocab_size)
+        where = self._dtype, self._mesh, self._kernels
+        decoding = Decoding(config, active, vocab_size, likeliest, *where)
         sizes = Sizes(*tokens.shape, power_of_two(max(limits), config.max_seq_len))
         programs = self._compiled(decoding, sizes)
         of_batch = {"first_slot": first_slot, "prompts": np.int32(n)}
         request = _request(of_batch, allowed, self._decoder, sampling, ends)
-        params = self._decoder.params
-        state = programs.prefill(params, tokens, last, request)
+        state = programs.prefill(self._decoder.params, tokens, last, request)
         for limit in _limits(max(limits), on_token is not None):
             before = int(state.step)
-            state = programs.run(params, state, request, np.int32(limit))
+            state = programs.run(self._decoder.params, state, request, np.int32(limit))
             chosen = np.array(state.chosen)[:n, : int(state.step)]
             steps = range(before, chosen.shape[1])
             told = [on_token(step, chosen[:, step]) for step in steps] if on_token else []
             if chosen.shape[1] < limit or any(told):  # every prompt has ended
                 break
-        cut = (ids[:limit] for ids, limit in zip(chosen.tolist(), limits, strict=True))
-        return [_before(ids, {eos_id, *ends}) for ids in cut]
+        own = zip(chosen.tolist(), limits, strict=True)
+        return [_before(ids[:limit], {eos_id, *ends}) for ids, limit in own]
 
     def _compiled(self, decoding: Decoding, sizes: Sizes) -> Compiled:
         """The programs. The weights lie as they read them when this returns."""
@@ -263,9 +259,11 @@ class TextStream:
         return left
 
 
-def _check(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int], vocab_size: int
-) -> None:
+def _checked(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], new: int | list[int], vocab_size: int
+) -> list[int]:
+    """How many tokens may follow each prompt."""
+    limits = new if isinstance(new, list) else [new] * len(prompts)
     _expect(len(prompts) > 0, "prompts", "none", "at least one")
     for i, (prompt, max_new_tokens) in enumerate(zip(prompts, limits, strict=True)):
         is_number = isinstance(max_new_tokens, int) and max_new_tokens >= 1
@@ -277,6 +275,7 @@ def _check(
         got = f"{len(prompt)} tokens and {max_new_tokens} new ones"
         most = f"at most {config.max_seq_len} together (model.max_seq_len)"
         _expect(fits, f"prompt {i}", got, f"{most}; shorten the prompt or generate less")
+    return limits
 
 
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:
