@@ -1,7 +1,8 @@
 """Generation with a KV cache: a batch of prompts of any lengths in, completions out.
 
 The programs are those of model/decoding.py. Compiling is rare: lengths are rounded up to powers of
-two. Streaming calls the same program with lower limits, and so gives the same tokens.
+two, and batches a little. Streaming calls the same program with lower limits, and so gives the
+same tokens.
 """
 
 import itertools
@@ -31,8 +32,9 @@ from flexolmo_jax.model.decoding import (
     Weights,
     compiled,
 )
+from flexolmo_jax.model.sizes import power_of_two, rounded_up
+from flexolmo_jax.runtime.sharding import batch_over
 
-SMALLEST_BUCKET = 16
 STREAMED = 8  # tokens that a call chooses before they are handed out
 COLDEST = 1e-5  # below this temperature a float32 softmax is an argmax
 
@@ -59,7 +61,7 @@ class Sampling:
         if self.temperature < COLDEST:
             return GREEDY
         if self.top_k:
-            return _bucket(self.top_k, vocab_size)
+            return power_of_two(self.top_k, vocab_size)
         return vocab_size if self.top_p < 1 else 0
 
 
@@ -107,10 +109,10 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        max_new_tokens: int | list[int],
         experts: tuple[int, np.ndarray],
         sampling: Sampling = Sampling(),
-        on_token: Callable[[int, np.ndarray], None] | None = None,
+        on_token: Callable[[int, np.ndarray], bool | None] | None = None,
         ends: Sequence[int] = (),
     ) -> list[list[int]]:
         """The completions of a batch of prompts, each cut before its EOS or another of its ends.
@@ -118,9 +120,11 @@ class Generator:
         A completion does not depend on the other prompts.
 
         Args:
+            max_new_tokens: of every prompt, or of each its own.
             experts: how many of them a token uses, and bool [E]: those that it may use.
             on_token: called for every token with its index and the chosen ids [B]; prompts that
-                have ended give `eos_id`. After the first, `STREAMED` tokens come at a time.
+                have ended give `eos_id`. After the first, `STREAMED` tokens come at a time. Once it
+                returns True, no more are chosen.
             ends: tokens that end a completion as EOS does, ENDS at most.
 
         Raises:
@@ -130,30 +134,28 @@ class Generator:
         """
         config, _, vocab_size, eos_id = self._decoder
         sampling.check()
-        _check(config, prompts, max_new_tokens, vocab_size)
+        n, limits = len(prompts), _checked(config, prompts, max_new_tokens, vocab_size)
         _expect(len(ends) <= ENDS, "ends", f"{len(ends)} tokens", f"at most {ENDS}")
-        tokens, lengths = _left_padded(prompts, config.max_seq_len)
-        active, allowed = experts
-        likeliest = sampling.likeliest(vocab_size)
-        how: dict[str, Any] = {"mesh": self._mesh, "kernels": self._kernels}
-        decoding = Decoding(config, active, vocab_size, likeliest, self._dtype, **how)
-        B, P = tokens.shape
-        sizes = Sizes(B, P, _bucket(max_new_tokens, config.max_seq_len))
+        batch = batch_over(self._mesh, rounded_up(n))
+        tokens, last, first_slot = _left_padded(prompts, batch, config.max_seq_len)
+        (active, allowed), likeliest = experts, sampling.likeliest(vocab_size)
+        where = self._dtype, self._mesh, self._kernels
+        decoding = Decoding(config, active, vocab_size, likeliest, *where)
+        sizes = Sizes(*tokens.shape, power_of_two(max(limits), config.max_seq_len))
         programs = self._compiled(decoding, sizes)
-        last = np.array([prompt[-1] for prompt in prompts], np.int32)
-        request = _request(tokens.shape[1] - lengths, allowed, self._decoder, sampling, ends)
-        params = self._decoder.params
-        state = programs.prefill(params, tokens, last, request)
-        for limit in _limits(max_new_tokens, on_token is not None):
+        of_batch = {"first_slot": first_slot, "prompts": np.int32(n)}
+        request = _request(of_batch, allowed, self._decoder, sampling, ends)
+        state = programs.prefill(self._decoder.params, tokens, last, request)
+        for limit in _limits(max(limits), on_token is not None):
             before = int(state.step)
-            state = programs.run(params, state, request, np.int32(limit))
-            chosen = np.array(state.chosen)[:, : int(state.step)]
-            if on_token is not None:
-                for step in range(before, chosen.shape[1]):
-                    on_token(step, chosen[:, step])
-            if chosen.shape[1] < limit:  # every prompt has ended
+            state = programs.run(self._decoder.params, state, request, np.int32(limit))
+            chosen = np.array(state.chosen)[:n, : int(state.step)]
+            steps = range(before, chosen.shape[1])
+            told = [on_token(step, chosen[:, step]) for step in steps] if on_token else []
+            if chosen.shape[1] < limit or any(told):  # every prompt has ended
                 break
-        return [_before(ids, {eos_id, *ends}) for ids in chosen.tolist()]
+        own = zip(chosen.tolist(), limits, strict=True)
+        return [_before(ids[:limit], {eos_id, *ends}) for ids, limit in own]
 
     def _compiled(self, decoding: Decoding, sizes: Sizes) -> Compiled:
         """The programs. The weights lie as they read them when this returns."""
@@ -164,7 +166,7 @@ class Generator:
 
 
 def _request(
-    first_slot: np.ndarray,
+    of_batch: dict[str, Any],
     allowed: np.ndarray,
     decoder: Decoder,
     sampling: Sampling,
@@ -173,7 +175,7 @@ def _request(
     """In numpy's arrays: every process of a mesh gives its own."""
     vocab_size = decoder.vocab_size
     settings: dict[str, Any] = {
-        "first_slot": first_slot,
+        **of_batch,
         "eos_id": np.int32(decoder.eos_id),
         "ends": np.array([*ends, *[decoder.eos_id] * (ENDS - len(ends))], np.int32),
         "allowed": np.asarray(allowed, bool),
@@ -206,15 +208,20 @@ def _limits(max_new_tokens: int, is_streamed: bool) -> list[int]:
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], largest: int
-) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
-    """The prompts without their last tokens, padded on the left, and their lengths."""
+    prompts: Sequence[Sequence[int]], batch: int, largest: int
+) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"], Int[np.ndarray, "B"]]:
+    """The prompts without their last tokens, padded on the left; these; and where each begins.
+
+    Prompts of one token fill up the batch.
+    """
+    prompts = [*prompts, *[prompts[0][:1]] * (batch - len(prompts))]
+    last = np.array([prompt[-1] for prompt in prompts], np.int32)
     lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
-    P = _bucket(max(map(len, prompts)) - 1, largest)
+    P = power_of_two(max(map(len, prompts)) - 1, largest)
     tokens = np.zeros((len(prompts), P), np.int32)
     for b, prompt in enumerate(prompts):
         tokens[b, P - lengths[b] :] = prompt[:-1]
-    return tokens, lengths
+    return tokens, last, P - lengths
 
 
 class TextStream:
@@ -252,13 +259,15 @@ class TextStream:
         return left
 
 
-def _check(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int
-) -> None:
+def _checked(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], new: int | list[int], vocab_size: int
+) -> list[int]:
+    """How many tokens may follow each prompt."""
+    limits = new if isinstance(new, list) else [new] * len(prompts)
     _expect(len(prompts) > 0, "prompts", "none", "at least one")
-    is_number = isinstance(max_new_tokens, int) and max_new_tokens >= 1
-    _expect(is_number, "max_new_tokens", max_new_tokens, "a whole number, 1 or more")
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, max_new_tokens) in enumerate(zip(prompts, limits, strict=True)):
+        is_number = isinstance(max_new_tokens, int) and max_new_tokens >= 1
+        _expect(is_number, "max_new_tokens", max_new_tokens, "a whole number, 1 or more")
         _expect(len(prompt) > 0, f"prompt {i}", "no tokens", "at least one; give it some text")
         known = min(prompt) >= 0 and max(prompt) < vocab_size
         _expect(known, f"prompt {i}", "ids outside the vocabulary", f"0 to {vocab_size - 1}")
@@ -266,13 +275,9 @@ def _check(
         got = f"{len(prompt)} tokens and {max_new_tokens} new ones"
         most = f"at most {config.max_seq_len} together (model.max_seq_len)"
         _expect(fits, f"prompt {i}", got, f"{most}; shorten the prompt or generate less")
+    return limits
 
 
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:
     if not holds:
         raise UserError(f"{name}: got {got}, expected {expected}")
-
-
-def _bucket(length: int, largest: int) -> int:
-    """The length, rounded up to a power of two so that few programs are compiled."""
-    return min(max(SMALLEST_BUCKET, 1 << max(length - 1, 0).bit_length()), largest)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,7 +18,8 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Decoder, Generator, Sampling
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward
-from flexolmo_jax.runtime.sharding import check_batch, make_mesh
+from flexolmo_jax.model.sizes import KEPT, SHORTEST, rounded_up
+from flexolmo_jax.runtime.sharding import batch_over, check_batch, make_mesh
 from flexolmo_jax.storage.paths import path_of
 
 DTYPES = ("bfloat16", "float32")  # that a model generates in
@@ -56,6 +56,9 @@ class LoadedModel:
     ) -> np.ndarray:
         """int [B, T] -> float32 [B, T, V]. Each of the B sequences is one document.
 
+        B and T are rounded up, so that few programs are compiled: logits differ in their last bits
+        between sizes.
+
         Args:
             ids: token ids.
             without: names of experts to exclude.
@@ -75,8 +78,13 @@ class LoadedModel:
                 " the model's vocabulary"
             )
         self.check_batch(len(ids))
-        run = _forward(self.config, k, self.mesh, self.kernels)
-        return np.asarray(run(self.params, ids, allowed))
+        B, T = ids.shape
+        length = rounded_up(max(T, SHORTEST), self.config.max_seq_len)
+        batch = batch_over(self.mesh, rounded_up(B)), length
+        padded = np.zeros((2, *batch), np.int32)  # and the document of each token, 0 for padding
+        padded[:, :B, :T] = ids, np.ones_like(ids)
+        run = _forward(self.config, k, self.mesh, self.kernels, batch)
+        return np.asarray(run(self.params, *padded, allowed))[:B, :T]
 
     def generate(  # noqa: PLR0913 - a model call
         self,
@@ -111,7 +119,7 @@ class LoadedModel:
         sampling = Sampling(temperature, top_k, top_p, seed)
         own = self.artifact.own_tokenizer
         ends = own.end_ids if own else ()
-        completions = self._generator.generate(
+        completions = self.generator.generate(
             ids, max_new_tokens, (k, allowed), sampling, on_token, ends
         )
         if all(isinstance(prompt, str) for prompt in prompts):
@@ -155,14 +163,15 @@ class LoadedModel:
         ends = chat.end_ids(tokenizer)
         ids = chat.encode(tokenizer, messages)
         sampling = Sampling(temperature, top_k, top_p, seed)
-        (answer,) = self._generator.generate(
+        (answer,) = self.generator.generate(
             [ids], max_new_tokens, (k, allowed), sampling, on_token, ends
         )
         hidden = chat.special_ids(tokenizer)
         return tokenizer.decode(i for i in answer if i not in hidden)
 
     @functools.cached_property
-    def _generator(self) -> Generator:
+    def generator(self) -> Generator:
+        """What `generate` and `chat` run, and what those use who need more of it."""
         vocabulary, eos_id = self.config.vocab_size, -1
         if own := self.artifact.own_tokenizer:
             vocabulary, eos_id = own.vocab_size, own.eos_id
@@ -247,13 +256,16 @@ def select_experts(
     return active or min(stored, int(allowed.sum())), allowed
 
 
-@functools.lru_cache
+@functools.lru_cache(KEPT)
 def _forward(
-    config: ModelConfig, active: int, mesh: Mesh | None, kernels: Kernels
+    config: ModelConfig, active: int, mesh: Mesh | None, kernels: Kernels, batch: tuple[int, int]
 ) -> Callable[..., jax.Array]:
-    def logits(params: Params, ids: jax.Array, allowed: jax.Array) -> jax.Array:
-        ids = jnp.asarray(ids)
+    """The logits of a batch of this size: a function of its own, which goes with its program."""
+
+    def logits(
+        params: Params, ids: jax.Array, segments: jax.Array, allowed: jax.Array
+    ) -> jax.Array:
         how: dict[str, Any] = {"active": active, "mesh": mesh, "kernels": kernels}
-        return forward(config, params, ids, allowed=allowed, **how).logits
+        return forward(config, params, ids, segments, allowed=allowed, **how).logits
 
     return jax.jit(logits)

@@ -4,10 +4,14 @@ import itertools
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.data.chat import Chat, make_chat
 from flexolmo_jax.data.tokenizer import BYTES, EOS, PAD, Tokenizer
+from tests.convert.conftest import write_checkpoint
 
 
 class Form(NamedTuple):
@@ -131,6 +135,17 @@ def byte_chat(name: str, template: str = "") -> Tokenizer:
     made = make_chat(template or form.template, form.tokens, form.ends, tokenizer, "a model")
     tokenizer.chat = made
     return tokenizer
+
+
+def write_instruct(
+    source: Path, name: str, config: ModelConfig, tokenizer: Path, change: Any = None
+) -> Path:
+    """A Hugging Face checkpoint of random weights with the tokens and the template of a form."""
+    form = FORMS[name]
+    write_checkpoint(source, config, np.float32, with_tokens(tokenizer, *form.special), change)
+    (source / "tokenizer_config.json").write_text(json.dumps(form.tokens))
+    (source / "chat_template.jinja").write_text(form.template)
+    return source
 
 
 def said(*contents: str, system: str = "") -> list[dict[str, str]]:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from flexolmo_jax import cli
@@ -12,8 +11,8 @@ from flexolmo_jax.cli.printing import for_terminal
 from flexolmo_jax.convert.importing import import_hf
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel, load
-from tests.chats import FORMS, said, with_tokens
-from tests.convert.conftest import DENSE, write_checkpoint
+from tests.chats import FORMS, said, with_tokens, write_instruct
+from tests.convert.conftest import DENSE
 
 N = 12
 CONFIG = dataclasses.replace(DENSE, max_seq_len=192, init_std=0.3)
@@ -29,11 +28,8 @@ def instruct(tiny: Path, tiny_tokenizer) -> Path:
         head = tensors["lm_head.weight"]
         head[320], head[321] = 1.3 * head[120], 1.3 * head[165]
 
-    source = tiny / "instruct-hf"
-    write_checkpoint(source, CONFIG, np.float32, tiny_tokenizer, prefer_special_tokens)
-    with_tokens(tiny / "tokenizer.json", *FORM.special).save(source)
-    (source / "tokenizer_config.json").write_text(json.dumps(FORM.tokens))
-    (source / "chat_template.jinja").write_text(FORM.template)
+    tokenizer, source = tiny / "tokenizer.json", tiny / "instruct-hf"
+    write_instruct(source, "chatml", CONFIG, tokenizer, prefer_special_tokens)
     return import_hf(source, tiny / "instruct").path
 
 

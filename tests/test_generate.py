@@ -3,7 +3,9 @@ support."""
 
 import dataclasses
 import functools
+import gc
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,10 +16,14 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.evals.harness import _scorer
+from flexolmo_jax.evals.predictors import _losses, _soups
 from flexolmo_jax.generate import Decoder, Generator, Sampling
-from flexolmo_jax.loaded import load
+from flexolmo_jax.loaded import _forward, load
 from flexolmo_jax.model import Params, forward, init_params
 from flexolmo_jax.model.decoding import compiled, sample
+from flexolmo_jax.model.sizes import KEPT, rounded_up
+from flexolmo_jax.train.evaluate import make_scorer
 
 E, N = 4, 12
 # init_std makes logits of order 1: greedy completions then wander, and no two logits are within
@@ -60,6 +66,20 @@ def run(
     generator = Generator(Decoder(config, params or params_of(config), VOCAB, eos_id), dtype=dtype)
     experts = active or config.n_active, np.asarray(allowed or [True] * config.n_experts)
     return generator.generate(prompts, max_new_tokens, experts, sampling, on_token, ends)
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """A program each."""
+    found: list[str] = []
+
+    def listen(name: str, *_: Any, **__: Any) -> None:
+        if "backend_compile" in name:
+            found.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @functools.cache
@@ -131,6 +151,79 @@ def test_bfloat16_chooses_tokens_that_are_nearly_best_in_float32():
         logits = next_logits(CONFIG, params_of(), prompt + completion)[len(prompt) - 1 : -1, :VOCAB]
         chosen = np.take_along_axis(logits, np.array(completion)[:, None], axis=1)[:, 0]
         assert np.median(logits.max(axis=1) - chosen) < 0.1 * logits.std()
+
+
+# --- sizes ---
+
+
+def test_texts_of_many_lengths_and_batches_share_few_programs_and_mean_the_same(
+    model, compilations
+):
+    loaded = load(model)
+    ids = RNG.integers(0, VOCAB, (8, 64))
+    whole = loaded.logits(ids)
+    found = {T: loaded.logits(ids[:3, :T]) for T in range(1, 41)}
+    assert len(compilations) <= 5
+    for T, logits in found.items():
+        np.testing.assert_allclose(logits, whole[:3, :T], rtol=1e-5, atol=1e-5)
+    assert {B: loaded.logits(ids[:B, :9]).shape for B in range(1, 9)} == {
+        B: (B, 9, loaded.config.vocab_size) for B in range(1, 9)
+    }
+    assert len(compilations) <= 11
+
+
+def test_only_the_programs_used_last_are_kept(model):
+    loaded, client = load(model), jax.devices()[0].client
+    _forward.cache_clear()
+    gc.collect()
+    before = len(client.live_executables())
+    for B in range(1, 4):
+        loaded.logits(np.ones((B, 16), int))
+    assert len(client.live_executables()) == before + 3
+    _forward.cache_clear()  # as it drops them, one by one
+    gc.collect()
+    assert len(client.live_executables()) == before
+    bounds = [_forward, _losses, _soups, _scorer, make_scorer, compiled]
+    assert {one.cache_parameters()["maxsize"] for one in bounds} == {KEPT}
+
+
+def test_sizes_are_few_and_not_much_larger():
+    sizes = {rounded_up(n) for n in range(1, 1025)}
+    assert len(sizes) == 20 and all(n <= rounded_up(n) < 1.5 * n for n in range(1, 1025))
+    assert [rounded_up(n, 50) for n in (49, 50, 51, 64)] == [50, 50, 51, 64]
+
+
+def test_batches_of_other_sizes_are_filled_up_with_what_has_ended(compilations):
+    """Nobody waits for it, and it is not shown."""
+    five, seen = [*PROMPTS, PROMPTS[0]], []
+    expected = [*greedy(), greedy()[0]]
+    assert run(five, on_token=lambda step, ids: seen.append(len(ids))) == expected
+    assert seen == [5] * N
+    made = len(compilations)
+    assert run([*five, PROMPTS[1]]) == [*expected, expected[1]] and len(compilations) == made
+    ends = sorted({ids[2] for ids in expected})
+    seen.clear()
+    run(five, ends=ends, on_token=lambda step, ids: seen.append(step))
+    assert len(seen) <= 3
+
+
+def test_each_prompt_may_have_a_limit_of_its_own():
+    limits = [3, 12, 1, 7]
+    assert run(max_new_tokens=limits) == [
+        ids[:limit] for ids, limit in zip(greedy(), limits, strict=True)
+    ]
+    with pytest.raises(UserError, match="prompt 3: got 30 tokens and 35 new ones"):
+        run(max_new_tokens=[64 - 1, 64 - 5, 64 - 17, 64 - 29])
+
+
+def test_generation_ends_where_the_one_who_watches_says_so():
+    steps = []
+
+    def watch(step: int, ids: np.ndarray) -> bool:
+        steps.append(step)
+        return step == 4
+
+    assert run(on_token=watch) == [ids[:9] for ids in greedy()] and steps == list(range(9))
 
 
 # --- ends ---

@@ -93,6 +93,25 @@ class Chat(Beside):
         check_messages(messages)
         return self._rendered(generation_prompt, messages)[0] or ""
 
+    def render_open(self, messages: Sequence[Message]) -> str:
+        """The text of messages up to the end of the last, which the model goes on with.
+
+        As `transformers` does with `continue_final_message`: spaces at that end stay where the
+        template keeps them. Raises UserError as `render` does, and where the text lacks that end.
+        """
+        *others, last = check_messages(messages)
+        (mark,) = unused([self.template, *contents(messages)], 1)
+        marked = dict(last) | {"content": f"{last['content']}{mark} "}
+        text, found, after = self.render([*others, marked], generation_prompt=False).rpartition(
+            mark
+        )
+        if not found:
+            raise UserError(
+                "the chat template leaves out the end of the last message, which the model is to go"
+                " on with; leave that message out"
+            )
+        return text if after.startswith(" ") else text.rstrip()
+
     def variables(self, messages: Sequence[Message], generation_prompt: bool) -> dict[str, Any]:
         """What the template is given."""
         same = {"tools": None, "documents": None, "add_generation_prompt": generation_prompt}

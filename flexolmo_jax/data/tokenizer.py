@@ -9,6 +9,7 @@ drops those, and bits per byte count `LOST_BITS` for each.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,18 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, special tokens neither added nor recognised."""
         return self.encode_batch([text])[0]
+
+    def encode_with_special(self, text: str, add: bool = True) -> list[int]:
+        """The token ids of a text as `transformers` reads it: the names of special tokens become
+        these, and with `add` the file's own template adds some, such as one that begins a text."""
+        with no_panic(self._where):
+            return self._as_published.encode(text, add_special_tokens=add).ids
+
+    @cached_property
+    def _as_published(self) -> Backend:
+        with no_panic(self._where):
+            fields = read_tokenizer(self._content) | {"truncation": None, "padding": None}
+            return Backend.from_str(json.dumps(fields))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, in parallel."""

@@ -8,27 +8,36 @@
 other people's code.
 """
 
+import collections
+import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.chat import Chat
 from flexolmo_jax.errors import UserError, from_a_clone
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Params, forward
-from flexolmo_jax.runtime.progress import bar
+from flexolmo_jax.model.decoding import ENDS
+from flexolmo_jax.model.sizes import KEPT
+from flexolmo_jax.runtime.progress import bar, note
+from flexolmo_jax.runtime.sharding import batch_over, put_whole_batch
 from flexolmo_jax.storage.files import write_text
 
+from .harness_options import Endings, Options
 from .tasks import Task, batches
 
-NEW_TOKENS = 256  # that are generated, where a task does not say how many
+Parts = tuple[list[int], list[int]]  # ids that are given, and those after them, which are scored
 
 
 def evaluate_through_harness(model: Any, tasks: Sequence[Task], folder: Path) -> dict[str, Any]:
@@ -79,87 +88,208 @@ def harness_model(
 
 
 class _Adapter:
-    """The methods of `LM`. It is joined to `LM` later, as that comes with the harness only."""
+    """The methods of `LM`. It is joined to `LM` later, as that comes with the harness only.
+
+    Texts become tokens, and requests become tokens to score, as in the harness's `hf` backend.
+    """
+
+    cache_hook: Any = None  # the harness's, which keeps an answer once it is there
 
     def __init__(
         self, model: LoadedModel, without: Sequence[str], active: int | None, batch_size: int
     ):
         super().__init__()
-        self._loaded, self._selection = model, {"without": without, "active": active}
-        self._context, self._batch_size = model.config.max_seq_len, batch_size
-        k, self._allowed = model.selection(without, active)
-        self._scores = _scores(model.config, k, model.kernels)
+        self._loaded, self._tokenizer = model, model.tokenizer
+        self._cuts = collections.Counter[str]()  # of requests, to be told
+        self._context = model.config.max_seq_len
+        self._batch_size = batch_over(model.mesh, batch_size)
+        self._experts = model.selection(without, active)
+        chat = self._tokenizer.chat
+        tokens = {**self._tokenizer.conventions.tokens, **(chat.tokens if chat else {})}
+        self._named = {token.content: i for i, token in self._tokenizer.added_tokens.items()}
+        eos = self._named.get(tokens.get("eos_token", ""), self._tokenizer.eos_id)
+        ends = chat.end_ids(self._tokenizer) if chat else ()
+        self._ends = [*dict.fromkeys((eos, *ends, *self._tokenizer.end_ids))]
+        # stands before a text that has nothing before it
+        self._prefix = self._named.get(tokens.get("bos_token", ""), eos)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        queries = []
-        for request in requests:
-            before, after = request.args
-            continuation = self._encode(after)[-self._context :]
-            ids = (self._encode(before) if before or self._start else [self._eos]) + continuation
-            kept = ids[-(self._context + 1 - len(self._start)) :]
-            queries.append(([*self._start, *kept], min(len(continuation), len(kept))))
-        return self._score(queries)
+        parts = [self._parts(*request.args) for request in requests]
+        return self._score("loglikelihood", requests, parts, lambda total, best: (total, best))
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Each token once, after BOS or an EOS, with as much before it as the context holds."""
-        first = self._start or [self._eos]
-        texts = [[*first, *self._encode(request.args[0])] for request in requests]
-        return [sum(total for total, _ in self._score(self._windows(ids))) for ids in texts]
+        """Each token once, after the prefix, with as much before it as the context holds."""
+        parts = [([self._prefix], self._encode(request.args[0])) for request in requests]
+        return self._score("loglikelihood_rolling", requests, parts, lambda total, _: total)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        texts = []
-        for request in requests:
-            prompt, options = request.args
-            space = self._context - len(self._start)
-            new = min(options.get("max_gen_toks", NEW_TOKENS), space - 1)
-            ids = [*self._start, *self._encode(prompt)[-(space - new) :]]
-            temperature = options.get("temperature", 0.0)
-            (made,) = self._loaded.generate([ids], new, temperature=temperature, **self._selection)
-            text = self._loaded.tokenizer.decode([int(i) for i in made])
-            stops = options.get("until") or []
-            for stop in [stops] if isinstance(stops, str) else stops:
-                text = text.split(stop)[0] if stop else text
-            texts.append(text)
-        return texts
-
-    def _score(self, queries: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        """Of each query's last tokens: their log-probability, and whether each is the likeliest.
-
-        A query is (ids, how many of them are scored).
-        """
-        result: list[tuple[float, bool]] = [(0.0, True)] * len(queries)
-        each = batches([ids for ids, _ in queries], self._batch_size)
-        with bar("lm-eval", len(queries)) as advance:
-            for chosen, tokens, segments in each:
-                scores = self._scores(self._loaded.params, tokens, segments, self._allowed)
-                log_p, likeliest = map(np.asarray, scores)
-                for b, i in enumerate(chosen):
-                    ids, count = queries[i]
-                    own = b, slice(len(ids) - count, len(ids))
-                    total = float(log_p[own].sum(dtype=np.float64))
-                    result[i] = total, bool(likeliest[own].all())
+        options = [Options.of(request.args[1]) for request in requests]
+        prompts = [
+            self._prompt(request.args[0], asked.new)
+            for request, asked in zip(requests, options, strict=True)
+        ]
+        self._tell_cuts()
+        answers = [""] * len(requests)
+        with bar("lm-eval", len(requests)) as advance:
+            for number, chosen in enumerate(self._together(prompts, options)):
+                texts = self._complete([prompts[i] for i in chosen], options[chosen[0]], number)
+                for i, text in zip(chosen, texts, strict=True):
+                    answers[i] = text
+                    self._keep("generate_until", requests[i], text)
                 advance(len(chosen))
-        return result
+        return answers
 
-    def _windows(self, ids: list[int]) -> list[tuple[list[int], int]]:
-        """Queries that score each token but the first once."""
-        context, windows = self._context, []
-        for end in range(context + 1, len(ids) + context, context):
-            taken = min(end, len(ids))
-            window = ids[max(0, taken - context - 1) : taken]
-            windows.append((window, min(context, taken - (end - context))))
-        return windows
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of messages. Without the prompt the model goes on with the last of them.
 
-    def _encode(self, text: str) -> list[int]:
-        return self._loaded.tokenizer.encode(text)
+        Where the template takes no messages of the system, these are left out, and a note says so.
+        """
+        render = self._chat.render if add_generation_prompt else self._chat.render_open
+        try:
+            return render(chat_history)
+        except UserError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            text = render(others)
+            note(f"lm-eval: messages of the system are left out: {error}")
+            return text
 
     @property
-    def _start(self) -> list[int]:
-        return self._loaded.tokenizer.start_ids
+    def tokenizer_name(self) -> str:
+        """What the harness keeps requests under that it has put into a template."""
+        return "-".join(digest[:16] for digest in self._tokenizer.digests.values())
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self._chat.template if chat_template else None
 
     @property
-    def _eos(self) -> int:
-        return self._loaded.tokenizer.eos_id
+    def _chat(self) -> Chat:
+        if self._tokenizer.chat is None:
+            raise UserError(
+                f"{self._loaded.artifact.path} has no chat template: expected one of an instruct"
+                " model that was imported with it; leave apply_chat_template out"
+            )
+        return self._tokenizer.chat
+
+    def _parts(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The ids of both. Spaces between them belong to the continuation, and both are one text
+        that is cut where the context's own tokens end."""
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        if not kept:
+            ids = self._encode(continuation, add=False)
+            return (ids[:1], ids[1:]) if ids[:1] == [self._prefix] else ([self._prefix], ids)
+        before = self._encode(kept) or [self._prefix]
+        after = self._encode(kept + continuation)[len(before) :]
+        # the last token of the context may hold all of the continuation
+        return before, after or self._encode(continuation, add=False)
+
+    def _score(
+        self, kind: str, requests: Sequence[Any], parts: Sequence[Parts], answer: Callable[..., Any]
+    ) -> list[Any]:
+        """`answer` of each request: the sum of log-probabilities of what is scored of its parts,
+        and whether each of these tokens is the likeliest."""
+        windows = [(i, *window) for i, both in enumerate(parts) for window in self._windows(*both)]
+        self._tell_cuts()
+        left = collections.Counter(i for i, *_ in windows)
+        sums, answers = [(0.0, True)] * len(parts), [answer(0.0, True)] * len(parts)
+        each = batches([ids for _, ids, _ in windows], self._batch_size, self._context + 1)
+        with bar("lm-eval", len(windows)) as advance:
+            for chosen, tokens, segments in each:
+                scores = self._scores(tokens, segments)
+                for b, window in enumerate(chosen):
+                    i, ids, count = windows[window]
+                    log_p, best = (score[b, len(ids) - count : len(ids)] for score in scores)
+                    total, all_best = sums[i]
+                    sums[i] = total + float(log_p.sum(dtype=np.float64)), all_best and best.all()
+                    left[i] -= 1
+                    if not left[i]:
+                        answers[i] = answer(sums[i][0], bool(sums[i][1]))
+                        self._keep(kind, requests[i], answers[i])
+                advance(len(chosen))
+        return answers
+
+    def _windows(self, before: list[int], after: list[int]) -> list[tuple[list[int], int]]:
+        """Ids that the model reads, and how many of the last are scored: each of `after` once.
+
+        Where `after` alone is too long, it is in windows, as rolling likelihoods are: each begins
+        at the token before those that it scores, and the last has as many as the context holds.
+        """
+        size = self._context
+        if len(before) > 1 and len(before) + len(after) > size + 1:
+            self._cuts["the start of the context is left out"] += 1
+        if len(after) <= size:
+            return [((before + after)[-(size + 1) :], len(after))] if after else []
+        ids = before[-1:] + after
+        ends = range(size + 1, len(ids), size)
+        last = ids[-(size + 1) :], len(after) - size * len(ends)
+        return [*((ids[end - size - 1 : end], size) for end in ends), last]
+
+    def _scores(self, tokens: np.ndarray, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        model, (active, allowed) = self._loaded, self._experts
+        run = _scorer(model.config, active, model.mesh, model.kernels, tokens.shape)
+        batch = [put_whole_batch(model.mesh, array) for array in (tokens, segments)]
+        log_p, is_likeliest = run(model.params, *batch, allowed)
+        return np.asarray(log_p), np.asarray(is_likeliest)
+
+    def _prompt(self, text: str, new: int) -> tuple[list[int], int]:
+        """Its ids, and how many may follow them: `new`, for which the start of the prompt is cut,
+        or what a context has left that is no longer than `new`."""
+        ids, size = self._encode(text) or [self._prefix], self._context
+        if new >= size:
+            new = max(1, size - len(ids))
+            self._cuts["generation ends early"] += 1
+        if len(ids) > size - new:
+            self._cuts[f"the start of the prompt is left out for {new} new tokens"] += 1
+        return ids[-(size - new) :], new
+
+    def _together(
+        self, prompts: Sequence[tuple[list[int], int]], options: Sequence[Options]
+    ) -> Iterator[list[int]]:
+        """Batches of requests that ask for the same, the shortest prompts first."""
+        groups = collections.defaultdict[Options, list[int]](list)
+        for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i][0])):
+            groups[options[i]].append(i)
+        for group in groups.values():
+            for start in range(0, len(group), self._batch_size):
+                yield group[start : start + self._batch_size]
+
+    def _complete(
+        self, prompts: Sequence[tuple[list[int], int]], asked: Options, number: int
+    ) -> list[str]:
+        """The texts that follow a batch of prompts, the `number`-th."""
+        ids, limits = map(list, zip(*prompts, strict=True))
+        decode, name = self._tokenizer.decode, self._tokenizer.token(self._ends[0])
+        named = [self._named[text] for text in asked.until if text in self._named]
+        ends, until = list(dict.fromkeys([*self._ends, *named])), (*asked.until, name)
+        # a request may be repeated, to be sampled again
+        seed = (asked.sampling.seed + number) % 2**32
+        sampling = dataclasses.replace(asked.sampling, seed=seed)
+        endings = Endings(self._tokenizer, limits, until, ends)
+        made = self._loaded.generator.generate(
+            ids, limits, self._experts, sampling, endings, ends[:ENDS]
+        )
+        texts = (decode(itertools.takewhile(lambda i: i not in ends, one)) for one in made)
+        # one after the other, as the harness does
+        return [functools.reduce(lambda text, stop: text.split(stop)[0], until, t) for t in texts]
+
+    def _tell_cuts(self) -> None:
+        for what, count in self._cuts.items():
+            note(f"lm-eval: {what} in {count} requests, as the model reads {self._context} tokens")
+        self._cuts.clear()
+
+    def _encode(self, text: str, add: bool = True) -> list[int]:
+        add = add and not text.startswith(self._tokenizer.token(self._prefix))
+        ids = self._tokenizer.encode_with_special(text, add)
+        start = self._tokenizer.start_ids if add else []
+        return ids if ids[: len(start)] == start else [*start, *ids]
+
+    def _keep(self, kind: str, request: Any, answer: Any) -> None:
+        if self.cache_hook is not None:
+            self.cache_hook.add_partial(kind, request.args, answer)
 
 
 def _write_task(task: Task, folder: Path) -> None:
@@ -199,21 +329,23 @@ def _write_task(task: Task, folder: Path) -> None:
     write_text(folder / f"{task.name}.yaml", json.dumps(fields, indent=1) + "\n")
 
 
-@functools.lru_cache
-def _scores(
-    config: ModelConfig, active: int, kernels: Kernels
+@functools.lru_cache(KEPT)
+def _scorer(
+    config: ModelConfig, active: int, mesh: Mesh | None, kernels: Kernels, shape: tuple[int, ...]
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """For batches of this shape: a function of its own, which goes with its program."""
+
     @jax.jit
     def scores(
         params: Params, tokens: jax.Array, segments: jax.Array, allowed: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        how: dict[str, Any] = {"active": active, "kernels": kernels}
+        how: dict[str, Any] = {"active": active, "mesh": mesh, "kernels": kernels}
         logits = forward(config, params, tokens, segments, allowed=allowed, **how).logits
         targets = jnp.roll(tokens, -1, axis=1)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        likeliest = jnp.argmax(logits, axis=-1) == targets
+        is_likeliest = jnp.argmax(logits, axis=-1) == targets
         # at a token's own place, one after that which predicts it
-        return jnp.roll(log_p, 1, axis=1), jnp.roll(likeliest, 1, axis=1)
+        return jnp.roll(log_p, 1, axis=1), jnp.roll(is_likeliest, 1, axis=1)
 
     return scores
 

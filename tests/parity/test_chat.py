@@ -1,10 +1,13 @@
 """Chat templates against transformers: the same template and tokenizer give the same token ids."""
 
+import json
+
 import pytest
 
 from flexolmo_jax.data.chat import make_chat
 from flexolmo_jax.data.documents import Document
 from flexolmo_jax.data.tokenized import tokenized
+from flexolmo_jax.data.tokenizer import Tokenizer
 from tests.chats import FORMS, MARKED, UNMARKED, Form, said, with_tokens
 
 transformers = pytest.importorskip("transformers")
@@ -81,3 +84,47 @@ def test_the_assistants_tokens_equal_those_of_transformers(
         assert one.context is not None
         assert (~one.context).astype(int).tolist() == [*expected["assistant_masks"], 0]
     assert len(answered) == 4
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_texts_with_special_tokens_become_what_transformers_makes_of_them(
+    tiny, tiny_tokenizer, tmp_path, form, has_template
+):
+    """Also where tokenizer.json has a template of its own, which begins every text."""
+    _, tokens, _, special = FORMS[form]
+    with_tokens(tiny / "tokenizer.json", *special).save(tmp_path / "tokenizer.json")
+    file = tmp_path / "tokenizer.json"
+    if has_template:
+        content, first = json.loads(file.read_text()), special[0]
+        ids = [token["id"] for token in content["added_tokens"] if token["content"] == first]
+        begins = {"SpecialToken": {"id": first, "type_id": 0}}
+        texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [begins, texts[0]],
+            "pair": [begins, *texts],
+            "special_tokens": {first: {"id": first, "ids": ids, "tokens": [first]}},
+        }
+        file.write_text(json.dumps(content))
+    ours = Tokenizer.load(file)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **tokens)
+    for text in ("", "the river", f"a{special[-1]} b<|endoftext|>", f"{special[0]}x", "\n ☃"):
+        for add in (True, False):
+            expected = theirs.encode(text, add_special_tokens=add)
+            assert ours.encode_with_special(text, add) == expected
+    assert (ours.encode_with_special("x") != ours.encode("x")) == has_template
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_message_left_open_is_what_transformers_leaves_open(tiny, tiny_tokenizer, form):
+    template, tokens, ends, special = FORMS[form]
+    ours = with_tokens(tiny / "tokenizer.json", *special)
+    chat = make_chat(template, tokens, ends, ours, "a model")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=ours._as_published, chat_template=template, **tokens
+    )
+    for content in ("It is", "It is ", " It\n\n", ""):
+        messages = said("Where is it?", content)
+        expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        assert chat.render_open(messages) == expected
