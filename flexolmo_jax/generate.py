@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.ids import checked_ids
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
@@ -124,13 +125,12 @@ class Generator:
             ends: tokens that end a completion as EOS does, ENDS at most.
 
         Raises:
-            UserError: no prompts, an empty prompt, ids outside the vocabulary, no tokens to
-                generate, more tokens than `config.max_seq_len`, too many ends, or sampling values
-                out of range.
+            UserError: no prompts, one that `checked_ids` refuses, no tokens to generate, more
+                tokens than `config.max_seq_len`, too many ends, or sampling values out of range.
         """
         config, _, vocab_size, eos_id = self._decoder
         sampling.check()
-        _check(config, prompts, max_new_tokens, vocab_size)
+        prompts = _checked(config, prompts, max_new_tokens, vocab_size)
         _expect(len(ends) <= ENDS, "ends", f"{len(ends)} tokens", f"at most {ENDS}")
         tokens, lengths = _left_padded(prompts, config.max_seq_len)
         active, allowed = experts
@@ -206,7 +206,7 @@ def _limits(max_new_tokens: int, is_streamed: bool) -> list[int]:
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], largest: int
+    prompts: Sequence[np.ndarray], largest: int
 ) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"]]:
     """The prompts without their last tokens, padded on the left, and their lengths."""
     lengths = np.array([len(prompt) - 1 for prompt in prompts], np.int32)
@@ -252,20 +252,19 @@ class TextStream:
         return left
 
 
-def _check(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int, vocab_size: int
-) -> None:
+def _checked(
+    config: ModelConfig, prompts: Sequence[Any], max_new_tokens: int, vocab_size: int
+) -> list[np.ndarray]:
     _expect(len(prompts) > 0, "prompts", "none", "at least one")
     is_number = isinstance(max_new_tokens, int) and max_new_tokens >= 1
     _expect(is_number, "max_new_tokens", max_new_tokens, "a whole number, 1 or more")
-    for i, prompt in enumerate(prompts):
-        _expect(len(prompt) > 0, f"prompt {i}", "no tokens", "at least one; give it some text")
-        known = min(prompt) >= 0 and max(prompt) < vocab_size
-        _expect(known, f"prompt {i}", "ids outside the vocabulary", f"0 to {vocab_size - 1}")
+    checked = [checked_ids(ids, vocab_size, f"prompt {i}") for i, ids in enumerate(prompts)]
+    for i, prompt in enumerate(checked):
         fits = len(prompt) + max_new_tokens <= config.max_seq_len
         got = f"{len(prompt)} tokens and {max_new_tokens} new ones"
         most = f"at most {config.max_seq_len} together (model.max_seq_len)"
         _expect(fits, f"prompt {i}", got, f"{most}; shorten the prompt or generate less")
+    return checked
 
 
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:

@@ -24,6 +24,7 @@ from pydantic import FailFast, Field
 from flexolmo_jax.config import LARGEST, Loss
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
 from flexolmo_jax.data.documents import INDEX_FILE
+from flexolmo_jax.data.ids import checked_ids
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import write_bytes
 from flexolmo_jax.storage.paths import absolute, open_regular, path_of, reason
@@ -197,14 +198,9 @@ class Records:
     def __getitem__(self, index: int) -> Record:
         """One record as "tokens" and "segments", int32 [T], and in a split with conversations
         "context", bool [T]."""
-        tokens = self._tokens[index].astype(np.int64)
-        if (largest := tokens.max()) >= self.index.vocab_size:
-            raise UserError(
-                f"{self.path}: record {index} has the token {largest}; expected less than"
-                f" {self.index.vocab_size}, its vocabulary; prepare the data again"
-            )
+        what = f"{self.path}: record {index}"
         record = {
-            "tokens": tokens.astype(np.int32),
+            "tokens": checked_ids(self._tokens[index], self.index.vocab_size, what),
             "segments": self._segments[index].astype(np.int32),
         }
         if self._context is not None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from flexolmo_jax.config import Loss
 from flexolmo_jax.data.documents import name_of
+from flexolmo_jax.data.ids import warn_of_length
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import Split
 from flexolmo_jax.data.tokens import Source
@@ -84,7 +85,8 @@ def _opened(
     for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
         if name in opened:
             raise UserError(f"two data sets are called {name!r}; rename one of them")
-        opened[name] = open_heldout(path, model.tokenizer, seq_len, split)
+        records = opened[name] = open_heldout(path, model.tokenizer, seq_len, split)
+        warn_of_length(records.seq_len, model.config.max_seq_len, f"{path} has records")
     if loss == "assistant" and not any(records.conversations for records in opened.values()):
         raise UserError(
             f"--loss is assistant, and {', '.join(opened)} have no conversations; give documents"

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from flexolmo_jax.config import Loss, ModelConfig
 from flexolmo_jax.data.arrays import read_records
+from flexolmo_jax.data.ids import checked_ids, warn_of_length
 from flexolmo_jax.data.records import left_out, scored_targets
 from flexolmo_jax.data.tokenizer import LOST_BITS, Tokenizer
 from flexolmo_jax.data.tokens import Source
@@ -122,16 +123,12 @@ def score_records(  # noqa: PLR0913 - a model, records, and how they are read
         places = range(start, min(start + batch_size, count))
         batch = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
         whole = {key: _stack([record[key] for record in batch], batch_size) for key in batch[0]}
-        tokens, segments = whole["tokens"], whole["segments"]
+        segments = whole["segments"]
+        tokens = checked_ids(whole["tokens"], tokenizer.vocab_size, str(records.path), ndim=2)
         scored = scored_targets(tokens, segments, tokenizer.eos_id, left_out(whole, loss))
         nats, shares = score(tokens, segments, scored)
         routing = routing + np.asarray(shares, np.float64)
         n_tokens += int(scored.sum())
-        if (largest := tokens.max()) >= tokenizer.vocab_size:
-            raise UserError(
-                f"{records.path} has the token {largest}; expected less than"
-                f" {tokenizer.vocab_size}, the tokenizer's; prepare the data again"
-            )
         n_bytes = (tokenizer.byte_lengths[tokens] * scored).sum(axis=1)
         bits = np.asarray(nats, np.float64) / math.log(2)
         by_record.append(np.stack([bits, n_bytes], axis=1)[: len(batch)])
@@ -164,6 +161,7 @@ def score_model(  # noqa: PLR0913 - a model, records, and how they are read
     divided evenly.
     """
     scorer = make_scorer(config, mesh=mesh)
+    warn_of_length(records.seq_len, config.max_seq_len, f"{records.path} has records")
 
     def score(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return scorer(params, *(put_whole_batch(mesh, array) for array in batch))
