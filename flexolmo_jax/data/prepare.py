@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.config import LARGEST
+from flexolmo_jax.config import LARGEST, IdType
 from flexolmo_jax.data.chat import CHAT_FILE
 from flexolmo_jax.data.digests import open_digests
 from flexolmo_jax.data.documents import (
@@ -36,14 +36,15 @@ from flexolmo_jax.data.records import (
 from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack, shards_of
 from flexolmo_jax.data.spread import spread
 from flexolmo_jax.data.tokenizer import LOST_BITS, TOKENIZER_FILE, Tokenizer
-from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
+from flexolmo_jax.data.tokens import PACKED, Source, TokenRecords, has_tokens
+from flexolmo_jax.data.tokens import SUFFIXES as TOKEN_SUFFIXES
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage.cache import CACHE_VARIABLE, cache_folder
 from flexolmo_jax.storage.files import clear, make_folder, new_directory
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import UNFINISHED, is_whole
-from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of
+from flexolmo_jax.storage.paths import absolute, files_below, listing, path_of, reason, size_of
 
 
 def prepare(  # noqa: PLR0913 - the verb's options
@@ -111,24 +112,33 @@ def _check(seq_len: int, heldout: float, workers: int | None, ray: str | None) -
         )
 
 
-def open_data(path: Path, tokenizer: Tokenizer, seq_len: int, split: Split) -> Source:
+def open_data(
+    path: Path, tokenizer: Tokenizer, seq_len: int, split: Split, dtype: IdType = ""
+) -> Source:
     """The records of a split: of a prepared directory, of documents, or of token files.
 
-    Documents are prepared into the cache. Token files have no splits: they are opened whole. Raises
-    UserError as `prepare_cached` and `TokenRecords` do.
+    Documents are prepared into the cache. Token files have no splits: they are opened whole, those
+    without a header as of this dtype. Raises UserError as `has_tokens`, `prepare_cached` and
+    `TokenRecords` do, and for the dtype of anything but token files.
     """
     if has_tokens(path):
-        return TokenRecords(path, tokenizer, seq_len)
+        return TokenRecords(path, tokenizer, seq_len, dtype)
+    if dtype:
+        raise UserError(f"{path} has the dtype {dtype}, and is no token file; leave that out")
     return open_records(prepare_cached(path, tokenizer, seq_len), split)
 
 
 def open_heldout(
-    path: Path, tokenizer: Tokenizer, seq_len: int, split: Split = "heldout"
+    path: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    split: Split = "heldout",
+    dtype: IdType = "",
 ) -> Source:
     """Records to score: as `open_data`, but prepared ones of any length and tokenizer."""
-    if (path / INDEX_FILE).exists():
+    if not has_tokens(path) and (path / INDEX_FILE).exists():
         return open_records(path, split)
-    return open_data(path, tokenizer, seq_len, split)
+    return open_data(path, tokenizer, seq_len, split, dtype)
 
 
 def prepare_cached(
@@ -204,6 +214,9 @@ def _files(inputs: Sequence[Path]) -> list[Path]:
             f"got {len(files)} files of documents, expected at most {INPUTS}: join them, as lines"
             " of .jsonl"
         )
+    for path in filter(Path.is_dir, map(path_of, inputs)):
+        if others := files_below(path, (*TOKEN_SUFFIXES, *PACKED)):
+            note(f"passed over {len(others)} files in {path} that are no documents ({others[0]})")
     return files
 
 

@@ -169,7 +169,8 @@ def _first_records(run: RunConfig, tokenizer: Tokenizer, size: int) -> Iterator[
     A source's last batch is filled up with padding: segment 0.
     """
     for dataset in run.data.train:
-        records = open_data(path_of(dataset.path), tokenizer, run.data.seq_len, "train")
+        path, seq_len = path_of(dataset.path), run.data.seq_len
+        records = open_data(path, tokenizer, seq_len, "train", dataset.dtype)
         chosen = np.random.default_rng(0).permutation(len(records))[:HIDDEN_RECORDS].tolist()
         for start in range(0, len(chosen), size):
             batch = np.zeros((2, size, run.data.seq_len), np.int32)
@@ -208,7 +209,7 @@ def _private_documents(run: RunConfig, tokenizer: Tokenizer):
         if not has_tokens(path) and has_documents(path):
             yield from read_training_documents(path)
         else:
-            records = open_data(path, tokenizer, run.data.seq_len, "train")
+            records = open_data(path, tokenizer, run.data.seq_len, "train", dataset.dtype)
             chosen = np.random.default_rng(0).permutation(len(records))[:TEXT_RECORDS].tolist()
             for record in read_records(records.__getitem__, chosen, at_once=in_bucket(path)):
                 yield tokenizer.decode(record["tokens"][record["segments"] > 0].tolist())

@@ -51,7 +51,7 @@ def open_sources(
     """
 
     def opened(dataset: Dataset, split: Split) -> Source:
-        return open_data(path_of(dataset.path), tokenizer, data.seq_len, split)
+        return open_data(path_of(dataset.path), tokenizer, data.seq_len, split, dataset.dtype)
 
     mixed, heldout_sets = (*data.train, *extra), evaluation_sets(data, extra)
 
