@@ -1,6 +1,6 @@
 """Raw documents -> a prepared directory (data/records.py says what is in one).
 
-Documents are read one by one. Empty ones and exact duplicates (SHA-256 of the text) are dropped.
+Documents are read one by one. Blank ones and exact duplicates (SHA-256 of the text) are dropped.
 The digest alone decides whether a document is held out, so it is on the same side in every corpus.
 Tokens and EOS are packed into records (data/packing.py), which are written as soon as they are
 complete. Of conversations they also say which tokens are the assistant's (data/tokenized.py).
@@ -88,13 +88,13 @@ def prepare(  # noqa: PLR0913 - the verb's options
                 packed = spread(shards, heldout, directory, tokenizer, seq_len, **how)
         if not any(split.records for split in packed.splits.values()):
             raise UserError(
-                f"no text in {', '.join(map(str, files))}: expected documents that are not empty"
+                f"no text in {', '.join(map(str, files))}: expected documents that are not blank"
             )
         if tokenizer.chat and any(split.conversations for split in packed.splits.values()):
             tokenizer.chat.save(directory)
         index = _index(name, packed, heldout, directory, tokenizer, seq_len)
         index.write(directory)
-        _warn_of_lost_bytes(packed, name)
+        _warn(packed, name)
         return index
 
 
@@ -236,7 +236,15 @@ def _pack_here(
         return pack(shards, Documents(heldout, digests.add), writers, tokenizer, **how)
 
 
-def _warn_of_lost_bytes(packed: Packed, name: str) -> None:
+def _warn(packed: Packed, name: str) -> None:
+    """Says what of the documents is not in the records as it is."""
+    if packed.empty:
+        note(f"left out {packed.empty} documents of {name} that hold nothing but white space")
+    if any(split.changed_bytes for split in packed.splits.values()):
+        note(
+            f"the tokenizer changes texts of {name} (to NFC, for one); bits per byte count the"
+            " bytes of the texts themselves"
+        )
     if lost := sum(split.lost_bytes for split in packed.splits.values()):
         note(
             f"warning: the tokenizer's vocabulary cannot spell {lost} bytes of {name}; they are"

@@ -9,7 +9,8 @@ the assistant's. Then the chat template lies beside the tokenizer.
 Every token of a document is scored, except its first in each record, before which the record has
 nothing of it. EOS and padding are not scored; with `data.loss: assistant` context is not either.
 Bits per byte are the sum of -log2 p over the scored tokens, divided by their UTF-8 bytes. A byte
-that the vocabulary cannot spell (data/tokenizer.py) is a byte more, and 8 bits.
+that the vocabulary cannot spell (data/tokenizer.py) is a byte more, and 8 bits. What a tokenizer
+makes shorter or longer, as by NFC, counts with the bytes of the documents themselves.
 """
 
 import hashlib
@@ -33,11 +34,14 @@ from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 FORMAT = 1
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+# counts of bytes of the documents that their tokens do not spell: see SplitIndex
+NOT_SPELLED = ("lost_bytes", "lost_in_context", "changed_bytes", "changed_in_context")
 # "tokens" and "segments", int32 [T]; where there are conversations "context", bool [T]
 Record = dict[str, np.ndarray]
 
 FILES = r"^((train|heldout)\.(tokens|segments|context)\.npy|(tokenizer|chat)\.json)$"
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Difference = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 Token = Annotated[int, Field(ge=0, lt=2**24)]
 Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -52,8 +56,10 @@ class SplitIndex:
 
     `scored_bytes` are the UTF-8 bytes of the scored tokens; `fill` is the share of tokens that are
     not padding; `lost_bytes` are those of the documents that no token stands for, and
-    `lost_in_context` those of them that are not the assistant's; `conversations` are the documents
-    of messages. The last three are not written where they are 0, as in earlier versions.
+    `lost_in_context` those of them that are not the assistant's; `changed_bytes` are how many more
+    the documents have than their tokens and these, and `changed_in_context` those of what is not
+    the assistant's; `conversations` are the documents of messages. The last five are not written
+    where they are 0, as in earlier versions.
     """
 
     records: Count
@@ -64,6 +70,8 @@ class SplitIndex:
     fill: Annotated[float, Field(ge=0, le=1)]
     lost_bytes: Count = 0
     lost_in_context: Count = 0
+    changed_bytes: Difference = 0
+    changed_in_context: Difference = 0
     conversations: Count = 0
 
     @classmethod
@@ -135,7 +143,7 @@ class Index:
         """Writes `index.json` into a directory."""
         fields = asdict(self)
         for split in fields["splits"].values():
-            for count in ("lost_bytes", "lost_in_context", "conversations"):
+            for count in (*NOT_SPELLED, "conversations"):
                 if not split[count]:
                     del split[count]
         write_bytes(path / INDEX_FILE, (json.dumps(fields, indent=1) + "\n").encode())
@@ -186,6 +194,16 @@ class Records:
     def lost_in_context(self) -> int:
         """Those of them that are in conversations, but not the assistant's."""
         return self.stats.lost_in_context
+
+    @property
+    def changed_bytes(self) -> int:
+        """How many bytes more than their tokens and `lost_bytes` this split's documents have."""
+        return self.stats.changed_bytes
+
+    @property
+    def changed_in_context(self) -> int:
+        """Those of them that are in conversations, but not the assistant's."""
+        return self.stats.changed_in_context
 
     @property
     def stats(self) -> SplitIndex:

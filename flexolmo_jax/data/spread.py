@@ -25,7 +25,7 @@ from flexolmo_jax.data.chat import Chat
 from flexolmo_jax.data.documents import digest_of, read_documents
 from flexolmo_jax.data.over_shards import Columns, Files, everywhere, files_of, mapped, seen
 from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex
-from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack
+from flexolmo_jax.data.shards import Documents, Packed, Shard, is_blank, open_writers, pack
 from flexolmo_jax.data.split_writer import join_records
 from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.runtime.cluster import connected, on_workers, shared_path_error
@@ -99,9 +99,10 @@ def _dataset(shards: Sequence[Shard], heldout: float, directory: Path, seq_len: 
 
 
 def read_digests(batch: Columns, files: Files, partitions: int) -> Iterator[Columns]:
-    """The digests of a shard's documents that are not empty, each with its place and partition."""
+    """The digests of a shard's documents that are not blank, each with its place and partition."""
     for shard in batch["shard"].tolist():
-        texts = (text for file in seen(files[shard]) for text in read_documents(file) if text)
+        texts = (text for file in seen(files[shard]) for text in read_documents(file))
+        texts = (text for text in texts if not is_blank(text))
         for first in itertools.count(step=ROWS):
             digests = b"".join(map(digest_of, itertools.islice(texts, ROWS)))
             words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 4)

@@ -3,7 +3,8 @@
 Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Every token
 of a document is scored, except the first of each record that it spans; EOS and padding are not. Of
 conversations, "assistant" as the `loss` scores only what the assistant says. A byte that the
-vocabulary cannot spell adds a byte and 8 bits.
+vocabulary cannot spell adds a byte and 8 bits. What a tokenizer makes shorter or longer, as by NFC,
+counts with the bytes of the documents themselves.
 """
 
 import functools
@@ -44,6 +45,8 @@ class Score:
     tokens: int
     # UTF-8 bytes that the vocabulary cannot spell: which records lack them is not known
     lost_bytes: int
+    # how many bytes more the documents have than their tokens spell, as with NFC
+    changed_bytes: int
     # [L, E]: each expert's share of the probability of those chosen, averaged over scored tokens
     routing: np.ndarray
 
@@ -53,7 +56,7 @@ class Score:
 
     @property
     def bytes(self) -> int:
-        return int(self.by_record[:, 1].sum()) + self.lost_bytes
+        return int(self.by_record[:, 1].sum()) + self.lost_bytes + self.changed_bytes
 
     @property
     def bits_per_byte(self) -> float:
@@ -139,9 +142,12 @@ def score_records(  # noqa: PLR0913 - a model, records, and how they are read
             f"{records.path} has no held-out text to score; prepare more documents or a larger"
             " --heldout share"
         )
-    lost_bytes = records.lost_bytes - (records.lost_in_context if loss == "assistant" else 0)
-    lost = round(lost_bytes * count / len(records))  # a part of the records has its share
-    return Score(figures, n_tokens, lost, routing / n_tokens)
+    lost, changed = records.lost_bytes, records.changed_bytes
+    if loss == "assistant":
+        lost, changed = lost - records.lost_in_context, changed - records.changed_in_context
+    # a part of the records has its share
+    lost, changed = (round(n * count / len(records)) for n in (lost, changed))
+    return Score(figures, n_tokens, lost, changed, routing / n_tokens)
 
 
 def score_model(  # noqa: PLR0913 - a model, records, and how they are read
