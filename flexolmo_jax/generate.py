@@ -130,9 +130,9 @@ class Generator:
         """
         config, _, vocab_size, eos_id = self._decoder
         sampling.check()
-        prompts = _checked(config, prompts, max_new_tokens, vocab_size)
+        given = _checked(config, prompts, max_new_tokens, vocab_size)
         _expect(len(ends) <= ENDS, "ends", f"{len(ends)} tokens", f"at most {ENDS}")
-        tokens, lengths = _left_padded(prompts, config.max_seq_len)
+        tokens, lengths = _left_padded(given, config.max_seq_len)
         active, allowed = experts
         likeliest = sampling.likeliest(vocab_size)
         how: dict[str, Any] = {"mesh": self._mesh, "kernels": self._kernels}
@@ -140,7 +140,7 @@ class Generator:
         B, P = tokens.shape
         sizes = Sizes(B, P, _bucket(max_new_tokens, config.max_seq_len))
         programs = self._compiled(decoding, sizes)
-        last = np.array([prompt[-1] for prompt in prompts], np.int32)
+        last = np.array([prompt[-1] for prompt in given], np.int32)
         request = _request(tokens.shape[1] - lengths, allowed, self._decoder, sampling, ends)
         params = self._decoder.params
         state = programs.prefill(params, tokens, last, request)

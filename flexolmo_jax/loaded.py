@@ -94,7 +94,8 @@ class LoadedModel:
             raise UserError(f"prompts are {prompts!r:.80}; expected a list, also of one")
         k, allowed = self.selection(without, active)
         self.check_batch(len(prompts))
-        tokenizer, ids = self.tokenizer, list(prompts)
+        tokenizer = self.tokenizer
+        ids: list[Any] = list(prompts)
         for number, prompt in enumerate(ids):
             if isinstance(prompt, str):
                 _check_unicode(number, prompt)
