@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.ids import checked_ids
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.kernels import Kernels
@@ -128,16 +129,16 @@ class Generator:
             ends: tokens that end a completion as EOS does, ENDS at most.
 
         Raises:
-            UserError: no prompts, an empty prompt, ids outside the vocabulary, no tokens to
-                generate, more tokens than `config.max_seq_len`, too many ends, or sampling values
-                out of range.
+            UserError: no prompts, one that `checked_ids` refuses, no tokens to generate, more
+                tokens than `config.max_seq_len`, too many ends, or sampling values out of range.
         """
         config, _, vocab_size, eos_id = self._decoder
         sampling.check()
-        n, limits = len(prompts), _checked(config, prompts, max_new_tokens, vocab_size)
+        given, limits = _checked(config, prompts, max_new_tokens, vocab_size)
+        n = len(given)
         _expect(len(ends) <= ENDS, "ends", f"{len(ends)} tokens", f"at most {ENDS}")
         batch = batch_over(self._mesh, rounded_up(n))
-        tokens, last, first_slot = _left_padded(prompts, batch, config.max_seq_len)
+        tokens, last, first_slot = _left_padded(given, batch, config.max_seq_len)
         (active, allowed), likeliest = experts, sampling.likeliest(vocab_size)
         where = self._dtype, self._mesh, self._kernels
         decoding = Decoding(config, active, vocab_size, likeliest, *where)
@@ -208,7 +209,7 @@ def _limits(max_new_tokens: int, is_streamed: bool) -> list[int]:
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], batch: int, largest: int
+    prompts: Sequence[np.ndarray], batch: int, largest: int
 ) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, "B"], Int[np.ndarray, "B"]]:
     """The prompts without their last tokens, padded on the left; these; and where each begins.
 
@@ -260,22 +261,20 @@ class TextStream:
 
 
 def _checked(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], new: int | list[int], vocab_size: int
-) -> list[int]:
-    """How many tokens may follow each prompt."""
+    config: ModelConfig, prompts: Sequence[Any], new: int | list[int], vocab_size: int
+) -> tuple[list[np.ndarray], list[int]]:
+    """The prompts, and how many tokens may follow each."""
     limits = new if isinstance(new, list) else [new] * len(prompts)
     _expect(len(prompts) > 0, "prompts", "none", "at least one")
-    for i, (prompt, max_new_tokens) in enumerate(zip(prompts, limits, strict=True)):
+    checked = [checked_ids(ids, vocab_size, f"prompt {i}") for i, ids in enumerate(prompts)]
+    for i, (prompt, max_new_tokens) in enumerate(zip(checked, limits, strict=True)):
         is_number = isinstance(max_new_tokens, int) and max_new_tokens >= 1
         _expect(is_number, "max_new_tokens", max_new_tokens, "a whole number, 1 or more")
-        _expect(len(prompt) > 0, f"prompt {i}", "no tokens", "at least one; give it some text")
-        known = min(prompt) >= 0 and max(prompt) < vocab_size
-        _expect(known, f"prompt {i}", "ids outside the vocabulary", f"0 to {vocab_size - 1}")
         fits = len(prompt) + max_new_tokens <= config.max_seq_len
         got = f"{len(prompt)} tokens and {max_new_tokens} new ones"
         most = f"at most {config.max_seq_len} together (model.max_seq_len)"
         _expect(fits, f"prompt {i}", got, f"{most}; shorten the prompt or generate less")
-    return limits
+    return checked, limits
 
 
 def _expect(holds: bool, name: str, got: object, expected: str) -> None:

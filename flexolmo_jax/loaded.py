@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.artifact import Artifact, open_artifact, placement_on
 from flexolmo_jax.config import MeshConfig, ModelConfig, expect
 from flexolmo_jax.data.chat import Message
+from flexolmo_jax.data.ids import checked_ids, warn_of_length
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Decoder, Generator, Sampling
@@ -52,7 +53,7 @@ class LoadedModel:
         return self.artifact.tokenizer
 
     def logits(
-        self, ids: np.ndarray, without: Sequence[str] = (), active: int | None = None
+        self, ids: Any, without: Sequence[str] = (), active: int | None = None
     ) -> np.ndarray:
         """int [B, T] -> float32 [B, T, V]. Each of the B sequences is one document.
 
@@ -60,23 +61,17 @@ class LoadedModel:
         between sizes.
 
         Args:
-            ids: token ids.
+            ids: token ids, an array or lists. Of more than `config.max_seq_len` a warning is told.
             without: names of experts to exclude.
             active: experts per token; by default what the model was saved with.
 
         Raises:
-            UserError: ids outside the vocabulary, or none; an expert that does not exist, excluding
+            UserError: what `checked_ids` refuses; an expert that does not exist, excluding
                 the anchor or every expert, or `active` above the number of experts that are left.
         """
         k, allowed = self.selection(without, active)
-        ids = np.asarray(ids, np.int32)
-        if ids.ndim != 2 or not ids.size:
-            raise UserError(f"ids have shape {ids.shape}; expected [batch, time]")
-        if not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
-            raise UserError(
-                f"ids are {ids.min()} to {ids.max()}; expected 0 to {self.config.vocab_size - 1},"
-                " the model's vocabulary"
-            )
+        ids = checked_ids(ids, self.config.vocab_size, "ids", ndim=2)
+        warn_of_length(ids.shape[1], self.config.max_seq_len, "ids are")
         self.check_batch(len(ids))
         B, T = ids.shape
         length = rounded_up(max(T, SHORTEST), self.config.max_seq_len)
@@ -109,13 +104,11 @@ class LoadedModel:
             raise UserError(f"prompts are {prompts!r:.80}; expected a list, also of one")
         k, allowed = self.selection(without, active)
         self.check_batch(len(prompts))
-        ids = []
-        for number, prompt in enumerate(prompts):
+        ids: list[Any] = list(prompts)
+        for number, prompt in enumerate(ids):
             if isinstance(prompt, str):
                 _check_unicode(number, prompt)
-                ids.append([*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)])
-            else:
-                ids.append(list(prompt))
+                ids[number] = [*self.tokenizer.start_ids, *self.tokenizer.encode(prompt)]
         sampling = Sampling(temperature, top_k, top_p, seed)
         own = self.artifact.own_tokenizer
         ends = own.end_ids if own else ()

@@ -396,6 +396,10 @@ def test_equal_prompts_of_a_batch_are_sampled_independently():
         ([[1] * 53], {}, "prompt 0: got 53 tokens and 12 new ones, expected at most 64"),
         ([[VOCAB]], {}, "prompt 0: got ids outside the vocabulary, expected 0 to 89"),
         ([[-1]], {}, "prompt 0: got ids outside the vocabulary"),
+        ([[1], [1.5]], {}, r"prompt 1: got 1\.5 among the ids, expected integers"),
+        ([[True]], {}, "prompt 0: got True among the ids"),
+        ([np.array([2**40])], {}, f"prompt 0: .* place 0 has token {2**40}"),
+        ([5], {}, r"prompt 0: got ids of shape \(\), expected \[time\]"),
         ([[1]], {"sampling": Sampling(temperature=-1)}, "temperature: got -1"),
         ([[1]], {"sampling": Sampling(temperature=float("nan"))}, "temperature: got nan"),
         ([[1]], {"sampling": Sampling(top_k=-1)}, "top_k: got -1"),
@@ -487,6 +491,31 @@ def test_a_mesh_that_cannot_be_is_told_in_one_line(model, capsys, flags, told):
 def test_ids_that_are_no_tokens_have_no_logits(model, ids):
     with pytest.raises(UserError, match=r"expected \[batch, time\]|expected 0 to 383"):
         load(model).logits(ids)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array([[2**32 + 5]], np.uint64),
+        np.array([[5.0, 6.0]]),
+        [[5, True]],
+        [[5, "6"]],
+        [[5, 6], [7]],
+        np.full((1, 1, 2), 5),
+        jnp.array([[5, 384]]),
+    ],
+)
+def test_ids_that_would_be_cast_have_no_logits(model, ids):
+    with pytest.raises(UserError, match=r"^ids: got "):
+        load(model).logits(ids)
+
+
+def test_ids_longer_than_the_context_are_told(model, capfd):
+    loaded = load(model)
+    loaded.logits(np.full((1, loaded.config.max_seq_len), 5))
+    assert "longer than" not in capfd.readouterr().err
+    loaded.logits(np.full((1, loaded.config.max_seq_len + 1), 5))
+    assert "ids are longer than the" in capfd.readouterr().err
 
 
 def test_one_text_is_no_list_of_prompts(model):

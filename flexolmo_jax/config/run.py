@@ -23,17 +23,19 @@ ONE_LINE = f"one printable line of at most {LINE} characters"
 SEQUENCES = 2**53 - 1  # the largest integer that every JSON reader can hold
 Remat = Literal["none", "dots", "ffn", "outputs", "attention", "full", "offload"]
 Loss = Literal["all", "assistant"]
+IdType = Literal["", "uint16", "uint32", "int32", "int64"]
 Date = typing.NewType("Date", str)  # YYYY-MM-DD; YAML reads one without quotes as a date of its own
 
 
 @dataclass(frozen=True)
 class Dataset(Section):
-    """One source of a mixture: a prepared directory, or raw documents, which are prepared into a
-    cache first."""
+    """One source of a mixture: a prepared directory, token files, or raw documents, which are
+    prepared into a cache first."""
 
     path: str = ""
     weight: float = 1.0
     name: str = ""  # default: the path's last part, without the suffixes of documents and tokens
+    dtype: IdType = ""  # of token files without NumPy's header; default: see data/tokens.py
 
     @property
     def title(self) -> str:

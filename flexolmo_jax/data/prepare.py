@@ -1,6 +1,6 @@
 """Raw documents -> a prepared directory (data/records.py says what is in one).
 
-Documents are read one by one. Empty ones and exact duplicates (SHA-256 of the text) are dropped.
+Documents are read one by one. Blank ones and exact duplicates (SHA-256 of the text) are dropped.
 The digest alone decides whether a document is held out, so it is on the same side in every corpus.
 Tokens and EOS are packed into records (data/packing.py), which are written as soon as they are
 complete. Of conversations they also say which tokens are the assistant's (data/tokenized.py).
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.config import LARGEST, Reading, suffixes_of
+from flexolmo_jax.config import LARGEST, IdType, Reading, suffixes_of
 from flexolmo_jax.data.chat import CHAT_FILE
 from flexolmo_jax.data.digests import open_digests
 from flexolmo_jax.data.documents import (
@@ -54,7 +54,14 @@ from flexolmo_jax.storage.cache import CACHE_VARIABLE, cache_folder
 from flexolmo_jax.storage.files import clear, make_folder, new_directory
 from flexolmo_jax.storage.locks import locked
 from flexolmo_jax.storage.outputs import UNFINISHED, is_whole
-from flexolmo_jax.storage.paths import absolute, listing, path_of, reason, size_of, takes_paths
+from flexolmo_jax.storage.paths import (
+    absolute,
+    listing,
+    path_of,
+    reason,
+    size_of,
+    takes_paths,
+)
 
 
 @takes_paths
@@ -105,7 +112,7 @@ def prepare(  # noqa: PLR0913 - the verb's options
         index = _index(name, packed, heldout, directory, tokenizer, seq_len)
         index = dataclasses.replace(index, **_read_as(packed, found, reading))
         index.write(directory)
-        _warn_of_lost_bytes(packed, name)
+        _warn(packed, name)
         tell(packed.tally, name, reading)
         return index
 
@@ -139,16 +146,24 @@ def _check(seq_len: int, heldout: float, workers: int | None, ray: str | None) -
 
 
 def open_data(
-    path: Path, tokenizer: Tokenizer, seq_len: int, split: Split, reading: Reading = AS_TEXT
+    path: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    split: Split,
+    reading: Reading = AS_TEXT,
+    dtype: IdType = "",
 ) -> Source:
     """The records of a split: of a prepared directory, of documents, or of token files.
 
-    Documents are prepared into the cache. Token files have no splits: they are opened whole. Raises
-    UserError as `prepare_cached` and `TokenRecords` do.
+    Documents are prepared into the cache. Token files have no splits: they are opened whole, those
+    without a header as of this dtype. Raises UserError as `has_tokens`, `prepare_cached` and
+    `TokenRecords` do, and for the dtype of anything but token files.
     """
     if has_tokens(path):
         tell_beside(path_of(path), reading)
-        return TokenRecords(path, tokenizer, seq_len)
+        return TokenRecords(path, tokenizer, seq_len, dtype)
+    if dtype:
+        raise UserError(f"{path} has the dtype {dtype}, and is no token file; leave that out")
     return open_records(prepare_cached(path, tokenizer, seq_len, reading=reading), split)
 
 
@@ -158,11 +173,12 @@ def open_heldout(
     seq_len: int,
     split: Split = "heldout",
     reading: Reading = AS_TEXT,
+    dtype: IdType = "",
 ) -> Source:
     """Records to score: as `open_data`, but prepared ones of any length and tokenizer."""
-    if (path / INDEX_FILE).exists():
+    if not has_tokens(path) and (path / INDEX_FILE).exists():
         return open_records(path, split)
-    return open_data(path, tokenizer, seq_len, split, reading)
+    return open_data(path, tokenizer, seq_len, split, reading, dtype)
 
 
 def prepare_cached(
@@ -303,7 +319,15 @@ def _pack_here(
         return pack(shards, documents(digests.add), writers, tokenizer, **how)
 
 
-def _warn_of_lost_bytes(packed: Packed, name: str) -> None:
+def _warn(packed: Packed, name: str) -> None:
+    """Says what of the documents is not in the records as it is."""
+    if packed.empty:
+        note(f"left out {packed.empty} documents of {name} that hold nothing but white space")
+    if any(split.changed_bytes for split in packed.splits.values()):
+        note(
+            f"the tokenizer changes texts of {name} (to NFC, for one); bits per byte count the"
+            " bytes of the texts themselves"
+        )
     if lost := sum(split.lost_bytes for split in packed.splits.values()):
         note(
             f"warning: the tokenizer's vocabulary cannot spell {lost} bytes of {name}; they are"

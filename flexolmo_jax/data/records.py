@@ -9,7 +9,8 @@ the assistant's. Then the chat template lies beside the tokenizer.
 Every token of a document is scored, except its first in each record, before which the record has
 nothing of it. EOS and padding are not scored; with `data.loss: assistant` context is not either.
 Bits per byte are the sum of -log2 p over the scored tokens, divided by their UTF-8 bytes. A byte
-that the vocabulary cannot spell (data/tokenizer.py) is a byte more, and 8 bits.
+that the vocabulary cannot spell (data/tokenizer.py) is a byte more, and 8 bits. What a tokenizer
+makes shorter or longer, as by NFC, counts with the bytes of the documents themselves.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from pydantic import FailFast, Field
 from flexolmo_jax.config import LARGEST, LINE, Loss
 from flexolmo_jax.data.arrays import BucketArray, map_array, read_header
 from flexolmo_jax.data.documents import AS_TEXT, INDEX_FILE
+from flexolmo_jax.data.ids import checked_ids
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import write_bytes
 from flexolmo_jax.storage.paths import absolute, open_regular, path_of, reason
@@ -32,11 +34,14 @@ from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 FORMAT = 1
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+# counts of bytes of the documents that their tokens do not spell: see SplitIndex
+NOT_SPELLED = ("lost_bytes", "lost_in_context", "changed_bytes", "changed_in_context")
 # "tokens" and "segments", int32 [T]; where there are conversations "context", bool [T]
 Record = dict[str, np.ndarray]
 
 FILES = r"^((train|heldout)\.(tokens|segments|context)\.npy|(tokenizer|chat|conventions)\.json)$"
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Difference = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 Token = Annotated[int, Field(ge=0, lt=2**24)]
 Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -52,8 +57,10 @@ class SplitIndex:
 
     `scored_bytes` are the UTF-8 bytes of the scored tokens; `fill` is the share of tokens that are
     not padding; `lost_bytes` are those of the documents that no token stands for, and
-    `lost_in_context` those of them that are not the assistant's; `conversations` are the documents
-    of messages. The last three are not written where they are 0, as in earlier versions.
+    `lost_in_context` those of them that are not the assistant's; `changed_bytes` are how many more
+    the documents have than their tokens and these, and `changed_in_context` those of what is not
+    the assistant's; `conversations` are the documents of messages. The last five are not written
+    where they are 0, as in earlier versions.
     """
 
     records: Count
@@ -64,6 +71,8 @@ class SplitIndex:
     fill: Annotated[float, Field(ge=0, le=1)]
     lost_bytes: Count = 0
     lost_in_context: Count = 0
+    changed_bytes: Difference = 0
+    changed_in_context: Difference = 0
     conversations: Count = 0
 
     @classmethod
@@ -172,7 +181,7 @@ class Index:
         """Writes `index.json` into a directory."""
         fields = asdict(self)
         for split in fields["splits"].values():
-            for count in ("lost_bytes", "lost_in_context", "conversations"):
+            for count in (*NOT_SPELLED, "conversations"):
                 if not split[count]:
                     del split[count]
         for key in ("text_key", "separator", "bad_removed", "left_out"):
@@ -228,6 +237,16 @@ class Records:
         return self.stats.lost_in_context
 
     @property
+    def changed_bytes(self) -> int:
+        """How many bytes more than their tokens and `lost_bytes` this split's documents have."""
+        return self.stats.changed_bytes
+
+    @property
+    def changed_in_context(self) -> int:
+        """Those of them that are in conversations, but not the assistant's."""
+        return self.stats.changed_in_context
+
+    @property
     def stats(self) -> SplitIndex:
         """What this split holds."""
         return self.index.splits[self.split]
@@ -243,14 +262,9 @@ class Records:
     def __getitem__(self, index: int) -> Record:
         """One record as "tokens" and "segments", int32 [T], and in a split with conversations
         "context", bool [T]."""
-        tokens = self._tokens[index].astype(np.int64)
-        if (largest := tokens.max()) >= self.index.vocab_size:
-            raise UserError(
-                f"{self.path}: record {index} has the token {largest}; expected less than"
-                f" {self.index.vocab_size}, its vocabulary; prepare the data again"
-            )
+        what = f"{self.path}: record {index}"
         record = {
-            "tokens": tokens.astype(np.int32),
+            "tokens": checked_ids(self._tokens[index], self.index.vocab_size, what),
             "segments": self._segments[index].astype(np.int32),
         }
         if self._context is not None:

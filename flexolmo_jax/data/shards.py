@@ -63,8 +63,13 @@ def shards_of(files: Sequence[Path], sizes: Sequence[int]) -> list[Shard]:
     return shards
 
 
+def is_blank(text: str) -> bool:
+    """Whether there is nothing in a text to learn or to score: nothing at all, or white space."""
+    return not text or text.isspace()
+
+
 class Documents:
-    """Documents without empty ones and repeated ones, each with its split.
+    """Documents without blank ones and repeated ones, each with its split.
 
     `is_new` says of a document's digest whether the document comes for the first time.
     """
@@ -81,7 +86,7 @@ class Documents:
         how = (advance, self._reading, self.tally)
         for document in (one for file in files for one in documents_in(file, *how)):
             digest = digest_of(document.text)
-            if not document.text:
+            if is_blank(document.text):
                 self.empty += 1
             elif not self._is_new(digest):
                 self.duplicates += 1

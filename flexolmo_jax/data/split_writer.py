@@ -3,6 +3,7 @@
 import functools
 import io
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.data.packing import Packer, Pieces, lay_out
-from flexolmo_jax.data.records import Split, SplitIndex, scored_targets, token_dtype
+from flexolmo_jax.data.records import NOT_SPELLED, Split, SplitIndex, scored_targets, token_dtype
 from flexolmo_jax.data.tokenized import Tokenized
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.storage.files import remove_file, write_bytes
@@ -58,7 +59,7 @@ class SplitWriter:
         )
         self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
         self._filled = self._scored_tokens = self._scored_bytes = 0
-        self._documents = self._conversations = self._lost_bytes = self._lost_in_context = 0
+        self._counts = Counter[str]()
 
     def __enter__(self) -> "SplitWriter":
         return self
@@ -70,11 +71,11 @@ class SplitWriter:
     def add(self, document: Tokenized) -> None:
         """Takes a document."""
         tokens = document.tokens.astype(np.uint32)
-        self._documents += 1
-        self._lost_bytes += document.lost_bytes
+        self._counts["documents"] += 1
+        for name in NOT_SPELLED:
+            self._counts[name] += getattr(document, name)
         if document.context is not None:
-            self._conversations += 1
-            self._lost_in_context += document.lost_in_context
+            self._counts["conversations"] += 1
             tokens |= document.context * _CONTEXT
         self._write(self._packer.add(tokens))
 
@@ -90,13 +91,10 @@ class SplitWriter:
         return SplitIndex.of(
             self._seq_len,
             records=counts[0],
-            documents=self._documents,
             tokens=self._filled,
             scored_tokens=self._scored_tokens,
             scored_bytes=self._scored_bytes,
-            lost_bytes=self._lost_bytes,
-            lost_in_context=self._lost_in_context,
-            conversations=self._conversations,
+            **{name: self._counts[name] for name in ("documents", "conversations", *NOT_SPELLED)},
         )
 
     def _files(self) -> "list[_BareFile]":
@@ -118,7 +116,7 @@ class SplitWriter:
         self._filled += int(np.count_nonzero(segments))
         self._scored_tokens += len(scored)
         self._scored_bytes += int(self._tokenizer.byte_lengths[scored].sum(dtype=np.int64))
-        if self._conversations and self._context is None:
+        if self._counts["conversations"] and self._context is None:
             self._context = self._new_context()
             self._context.append_zeros(self._tokens.records)
         if self._context:

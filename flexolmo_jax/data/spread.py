@@ -26,7 +26,7 @@ from flexolmo_jax.data.chat import Chat
 from flexolmo_jax.data.documents import AS_TEXT, Tally, digest_of, documents_in
 from flexolmo_jax.data.over_shards import Columns, Files, everywhere, files_of, mapped, seen
 from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex
-from flexolmo_jax.data.shards import Documents, Packed, Shard, open_writers, pack
+from flexolmo_jax.data.shards import Documents, Packed, Shard, is_blank, open_writers, pack
 from flexolmo_jax.data.split_writer import join_records
 from flexolmo_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from flexolmo_jax.runtime.cluster import connected, on_workers, shared_path_error
@@ -110,11 +110,11 @@ def _dataset(
 def read_digests(
     batch: Columns, files: Files, reading: Reading, partitions: int
 ) -> Iterator[Columns]:
-    """The digests of a shard's documents that are not empty, each with its place and partition."""
+    """The digests of a shard's documents that are not blank, each with its place and partition."""
     for shard in batch["shard"].tolist():
         paths = seen(files[shard])
         found = (one for path in paths for one in documents_in(path, None, reading, Tally()))
-        texts = (one.text for one in found if one.text)
+        texts = (one.text for one in found if not is_blank(one.text))
         for first in itertools.count(step=ROWS):
             digests = b"".join(map(digest_of, itertools.islice(texts, ROWS)))
             words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 4)

@@ -43,13 +43,16 @@ Turns = list[tuple[int, int]]  # where the assistant's begin and end in the text
 class Tokenized(NamedTuple):
     """A document's tokens, EOS included, and how many bytes of it they do not spell.
 
-    `context`: bool, the tokens of a conversation that are not the assistant's; None of a text.
+    Some of these are lost, and some changed: see `Tokenizer.lost_in` and `changed_in`. `context`:
+    bool, the tokens of a conversation that are not the assistant's; None of a text.
     """
 
     tokens: np.ndarray
     lost_bytes: int
+    changed_bytes: int = 0
     context: np.ndarray | None = None
     lost_in_context: int = 0  # of `lost_bytes`
+    changed_in_context: int = 0  # of `changed_bytes`
 
 
 def tokenized(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Tokenized]:
@@ -65,8 +68,9 @@ def tokenized(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Token
 
 def _text(text: str, tokenizer: Tokenizer) -> Tokenized:
     # One document at a time: for several, the tokenizer would start threads of its own.
-    ids = [*tokenizer.start_ids, *tokenizer.encode(text), tokenizer.eos_id]
-    return Tokenized(np.array(ids, token_dtype(tokenizer.vocab_size)), tokenizer.lost_in(text))
+    each = (tokenizer.start_ids, *tokenizer.encode_pieces(text), [tokenizer.eos_id])
+    tokens = np.concatenate([np.array(ids, token_dtype(tokenizer.vocab_size)) for ids in each])
+    return Tokenized(tokens, tokenizer.lost_in(text), tokenizer.changed_in(text, tokens))
 
 
 def _conversations(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[Tokenized]:
@@ -135,6 +139,7 @@ class _Conversation:
             is_said[start:end] = True
         ids = [i for piece in pieces for i in piece.ids]
         said = [self._said(piece, is_said, tokenizer) for piece in pieces]
+        changed, of_answers = self._changed(pieces, said, is_said, tokenizer)
         if ids[-1:] != [tokenizer.eos_id]:
             ids.append(tokenizer.eos_id)
             said.append(np.zeros(1, bool))
@@ -144,9 +149,11 @@ class _Conversation:
                 "the chat template writes nothing of what the assistant says; give the tokenizer of"
                 f" another instruct model, {_AS_TEXT}"
             )
-        lost, answers = tokenizer.lost_in(text), "".join(text[start:end] for start, end in turns)
+        answers = "".join(text[start:end] for start, end in turns)
         array = np.array(ids, token_dtype(tokenizer.vocab_size))
-        return Tokenized(array, lost, context, lost - tokenizer.lost_in(answers))
+        lost = tokenizer.lost_in(text)
+        of_context = lost - tokenizer.lost_in(answers), changed - of_answers
+        return Tokenized(array, lost, changed, context, *of_context)
 
     def _turns(self, rendered: Rendered) -> tuple[str, Turns]:
         """The text, and the turns by its beginnings. Raises UserError where one is none."""
@@ -192,6 +199,24 @@ class _Conversation:
         for first, last in zip(edges[::2], edges[1::2], strict=True):
             found |= (ends > bytes_before(first)) & (ends - lengths < bytes_before(last))
         return found
+
+    def _changed(
+        self,
+        pieces: Sequence[Piece],
+        said: Sequence[np.ndarray],
+        is_said: np.ndarray,
+        tokenizer: Tokenizer,
+    ) -> tuple[int, int]:
+        """`Tokenizer.changed_in` of all text and of the assistant's, without special tokens."""
+        changed = of_answers = 0
+        for piece, own in zip(pieces, said, strict=True) if tokenizer.changes_text else ():
+            if piece.ids == [self._special.ids.get(piece.text)]:
+                continue
+            ids, start = np.array(piece.ids, int), piece.start
+            answer = itertools.compress(piece.text, is_said[start : start + len(piece.text)])
+            changed += tokenizer.changed_in(piece.text, ids)
+            of_answers += tokenizer.changed_in("".join(answer), ids[own])
+        return changed, of_answers
 
     def _plain(self, text: str) -> str:
         return text.replace(self._mark, "")

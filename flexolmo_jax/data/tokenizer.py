@@ -4,12 +4,19 @@ The file is the `tokenizer.json` of the `tokenizers` package. Only byte-level to
 accepted: with them every token stands for a known number of UTF-8 bytes, so bits per byte can be
 compared between models. A vocabulary may lack bytes that text hardly ever has (RARE). Encoding
 drops those, and bits per byte count `LOST_BITS` for each.
+
+Some tokenizers do not spell a text as it is: they bring it into a normal form (NFC, as Qwen's, or
+NFD), put a space before it, or leave out white space beside an added token. Bits per byte count the
+bytes of the text itself (`changed_in`). What makes another text of it, such as lower case, is
+refused.
 """
 
+import functools
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +35,8 @@ from flexolmo_jax.storage.untrusted import no_panic, read_bytes
 
 from .chat import Chat
 from .conventions import Conventions
-from .tokenizer_file import LIMIT, read_tokenizer
+from .cuts import PIECE, find_cuts, pieces
+from .tokenizer_file import LIMIT, objects_in, read_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -48,6 +56,14 @@ _NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
 # Control characters, and the first bytes of characters beyond U+3FFFF. SmolLM2's lacks eight.
 RARE = frozenset((*range(0x20), 0x7F, *range(0xF1, 0xF5))) - frozenset(b"\t\n\r")
 LOST_BITS = 8.0  # of a byte that the vocabulary cannot spell: a guess among 256
+# steps that keep every byte of a text, but for its normal form and a space before it
+_KEEPING = {
+    "normalizer": ("Sequence", "NFC", "NFD"),
+    "pre_tokenizer": (
+        *("Sequence", "ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"),
+        "FixedLength",
+    ),
+}
 
 # How dolma2 cuts text before BPE: contractions, words with the character before them, up to three
 # digits, punctuation, line ends, spaces.
@@ -68,6 +84,7 @@ class Tokenizer:
         lost_bytes: those of RARE that the vocabulary lacks.
         byte_lengths: uint16 [V], the UTF-8 bytes each token stands for; 0 for special tokens and
             unused ids.
+        changes_text: whether its tokens may spell other bytes than a text has: see `changed_in`.
         chat: how messages become tokens; None where no template is known.
         conventions: what its publisher says beside it.
     """
@@ -90,6 +107,7 @@ class Tokenizer:
                     # Some published files forget this: then a text could spell its own end.
                     added[name]["special"] = True
             _check_special(fields["model"], added, where)
+            _check_keeps_text(fields, where)
             with no_panic(where):
                 # Encoding adds no tokens: neither by a template, which could only repeat or drop
                 # the text's own, nor for bytes that are lost.
@@ -111,6 +129,9 @@ class Tokenizer:
                 f" {' or '.join(EOS_NAMES)}"
             )
         self._content, self._where = content, where
+        names = ("normalizer", "pre_tokenizer", "added_tokens")
+        self._splitting = {name: fields.get(name) for name in names}
+        self.changes_text: bool = _changes_text(fields)
         self.vocab_size: int = max(vocab.values()) + 1
         self.eos_id: int = vocab[eos]
         self.pad_id: int = vocab[next((name for name in PAD_NAMES if name in added), eos)]
@@ -239,7 +260,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, special tokens neither added nor recognised."""
-        return self.encode_batch([text])[0]
+        return list(itertools.chain.from_iterable(self.encode_pieces(text)))
+
+    def encode_pieces(self, text: str) -> Iterator[list[int]]:
+        """The same, a piece of the text after the other, in the memory of one: see cuts.py."""
+        cuts = self._cuts if len(text) > PIECE else None
+        for piece in pieces(text, cuts) if cuts else (text,):
+            yield self.encode_batch([piece])[0]
 
     def encode_with_special(self, text: str, add: bool = True) -> list[int]:
         """The token ids of a text as `transformers` reads it: the names of special tokens become
@@ -247,22 +274,37 @@ class Tokenizer:
         with no_panic(self._where):
             return self._as_published.encode(text, add_special_tokens=add).ids
 
-    @cached_property
+    @functools.cached_property
     def _as_published(self) -> Backend:
         with no_panic(self._where):
             fields = read_tokenizer(self._content) | {"truncation": None, "padding": None}
             return Backend.from_str(json.dumps(fields))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in parallel."""
+        """`encode` of each text, in parallel, in memory that grows with their lengths."""
         with no_panic(self._where):
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
+
+    @functools.cached_property
+    def _cuts(self) -> re.Pattern[str] | None:
+        with no_panic(self._where):
+            return find_cuts(self._splitting)
 
     def lost_in(self, text: str) -> int:
         """How many of the text's UTF-8 bytes no token stands for."""
         content = text.encode() if self.lost_bytes else b""
         return len(content) - len(content.translate(None, self.lost_bytes))
+
+    def changed_in(self, text: str, ids: np.ndarray) -> int:
+        """How many bytes more the text has than its tokens spell, without those that are lost.
+
+        0 where the tokenizer spells texts as they are; it may be less. `ids`: int [n], the tokens.
+        """
+        if not self.changes_text:
+            return 0
+        spelled = int(self.byte_lengths[ids].sum(dtype=np.int64))
+        return len(text.encode()) - spelled - self.lost_in(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids: nothing for special tokens, U+FFFD for bytes that are not UTF-8."""
@@ -366,8 +408,8 @@ def _sample(
 def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str) -> bytes:
     """Returns the bytes of RARE that the vocabulary lacks. Raises UserError for what is no
     byte-level BPE."""
-    model, steps = fields["model"], fields["pre_tokenizer"] or {}
-    kinds = [step["type"] for step in steps.get("pretokenizers", [steps]) if step]
+    model, split = fields["model"], fields["pre_tokenizer"] or {}
+    kinds = [step["type"] for step in split.get("pretokenizers", [split]) if step]
     if model["type"] != "BPE" or "ByteLevel" not in kinds:
         kind = "SentencePiece's BPE" if model.get("byte_fallback") else f"a {model['type']}"
         raise UserError(
@@ -406,6 +448,31 @@ def _check_special(model: dict[str, Any], added: dict[str, Any], where: str) -> 
             f"{where} has the special token {min(spelled)!r:.40}, which is a part of usual text and"
             " would be lost; expected special tokens that no text becomes"
         )
+
+
+def _check_keeps_text(fields: dict[str, Any], where: str) -> None:
+    """Raises UserError for steps that make another text of a text, or leave out a part of it."""
+    for part, keeping in _KEEPING.items():
+        for step in objects_in(fields.get(part)):
+            kind, removes = step.get("type"), step.get("behavior") == "Removed"
+            if kind not in (None, *keeping) or (removes and not step.get("invert")):
+                raise UserError(
+                    f"{where} has the {part} {kind!r:.40}, which "
+                    + ("leaves out a part of a text" if removes else "makes another text of a text")
+                    + ", so that its bytes cannot be counted; expected a tokenizer that keeps texts"
+                    " as they are, but for NFC and NFD"
+                )
+
+
+def _changes_text(fields: dict[str, Any]) -> bool:
+    """Whether what the tokens spell may have other bytes than the text."""
+    splits, added = objects_in(fields.get("pre_tokenizer")), fields["added_tokens"]
+    strips = (one.get("lstrip") or one.get("rstrip") for one in added if not one.get("special"))
+    return (
+        any(step.get("type") != "Sequence" for step in objects_in(fields.get("normalizer")))
+        or any(step.get("add_prefix_space") or step.get("invert") for step in splits)
+        or any(strips)
+    )
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ TOKEN = 65_535  # bytes that one token may stand for
 GROWTH = {"ByteLevel": 2, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}
 # A group's beginning, an escape, a set of characters, a repetition, or a single sign of a regular
 # expression.
-_SIGN = re.compile(
+SIGN = re.compile(
     r"\((?:\?(?:[a-zA-Z-]*:|[=!>]|<[=!]))?|\\[pP]\{[^}]*\}|\\."
     r"|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.",
     re.DOTALL,
@@ -84,7 +84,7 @@ def _check_model(model: dict[str, Any]) -> None:
 def _check_steps(fields: dict[str, Any]) -> None:
     expansion, steps = 1, 0
     for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
-        for step in _steps(fields.get(part)):
+        for step in objects_in(fields.get(part)):
             steps += 1
             kind = step.get("type")
             if kind == "Precompiled":
@@ -109,14 +109,14 @@ def _check_steps(fields: dict[str, Any]) -> None:
         )
 
 
-def _steps(value: Any) -> Iterator[dict[str, Any]]:
+def objects_in(value: Any) -> Iterator[dict[str, Any]]:
     """Every object in a part of a tokenizer."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
     if isinstance(value, list):
         for inner in value:
-            yield from _steps(inner)
+            yield from objects_in(inner)
 
 
 def _check_expression(expression: Any) -> None:
@@ -138,7 +138,7 @@ def _check_expression(expression: Any) -> None:
     # whether such a group has just ended; whether a sign has just come that nothing repeats
     closed = plain = False
     neighbours = 0
-    for sign in _SIGN.findall(expression):
+    for sign in SIGN.findall(expression):
         is_repetition = bool(_REPEATS.fullmatch(sign))
         is_open_ended = is_repetition and not _EXACTLY.fullmatch(sign)
         if _refers_back(sign):

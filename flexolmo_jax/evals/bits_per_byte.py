@@ -9,6 +9,7 @@ import numpy as np
 
 from flexolmo_jax.config import Loss, Reading
 from flexolmo_jax.data.documents import AS_TEXT, name_of
+from flexolmo_jax.data.ids import warn_of_length
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import Split
 from flexolmo_jax.data.tokens import Source
@@ -89,7 +90,9 @@ def _opened(
     for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
         if name in opened:
             raise UserError(f"two data sets are called {name!r}; rename one of them")
-        opened[name] = open_heldout(path, model.tokenizer, seq_len, split, reading)
+        records = open_heldout(path, model.tokenizer, seq_len, split, reading)
+        warn_of_length(records.seq_len, model.config.max_seq_len, f"{path} has records")
+        opened[name] = records
     return opened
 
 

@@ -6,6 +6,7 @@ ten samples has a similarity of at least 0.9 with its own continuation. Similari
 Levenshtein distance, over tokens.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -46,26 +47,32 @@ def sample_documents(
 ) -> list[list[int]]:
     """The first prefix + tokens ids of at most `count` different documents.
 
-    Of the documents that are long enough it takes those with the smallest digests. Raises UserError
-    if there is none.
+    Of the documents that are long enough it takes those with the smallest digests, and holds no
+    others. Raises UserError if there is none.
     """
     if prefix < 1 or tokens < 1 or count < 1:
         raise UserError(
             f"got {count} documents of {prefix} + {tokens} tokens; expected 1 or more of each"
         )
-    found = []
-    for _, text in sorted({digest_of(text): text for text in texts}.items()):
-        ids = tokenizer.encode(text)[: prefix + tokens]
+    found: dict[bytes, list[int]] = {}
+    largest = b""  # digest of those found, once there are enough
+    for text in texts:
+        digest = digest_of(text)
+        if digest in found or (len(found) == count and digest > largest):
+            continue
+        every_id = itertools.chain.from_iterable(tokenizer.encode_pieces(text))
+        ids = list(itertools.islice(every_id, prefix + tokens))
         if len(ids) == prefix + tokens:
-            found.append(ids)
-        if len(found) == count:
-            break
+            found[digest] = ids
+            if len(found) > count:
+                del found[largest]
+            largest = max(found)
     if not found:
         raise UserError(
             f"no document has {prefix + tokens} tokens; give longer ones, or fewer tokens to"
             " extract"
         )
-    return found
+    return [ids for _, ids in sorted(found.items())]
 
 
 def extract(  # noqa: PLR0913 - the verb's options

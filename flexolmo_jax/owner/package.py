@@ -306,14 +306,15 @@ def _evaluate(
     """Bits per byte of anchor and pair on held-out text, the owner's and public text."""
     assert config.pair is not None
     public = Dataset(path=config.pair.public or str(anchor.path / "public"), name="public")
-    heldout = {d.title: d.path for d in evaluation_sets(config.data, [public])}
+    heldout = {d.title: d for d in evaluation_sets(config.data, [public])}
     dense = {name: branch for name, branch in pair.items() if name != "expert"}
     models = {"anchor": (anchor.config, dense), "pair": (run.config, pair)}
     scores: dict[str, Any] = {who: {} for who in models}
-    for name, path in heldout.items():
+    for name, dataset in heldout.items():
         # An owner's records need not be as long as the anchor's public ones.
-        length, reading = config.data.seq_len, config.data.reading
-        records = open_heldout(path_of(path), run.tokenizer, length, reading=reading)
+        how = {"reading": config.data.reading, "dtype": dataset.dtype}
+        path, length = path_of(dataset.path), config.data.seq_len
+        records = open_heldout(path, run.tokenizer, length, **how)
         if len(records):
             for who, model in models.items():
                 how = {"loss": config.data.loss, "limit": config.train.eval_records}

@@ -170,8 +170,8 @@ def _first_records(run: RunConfig, tokenizer: Tokenizer, size: int) -> Iterator[
     A source's last batch is filled up with padding: segment 0.
     """
     for dataset in run.data.train:
-        path, length = path_of(dataset.path), run.data.seq_len
-        records = open_data(path, tokenizer, length, "train", run.data.reading)
+        path, length, reading = path_of(dataset.path), run.data.seq_len, run.data.reading
+        records = open_data(path, tokenizer, length, "train", reading, dataset.dtype)
         chosen = np.random.default_rng(0).permutation(len(records))[:HIDDEN_RECORDS].tolist()
         for start in range(0, len(chosen), size):
             batch = np.zeros((2, size, run.data.seq_len), np.int32)
@@ -211,7 +211,7 @@ def _private_documents(run: RunConfig, tokenizer: Tokenizer):
             yield from read_training_documents(path, reading=run.data.reading)
         else:
             length, reading = run.data.seq_len, run.data.reading
-            records = open_data(path, tokenizer, length, "train", reading)
+            records = open_data(path, tokenizer, length, "train", reading, dataset.dtype)
             chosen = np.random.default_rng(0).permutation(len(records))[:TEXT_RECORDS].tolist()
             for record in read_records(records.__getitem__, chosen, at_once=in_bucket(path)):
                 yield tokenizer.decode(record["tokens"][record["segments"] > 0].tolist())

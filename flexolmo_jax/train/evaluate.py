@@ -3,7 +3,8 @@
 Bits per byte = sum of -log2 p over scored tokens / UTF-8 bytes of exactly those tokens. Every token
 of a document is scored, except the first of each record that it spans; EOS and padding are not. Of
 conversations, "assistant" as the `loss` scores only what the assistant says. A byte that the
-vocabulary cannot spell adds a byte and 8 bits.
+vocabulary cannot spell adds a byte and 8 bits. What a tokenizer makes shorter or longer, as by NFC,
+counts with the bytes of the documents themselves.
 """
 
 import functools
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 
 from flexolmo_jax.config import Loss, ModelConfig
 from flexolmo_jax.data.arrays import read_records
+from flexolmo_jax.data.ids import checked_ids, warn_of_length
 from flexolmo_jax.data.records import left_out, scored_targets
 from flexolmo_jax.data.tokenizer import LOST_BITS, Tokenizer
 from flexolmo_jax.data.tokens import Source
@@ -44,6 +46,8 @@ class Score:
     tokens: int
     # UTF-8 bytes that the vocabulary cannot spell: which records lack them is not known
     lost_bytes: int
+    # how many bytes more the documents have than their tokens spell, as with NFC
+    changed_bytes: int
     # [L, E]: each expert's share of the probability of those chosen, averaged over scored tokens
     routing: np.ndarray
 
@@ -53,7 +57,7 @@ class Score:
 
     @property
     def bytes(self) -> int:
-        return int(self.by_record[:, 1].sum()) + self.lost_bytes
+        return int(self.by_record[:, 1].sum()) + self.lost_bytes + self.changed_bytes
 
     @property
     def bits_per_byte(self) -> float:
@@ -123,16 +127,12 @@ def score_records(  # noqa: PLR0913 - a model, records, and how they are read
         places = range(start, min(start + batch_size, count))
         batch = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
         whole = {key: _stack([record[key] for record in batch], batch_size) for key in batch[0]}
-        tokens, segments = whole["tokens"], whole["segments"]
+        segments = whole["segments"]
+        tokens = checked_ids(whole["tokens"], tokenizer.vocab_size, str(records.path), ndim=2)
         scored = scored_targets(tokens, segments, tokenizer.eos_id, left_out(whole, loss))
         nats, shares = score(tokens, segments, scored)
         routing = routing + np.asarray(shares, np.float64)
         n_tokens += int(scored.sum())
-        if (largest := tokens.max()) >= tokenizer.vocab_size:
-            raise UserError(
-                f"{records.path} has the token {largest}; expected less than"
-                f" {tokenizer.vocab_size}, the tokenizer's; prepare the data again"
-            )
         n_bytes = (tokenizer.byte_lengths[tokens] * scored).sum(axis=1)
         bits = np.asarray(nats, np.float64) / math.log(2)
         by_record.append(np.stack([bits, n_bytes], axis=1)[: len(batch)])
@@ -143,9 +143,12 @@ def score_records(  # noqa: PLR0913 - a model, records, and how they are read
             f"{records.path} has no held-out text to score; prepare more documents or a larger"
             " --heldout share"
         )
-    lost_bytes = records.lost_bytes - (records.lost_in_context if loss == "assistant" else 0)
-    lost = round(lost_bytes * count / len(records))  # a part of the records has its share
-    return Score(figures, n_tokens, lost, routing / n_tokens)
+    lost, changed = records.lost_bytes, records.changed_bytes
+    if loss == "assistant":
+        lost, changed = lost - records.lost_in_context, changed - records.changed_in_context
+    # a part of the records has its share
+    lost, changed = (round(n * count / len(records)) for n in (lost, changed))
+    return Score(figures, n_tokens, lost, changed, routing / n_tokens)
 
 
 def score_model(  # noqa: PLR0913 - a model, records, and how they are read
@@ -165,6 +168,7 @@ def score_model(  # noqa: PLR0913 - a model, records, and how they are read
     divided evenly.
     """
     scorer = make_scorer(config, mesh=mesh)
+    warn_of_length(records.seq_len, config.max_seq_len, f"{records.path} has records")
 
     def score(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return scorer(params, *(put_whole_batch(mesh, array) for array in batch))

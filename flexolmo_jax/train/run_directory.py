@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flexolmo_jax.artifact import (
     DESCRIPTION,
     Artifact,
@@ -151,7 +153,7 @@ def _continue(job: Job, out: Path, kept: Mapping[str, Any], changed: Changes) ->
     if entry not in lineage[-1:]:  # else this was killed right after it was written
         write_description(out, {**kept, "lineage": [*lineage, entry]})
     told = ", ".join(f"{key} {old:.80} -> {new:.80}" for key, (old, new) in changed.items())
-    rate = float(learning_rate(job.config.optim, job.config.train.steps)(done))
+    rate = np.asarray(learning_rate(job.config.optim, job.config.train.steps)(done)).item()
     note(f"{out} is trained on from step {done}, at a learning rate of {rate:.3g}: {told}")
 
 

@@ -52,8 +52,8 @@ def open_sources(
     """
 
     def opened(dataset: Dataset, split: Split) -> Source:
-        path = path_of(dataset.path)
-        return open_data(path, tokenizer, data.seq_len, split, data.reading)
+        path, length = path_of(dataset.path), data.seq_len
+        return open_data(path, tokenizer, length, split, data.reading, dataset.dtype)
 
     mixed, heldout_sets = (*data.train, *extra), evaluation_sets(data, extra)
 

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import re
 import shutil
 from collections import Counter
 
@@ -94,6 +95,50 @@ def test_the_scored_bytes_of_whole_documents_are_their_text_without_the_first_to
     )
     first = sum(int(tokenizer.byte_lengths[tokenizer.encode(text)[0]]) for text in texts)
     assert index.splits["train"].scored_bytes == sum(len(text.encode()) for text in texts) - first
+
+
+def test_documents_of_white_space_are_left_out_and_counted_in_one_line(
+    tmp_path, write_jsonl, tokenizer, capfd
+):
+    texts = ["one document", " another "]
+    blank = [" ", "\n\t \r\n", "\u3000\u00a0", "\x1c", ""]
+    indices = [
+        prepare([write_jsonl(tmp_path / f"{name}.jsonl", given)], tokenizer, 8, tmp_path / name)
+        for name, given in (("with", [*blank, *texts, " "]), ("without", texts))
+    ]
+    assert "left out 6 documents of with that hold nothing but white" in capfd.readouterr().err
+    assert indices[0].empty_removed == 6 and indices[0].splits == indices[1].splits
+    for name in ("train.tokens.npy", "heldout.tokens.npy"):
+        assert files_of(tmp_path / "with")[name] == files_of(tmp_path / "without")[name]
+
+
+def test_a_tokenizer_that_normalises_counts_the_bytes_of_the_text_itself(
+    tmp_path, write_jsonl, tokenizer, capfd
+):
+    tokenizer.save(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    fields["normalizer"] = {"type": "NFC"}
+    normalising = Tokenizer(json.dumps(fields))
+    texts = ["e\u0301 a\u0308 " * 9, "\u212b and \u0958", "plain"]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    stats = prepare([source], normalising, 512, tmp_path / "a", heldout=0).splits["train"]
+    first = sum(int(normalising.byte_lengths[normalising.encode(text)[0]]) for text in texts)
+    assert stats.scored_bytes + stats.changed_bytes + first == sum(len(t.encode()) for t in texts)
+    assert open_records(tmp_path / "a", "train").changed_bytes == stats.changed_bytes == 18 + 1 - 3
+    assert "count the bytes of the texts themselves" in capfd.readouterr().err
+    # what is in normal form already has the index of earlier versions
+    plain = write_jsonl(tmp_path / "b.jsonl", ["é and ä", "plain"])
+    prepare([plain], normalising, 512, tmp_path / "b", heldout=0)
+    assert "changed" not in (tmp_path / "b" / "index.json").read_text()
+    assert "themselves" not in capfd.readouterr().err
+
+
+def test_files_that_are_no_documents_are_told(tmp_path, write_jsonl, tokenizer, capfd):
+    (tmp_path / "docs").mkdir()
+    write_jsonl(tmp_path / "docs" / "a.jsonl", ["one document"])
+    np.save(tmp_path / "docs" / "b.npy", np.arange(9))
+    prepare([tmp_path / "docs"], tokenizer, 8, tmp_path / "out", heldout=0)
+    assert re.search(r"passed over 1 files in .*docs .*b\.npy\)", capfd.readouterr().err)
 
 
 def test_bytes_that_the_vocabulary_cannot_spell_are_counted(

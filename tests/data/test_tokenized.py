@@ -131,6 +131,17 @@ def test_bytes_that_are_lost_are_counted_where_they_are(lossy_tokenizer, tmp_pat
     assert (found.lost_bytes, found.lost_in_context) == (3, 2)
 
 
+def test_bytes_that_are_changed_are_counted_where_they_are(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t.json")
+    fields = json.loads((tmp_path / "t.json").read_text("utf-8"))
+    fields["normalizer"] = {"type": "NFC"}
+    (tmp_path / "t.json").write_text(json.dumps(fields), "utf-8")
+    normalising, normalising.chat = chat_of(tmp_path / "t.json", "chatml")
+    found = of(normalising, "e\u0301", "a\u0308 e\u0301")
+    assert (found.changed_bytes, found.changed_in_context) == (3, 1)
+    assert found.lost_bytes == 0
+
+
 def test_many_conversations_are_rendered_by_one_process(monkeypatch):
     tokenizer, calls, run = byte_chat("chatml"), [], rendering.subprocess.run
     monkeypatch.setattr(

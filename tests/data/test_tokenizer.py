@@ -194,6 +194,87 @@ def test_what_is_no_tokenizer_at_all_is_refused(tmp_path, content):
         Tokenizer.load(tmp_path / "t.json")
 
 
+@pytest.mark.parametrize(
+    ("part", "step", "told"),
+    [
+        ("normalizer", {"type": "Lowercase"}, "'Lowercase', which makes another text"),
+        ("normalizer", {"type": "NFKC"}, "'NFKC', which makes another text"),
+        ("normalizer", {"type": "StripAccents"}, "'StripAccents'"),
+        ("normalizer", {"type": "Strip", "strip_left": True, "strip_right": True}, "'Strip'"),
+        ("normalizer", {"type": "Prepend", "prepend": "x"}, "'Prepend'"),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "b"},
+            "'Replace'",
+        ),
+        ("pre_tokenizer", {"type": "WhitespaceSplit"}, "'WhitespaceSplit', which makes another"),
+        (
+            "pre_tokenizer",
+            {"type": "Punctuation", "behavior": "Removed"},
+            "'Punctuation', which leaves",
+        ),
+        (
+            "pre_tokenizer",
+            {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
+            "'Split', which leaves out a part",
+        ),
+    ],
+)
+def test_a_step_that_makes_another_text_is_refused_by_its_name(fields, part, step, told):
+    steps = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}
+    before = fields[part][steps[part]] if fields[part] else []
+    fields[part] = {"type": "Sequence", steps[part]: [step, *before]}
+    with pytest.raises(UserError, match=f"spoilt.json has the {part} {told}"):
+        loaded(fields)
+
+
+def test_random_merges_are_refused(fields):
+    fields["model"]["dropout"] = 0.1
+    with pytest.raises(UserError, match=r"its dropout is 0\.1"):
+        loaded(fields)
+
+
+def test_the_bytes_of_a_text_are_counted_where_its_tokens_spell_others(tokenizer, fields):
+    text = "  a\u0308 |||É|||  e\u0301 \u0958 "
+    strips = {"content": "|||É|||", "special": False, "single_word": False, "normalized": True}
+    spoilt = [
+        ("normalizer", {"type": "NFC"}),
+        ("normalizer", {"type": "NFD"}),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+        (
+            "added_tokens",
+            [*fields["added_tokens"], {"id": 900, **strips, "lstrip": True, "rstrip": True}],
+        ),
+    ]
+    for part, value in spoilt:
+        other = loaded(fields | {part: value})
+        for one in (text, text.strip()):
+            ids = np.array(other.encode(one))
+            spelled = int(other.byte_lengths[ids].sum())
+            assert other.changed_in(one, ids) == len(one.encode()) - spelled
+    nothing = np.array([], int)
+    changes = [loaded(fields | {p: v}).changed_in("x", nothing) for p, v in spoilt]
+    assert changes == [1] * 4 and tokenizer.changed_in("x", nothing) == 0
+
+
+def test_settings_of_a_pipeline_cut_and_fill_no_text(tokenizer, fields):
+    fields["truncation"] = dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0)
+    fields["padding"] = dict(
+        strategy={"Fixed": 64}, direction="Left", pad_id=0, pad_type_id=0, pad_token="<|pad|>"
+    ) | {"pad_to_multiple_of": None}
+    first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    text = "naïve weights, merges an expert " * 9
+    assert loaded(fields).encode(text) == tokenizer.encode(text)
+
+
 def test_a_missing_or_binary_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*expected a tokenizer\.json"):
         Tokenizer.load(tmp_path / "nowhere")

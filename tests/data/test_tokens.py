@@ -1,14 +1,15 @@
 """Token files: cut where they lie, boundaries from EOS alone, and refused where they cannot be the
 tokenizer's."""
 
+import copy
 import math
 
 import jax
 import numpy as np
 import pytest
 
-from flexolmo_jax.config import DataConfig, Dataset
-from flexolmo_jax.data.prepare import open_data
+from flexolmo_jax.config import DataConfig, Dataset, IdType
+from flexolmo_jax.data.prepare import open_data, open_heldout, prepare
 from flexolmo_jax.data.records import loss_targets
 from flexolmo_jax.data.tokens import TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
@@ -68,6 +69,120 @@ def test_a_vocabulary_beyond_uint16_reads_uint32(tokenizer, tmp_path, monkeypatc
     np.testing.assert_array_equal(
         TokenRecords(tmp_path / "x.npy", tokenizer, 32)[1]["tokens"], ids[32:]
     )
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">u4", "int32", "int64", "uint64", ">i8", "uint8"])
+def test_a_header_says_the_type_whatever_it_is(tokenizer, tmp_path, dtype):
+    ids = np.arange(64) + 50
+    np.save(tmp_path / "x.npy", ids.astype(dtype))
+    record = TokenRecords(tmp_path / "x.npy", tokenizer, 32)[1]["tokens"]
+    np.testing.assert_array_equal(record, ids[32:])
+    assert record.dtype == np.int32
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64"])
+def test_the_config_names_the_type_of_a_file_without_a_header(tokenizer, tmp_path, dtype):
+    ids = np.arange(64) + 50
+    ids.astype(dtype).tofile(tmp_path / "x.bin")
+    for vocab_size in (400, 100_278):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.vocab_size = vocab_size
+        records = open_data(tmp_path / "x.bin", tokenizer, 32, "train", dtype)
+        assert len(records) == 2
+        np.testing.assert_array_equal(records[1]["tokens"], ids[32:])
+
+
+def test_a_named_type_reaches_training_and_evaluation(tokenizer, tmp_path):
+    for name in ("train.bin", "valid.bin"):
+        (np.arange(64) + 50).tofile(tmp_path / name)
+    train, valid = (
+        Dataset(path=str(tmp_path / name), dtype="int64") for name in ("train.bin", "valid.bin")
+    )
+    data = DataConfig(train=(train,), eval=(valid,), seq_len=32, batch_size=2)
+    batches, heldout = open_sources(data, tokenizer, 0)
+    assert sorted(batches.at(0)["tokens"][:, 0]) == [50, 82]
+    np.testing.assert_array_equal(heldout["valid"][1]["tokens"], np.arange(32) + 82)
+
+
+@pytest.mark.parametrize("vocab_size", [400, 100_278])
+def test_a_type_that_nothing_says_is_not_guessed(tokenizer, tmp_path, vocab_size):
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.vocab_size = vocab_size
+
+    def refuses(message, dtype: IdType = ""):
+        with pytest.raises(UserError, match=message):
+            open_data(tmp_path / "x.bin", tokenizer, 8, "train", dtype)
+
+    (np.arange(64) + 50).tofile(tmp_path / "x.bin")
+    refuses("seems to hold ids of 64 bits.*save it with numpy.save, or name its type in the config")
+    np.zeros(1 << 18, np.uint16).tofile(tmp_path / "x.bin")
+    refuses("begins with zeros, which do not tell its type")
+    (tmp_path / "x.bin").write_bytes((np.arange(64) + 50).astype(np.uint32).tobytes()[:-2])
+    refuses("254 bytes, which is not a whole number of uint32")
+    (tmp_path / "x.bin").write_bytes(bytes(12))
+    refuses("12 bytes, which is not a whole number of int64", "int64")
+    np.savez(tmp_path / "x.npz", ids=np.arange(64))
+    for name in ("x.npz", "x.bin"):
+        (tmp_path / name).write_bytes((tmp_path / "x.npz").read_bytes())
+        with pytest.raises(UserError, match=f"{name} is an archive or compressed"):
+            open_data(tmp_path / name, tokenizer, 8, "train")
+
+
+def test_an_archive_beside_token_files_is_not_passed_over(tokenizer, tmp_path):
+    np.save(tmp_path / "a.npy", np.full(64, 50, np.uint16))
+    np.savez(tmp_path / "b.npz", np.full(64, 50))
+    with pytest.raises(UserError, match=r"b\.npz is an archive"):
+        open_data(tmp_path, tokenizer, 8, "train")
+
+
+def test_a_dtype_that_says_something_else_is_refused(tokenizer, tmp_path, write_jsonl):
+    np.save(tmp_path / "x.npy", np.full(64, 50, np.uint16))
+    with pytest.raises(UserError, match=r"holds uint16, as its header says, and .* names int64"):
+        open_data(tmp_path / "x.npy", tokenizer, 8, "train", "int64")
+    documents = write_jsonl(tmp_path / "a.jsonl", ["a document"])
+    with pytest.raises(UserError, match="is no token file"):
+        open_data(documents, tokenizer, 8, "train", "int64")
+
+
+@pytest.mark.parametrize("ids", [[50, -1], [50, 400], [50, 2**31], [50, 2**32 + 50]])
+def test_an_id_that_the_tokenizer_lacks_is_told_with_its_place(tokenizer, tmp_path, ids):
+    values = np.full(1 << 17, 50, np.int64)
+    values[-1] = ids[1]
+    np.save(tmp_path / "x.npy", values)
+    records = TokenRecords(tmp_path / "x.npy", tokenizer, 8)
+    with pytest.raises(UserError, match=rf"x\.npy: .*place 131071 has token {ids[1]}, the token"):
+        records[len(records) - 1]
+
+
+def test_a_directory_of_several_kinds_of_data_is_refused(tokenizer, tmp_path, write_jsonl):
+    def directory(name, *kinds):
+        place = tmp_path / name
+        for kind in kinds:
+            (place / kind).parent.mkdir(parents=True, exist_ok=True)
+            if kind.endswith(".jsonl"):
+                write_jsonl(place / kind, ["one document", "and another"])
+            elif kind.endswith(".npy"):
+                np.save(place / kind, np.full(64, 50, np.uint16))
+            else:
+                source = write_jsonl(tmp_path / "source.jsonl", ["one document", "and another"])
+                prepare([source], tokenizer, 8, place / kind, heldout=0)
+        return place
+
+    def refuses(message, place):
+        for opened in (open_data, open_heldout):
+            with pytest.raises(UserError, match=f"{place.name} holds .*{message}"):
+                opened(place, tokenizer, 8, "train")
+
+    refuses("token files .*documents", directory("a", "x.npy", "deep/a.jsonl"))
+    refuses("token files .*prepared records", directory("b", "x.npy", "data"))
+    refuses("prepared records .*documents", directory("c", "data", "a.jsonl"))
+    refuses("prepared records .*give each of them", directory("d", "data", "more"))
+    one = directory("e", "data") / "data"
+    assert len(open_data(one, tokenizer, 8, "train")) > 0
+    write_jsonl(one / "a.jsonl", ["one more"])
+    refuses("prepared records .*documents", one)
+    places = (directory("f", "a.jsonl", "b/c.jsonl"), directory("g", "a.npy", "b/c.npy"))
+    assert [has_tokens(place) for place in places] == [False, True]
 
 
 def test_training_takes_all_of_them_and_evaluation_only_others(tokenizer, stream, tmp_path):

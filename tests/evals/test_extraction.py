@@ -2,6 +2,7 @@
 those of their definitions."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -115,6 +116,23 @@ def test_a_sample_is_of_whole_different_documents_whatever_their_order(tiny_toke
         sample_documents(texts, tiny_tokenizer, 5, PREFIX, 500)
     with pytest.raises(UserError, match="expected 1 or more"):
         sample_documents(texts, tiny_tokenizer, 0, PREFIX, TOKENS)
+
+
+def test_a_sample_holds_no_more_texts_than_it_takes(tiny_tokenizer):
+    def corpus():
+        for i in range(4000):
+            yield f"{i} " + "the river feeds the valley " * 200
+
+    tracemalloc.start()
+    chosen = sample_documents(corpus(), tiny_tokenizer, 3, PREFIX, TOKENS)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    smallest = sorted(map(digest_of, corpus()))[:3]
+    by_digest = {digest_of(text): text for text in corpus()}
+    assert chosen == [
+        tiny_tokenizer.encode(by_digest[digest])[: PREFIX + TOKENS] for digest in smallest
+    ]
+    assert peak < 2_000_000  # the texts have 20 MB
 
 
 def test_experts_are_excluded_by_name(model, tiny_tokenizer):

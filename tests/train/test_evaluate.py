@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import Records, open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
-from tests.tiny import SEQ_LEN
+from tests.tiny import SEQ_LEN, documents, write_jsonl
 
 
 def pieces_of(path) -> list[np.ndarray]:
@@ -65,6 +66,27 @@ def test_a_byte_that_is_lost_costs_a_guess(model, prepared, monkeypatch):
         assert now["bytes"]["code"] == size + lost
         bits = was["bits_per_byte"]["code"] * size + 8 * lost
         np.testing.assert_allclose(now["bits_per_byte"]["code"], bits / (size + lost), rtol=1e-6)
+
+
+def test_what_a_tokenizer_changes_counts_with_the_bytes_of_the_text(model, prepared, monkeypatch):
+    loaded = flexolmo_jax.load(model)
+    n = len(open_records(prepared["code"], "heldout"))
+    before, half = (evaluate(loaded, [prepared["code"]], limit=limit) for limit in (n, n // 2))
+    monkeypatch.setattr(Records, "changed_bytes", -2 * n)
+    for limit, was in ((n, before), (n // 2, half)):
+        now = evaluate(loaded, [prepared["code"]], limit=limit)
+        size = was["bytes"]["code"]
+        assert now["bytes"]["code"] == size - 2 * limit
+        bits = was["bits_per_byte"]["code"] * size
+        np.testing.assert_allclose(now["bits_per_byte"]["code"], bits / (size - 2 * limit))
+
+
+def test_records_longer_than_the_context_are_told(model, tmp_path, tiny_tokenizer, capfd):
+    loaded = flexolmo_jax.load(model)
+    source = write_jsonl(tmp_path / "long.jsonl", documents("law", 40))
+    prepare([source], tiny_tokenizer, 128, tmp_path / "long", heldout=0.5)
+    evaluate(loaded, [tmp_path / "long"], limit=1, batch_size=1)
+    assert "long has records longer than the 64 tokens" in capfd.readouterr().err
 
 
 def test_padding_the_last_batch_changes_nothing(model, prepared):
