@@ -113,7 +113,7 @@ class Generator:
         max_new_tokens: int | list[int],
         experts: tuple[int, np.ndarray],
         sampling: Sampling = Sampling(),
-        on_token: Callable[[int, np.ndarray], bool | None] | None = None,
+        on_token: Callable[[int, np.ndarray], Any] | None = None,
         ends: Sequence[int] = (),
     ) -> list[list[int]]:
         """The completions of a batch of prompts, each cut before its EOS or another of its ends.
@@ -140,10 +140,10 @@ class Generator:
         batch = batch_over(self._mesh, rounded_up(n))
         tokens, last, first_slot = _left_padded(given, batch, config.max_seq_len)
         (active, allowed), likeliest = experts, sampling.likeliest(vocab_size)
-        where = self._dtype, self._mesh, self._kernels
-        decoding = Decoding(config, active, vocab_size, likeliest, *where)
-        sizes = Sizes(*tokens.shape, power_of_two(max(limits), config.max_seq_len))
-        programs = self._compiled(decoding, sizes)
+        how: dict[str, Any] = {"mesh": self._mesh, "kernels": self._kernels}
+        decoding = Decoding(config, active, vocab_size, likeliest, self._dtype, **how)
+        slots = power_of_two(max(limits), config.max_seq_len)
+        programs = self._compiled(decoding, Sizes(batch, tokens.shape[1], slots))
         of_batch = {"first_slot": first_slot, "prompts": np.int32(n)}
         request = _request(of_batch, allowed, self._decoder, sampling, ends)
         state = programs.prefill(self._decoder.params, tokens, last, request)
@@ -153,7 +153,7 @@ class Generator:
             chosen = np.array(state.chosen)[:n, : int(state.step)]
             steps = range(before, chosen.shape[1])
             told = [on_token(step, chosen[:, step]) for step in steps] if on_token else []
-            if chosen.shape[1] < limit or any(told):  # every prompt has ended
+            if chosen.shape[1] < limit or any(stop is True for stop in told):
                 break
         own = zip(chosen.tolist(), limits, strict=True)
         return [_before(ids[:limit], {eos_id, *ends}) for ids, limit in own]

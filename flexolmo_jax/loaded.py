@@ -92,7 +92,7 @@ class LoadedModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        on_token: Callable[[int, np.ndarray], None] | None = None,
+        on_token: Callable[[int, np.ndarray], Any] | None = None,
     ) -> list[str] | list[list[int]]:
         """The completions of the prompts, without the prompts: text for text, ids for ids.
 
@@ -130,7 +130,7 @@ class LoadedModel:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        on_token: Callable[[int, np.ndarray], None] | None = None,
+        on_token: Callable[[int, np.ndarray], Any] | None = None,
     ) -> str:
         """The assistant's answer to messages, without special tokens.
 

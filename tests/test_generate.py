@@ -54,7 +54,7 @@ def run(
     *,
     config=CONFIG,
     params=None,
-    max_new_tokens=N,
+    max_new_tokens: int | list[int] = N,
     eos_id=-1,
     sampling=GREEDY,
     on_token=None,
@@ -73,9 +73,9 @@ def compilations() -> Iterator[list[str]]:
     """A program each."""
     found: list[str] = []
 
-    def listen(name: str, *_: Any, **__: Any) -> None:
-        if "backend_compile" in name:
-            found.append(name)
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            found.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield found
@@ -224,6 +224,7 @@ def test_generation_ends_where_the_one_who_watches_says_so():
         return step == 4
 
     assert run(on_token=watch) == [ids[:9] for ids in greedy()] and steps == list(range(9))
+    assert run(on_token=lambda step, ids: 5) == greedy()  # whatever a callback gives back
 
 
 # --- ends ---

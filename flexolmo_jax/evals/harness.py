@@ -204,10 +204,11 @@ class _Adapter:
                     i, ids, count = windows[window]
                     log_p, best = (score[b, len(ids) - count : len(ids)] for score in scores)
                     total, all_best = sums[i]
-                    sums[i] = total + float(log_p.sum(dtype=np.float64)), all_best and best.all()
+                    log_p = float(log_p.sum(dtype=np.float64))
+                    sums[i] = total + log_p, all_best and bool(best.all())
                     left[i] -= 1
                     if not left[i]:
-                        answers[i] = answer(sums[i][0], bool(sums[i][1]))
+                        answers[i] = answer(*sums[i])
                         self._keep(kind, requests[i], answers[i])
                 advance(len(chosen))
         return answers

@@ -43,8 +43,10 @@ def ask(kind: str, lm: Any, *requests: Any) -> list[Any]:
 def completed(loaded: LoadedModel, ids: list[int], new: int, **how: Any) -> str:
     """Cut where a turn ends."""
     (made,) = loaded.generate([ids], new, **how)
-    ends = loaded.tokenizer.chat.end_ids(loaded.tokenizer)
-    return loaded.tokenizer.decode(generate._before(made, set(ends)))
+    chat = loaded.tokenizer.chat
+    assert chat is not None and isinstance(made, list)
+    ends = set(chat.end_ids(loaded.tokenizer))
+    return loaded.tokenizer.decode(generate._before(made, ends))
 
 
 def likelihood(loaded: LoadedModel, ids: list[int], count: int) -> float:

@@ -147,7 +147,7 @@ def test_chats_and_kept_answers_go_through_the_harness(both, tmp_path):
     data = {"data_files": {"test": str(tmp_path / "d.jsonl")}}
     same = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
     same |= {"fewshot_split": "test", "num_fewshot": 1, "doc_to_text": "{{q}}"}
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "choices": {"output_type": "multiple_choice", "doc_to_choice": "a", "doc_to_target": "r"},
         "texts": {"output_type": "generate_until", "doc_to_target": "x", "gen_prefix": "It is"},
     }
