@@ -70,7 +70,7 @@ def test_a_corpus_smaller_than_a_batch_is_refused(paths, tmp_path, fails):
         ("optim.lr", "expected section.key=value"),
         (
             "model.preset=13b",
-            "unknown model.preset '13b'; expected one of tiny, 1b, 7b, olmo3-7b",
+            "unknown model.preset '13b'; expected one of tiny, 1b, 7b, smollm2-135m",
         ),
         ("mesh={tensor: 3}", "does not divide 8 devices"),
         ("mesh={data: 4, fsdp: 4}", "needs 16 devices; got 8"),

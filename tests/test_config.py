@@ -228,6 +228,7 @@ def test_overrides_can_choose_the_preset_and_open_a_section():
     ("preset", "published"),
     [
         ("7b", 7298617344),
+        ("smollm2-135m", 134515008),
         ("olmo3-7b", 7298011136),
         ("llama3.1-8b", 8030261248),
         ("qwen3-8b", 8190735360),

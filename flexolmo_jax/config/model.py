@@ -29,6 +29,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7b": dict(
         vocab_size=100352, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ffn=11008
     ),
+    # SmolLM2-135M
+    "smollm2-135m": dict(
+        vocab_size=49152,
+        d_model=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        d_ffn=1536,
+        rope_theta=1e5,
+        norm_eps=1e-5,
+        max_seq_len=8192,
+        norm="pre",
+        qk_norm="none",
+        tied_head=True,
+    ),
     # Olmo-3-1025-7B
     "olmo3-7b": dict(
         vocab_size=100278,
