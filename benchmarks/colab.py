@@ -1,5 +1,5 @@
-"""Plans the quickstart's runs on Colab's accelerators: memory from the TPU's compiler, minutes from
-its count of operations. Nothing is run, and nothing here was measured on an accelerator.
+"""Plans an expert of the quickstart on Colab's accelerators: memory from the TPU's compiler,
+minutes from its count of operations. Nothing is run, and nothing here was measured on one.
 
     python benchmarks/colab.py        # with libtpu (see `flexolmo plan`); prints a table
 
@@ -32,38 +32,35 @@ DEVICES = {
 def main() -> None:
     how = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=how).parse_args()
-    print(
-        "| device | run | memory, GiB | of | FLOPs a step | steps | minutes |\n" + "|---" * 7 + "|"
-    )
+    print("| device | memory, GiB | of | FLOPs a step | steps | minutes |\n" + "|---" * 6 + "|")
     for device, (accelerator, topology, memory, peak) in DEVICES.items():
-        for run, config, steps in runs(accelerator):
-            report = plan(config, topology)
-            held, limit = report["peak_bytes"] / GIB, memory or report["hbm_bytes"] / GIB
-            minutes = report["model_flops"] * steps / (peak * REACHED) / 60
-            figures = f"{report['model_flops']:.2e} | {steps} | {minutes:.1f}"
-            print(f"| {device} | {run} | {held:.1f} | {limit:.1f} | {figures} |", flush=True)
+        config = expert(accelerator)
+        report, steps = plan(config, topology), config["train"]["steps"]
+        held, limit = report["peak_bytes"] / GIB, memory or report["hbm_bytes"] / GIB
+        minutes = report["model_flops"] * steps / (peak * REACHED) / 60
+        figures = f"{report['model_flops']:.2e} | {steps} | {minutes:.1f}"
+        print(f"| {device} | {held:.1f} | {limit:.1f} | {figures} |", flush=True)
 
 
-def runs(accelerator: str) -> list[tuple[str, dict, int]]:
-    """(name, config, steps) of the anchor and of an expert, as the notebook writes them."""
+def expert(accelerator: str) -> dict:
+    """The config of an owner's run, with the sizes of the notebook."""
     cells = [cell.source for cell in jupytext.read(QUICKSTART).cells]
     names: dict = {"accelerator": accelerator}
     sizes = next(cell for cell in cells if "SIZES = {" in cell)
     exec(sizes.replace("print(", "str("), names)
-    written = next(cell for cell in cells if "cat > anchor.yaml" in cell)
-    heredoc = written[written.index("cat > anchor.yaml") : written.index("\nEOF") + 5]
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["bash", "-c", heredoc], cwd=folder, check=True)
-        anchor = yaml.safe_load((Path(folder) / "anchor.yaml").read_text())
     size = names["size"]
-    anchor["model"]["vocab_size"] = size["VOCAB"]
-    pair = {
-        **anchor,
+    return {
         "run": "pair",
-        "train": anchor["train"] | {"steps": size["EXPERT_STEPS"]},
-        "pair": {"anchor": "anchor", "name": "code", "contrast": 1.0},
+        "model": {"preset": size["OPEN"]},
+        "data": {
+            "train": [{"path": "private"}],
+            "batch_size": size["BATCH"],
+            "seq_len": size["SEQ"],
+        },
+        "train": {"steps": size["EXPERT_STEPS"], "compute_dtype": size["COMPUTE"]},
+        "optim": {"lr": size["EXPERT_LR"], "router_lr": size["ROUTER_LR"]},
+        "pair": {"anchor": "anchor", "name": "private", "contrast": 1.0},
     }
-    return [("anchor", anchor, size["STEPS"]), ("expert", pair, size["EXPERT_STEPS"])]
 
 
 def plan(config: dict, topology: str) -> dict:

@@ -41,9 +41,16 @@ class Run(NamedTuple):
 
 
 MANY = ("v5p", "v6e", "tpu7x")
+OPEN = {"olmo3-7b": "OLMo 3 7B", "llama3.1-8b": "Llama 3.1 8B", "qwen3-8b": "Qwen3 8B"}
 RUNS = {  # by the name in files
     "anchor": Run("7B anchor", "anchor"),
     "pair": Run("2x7B pair", "pair"),
+    **{
+        f"pair-{preset}": Run(
+            f"pair on {title}", "pair", (f"model.preset={preset}",), None, ("v5e", "v5p", "v6e")
+        )
+        for preset, title in OPEN.items()
+    },
     "router": Run("7x7B router tuning", "router"),
     "joint": Run("7x7B top-5 joint training", "joint"),
     "decode": Run("7x7B top-5 decoding, 16 x 4096", "joint", (), DECODED),
@@ -116,7 +123,7 @@ def smallest(name: str, kind: str, out: Path) -> None:
         s for s in slices_of(kind) if resident(run, decode) <= s.devices * s.chip.usable_gib * GIB
     ]
     for slice_ in large_enough:
-        overrides = always if decode else one_record(run, slice_.name)
+        overrides = always if decode else one_record(run, slice_.name, *always)
         if plan(name, config, slice_.name, overrides, options, out)["fits"]:
             return
     if name == "joint":
@@ -125,7 +132,7 @@ def smallest(name: str, kind: str, out: Path) -> None:
             f"{name}-expert",
             config,
             topology,
-            one_record(run, topology, "mesh.expert=8"),
+            one_record(run, topology, *always, "mesh.expert=8"),
             options,
             out,
         )
@@ -255,8 +262,8 @@ def tables(out: Path) -> str:
     ]
     lines += ["", *prompts(found), "", *tuned(found)]
     refused = [
-        f"| {stem.split('-')[0]} | {r['topology']} | {r['peak_bytes'] / GIB:.1f} of"
-        f" {r['hbm_bytes'] / GIB:.1f} GiB |"
+        f"| {stem.removesuffix('-' + r['topology'].replace(':', '-'))} | {r['topology']} |"
+        f" {r['peak_bytes'] / GIB:.1f} of {r['hbm_bytes'] / GIB:.1f} GiB |"
         for stem, r in sorted(found.items())
         if not r["fits"]
     ]

@@ -17,33 +17,37 @@
 # each owner trains one **expert** against it, the experts are **merged** without data, and one of
 # them **opts out** again, exactly. Every cell is what a real coordinator or owner would type.
 #
-# Run all cells. On a CPU the model is small and it takes a few minutes. On a Colab TPU or GPU the
-# same cells train 42 million parameters on more text. If Colab takes the machine back, run all
-# cells again: what is in Google Drive stays, and training goes on from its last checkpoint.
+# Run all cells. On a Colab TPU or GPU the anchor is SmolLM2-135M, a real small model, and two
+# owners bring news and definitions of biology. On a CPU a small anchor is trained first, which
+# takes a few minutes. If Colab takes the machine back, run all cells again: what is in Google Drive
+# stays, and training goes on from its last checkpoint.
 
 # %% [markdown]
 # ## How large
 #
 # Computed from what the TPU's compiler says (benchmarks/colab.py), not measured, if a chip reaches
-# 30 % of its peak: on a v5e the anchor takes 6.9 of 15.8 GiB and 2 minutes, each of two experts 6.5
-# GiB and 1 minute; a v6e is faster. A T4 has no bfloat16: in float32 the anchor takes 9 of its 15
-# GiB and 13 minutes, each expert 7 minutes.
+# 30 % of its peak: on a v5e each of the two experts takes 9.4 of 15.8 GiB and a minute; a v6e is
+# faster. A T4 has no bfloat16: in float32 each takes 4.7 of its 15 GiB and 3 minutes. Downloads,
+# compiling and evaluating come on top: about five minutes more.
 
 # %%
 import os
 
 SIZES = {
     "": dict(
-        MB=0.5, VOCAB=1024, D=64, LAYERS=2, HEADS=4, SEQ=256, BATCH=8, COMPUTE="float32",
-        STEPS=120, EXPERT_STEPS=60, SAVE_EVERY=60, LR=8e-3, EXPERT_LR=1e-2, INIT_STD=0.1,
+        OPEN="", OWNERS="code legal", PROMPT="Permission is hereby granted", MB=0.5, SEQ=256,
+        BATCH=8, COMPUTE="float32", STEPS=120, EXPERT_STEPS=60, SAVE_EVERY=60, EXPERT_LR=1e-2,
+        ROUTER_LR=0,
     ),
     "tpu": dict(
-        MB=20, VOCAB=8192, D=512, LAYERS=8, HEADS=8, SEQ=512, BATCH=32, COMPUTE="bfloat16",
-        STEPS=1500, EXPERT_STEPS=400, SAVE_EVERY=250, LR=2e-3, EXPERT_LR=2e-3, INIT_STD=0.04,
+        OPEN="smollm2-135m", OWNERS="news biomed", PROMPT="The company said", MB=5, SEQ=512,
+        BATCH=16, COMPUTE="bfloat16", STEPS=0, EXPERT_STEPS=300, SAVE_EVERY=100, EXPERT_LR=5e-4,
+        ROUTER_LR=5e-3,
     ),
     "cuda": dict(
-        MB=20, VOCAB=8192, D=512, LAYERS=8, HEADS=8, SEQ=512, BATCH=32, COMPUTE="float32",
-        STEPS=500, EXPERT_STEPS=200, SAVE_EVERY=100, LR=2e-3, EXPERT_LR=2e-3, INIT_STD=0.04,
+        OPEN="smollm2-135m", OWNERS="news biomed", PROMPT="The company said", MB=2, SEQ=512,
+        BATCH=4, COMPUTE="float32", STEPS=0, EXPERT_STEPS=200, SAVE_EVERY=50, EXPERT_LR=5e-4,
+        ROUTER_LR=5e-3,
     ),
 }  # fmt: skip
 size = SIZES[accelerator]
@@ -51,28 +55,32 @@ os.environ |= {name: str(value) for name, value in size.items()}
 print(size)
 
 # %% [markdown]
-# ## What everybody can see: public text, a tokenizer, the anchor
+# ## What everybody can see: public text and the anchor
 #
-# A step whose result is there already is left out.
+# `anchor fetch` gets an open model and publishes an anchor of it. Another one comes from Hugging
+# Face's hub: `flexolmo import-hf org/name start`, then `flexolmo publish start --public ...`.
+# Without an accelerator an anchor is trained from nothing. A step whose result is there already is
+# left out.
 
 # %% language="bash"
 # set -e
-# flexolmo data fetch text --domain public --domain code --domain legal --max-mb $MB
-# [ -e tokenizer.json ] || flexolmo tokenizer train --input text/public.jsonl \
-#   --vocab-size $VOCAB --out tokenizer.json
-
-# %% language="bash"
-# set -e
+# flexolmo data fetch text --domain public $(printf -- '--domain %s ' $OWNERS) --max-mb $MB
+# if [ "$OPEN" ]; then
+#   [ -e anchor ] || flexolmo anchor fetch $OPEN anchor --seq-len $SEQ
+#   exit
+# fi
+# [ -e tokenizer.json ] || flexolmo tokenizer train --input text/public.jsonl --vocab-size 1024 \
+#   --out tokenizer.json
 # cat > anchor.yaml <<EOF
 # run: anchor
 # model:
-#   {preset: tiny, d_model: $D, n_layers: $LAYERS, n_heads: $HEADS, n_kv_heads: $HEADS,
-#    d_ffn: $((4 * D)), max_seq_len: $SEQ, init_std: $INIT_STD}
+#   {preset: tiny, d_model: 64, n_layers: 2, n_heads: 4, n_kv_heads: 4, d_ffn: 256,
+#    max_seq_len: $SEQ, init_std: 0.1}
 # data:
 #   {train: [{path: text/public.jsonl}], tokenizer: tokenizer.json, batch_size: $BATCH,
 #    seq_len: $SEQ}
-# train: {steps: $STEPS, save_every: $SAVE_EVERY, compute_dtype: $COMPUTE}
-# optim: {lr: $LR, warmup: $((STEPS / 6))}
+# train: {steps: $STEPS, save_every: $SAVE_EVERY}
+# optim: {lr: 8e-3, warmup: $((STEPS / 6))}
 # EOF
 # flexolmo train anchor.yaml --out anchor-run
 # [ -e anchor ] || flexolmo publish anchor-run --public text/public.jsonl --out anchor
@@ -82,12 +90,12 @@ print(size)
 
 # %% language="bash"
 # set -e
-# for owner in code legal; do
+# for owner in $OWNERS; do
 #   [ -e contributions/$owner ] || flexolmo contribute --anchor anchor \
 #     --documents text/$owner.jsonl --name $owner --out contributions/$owner \
 #     --set train.steps=$EXPERT_STEPS --set train.save_every=$SAVE_EVERY \
 #     --set train.compute_dtype=$COMPUTE --set data.batch_size=$BATCH \
-#     --set optim.lr=$EXPERT_LR --set pair.contrast=1.0
+#     --set optim.lr=$EXPERT_LR --set optim.router_lr=$ROUTER_LR --set pair.contrast=1.0
 # done
 
 # %% [markdown]
@@ -95,38 +103,39 @@ print(size)
 
 # %% language="bash"
 # set -e
-# [ -e merged ] || flexolmo merge --anchor anchor contributions/code contributions/legal \
+# read -r first second <<< "$OWNERS"
+# [ -e merged ] || flexolmo merge --anchor anchor contributions/$first contributions/$second \
 #   --out merged
-# [ -e without-legal ] || flexolmo opt-out merged --expert legal --out without-legal
-# for model in anchor merged without-legal; do
-#   flexolmo eval $model --data text/code.jsonl text/legal.jsonl --limit 16 --json > $model.json
+# [ -e without ] || flexolmo opt-out merged --expert $second --out without
+# for model in anchor merged without; do
+#   flexolmo eval $model --data text/$first.jsonl text/$second.jsonl --limit 16 --json > $model.json
 # done
 
 # %% [markdown]
 # Bits per byte on held-out text, lower is better: merged is better than the anchor on both domains;
-# without the legal expert its gain is gone, and code is as it was.
+# without the second owner's expert its gain is gone, and the first owner's text is as it was.
 
 # %%
 import json
 from pathlib import Path
 
+first, second = size["OWNERS"].split()
 bits = {
     model: json.loads(Path(f"{model}.json").read_text())["bits_per_byte"]
-    for model in ("anchor", "merged", "without-legal")
+    for model in ("anchor", "merged", "without")
 }
-print(f"{'':16}{'code':>8}{'legal':>8}")
+print(f"{'':10}{first:>8}{second:>8}")
 for model, figures in bits.items():
-    print(f"{model:16}{figures['code']:8.3f}{figures['legal']:8.3f}")
-assert all(bits["merged"][data] < bits["anchor"][data] for data in ("code", "legal"))
-assert bits["without-legal"]["legal"] > bits["merged"]["legal"]
+    print(f"{model:10}{figures[first]:8.3f}{figures[second]:8.3f}")
+assert all(bits["merged"][data] < bits["anchor"][data] for data in (first, second))
+assert bits["without"][second] > bits["merged"][second]
 
 # %% [markdown]
 # ## Use it: generate with an expert switched off, and hand it to Hugging Face's transformers
 
 # %% language="bash"
 # set -e
-# prompt="Permission is hereby granted"
-# flexolmo generate merged --prompt "$prompt" --max-new-tokens 24
-# flexolmo generate merged --prompt "$prompt" --max-new-tokens 24 --without legal
+# flexolmo generate merged --prompt "$PROMPT" --max-new-tokens 24
+# flexolmo generate merged --prompt "$PROMPT" --max-new-tokens 24 --without ${OWNERS#* }
 # [ -e merged-hf ] || flexolmo export-hf merged merged-hf --drop-bias
 # ls merged-hf

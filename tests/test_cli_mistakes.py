@@ -68,7 +68,10 @@ def test_a_corpus_smaller_than_a_batch_is_refused(paths, tmp_path, fails):
         ("optim.larning_rate=1", "unknown config key 'optim.larning_rate'"),
         ("optim.warmpu=1", "did you mean 'optim.warmup'?"),
         ("optim.lr", "expected section.key=value"),
-        ("model.preset=13b", "unknown model.preset '13b'; expected one of tiny, 1b, 7b"),
+        (
+            "model.preset=13b",
+            "unknown model.preset '13b'; expected one of tiny, 1b, 7b, smollm2-135m",
+        ),
         ("mesh={tensor: 3}", "does not divide 8 devices"),
         ("mesh={data: 4, fsdp: 4}", "needs 16 devices; got 8"),
         ("data.train=[{path: nowhere}]", "nowhere does not exist"),

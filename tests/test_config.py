@@ -3,6 +3,7 @@ no heavy import."""
 
 import dataclasses
 import datetime
+import math
 import subprocess
 import sys
 import typing
@@ -54,7 +55,7 @@ def test_importing_the_config_imports_nothing_heavy():
             {"data": {"train": [{"path": "a"}, {"pth": "b"}]}},
             r"'data.train\[1\].pth'; did you mean 'data.train\[1\].path'",
         ),
-        ({"model": {"preset": "13b"}}, "'13b'; expected one of tiny, 1b, 7b"),
+        ({"model": {"preset": "13b"}}, f"'13b'; expected one of {', '.join(PRESETS)}"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(tree, message):
@@ -223,6 +224,24 @@ def test_overrides_can_choose_the_preset_and_open_a_section():
     assert (config.model.n_layers, config.pair and config.pair.name) == (16, "b")
 
 
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("7b", 7298617344),
+        ("smollm2-135m", 134515008),
+        ("olmo3-7b", 7298011136),
+        ("llama3.1-8b", 8030261248),
+        ("qwen3-8b", 8190735360),
+    ],
+)
+def test_a_preset_has_as_many_parameters_as_the_published_model(preset, published):
+    from flexolmo_jax.model import parameter_shapes
+
+    shapes = parameter_shapes(resolve(MINIMAL, [f"model.preset={preset}"]).model)
+    router = sum(math.prod(shape) for name, shape in shapes.items() if "/row" in name)
+    assert sum(map(math.prod, shapes.values())) - router == published
+
+
 def test_resolving_leaves_its_input_as_it_was():
     tree = MINIMAL | {"model": {"preset": "1b"}}
     resolve(tree, ["model.n_layers=2"])
@@ -284,7 +303,8 @@ def test_a_pair_config_round_trips():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_valid_architecture(preset):
-    assert resolve(MINIMAL | {"model": {"preset": preset}}).model == ModelConfig(**PRESETS[preset])
+    config = resolve(MINIMAL | {"model": {"preset": preset}}).model
+    assert config == build(ModelConfig, PRESETS[preset], "model")
 
 
 def test_a_dataset_is_called_by_its_name_or_by_its_path():

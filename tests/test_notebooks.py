@@ -13,6 +13,7 @@ import nbclient
 import nbconvert
 import pytest
 
+from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.data.fetch import fetch
 from flexolmo_jax.errors import UserError
 from launch.colab.build import build, setup_cell
@@ -32,6 +33,10 @@ CUTS = {
     "dict(SEQ=128, STEPS=40, EXPERT_STEPS=20, SAVE_EVERY=20)",
     "STEPS=40, SAVE_EVERY=20": "STEPS=20, SAVE_EVERY=10",
     "steps: 100": "steps: 40",
+}
+OPEN_CUTS = {
+    "SIZES[accelerator]": "SIZES[accelerator] | "
+    'dict(MB=0.3, SEQ=256, BATCH=2, COMPUTE="float32", EXPERT_STEPS=10, SAVE_EVERY=5)',
 }
 # A JAX plugin for a device that one process owns at a time, as a TPU is. The device is the CPU; a
 # process that only asks what it is (python -c) is told that it is a TPU.
@@ -113,17 +118,27 @@ def quickstart(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs("quickstart", text, tmp_path_factory.mktemp("quickstart"))
 
 
-def runs(name: str, text: Path, folder: Path, dev: Path = Path("/nowhere")) -> Path:
+def runs(
+    name: str,
+    text: Path,
+    folder: Path,
+    dev: Path = Path("/nowhere"),
+    cuts: dict[str, str] = CUTS,
+    timeout: int = 280,
+) -> Path:
     """Runs a notebook in a folder that has the text in it, shorter than on a CPU."""
     if not (folder / "text").exists():
         shutil.copytree(text, folder / "text")
     notebook = build(NOTEBOOKS / f"{name}.py")
     for cell in notebook.cells:
         cell.source = cell.source.replace('"/dev/', f'"{dev}/')
-        for size, shorter in CUTS.items():
+        for size, shorter in cuts.items():
             cell.source = cell.source.replace(size, shorter)
     nbclient.NotebookClient(
-        notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
     ).execute()
     html, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
     (folder / f"{name}.html").write_text(html, "utf-8")
@@ -154,7 +169,7 @@ def test_the_quickstart_runs_where_one_process_owns_the_device_and_goes_on_after
     what the next machine starts from."""
     folder = accelerator / "drive"
     shutil.copytree(quickstart, folder)
-    for made in ("merged", "without-legal", "merged-hf", "contributions/legal"):
+    for made in ("merged", "without", "merged-hf", "contributions/legal"):
         shutil.rmtree(folder / made)
     anchor = (folder / "anchor" / "flexolmo.json").read_bytes()
     runs("quickstart", text, folder, accelerator)
@@ -171,6 +186,15 @@ def test_every_notebook_runs_whole_where_one_process_owns_the_device(
 ):
     folder = quickstart if name == "routing_explorer" else accelerator / "drive"
     runs(name, text, folder, accelerator)
+
+
+@pytest.mark.slow
+def test_the_quickstart_takes_an_open_model_where_there_is_an_accelerator(
+    text: Path, accelerator: Path
+):
+    folder = runs("quickstart", text, accelerator / "drive", accelerator, OPEN_CUTS, timeout=1200)
+    assert open_artifact(folder / "merged").experts == ("anchor", "news", "biomed")
+    assert not (folder / "anchor-run").exists()
 
 
 def set_up(folder: Path, cell: str, before: str = "") -> subprocess.CompletedProcess:

@@ -29,6 +29,61 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7b": dict(
         vocab_size=100352, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, d_ffn=11008
     ),
+    # SmolLM2-135M
+    "smollm2-135m": dict(
+        vocab_size=49152,
+        d_model=576,
+        n_layers=30,
+        n_heads=9,
+        n_kv_heads=3,
+        d_ffn=1536,
+        rope_theta=1e5,
+        norm_eps=1e-5,
+        max_seq_len=8192,
+        norm="pre",
+        qk_norm="none",
+        tied_head=True,
+    ),
+    # Olmo-3-1025-7B
+    "olmo3-7b": dict(
+        vocab_size=100278,
+        d_model=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=32,
+        d_ffn=11008,
+        max_seq_len=65536,
+        window=4096,
+        full_every=4,
+        rope_scaling=dict(kind="yarn", factor=8.0, first_seq_len=8192),
+    ),
+    # Llama-3.1-8B
+    "llama3.1-8b": dict(
+        vocab_size=128256,
+        d_model=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        d_ffn=14336,
+        norm_eps=1e-5,
+        max_seq_len=131072,
+        norm="pre",
+        qk_norm="none",
+        rope_scaling=dict(kind="llama3", factor=8.0, first_seq_len=8192),
+    ),
+    # Qwen3-8B
+    "qwen3-8b": dict(
+        vocab_size=151936,
+        d_model=4096,
+        n_layers=36,
+        n_heads=32,
+        n_kv_heads=8,
+        d_ffn=12288,
+        rope_theta=1e6,
+        max_seq_len=40960,
+        norm="pre",
+        qk_norm="head",
+    ),
 }
 
 
