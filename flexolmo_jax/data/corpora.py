@@ -112,6 +112,9 @@ _GO = _apt("r-bioc-go.db==3.16", "6cf9c43b97212811ecb7ad0d7cde12e76f984ab7494a59
 _FORTUNES_DE = _apt(
     "fortunes-de==0.35", "03fe7a7912935bd3d4e02e38d79ef32a289097f8718d4488c409595abce067a0"
 )
+_MANPAGES_RU = _apt(
+    "manpages-ru==4.18.1-1", "5d5821dad5840652ba9c1c6b85bdc785c1fc52148a71c18fab6658c9659244c0"
+)
 # An old binary wheel, of which only the text is used: later ones carry 20 MB of compiled code.
 _GENSIM = _pip(
     "gensim==0.13.4",
@@ -154,6 +157,13 @@ DOMAINS: dict[str, tuple[Corpus, ...]] = {
             "quotations in German",
             _FORTUNES_DE,
             readers.sayings("usr/share/games/fortunes/de/zitate"),
+        ),
+    ),
+    "russian": (
+        Corpus(
+            "manual pages in Russian",
+            _MANPAGES_RU,
+            readers.manual_pages("usr/share/man/ru/*.gz"),
         ),
     ),
     "proofs": (

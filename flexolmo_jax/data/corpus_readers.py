@@ -124,6 +124,21 @@ def sayings(*patterns: str) -> Reader:
     return read
 
 
+def manual_pages(*patterns: str) -> Reader:
+    """Compressed manual pages as text: without comments, macros and changes of font."""
+    fonts = re.compile(r"\\(?:f(?:\[\w*\]|\(..|.)|[&,/])")
+
+    def read(archive: Path) -> Iterator[str]:
+        for _, content in files_in(archive, *patterns):
+            page = gzip.decompress(content).decode("utf-8", "replace")
+            lines = (re.sub(r"^\.\w+ ?", "", line) for line in page.splitlines())
+            text = "\n".join(line for line in lines if not re.match(r"[.']", line))
+            text = fonts.sub("", text).replace("\\-", "-").replace("\\(aq", "'")
+            yield from pieces_of(text, 6000)
+
+    return read
+
+
 def orange_table(name: str, column: int, first: int = 3, size: int = 5000) -> Reader:
     """One column of a tab-separated Orange data set, whose first `first` lines are its header."""
 
