@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flexolmo_jax.config import ModelConfig
+from flexolmo_jax.data.byte_level import BYTES
 from flexolmo_jax.data.chat import Chat, make_chat
-from flexolmo_jax.data.tokenizer import BYTES, EOS, PAD, Tokenizer
+from flexolmo_jax.data.tokenizer import EOS, PAD, Tokenizer
 from tests.convert.conftest import write_checkpoint
 
 

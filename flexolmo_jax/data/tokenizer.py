@@ -33,37 +33,24 @@ from flexolmo_jax.storage.outputs import check_new_file
 from flexolmo_jax.storage.paths import absolute, children, reason, size_of, takes_paths
 from flexolmo_jax.storage.untrusted import no_panic, read_bytes
 
+from .byte_level import (
+    BYTES,
+    changes_text,
+    check_byte_level,
+    check_keeps_text,
+    check_special,
+)
 from .chat import Chat
 from .conventions import Conventions
 from .cuts import PIECE, find_cuts, pieces
-from .tokenizer_file import LIMIT, objects_in, read_tokenizer
+from .tokenizer_file import LIMIT, read_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 MOST = 1 << 21  # tokens: a tokenizer.json of more would be longer than is read
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>")
 PAD_NAMES = (PAD, "<|padding|>", "<pad>")
-# the 256 characters that stand for bytes in a vocabulary: printable ones for themselves, the others
-# for U+0100 and those that follow it
-_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_OTHERS = (byte for byte in range(0x100) if byte not in _PRINTABLE)
-BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)
-}
-
-# GPT-NeoX's vocabulary leaves these out: no UTF-8 has them.
-_NEVER_IN_UTF8 = frozenset((0xC0, 0xC1, *range(0xF5, 0x100)))
-# Control characters, and the first bytes of characters beyond U+3FFFF. SmolLM2's lacks eight.
-RARE = frozenset((*range(0x20), 0x7F, *range(0xF1, 0xF5))) - frozenset(b"\t\n\r")
 LOST_BITS = 8.0  # of a byte that the vocabulary cannot spell: a guess among 256
-# steps that keep every byte of a text, but for its normal form and a space before it
-_KEEPING = {
-    "normalizer": ("Sequence", "NFC", "NFD"),
-    "pre_tokenizer": (
-        *("Sequence", "ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"),
-        "FixedLength",
-    ),
-}
 
 # How dolma2 cuts text before BPE: contractions, words with the character before them, up to three
 # digits, punctuation, line ends, spaces.
@@ -101,13 +88,13 @@ class Tokenizer:
             added: dict[str, dict[str, Any]] = {
                 token["content"]: token for token in fields["added_tokens"]
             }
-            self.lost_bytes: bytes = _check_byte_level(fields, added, where)
+            self.lost_bytes: bytes = check_byte_level(fields, added, where)
             for name in (*EOS_NAMES, *PAD_NAMES):
                 if name in added:
                     # Some published files forget this: then a text could spell its own end.
                     added[name]["special"] = True
-            _check_special(fields["model"], added, where)
-            _check_keeps_text(fields, where)
+            check_special(fields["model"], added, where)
+            check_keeps_text(fields, where)
             with no_panic(where):
                 # Encoding adds no tokens: neither by a template, which could only repeat or drop
                 # the text's own, nor for bytes that are lost.
@@ -131,7 +118,7 @@ class Tokenizer:
         self._content, self._where = content, where
         names = ("normalizer", "pre_tokenizer", "added_tokens")
         self._splitting = {name: fields.get(name) for name in names}
-        self.changes_text: bool = _changes_text(fields)
+        self.changes_text: bool = changes_text(fields)
         self.vocab_size: int = max(vocab.values()) + 1
         self.eos_id: int = vocab[eos]
         self.pad_id: int = vocab[next((name for name in PAD_NAMES if name in added), eos)]
@@ -152,11 +139,10 @@ class Tokenizer:
         try:
             found = cls(read_bytes(absolute(file), LIMIT).decode("utf-8"), str(file))
         except OSError as error:
-            message = (
+            raise UserError(
                 f"cannot read {file}: {reason(error)}; expected a tokenizer.json or a directory"
                 " that holds one"
-            )
-            raise UserError(message) from error
+            ) from error
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not a tokenizer.json: it is not UTF-8 text") from error
         if path.is_dir():
@@ -176,13 +162,12 @@ class Tokenizer:
     @property
     def digests(self) -> dict[str, str]:
         """What a description says of the tokenizer, and of the files beside it that there are."""
-        chat = {"chat": self.chat.digest} if self.chat else {}
-        said = self.conventions != Conventions()
-        return (
-            {"tokenizer": self.digest}
-            | chat
-            | ({"conventions": self.conventions.digest} if said else {})
-        )
+        found = {"tokenizer": self.digest}
+        if self.chat:
+            found["chat"] = self.chat.digest
+        if self.conventions != Conventions():
+            found["conventions"] = self.conventions.digest
+        return found
 
     @property
     def text_digest(self) -> str:
@@ -350,11 +335,8 @@ def train_tokenizer(
     check_new_file(file)
     inputs = [file for path in files for file in document_files(path, reading)]
     tokenizer = _trained(_sample(inputs, heldout, sample_bytes, reading), vocab_size)
-    if tokenizer.vocab_size < vocab_size:
-        note(
-            f"the text gives {tokenizer.vocab_size} tokens, not {vocab_size}: there is too little"
-            " of it for more"
-        )
+    if (got := tokenizer.vocab_size) < vocab_size:
+        note(f"the text gives {got} tokens, not {vocab_size}: there is too little of it for more")
     make_folder(file.parent)
     tokenizer.save(file)
     return tokenizer
@@ -403,76 +385,6 @@ def _sample(
             f"no text in {', '.join(str(file) for file in files) or 'no files'}: expected documents"
             " to learn from that are not held out"
         )
-
-
-def _check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str) -> bytes:
-    """Returns the bytes of RARE that the vocabulary lacks. Raises UserError for what is no
-    byte-level BPE."""
-    model, split = fields["model"], fields["pre_tokenizer"] or {}
-    kinds = [step["type"] for step in split.get("pretokenizers", [split]) if step]
-    if model["type"] != "BPE" or "ByteLevel" not in kinds:
-        kind = "SentencePiece's BPE" if model.get("byte_fallback") else f"a {model['type']}"
-        raise UserError(
-            f"{where} is {kind} with pre-tokenizer {kinds or None}: expected a byte-level BPE"
-        )
-    missing = {byte for sign, byte in BYTES.items() if sign not in model["vocab"]}
-    missing -= _NEVER_IN_UTF8
-    if usual := missing - RARE:
-        raise UserError(
-            f"{where} lacks tokens for {len(usual)} bytes of usual text and would lose it: expected"
-            " a byte-level BPE"
-        )
-    learnt = (name for name in model["vocab"] if name not in added)
-    if foreign := next((name for name in learnt if not BYTES.keys() >= set(name)), None):
-        raise UserError(
-            f"{where} has the token {foreign!r}, which does not spell bytes: expected a"
-            " byte-level BPE"
-        )
-    return bytes(sorted(missing))
-
-
-def _check_special(model: dict[str, Any], added: dict[str, Any], where: str) -> None:
-    """Raises UserError for a special token that text can become.
-
-    It counts no bytes and is left out of what is decoded, so that text would be lost.
-    """
-    special = {name for name, token in added.items() if token.get("special")}
-    special &= model["vocab"].keys()
-    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
-    spelled = special & BYTES.keys() or special.intersection("".join(pair) for pair in pairs)
-    # then a whole word of the vocabulary needs no merges; words of letters are not cut into parts
-    if model.get("ignore_merges"):
-        spelled |= {name for name in special if name.lstrip("\u0120").isalpha()}
-    if spelled:
-        raise UserError(
-            f"{where} has the special token {min(spelled)!r:.40}, which is a part of usual text and"
-            " would be lost; expected special tokens that no text becomes"
-        )
-
-
-def _check_keeps_text(fields: dict[str, Any], where: str) -> None:
-    """Raises UserError for steps that make another text of a text, or leave out a part of it."""
-    for part, keeping in _KEEPING.items():
-        for step in objects_in(fields.get(part)):
-            kind, removes = step.get("type"), step.get("behavior") == "Removed"
-            if kind not in (None, *keeping) or (removes and not step.get("invert")):
-                raise UserError(
-                    f"{where} has the {part} {kind!r:.40}, which "
-                    + ("leaves out a part of a text" if removes else "makes another text of a text")
-                    + ", so that its bytes cannot be counted; expected a tokenizer that keeps texts"
-                    " as they are, but for NFC and NFD"
-                )
-
-
-def _changes_text(fields: dict[str, Any]) -> bool:
-    """Whether what the tokens spell may have other bytes than the text."""
-    splits, added = objects_in(fields.get("pre_tokenizer")), fields["added_tokens"]
-    strips = (one.get("lstrip") or one.get("rstrip") for one in added if not one.get("special"))
-    return (
-        any(step.get("type") != "Sequence" for step in objects_in(fields.get("normalizer")))
-        or any(step.get("add_prefix_space") or step.get("invert") for step in splits)
-        or any(strips)
-    )
 
 
 def _digest(fields: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexolmo_jax.data.tokenizer import BYTES, Tokenizer, train_tokenizer
+from flexolmo_jax.data.byte_level import BYTES
+from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = [
     "the",

@@ -9,8 +9,9 @@ from tokenizers import Tokenizer as Backend
 
 from flexolmo_jax.data import cuts as module
 from flexolmo_jax.data import tokenizer as of_tokenizer
+from flexolmo_jax.data.byte_level import BYTES
 from flexolmo_jax.data.cuts import find_cuts, pieces
-from flexolmo_jax.data.tokenizer import BYTES, PRE_TOKENS, Tokenizer
+from flexolmo_jax.data.tokenizer import PRE_TOKENS, Tokenizer
 
 
 def byte_level(*, prefix=False, regex=True):

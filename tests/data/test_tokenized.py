@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from flexolmo_jax.data import rendering
+from flexolmo_jax.data.byte_level import BYTES
 from flexolmo_jax.data.chat import Chat
 from flexolmo_jax.data.documents import Document
 from flexolmo_jax.data.tokenized import Tokenized, tokenized
-from flexolmo_jax.data.tokenizer import BYTES, PRE_TOKENS, Tokenizer
+from flexolmo_jax.data.tokenizer import PRE_TOKENS, Tokenizer
 from flexolmo_jax.errors import UserError
 from tests.chats import FORMS, MARKED, UNMARKED, byte_chat, byte_tokenizer, chat_of, said
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from flexolmo_jax.data.byte_level import BYTES, RARE
 from flexolmo_jax.data.documents import digest_of, is_heldout
-from flexolmo_jax.data.tokenizer import BYTES, RARE, Tokenizer, train_tokenizer
+from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError
 
 UNICODE = st.text(st.characters(codec="utf-8"))
