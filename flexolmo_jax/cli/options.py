@@ -151,6 +151,13 @@ SET = option(
     metavar="A.B=C",
     help="override a config key (may be given again)",
 )
+CONTINUE = option(
+    "--continue",
+    dest="continues",
+    action="store_true",
+    help="train a run on, with its optimiser's state, though train.steps, optim or data are others "
+    "now",
+)
 CHECKPOINT = option(
     "--checkpoint", default="last", help="of a run: last (default), best, or a step"
 )

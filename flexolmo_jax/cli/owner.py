@@ -11,6 +11,7 @@ from .options import (
     ALLOW_HUB,
     ANCHOR,
     CHECKPOINT,
+    CONTINUE,
     HELDOUT,
     MESH,
     OUT,
@@ -48,6 +49,7 @@ from .verbs import option, verb
         type=path_of,
         help="where private records and checkpoints go, which stay with you (default: OUT.work)",
     ),
+    CONTINUE,
     SET,
     OUT,
 )
@@ -64,6 +66,7 @@ def _contribute(args: argparse.Namespace) -> dict[str, Any]:
         sign_key=args.sign_key,
         work=args.work,
         allow_hub=args.allow_hub_embedder,
+        continues=args.continues,
     )
     return _packaged(args, contribution)
 

@@ -7,7 +7,7 @@ from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.processes import join
 from flexolmo_jax.storage.paths import path_of
 
-from .options import KERNELS, OUT, SET, local, positive, prompts_by_context
+from .options import CONTINUE, KERNELS, OUT, SET, local, positive, prompts_by_context
 from .verbs import option, verb
 
 _SEVERAL = (
@@ -23,13 +23,7 @@ _SEVERAL = (
     option("config", type=path_of),
     SET,
     OUT,
-    option(
-        "--continue",
-        dest="continues",
-        action="store_true",
-        help="train a run on, with its optimiser's state, though train.steps, optim or data are "
-        "others now",
-    ),
+    CONTINUE,
     option(
         "--profile",
         metavar="START:STOP",

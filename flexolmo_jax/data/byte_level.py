@@ -1,5 +1,5 @@
-"""Which tokenizers are taken: byte-level BPEs whose tokens spell a text, and whose special tokens no
-text can become."""
+"""Which tokenizers are taken: byte-level BPEs whose tokens spell a text, and whose special tokens
+no text can become."""
 
 from typing import Any
 

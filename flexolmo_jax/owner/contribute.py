@@ -40,6 +40,7 @@ def contribute(  # noqa: PLR0913 - the verb's options
     sign_key: Path | None = None,
     work: Path | None = None,
     allow_hub: bool = False,
+    continues: bool = False,
 ) -> Contribution:
     """Trains an expert on documents against an anchor and packages it.
 
@@ -48,6 +49,7 @@ def contribute(  # noqa: PLR0913 - the verb's options
         sign_key: the owner's private key.
         work: where private records and checkpoints go (default: `<out>.work`).
         allow_hub: see `load_embedder`.
+        continues: train the finished run in `work` on; see `train.loop.train`.
 
     Raises:
         UserError: for a document file that cannot be read, an `out` that holds something, a path
@@ -64,10 +66,21 @@ def contribute(  # noqa: PLR0913 - the verb's options
     run = settings.run(tree, FILLED)  # raises for a wrong config before any document is read
     _check_documents(documents, run.data.reading)
     _check_run(run, anchor)
+    _prepare(documents, anchor, run, work, option)
+    if not settings.say(tree, "train", "steps"):
+        run = settings.run(tree, FILLED, f"train.steps={_steps(run, work)}")
+    train_pair(run, work / "run", continues=continues)
+    return package(work / "run", out, sign_key=sign_key)
+
+
+def _prepare(
+    documents: Sequence[Path], anchor: Artifact, run: RunConfig, work: Path, option: str
+) -> None:
+    """Prepares the documents, or checks that what `work` holds was made of them."""
     if not is_whole(work / "data"):
+        how = {"seq_len": run.data.seq_len, "reading": run.data.reading}
         try:
-            length, reading = run.data.seq_len, run.data.reading
-            prepare(documents, anchor.tokenizer, length, work / "data", reading=reading)
+            prepare(documents, anchor.tokenizer, out=work / "data", **how)
         except UserError:
             remove_if_empty(work)  # an earlier run's directory stays
             raise
@@ -75,10 +88,6 @@ def contribute(  # noqa: PLR0913 - the verb's options
         raise UserError(
             f"{work} was made from other documents ({changes}); delete it, or give a new {option}"
         )
-    if not settings.say(tree, "train", "steps"):
-        run = settings.run(tree, FILLED, f"train.steps={_steps(run, work)}")
-    train_pair(run, work / "run")
-    return package(work / "run", out, sign_key=sign_key)
 
 
 def _work_beside(out: Path, documents: Sequence[Path]) -> Path:

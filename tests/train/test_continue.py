@@ -10,6 +10,7 @@ from flexolmo_jax import cli
 from flexolmo_jax.artifact import open_artifact
 from flexolmo_jax.config import dump_yaml
 from flexolmo_jax.description import DESCRIPTION
+from flexolmo_jax.exchange.contribution import open_contribution
 from flexolmo_jax.model.tree import flatten
 from tests.tiny import pair_config, run_config
 
@@ -91,3 +92,16 @@ def test_what_would_be_another_run_is_refused_and_leaves_all_as_it_was(
 def test_there_has_to_be_a_run_to_train_on(config, tmp_path, capfd):
     assert train(config("train.steps=2"), tmp_path / "run", "--continue") == 2
     assert "holds no run to train on" in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_an_owners_expert_is_trained_on_and_handed_over_again(anchor, corpora, tmp_path, capfd):
+    command = ["contribute", "--anchor", anchor, "--documents", corpora["code"], "--name", "code"]
+    command += ["--work", tmp_path / "work", "--set", "data.batch_size=8"]
+    first = [*command, "--set", "train.steps=2", "--out", tmp_path / "first"]
+    more = [*command, "--set", "train.steps=4", "--out", tmp_path / "second"]
+    assert cli.main([*map(str, first)]) == 0
+    assert cli.main([*map(str, more)]) == 2 and "--continue" in capfd.readouterr().err
+    assert cli.main([*map(str, more), "--continue"]) == 0
+    steps = [open_contribution(tmp_path / out).manifest["training"]["steps"]
+             for out in ("first", "second")]  # fmt: skip
+    assert steps == [2, 4]
