@@ -31,8 +31,8 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, step: int):
         self._path = directory / "metrics.jsonl"
-        kept = [line for line in read_lines(self._path) if json.loads(line)["step"] <= step]
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        kept = [entry for entry in read_metrics(directory) if entry["step"] <= step]
+        write_text(self._path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self._unwritten: list[str] = []
         self._wait = SECONDS if in_bucket(directory) else 0.0
         self._flushed = time.monotonic()
@@ -102,27 +102,11 @@ class _BucketEventsFactory:
 register_writer_factory("gs", _BucketEventsFactory())
 
 
-def read_lines(path: Path) -> list[str]:
-    """Whole lines only: a kill may have cut the last. Each once: an object store may have added it
-    twice when a request was repeated.
-
-    Raises UserError where they cannot be read.
-    """
-    if not path.exists():
-        return []
-    try:
-        *lines, _ = read_bytes(path, METRICS_LIMIT).decode().split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path}: {reason(error)}; restore it, or remove it: a run goes on without"
-        ) from None
-    return list(dict.fromkeys(lines))
-
-
 def last_entry(directory: Path) -> dict[str, Any] | None:
-    """The last entry of a run, whatever the length of the file.
+    """The last entry of a run, whatever the length of the file. A crash may leave lines behind it
+    that are none.
 
-    Raises UserError where it is damaged.
+    Raises UserError where the file is damaged.
     """
     path = directory / "metrics.jsonl"
     try:
@@ -131,22 +115,43 @@ def last_entry(directory: Path) -> dict[str, Any] | None:
         with open_regular(path) as file:
             file.seek(max(0, size - ENTRY_LIMIT))
             *lines, _ = file.read(ENTRY_LIMIT).split(b"\n")
-        return json.loads(lines[-1])
-    except (OSError, ValueError, IndexError, RecursionError) as error:
+        return next(filter(None, map(_entry, reversed(lines))))
+    except (OSError, ValueError, StopIteration) as error:
         raise UserError(
-            f"{path} is damaged ({reason(error):.80}); restore it, or remove it"
+            f"{path} is damaged ({reason(error) or 'no entry':.80}); restore it, or remove it"
         ) from None
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All entries of a run, in the order written. Raises UserError where one is damaged."""
+    """The entries of a run, in the order written.
+
+    Whole lines only: a kill may have cut the last. Each once: an object store may have added it
+    twice when a request was repeated. A crash may leave lines that are no entries, and a file that
+    cannot be read at all: a note says so, since a log never decides whether work goes on.
+    """
     path = directory / "metrics.jsonl"
+    if not path.exists():
+        return []
     try:
-        return [json.loads(line) for line in read_lines(path)]
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({error!s:.80}); restore it, or remove the line"
-        ) from None
+        *lines, _ = read_bytes(path, METRICS_LIMIT).split(b"\n")
+    except (OSError, UserError) as error:
+        note(f"warning: cannot read {path}: {reason(error):.200}; the run goes on without it")
+        return []
+    lines = list(dict.fromkeys(lines))
+    entries = [entry for entry in map(_entry, lines) if entry is not None]
+    if bad := len(lines) - len(entries):
+        note(f"warning: {path} has lines that are no entries ({bad}); they are left out")
+    return entries
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry in a line; None where there is none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_entry = isinstance(entry, dict) and isinstance(entry.get("step"), int)
+    return entry if is_entry else None
 
 
 def _scalars(values: dict[str, Any], prefix: str = ""):
