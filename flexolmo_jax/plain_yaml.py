@@ -1,12 +1,15 @@
 """The one reader of YAML: files are small and shallow, and give every key once.
 
-    parse_yaml(b"lr: 1.5")                 # {"lr": 1.5}: numbers and dates as in YAML 1.1
-    parse_yaml(b"lr: 1.5", strings=True)   # {"lr": "1.5"}: so that `no` and `1` can be names
+    parse_yaml(b"lr: 1e-3")                # {"lr": 0.001}: values as in YAML 1.2
+    parse_yaml(b"lr: 1e-3", strings=True)  # {"lr": "1e-3"}: so that `true` and `1` can be names
 
+YAML 1.1, as PyYAML reads it, takes `1:30` for 90, `017` for 15, and `on` and `no` for truth values.
+Version 1.2 does not: its core schema has null, true and false, numbers in decimal, 0o and 0x.
 Aliases are refused: a few lines of them expand to gigabytes. Tags are refused: they create objects.
 """
 
 import os
+import re
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,12 +19,22 @@ from flexolmo_jax.errors import UserError
 
 LIMIT = 1 << 18  # bytes; a config with a thousand sources is smaller
 DEPTH = 32  # levels of nesting
-# characters of a number; those in base 60 ("1:59:59") take quadratic time to parse
-NUMBER = 100
+NUMBER = 100  # characters of a number
+# Of the core schema of YAML 1.2 (section 10.3.2): what a value looks like, and what it begins with.
+CORE = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
 
 
-def read_yaml(path: Path) -> dict[Any, Any]:
-    """The sections of a YAML file; an empty file has none.
+def read_yaml(path: Path, what: str = "config") -> dict[Any, Any]:
+    """The sections of a YAML file; an empty file has none. Errors call it `what`.
 
     Raises UserError for anything but a regular file, or a link to one, with such YAML.
     """
@@ -33,7 +46,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         with path.open("rb") as file:
             tree = parse_yaml(file.read(LIMIT + 1)) or {}
     except FileNotFoundError:
-        raise UserError(f"no config at {path}; expected a YAML file") from None
+        raise UserError(f"no {what} at {path}; expected a YAML file") from None
     except OSError as error:
         said = error.strerror or error
         raise UserError(f"cannot read {path}: {said}; expected a YAML file") from None
@@ -84,12 +97,34 @@ class _Bounded:
         return found
 
 
+def to_yaml(tree: Any) -> str:
+    """The YAML text of mappings, lists and values, which version 1.1 and 1.2 read alike."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
+
+
 class _Strings(_Bounded, yaml.BaseLoader): ...
 
 
 class _Values(_Bounded, yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's; filled in below
+
+    def construct_yaml_int(self, node: Any) -> int:
+        text = self.construct_scalar(node)
+        return int(text, 0 if text.startswith(("0o", "0x")) else 10)
+
     def construct_scalar(self, node: Any) -> Any:
         is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
         if is_number and (length := len(node.value)) > NUMBER:
             raise ValueError(f"a number has {length} characters; expected at most {NUMBER}")
         return super().construct_scalar(node)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around what either version would read as something else than text."""
+
+
+for _name, (_pattern, _first) in CORE.items():
+    for _class in (_Values, _Dumper):
+        _tag = f"tag:yaml.org,2002:{_name}"
+        _class.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
+_Values.add_constructor("tag:yaml.org,2002:int", _Values.construct_yaml_int)

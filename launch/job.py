@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 try:
-    import yaml
+    import yaml  # noqa: F401 - all files here are YAML
 except ImportError:
     print(
         f"launch: {sys.executable} has no PyYAML; pip install -e . first, or name a Python that has"
@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 from flexolmo_jax.config import RunConfig, build, check_microbatch, load_config  # noqa: E402
 from flexolmo_jax.config.loading import JOB, expect_kind  # noqa: E402
 from flexolmo_jax.errors import UserError  # noqa: E402
+from flexolmo_jax.plain_yaml import read_yaml  # noqa: E402
 from flexolmo_jax.plan.program import program_of  # noqa: E402
 from flexolmo_jax.runtime.tpus import Slice, slice_of  # noqa: E402
 
@@ -236,19 +237,11 @@ def choices(job: Job) -> list[Job]:
 
 def load_job(path: Path) -> Job:
     """A checked Job. Raises UserError, with the file's name."""
+    tree = read_yaml(path, what="job")
     try:
-        tree = yaml.safe_load(path.read_text())
         expect_kind(JOB, tree)
-        job = build(Job, tree or {})
+        job = build(Job, tree)
         job.check()
-    except FileNotFoundError:
-        raise UserError(
-            f"no job at {path}; expected a YAML file such as launch/jobs/biomed.yaml"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a job's YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return job

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ from flexolmo_jax.config import (
     to_dict,
 )
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.plain_yaml import parse_yaml
+from flexolmo_jax.plain_yaml import parse_yaml, to_yaml
 
 ROOT = Path(__file__).parents[1]
 DATA = {"train": [{"path": "records/web"}]}
@@ -240,6 +241,40 @@ def test_a_preset_has_as_many_parameters_as_the_published_model(preset, publishe
     shapes = parameter_shapes(resolve(MINIMAL, [f"model.preset={preset}"]).model)
     router = sum(math.prod(shape) for name, shape in shapes.items() if "/row" in name)
     assert sum(map(math.prod, shapes.values())) - router == published
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1:30", "1:30"), ("190:20:30", "190:20:30"), ("on", "on"), ("No", "No"), ("y", "y"),
+        ("True", True), ("~", None), ("017", 17), ("0o17", 15), ("0x1F", 31), ("0b1", "0b1"),
+        ("1_000", "1_000"), ("1e-3", 0.001), ("+.5", 0.5), ("-.inf", float("-inf")),
+        ("2027-12-31", "2027-12-31"), ("<<", "<<"), ("=", "="), ("1.2.3", "1.2.3"),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_in_yaml_1_2(text, value):
+    assert parse_yaml(f"key: {text}") == {"key": value}
+    assert parse_yaml(f"{text}: 1") == {value: 1}
+
+
+def test_a_profile_and_a_date_need_no_quotes():
+    config = resolve(MINIMAL, ["train.profile=10:13", "train.steps=20"])
+    assert config.train.profile == "10:13"
+    pair = ["run=pair", "pair.anchor=a", "pair.name=on", "pair.expires=2027-12-31"]
+    found = resolve(MINIMAL, pair).pair
+    assert found and (found.name, found.expires) == ("on", "2027-12-31")
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12))
+def test_text_that_is_written_comes_back_by_either_version_of_yaml(text):
+    written = to_yaml({"key": text})
+    assert parse_yaml(written) == yaml.safe_load(written) == {"key": text}
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3", "t: {x: 1, y: 2, x: 1}", "a: 1\n'a': 1"])
+def test_a_key_that_is_given_twice_is_refused(text):
+    with pytest.raises(ValueError, match="a key is given twice"):
+        parse_yaml(text)
 
 
 def test_resolving_leaves_its_input_as_it_was():

@@ -11,10 +11,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.plain_yaml import parse_yaml, read_yaml
+from flexolmo_jax.plain_yaml import parse_yaml, read_yaml, to_yaml
 
 from .model import PRESETS
 from .run import Date, RunConfig
@@ -176,7 +174,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def dump_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     tree = {key: value for key, value in to_dict(config).items() if value is not None}
-    return yaml.safe_dump(tree, sort_keys=False)
+    return to_yaml(tree)
 
 
 def _refuse_section(config: RunConfig, given: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -224,7 +222,7 @@ def _converted(value: Any, hint: Any, at: str) -> Any:
 
 
 def _scalar(value: Any, kind: type, at: str) -> Any:
-    if kind is float and isinstance(value, str):  # YAML reads 1e-3, without a dot, as a string
+    if kind is float and isinstance(value, str):  # in quotes, as tools write it
         try:
             return float(value)
         except ValueError:

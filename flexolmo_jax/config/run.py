@@ -24,7 +24,7 @@ SEQUENCES = 2**53 - 1  # the largest integer that every JSON reader can hold
 Remat = Literal["none", "dots", "ffn", "outputs", "attention", "full", "offload"]
 Loss = Literal["all", "assistant"]
 IdType = Literal["", "uint16", "uint32", "int32", "int64"]
-Date = typing.NewType("Date", str)  # YYYY-MM-DD; YAML reads one without quotes as a date of its own
+Date = typing.NewType("Date", str)  # YYYY-MM-DD; from Python also a date
 
 
 @dataclass(frozen=True)

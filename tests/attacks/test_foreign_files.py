@@ -192,11 +192,11 @@ def test_an_override_is_yaml_within_the_same_bounds(value):
     in_a_line(error.value)
 
 
-def test_values_of_yaml_are_those_of_yaml_1_1_and_strings_where_asked_for():
+def test_values_of_yaml_are_those_of_yaml_1_2_and_strings_where_asked_for():
     """Promise: a config means what it meant, whoever reads it."""
     text = b"a: 1\nb: 1.5\nc: yes\nd: 2027-12-31\ne: null\nf: 1e-3\n"
     assert {key: str(value) for key, value in parse_yaml(text).items()} == {
-        "a": "1", "b": "1.5", "c": "True", "d": "2027-12-31", "e": "None", "f": "1e-3",
+        "a": "1", "b": "1.5", "c": "yes", "d": "2027-12-31", "e": "None", "f": "0.001",
     }  # fmt: skip
     assert parse_yaml(text, strings=True) == {
         "a": "1",
@@ -211,12 +211,9 @@ def test_values_of_yaml_are_those_of_yaml_1_1_and_strings_where_asked_for():
 @pytest.mark.parametrize(
     "text",
     [
-        "a: 2020-13-45",
-        "a: 0x_",
         "a: 1\na: 2",
         "a: !!int x",
         "{[a]: b}",
-        "=",
         'a: "\\UFFFFFFFF"',
         "--- 1\n--- 2",
         "\0",

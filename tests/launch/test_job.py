@@ -147,13 +147,14 @@ def test_a_mistake_in_a_job_is_told_in_one_line_with_its_file(tmp_path, keys, me
 def test_a_file_that_is_no_job_is_refused(tmp_path):
     for text, message in (
         ("", "owner is ''"),
-        ("- a", "expected a section"),
+        ("- a", "expected sections"),
         ("a: [", "not valid YAML"),
+        ("owner: a\nowner: b", "a key is given twice"),
     ):
         (tmp_path / "job.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             load_job(tmp_path / "job.yaml")
-    with pytest.raises(UserError, match="expected a job's YAML file"):
+    with pytest.raises(UserError, match="not a regular file; expected a YAML file"):
         load_job(tmp_path)
 
 
