@@ -87,7 +87,7 @@ def test_the_config_names_the_type_of_a_file_without_a_header(tokenizer, tmp_pat
     for vocab_size in (400, 100_278):
         tokenizer = copy.copy(tokenizer)
         tokenizer.vocab_size = vocab_size
-        records = open_data(tmp_path / "x.bin", tokenizer, 32, "train", dtype)
+        records = open_data(tmp_path / "x.bin", tokenizer, 32, "train", dtype=dtype)
         assert len(records) == 2
         np.testing.assert_array_equal(records[1]["tokens"], ids[32:])
 
@@ -111,7 +111,7 @@ def test_a_type_that_nothing_says_is_not_guessed(tokenizer, tmp_path, vocab_size
 
     def refuses(message, dtype: IdType = ""):
         with pytest.raises(UserError, match=message):
-            open_data(tmp_path / "x.bin", tokenizer, 8, "train", dtype)
+            open_data(tmp_path / "x.bin", tokenizer, 8, "train", dtype=dtype)
 
     (np.arange(64) + 50).tofile(tmp_path / "x.bin")
     refuses("seems to hold ids of 64 bits.*save it with numpy.save, or name its type in the config")
@@ -138,10 +138,10 @@ def test_an_archive_beside_token_files_is_not_passed_over(tokenizer, tmp_path):
 def test_a_dtype_that_says_something_else_is_refused(tokenizer, tmp_path, write_jsonl):
     np.save(tmp_path / "x.npy", np.full(64, 50, np.uint16))
     with pytest.raises(UserError, match=r"holds uint16, as its header says, and .* names int64"):
-        open_data(tmp_path / "x.npy", tokenizer, 8, "train", "int64")
+        open_data(tmp_path / "x.npy", tokenizer, 8, "train", dtype="int64")
     documents = write_jsonl(tmp_path / "a.jsonl", ["a document"])
     with pytest.raises(UserError, match="is no token file"):
-        open_data(documents, tokenizer, 8, "train", "int64")
+        open_data(documents, tokenizer, 8, "train", dtype="int64")
 
 
 @pytest.mark.parametrize("ids", [[50, -1], [50, 400], [50, 2**31], [50, 2**32 + 50]])
