@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flexolmo_jax import integrity
-from flexolmo_jax.config import ModelConfig, to_dict
+from flexolmo_jax.config import ModelConfig, load_config, to_dict
+from flexolmo_jax.data.ids import warn_of_length
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.description import (
     DESCRIPTION,
@@ -90,6 +91,24 @@ class Artifact:
     def members(self) -> tuple[dict[str, Any], ...]:
         """What a model keeps of each contribution in it, in the order of its experts."""
         return tuple(self.description.get("members", ()))
+
+    @cached_property
+    def trained_seq_len(self) -> int | None:
+        """Tokens of the records that it was trained on; None where nothing says so, as of imported
+        models and of anchors of earlier versions."""
+        if self.kind != "run":
+            return self.description.get("seq_len")
+        file = self.path / "config.yaml"
+        return load_config(file).data.seq_len if file.exists() else None
+
+    def warn_of_length(self, length: int, what: str) -> None:
+        """Says once that `what`, of so many tokens, is longer than what it was trained on, or
+        reads."""
+        most, trained = self.config.max_seq_len, self.trained_seq_len
+        if length > most or trained is None:
+            warn_of_length(length, most, what)
+        else:
+            warn_of_length(length, trained, what, "of the records that the model was trained on")
 
     @property
     def own_tokenizer(self) -> Tokenizer | None:

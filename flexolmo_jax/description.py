@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from flexolmo_jax.config import ModelConfig, build
+from flexolmo_jax.config import LARGEST, ModelConfig, build
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import write_text
 from flexolmo_jax.storage.untrusted import JSON_LIMIT, conform, parse_json, read_bytes
@@ -32,6 +32,8 @@ Text = Annotated[str, Field(max_length=1000)]
 Sketch = Annotated[str, Field(max_length=1 << 20)]  # in base 64, see coordinator/sketch.py
 Shape = Annotated[tuple[Annotated[int, Field(ge=1, lt=2**40)], ...], Field(max_length=8)]
 Dtype = Literal["bfloat16", "float16", "float32"]
+# tokens of the records that a model was trained on; earlier versions did not write it
+SeqLen = Annotated[int, Field(ge=2, le=LARGEST["max_seq_len"])]
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Anchor(_Common):
     public_sha256: Digest | None = None
     chat: Digest | None = None
     conventions: Digest | None = None
+    seq_len: SeqLen | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class Model(_Common):
     chat: Digest | None = None
     conventions: Digest | None = None
     files: dict[str, Digest] | None = None  # of format 1
+    seq_len: SeqLen | None = None  # that of the anchor
 
 
 SCHEMAS: dict[str, type] = {"run": Run, "anchor": Anchor, "model": Model}
@@ -219,6 +223,11 @@ def _config_of(description: Mapping[str, Any]) -> ModelConfig:
         config.check()
     except UserError as error:
         raise ValueError(str(error)) from None
+    if description.get("seq_len", 0) > config.max_seq_len:
+        raise ValueError(
+            f"its seq_len is {description['seq_len']}; expected at most {config.max_seq_len}, which"
+            " its model reads"
+        )
     experts = description["experts"]
     expected = 2 if description.get("run") == "pair" else config.n_experts
     if len(experts) != expected or len(set(experts)) != len(experts):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from flexolmo_jax.artifact import Artifact, open_artifact, placement_on
 from flexolmo_jax.config import MeshConfig, ModelConfig, expect
 from flexolmo_jax.data.chat import Message
-from flexolmo_jax.data.ids import checked_ids, warn_of_length
+from flexolmo_jax.data.ids import checked_ids
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.generate import Decoder, Generator, Sampling
@@ -61,7 +61,8 @@ class LoadedModel:
         between sizes.
 
         Args:
-            ids: token ids, an array or lists. Of more than `config.max_seq_len` a warning is told.
+            ids: token ids, an array or lists. Of more than the model was trained on, or reads, a
+                warning is told.
             without: names of experts to exclude.
             active: experts per token; by default what the model was saved with.
 
@@ -71,7 +72,7 @@ class LoadedModel:
         """
         k, allowed = self.selection(without, active)
         ids = checked_ids(ids, self.config.vocab_size, "ids", ndim=2)
-        warn_of_length(ids.shape[1], self.config.max_seq_len, "ids are")
+        self.artifact.warn_of_length(ids.shape[1], "ids are")
         self.check_batch(len(ids))
         B, T = ids.shape
         length = rounded_up(max(T, SHORTEST), self.config.max_seq_len)

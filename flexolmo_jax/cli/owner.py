@@ -156,7 +156,9 @@ def _keygen(args: argparse.Namespace) -> dict[str, Any]:
         metavar="PART",
         help="by which bits per byte may get worse (default 0.02)",
     ),
-    option("--limit", type=positive, help="records of each to read"),
+    option(
+        "--limit", type=positive, help="records of each: a sample spread evenly over all of them"
+    ),
     MESH,
     SIGN_KEY,
     option("--out", required=True, type=path_of, help="a new .json"),

@@ -46,14 +46,24 @@ from .verbs import option, verb
         help=f"run the tasks through lm-eval ({from_a_clone('eval')})",
     ),
     *SELECTING,
-    option("--split", default="heldout", choices=["heldout", "train"]),
+    option(
+        "--split",
+        default="heldout",
+        choices=["heldout", "train", "all"],
+        help="documents that are held out (default; 1 in 20 of raw ones), those for training, or "
+        "all",
+    ),
     option(
         "--loss",
         choices=["all", "assistant"],
         default="all",
         help="of conversations, score every token (default) or only what the assistant says",
     ),
-    option("--limit", type=positive, help="records of each to read, documents of each task"),
+    option(
+        "--limit",
+        type=positive,
+        help="records of each set and documents of each task: a sample spread evenly over all",
+    ),
     option("--batch-size", type=positive, default=16),
     CHECKPOINT,
     BASE,

@@ -64,7 +64,7 @@ class Composition:
     tuning: Tuning = field(default_factory=Tuning)
     # the model whose files are taken, as long as they are its own; None: all are a store's
     given: Artifact | None = field(default=None, compare=False)
-    # keys that only the description of an imported model has
+    # keys that not every description has: `imported`, and how long the records of training were
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -80,6 +80,7 @@ class Composition:
             members=(),
             stored=(StoredExpert(weights, 0),),
             active=active,
+            more=_kept(anchor.description),
         )
 
     @classmethod
@@ -114,7 +115,7 @@ class Composition:
             active=None if is_default else active,
             tuning=tuning,
             given=model,
-            more={key: description[key] for key in ("imported",) if key in description},
+            more=_kept(description),
         )
 
     @property
@@ -245,6 +246,10 @@ class Composition:
         if in_bucket(out):  # where the mark of an unfinished directory was one of its files
             _remember(model)
         return model
+
+
+def _kept(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: description[key] for key in ("imported", "seq_len") if key in description}
 
 
 def _remember(model: Artifact) -> None:

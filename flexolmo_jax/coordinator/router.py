@@ -94,7 +94,8 @@ def _router_tree(
         {"path": str(path), "name": name, "weight": 1.0} for name, path in proxies.items()
     ]
     sources += [{"path": str(path), "weight": 1.0 / len(public)} for path in public]
-    data = {"seq_len": min(1024, model.config.max_seq_len)} | section_of(tree, "data")
+    length = model.trained_seq_len or min(1024, model.config.max_seq_len)
+    data = {"seq_len": length} | section_of(tree, "data")
     filled = {"run": "router", "router": {"model": str(start)}}
     return tree | filled | {"data": data | {"train": sources, "eval": []}}
 

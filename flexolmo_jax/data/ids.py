@@ -60,12 +60,18 @@ def _of_sequences(ids: Any, what: str) -> np.ndarray:
     return array
 
 
-def warn_of_length(length: int, longest: int, what: str) -> None:
-    """Says once, on stderr, that `what` is longer than what a model reads, if it is."""
+READS = "that the model reads (model.max_seq_len)"
+
+
+def warn_of_length(length: int, longest: int, what: str, which: str = READS) -> None:
+    """Says once, on stderr, that `what` is longer than what a model knows, if it is.
+
+    `which` says what the `longest` tokens are.
+    """
     if length > longest:
         _note_once(
-            f"warning: {what} longer than the {longest} tokens that the model reads"
-            " (model.max_seq_len); its figures for them mean little"
+            f"warning: {what} longer than the {longest} tokens {which}; its figures for them mean"
+            " little"
         )
 
 

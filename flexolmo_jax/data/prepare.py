@@ -40,7 +40,7 @@ from flexolmo_jax.data.records import (
     Index,
     InputFile,
     LeftOut,
-    Split,
+    Part,
     open_records,
     sha256_of,
 )
@@ -149,11 +149,11 @@ def open_data(
     path: Path,
     tokenizer: Tokenizer,
     seq_len: int,
-    split: Split,
+    split: Part,
     reading: Reading = AS_TEXT,
     dtype: IdType = "",
 ) -> Source:
-    """The records of a split: of a prepared directory, of documents, or of token files.
+    """The records of a split, or of both: of a prepared directory, documents, or token files.
 
     Documents are prepared into the cache. Token files have no splits: they are opened whole, those
     without a header as of this dtype. Raises UserError as `has_tokens`, `prepare_cached` and
@@ -171,7 +171,7 @@ def open_heldout(
     path: Path,
     tokenizer: Tokenizer,
     seq_len: int,
-    split: Split = "heldout",
+    split: Part = "heldout",
     reading: Reading = AS_TEXT,
     dtype: IdType = "",
 ) -> Source:

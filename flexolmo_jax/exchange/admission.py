@@ -28,8 +28,9 @@ from flexolmo_jax.config import MeshConfig, ModelConfig
 from flexolmo_jax.data.documents import INDEX_FILE
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import open_records
+from flexolmo_jax.data.sample import sample_of, tell_heldout
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN
+from flexolmo_jax.evals.bits_per_byte import raw_seq_len
 from flexolmo_jax.integrity import MATRICES, layouts, leaf_of, name_of_tensor
 from flexolmo_jax.loaded import LoadedModel, load
 from flexolmo_jax.model import Params, forward_layer
@@ -198,10 +199,10 @@ def _texts(anchor: Artifact) -> tuple[np.ndarray, np.ndarray]:
     if (anchor.path / "public" / INDEX_FILE).exists():
         records = open_records(anchor.path / "public", "train")
         length = min(T, records.seq_len)
-        for i in range(min(B, len(records))):
-            record = records[i]
-            tokens[B + i, :length] = record["tokens"][:T]
-            segments[B + i, :length] = record["segments"][:T]
+        for row, place in enumerate(sample_of(len(records), B), B):
+            record = records[place]
+            tokens[row, :length] = record["tokens"][:T]
+            segments[row, :length] = record["segments"][:T]
     used = segments.any(axis=1)  # there may be fewer public records than B
     return tokens[used], segments[used]
 
@@ -259,9 +260,11 @@ def _trial(
     model: LoadedModel, with_expert: ModelConfig, expert: Params, public: Path
 ) -> dict[str, Any]:
     """Bits per byte of public text without and with the expert, and the expert's probability."""
-    records = open_heldout(public, model.tokenizer, min(RAW_SEQ_LEN, model.config.max_seq_len))
+    records = open_heldout(public, model.tokenizer, raw_seq_len(model))
     if not len(records):
         raise UserError(f"{public} has no held-out records; give more public text")
+    tell_heldout(records, public)
+    model.artifact.warn_of_length(records.seq_len, f"{public} has records")
     how: dict[str, Any] = {"mesh": model.mesh, "limit": RECORDS}
     before = score_model(model.config, model.params, records, model.tokenizer, **how)
     pair = model.params | {"expert": expert}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
-from flexolmo_jax.config import Reading, load_config, to_dict
+from flexolmo_jax.config import Reading, to_dict
 from flexolmo_jax.data.documents import AS_TEXT, HELDOUT, name_of, read_training_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
@@ -70,7 +70,8 @@ def publish(  # noqa: PLR0913 - the verb's options
     artifact = _dense(dense_path)
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory)
-        length = seq_len or _trained_seq_len(dense_path) or min(artifact.config.max_seq_len, 1024)
+        trained = artifact.trained_seq_len
+        length = seq_len or trained or min(artifact.config.max_seq_len, 1024)
         how: Any = {"heldout": heldout, "reading": reading}
         prepare(public, artifact.tokenizer, length, directory / "public", **how)
         fitted = _fitted(embedder, directory / "embedder", _documents(public, **how), artifact)
@@ -154,6 +155,7 @@ def _describe(
         "embedder": {"sha256": parts["embedder"]} | name,
         "public_sha256": parts["public"],
         "fingerprint": fingerprint_of(parts),
+        **({"seq_len": artifact.trained_seq_len} if artifact.trained_seq_len else {}),
     }
 
 
@@ -207,8 +209,3 @@ def embed_domain(
 def _documents(paths: Sequence[Path], heldout: float, reading: Reading) -> Iterator[str]:
     for path in paths:
         yield from read_training_documents(path, heldout, reading)
-
-
-def _trained_seq_len(path: Path) -> int | None:
-    config = path / "config.yaml"
-    return load_config(config).data.seq_len if config.exists() else None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from jax.sharding import Mesh
 from flexolmo_jax.artifact import Artifact, open_artifact, placement_on, places_of
 from flexolmo_jax.config import Dataset, MeshConfig, RunConfig, load_config, to_dict
 from flexolmo_jax.data.prepare import open_heldout
+from flexolmo_jax.data.records import Part, open_records
+from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import (
@@ -46,7 +49,7 @@ from flexolmo_jax.storage.paths import is_there, path_of, takes_paths
 from flexolmo_jax.storage.tensorfile import TensorFile, finite, write_tensors
 from flexolmo_jax.storage.weights import Stored
 from flexolmo_jax.train.evaluate import score_model
-from flexolmo_jax.train.sources import evaluation_sets
+from flexolmo_jax.train.sources import evaluation_sources
 
 
 @takes_paths
@@ -306,18 +309,22 @@ def _evaluate(
     """Bits per byte of anchor and pair on held-out text, the owner's and public text."""
     assert config.pair is not None
     public = Dataset(path=config.pair.public or str(anchor.path / "public"), name="public")
-    heldout = {d.title: d for d in evaluation_sets(config.data, [public])}
+    data = config.data
+
+    def opened(dataset: Dataset, part: Part) -> Source:
+        # An owner's records need not be as long as the anchor's public ones.
+        path, how = path_of(dataset.path), (run.tokenizer, data.seq_len, part, data.reading)
+        return open_heldout(path, *how, dtype=dataset.dtype)
+
+    own = (opened(dataset, "train") for dataset in (*data.train, public))
+    learnt = itertools.chain(own, (open_records(anchor.path / "public", "train"),))
     dense = {name: branch for name, branch in pair.items() if name != "expert"}
     models = {"anchor": (anchor.config, dense), "pair": (run.config, pair)}
     scores: dict[str, Any] = {who: {} for who in models}
-    for name, dataset in heldout.items():
-        # An owner's records need not be as long as the anchor's public ones.
-        how = {"reading": config.data.reading, "dtype": dataset.dtype}
-        path, length = path_of(dataset.path), config.data.seq_len
-        records = open_heldout(path, run.tokenizer, length, **how)
-        if len(records):
-            for who, model in models.items():
-                how = {"loss": config.data.loss, "limit": config.train.eval_records}
-                score = score_model(*model, records, run.tokenizer, mesh=mesh, **how)
-                scores[who][name] = round(score.bits_per_byte, 6)
+    how: dict[str, Any] = {"loss": data.loss, "limit": config.train.eval_records, "mesh": mesh}
+    for name, records in evaluation_sources(data, [public], opened, learnt).items():
+        run.warn_of_length(records.seq_len, f"{records.path} has records")
+        for who, model in models.items():
+            score = score_model(*model, records, run.tokenizer, **how)
+            scores[who][name] = round(score.bits_per_byte, 6)
     return scores

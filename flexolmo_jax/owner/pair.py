@@ -58,7 +58,8 @@ def train_pair(run: RunConfig, out: Path, *, continues: bool = False) -> dict[st
     model = model_of_pair(run, anchor.config)
     run = run.of_model(model)
     extra = _public(run, anchor)
-    batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=extra)
+    how: dict[str, Any] = {"extra": extra, "learnt": [anchor.path / "public"]}
+    batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, **how)
     row = _row_for_all(pair, run, anchor)
 
     def initial(placement: Placement, base: Params) -> Params:

@@ -18,7 +18,7 @@ from flexolmo_jax.config import MeshConfig, Reading
 from flexolmo_jax.data.documents import AS_TEXT
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.evals.bits_per_byte import RAW_SEQ_LEN, evaluate
+from flexolmo_jax.evals.bits_per_byte import evaluate, raw_seq_len
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, open_contribution
 from flexolmo_jax.exchange.placing import place_expert
@@ -54,7 +54,7 @@ def screen(  # noqa: PLR0913 - the verb's options
         model_path: a merged model made from this anchor, or the anchor.
         documents: the owner's, which are read as `reading` says, or prepared directories of them.
         max_worse: the relative rise of bits per byte that still passes.
-        limit: how many records of each to read.
+        limit: how many records of each to read, a sample of them.
         mesh: the devices that the models are spread over (default: one device).
 
     Raises:
@@ -153,8 +153,9 @@ def _check_model(model: Artifact, anchor: Artifact, candidate: Contribution) -> 
 
 
 def _scored(model: LoadedModel, documents: Sequence[Path], reading: Reading) -> list[Path]:
-    """The documents with held-out text: a file of few documents often has none."""
-    length = min(RAW_SEQ_LEN, model.config.max_seq_len)
+    """The documents with held-out text: a file of few documents often has none, which a line
+    tells."""
+    length = raw_seq_len(model)
     opened = {
         path: open_heldout(path, model.tokenizer, length, reading=reading) for path in documents
     }
@@ -162,6 +163,9 @@ def _scored(model: LoadedModel, documents: Sequence[Path], reading: Reading) -> 
     if not scored:
         names = ", ".join(map(str, documents))
         raise UserError(f"{names}: none of the documents is held out (1 in 20 is); give more")
+    for path in documents:
+        if path not in scored:
+            note(f"warning: {path}: none of its documents is held out, so nothing of it is scored")
     return scored
 
 

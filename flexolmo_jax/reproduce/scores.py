@@ -8,7 +8,8 @@ import numpy as np
 
 from flexolmo_jax.data.documents import read_training_documents
 from flexolmo_jax.data.records import Record, open_records
-from flexolmo_jax.data.tokens import Source
+from flexolmo_jax.data.sample import sample_of, tell_part
+from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from flexolmo_jax.evals.extraction import extract
 from flexolmo_jax.evals.mixed import mixed_documents
@@ -84,13 +85,18 @@ def write_extraction(trial: Trial) -> None:
 
 
 def heldout(trial: Trial) -> dict[str, list[Record]]:
-    """What is scored, by column: evenly spaced records, for they are in their sources' order."""
+    """What is scored, by column: a sample of its records (data/sample.py).
+
+    Raises UserError for a column without any.
+    """
     sources = {
         name: open_records(trial.data(name), "heldout") for name in ("public", *trial.spec.domains)
     }
-    columns = {
-        name: _evenly(source, trial.spec.heldout_records) for name, source in sources.items()
-    }
+    columns: dict[str, list[Record]] = {}
+    for name, source in sources.items():
+        chosen = sample_of(len(source), trial.spec.heldout_records)
+        tell_part(len(chosen), len(source), name)
+        columns[name] = [source[place] for place in chosen]
     tokenizer = open_anchor(trial.anchor).tokenizer
     mixed = [
         record
@@ -99,13 +105,13 @@ def heldout(trial: Trial) -> dict[str, list[Record]]:
             sources[first], sources[second], tokenizer, trial.spec.mixed_documents
         )
     ]
-    return columns | {MIXED: mixed}
-
-
-def _evenly(source: Source, count: int) -> list[Record]:
-    """At most so many records."""
-    n = min(len(source), count)
-    return [source[i * len(source) // n] for i in range(n)]
+    columns |= {MIXED: mixed}
+    if empty := [name for name, records in columns.items() if not records]:
+        raise UserError(
+            f"of {', '.join(empty)} there is no held-out text to score; raise max_mb, or choose"
+            " other domains"
+        )
+    return columns
 
 
 def routing(trial: Trial) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from jax.sharding import Mesh
 
 from flexolmo_jax.config import Loss, ModelConfig
 from flexolmo_jax.data.arrays import read_records
-from flexolmo_jax.data.ids import checked_ids, warn_of_length
+from flexolmo_jax.data.documents import name_of
+from flexolmo_jax.data.ids import checked_ids
 from flexolmo_jax.data.records import left_out, scored_targets
+from flexolmo_jax.data.sample import sample_of, tell_part
 from flexolmo_jax.data.tokenizer import LOST_BITS, Tokenizer
 from flexolmo_jax.data.tokens import Source
 from flexolmo_jax.errors import UserError
@@ -115,16 +117,18 @@ def score_records(  # noqa: PLR0913 - a model, records, and how they are read
     limit: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Score:
-    """Scores the first `limit` records (all by default), of which `advance` is told as it goes.
+    """Scores records, of which `advance` is told as it goes: all, or a sample of at most `limit`
+    (data/sample.py), of which a line tells.
 
     Raises UserError where the records were made with another tokenizer or hold nothing that can be
     scored.
     """
     check_tokenizer(records, tokenizer)
-    count = min(len(records), limit or len(records))
+    chosen = sample_of(len(records), limit)
+    tell_part(len(chosen), len(records), name_of(records.path))
     by_record, n_tokens, routing = [np.zeros((0, 2))], 0, np.zeros(())
-    for start in range(0, count, batch_size):
-        places = range(start, min(start + batch_size, count))
+    for start in range(0, len(chosen), batch_size):
+        places = chosen[start : start + batch_size]
         batch = list(read_records(records.__getitem__, places, at_once=in_bucket(records.path)))
         whole = {key: _stack([record[key] for record in batch], batch_size) for key in batch[0]}
         segments = whole["segments"]
@@ -140,14 +144,14 @@ def score_records(  # noqa: PLR0913 - a model, records, and how they are read
     figures = np.concatenate(by_record)
     if not figures[:, 1].any():
         raise UserError(
-            f"{records.path} has no held-out text to score; prepare more documents or a larger"
-            " --heldout share"
+            f"{records.path} has no held-out text to score; give more documents, prepare them with"
+            " a larger --heldout share, or score all of them (`eval --split all`)"
         )
     lost, changed = records.lost_bytes, records.changed_bytes
     if loss == "assistant":
         lost, changed = lost - records.lost_in_context, changed - records.changed_in_context
     # a part of the records has its share
-    lost, changed = (round(n * count / len(records)) for n in (lost, changed))
+    lost, changed = (round(n * len(chosen) / len(records)) for n in (lost, changed))
     return Score(figures, n_tokens, lost, changed, routing / n_tokens)
 
 
@@ -168,7 +172,6 @@ def score_model(  # noqa: PLR0913 - a model, records, and how they are read
     divided evenly.
     """
     scorer = make_scorer(config, mesh=mesh)
-    warn_of_length(records.seq_len, config.max_seq_len, f"{records.path} has records")
 
     def score(*batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return scorer(params, *(put_whole_batch(mesh, array) for array in batch))

@@ -73,7 +73,8 @@ def _job(
     init: Artifact | None = None,
 ) -> Job:
     run = run.of_model(model)
-    batches, heldout = open_sources(run.data, tokenizer, run.train.seed)
+    learnt = [init.path / "public"] if init and init.kind == "anchor" else []
+    batches, heldout = open_sources(run.data, tokenizer, run.train.seed, learnt=learnt)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))
     return Job(
         config=run,

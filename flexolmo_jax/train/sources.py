@@ -1,17 +1,21 @@
 """From a config's `data` section to batches and held-out records."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from flexolmo_jax.config import DataConfig, Dataset
 from flexolmo_jax.data.chat import CHAT_FILE
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.mixture import Batches, mixture
 from flexolmo_jax.data.prepare import open_data
-from flexolmo_jax.data.records import Split
+from flexolmo_jax.data.records import Part, Records, open_records
+from flexolmo_jax.data.sample import tell_heldout
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.data.tokens import Source, has_tokens
+from flexolmo_jax.data.tokens import Source, TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.processes import by_the_first
+from flexolmo_jax.runtime.progress import note_once
 from flexolmo_jax.storage.paths import path_of
 
 
@@ -32,34 +36,89 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
     )
 
 
-def evaluation_sets(data: DataConfig, extra: Sequence[Dataset] = ()) -> list[Dataset]:
-    """What a run is evaluated on: `data.eval`, or else its training sources, and `extra`; but no
-    token files that it trains on."""
-    trained_on = (*(() if data.eval else data.train), *extra)
-    return [*data.eval, *(d for d in trained_on if not has_tokens(path_of(d.path)))]
+Opened = Callable[[Dataset, Part], Source]
+
+
+def evaluation_sources(
+    data: DataConfig, extra: Sequence[Dataset], opened: Opened, learnt: Iterable[Source]
+) -> dict[str, Source]:
+    """What a run is evaluated on, by name: `data.eval`, or else its training sources; and `extra`.
+
+    Of a training source these are the held-out records. So they are of a set of `data.eval` of
+    which a file is in `learnt`, which the run or its base learns from, and of a prepared directory
+    that has some. Any other set is whole. A line tells what is not all of a set of `data.eval`, and
+    what is left out, as nothing of it is held out. Raises UserError for a name given twice.
+    """
+    files = {file for source in (learnt if data.eval else ()) for file in _files(source)}
+    found: dict[str, Source] = {}
+    for dataset in (*data.eval, *(() if data.eval else data.train), *extra):
+        records = opened(dataset, "heldout")
+        if dataset in data.eval:
+            records = _asked_for(dataset, data, opened, records, files)
+        elif isinstance(records, TokenRecords):
+            _tell_none(dataset, "all of these token files is for training")
+            continue
+        if dataset.title in found:
+            raise UserError(
+                f"two evaluation sets are called {dataset.title!r}; give one of them another name"
+            )
+        if not isinstance(records, Records) or records.stats.scored_tokens:
+            found[dataset.title] = records
+        else:
+            total = sum(split.documents for split in records.index.splits.values())
+            _tell_none(dataset, f"none of its {total:,} documents is held out")
+    return found
+
+
+def _asked_for(
+    dataset: Dataset, data: DataConfig, opened: Opened, heldout: Source, learnt: set[str]
+) -> Source:
+    """What of a set of `data.eval` is scored."""
+    if isinstance(heldout, TokenRecords):
+        return heldout
+    is_split = len(heldout) > 0 and not has_documents(path_of(dataset.path), data.reading)
+    if is_split or not learnt.isdisjoint(_files(heldout)):
+        tell_heldout(heldout, dataset.path)
+        return heldout
+    return opened(dataset, "all")
+
+
+def _files(source: Source) -> set[str]:
+    """Digests of the files of documents that a source was prepared from."""
+    inputs = source.index.inputs if isinstance(source, Records) else ()
+    return {file.sha256 for file in inputs if file.bytes}
+
+
+def _tell_none(dataset: Dataset, why: str) -> None:
+    note_once(
+        f"warning: {dataset.path}: {why}, so nothing is evaluated on it; name others in data.eval"
+    )
 
 
 def open_sources(
-    data: DataConfig, tokenizer: Tokenizer, seed: int, extra: Sequence[Dataset] = ()
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    extra: Sequence[Dataset] = (),
+    learnt: Sequence[Path] = (),
 ) -> tuple[Batches, dict[str, Source]]:
-    """The training mixture with `extra`, and the held-out records of `data.eval` (of the training
-    sources, if that is empty) and `extra`.
+    """The training mixture with `extra`, and what the run is evaluated on: `evaluation_sources`.
 
-    Raw documents are prepared into a cache. Evaluation leaves out sources without held-out records.
-    Token files are not split: one is for training or for evaluation as a whole. Raises UserError
-    where it is given for both, and for `data.loss: assistant` where `data.train` holds no
+    `learnt`: prepared text that the run's base has learnt from. Raw documents are prepared into a
+    cache. Token files are not split: one is for training or for evaluation as a whole. Raises
+    UserError where it is given for both, and for `data.loss: assistant` where `data.train` holds no
     conversation.
     """
 
-    def opened(dataset: Dataset, split: Split) -> Source:
+    def opened(dataset: Dataset, part: Part) -> Source:
         path, length = path_of(dataset.path), data.seq_len
-        return open_data(path, tokenizer, length, split, data.reading, dataset.dtype)
+        return open_data(path, tokenizer, length, part, data.reading, dataset.dtype)
 
-    mixed, heldout_sets = (*data.train, *extra), evaluation_sets(data, extra)
+    mixed = (*data.train, *extra)
 
     def prepare() -> None:
         """Raw documents, into the cache: by one process, not by all at once."""
-        for dataset in (*mixed, *heldout_sets):
+        for dataset in (*mixed, *data.eval):
             opened(dataset, "train")
 
     by_the_first(prepare)
@@ -77,13 +136,7 @@ def open_sources(
             f"{both[0]} is in data.train and in data.eval; token files are one or the other: give"
             " others to evaluate on"
         )
-    heldout: dict[str, Source] = {}
-    for dataset in heldout_sets:
-        records = opened(dataset, "heldout")
-        if dataset.title in heldout:
-            raise UserError(
-                f"two evaluation sets are called {dataset.title!r}; give one of them another name"
-            )
-        if len(records):
-            heldout[dataset.title] = records
+    before = (open_records(path, "train") for path in learnt)
+    all_learnt = itertools.chain((records for records, _ in training), before)
+    heldout = evaluation_sources(data, extra, opened, all_learnt)
     return mixture(training, data.batch_size, seed), heldout
