@@ -98,7 +98,8 @@ def _evaluated_tasks(model: Any, tasks: Any, args: argparse.Namespace) -> dict[s
 
     if not args.harness:
         length, predictor = model.config.max_seq_len, OfModel(model, **_selection(args))
-        return evaluate_tasks(predictor, model.tokenizer, length, tasks, args.batch_size)
+        how = {"batch_size": args.batch_size, "trained": model.artifact.trained_seq_len}
+        return evaluate_tasks(predictor, model.tokenizer, length, tasks, **how)
     import tempfile
 
     from flexolmo_jax.evals.harness import evaluate_through_harness, harness_model

@@ -28,7 +28,7 @@ from flexolmo_jax.data.sample import sample_of, tell_part
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model.sizes import rounded_up
-from flexolmo_jax.runtime.progress import bar
+from flexolmo_jax.runtime.progress import bar, note
 
 from .predictors import Predictor
 
@@ -83,14 +83,16 @@ def evaluate_tasks(
     context: int,
     tasks: Sequence[Task],
     batch_size: int = 16,
+    trained: int | None = None,
 ) -> dict[str, Any]:
     """{task: {"metric": its name, its name: x, "bits_per_byte": x, "documents": n}}.
 
-    context: how many tokens the model reads.
+    context: how many tokens the model reads; trained: those of the records that it was trained on,
+    where that is known. A line tells how many requests are longer.
     """
     results = {}
     for task in tasks:
-        scored = list(score(predictor, tokenizer, context, task, batch_size))
+        scored = list(score(predictor, tokenizer, context, task, batch_size, trained))
         results[task.name] = summarise(task.metric, scored)
     return results
 
@@ -165,7 +167,12 @@ def resolve(name: str, forms: Sequence[str] | dict[str, str]) -> tuple[str, str]
 
 
 def score(
-    predictor: Predictor, tokenizer: Tokenizer, context: int, task: Task, batch_size: int = 16
+    predictor: Predictor,
+    tokenizer: Tokenizer,
+    context: int,
+    task: Task,
+    batch_size: int = 16,
+    trained: int | None = None,
 ) -> Iterator[Scored]:
     """Every request, the shortest first; one that is too long for the context loses its start."""
     queries = []
@@ -175,6 +182,11 @@ def score(
         # one more than the context: the last token is predicted, and not read
         kept = ids[-(context + 1 - len(start)) :]
         queries.append((request, [*start, *kept], len(continuation)))
+    if longer := sum(len(ids) > (trained or context) + 1 for _, ids, _ in queries):
+        note(
+            f"warning: {task.name}: {longer:,} of {len(queries):,} requests are longer than the"
+            f" {trained} tokens of the records that the model was trained on"
+        )
     with bar(task.name, len(queries)) as advance:
         for chosen, tokens, segments in batches(
             [ids for _, ids, _ in queries], batch_size, context + 1

@@ -212,7 +212,9 @@ def _changed_inputs(out: Path, description: Mapping[str, Any], now: Inputs) -> C
     """What the run reads that is not what it has learnt from."""
     kept = description.get("inputs", now)
     changed, same_places = {}, True
-    for key in sorted(kept.keys() | now.keys()):
+    # earlier versions did not score, nor note, a set of which nothing was held out
+    unscored = {key for key in now.keys() - kept.keys() if key.startswith("data.eval")}
+    for key in sorted((kept.keys() | now.keys()) - unscored):
         old, new = (inputs.get(key, {"holds": "nothing"}) for inputs in (kept, now))
         if old.get("sha256") != new.get("sha256"):
             was = f"{old['path']} held {old['holds']}" if "path" in old else "it was not there"

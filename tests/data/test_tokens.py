@@ -11,6 +11,7 @@ import pytest
 from flexolmo_jax.config import DataConfig, Dataset, IdType
 from flexolmo_jax.data.prepare import open_data, open_heldout, prepare
 from flexolmo_jax.data.records import loss_targets
+from flexolmo_jax.data.sample import sample_of
 from flexolmo_jax.data.tokens import TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
@@ -260,8 +261,8 @@ def test_a_run_and_an_evaluation_take_token_files(tokenizer, stream, tmp_path):
 
     model = load(tmp_path / "run")
     score = evaluate(model, [tmp_path / "valid.npy"], limit=3)
-    records, bits, size = TokenRecords(tmp_path / "valid.npy", tokenizer, 64), 0.0, 0
-    for record in (records[i] for i in range(3)):
+    records, bits, size = TokenRecords(tmp_path / "valid.npy", tokenizer, 32), 0.0, 0
+    for record in (records[i] for i in sample_of(len(records), 3)):
         for segment in range(1, record["segments"].max() + 1):
             piece = record["tokens"][record["segments"] == segment]
             log_p = jax.nn.log_softmax(model.logits(piece[None])[0, :-1])

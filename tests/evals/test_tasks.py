@@ -113,7 +113,22 @@ def test_requests_without_a_context_are_passed_over_and_gold_answers_are_single(
         " the river",
         " two bridges",
     ]
-    assert len(load_tasks(["arc_easy"], limit=2)[0].requests) == 6
+
+
+def test_a_limit_takes_documents_from_all_of_a_task(package, capfd):
+    (task,) = load_tasks(["arc_easy"], limit=2)
+    assert [request.document for request in task.requests] == [0, 0, 0, 2, 2, 2]
+    assert "arc_easy: 2 of 5 documents are scored" in capfd.readouterr().err
+
+
+def test_requests_longer_than_what_the_model_was_trained_on_are_told(model, capfd):
+    loaded = load(model)
+    requests = [Request(i, 0, "the river " * (1 + 30 * i), " feeds", 0) for i in range(2)]
+    tasks = [Task("t", "acc", requests)]
+    how = {"batch_size": 2, "trained": loaded.artifact.trained_seq_len}
+    evaluate_tasks(OfModel(loaded), loaded.tokenizer, 64, tasks, **how)
+    told = "t: 1 of 2 requests are longer than the 32 tokens of the records"
+    assert told in capfd.readouterr().err
 
 
 def test_a_score_is_the_log_probability_of_the_continuation_alone(package, model):

@@ -204,7 +204,9 @@ def test_a_verdict_tells_nothing_of_the_documents_but_how_many_tokens_and_bytes_
     assert value["verdict"]["change"] == round(value["verdict"]["change"], 4)
 
 
-def test_documents_to_screen_with_may_lie_in_files_of_one_name(anchor, honest, corpora, tmp_path):
+def test_documents_to_screen_with_may_lie_in_files_of_one_name(
+    anchor, honest, corpora, tmp_path, capsys
+):
     (tmp_path / "more").mkdir()
     lines = corpora["care"].read_text().splitlines(keepends=True)
     files = [tmp_path / "care.jsonl", tmp_path / "more" / "care.jsonl"]
@@ -218,6 +220,7 @@ def test_documents_to_screen_with_may_lie_in_files_of_one_name(anchor, honest, c
     files.append(trained_on)  # of a single document nothing is held out
     together = screen(honest, anchor, anchor, files, tmp_path / "both.json")
     assert together["bytes"] == sum(told["bytes"] for told in apart)
+    assert "one.txt: none of its documents is held out, so nothing" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"one\.txt: none of the documents is held out"):
         screen(honest, anchor, anchor, [trained_on], tmp_path / "none.json")
 

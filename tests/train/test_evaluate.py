@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import flexolmo_jax
+from flexolmo_jax.data.documents import digest_of, is_heldout
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import Records, open_records
+from flexolmo_jax.data.sample import sample_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
 from tests.tiny import SEQ_LEN, documents, write_jsonl
@@ -87,6 +89,29 @@ def test_records_longer_than_the_context_are_told(model, tmp_path, tiny_tokenize
     prepare([source], tiny_tokenizer, 128, tmp_path / "long", heldout=0.5)
     evaluate(loaded, [tmp_path / "long"], limit=1, batch_size=1)
     assert "long has records longer than the 64 tokens" in capfd.readouterr().err
+
+
+def test_a_limit_takes_a_fair_sample_whatever_the_batch(model, prepared, capfd):
+    loaded, how = flexolmo_jax.load(model), {"split": "train"}
+    whole = evaluate(loaded, [prepared["law"]], **how)["by_record"]["law"]
+    expected = [whole[place] for place in sample_of(len(whole), 6)]
+    for batch_size in (4, 6):
+        part = evaluate(loaded, [prepared["law"]], limit=6, batch_size=batch_size, **how)
+        np.testing.assert_allclose(part["by_record"]["law"], expected, rtol=1e-5)
+    assert f"law: 6 of {len(whole)} records are scored" in capfd.readouterr().err
+
+
+def test_a_file_of_which_nothing_is_held_out_can_be_scored_whole(model, corpora, tmp_path, capfd):
+    loaded = flexolmo_jax.load(model)
+    texts = (text for text in documents("law", 30) if not is_heldout(digest_of(text)))
+    few = write_jsonl(tmp_path / "few.jsonl", list(texts)[:20])
+    with pytest.raises(UserError, match=r"none of its documents is held out; .* --split all"):
+        evaluate(loaded, [corpora["law"], few])
+    told = capfd.readouterr().err
+    assert "law.jsonl: " in told and "of 160 documents are scored, those held out" in told
+    text = evaluate(loaded, [few], split="all", batch_size=4)
+    assert text["bytes"]["few"] > 0.8 * few.stat().st_size - 20 * len('{"text": ""}')
+    assert "those held out" not in capfd.readouterr().err
 
 
 def test_padding_the_last_batch_changes_nothing(model, prepared):
