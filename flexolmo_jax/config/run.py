@@ -54,7 +54,9 @@ class DataConfig(Section):
     at = "data"
 
     train: tuple[Dataset, ...] = ()
-    eval: tuple[Dataset, ...] = ()  # held-out records of these; default: of the training sources
+    # scored whole, or by their held-out records: see `evaluation_sources` in train/sources.py;
+    # default: held-out records of the training sources
+    eval: tuple[Dataset, ...] = ()
     # a tokenizer.json or a directory with one; default: the anchor's (pair, router) or the prepared
     # data's
     tokenizer: str = ""
@@ -95,7 +97,8 @@ class TrainConfig(Section):
     # optim.load_balance, which is a microbatch's own)
     accumulate: int = 1
     eval_every: int = 0  # steps between evaluations; 0: only at the end
-    eval_records: int = 64  # held-out records of each source that in-loop evaluation reads
+    # records of each evaluation set that in-loop evaluation reads: a sample spread evenly over it
+    eval_records: int = 64
     save_every: int = 0  # steps between checkpoints; 0: only at the end, and by time
     # after this long without a checkpoint there is one; 0: never. benchmarks/goodput.py chose 10
     save_minutes: float = 10.0

@@ -94,6 +94,9 @@ def evaluate_tasks(
     for task in tasks:
         scored = list(score(predictor, tokenizer, context, task, batch_size, trained))
         results[task.name] = summarise(task.metric, scored)
+        total = len({request.document for request in task.requests})
+        if lacking := total - results[task.name]["documents"]:
+            note(f"{task.name}: {lacking:,} of {total:,} documents lack a choice, and do not count")
     return results
 
 
