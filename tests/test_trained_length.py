@@ -3,6 +3,7 @@ are scored in records of that length, and longer ones are told."""
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_longer_records_and_ids_are_told(model, tiny_tokenizer, tmp_path, capfd)
     loaded = load(model)
     source = write_jsonl(tmp_path / "long.jsonl", documents("law", 40))
     prepare([source], tiny_tokenizer, 48, tmp_path / "long", heldout=0.5)
-    how = {"limit": 1, "batch_size": 1}
+    how: dict[str, Any] = {"limit": 1, "batch_size": 1}
     evaluate(loaded, [tmp_path / "long"], **how)
     told = "longer than the 32 tokens of the records that the model was trained on"
     assert f"long has records {told}" in capfd.readouterr().err

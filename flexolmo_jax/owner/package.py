@@ -313,8 +313,8 @@ def _evaluate(
 
     def opened(dataset: Dataset, part: Part) -> Source:
         # An owner's records need not be as long as the anchor's public ones.
-        path, how = path_of(dataset.path), (run.tokenizer, data.seq_len, part, data.reading)
-        return open_heldout(path, *how, dtype=dataset.dtype)
+        path, how = path_of(dataset.path), (part, data.reading, dataset.dtype)
+        return open_heldout(path, run.tokenizer, data.seq_len, *how)
 
     own = (opened(dataset, "train") for dataset in (*data.train, public))
     learnt = itertools.chain(own, (open_records(anchor.path / "public", "train"),))

@@ -125,7 +125,7 @@ def test_requests_longer_than_what_the_model_was_trained_on_are_told(model, capf
     loaded = load(model)
     requests = [Request(i, 0, "the river " * (1 + 30 * i), " feeds", 0) for i in range(2)]
     tasks = [Task("t", "acc", requests)]
-    how = {"batch_size": 2, "trained": loaded.artifact.trained_seq_len}
+    how: dict[str, Any] = {"batch_size": 2, "trained": loaded.artifact.trained_seq_len}
     evaluate_tasks(OfModel(loaded), loaded.tokenizer, 64, tasks, **how)
     told = "t: 1 of 2 requests are longer than the 32 tokens of the records"
     assert told in capfd.readouterr().err
