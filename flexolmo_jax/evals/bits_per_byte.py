@@ -40,9 +40,8 @@ def evaluate(  # noqa: PLR0913 - the verb's options
     loss: Loss = "all",
     reading: Reading = AS_TEXT,
 ) -> dict[str, Any]:
-    """Scores the held-out records of prepared directories and raw documents, all of token files.
-
-    A line tells how many documents these are; split="all" scores every one.
+    """Scores the held-out records of prepared directories and raw documents, all of token files. A
+    line tells how many documents these are; split="all" scores every one.
 
     Returns {"bits_per_byte": {data: x}, "tokens": {data: n}, "bytes": {data: n}, "routing": {data:
     {expert: share}}, "routing_by_layer": {data: {expert: [share of each layer]}}, "by_record":

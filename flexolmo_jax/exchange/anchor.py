@@ -70,8 +70,7 @@ def publish(  # noqa: PLR0913 - the verb's options
     artifact = _dense(dense_path)
     with new_directory(out) as directory:
         artifact.tokenizer.save(directory)
-        trained = artifact.trained_seq_len
-        length = seq_len or trained or min(artifact.config.max_seq_len, 1024)
+        length = seq_len or artifact.trained_seq_len or min(artifact.config.max_seq_len, 1024)
         how: Any = {"heldout": heldout, "reading": reading}
         prepare(public, artifact.tokenizer, length, directory / "public", **how)
         fitted = _fitted(embedder, directory / "embedder", _documents(public, **how), artifact)

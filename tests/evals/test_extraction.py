@@ -118,6 +118,14 @@ def test_a_sample_is_of_whole_different_documents_whatever_their_order(tiny_toke
         sample_documents(texts, tiny_tokenizer, 0, PREFIX, TOKENS)
 
 
+def test_of_how_many_documents_a_sample_is_is_told(tiny_tokenizer, capfd):
+    texts = documents("care", 20)
+    sample_documents(texts, tiny_tokenizer, 5, prefix=2, tokens=2)
+    assert capfd.readouterr().err == "5 of 20 documents are tried\n"
+    sample_documents([*texts, "a"], tiny_tokenizer, 21, prefix=2, tokens=2)
+    assert capfd.readouterr().err == "20 of 21 documents are tried; no more have 4 tokens\n"
+
+
 def test_a_sample_holds_no_more_texts_than_it_takes(tiny_tokenizer):
     def corpus():
         for i in range(4000):
