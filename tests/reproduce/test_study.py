@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from flexolmo_jax.data.documents import digest_of, is_heldout, read_documents
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.data.tokenizer import train_tokenizer
 from flexolmo_jax.errors import RunError, UserError
@@ -24,10 +25,10 @@ from flexolmo_jax.reproduce.overlap import overlaps
 from flexolmo_jax.reproduce.results import write_results
 from flexolmo_jax.reproduce.running import Cell, run_cells
 from flexolmo_jax.reproduce.scores import heldout
-from flexolmo_jax.reproduce.spec import load_spec
+from flexolmo_jax.reproduce.spec import Spec, load_spec
 from flexolmo_jax.reproduce.study import reproduce
 from flexolmo_jax.reproduce.trial import Trial
-from tests.tiny import MODEL, documents, write_jsonl
+from tests.tiny import MODEL, SEQ_LEN, documents, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 # what a study on an open anchor has no need of
@@ -135,6 +136,20 @@ def test_records_that_are_scored_come_from_all_of_a_source(study):
         for record in scored
     ]
     assert len(source) >= 8 and places == [i * len(source) // 4 for i in range(4)]
+
+
+def test_a_column_without_held_out_text_is_refused_and_a_part_is_told(
+    anchor, prepared, tiny_tokenizer, tmp_path, capfd
+):
+    trial = Trial(Spec(domains=("code", "law"), heldout_records=2), tmp_path, 0)
+    trial.anchor = anchor
+    for name in ("public", "code"):
+        shutil.copytree(prepared[name], tmp_path / "data" / name)
+    source = write_jsonl(tmp_path / "law.jsonl", documents("law", 20))
+    prepare([source], tiny_tokenizer, SEQ_LEN, tmp_path / "data" / "law", heldout=0)
+    with pytest.raises(UserError, match=r"^of law, mixed there is no held-out text to score"):
+        heldout(trial)
+    assert "public: 2 of " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
