@@ -17,7 +17,14 @@ from flexolmo_jax.evals.bits_per_byte import evaluate, raw_seq_len
 from flexolmo_jax.exchange.anchor import open_anchor, publish
 from flexolmo_jax.integrity import fingerprint_of, parts_of
 from flexolmo_jax.loaded import load
+from flexolmo_jax.runtime.progress import note_once
 from tests.tiny import MODEL, SEQ_LEN, documents, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def unsaid():
+    """What other tests were told once is told here again."""
+    note_once.cache_clear()
 
 
 def test_it_goes_from_a_run_to_its_anchor_and_every_model_of_it(

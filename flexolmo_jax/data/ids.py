@@ -1,13 +1,12 @@
 """Token ids that come from outside: what they have to be, wherever they come in."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.runtime.progress import note
+from flexolmo_jax.runtime.progress import note_once
 
 _SHAPES = {1: "[time]", 2: "[batch, time]"}
 
@@ -69,10 +68,7 @@ def warn_of_length(length: int, longest: int, what: str, which: str = READS) -> 
     `which` says what the `longest` tokens are.
     """
     if length > longest:
-        _note_once(
+        note_once(
             f"warning: {what} longer than the {longest} tokens {which}; its figures for them mean"
             " little"
         )
-
-
-_note_once = functools.cache(note)

@@ -8,7 +8,14 @@ import pytest
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import SPLITS, open_records
 from flexolmo_jax.data.sample import sample_of, tell_heldout, tell_part
+from flexolmo_jax.runtime.progress import note_once
 from tests.chats import UNMARKED, byte_chat, said
+
+
+@pytest.fixture(autouse=True)
+def unsaid():
+    """What other tests were told once is told here again."""
+    note_once.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from flexolmo_jax.evals.tasks import (
     summarise,
 )
 from flexolmo_jax.loaded import load
+from flexolmo_jax.runtime.progress import note_once
 
 FORMS = [
     "arc_easy/rc_5shot",
@@ -116,6 +117,7 @@ def test_requests_without_a_context_are_passed_over_and_gold_answers_are_single(
 
 
 def test_a_limit_takes_documents_from_all_of_a_task(package, capfd):
+    note_once.cache_clear()
     (task,) = load_tasks(["arc_easy"], limit=2)
     assert [request.document for request in task.requests] == [0, 0, 0, 2, 2, 2]
     assert "arc_easy: 2 of 5 documents are scored" in capfd.readouterr().err

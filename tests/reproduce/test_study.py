@@ -28,6 +28,7 @@ from flexolmo_jax.reproduce.scores import heldout
 from flexolmo_jax.reproduce.spec import Spec, load_spec
 from flexolmo_jax.reproduce.study import reproduce
 from flexolmo_jax.reproduce.trial import Trial
+from flexolmo_jax.runtime.progress import note_once
 from tests.tiny import MODEL, SEQ_LEN, documents, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -141,6 +142,7 @@ def test_records_that_are_scored_come_from_all_of_a_source(study):
 def test_a_column_without_held_out_text_is_refused_and_a_part_is_told(
     anchor, prepared, tiny_tokenizer, tmp_path, capfd
 ):
+    note_once.cache_clear()
     trial = Trial(Spec(domains=("code", "law"), heldout_records=2), tmp_path, 0)
     trial.anchor = anchor
     for name in ("public", "code"):

@@ -12,7 +12,14 @@ from flexolmo_jax.data.records import Records, open_records
 from flexolmo_jax.data.sample import sample_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.bits_per_byte import evaluate
+from flexolmo_jax.runtime.progress import note_once
 from tests.tiny import SEQ_LEN, documents, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def unsaid():
+    """What other tests were told once is told here again."""
+    note_once.cache_clear()
 
 
 def pieces_of(path) -> list[np.ndarray]:

@@ -11,9 +11,16 @@ from flexolmo_jax.data.documents import digest_of, is_heldout
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import open_records
 from flexolmo_jax.description import DESCRIPTION, read_sealed, sealed_json
+from flexolmo_jax.runtime.progress import note_once
 from flexolmo_jax.train.pretrain import pretrain
 from flexolmo_jax.train.sources import open_sources
 from tests.tiny import SEQ_LEN, documents, run_config, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def unsaid():
+    """What other tests were told once is told here again."""
+    note_once.cache_clear()
 
 
 @pytest.fixture
