@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from flexolmo_jax.cli import main
-from flexolmo_jax.config import Reading
+from flexolmo_jax.config import FORMATS, Reading
 from flexolmo_jax.data.documents import document_files, found_in, name_of, read_documents
 from flexolmo_jax.data.prepare import open_data, prepare, prepare_cached
-from flexolmo_jax.data.records import Index
+from flexolmo_jax.data.records import Index, LeftOut
 from flexolmo_jax.data.tokens import TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import note_once
@@ -176,6 +176,35 @@ def test_a_folder_without_documents_says_what_it_holds(tmp_path):
     (tmp_path / "paper.pdf").write_text("x")
     with pytest.raises(UserError, match=r"holds no documents: .*1 of another kind \(paper.pdf\)"):
         document_files(tmp_path)
+
+
+def test_a_folder_whose_files_lack_the_key_says_which_key(tmp_path):
+    (tmp_path / "notes.csv").write_text("id,note\n1,x\n")
+    told = r'with a "text" inside it; left out: 1 without documents \(notes.csv\); --text-key'
+    with pytest.raises(UserError, match=told):
+        document_files(tmp_path)
+
+
+def test_empty_files_of_every_kind_are_told_and_no_error(tmp_path, tokenizer):
+    (folder := tmp_path / "docs").mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a b"}\n')
+    names = [f"empty{suffix}" for suffix in (*FORMATS, ".jsonl.gz", ".json.zst")]
+    for name in names:
+        (folder / name).touch()
+    index = prepare([folder], tokenizer, 16, tmp_path / "out", heldout=0)
+    assert index.splits["train"].documents == 1
+    assert index.left_out == [LeftOut("empty", len(names), sorted(names))]
+
+
+def test_names_that_are_not_utf_8_are_written_so_that_the_index_is_read(tmp_path, tokenizer):
+    folder = tmp_path / os.fsdecode(b"docs\xff")
+    folder.mkdir()
+    for name in (b"a\xe9.jsonl", b"\xff" * 200 + b".jsonl", b"b\xe9.pdf"):
+        (folder / os.fsdecode(name)).write_text(json.dumps({"text": f"of {name!r}"}))
+    out = folder / os.fsdecode(b"out\xff")
+    index = prepare([folder], tokenizer, 16, out, heldout=0)
+    assert Index.read(out) == index and index.name == "out\\xff"
+    assert index.inputs[0].name == "a\\xe9.jsonl" and index.left_out[0].names == ["b\\udce9.pdf"]
 
 
 def test_the_cache_knows_how_documents_were_read(tmp_path, tokenizer):
