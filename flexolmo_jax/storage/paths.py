@@ -77,8 +77,8 @@ def path_of(path: AnyPath) -> Path:
 
 
 def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets users call a function: arguments annotated as Path, as several, or as some by name go
-    through `path_of`, and may be anything that Python takes for a path."""
+    """Lets users call a function: arguments annotated as Path, as several (or one in their place),
+    or as some by name go through `path_of`, and may be anything that Python takes for a path."""
     signature = inspect.signature(function)
     kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
 
@@ -91,6 +91,9 @@ def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
             if kinds[name] in (Path, Path | None):
                 given.arguments[name] = path_of(value)
             elif kinds[name] == Sequence[Path]:
+                value = (
+                    [value] if isinstance(value, str | bytes | os.PathLike) else value
+                )  # one is meant
                 given.arguments[name] = [path_of(each) for each in value]
             elif kinds[name] in (Mapping[str, Path], Mapping[str, Path] | None):
                 given.arguments[name] = {key: path_of(each) for key, each in value.items()}

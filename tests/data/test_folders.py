@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flexolmo_jax.cli import main
@@ -111,9 +112,9 @@ def test_a_hidden_path_that_is_named_is_read(folder):
 def test_hidden_folders_of_token_files_are_not_read(tmp_path, tokenizer):
     (tmp_path / ".old").mkdir()
     for name in ("a.bin", ".old/b.bin"):
-        (tmp_path / name).write_bytes(bytes(64))
+        np.arange(16, dtype=np.uint32).tofile(tmp_path / name)
     assert has_tokens(tmp_path)
-    assert len(TokenRecords(tmp_path, tokenizer, 8)) == 2  # zeros are read as uint32
+    assert len(TokenRecords(tmp_path, tokenizer, 8)) == 2
 
 
 def test_a_folder_that_cannot_be_listed_is_told(folder, monkeypatch):
@@ -237,9 +238,9 @@ def test_special_tokens_that_documents_spell_stay_text(tmp_path, tokenizer):
 
 
 def test_documents_beside_token_files_are_told(tmp_path, tokenizer, capfd):
-    (tmp_path / "a.bin").write_bytes(bytes(64))
-    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    np.arange(32, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    (tmp_path / "b.csv").write_text("text\nb\n")
     assert isinstance(open_data(tmp_path, tokenizer, 8, "train"), TokenRecords)
-    assert f"{tmp_path}: left out 1 of another kind (b.jsonl)" in capfd.readouterr().err
-    with pytest.raises(UserError, match=r"holds 1 of another kind \(b\.jsonl\)"):
+    assert f"{tmp_path}: left out 1 of another kind (b.csv)" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"holds 1 of another kind \(b\.csv\)"):
         open_data(tmp_path, tokenizer, 8, "train", Reading(strict=True))

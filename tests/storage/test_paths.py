@@ -100,6 +100,8 @@ def test_functions_take_paths_alone_in_lists_and_by_name(tmp_path, monkeypatch):
     found = function(*given, more={"x": "../b"})  # type: ignore[dict-item]
     assert found == (a, "~/b", [a, b], None, {"x": b}, None)
     assert function(*given, maybe=Path("~/a"))[-1] == a
+    for alone in ("~/a", Path("~/a"), Given("~/a"), b"~/a"):  # in the place of several
+        assert function("~/a", "", alone)[2] == [a]  # type: ignore[arg-type]
     (tmp_path / "run.yaml").write_text("a: 1")
     for given in ("~/run.yaml", Path("~/run.yaml"), Given("run.yaml")):
         assert read_yaml(given) == {"a": 1}
