@@ -91,9 +91,7 @@ def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
             if kinds[name] in (Path, Path | None):
                 given.arguments[name] = path_of(value)
             elif kinds[name] == Sequence[Path]:
-                value = (
-                    [value] if isinstance(value, str | bytes | os.PathLike) else value
-                )  # one is meant
+                value = [value] if isinstance(value, str | os.PathLike) else value  # one is meant
                 given.arguments[name] = [path_of(each) for each in value]
             elif kinds[name] in (Mapping[str, Path], Mapping[str, Path] | None):
                 given.arguments[name] = {key: path_of(each) for key, each in value.items()}
@@ -103,6 +101,8 @@ def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _on_this_machine(text: str) -> Path:
+    if not text:  # a variable of a shell that is not set; the working directory is "."
+        raise UserError("got an empty path; expected the name of a file or directory")
     if "\0" in text or _SCHEME.match(text):
         raise UserError(
             f"got the path {text}; expected one on this machine, or in a bucket: gs://bucket/name"
