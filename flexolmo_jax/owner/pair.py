@@ -59,9 +59,9 @@ def train_pair(run: RunConfig, out: Path, *, continues: bool = False) -> dict[st
     run = run.of_model(model)
     extra = _public(run, anchor)
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=extra)
-    row = _row_for_all(pair, run, anchor)
 
     def initial(placement: Placement, base: Params) -> Params:
+        row = _row_for_all(pair, run, anchor, base)
         make = functools.partial(new_expert, model=model)
         shapes = jax.eval_shape(make, base["experts"], row)
         placed = {name: placement(f"expert/{name}", a.shape) for name, a in shapes.items()}
@@ -110,7 +110,9 @@ def new_expert(anchor_experts: Params, row: np.ndarray | None, model: ModelConfi
     return expert
 
 
-def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
+def _row_for_all(
+    pair: PairConfig, run: RunConfig, anchor: Artifact, base: Params
+) -> np.ndarray | None:
     """The initial row, the same on every process.
 
     All processes take part in computing hidden states. Other rows are made by the first, which
@@ -122,17 +124,22 @@ def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarr
         return None if row is None else np.asarray(row, np.float32).tolist()
 
     if pair.row == "hidden":
-        return initial_row(pair, run, anchor)
+        return initial_row(pair, run, anchor, base)
     row = by_the_first(of_the_first)
     return None if row is None else np.asarray(row, np.float32)
 
 
-def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
-    """The router row that a pair starts from, [D] or [L, D]; None for the anchor's own."""
+def initial_row(
+    pair: PairConfig, run: RunConfig, anchor: Artifact, base: Params | None = None
+) -> np.ndarray | None:
+    """The router row that a pair starts from, [D] or [L, D]; None for the anchor's own.
+
+    `base`: the anchor's parameters on the run's mesh, where they are in memory already.
+    """
     if pair.row == "anchor":
         return None
     if pair.row == "hidden":
-        return _mean_hidden_states(run, anchor)
+        return _mean_hidden_states(run, anchor, base)
     if pair.row == "embedding":
         embedder = load_embedder(
             anchor.path / "embedder", anchor.config.d_model, allow_hub=pair.allow_hub_embedder
@@ -143,7 +150,7 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
     return random.normal(0, anchor.config.init_std, anchor.config.d_model).astype(np.float32)
 
 
-def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
+def _mean_hidden_states(run: RunConfig, anchor: Artifact, base: Params | None) -> np.ndarray:
     """The mean input of the anchor's routers on the owner's text, [L, D].
 
     It is scaled to the length of the anchor's own rows. The anchor lies on the run's mesh, in its
@@ -152,7 +159,7 @@ def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
     """
     mesh, size = make_mesh(run.mesh), run.data.batch_size // run.train.accumulate
     check_microbatch(run, mesh.shape)
-    params = anchor.params(placement=placement_on(mesh, anchor.config))
+    params = base or anchor.params(placement=placement_on(mesh, anchor.config))
     rows = anchor.arrays()["experts/row"].astype(np.float32)[:]
     summed, hidden = _summed_hidden_states(anchor.config, mesh, run.kernels), np.zeros_like(rows)
     for number, batch in enumerate(_first_records(run, anchor.tokenizer, size)):

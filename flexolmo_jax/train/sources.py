@@ -1,12 +1,14 @@
 """From a config's `data` section to batches and held-out records."""
 
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 
-from flexolmo_jax.config import DataConfig, Dataset
+from flexolmo_jax.config import DataConfig, Dataset, IdType
 from flexolmo_jax.data.chat import CHAT_FILE
 from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.mixture import Batches, mixture
-from flexolmo_jax.data.prepare import open_data
+from flexolmo_jax.data.prepare import open_data, ready
 from flexolmo_jax.data.records import Split
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, has_tokens
@@ -51,16 +53,22 @@ def open_sources(
     conversation.
     """
 
+    how = tokenizer, data.seq_len
+
+    @functools.cache  # whether documents have changed may take reading all of them
+    def place(path: str, dtype: IdType) -> Path:
+        return ready(path_of(path), *how, data.reading, dtype)
+
     def opened(dataset: Dataset, split: Split) -> Source:
-        path, length = path_of(dataset.path), data.seq_len
-        return open_data(path, tokenizer, length, split, data.reading, dataset.dtype)
+        path, dtype = place(dataset.path, dataset.dtype), dataset.dtype
+        return open_data(path, *how, split, data.reading, dtype)
 
     mixed, heldout_sets = (*data.train, *extra), evaluation_sets(data, extra)
 
     def prepare() -> None:
         """Raw documents, into the cache: by one process, not by all at once."""
         for dataset in (*mixed, *heldout_sets):
-            opened(dataset, "train")
+            place(dataset.path, dataset.dtype)
 
     by_the_first(prepare)
     training = [(opened(d, "train"), d.weight) for d in mixed]
