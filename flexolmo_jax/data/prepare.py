@@ -219,19 +219,11 @@ def prepare_cached(
     if not has_documents(path, reading):
         _check_prepared(path, tokenizer, seq_len)
         return path
-    key = hashlib.sha256(f"{FORMAT} {tokenizer.text_digest} {seq_len} {HELDOUT}".encode())
-    if tokenizer.chat:
-        key.update(f" {tokenizer.chat.digest}".encode())
     cache = cache or cache_folder()
-    files = document_files(path, reading)
-    for file, digest in zip(files, digests_of(path, files, cache, sha256_of), strict=True):
-        key.update(f" {_way(file, reading)} {digest}".encode())
-    for value, usual in ((reading.text_key, AS_TEXT.text_key), (reading.skip_bad, False)):
-        if value != usual:
-            key.update(f" {value}".encode())
+    key = _key(path, tokenizer, seq_len, cache, reading)
     # The digest names the outer directory and the corpus the inner one, because records are named
     # after their directory.
-    entry = cache / "prepared" / key.hexdigest()[:32]
+    entry = cache / "prepared" / key[:32]
     prepared = entry / name_of(path)
     try:
         make_folder(entry)
@@ -247,6 +239,20 @@ def prepare_cached(
         )
         raise UserError(message) from error
     return prepared
+
+
+def _key(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path, reading: Reading) -> str:
+    """The digest of all that decides what a preparation holds."""
+    key = hashlib.sha256(f"{FORMAT} {tokenizer.text_digest} {seq_len} {HELDOUT}".encode())
+    if tokenizer.chat:
+        key.update(f" {tokenizer.chat.digest}".encode())
+    files = document_files(path, reading)
+    for file, digest in zip(files, digests_of(path, files, cache, sha256_of), strict=True):
+        key.update(f" {_way(file, reading)} {digest}".encode())
+    for value, usual in ((reading.text_key, AS_TEXT.text_key), (reading.skip_bad, False)):
+        if value != usual:
+            key.update(f" {value}".encode())
+    return key.hexdigest()
 
 
 def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo_jax.artifact import Artifact, open_artifact, write_description
-from flexolmo_jax.config import Reading, load_config, to_dict
+from flexolmo_jax.config import Reading, read_config, to_dict
 from flexolmo_jax.data.documents import AS_TEXT, HELDOUT, name_of, read_training_documents
 from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.errors import UserError
@@ -211,4 +211,4 @@ def _documents(paths: Sequence[Path], heldout: float, reading: Reading) -> Itera
 
 def _trained_seq_len(path: Path) -> int | None:
     config = path / "config.yaml"
-    return load_config(config).data.seq_len if config.exists() else None
+    return read_config(config).data.seq_len if config.exists() else None

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jax.sharding import Mesh
 
 from flexolmo_jax.artifact import Artifact, open_artifact, placement_on, places_of
-from flexolmo_jax.config import Dataset, MeshConfig, RunConfig, load_config, to_dict
+from flexolmo_jax.config import Dataset, MeshConfig, RunConfig, read_config, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
@@ -103,7 +103,7 @@ def package(
 
 def _config_of(path: Path, run: Artifact) -> RunConfig:
     """The config of a pair's run. Raises UserError for that of another run."""
-    config = load_config(path / "config.yaml")
+    config = read_config(path / "config.yaml")
     if config.pair is None or ("anchor", config.pair.name) != run.experts:
         got = "no pair" if config.pair is None else f"the pair of {config.pair.name!r}"
         raise UserError(

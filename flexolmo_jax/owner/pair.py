@@ -24,7 +24,6 @@ from flexolmo_jax.data.documents import has_documents, read_training_documents
 from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import has_tokens
-from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import check_expert_name
 from flexolmo_jax.exchange.embedder import domain_embedding, load_embedder
@@ -36,7 +35,7 @@ from flexolmo_jax.runtime.sharding import make_mesh, put_whole_batch, replicated
 from flexolmo_jax.storage.paths import absolute, in_bucket, path_of, takes_paths
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import train
-from flexolmo_jax.train.sources import open_sources
+from flexolmo_jax.train.sources import check_tokenizer, open_sources
 
 HIDDEN_RECORDS = 64  # of each source, for rows that start from hidden states
 TEXT_RECORDS = 2000  # of each source without raw documents, for rows that start from an embedding
@@ -49,14 +48,10 @@ def train_pair(run: RunConfig, out: Path, *, continues: bool = False) -> dict[st
     assert pair is not None  # checked by RunConfig
     check_expert_name(pair.name)
     anchor = open_anchor(path_of(pair.anchor))
-    tokenizer, given = anchor.tokenizer, run.data.tokenizer
-    if given and Tokenizer.load(path_of(given)).digest != tokenizer.digest:
-        raise UserError(
-            f"data.tokenizer {given} is not the tokenizer of {anchor.path}; leave it out: a pair"
-            " uses its anchor's"
-        )
+    tokenizer = anchor.tokenizer
+    check_tokenizer(run.data, tokenizer, anchor.path)
     model = model_of_pair(run, anchor.config)
-    run = run.of_model(model)
+    run = run.of_model(model, f"the anchor {anchor.path}")
     extra = _public(run, anchor)
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, extra=extra)
 

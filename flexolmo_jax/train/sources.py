@@ -1,15 +1,14 @@
 """From a config's `data` section to batches and held-out records."""
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from flexolmo_jax.config import DataConfig, Dataset, IdType
+from flexolmo_jax.config import DataConfig, Dataset
 from flexolmo_jax.data.chat import CHAT_FILE
-from flexolmo_jax.data.documents import has_documents
+from flexolmo_jax.data.documents import AS_TEXT, has_documents
 from flexolmo_jax.data.mixture import Batches, mixture
 from flexolmo_jax.data.prepare import open_data, ready
-from flexolmo_jax.data.records import Split
+from flexolmo_jax.data.records import Records, Split
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import Source, has_tokens
 from flexolmo_jax.errors import UserError
@@ -34,6 +33,16 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
     )
 
 
+def check_tokenizer(data: DataConfig, tokenizer: Tokenizer, start: Path) -> None:
+    """Raises UserError where the config has another tokenizer than what the run starts from."""
+    given = data.tokenizer
+    if given and Tokenizer.load(path_of(given)).digest != tokenizer.digest:
+        raise UserError(
+            f"data.tokenizer {given} is not the tokenizer of {start}, which the run has; leave it"
+            " out"
+        )
+
+
 def evaluation_sets(data: DataConfig, extra: Sequence[Dataset] = ()) -> list[Dataset]:
     """What a run is evaluated on: `data.eval`, or else its training sources, and `extra`; but no
     token files that it trains on."""
@@ -53,24 +62,13 @@ def open_sources(
     conversation.
     """
 
-    how = tokenizer, data.seq_len
-
-    @functools.cache  # whether documents have changed may take reading all of them
-    def place(path: str, dtype: IdType) -> Path:
-        return ready(path_of(path), *how, data.reading, dtype)
+    mixed, heldout_sets = (*data.train, *extra), evaluation_sets(data, extra)
+    places = _places(data, tokenizer, (*mixed, *heldout_sets))
 
     def opened(dataset: Dataset, split: Split) -> Source:
-        path, dtype = place(dataset.path, dataset.dtype), dataset.dtype
-        return open_data(path, *how, split, data.reading, dtype)
+        place, length = places[dataset.path], data.seq_len
+        return open_data(place, tokenizer, length, split, data.reading, dataset.dtype)
 
-    mixed, heldout_sets = (*data.train, *extra), evaluation_sets(data, extra)
-
-    def prepare() -> None:
-        """Raw documents, into the cache: by one process, not by all at once."""
-        for dataset in (*mixed, *heldout_sets):
-            place(dataset.path, dataset.dtype)
-
-    by_the_first(prepare)
     training = [(opened(d, "train"), d.weight) for d in mixed]
     if data.loss == "assistant" and not any(
         records.conversations for records, _ in training[: len(data.train)]
@@ -94,4 +92,34 @@ def open_sources(
             )
         if len(records):
             heldout[dataset.title] = records
+    _check_reading(data, [*(source for source, _ in training), *heldout.values()])
     return mixture(training, data.batch_size, seed), heldout
+
+
+def _check_reading(data: DataConfig, sources: Sequence[Source]) -> None:
+    """Raises UserError where documents are to be read in a way, and none was."""
+    for key in ("text_key", "separator"):
+        value, usual = getattr(data, key), getattr(AS_TEXT, key)
+        if value != usual and not any(
+            isinstance(source, Records) and getattr(source.index, key) == value
+            for source in sources
+        ):
+            raise UserError(
+                f"data.{key} is {value!r:.80}, which has no effect: all data are prepared already,"
+                " and not so; leave it out, or prepare them again"
+            )
+
+
+def _places(data: DataConfig, tokenizer: Tokenizer, datasets: Sequence[Dataset]) -> dict[str, Path]:
+    """Where the records of each path are. Whether raw documents have changed may take reading all
+    of them, so that it is asked once."""
+    found: dict[str, Path] = {}
+
+    def prepare() -> None:
+        for path, dtype in {dataset.path: dataset.dtype for dataset in datasets}.items():
+            if path not in found:
+                found[path] = ready(path_of(path), tokenizer, data.seq_len, data.reading, dtype)
+
+    by_the_first(prepare)  # into the cache: by one process, not by all at once
+    prepare()
+    return found
