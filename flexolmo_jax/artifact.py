@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flexolmo_jax import integrity
-from flexolmo_jax.config import ModelConfig, load_config, to_dict
+from flexolmo_jax.config import ModelConfig, read_config, to_dict
 from flexolmo_jax.data.ids import warn_of_length
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.description import (
@@ -99,7 +99,7 @@ class Artifact:
         if self.kind != "run":
             return self.description.get("seq_len")
         file = self.path / "config.yaml"
-        return load_config(file).data.seq_len if file.exists() else None
+        return read_config(file).data.seq_len if file.exists() else None
 
     def warn_of_length(self, length: int, what: str) -> None:
         """Says once that `what`, of so many tokens, is longer than what it was trained on, or

@@ -205,7 +205,7 @@ def test_one_step_of_it_runs_at_a_reduced_width(path, anchor, model, prepared, t
         overrides["pair.anchor"] = str(anchor)
     elif run.run == "router":
         overrides["router.model"] = str(model)
-    else:
+    if not run.train.init:
         overrides |= {f"model.{name}": value for name, value in (MODEL | {"vocab_size": 0}).items()}
     settings = [
         word for key, value in overrides.items() for word in ("--set", f"{key}={json.dumps(value)}")

@@ -9,7 +9,8 @@ import pytest
 from flexolmo_jax.cli import main
 from flexolmo_jax.cli.command import PARSER
 from flexolmo_jax.config import DataConfig, Dataset, Reading, resolve
-from flexolmo_jax.data.prepare import changed_documents, prepare
+from flexolmo_jax.data.changes import changed_documents
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import Index
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.owner.proxy_documents import Corpus, InProcess

@@ -12,6 +12,7 @@ from .loading import (
     dump_yaml,
     load_config,
     override,
+    read_config,
     resolve,
     section_of,
     to_dict,
@@ -35,6 +36,7 @@ from .run import (
     check_microbatch,
 )
 from .section import expect
+from .unused import without_unused
 
 __all__ = [
     "COMPRESSIONS",
@@ -67,9 +69,11 @@ __all__ = [
     "expect",
     "load_config",
     "override",
+    "read_config",
     "resolve",
     "section_of",
     "suffixes_of",
     "to_dict",
     "without_suffixes",
+    "without_unused",
 ]

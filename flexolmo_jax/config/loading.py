@@ -17,6 +17,7 @@ from flexolmo_jax.plain_yaml import parse_yaml, read_yaml, to_yaml
 from .model import PRESETS
 from .run import Date, RunConfig
 from .section import expect
+from .unused import refuse_unused
 
 T = TypeVar("T")
 LEVELS = 8  # of sections in a key, more than any has
@@ -36,9 +37,17 @@ KINDS = {
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's YAML, applies `section.key=value` overrides and checks the result."""
+    run = read_config(path, overrides)
+    refuse_unused(run)
+    return run
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_config`, of what a run wrote: an earlier version may have let in what has no
+    effect."""
     tree = read_yaml(path)
     expect_kind(RUN, tree, str(path))
-    return resolve(tree, overrides)
+    return _checked(tree, overrides)
 
 
 def expect_kind(kind: str, tree: Any, what: str = "it") -> None:
@@ -54,6 +63,12 @@ def expect_kind(kind: str, tree: Any, what: str = "it") -> None:
 
 def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """A checked RunConfig from a nested dict (which is left as it was) and overrides."""
+    run = _checked(tree, overrides)
+    refuse_unused(run)
+    return run
+
+
+def _checked(tree: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     if not isinstance(tree, dict):
         raise UserError(
             f"the config is {tree!r:.80}; expected sections: {', '.join(_fields(RunConfig))}"
@@ -69,7 +84,7 @@ def resolve(tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
             )
         tree["model"] = PRESETS[preset] | model
     _refuse_privacy(tree.get("pair"))
-    config = build(RunConfig, tree)
+    config = dataclasses.replace(build(RunConfig, tree), stated=tuple(tree.get("model") or ()))
     _refuse_section(config, given, overrides)
     config.check()
     return config
@@ -163,10 +178,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     """A config as nested plain dicts, as YAML and JSON files of runs, anchors and models hold
     it."""
     tree = {
-        field.name: to_dict(value) if dataclasses.is_dataclass(value) else value
-        for field in dataclasses.fields(config)
-        if (value := getattr(config, field.name)) != field.default
-        or not field.metadata.get("later")
+        name: to_dict(value) if dataclasses.is_dataclass(value) else value
+        for name, field in _fields(type(config)).items()
+        if (value := getattr(config, name)) != field.default or not field.metadata.get("later")
     }
     return json.loads(json.dumps(tree, default=dataclasses.asdict))
 
@@ -200,7 +214,7 @@ def _refuse_privacy(pair: Any) -> None:
 
 
 def _fields(cls: type) -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in dataclasses.fields(cls)}
+    return {f.name: f for f in dataclasses.fields(cls) if f.compare}
 
 
 def _converted(value: Any, hint: Any, at: str) -> Any:

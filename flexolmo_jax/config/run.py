@@ -286,6 +286,7 @@ class RunConfig(Section):
     pair: PairConfig | None = None
     router: RouterConfig | None = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    stated: tuple[str, ...] = field(default=(), compare=False)  # keys of `model` that were given
 
     def check(self) -> None:
         self._check_kind()
@@ -335,11 +336,20 @@ class RunConfig(Section):
             router=router,
         )
 
-    def of_model(self, model: ModelConfig) -> "RunConfig":
-        """The run with the architecture of what it starts from. Raises UserError for longer records
-        than that reads."""
+    def of_model(self, model: ModelConfig, start: str) -> "RunConfig":
+        """The run with the architecture of what it starts from, at `start`. Raises UserError for
+        longer records than that reads, and for a key of `model` that says something else."""
         run = dataclasses.replace(self, model=model)
         run._check_length()
+        for key in self.stated:
+            given, found = getattr(self.model, key), getattr(model, key)
+            # a plan says how many experts there will be; what is merged may have others
+            is_planned = self.run == "router" and key in ("n_experts", "n_active")
+            if given != found and not is_planned and (key, given) != ("vocab_size", 0):
+                raise UserError(
+                    f"model.{key} is {given!r:.80}, and {found!r:.80} in {start}, whose"
+                    " architecture the run has; leave it out"
+                )
         return run
 
     def _check_length(self) -> None:

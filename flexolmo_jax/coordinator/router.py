@@ -22,7 +22,7 @@ from flexolmo_jax.storage.paths import absolute, path_of, takes_paths
 from flexolmo_jax.storage.placing import WAYS
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import train
-from flexolmo_jax.train.sources import open_sources
+from flexolmo_jax.train.sources import check_tokenizer, open_sources
 
 from .merge import apply_tuning, open_model, undo_tuning
 from .store import STORE
@@ -132,7 +132,8 @@ def train_router(run: RunConfig, out: Path, *, continues: bool = False) -> dict[
     model = open_model(path_of(run.router.model))
     if model.config.n_experts == 1:
         raise UserError(f"{model.path} has only the anchor's FFN: there is nothing to route")
-    run = run.of_model(model.config)
+    run = run.of_model(model.config, f"the model {model.path}")
+    check_tokenizer(run.data, model.tokenizer, model.path)
     batches, heldout = open_sources(run.data, model.tokenizer, run.train.seed)
 
     def initial(placement: Placement, base: Params) -> Params:

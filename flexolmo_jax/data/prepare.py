@@ -38,7 +38,6 @@ from flexolmo_jax.data.records import (
     INPUTS,
     NAMES,
     Index,
-    InputFile,
     LeftOut,
     Part,
     name_in_index,
@@ -63,6 +62,7 @@ from flexolmo_jax.storage.paths import (
     size_of,
     takes_paths,
 )
+from flexolmo_jax.storage.seen import digests_of
 
 
 @takes_paths
@@ -160,12 +160,27 @@ def open_data(
     without a header as of this dtype. Raises UserError as `has_tokens`, `prepare_cached` and
     `TokenRecords` do, and for the dtype of anything but token files.
     """
+    path = ready(path, tokenizer, seq_len, reading, dtype)
     if has_tokens(path):
-        tell_beside(path_of(path), reading)
+        tell_beside(path, reading)
         return TokenRecords(path, tokenizer, seq_len, dtype)
+    return open_records(path, split)
+
+
+def ready(
+    path: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    reading: Reading = AS_TEXT,
+    dtype: IdType = "",
+) -> Path:
+    """The path itself where it holds token files, else the prepared directory that `open_data`
+    opens; it raises as that does."""
+    if has_tokens(path):
+        return path_of(path)
     if dtype:
         raise UserError(f"{path} has the dtype {dtype}, and is no token file; leave that out")
-    return open_records(prepare_cached(path, tokenizer, seq_len, reading=reading), split)
+    return prepare_cached(path, tokenizer, seq_len, reading=reading)
 
 
 def open_heldout(
@@ -193,9 +208,9 @@ def prepare_cached(
 
     The cache is `cache`, or what `cache_folder` finds. The content of the documents, how they are
     read, the tokenizer with its chat template and the length are the key under which a preparation
-    is found again. Of
-    several processes that ask at once, one prepares and the others wait. A bucket has no locks:
-    where the cache is in one, only one process may ask for what is not yet prepared.
+    is found again. Files that have not changed are not read for it (storage/seen.py). Of several
+    processes that ask at once, one prepares and the others wait. A bucket has no locks: where the
+    cache is in one, only one process may ask for what is not yet prepared.
 
     Raises:
         UserError: a directory prepared with another tokenizer, chat template or length; what
@@ -205,17 +220,11 @@ def prepare_cached(
     if not has_documents(path, reading):
         _check_prepared(path, tokenizer, seq_len)
         return path
-    key = hashlib.sha256(f"{FORMAT} {tokenizer.text_digest} {seq_len} {HELDOUT}".encode())
-    if tokenizer.chat:
-        key.update(f" {tokenizer.chat.digest}".encode())
-    for file in document_files(path, reading):
-        key.update(f" {_way(file, reading)} {sha256_of(file)}".encode())
-    for value, usual in ((reading.text_key, AS_TEXT.text_key), (reading.skip_bad, False)):
-        if value != usual:
-            key.update(f" {value}".encode())
+    cache = cache or cache_folder()
+    key = _key(path, tokenizer, seq_len, cache, reading)
     # The digest names the outer directory and the corpus the inner one, because records are named
     # after their directory.
-    entry = (cache or cache_folder()) / "prepared" / key.hexdigest()[:32]
+    entry = cache / "prepared" / key[:32]
     prepared = entry / name_of(path)
     try:
         make_folder(entry)
@@ -233,33 +242,18 @@ def prepare_cached(
     return prepared
 
 
-def changed_documents(prepared: Path, documents: Sequence[Path], reading: Reading = AS_TEXT) -> str:
-    """How documents, read in this way, differ from those that a directory was prepared from, in
-    words; "" where they do not.
-
-    Their content and order count. Where they lie does not, nor what they are called.
-    """
-    index = Index.read(prepared)
-    for key in ("text_key", "separator"):
-        if getattr(index, key) != getattr(reading, key):
-            return f"{key} was {getattr(index, key)!r}, now {getattr(reading, key)!r}"
-    files = [file for path in documents for file in document_files(path, reading)]
-    now = [InputFile.of(file) for file in files]
-    before = index.inputs
-    if list(map(_kind_of, before)) == list(map(_kind_of, now)):
-        return ""
-    old, new = ({file.name: file.sha256 for file in inputs} for inputs in (before, now))
-    found = {
-        "edited": [name for name in new if old.get(name, new[name]) != new[name]],
-        "new": [name for name in new if name not in old],
-        "gone": [name for name in old if name not in new],
-    }
-    told = (f"{what}: {', '.join(names[:3])}" for what, names in found.items() if names)
-    return "; ".join(told) or "in another order"
-
-
-def _kind_of(file: InputFile) -> tuple[str, str]:
-    return Path(file.name).suffix, file.sha256
+def _key(path: Path, tokenizer: Tokenizer, seq_len: int, cache: Path, reading: Reading) -> str:
+    """The digest of all that decides what a preparation holds."""
+    key = hashlib.sha256(f"{FORMAT} {tokenizer.text_digest} {seq_len} {HELDOUT}".encode())
+    if tokenizer.chat:
+        key.update(f" {tokenizer.chat.digest}".encode())
+    files = document_files(path, reading)
+    for file, digest in zip(files, digests_of(path, files, cache, sha256_of), strict=True):
+        key.update(f" {_way(file, reading)} {digest}".encode())
+    for value, usual in ((reading.text_key, AS_TEXT.text_key), (reading.skip_bad, False)):
+        if value != usual:
+            key.update(f" {value}".encode())
+    return key.hexdigest()
 
 
 def _check_prepared(path: Path, tokenizer: Tokenizer, seq_len: int) -> None:

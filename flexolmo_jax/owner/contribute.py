@@ -10,8 +10,9 @@ from typing import Any
 
 from flexolmo_jax.artifact import Artifact
 from flexolmo_jax.config import DEFAULTS, Reading, RunConfig, Settings, section_of
+from flexolmo_jax.data.changes import changed_documents
 from flexolmo_jax.data.documents import has_documents
-from flexolmo_jax.data.prepare import changed_documents, open_data, prepare
+from flexolmo_jax.data.prepare import open_data, prepare
 from flexolmo_jax.data.records import Index, open_records
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor

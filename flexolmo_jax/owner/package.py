@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jax.sharding import Mesh
 
 from flexolmo_jax.artifact import Artifact, open_artifact, placement_on, places_of
-from flexolmo_jax.config import Dataset, MeshConfig, RunConfig, load_config, to_dict
+from flexolmo_jax.config import Dataset, MeshConfig, RunConfig, read_config, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import Part, open_records
 from flexolmo_jax.data.tokens import Source
@@ -106,7 +106,7 @@ def package(
 
 def _config_of(path: Path, run: Artifact) -> RunConfig:
     """The config of a pair's run. Raises UserError for that of another run."""
-    config = load_config(path / "config.yaml")
+    config = read_config(path / "config.yaml")
     if config.pair is None or ("anchor", config.pair.name) != run.experts:
         got = "no pair" if config.pair is None else f"the pair of {config.pair.name!r}"
         raise UserError(
@@ -313,8 +313,8 @@ def _evaluate(
 
     def opened(dataset: Dataset, part: Part) -> Source:
         # An owner's records need not be as long as the anchor's public ones.
-        path, how = path_of(dataset.path), (part, data.reading, dataset.dtype)
-        return open_heldout(path, run.tokenizer, data.seq_len, *how)
+        how: dict[str, Any] = {"reading": data.reading, "dtype": dataset.dtype}
+        return open_heldout(path_of(dataset.path), run.tokenizer, data.seq_len, part, **how)
 
     own = (opened(dataset, "train") for dataset in (*data.train, public))
     learnt = itertools.chain(own, (open_records(anchor.path / "public", "train"),))

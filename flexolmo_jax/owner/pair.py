@@ -24,7 +24,6 @@ from flexolmo_jax.data.documents import has_documents, read_training_documents
 from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.data.tokens import has_tokens
-from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import check_expert_name
 from flexolmo_jax.exchange.embedder import domain_embedding, load_embedder
@@ -36,7 +35,7 @@ from flexolmo_jax.runtime.sharding import make_mesh, put_whole_batch, replicated
 from flexolmo_jax.storage.paths import absolute, in_bucket, path_of, takes_paths
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import train
-from flexolmo_jax.train.sources import open_sources
+from flexolmo_jax.train.sources import check_tokenizer, open_sources
 
 HIDDEN_RECORDS = 64  # of each source, for rows that start from hidden states
 TEXT_RECORDS = 2000  # of each source without raw documents, for rows that start from an embedding
@@ -49,20 +48,16 @@ def train_pair(run: RunConfig, out: Path, *, continues: bool = False) -> dict[st
     assert pair is not None  # checked by RunConfig
     check_expert_name(pair.name)
     anchor = open_anchor(path_of(pair.anchor))
-    tokenizer, given = anchor.tokenizer, run.data.tokenizer
-    if given and Tokenizer.load(path_of(given)).digest != tokenizer.digest:
-        raise UserError(
-            f"data.tokenizer {given} is not the tokenizer of {anchor.path}; leave it out: a pair"
-            " uses its anchor's"
-        )
+    tokenizer = anchor.tokenizer
+    check_tokenizer(run.data, tokenizer, anchor.path)
     model = model_of_pair(run, anchor.config)
-    run = run.of_model(model)
+    run = run.of_model(model, f"the anchor {anchor.path}")
     extra = _public(run, anchor)
     how: dict[str, Any] = {"extra": extra, "learnt": [anchor.path / "public"]}
     batches, heldout = open_sources(_with_shares(run), tokenizer, run.train.seed, **how)
-    row = _row_for_all(pair, run, anchor)
 
     def initial(placement: Placement, base: Params) -> Params:
+        row = _row_for_all(pair, run, anchor, base)
         make = functools.partial(new_expert, model=model)
         shapes = jax.eval_shape(make, base["experts"], row)
         placed = {name: placement(f"expert/{name}", a.shape) for name, a in shapes.items()}
@@ -111,7 +106,9 @@ def new_expert(anchor_experts: Params, row: np.ndarray | None, model: ModelConfi
     return expert
 
 
-def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
+def _row_for_all(
+    pair: PairConfig, run: RunConfig, anchor: Artifact, base: Params
+) -> np.ndarray | None:
     """The initial row, the same on every process.
 
     All processes take part in computing hidden states. Other rows are made by the first, which
@@ -123,17 +120,22 @@ def _row_for_all(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarr
         return None if row is None else np.asarray(row, np.float32).tolist()
 
     if pair.row == "hidden":
-        return initial_row(pair, run, anchor)
+        return initial_row(pair, run, anchor, base)
     row = by_the_first(of_the_first)
     return None if row is None else np.asarray(row, np.float32)
 
 
-def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarray | None:
-    """The router row that a pair starts from, [D] or [L, D]; None for the anchor's own."""
+def initial_row(
+    pair: PairConfig, run: RunConfig, anchor: Artifact, base: Params | None = None
+) -> np.ndarray | None:
+    """The router row that a pair starts from, [D] or [L, D]; None for the anchor's own.
+
+    `base`: the anchor's parameters on the run's mesh, where they are in memory already.
+    """
     if pair.row == "anchor":
         return None
     if pair.row == "hidden":
-        return _mean_hidden_states(run, anchor)
+        return _mean_hidden_states(run, anchor, base)
     if pair.row == "embedding":
         embedder = load_embedder(
             anchor.path / "embedder", anchor.config.d_model, allow_hub=pair.allow_hub_embedder
@@ -144,7 +146,7 @@ def initial_row(pair: PairConfig, run: RunConfig, anchor: Artifact) -> np.ndarra
     return random.normal(0, anchor.config.init_std, anchor.config.d_model).astype(np.float32)
 
 
-def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
+def _mean_hidden_states(run: RunConfig, anchor: Artifact, base: Params | None) -> np.ndarray:
     """The mean input of the anchor's routers on the owner's text, [L, D].
 
     It is scaled to the length of the anchor's own rows. The anchor lies on the run's mesh, in its
@@ -153,7 +155,7 @@ def _mean_hidden_states(run: RunConfig, anchor: Artifact) -> np.ndarray:
     """
     mesh, size = make_mesh(run.mesh), run.data.batch_size // run.train.accumulate
     check_microbatch(run, mesh.shape)
-    params = anchor.params(placement=placement_on(mesh, anchor.config))
+    params = base or anchor.params(placement=placement_on(mesh, anchor.config))
     rows = anchor.arrays()["experts/row"].astype(np.float32)[:]
     summed, hidden = _summed_hidden_states(anchor.config, mesh, run.kernels), np.zeros_like(rows)
     for number, batch in enumerate(_first_records(run, anchor.tokenizer, size)):

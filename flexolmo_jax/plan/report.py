@@ -57,7 +57,7 @@ def plan_training(
     """
     check_remat(run.train.remat, "tpu")
     model, program = architecture(run), program_of(run)
-    run = run.of_model(model)
+    run = run.of_model(model, "what it starts from")
     mesh = mesh_of(run.mesh, slice_, slices, run)
     flops = step_flops(run, model)
     tokens = run.data.batch_size * run.data.seq_len

@@ -12,8 +12,9 @@ from typing import Any
 
 from flexolmo_jax.config import RunConfig
 from flexolmo_jax.coordinator.merge import merge
+from flexolmo_jax.data.changes import changed_documents
 from flexolmo_jax.data.fetch import fetch
-from flexolmo_jax.data.prepare import changed_documents, prepare
+from flexolmo_jax.data.prepare import prepare
 from flexolmo_jax.data.records import Index
 from flexolmo_jax.data.tokenizer import Tokenizer, train_tokenizer
 from flexolmo_jax.errors import UserError

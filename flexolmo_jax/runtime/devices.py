@@ -8,6 +8,7 @@ import jax
 
 from flexolmo_jax.errors import from_a_clone
 
+from .environment import check_config
 from .progress import note
 
 # What a driver leaves in /dev, and the extra that brings JAX's support.
@@ -21,8 +22,10 @@ def all_devices() -> list[Any]:
     """All devices (`jax.Device`) of JAX's default backend.
 
     JAX runs on the CPU where it cannot use an accelerator, and only logs it. One note says so,
-    unless the CPU was asked for (JAX_PLATFORMS=cpu).
+    unless the CPU was asked for (JAX_PLATFORMS=cpu). Raises UserError as `environment.check_config`
+    does.
     """
+    check_config(jax.config)
     found = jax.devices()
     chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     if found[0].platform == "cpu" and not chosen:

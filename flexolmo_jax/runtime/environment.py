@@ -8,8 +8,24 @@ from collections.abc import Mapping
 
 from flexolmo_jax.errors import UserError
 
-_X64 = "JAX_ENABLE_X64"
 _YES = ("1", "on", "t", "true", "y", "yes")
+_GUARDED = (
+    ("disallow", "disallow_explicit"),
+    "'allow': data move to devices and back",
+)
+# Settings of JAX, by which other programs compute or are checked, and that this one cannot run
+# under: values in small letters, and what is expected instead.
+_REFUSED = {
+    "JAX_ENABLE_X64": (_YES, "integers and numbers of 32 bits"),
+    "JAX_NUMPY_RANK_PROMOTION": (("raise",), "'allow': ranks are combined"),
+    "JAX_NUMPY_DTYPE_PROMOTION": (
+        ("strict",),
+        "'standard': types are combined",
+    ),
+    "JAX_TRANSFER_GUARD": _GUARDED,
+    "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": _GUARDED,
+    "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": _GUARDED,
+}
 # in the messages of JAX against what an environment variable says
 _REFUSALS = (
     "Unable to initialize backend",
@@ -30,12 +46,23 @@ def package_version() -> str:
 
 
 def check(environment: Mapping[str, str]) -> None:
-    """Raises UserError where JAX would compute with other types than this program's."""
-    if environment.get(_X64, "").strip().lower() in _YES:
-        raise UserError(
-            f"{_X64} is {environment[_X64]!r:.20}; expected integers and numbers of 32 bits; unset"
-            " it"
-        )
+    """Raises UserError for a variable under which nothing here can run."""
+    for name, (values, expected) in _REFUSED.items():
+        if environment.get(name, "").strip().lower() in values:
+            raise UserError(f"{name} is {environment[name]!r:.20}; expected {expected}; unset it")
+
+
+def check_config(config: object) -> None:
+    """The same of `jax.config`, which programs that import this one may have changed."""
+    for variable, (values, expected) in _REFUSED.items():
+        name = variable.lower()
+        value = getattr(config, name, None)
+        value = getattr(value, "value", value)  # some are enumerations
+        if str(value).lower() in values:
+            raise UserError(
+                f"jax.config.{name} is {value!r:.20}; expected {expected}; set it back with"
+                f" jax.config.update({name!r}, ...)"
+            )
 
 
 def refusal(error: Exception) -> str | None:

@@ -19,7 +19,7 @@ from flexolmo_jax.storage.paths import takes_paths
 
 from .job import Job
 from .loop import train
-from .sources import choose_tokenizer, open_sources
+from .sources import check_tokenizer, choose_tokenizer, open_sources
 
 
 @takes_paths
@@ -58,6 +58,8 @@ def _job_from_weights(run: RunConfig) -> Job:
             f" {run.run} cannot start from it"
         )
 
+    check_tokenizer(run.data, start.tokenizer, start.path)
+
     def initial(placement: Placement, base: Params) -> Params:
         # Masters are float32 whatever the release dtype: steps of 1e-4 vanish in bfloat16.
         return jax.tree.map(lambda a: a.astype("float32"), start.params(placement=placement))
@@ -72,7 +74,7 @@ def _job(
     initial: Callable[[Placement, Params], Params],
     init: Artifact | None = None,
 ) -> Job:
-    run = run.of_model(model)
+    run = run.of_model(model, f"{init.kind} {init.path}" if init else "")
     learnt = [init.path / "public"] if init and init.kind == "anchor" else []
     batches, heldout = open_sources(run.data, tokenizer, run.train.seed, learnt=learnt)
     experts = ("anchor", *(f"expert{i}" for i in range(1, model.n_experts)))

@@ -19,7 +19,7 @@ from flexolmo_jax.artifact import (
     open_artifact,
     write_description,
 )
-from flexolmo_jax.config import RunConfig, dump_yaml, load_config, to_dict
+from flexolmo_jax.config import RunConfig, dump_yaml, read_config, to_dict, without_unused
 from flexolmo_jax.data.records import Content
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.description import canonical_json
@@ -136,7 +136,7 @@ def _continue(job: Job, out: Path, kept: Mapping[str, Any], changed: Changes) ->
             f"{out} cannot be trained on with another {other[0]} ({old:.80}, now {new:.80});"
             f" --continue takes {', '.join(CONTINUED)}; give {ELSEWHERE}"
         )
-    was = load_config(out / CONFIG).optim.router_lr
+    was = read_config(out / CONFIG).optim.router_lr
     if (was > 0) != (job.config.optim.router_lr > 0):
         raise UserError(
             f"{out} has optim.router_lr {was:g}; got {job.config.optim.router_lr:g}; a rate of the"
@@ -172,9 +172,11 @@ def _changed_settings(job: Job, out: Path, kept: Mapping[str, Any], inputs: Inpu
     def place(key: str, path: str) -> str:
         return str(absolute(path_of(path))) if path and key not in compared else ""
 
-    both = load_config(out / CONFIG), job.config
+    both = read_config(out / CONFIG), job.config
     # Balance is a microbatch's own: no other number of them adds up to the same loss.
     free = FREE - {"accumulate"} if all(c.optim.load_balance for c in both) else FREE
+    if "inputs" in kept:  # what was read says how
+        free = free | {"text_key", "separator"}
     old, new = (_settings(config.reading(place), free) for config in both)
     shown, now = (_settings(config, free) for config in both)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -234,7 +236,7 @@ def _newest(out: Path) -> int:
 def _settings(config: RunConfig, free: set[str]) -> dict[str, Any]:
     """What two configs of the same run have in common: all keys but the mesh and those that are
     free."""
-    tree = to_dict(config).items()
+    tree = to_dict(without_unused(config)).items()
     given = {key: value for key, value in tree if value is not None and key != "mesh"}
     return {
         path.replace("/", "."): value
@@ -272,7 +274,7 @@ def _content_of(start: Artifact) -> Content:
     file, inputs = start.path / CONFIG, start.description.get("inputs", {})
     settings: dict[str, Any] = {}
     if file.exists():
-        settings = _settings(load_config(file).reading(lambda *_: ""), FREE)
+        settings = _settings(read_config(file).reading(lambda *_: ""), FREE)
     digests = {key: read["sha256"] for key, read in inputs.items()}
     whole = canonical_json([settings, digests, start.fingerprint]).encode()
     return Content(hashlib.sha256(whole).hexdigest(), f"a run (run: {start.description['run']})")

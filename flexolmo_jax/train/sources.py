@@ -6,9 +6,9 @@ from pathlib import Path
 
 from flexolmo_jax.config import DataConfig, Dataset
 from flexolmo_jax.data.chat import CHAT_FILE
-from flexolmo_jax.data.documents import has_documents
+from flexolmo_jax.data.documents import AS_TEXT, has_documents
 from flexolmo_jax.data.mixture import Batches, mixture
-from flexolmo_jax.data.prepare import open_data
+from flexolmo_jax.data.prepare import open_data, ready
 from flexolmo_jax.data.records import Part, Records, open_records
 from flexolmo_jax.data.sample import tell_heldout
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -34,6 +34,16 @@ def choose_tokenizer(data: DataConfig) -> Tokenizer:
         "data.tokenizer is empty and no data.train path is a prepared directory that carries one;"
         " set data.tokenizer"
     )
+
+
+def check_tokenizer(data: DataConfig, tokenizer: Tokenizer, start: Path) -> None:
+    """Raises UserError where the config has another tokenizer than what the run starts from."""
+    given = data.tokenizer
+    if given and Tokenizer.load(path_of(given)).digest != tokenizer.digest:
+        raise UserError(
+            f"data.tokenizer {given} is not the tokenizer of {start}, which the run has; leave it"
+            " out"
+        )
 
 
 Opened = Callable[[Dataset, Part], Source]
@@ -110,18 +120,13 @@ def open_sources(
     conversation.
     """
 
-    def opened(dataset: Dataset, part: Part) -> Source:
-        path, length = path_of(dataset.path), data.seq_len
-        return open_data(path, tokenizer, length, part, data.reading, dataset.dtype)
-
     mixed = (*data.train, *extra)
+    places = _places(data, tokenizer, (*mixed, *data.eval))
 
-    def prepare() -> None:
-        """Raw documents, into the cache: by one process, not by all at once."""
-        for dataset in (*mixed, *data.eval):
-            opened(dataset, "train")
+    def opened(dataset: Dataset, part: Part) -> Source:
+        place, length = places[dataset.path], data.seq_len
+        return open_data(place, tokenizer, length, part, data.reading, dataset.dtype)
 
-    by_the_first(prepare)
     training = [(opened(d, "train"), d.weight) for d in mixed]
     if data.loss == "assistant" and not any(
         records.conversations for records, _ in training[: len(data.train)]
@@ -139,4 +144,35 @@ def open_sources(
     before = (open_records(path, "train") for path in learnt)
     all_learnt = itertools.chain((records for records, _ in training), before)
     heldout = evaluation_sources(data, extra, opened, all_learnt)
+    _check_reading(data, [*(source for source, _ in training), *heldout.values()])
     return mixture(training, data.batch_size, seed), heldout
+
+
+def _check_reading(data: DataConfig, sources: Sequence[Source]) -> None:
+    """Raises UserError where documents are to be read in a way, and none was."""
+    for key in ("text_key", "separator"):
+        value, usual = getattr(data, key), getattr(AS_TEXT, key)
+        if value != usual and not any(
+            isinstance(source, Records) and getattr(source.index, key) == value
+            for source in sources
+        ):
+            raise UserError(
+                f"data.{key} is {value!r:.80}, which has no effect: all data are prepared already,"
+                " and not so; leave it out, or prepare them again"
+            )
+
+
+def _places(data: DataConfig, tokenizer: Tokenizer, datasets: Sequence[Dataset]) -> dict[str, Path]:
+    """Where the records of each path are. Whether raw documents have changed may take reading all
+    of them, so that it is asked once."""
+    found: dict[str, Path] = {}
+
+    def prepare() -> None:
+        for dataset in datasets:
+            if (path := dataset.path) not in found:
+                how = (data.seq_len, data.reading, dataset.dtype)
+                found[path] = ready(path_of(path), tokenizer, *how)
+
+    by_the_first(prepare)  # into the cache: by one process, not by all at once
+    prepare()
+    return found

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flexolmo_jax.data.prepare import changed_documents
+from flexolmo_jax.data.changes import changed_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import make_folder, write_text
 from flexolmo_jax.storage.paths import children
