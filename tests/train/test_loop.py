@@ -29,6 +29,7 @@ from flexolmo_jax.storage.checkpoint import StepCheckpoints
 from flexolmo_jax.train.evaluate import make_scorer, score_records
 from flexolmo_jax.train.metrics import MetricsWriter, read_metrics
 from flexolmo_jax.train.pretrain import pretrain
+from tests.faults.test_interrupts import STARTED
 from tests.tiny import documents, pair_config, run_config, write_jsonl
 from tests.train.test_elastic import train_until
 
@@ -347,7 +348,8 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(prepared, tmp_pat
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     arguments = ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flexolmo_jax.cli", *arguments],
+        [sys.executable, "-c", STARTED, *arguments],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
