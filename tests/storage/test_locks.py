@@ -37,8 +37,8 @@ with alone(path_of(sys.argv[1])):
 def held(place: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that is alone at a place."""
     command = [sys.executable, "-c", HOLD, str(place)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, env=os.environ) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ) as process:
         assert process.stdout and process.stdout.readline() == "held\n"
         try:
             yield process
@@ -239,8 +239,10 @@ def test_a_lease_is_renewed_while_it_is_held(bucket, monkeypatch):
 def test_who_has_lost_its_lease_ends_before_both_write(bucket, tmp_path):
     program = f"from flexolmo_jax.storage import leases\nleases.RENEWED = 0.2\n{HOLD}"
     command = [sys.executable, "-c", program, str(bucket / "out")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes, text=True, env=os.environ) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ
+    ) as process:
         assert process.stdout and process.stdout.readline() == "held\n"
         written(lock_of(bucket / "out"), machine="another", host="elsewhere")
         assert process.wait(timeout=60) == 75 and process.stderr
