@@ -73,6 +73,9 @@ def test_an_unknown_key_names_the_nearest_known_one(tree, message):
         ({"train": {"steps": None}}, "train.steps is None"),
         ({"optim": {"lr": "fast"}}, "optim.lr is 'fast'; expected a value of type float"),
         ({"optim": {"lr": False}}, "optim.lr is False"),
+        ({"optim": {"lr": math.inf}}, "optim.lr is inf; expected a positive, finite number"),
+        ({"optim": {"z_loss": math.inf}}, "optim.z_loss is inf; expected a finite number from 0"),
+        ({"data": {"train": [{"path": "a", "weight": math.inf}]}}, "weight of a is inf; expected"),
         ({"model": {"router_bias": 1}}, "model.router_bias is 1; expected a value of type bool"),
         (
             {"train": {"remat": "some"}},

@@ -46,7 +46,8 @@ class Dataset(Section):
     def check(self) -> None:
         expected = "a prepared directory or a file of documents"
         expect(bool(self.path), "data path", self.path, expected)
-        expect(self.weight > 0, f"weight of {self.path}", self.weight, "a positive number")
+        is_weight = 0 < self.weight < math.inf
+        expect(is_weight, f"weight of {self.path}", self.weight, "a positive, finite number")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ class OptimConfig(Section):
         self.expect_not_negative("z_loss", "router_z_loss", "load_balance")
         for key in ("beta1", "beta2"):
             self.expect(key, 0 <= getattr(self, key) < 1, "a number from 0 to below 1")
-        self.expect_positive("eps", "clip")
+        self.expect_positive("eps")
+        self.expect("clip", self.clip > 0, "a positive number")  # .inf: nothing is cut
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the sections of a config share."""
 
+import math
 from typing import Any, ClassVar
 
 from flexolmo_jax.errors import UserError
@@ -17,11 +18,11 @@ class Section:
 
     def expect_positive(self, *keys: str) -> None:
         for key in keys:
-            self.expect(key, getattr(self, key) > 0, "a positive number")
+            self.expect(key, 0 < getattr(self, key) < math.inf, "a positive, finite number")
 
     def expect_not_negative(self, *keys: str) -> None:
         for key in keys:
-            self.expect(key, getattr(self, key) >= 0, "0 or more")
+            self.expect(key, 0 <= getattr(self, key) < math.inf, "a finite number from 0 on")
 
 
 def expect(holds: bool, what: str, got: Any, expected: str) -> None:

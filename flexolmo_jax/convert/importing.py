@@ -45,7 +45,11 @@ FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors$"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TENSORS = 1 << 17  # more than any model has, in all files together
 SIGNS = TENSORS + 1000  # commas and brackets of INDEX and of config.json
-HEAD = "lm_head.weight"  # some files have it although the config says that it is the embedding
+# Of a tied head, which the config says to be the embedding, files have either name, or both.
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BUFFERS = re.compile(r".*\brotary_emb\.inv_freq")  # of older files; config.json says what they hold
+PART = 1 << 22  # numbers that are compared at once
+ADAPTER = "adapter_config.json"
 
 
 @takes_paths
@@ -77,6 +81,7 @@ def import_hf(
     expect(dtype in (None, *DTYPES), "--dtype", dtype, f"one of {known}")
     check_new(out)
     clear(out)
+    _check_whole_model(hf_path)
     fields = _read_json(hf_path / "config.json")
     config = model_config(fields)
     if match and names:
@@ -133,6 +138,8 @@ class _Checkpoint:
             # The files in the cache of a hub are links, which TensorFile refuses.
             file = opened.enter_context(TensorFile(absolute(path), with_metadata=True))
             for name in file.entries:
+                if BUFFERS.fullmatch(name):
+                    continue
                 if name in self._files:
                     raise UserError(
                         f"{name} is in {self._files[name].path} and in {path}; remove the file that"
@@ -171,11 +178,15 @@ class _Checkpoint:
         """
         found: dict[str, list[_Located]] = defaultdict(list)
         missing, used = [], set()
+        if tied:
+            self._check_tied(table[0].shape)
         experts = 1 + max((entry.index[1] for entry in table if len(entry.index) == 2), default=0)
         for entry in table:
             name, start, shape = entry.name, 0, entry.shape
             if name not in self._files:
                 name, start, shape = _fused(entry, experts) or (name, start, shape)
+            if tied and name == EMBEDDING and name not in self._files:
+                name = HEAD  # safetensors' save_model keeps but one of two names
             if name not in self._files:
                 missing.append(entry.name)
                 continue
@@ -193,6 +204,24 @@ class _Checkpoint:
                 raise UserError(f"{self._directory} {what} tensors: {some(names)}; {TOGETHER}")
         return found
 
+    def _check_tied(self, shape: tuple[int, ...]) -> None:
+        """Raises UserError for a head that is said to be the embedding and is another: versions of
+        transformers take one or the other."""
+        both = [self._files[name] for name in (EMBEDDING, HEAD) if name in self._files]
+        if len(both) < 2:
+            return
+        is_same = both[1].entries[HEAD].shape == shape == both[0].entries[EMBEDDING].shape
+        for start in range(0, math.prod(shape) * is_same, PART):
+            size = (min(PART, math.prod(shape) - start),)
+            embedding, _ = both[0].read_part(EMBEDDING, start, size)
+            head, _ = both[1].read_part(HEAD, start, size)
+            is_same = is_same and np.array_equal(embedding, head.astype(embedding.dtype))
+        if not is_same:
+            raise UserError(
+                f"{both[1].path}: {HEAD} is not {EMBEDDING}, which it is by config.json; take it"
+                " out of the file, or set tie_word_embeddings to false"
+            )
+
 
 def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | None:
     """The tensor of all experts of a layer that this one is a part of: its name, where the part
@@ -206,6 +235,15 @@ def _fused(entry: Entry, experts: int) -> tuple[str, int, tuple[int, ...]] | Non
         return f"{prefix}.down_proj", expert * outputs * inputs, (experts, outputs, inputs)
     start = (2 * expert + (kind == "up")) * outputs * inputs  # an expert's gate, then its up
     return f"{prefix}.gate_up_proj", start, (experts, 2 * outputs, inputs)
+
+
+def _check_whole_model(directory: Path) -> None:
+    """Raises UserError for an adapter, which transformers adds to the weights, or to others."""
+    if (directory / ADAPTER).exists():
+        raise UserError(
+            f"{directory} holds an adapter ({ADAPTER}); expected the weights of a model; merge it"
+            " into its model with peft's merge_and_unload, and save that"
+        )
 
 
 def _tokenizer(
@@ -267,8 +305,7 @@ def _tensor_files(directory: Path) -> list[Path]:
     shards = {name: match.groups() for name in found if (match := re.fullmatch(SHARD, name))}
     expected = indexed = _indexed(directory / INDEX) if INDEX in present else []
     if WHOLE in found and WHOLE not in indexed and set(indexed) <= set(found):
-        # transformers reads it first, whatever lies beside it
-        expected = [name for name in found if name not in {*indexed, *shards}]
+        expected = [WHOLE]  # transformers reads it first, whatever lies beside it
     elif not indexed and shards:
         expected = _of_one_set(directory, set(shards.values()))
     elif not indexed:

@@ -3,7 +3,10 @@ no text can become."""
 
 from typing import Any
 
+from tokenizers import Regex, pre_tokenizers
+
 from flexolmo_jax.errors import UserError
+from flexolmo_jax.storage.untrusted import no_panic
 
 from .tokenizer_file import objects_in
 
@@ -22,11 +25,10 @@ RARE = frozenset((*range(0x20), 0x7F, *range(0xF1, 0xF5))) - frozenset(b"\t\n\r"
 # steps that keep every byte of a text, but for its normal form and a space before it
 _KEEPING = {
     "normalizer": ("Sequence", "NFC", "NFD"),
-    "pre_tokenizer": (
-        *("Sequence", "ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"),
-        "FixedLength",
-    ),
+    "pre_tokenizer": ("Sequence", "ByteLevel", "Split", "Digits", "Punctuation", "FixedLength"),
 }
+# what a split that keeps only what it matches has to match whole
+_PROBE = "a b\n\n  c\t1!\u00e9\u3000\r\n"
 
 
 def check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str) -> bytes:
@@ -34,7 +36,9 @@ def check_byte_level(fields: dict[str, Any], added: dict[str, Any], where: str) 
     byte-level BPE."""
     model, split = fields["model"], fields["pre_tokenizer"] or {}
     kinds = [step["type"] for step in split.get("pretokenizers", [split]) if step]
-    if model["type"] != "BPE" or "ByteLevel" not in kinds:
+    levels = [step for step in objects_in(split) if step.get("type") == "ByteLevel"]
+    # a second one would take the signs of bytes for text
+    if model["type"] != "BPE" or "ByteLevel" not in kinds or len(levels) > 1:
         kind = "SentencePiece's BPE" if model.get("byte_fallback") else f"a {model['type']}"
         raise UserError(
             f"{where} is {kind} with pre-tokenizer {kinds or None}: expected a byte-level BPE"
@@ -78,14 +82,24 @@ def check_keeps_text(fields: dict[str, Any], where: str) -> None:
     """Raises UserError for steps that make another text of a text, or leave out a part of it."""
     for part, keeping in _KEEPING.items():
         for step in objects_in(fields.get(part)):
-            kind, removes = step.get("type"), step.get("behavior") == "Removed"
-            if kind not in (None, *keeping) or (removes and not step.get("invert")):
+            kind, removes = step.get("type"), _removes(step, where)
+            if kind not in (None, *keeping) or removes:
                 raise UserError(
                     f"{where} has the {part} {kind!r:.40}, which "
                     + ("leaves out a part of a text" if removes else "makes another text of a text")
                     + ", so that its bytes cannot be counted; expected a tokenizer that keeps texts"
                     " as they are, but for NFC and NFD"
                 )
+
+
+def _removes(step: dict[str, Any], where: str) -> bool:
+    """Whether a step leaves out a part of a text."""
+    if step.get("behavior") != "Removed" or not step.get("invert"):
+        return step.get("behavior") == "Removed"
+    expression = step["pattern"].get("String") or Regex(step["pattern"]["Regex"])
+    with no_panic(where):
+        kept = pre_tokenizers.Split(expression, "removed", invert=True).pre_tokenize_str(_PROBE)
+    return "".join(part for part, _ in kept) != _PROBE
 
 
 def changes_text(fields: dict[str, Any]) -> bool:

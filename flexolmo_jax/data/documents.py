@@ -161,9 +161,11 @@ def found_in(path: Path, reading: Reading = AS_TEXT) -> Found:
         found = _in_directory(path, reading)
         if not found.files:
             told = _in_words(found.left_out)
+            what = f'with a "{reading.text_key}" ' if _WITHOUT in grouped(found.left_out) else ""
             raise UserError(
-                f"{path} holds no documents: expected {', '.join(FORMATS)} files inside it"
+                f"{path} holds no documents: expected {', '.join(FORMATS)} files {what}inside it"
                 + (f"; left out: {told}" if told else "")
+                + (f"; {_OPTIONS}" if what else "")
             )
         tell_left_out(path, found.left_out, reading)
         return found
@@ -310,7 +312,8 @@ def _records(raw: BinaryIO, file: File, advance: Callable[[int], Any]) -> Record
     if form == ".parquet":
         if content is not raw:
             raise UnknownKind(f"{file.path} is a compressed .parquet; unpack it")
-        yield from read_parquet(raw, file, advance)
+        if begins:  # an empty file is told, and is no error, as of any other kind
+            yield from read_parquet(raw, file, advance)
         return
     if _is_utf_16(begins):
         raise UserError(f"{file.path} is UTF-16; expected UTF-8; convert it")

@@ -41,6 +41,7 @@ from flexolmo_jax.data.records import (
     InputFile,
     LeftOut,
     Split,
+    name_in_index,
     open_records,
     sha256_of,
 )
@@ -243,7 +244,7 @@ def changed_documents(prepared: Path, documents: Sequence[Path], reading: Readin
         if getattr(index, key) != getattr(reading, key):
             return f"{key} was {getattr(index, key)!r}, now {getattr(reading, key)!r}"
     files = [file for path in documents for file in document_files(path, reading)]
-    now = [InputFile(file.name, size_of(file), sha256_of(file)) for file in files]
+    now = [InputFile.of(file) for file in files]
     before = index.inputs
     if list(map(_kind_of, before)) == list(map(_kind_of, now)):
         return ""
@@ -362,7 +363,7 @@ def _index(
     names = sorted(listing(directory).keys() - {UNFINISHED})
     return Index(
         format=FORMAT,
-        name=name,
+        name=name_in_index(name),
         seq_len=seq_len,
         tokenizer_digest=tokenizer.text_digest,
         vocab_size=tokenizer.vocab_size,

@@ -15,6 +15,7 @@ makes shorter or longer, as by NFC, counts with the bytes of the documents thems
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args
@@ -28,7 +29,7 @@ from flexolmo_jax.data.documents import AS_TEXT, INDEX_FILE
 from flexolmo_jax.data.ids import checked_ids
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import write_bytes
-from flexolmo_jax.storage.paths import absolute, open_regular, path_of, reason
+from flexolmo_jax.storage.paths import absolute, open_regular, path_of, reason, size_of
 from flexolmo_jax.storage.untrusted import conform, parse_json, read_bytes
 
 FORMAT = 1
@@ -43,7 +44,8 @@ FILES = r"^((train|heldout)\.(tokens|segments|context)\.npy|(tokenizer|chat|conv
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Difference = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 Token = Annotated[int, Field(ge=0, lt=2**24)]
-Name = Annotated[str, Field(max_length=255)]  # of a file or a directory
+_NAME = 255  # characters of the name of a file or a directory
+Name = Annotated[str, Field(max_length=_NAME)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 INPUTS = 100_000  # files of documents; an index of more would be longer than untrusted.JSON_LIMIT
 NAMES = 100  # of what is left out, for each reason
@@ -96,6 +98,11 @@ class InputFile:
     name: Name
     bytes: Count
     sha256: Digest
+
+    @classmethod
+    def of(cls, file: Path) -> "InputFile":
+        """That of a file. Raises UserError where it cannot be read."""
+        return cls(name_in_index(file.name), size_of(file), sha256_of(file))
 
 
 @dataclass(frozen=True)
@@ -306,6 +313,11 @@ class Records:
 def open_records(path: Path, split: Split) -> Records:
     """Opens a split of a prepared directory. Raises UserError where it or a file is not whole."""
     return Records(path, split)
+
+
+def name_in_index(name: str) -> str:
+    """A file's name as an index has it: of bytes that are not UTF-8, escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")[:_NAME]
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

@@ -20,11 +20,10 @@ from flexolmo_jax.data.documents import (
     documents_in,
     is_heldout,
 )
-from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex, sha256_of
+from flexolmo_jax.data.records import SPLITS, InputFile, Split, SplitIndex
 from flexolmo_jax.data.split_writer import SplitWriter
 from flexolmo_jax.data.tokenized import Tokenized, tokenized
 from flexolmo_jax.data.tokenizer import Tokenizer
-from flexolmo_jax.storage.paths import size_of
 
 SHARD = 1 << 30  # bytes of its files, as they are on disk; a longer file is a shard of its own
 # a task has a chunk; the process that renders its conversations takes 0.1 s to start
@@ -116,7 +115,7 @@ def pack(
             writers[split].add(document)
         for writer in writers.values():
             writer.cut()
-        inputs += [InputFile(file.name, size_of(file), sha256_of(file)) for file in shard.files]
+        inputs += [InputFile.of(file) for file in shard.files]
     splits: dict[Split, SplitIndex] = {split: writers[split].finish() for split in SPLITS}
     return Packed(splits, inputs, documents.duplicates, documents.empty, documents.tally)
 

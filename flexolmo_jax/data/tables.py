@@ -121,7 +121,8 @@ def read_parquet(raw: BinaryIO, file: File, advance: Callable[[int], Any]) -> Re
         with pyarrow.parquet.ParquetFile(raw) as table:
             names = table.schema_arrow.names
             columns = [k for k in (key, MESSAGES) if k in names or k.partition(".")[0] in names]
-            if not columns:
+            twice = [k for k in columns if max(map(names.count, (k, k.partition(".")[0]))) > 1]
+            if twice or not columns:
                 raise NoDocument(
                     f"{path} has the columns {', '.join(names)}; expected one named"
                     f' "{key}" or "{MESSAGES}"'

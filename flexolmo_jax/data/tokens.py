@@ -30,7 +30,7 @@ from flexolmo_jax.data.ids import checked_ids
 from flexolmo_jax.data.records import FILES, Content, Record, Records, Split, token_dtype
 from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.storage.folders import below, files_below
+from flexolmo_jax.storage.folders import below, ends_in, files_below
 from flexolmo_jax.storage.paths import path_of, reason
 
 SUFFIXES = (".npy", ".bin")
@@ -75,7 +75,7 @@ def tell_beside(path: Path, reading: Reading) -> None:
     others = [
         (entry.problem or OTHER, entry.shown)
         for entry in entries
-        if entry.problem not in ("", "empty") or not entry.path.name.endswith(SUFFIXES)
+        if entry.problem not in ("", "empty") or not ends_in(entry.path, SUFFIXES)
     ]
     tell_left_out(path, others, reading)
 
@@ -158,7 +158,7 @@ Source = Records | TokenRecords
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return files_below(path, SUFFIXES)
-    return [path] if path.name.endswith((*SUFFIXES, *PACKED)) and path.is_file() else []
+    return [path] if ends_in(path, (*SUFFIXES, *PACKED)) and path.is_file() else []
 
 
 def _is_prepared(file: Path) -> bool:
@@ -175,12 +175,12 @@ def _map(file: Path, vocab_size: int, named: IdType) -> np.ndarray | BucketArray
         raise UserError(f"{file} is not a whole NumPy file: {error}; copy it again") from error
     if header is None:
         start = map_array(file, np.dtype(np.uint8), 0, (min(size, 4 * _SAMPLE),))[:]
-        if file.name.endswith(PACKED) or start.tobytes().startswith(_MAGIC):
+        if ends_in(file, PACKED) or start.tobytes().startswith(_MAGIC):
             raise UserError(
                 f"{file} is an archive or compressed; expected a flat array of ids: unpack it, and"
                 " save each array with numpy.save"
             )
-        dtype = np.dtype(named or _type_of(file, start, vocab_size))
+        dtype = _named(file, start, named) if named else _type_of(file, start, vocab_size)
         if size % dtype.itemsize:
             raise UserError(
                 f"{file} has {size} bytes, which is not a whole number of {dtype.name}; is the file"
@@ -202,6 +202,18 @@ def _map(file: Path, vocab_size: int, named: IdType) -> np.ndarray | BucketArray
             f" {header.dtype}; copy it again"
         )
     return map_array(file, header.dtype, header.start, header.shape)
+
+
+def _named(file: Path, start: np.ndarray, named: IdType) -> np.dtype:
+    """The type that a user names. Raises UserError where the first bytes show a wider one."""
+    dtype = np.dtype(named)
+    values = start[: len(start) // 8 * 8].view(dtype)
+    if len(start) >= _TELLING and values.any() and not values[1::2].any():
+        raise UserError(
+            f"{file} has the dtype {named} in the config, and then every second value is 0; name"
+            " the type that it has, which is twice as wide"
+        )
+    return dtype
 
 
 def _type_of(file: Path, start: np.ndarray, vocab_size: int) -> np.dtype:

@@ -81,4 +81,9 @@ def _problem(path: str) -> str:
 def files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The files at any depth with one of these suffixes, sorted, without hidden ones."""
     readable = (entry for entry in below(directory) if entry.problem in ("", "empty"))
-    return [entry.path for entry in readable if entry.path.name.endswith(suffixes)]
+    return [entry.path for entry in readable if ends_in(entry.path, suffixes)]
+
+
+def ends_in(path: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a name ends in one of these, in capitals or not."""
+    return path.name.lower().endswith(suffixes)

@@ -79,8 +79,8 @@ def path_of(path: AnyPath) -> Path:
 
 
 def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
-    """Lets users call a function: arguments annotated as Path, as several, or as some by name go
-    through `path_of`, and may be anything that Python takes for a path."""
+    """Lets users call a function: arguments annotated as Path, as several (or one in their place),
+    or as some by name go through `path_of`, and may be anything that Python takes for a path."""
     signature = inspect.signature(function)
     kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
 
@@ -93,6 +93,7 @@ def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
             if kinds[name] in (Path, Path | None):
                 given.arguments[name] = path_of(value)
             elif kinds[name] == Sequence[Path]:
+                value = [value] if isinstance(value, str | os.PathLike) else value  # one is meant
                 given.arguments[name] = [path_of(each) for each in value]
             elif kinds[name] in (Mapping[str, Path], Mapping[str, Path] | None):
                 given.arguments[name] = {key: path_of(each) for key, each in value.items()}
@@ -102,6 +103,8 @@ def takes_paths(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _on_this_machine(text: str) -> Path:
+    if not text:  # a variable of a shell that is not set; the working directory is "."
+        raise UserError("got an empty path; expected the name of a file or directory")
     if "\0" in text or _SCHEME.match(text):
         raise UserError(
             f"got the path {text}; expected one on this machine, or in a bucket: gs://bucket/name"

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from flexolmo_jax.convert.exporting import export_hf
-from flexolmo_jax.convert.importing import INDEX, WHOLE, import_hf
+from flexolmo_jax.convert.importing import ADAPTER, EMBEDDING, HEAD, INDEX, WHOLE, import_hf
 from flexolmo_jax.errors import UserError
 from tests.convert.conftest import DENSE
 
@@ -95,3 +97,63 @@ def test_shards_that_are_not_one_model_are_refused(both, tmp_path, change):
     }[change]
     with pytest.raises(UserError, match=told):
         import_hf(both, tmp_path / "model")
+
+
+def test_other_files_beside_the_whole_one_are_told_and_not_read(checkpoint, capsys):
+    source = checkpoint(DENSE)  # as Mistral's, which have their own form too
+    save_file({"tok_embeddings.weight": np.ones(2)}, source / "consolidated.safetensors")
+    assert norm_of(source) == 1
+    assert "consolidated.safetensors; the weights are in model.safetensors" in (
+        capsys.readouterr().err
+    )
+
+
+def test_rotary_frequencies_in_older_files_are_passed_over(checkpoint, tmp_path, capsys):
+    def with_buffers(tensors, _):
+        for layer in range(DENSE.n_layers):
+            name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+            tensors[name] = np.ones(4, np.float32)
+
+    plain, old = checkpoint(DENSE), checkpoint(DENSE, name="old", change=with_buffers)
+    models = [import_hf(path, path.with_name(f"{path.name}-model")) for path in (plain, old)]
+    assert models[0].description == models[1].description
+    assert "cast from" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_an_adapter_is_refused_by_name(checkpoint, tmp_path, with_weights):
+    source = checkpoint(DENSE)
+    (source / ADAPTER).write_text("{}")
+    if not with_weights:
+        (source / WHOLE).rename(source / "adapter_model.safetensors")
+        (source / "config.json").unlink()
+    with pytest.raises(UserError, match=r"an adapter \(adapter_config.json\).*merge_and_unload"):
+        import_hf(source, tmp_path / "model")
+
+
+def tied(change: Callable[[dict], object]) -> Callable[[dict, dict], None]:
+    def edit(tensors, fields):
+        fields["tie_word_embeddings"] = True
+        change(tensors)
+
+    return edit
+
+
+def test_a_tied_head_may_have_either_name_or_both(checkpoint, tmp_path):
+    changes = {
+        "embedding": lambda t: t.pop(HEAD),
+        "head": lambda t: t.update({HEAD: t.pop(EMBEDDING)}),
+        "both": lambda t: t.update({HEAD: t[EMBEDDING].copy()}),
+    }
+    found = [
+        import_hf(checkpoint(DENSE, name=name, change=tied(change)), tmp_path / f"{name}-model")
+        for name, change in changes.items()
+    ]
+    assert found[0].config.tied_head
+    assert found[0].description == found[1].description == found[2].description
+
+
+def test_a_head_that_is_not_the_embedding_it_is_said_to_be_is_refused(checkpoint, tmp_path):
+    other = checkpoint(DENSE, change=tied(lambda t: t.update({HEAD: 2 * t[EMBEDDING]})))
+    with pytest.raises(UserError, match=f"{HEAD} is not {EMBEDDING}, .*tie_word_embeddings to fal"):
+        import_hf(other, tmp_path / "model")

@@ -123,6 +123,10 @@ def test_parquet_without_strings_named_text_is_an_error(tmp_path):
     assert 'the columns body, id; expected one named "text"' in error_of(tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "b.parquet")
     assert 'b.parquet, document 2: "text" is a NoneType' in error_of(tmp_path / "b.parquet")
+    columns = [pyarrow.array(["x"]), pyarrow.array(["y"])]
+    twice = pyarrow.Table.from_arrays(columns, names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "c.parquet")
+    assert 'the columns text, text; expected one named "text"' in error_of(tmp_path / "c.parquet")
 
 
 @pytest.mark.parametrize(

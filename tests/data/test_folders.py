@@ -5,13 +5,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flexolmo_jax.cli import main
-from flexolmo_jax.config import Reading
+from flexolmo_jax.config import FORMATS, Reading
 from flexolmo_jax.data.documents import document_files, found_in, name_of, read_documents
 from flexolmo_jax.data.prepare import open_data, prepare, prepare_cached
-from flexolmo_jax.data.records import Index
+from flexolmo_jax.data.records import Index, LeftOut
 from flexolmo_jax.data.tokens import TokenRecords, has_tokens
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime.progress import note_once
@@ -111,9 +112,9 @@ def test_a_hidden_path_that_is_named_is_read(folder):
 def test_hidden_folders_of_token_files_are_not_read(tmp_path, tokenizer):
     (tmp_path / ".old").mkdir()
     for name in ("a.bin", ".old/b.bin"):
-        (tmp_path / name).write_bytes(bytes(64))
+        np.arange(16, dtype=np.uint32).tofile(tmp_path / name)
     assert has_tokens(tmp_path)
-    assert len(TokenRecords(tmp_path, tokenizer, 8)) == 2  # zeros are read as uint32
+    assert len(TokenRecords(tmp_path, tokenizer, 8)) == 2
 
 
 def test_a_folder_that_cannot_be_listed_is_told(folder, monkeypatch):
@@ -178,6 +179,35 @@ def test_a_folder_without_documents_says_what_it_holds(tmp_path):
         document_files(tmp_path)
 
 
+def test_a_folder_whose_files_lack_the_key_says_which_key(tmp_path):
+    (tmp_path / "notes.csv").write_text("id,note\n1,x\n")
+    told = r'with a "text" inside it; left out: 1 without documents \(notes.csv\); --text-key'
+    with pytest.raises(UserError, match=told):
+        document_files(tmp_path)
+
+
+def test_empty_files_of_every_kind_are_told_and_no_error(tmp_path, tokenizer):
+    (folder := tmp_path / "docs").mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a b"}\n')
+    names = [f"empty{suffix}" for suffix in (*FORMATS, ".jsonl.gz", ".json.zst")]
+    for name in names:
+        (folder / name).touch()
+    index = prepare([folder], tokenizer, 16, tmp_path / "out", heldout=0)
+    assert index.splits["train"].documents == 1
+    assert index.left_out == [LeftOut("empty", len(names), sorted(names))]
+
+
+def test_names_that_are_not_utf_8_are_written_so_that_the_index_is_read(tmp_path, tokenizer):
+    folder = tmp_path / os.fsdecode(b"docs\xff")
+    folder.mkdir()
+    for name in (b"a\xe9.jsonl", b"\xff" * 200 + b".jsonl", b"b\xe9.pdf"):
+        (folder / os.fsdecode(name)).write_text(json.dumps({"text": f"of {name!r}"}))
+    out = folder / os.fsdecode(b"out\xff")
+    index = prepare([folder], tokenizer, 16, out, heldout=0)
+    assert Index.read(out) == index and index.name == "out\\xff"
+    assert index.inputs[0].name == "a\\xe9.jsonl" and index.left_out[0].names == ["b\\udce9.pdf"]
+
+
 def test_the_cache_knows_how_documents_were_read(tmp_path, tokenizer):
     (folder := tmp_path / "docs").mkdir()
     (folder / "a.txt").write_text("one\n---\ntwo\n")
@@ -208,9 +238,9 @@ def test_special_tokens_that_documents_spell_stay_text(tmp_path, tokenizer):
 
 
 def test_documents_beside_token_files_are_told(tmp_path, tokenizer, capfd):
-    (tmp_path / "a.bin").write_bytes(bytes(64))
-    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    np.arange(32, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    (tmp_path / "b.csv").write_text("text\nb\n")
     assert isinstance(open_data(tmp_path, tokenizer, 8, "train"), TokenRecords)
-    assert f"{tmp_path}: left out 1 of another kind (b.jsonl)" in capfd.readouterr().err
-    with pytest.raises(UserError, match=r"holds 1 of another kind \(b\.jsonl\)"):
+    assert f"{tmp_path}: left out 1 of another kind (b.csv)" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"holds 1 of another kind \(b\.csv\)"):
         open_data(tmp_path, tokenizer, 8, "train", Reading(strict=True))

@@ -219,6 +219,15 @@ def test_what_is_no_tokenizer_at_all_is_refused(tmp_path, content):
             {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
             "'Split', which leaves out a part",
         ),
+        (
+            "pre_tokenizer",
+            {
+                **{"type": "Split", "pattern": {"Regex": r"\S+"}},
+                **{"behavior": "Removed", "invert": True},
+            },
+            "'Split', which leaves out a part",
+        ),
+        ("pre_tokenizer", {"type": "UnicodeScripts"}, "'UnicodeScripts', which makes another"),
     ],
 )
 def test_a_step_that_makes_another_text_is_refused_by_its_name(fields, part, step, told):
@@ -227,6 +236,21 @@ def test_a_step_that_makes_another_text_is_refused_by_its_name(fields, part, ste
     fields[part] = {"type": "Sequence", steps[part]: [step, *before]}
     with pytest.raises(UserError, match=f"spoilt.json has the {part} {told}"):
         loaded(fields)
+
+
+def test_bytes_are_mapped_once(fields):
+    steps = fields["pre_tokenizer"]["pretokenizers"]
+    steps.append(dict(steps[-1]))
+    with pytest.raises(UserError, match=r"\['Split', 'ByteLevel', 'ByteLevel'\]: expected a byte"):
+        loaded(fields)
+
+
+def test_a_split_that_keeps_all_that_it_matches_is_taken_where_that_is_everything(
+    tokenizer, fields
+):
+    text = "  as dbrx's and\n\n phi-4's cut it: é\u3000 12345\t"
+    fields["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    assert loaded(fields).encode(text) == tokenizer.encode(text)
 
 
 def test_random_merges_are_refused(fields):

@@ -128,6 +128,22 @@ def test_a_type_that_nothing_says_is_not_guessed(tokenizer, tmp_path, vocab_size
             open_data(tmp_path / name, tokenizer, 8, "train")
 
 
+@pytest.mark.parametrize(("wide", "named"), [("uint32", "uint16"), ("int64", "uint32")])
+def test_a_named_type_that_reads_zeros_between_ids_is_refused(tokenizer, tmp_path, wide, named):
+    (np.arange(64) + 50).astype(wide).tofile(tmp_path / "part.bin")
+    with pytest.raises(UserError, match=f"dtype {named} in the config, and then every second"):
+        TokenRecords(tmp_path, tokenizer, 8, named)
+
+
+def test_names_in_capitals_are_token_files_too(tokenizer, tmp_path):
+    for name in ("A.NPY", "b.Bin"):
+        (np.arange(16) + 50).astype(np.uint16).tofile(tmp_path / name)
+    assert has_tokens(tmp_path / "A.NPY") and len(TokenRecords(tmp_path, tokenizer, 8)) == 4
+    (tmp_path / "C.NPZ").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"C\.NPZ is an archive"):
+        TokenRecords(tmp_path, tokenizer, 8)
+
+
 def test_an_archive_beside_token_files_is_not_passed_over(tokenizer, tmp_path):
     np.save(tmp_path / "a.npy", np.full(64, 50, np.uint16))
     np.savez(tmp_path / "b.npz", np.full(64, 50))

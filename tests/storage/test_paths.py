@@ -50,7 +50,6 @@ def test_a_path_is_found_from_the_home_folder_and_through_what_lies_above(
         "../link/../x": tmp_path / "there" / "x",  # as the system reads it
         "../missing/../x": tmp_path / "x",
         ".": tmp_path / "there",
-        "": tmp_path / "there",
         "plain/x/": Path("plain/x"),
         "a:b/~x": Path("a:b/~x"),
     }.items():
@@ -100,9 +99,16 @@ def test_functions_take_paths_alone_in_lists_and_by_name(tmp_path, monkeypatch):
     found = function(*given, more={"x": "../b"})  # type: ignore[dict-item]
     assert found == (a, "~/b", [a, b], None, {"x": b}, None)
     assert function(*given, maybe=Path("~/a"))[-1] == a
+    for alone in ("~/a", Path("~/a"), Given("~/a")):  # in the place of several
+        assert function("~/a", "", alone)[2] == [a]  # type: ignore[arg-type]
     (tmp_path / "run.yaml").write_text("a: 1")
     for given in ("~/run.yaml", Path("~/run.yaml"), Given("run.yaml")):
         assert read_yaml(given) == {"a": 1}
+
+
+def test_an_empty_path_is_not_the_working_directory():
+    with pytest.raises(UserError, match="got an empty path; expected"):
+        path_of("")
 
 
 def test_a_run_is_read_back_from_a_path_with_brackets(tmp_path):
