@@ -4,9 +4,10 @@ Exit status:
     0    done
     1    a run that cannot go on
     2    a user's mistake, told in one line
-    42   stopped by SIGTERM; a training run saves first
+    42   stopped by SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU; a training run saves first
     75   another process of the run is lost, or nothing moved for too long
-    130  stopped by Ctrl-C; a training run saves first
+    129  stopped by a hangup (the terminal is closed); a training run saves first
+    130  stopped by Ctrl-C; a training run saves first, and a second Ctrl-C ends it at once
 
 After 42 and 75 (and 134 and 137, by which the runtime and the system kill) a launcher may give the
 same command again: a run resumes. Progress and notes go to stderr; stdout holds the result, as one
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from flexolmo_jax.errors import RunError, UserError, printable
 from flexolmo_jax.runtime import environment, processes
-from flexolmo_jax.runtime.interrupts import catch, was_raised
+from flexolmo_jax.runtime.interrupts import catch, raised
 from flexolmo_jax.runtime.processes import ending, is_first
 from flexolmo_jax.runtime.progress import note_once
 from flexolmo_jax.runtime.streams import set_streams
@@ -56,8 +57,8 @@ def _run(argv: Sequence[str] | None) -> int:
         environment.check(os.environ)
         result = args.run_verb(args)
     except Exception as error:
-        if was_raised():
-            raise KeyboardInterrupt from error
+        if ended := raised():
+            raise ended from error
         told = _told(error, getattr(args, "out", None))
         if told is None or args.debug:
             raise

@@ -41,6 +41,7 @@ _SEVERAL = (
         help="none: this process alone, whatever is around it",
         group=_SEVERAL,
     ),
+    joins=True,
 )
 def _train(args: argparse.Namespace) -> dict[str, Any]:
     from flexolmo_jax.config import load_config

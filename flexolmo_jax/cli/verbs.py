@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from flexolmo_jax.errors import printable
 from flexolmo_jax.runtime.environment import package_version
+from flexolmo_jax.storage.locks import alone
 
 Run = Callable[[argparse.Namespace], dict[str, Any]]
 GROUPS = {
@@ -33,16 +34,31 @@ class Verb(NamedTuple):
     help: str
     example: str
     options: tuple[Option, ...]
-    run: Run
+    run: Run  # nobody else writes its `out` at the same time
 
 
 def option(*names: str, group: tuple[str, str] | None = None, **settings: Any) -> Option:
     return Option(names, settings, group)
 
 
-def verb(name: str, help: str, example: str, *options: Option) -> Callable[[Run], Verb]:
-    """Makes a verb of the function below."""
-    return lambda run: Verb(name, help, example, options, run)
+def verb(
+    name: str, help: str, example: str, *options: Option, joins: bool = False
+) -> Callable[[Run], Verb]:
+    """Makes a verb of the function below.
+
+    `joins`: several processes may run it for one `out`, which it locks itself once they have met.
+    """
+    return lambda run: Verb(name, help, example, options, run if joins else _alone(run))
+
+
+def _alone(run: Run) -> Run:
+    def run_alone(args: argparse.Namespace) -> dict[str, Any]:
+        if getattr(args, "out", None) is None:
+            return run(args)
+        with alone(args.out):
+            return run(args)
+
+    return run_alone
 
 
 def parser_of(modules: Iterable[ModuleType]) -> argparse.ArgumentParser:

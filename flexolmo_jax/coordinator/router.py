@@ -17,6 +17,7 @@ from flexolmo_jax.data.prepare import open_data
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import partition
+from flexolmo_jax.storage.locks import alone, alone_at
 from flexolmo_jax.storage.outputs import check_new, is_whole
 from flexolmo_jax.storage.paths import absolute, path_of, takes_paths
 from flexolmo_jax.storage.placing import WAYS
@@ -72,13 +73,14 @@ def tune(  # noqa: PLR0913 - the verb's options
     run = settings.run(tree, FILLED)  # raises for a wrong config before any document is read
     for path in (*proxies.values(), *public):
         has_documents(path, run.data.reading)  # raises where there is no such path
-    if start != model.path and not is_whole(start):
-        undo_tuning(model.path, start, store_path=store_path, ways=ways)
-    _check_start(open_artifact(start), model, work)
-    if not settings.say(tree, "train", "steps"):
-        run = settings.run(tree, FILLED, f"train.steps={_steps(run, model, proxies)}")
-    train_router(run, work / "run")
-    return apply_tuning(work / "run", out, store_path=store_path, ways=ways)
+    with alone(work):
+        if start != model.path and not is_whole(start):
+            undo_tuning(model.path, start, store_path=store_path, ways=ways)
+        _check_start(open_artifact(start), model, work)
+        if not settings.say(tree, "train", "steps"):
+            run = settings.run(tree, FILLED, f"train.steps={_steps(run, model, proxies)}")
+        train_router(run, work / "run")
+        return apply_tuning(work / "run", out, store_path=store_path, ways=ways)
 
 
 def _router_tree(
@@ -123,6 +125,7 @@ def _check_start(start: Artifact, model: Artifact, work: Path) -> None:
 
 
 @takes_paths
+@alone_at("out")
 def train_router(run: RunConfig, out: Path, *, continues: bool = False) -> dict[str, Any]:
     """Runs a router config; see `train.loop.train`.
 

@@ -19,6 +19,7 @@ from flexolmo_jax.exchange.anchor import open_anchor
 from flexolmo_jax.exchange.contribution import Contribution, check_expert_name
 from flexolmo_jax.exchange.signature import load_key
 from flexolmo_jax.storage.files import remove_if_empty
+from flexolmo_jax.storage.locks import alone
 from flexolmo_jax.storage.outputs import check_new, is_whole
 from flexolmo_jax.storage.paths import bucket_of, in_bucket, path_of, takes_paths
 
@@ -67,11 +68,12 @@ def contribute(  # noqa: PLR0913 - the verb's options
     run = settings.run(tree, FILLED)  # raises for a wrong config before any document is read
     _check_documents(documents, run.data.reading)
     _check_run(run, anchor)
-    _prepare(documents, anchor, run, work, option)
-    if not settings.say(tree, "train", "steps"):
-        run = settings.run(tree, FILLED, f"train.steps={_steps(run, work)}")
-    train_pair(run, work / "run", continues=continues)
-    return package(work / "run", out, sign_key=sign_key)
+    with alone(work):
+        _prepare(documents, anchor, run, work, option)
+        if not settings.say(tree, "train", "steps"):
+            run = settings.run(tree, FILLED, f"train.steps={_steps(run, work)}")
+        train_pair(run, work / "run", continues=continues)
+        return package(work / "run", out, sign_key=sign_key)
 
 
 def _prepare(

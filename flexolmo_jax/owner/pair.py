@@ -32,6 +32,7 @@ from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.runtime.processes import by_the_first, compile_for_all
 from flexolmo_jax.runtime.sharding import make_mesh, put_whole_batch, replicated
+from flexolmo_jax.storage.locks import alone_at
 from flexolmo_jax.storage.paths import absolute, in_bucket, path_of, takes_paths
 from flexolmo_jax.train.job import Job
 from flexolmo_jax.train.loop import train
@@ -42,6 +43,7 @@ TEXT_RECORDS = 2000  # of each source without raw documents, for rows that start
 
 
 @takes_paths
+@alone_at("out")
 def train_pair(run: RunConfig, out: Path, *, continues: bool = False) -> dict[str, Any]:
     """Runs a pair config; see `train.loop.train`."""
     pair = run.pair

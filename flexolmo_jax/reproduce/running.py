@@ -16,16 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.runtime.progress import bar, note
-from flexolmo_jax.storage import lacks
 from flexolmo_jax.storage.files import append_bytes
-from flexolmo_jax.storage.locks import locked
 
 SECONDS = "seconds.jsonl"
 
@@ -59,20 +56,6 @@ class Command:
 
     def __str__(self) -> str:
         return shlex.join(["flexolmo", *self.arguments])
-
-
-@contextmanager
-def alone_at(file: Path) -> Iterator[None]:
-    """Holds a file's lock, where there are locks. Raises UserError where another process does."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(file, wait=False))
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {file.parent}; wait for it") from None
-        except OSError as error:
-            if error.errno not in lacks.LOCKS:
-                raise
-        yield
 
 
 def run_cells(all_cells: Mapping[str, Cell], root: Path, workers: int, program: str) -> None:

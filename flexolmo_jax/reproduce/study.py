@@ -10,21 +10,24 @@ from typing import Any
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.locks import alone_at
 from flexolmo_jax.storage.paths import children, takes_paths
 
 from .cells import cells, check_sources
 from .results import write_results
-from .running import alone_at, run_cell, run_cells
+from .running import run_cell, run_cells
 from .spec import load_spec
 
 SPEC = "spec.yaml"
 
 
 @takes_paths
+@alone_at("root")
 def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
     """Runs a study in a directory and returns its results. Stopped and called again, it continues.
 
-    Raises UserError for a directory that holds anything else, RunError if a cell fails.
+    Raises UserError for a directory that holds anything else, and while another process writes it;
+    RunError if a cell fails.
     """
     spec = load_spec(spec_path)
     content = spec_path.read_text()
@@ -41,10 +44,9 @@ def reproduce(spec_path: Path, root: Path) -> dict[str, Any]:
             f"{root} holds another study; give a new --out, or the file that it was started with"
             f" ({kept})"
         )
-    with alone_at(kept):
-        check_sources(spec, root)
-        run_cells(cells(spec, root), root, spec.workers, __name__)
-        return write_results(spec, root)
+    check_sources(spec, root)
+    run_cells(cells(spec, root), root, spec.workers, __name__)
+    return write_results(spec, root)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import interrupts, progress
-from flexolmo_jax.runtime.interrupts import INTERRUPTED
+from flexolmo_jax.runtime.interrupts import ENDING, PREEMPTED, Ended
 
-# exit statuses after which the same command resumes from the last checkpoint
-PREEMPTED, PEER_LOST = 42, 75
+PEER_LOST = 75  # the exit status; as after PREEMPTED the same command resumes
 HEARTBEAT = 10  # seconds without a sign of life after which a process counts as dead
 GOODBYE = 8  # seconds that a process waits at its end for the others to end too
 PATIENCE = 600  # seconds to wait for all others at the start
@@ -45,6 +44,7 @@ _FOR_EVER = 7 * 24 * 3600 * 1000  # ms; if the awaited process dies, all end
 _joined = False
 _alone = False  # whether the first process is in `by_the_first`, where the others wait for it
 _turns = itertools.count()
+_asked = itertools.count()  # how often JAX was asked whether all are to stop
 
 
 class Place(NamedTuple):
@@ -244,47 +244,57 @@ def _key_value_store() -> Any:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[int], int | None]]:
-    """Yields a function to be called once after every step with its number: it returns the exit
-    status to stop with after this step, or None.
+def stop_requests() -> Iterator[Callable[[], int | None]]:
+    """Yields a function that returns the exit status to stop with, or None. All processes of a run
+    have to call it equally often, after every step and wherever else they can stop.
 
-    SIGTERM and Ctrl-C ask for a stop. It is seen after the next step: a save that goes on is
-    completed, and that step is saved too. A second Ctrl-C kills as usual. Of several processes one
-    gets the signal, and all stop at the same step. Outside of the main thread, signals are not
-    caught.
+    The signals of ENDING ask for a stop, but for those that are ignored and, beside Ctrl-C and
+    SIGTERM, those that the program itself has a use for. A save that goes on is completed. A second
+    Ctrl-C kills as usual. Of several processes one gets the signal, and all stop at the same place,
+    with the status of SIGTERM. Outside of the main thread, signals are not caught.
     """
-    if _joined:
-        from jax.experimental import multihost_utils
+    caught: list[int] = []  # signals
 
-        def terminate(*_: object) -> None:
+    def catch(number: int, _frame: object) -> None:
+        if caught and number == signal.SIGINT:
+            raise Ended
+        caught.append(number)
+        if _joined:
             signal.raise_signal(signal.SIGTERM)
 
-        # JAX catches SIGTERM itself, and agrees on a step with the others.
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, terminate)}
-
-        def request(step: int) -> int | None:
-            return PREEMPTED if multihost_utils.reached_preemption_sync_point(step) else None
-
-    else:
-        statuses = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
-        caught: list[int] = []
-
-        def catch(number: int, _frame: object) -> None:
-            if caught and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            caught.append(statuses[signal.Signals(number)])
-
-        in_main = threading.current_thread() is threading.main_thread()
-        before = {number: signal.signal(number, catch) for number in statuses} if in_main else {}
-
-        def request(step: int) -> int | None:
-            return caught[0] if caught else None
-
+    in_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, catch) for number in _to_catch()} if in_main else {}
     try:
-        yield request
+        yield (
+            _agreed() if _joined else lambda: ENDING[signal.Signals(caught[0])] if caught else None
+        )
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _to_catch() -> Iterator[signal.Signals]:
+    for number in ENDING:
+        is_free = interrupts.is_default(number) or interrupts.is_ours(number)
+        is_known = signal.getsignal(number) not in (signal.SIG_IGN, None)
+        if number == signal.SIGTERM and _joined:  # JAX catches it itself
+            continue
+        if is_free or (is_known and number in (signal.SIGINT, signal.SIGTERM)):
+            yield number
+
+
+def _agreed() -> Callable[[], int | None]:
+    """Asks JAX, which agrees with the others when to stop, and does not say it twice."""
+    from jax.experimental import multihost_utils
+
+    stopped = False
+
+    def request() -> int | None:
+        nonlocal stopped
+        stopped = stopped or multihost_utils.reached_preemption_sync_point(next(_asked))
+        return PREEMPTED if stopped else None
+
+    return request
 
 
 def ending(run: Callable[[], int], *, whole: bool = False) -> int:
@@ -313,8 +323,9 @@ def _status_of(error: BaseException) -> int:
             print(error.code, file=sys.stderr)
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
-        print(interrupts.TOLD, file=sys.stderr)
-        return INTERRUPTED
+        ended = error if isinstance(error, Ended) else Ended()
+        print(ended.told, file=sys.stderr)
+        return ended.status
     if _joined and _is_loss(error):
         told = " ".join(str(error).split())[:300]
         print(f"flexolmo: another process, or the way to it, is lost: {told}", file=sys.stderr)
@@ -344,7 +355,8 @@ def _leave(status: int) -> None:
     """Ends this process once its output is flushed. Verbs have closed their files and ended their
     threads by now, after errors too."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)  # it is over
     logging.shutdown()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before this began
         with suppress(OSError):  # a result has been flushed where it was printed, and errors told

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from flexolmo_jax.errors import UserError
 
-from .paths import in_bucket, is_clutter, listing, reason
+from .paths import LOCK, in_bucket, is_clutter, listing, reason
 
 
 class Below(NamedTuple):
@@ -24,6 +24,7 @@ class Below(NamedTuple):
 
 def below(directory: Path) -> list[Below]:
     """All files and links at any depth, sorted by path: the same order on a disk and in a bucket.
+    Locks do not count.
 
     Raises UserError where the directory itself cannot be read.
     """
@@ -45,7 +46,8 @@ def below(directory: Path) -> list[Below]:
             for name in (*names, *links):
                 path = os.path.join(folder, name)
                 found[os.path.relpath(path, directory)] = _problem(path)
-    ordered = sorted(found.items(), key=lambda item: item[0].split("/"))
+    kept = ((name, problem) for name, problem in found.items() if not name.endswith(LOCK))
+    ordered = sorted(kept, key=lambda item: item[0].split("/"))
     return [_below(directory, name, problem) for name, problem in ordered]
 
 

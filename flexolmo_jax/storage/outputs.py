@@ -39,7 +39,7 @@ def check_new(out: Path, *, inside_a_store: bool = False) -> None:
             f"{out} is the working directory, which cannot be replaced; give a new directory in it"
         )
     if not inside_a_store:
-        _check_outside(out)
+        check_outside(out)
     _check_writable(out)
 
 
@@ -48,7 +48,7 @@ def check_new_file(out: Path) -> None:
     written."""
     if out.exists() if in_bucket(out) else os.path.lexists(out):
         raise UserError(f"{out} exists; give a new file")
-    _check_outside(out)
+    check_outside(out)
     _check_writable(out)
 
 
@@ -75,7 +75,8 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _check_outside(out: Path) -> None:
+def check_outside(out: Path) -> None:
+    """Raises UserError where a path lies in a store, an anchor, a model or a contribution."""
     for parent in absolute(out).parents:
         for what, names in _CLOSED.items():
             if all((parent / name).exists() for name in names):

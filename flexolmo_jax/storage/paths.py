@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar
 from flexolmo_jax.errors import UserError, from_a_clone
 
 BUCKETS = "gs://"
+LOCK = ".flexolmo-lock"  # how the names of locks end
 BLOCK = 1 << 25  # bytes of an object per request, when all of it is read or written in order
 _NAME = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/.*)?", re.DOTALL)
 # in the messages of gcsfs and TensorStore
@@ -37,6 +38,7 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 _CLUTTER_FILES = (
     *(".DS_Store", "._*", ".localized", "Icon\r", "Thumbs.db", "ehthumbs.db", "desktop.ini"),
     *(".nfs*", ".fuse_hidden*", ".directory", "~$*", ".~lock.*#", "*.sw[nop]", "*~", ".#*", "#*#"),
+    f".*{LOCK}",
 )
 _CLUTTER_FOLDERS = (
     *("__MACOSX", ".AppleDouble", ".Spotlight-V100", ".fseventsd", ".TemporaryItems", ".Trashes"),

@@ -4,6 +4,7 @@ Which documents are held out is decided in data/documents.py.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -18,13 +19,18 @@ from .evaluate import make_scorer, score_records
 from .job import Job
 
 
+class CutShort(Exception):
+    """An evaluation that was stopped."""
+
+
 class Evaluation:
     """A function from (trained, frozen parameters) to bits per byte of each set, compiled once."""
 
-    def __init__(self, job: Job, mesh: Mesh):
+    def __init__(self, job: Job, mesh: Mesh, stops: Callable[[], bool]):
+        """`stops`: asked before every batch; where it says yes, the evaluation ends in CutShort."""
         # A router run, as in its training, has every expert active.
         active = job.model.n_experts if job.config.run == "router" else None
-        self._job = job
+        self._job, self._stops = job, stops
         dtype, kernels = job.config.train.compute_dtype, job.config.kernels
         self._score = make_scorer(job.model, active, dtype, mesh, kernels)
         self._compiled = False
@@ -48,6 +54,8 @@ class Evaluation:
         return scores
 
     def _score_batch(self, params: Params, *batch: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        if self._stops():
+            raise CutShort
         # every process reads all records of a batch
         placed = [put_whole_batch(self._mesh, array) for array in batch]
         if not self._compiled:

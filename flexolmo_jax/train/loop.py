@@ -9,8 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,10 +29,10 @@ from flexolmo_jax.storage.files import write_text
 
 from .accounting import Accounting, least_step_seconds
 from .feed import Feed
-from .heldout import Evaluation
+from .heldout import CutShort, Evaluation
 from .job import Job
 from .log import Log
-from .metrics import MetricsWriter
+from .metrics import MetricsWriter, read_metrics
 from .optimizer import make_optimizer
 from .profile import Profile
 from .run_directory import claim, describe_run
@@ -57,21 +56,16 @@ def train(job: Job, out: Path, continues: bool = False) -> dict[str, Any]:
     with ExitStack() as stack:
         trainer = Trainer(job, out, stack, continues)
         done = trainer.restore()
-        stop_status = trainer.begin(done)
+        trainer.begin(done)
+        trainer.catch_up(done)
         for number in range(done + 1, last + 1):
             trainer.step(number, compiles=number == done + 1)
-            stop = stop_status(number)
-            scored = number == last or _due(number, every.eval_every)
-            saved = scored or stop is not None or _due(number, every.save_every)
+            saved = trainer.is_scored(number) or trainer.stops() or _due(number, every.save_every)
             saved = saved or trainer.is_save_late()
             trainer.settle(number, saved)
             if saved:
-                trainer.save(number, scored)
-            if stop is not None and number < last:
-                trainer.stop(number, stop)
-        if done == last:  # started again after its end: only its result is asked for
-            trainer.evaluate()
-        else:
+                trainer.save(number)
+        if done < last:
             trainer.read_back(last)
     return trainer.finish()
 
@@ -98,7 +92,7 @@ class Trainer:
             claim(job, out, continues)
             self._optimizer = make_optimizer(job.config.optim, job.config.train.steps)
             self._dispatch = make_step(job.model, job.config, self._optimizer, self._mesh)
-            self._evaluation = Evaluation(job, self._mesh)
+            self._evaluation = Evaluation(job, self._mesh, self.stops)
             self._checkpoints = stack.enter_context(
                 checkpoint.StepCheckpoints(out / "checkpoints", keep=job.config.train.keep)
             )
@@ -128,9 +122,8 @@ class Trainer:
             self._state = first_state(self._optimizer, job.initial(placement, base), abstract)
         return 0
 
-    def begin(self, done: int) -> Callable[[int], int | None]:
-        """Opens log, profile and batches for the steps after `done`; returns the function that says
-        after each whether to stop (see `stop_requests`)."""
+    def begin(self, done: int) -> None:
+        """Opens log, profile and batches for the steps after `done`, and listens for signals."""
         job, enter = self._job, self._stack.enter_context
         metrics = enter(MetricsWriter(self._out, done)) if is_first() else None
         advance = enter(bar(f"train {self._out.name}", job.config.train.steps))
@@ -138,11 +131,34 @@ class Trainer:
         self._log = Log(job, self._accounting, least_seconds, advance, metrics)
         advance(done)
         self._saved_at = time.monotonic()
-        stop_status = enter(stop_requests())
+        self._stop_status = enter(stop_requests())
         self._profile = enter(Profile(job.config.train.profiled, self._out))
         self._feed = Feed(job, self._mesh, done)
         self._stack.callback(self._feed.close)
-        return stop_status
+
+    def stops(self) -> bool:
+        """Whether a signal asked for a stop. Of several processes all have to call this equally
+        often: see `stop_requests`."""
+        return self._stop_status() is not None
+
+    def is_scored(self, number: int) -> bool:
+        """Whether a step is evaluated before it is saved."""
+        every = self._job.config.train
+        return number == every.steps or _due(number, every.eval_every)
+
+    def catch_up(self, done: int) -> None:
+        """Evaluates the step that was restored, if a signal kept it from being evaluated. The last
+        one anyway: a run that is started again after its end is asked for its result."""
+        entries = read_metrics(self._out) if is_first() and self.is_scored(done) else []
+        logged = by_the_first(lambda: any(_is_score(entry, done) for entry in entries))
+        if done and self.is_scored(done) and (not logged or done == self._job.config.train.steps):
+            self._watchdog.expect(f"evaluating step {done}")
+            scored = self._evaluate()
+            if scored and not logged:
+                self._log.write(done, {"bits_per_byte": self._scores}, flush=True)
+            if not scored or (self.stops() and done < self._job.config.train.steps):
+                self._stop(done)
+            self._log.restart_clock()
 
     def step(self, number: int, compiles: bool) -> None:
         """Dispatches a step, and only then reads the metrics of the step before: while Python waits
@@ -176,17 +192,20 @@ class Trainer:
                 self._read_pending()
         self._profile.after(number)
 
-    def evaluate(self) -> None:
-        self._scores = self._evaluation(self._state.params, self._frozen)
+    def _evaluate(self) -> bool:
+        """Whether the evaluation came to its end, before any signal."""
+        with self._accounting.spent("eval"), suppress(CutShort):
+            self._scores = self._evaluation(self._state.params, self._frozen)
+            return True
+        return False
 
-    def save(self, number: int, scored: bool) -> None:
-        """Saves a step; if `scored`, evaluates it first."""
+    def save(self, number: int) -> None:
+        """Saves a step, which is evaluated first where `is_scored` says so. After a signal that is
+        not done any more, and the process ends here."""
         self._watchdog.expect(f"evaluating and saving after step {number}")
         entry: dict[str, Any] = {}
         loss = None
-        if scored:
-            with self._accounting.spent("eval"):
-                self.evaluate()
+        if scored := self.is_scored(number) and self._evaluate():
             entry["bits_per_byte"] = self._scores
             loss = sum(self._scores.values()) / len(self._scores) if self._scores else None
         entry["seconds"] = self._accounting.seconds()
@@ -197,6 +216,8 @@ class Trainer:
             self._checkpoints.save(number, self._state._asdict(), loss=loss)
         self._log.restart_clock()
         self._saved_at = time.monotonic()
+        if self.stops() and not (scored and number == self._job.config.train.steps):
+            self._stop(number)
 
     def read_back(self, number: int) -> None:
         """Makes sure that what was saved of the last step can be read. Raises RunError."""
@@ -204,8 +225,8 @@ class Trainer:
         with self._accounting.spent("save"):
             self._checkpoints.read_back(number, self._state._asdict())
 
-    def stop(self, number: int, status: int) -> NoReturn:
-        """Ends the process with this exit status, once the step's checkpoint is complete."""
+    def _stop(self, number: int) -> NoReturn:
+        """Ends the process with the signal's exit status, once the checkpoint is complete."""
         with self._accounting.spent("save"):
             self._checkpoints.wait()
         by_the_first(lambda: None)  # all wait until it is complete for all
@@ -213,7 +234,7 @@ class Trainer:
             f"stopped by a signal at step {number}, saved in {self._out}; the same command resumes"
             " from there"
         )
-        sys.exit(status)
+        sys.exit(self._stop_status())
 
     def finish(self) -> dict[str, Any]:
         """The result of `train`, when all is closed."""
@@ -245,6 +266,10 @@ class Trainer:
             f" {self._out}; {kept}; start a new --out with a lower optim.lr, or look at the"
             " data of this step"
         )
+
+
+def _is_score(entry: dict[str, Any], step: int) -> bool:
+    return entry["step"] == step and "bits_per_byte" in entry
 
 
 def _due(number: int, every: int) -> bool:

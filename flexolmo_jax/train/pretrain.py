@@ -15,6 +15,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, init_params
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.storage.locks import alone_at
 from flexolmo_jax.storage.paths import takes_paths
 
 from .job import Job
@@ -23,6 +24,7 @@ from .sources import check_tokenizer, choose_tokenizer, open_sources
 
 
 @takes_paths
+@alone_at("out")
 def pretrain(run: RunConfig, out: Path, *, continues: bool = False) -> dict[str, Any]:
     """Runs an anchor or joint config; see `loop.train`."""
     return train(

@@ -107,3 +107,43 @@ def test_output_that_cannot_be_written_is_no_success(model):
         1,
         "flexolmo: the result cannot be written: No space left on device\n",
     )
+
+
+# sends itself a signal when it writes the first file of its result to the disk
+SIGNALLED = """
+import os, signal, sys
+from flexolmo_jax.storage import files
+from flexolmo_jax.cli import main
+number = signal.Signals[sys.argv.pop(1)]
+def observe(operation, path):
+    files.observer = None
+    os.kill(os.getpid(), number)
+files.observer = observe
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGTERM", 42), ("SIGUSR1", 42)])
+def test_other_verbs_end_in_one_line_with_nothing_half_written(
+    tiny_tokenizer, corpora, tmp_path, name, code
+):
+    tiny_tokenizer.save(tmp_path / "tokenizer.json")
+    verb = ["data", "prepare", "--input", str(corpora["law"]), "--seq-len", "32"]
+    how = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-c", SIGNALLED, name, *verb, *how]
+    result = subprocess.run(command, capture_output=True, text=True)
+    told = [line for line in result.stderr.splitlines() if not line.startswith("prepare ")]
+    assert (result.returncode, told) == (code, [f"flexolmo: stopped by {name}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_work_goes_on_where_nobody_reads_its_progress_any_more(tiny_tokenizer, corpora, tmp_path):
+    tiny_tokenizer.save(tmp_path / "tokenizer.json")
+    verb = ["data", "prepare", "--input", str(corpora["law"]), "--seq-len", "32"]
+    how = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--out", str(tmp_path / "out")]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "flexolmo_jax.cli", *verb, *how, "--json"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=writing)
+    os.close(writing)
+    assert result.returncode == 0 and b'"train"' in result.stdout

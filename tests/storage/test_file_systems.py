@@ -15,8 +15,8 @@ import pytest
 
 from flexolmo_jax.cli import main
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.reproduce.running import alone_at
 from flexolmo_jax.storage.files import new_directory, write_text, write_together
+from flexolmo_jax.storage.locks import alone
 from flexolmo_jax.storage.outputs import check_new, check_new_file
 from flexolmo_jax.storage.placing import place
 from flexolmo_jax.storage.weights import Reader, save
@@ -69,7 +69,7 @@ def test_what_a_file_system_lacks_is_done_without(lacking, tmp_path):
     with pytest.raises(UserError, match="nothing was written"):
         write_together({tmp_path / "n": (b"new", 0o644), tmp_path / "k": (b"other", 0o600)})
     assert (tmp_path / "k").read_bytes() == b"own" and not (tmp_path / "n").exists()
-    with alone_at(tmp_path / "k"):
+    with alone(tmp_path / "k"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k", "k.pub", "out"]
 

@@ -1,7 +1,6 @@
 """The loop: it learns, stops and goes on bit for bit, falls back over damage, and refuses what is
 not its own."""
 
-import contextlib
 import functools
 import os
 import shutil
@@ -27,11 +26,12 @@ from flexolmo_jax.errors import RunError, UserError
 from flexolmo_jax.model.tree import flatten
 from flexolmo_jax.owner.pair import train_pair
 from flexolmo_jax.storage.checkpoint import StepCheckpoints
-from flexolmo_jax.train import loop
 from flexolmo_jax.train.evaluate import make_scorer, score_records
 from flexolmo_jax.train.metrics import MetricsWriter, read_metrics
 from flexolmo_jax.train.pretrain import pretrain
+from tests.faults.test_interrupts import STARTED
 from tests.tiny import documents, pair_config, run_config, write_jsonl
+from tests.train.test_elastic import train_until
 
 EVERY = ("train.eval_every=4", "train.save_every=4")
 # Orbax leaves coroutines behind when one of many arrays cannot be read.
@@ -261,16 +261,8 @@ def test_a_run_goes_on_on_another_mesh(prepared, uninterrupted, tmp_path):
         (16, ("mesh.fsdp=4", "mesh.tensor=2")),
         (20, ("mesh.data=2", "mesh.fsdp=4")),
     ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                loop,
-                "stop_requests",
-                lambda last=last: contextlib.nullcontext(
-                    lambda number: 42 if number == last else None
-                ),
-            )
-            with contextlib.suppress(SystemExit):
-                pretrain(run_config("anchor", prepared["public"], *EVERY, *mesh), tmp_path / "run")
+        config = run_config("anchor", prepared["public"], *EVERY, *mesh)
+        train_until(last, pretrain, config, tmp_path / "run")
     assert [entry["step"] for entry in read_metrics(tmp_path / "run") if "loss" in entry] == list(
         range(1, 21)
     )
@@ -356,7 +348,8 @@ def test_a_signal_saves_and_exits_and_the_same_command_goes_on(prepared, tmp_pat
     (tmp_path / "run.yaml").write_text(dump_yaml(config))
     arguments = ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flexolmo_jax.cli", *arguments],
+        [sys.executable, "-c", STARTED, *arguments],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,

@@ -17,17 +17,20 @@ from typing import Any
 from flexolmo_jax.data.changes import changed_documents
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.storage.files import make_folder, write_text
+from flexolmo_jax.storage.locks import alone_at
 from flexolmo_jax.storage.paths import children
 
-from ..running import Cell, Command, alone_at, run_cell, run_cells
+from ..running import Cell, Command, run_cell, run_cells
 from .results import lines, score, write_results
 from .spec import CONTROL, Demo, Places, parse_demo, with_text
 
 
+@alone_at("root")
 def run_demo(content: str, root: Path) -> dict[str, Any]:
     """Runs the demo of a YAML in a directory and returns what its results.json holds.
 
-    Raises UserError for a directory that holds anything else, RunError if a command fails.
+    Raises UserError for a directory that holds anything else, and while another process writes it;
+    RunError if a command fails.
     """
     spec, places = parse_demo(content), Places(root)
     make_folder(root)
@@ -39,14 +42,13 @@ def run_demo(content: str, root: Path) -> dict[str, Any]:
         write_text(places.spec, content)
     elif parse_demo(places.spec.read_text()) != spec:
         raise UserError(f"{root} holds another demo; remove it, or give a new directory")
-    with alone_at(places.spec):
-        run_cells(dict(_text_cell(spec, places)), root, spec.workers, __name__)
-        _check_documents(with_text(spec, places), places)
-        steps = cells(spec, places)
-        typed = [str(step.do) for step in steps.values() if isinstance(step.do, Command)]
-        write_text(places.commands, "".join(f"{line}\n" for line in typed))
-        write_text(places.pair, json.dumps({"run": "pair", **spec.pair}, indent=1) + "\n")
-        run_cells(steps, root, spec.workers, __name__)
+    run_cells(dict(_text_cell(spec, places)), root, spec.workers, __name__)
+    _check_documents(with_text(spec, places), places)
+    steps = cells(spec, places)
+    typed = [str(step.do) for step in steps.values() if isinstance(step.do, Command)]
+    write_text(places.commands, "".join(f"{line}\n" for line in typed))
+    write_text(places.pair, json.dumps({"run": "pair", **spec.pair}, indent=1) + "\n")
+    run_cells(steps, root, spec.workers, __name__)
     return json.loads(places.results.read_text())
 
 
