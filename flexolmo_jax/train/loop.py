@@ -26,6 +26,7 @@ from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.processes import by_the_first, compile_for_all, is_first, stop_requests
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage import checkpoint
+from flexolmo_jax.storage.averages import restore_mean
 from flexolmo_jax.storage.files import write_text
 
 from .accounting import Accounting, least_step_seconds
@@ -69,10 +70,12 @@ def train(job: Job, out: Path, continues: bool = False) -> dict[str, Any]:
                 trainer.save(number, scored)
             if stop is not None and number < last:
                 trainer.stop(number, stop)
-        if done == last:  # started again after its end: only its result is asked for
-            trainer.evaluate()
-        else:
+        if done < last:
             trainer.read_back(last)
+        if every.average:
+            trainer.evaluate_mean()
+        elif done == last:  # started again after its end: only its result is asked for
+            trainer.evaluate()
     return trainer.finish()
 
 
@@ -85,6 +88,7 @@ class Trainer:
         self._accounting = Accounting()
         self._watchdog = stack.enter_context(Watchdog(job.config.train.watchdog))
         self._pending: tuple[int, dict[str, jax.Array]] | None = None  # a step and its metrics
+        self._was_finite = True  # the loss of the step that was read last
         self._scores: dict[str, float] = {}
         with self._accounting.spent("init"):
             self._mesh = sharding.make_mesh(job.config.mesh)
@@ -96,7 +100,9 @@ class Trainer:
             check_microbatch(job.config, self._mesh.shape)
             check_remat(job.config.train.remat, sharding.platform_of(self._mesh))
             claim(job, out, continues)
-            self._optimizer = make_optimizer(job.config.optim, job.config.train.steps)
+            self._optimizer = make_optimizer(
+                job.config.optim, job.config.train.steps, job.config.train.skip_spikes
+            )
             self._dispatch = make_step(job.model, job.config, self._optimizer, self._mesh)
             self._evaluation = Evaluation(job, self._mesh)
             self._checkpoints = stack.enter_context(
@@ -179,6 +185,19 @@ class Trainer:
     def evaluate(self) -> None:
         self._scores = self._evaluation(self._state.params, self._frozen)
 
+    def evaluate_mean(self) -> None:
+        """Of the checkpoints that the run stands for when it has ended. Lets go of the state."""
+        self._watchdog.expect("evaluating the mean of checkpoints")
+        with self._accounting.spent("eval"):
+            steps = by_the_first(self._checkpoints.steps)[: self._job.config.train.average]
+            abstract = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+                self._state.params,
+            )
+            self._state = TrainState({}, None)
+            mean = restore_mean(self._checkpoints, "params", abstract, steps)
+            self._scores = self._evaluation(mean, self._frozen)
+
     def save(self, number: int, scored: bool) -> None:
         """Saves a step; if `scored`, evaluates it first."""
         self._watchdog.expect(f"evaluating and saving after step {number}")
@@ -226,14 +245,17 @@ class Trainer:
 
     def _read_pending(self) -> None:
         """Waits for the step whose metrics are not read yet, if there is one. Raises RunError where
-        its loss is not finite."""
+        its loss is not finite, unless it alone was skipped as a spike."""
         if self._pending is None:
             return
         number, metrics = self._pending
         self._pending = None
         entry = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])):
+        is_finite = math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])
+        # One that was skipped changed nothing. Two in a row are no batch's fault.
+        if not is_finite and not (entry.get("spike") and self._was_finite):
             raise self._not_finite(number, entry)
+        self._was_finite = is_finite
         self._watchdog.measured(self._log.step(number, entry))
 
     def _not_finite(self, number: int, entry: dict[str, Any]) -> RunError:
