@@ -1,11 +1,11 @@
-"""What garbage in a run costs, what `train.skip_spikes` saves of it, and what `train.average` gives.
+"""What garbage in a run costs, what `train.skip_spikes` saves of it; what `train.average` gives.
 
     python benchmarks/spikes.py --out benchmarks/results/spikes.json
 
-A small model (2 layers, d 64) learns this repository's own pages on a CPU for 400 steps of 2048
+A small model (2 layers, d 64) learns this repository's own pages on a CPU for 300 steps of 2048
 tokens, three times: as they are, with three batches of random tokens in a row, and with the same
-and `train.skip_spikes: 6`. Each is scored on held-out paragraphs twice: its last checkpoint, and the
-mean of the last four (`train.average: 4`, a checkpoint every 20 steps).
+and `train.skip_spikes: 6`. Each is scored on held-out paragraphs twice: its last checkpoint, and
+the mean of the last four (`train.average: 4`, a checkpoint every 20 steps).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from flexolmo_jax.train.pretrain import pretrain
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, LENGTH = 1024, 128
-GARBAGE = (250, 251, 252)  # steps
+GARBAGE = (200, 201, 202)  # steps
 RUNS = {"clean": (False, 0), "garbage": (True, 0), "garbage, skipped": (True, 6)}
 
 
@@ -64,7 +64,7 @@ def measure(data: Path, out: Path, skip_spikes: float) -> dict[str, Any]:
         {
             "model": size,
             "data": {"train": [{"path": str(data)}], "batch_size": 16, "seq_len": LENGTH},
-            "train": {"steps": 400, "skip_spikes": skip_spikes, **saving},
+            "train": {"steps": 300, "skip_spikes": skip_spikes, **saving},
             "optim": {"lr": 3e-3},
             "mesh": {"fsdp": 1},
         }
