@@ -5,7 +5,8 @@
 #
 # Checks the job and that the cluster is the owner's own, creates the workload, follows the logs of all its pods, and deletes it when the
 # run is done, has failed, or this is interrupted. The cluster itself starts the run again where a pod ends with 42, 75, 76, 134 or 137
-# or loses its node, as often as the job allows. Should this machine go down meanwhile the workload goes on, and the same command finds it again.
+# or loses its node, as often as the job allows. Should this machine go down meanwhile the workload goes on, and the same command finds it
+# again.
 #
 # Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 the run failed, or a command did; 75 the cluster was out of
 # reach for too long, and the workload goes on.
