@@ -365,10 +365,9 @@ def _fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     family = FAMILIES[kind]
     if family.experts is None:
         schema: type[Fields] = Fields
-    else:
-        schema, hf_config = MixtureFields, dict(hf_config)
-        if family.experts == "block_sparse_moe":
-            hf_config["num_experts"] = hf_config.get("num_local_experts")
+    else:  # transformers knows the number by two names, in each of them
+        count = hf_config.get("num_experts", hf_config.get("num_local_experts"))
+        schema, hf_config = MixtureFields, {**hf_config, "num_experts": count}
     names = [field.name for field in dataclasses.fields(schema)]
     fields = {name: hf_config[name] for name in names if name in hf_config}
     for key in ("rope_parameters", "rope_scaling"):

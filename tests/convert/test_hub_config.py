@@ -142,3 +142,16 @@ def test_positions_are_those_of_transformers_in_every_spelling(family, keys):
     model = transformers.AutoModel.from_config(theirs)
     expected = np.asarray(model.rotary_emb.inv_freq)
     np.testing.assert_allclose(rope_of(config, False).frequencies, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["flex_olmo", "olmoe", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_the_number_of_experts_has_either_of_transformers_names(kind, name):
+    family = {"mixtral": "llama", "qwen3_moe": "qwen3"}.get(kind)
+    dense = PLAIN[family] if family else dataclasses.replace(DENSE, router_bias=False)
+    config = dataclasses.replace(dense, n_experts=3, n_active=2, router_bias=False)
+    fields = hf_config(config) | {"model_type": kind}
+    count = fields.pop("num_experts", None) or fields.pop("num_local_experts")
+    assert model_config(fields | {name: count}).n_experts == 3
+    with pytest.raises(UserError, match="num_experts"):
+        model_config(fields)
