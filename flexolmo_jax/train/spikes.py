@@ -43,8 +43,8 @@ def guarded(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
         values, zero = jnp.zeros(WINDOW, jnp.float32), jnp.zeros((), jnp.int32)
         return Guarded(optimizer.init(params), Window(values, values, zero, zero))
 
-    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Guarded]:
-        updates, inner = optimizer.update(gradients, state.optimizer, params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Guarded]:
+        updates, inner = optimizer.update(updates, state.optimizer, params)
         return updates, state._replace(optimizer=inner)
 
     return optax.GradientTransformation(init, update)
