@@ -38,7 +38,8 @@ CASES = (
     "matmul",
     "attention cudnn",
     "attention blocks",
-    "experts",
+    "experts blocks",
+    "experts ragged_dot",
     "pair full",
     "pair outputs",
     "pair none",
@@ -131,7 +132,7 @@ def measure(case: str, size: str, work: Path, records: int) -> dict[str, Any]:
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "matmul": lambda: of_matmul(SIZES[size].matmul),
         "attention": lambda: of_attention(model_of(size), length_of(size), how),
-        "experts": lambda: of_experts(model_of(size), length_of(size)),
+        "experts": lambda: of_experts(model_of(size), length_of(size), how),
         "pair": lambda: of_pair(size, records, how),
         "decode": lambda: decode_here(mixture_of(size), work),
     }
@@ -204,7 +205,7 @@ def of_attention(model: ModelConfig, T: int, implementation: Any) -> dict[str, A
     return {"shape": [2, T, heads[0], model.head_size], "seconds": seconds(lambda: run(qkv))}
 
 
-def of_experts(model: ModelConfig, N: int) -> dict[str, Any]:
+def of_experts(model: ModelConfig, N: int, implementation: Any) -> dict[str, Any]:
     """Forward and backward of a layer's grouped SwiGLU, N tokens each at ACTIVE of EXPERTS."""
     import jax
     import jax.numpy as jnp
@@ -222,7 +223,8 @@ def of_experts(model: ModelConfig, N: int) -> dict[str, Any]:
     @jax.jit
     @jax.value_and_grad
     def run(a: dict[str, jax.Array]) -> jax.Array:
-        out = expert_ffn(a["x"], probabilities, sizes, a["gate"], a["up"], a["down"])
+        matrices = a["gate"], a["up"], a["down"]
+        out = expert_ffn(a["x"], probabilities, sizes, *matrices, implementation=implementation)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     taken = seconds(lambda: run(arrays))

@@ -40,6 +40,7 @@ from flexolmo_jax.runtime.devices import all_devices
 from flexolmo_jax.runtime.processes import by_the_first
 from flexolmo_jax.runtime.sharding import parameter_sharding
 from flexolmo_jax.storage import checkpoint, loading, verified
+from flexolmo_jax.storage.averages import MeanReader, restore_mean
 from flexolmo_jax.storage.paths import BUCKETS, absolute, bucket_of, in_bucket, is_there, path_of
 from flexolmo_jax.storage.weights import Reader, Stored
 
@@ -47,6 +48,7 @@ __all__ = [
     "DESCRIPTION",
     "Artifact",
     "Placement",
+    "Which",
     "describe",
     "open_artifact",
     "placement_on",
@@ -58,6 +60,7 @@ __all__ = [
 LEVELS = 6  # of folders, that a run and what it read may have had in common and not in common
 DEFAULT_ACTIVE = 4  # experts that a token of a merged model uses, unless a number is given
 OF_PAIRS = ("router_bias", "init_bias")  # keys of a pair's model that are not its anchor's
+Which = str | tuple[int, ...]  # a run's checkpoint: last, best or a step; or steps, for their mean
 # from a tensor's path and shape to where it goes
 Placement = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -158,9 +161,9 @@ class Artifact:
         """What a run trained: a pair's new expert, router rows and biases, or all parameters."""
         target = self._stored(placement or placement_on(None, self.config))
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
-            return checkpoints.restore_part("params", target, self.step(which))
+            return restore_mean(checkpoints, "params", target, self.steps(which))
 
-    def arrays(self, which: str = "last") -> dict[str, Stored]:
+    def arrays(self, which: Which = "last") -> dict[str, Stored]:
         """Each parameter by its path, with those of the base of a run. Raises UserError as `ensure`
         and `params` do.
 
@@ -171,7 +174,7 @@ class Artifact:
         inherited: dict[str, Stored] = {}
         if self.kind == "run":
             with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
-                reader = checkpoints.reader("params", tensors, self.step(which))
+                reader = MeanReader(checkpoints, "params", tensors, self.steps(which))
             inherited = self.base().arrays() if "base" in self.description else {}
         else:
             self._check_only(which)
@@ -181,7 +184,7 @@ class Artifact:
             path: Stored(reader, path, t.shape, t.dtype) for path, t in tensors.items()
         }
 
-    def _check_only(self, which: str) -> None:
+    def _check_only(self, which: Which) -> None:
         if which != "last":
             raise UserError(
                 f"{self.path} is not a run and has no checkpoint {which!r:.40}; leave out"
@@ -193,8 +196,18 @@ class Artifact:
 
         Raises UserError if there is no such checkpoint.
         """
+        return self.steps(which)[-1]
+
+    def steps(self, which: Which = "last") -> tuple[int, ...]:
+        """The steps whose mean a run's checkpoint is, the oldest first: one, but for the last where
+        the run has `train.average`, or fewer checkpoints than that. Raises UserError as `step`."""
+        if not isinstance(which, str):
+            return which
         with checkpoint.StepCheckpoints(self.path / "checkpoints") as checkpoints:
-            return checkpoints.choose(which)
+            chosen = checkpoints.choose(which)
+            if which != "last":
+                return (chosen,)
+            return tuple(checkpoints.steps()[: self.description.get("average", 1)][::-1])
 
     def base(self) -> "Artifact":
         """What a run was trained on: a pair's anchor, or the model whose router was tuned.

@@ -91,6 +91,7 @@ class Run(_Common):
     base_sha256: Digest | None = None  # a router run: digest of that model's description
     data: tuple[str, ...] = ()
     inputs: dict[Text, Input] | None = None  # by the config's key; runs of earlier versions: none
+    average: Annotated[int, Field(ge=2, le=1000)] | None = None  # checkpoints: see `train.average`
     lineage: Annotated[tuple[Continued, ...], Field(min_length=1, max_length=1000)] | None = None
 
 

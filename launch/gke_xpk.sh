@@ -4,8 +4,9 @@
 #   launch/gke_xpk.sh launch/jobs/biomed.yaml [--dry-run]
 #
 # Checks the job and that the cluster is the owner's own, creates the workload, follows the logs of all its pods, and deletes it when the
-# run is done, has failed, or this is interrupted. The cluster itself starts the run again where a pod ends with 42, 75, 134 or 137 or
-# loses its node. Should this machine go down meanwhile the workload goes on, and the same command finds it again.
+# run is done, has failed, or this is interrupted. The cluster itself starts the run again where a pod ends with 42, 75, 76, 134 or 137
+# or loses its node, as often as the job allows. Should this machine go down meanwhile the workload goes on, and the same command finds it
+# again.
 #
 # Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 the run failed, or a command did; 75 the cluster was out of
 # reach for too long, and the workload goes on.
@@ -28,7 +29,7 @@ WORKLOAD=("--workload=$JOB_RUN" "--cluster=$JOB_CLUSTER" "--project=$JOB_PROJECT
 # exec: XPK runs the command in a subshell and sends SIGTERM to that, which has to be flexolmo itself for the run to be saved. By itself
 # XPK would restart nothing, and give a pod 30 seconds to save.
 CREATE=(xpk workload create "${WORKLOAD[@]}" "--tpu-type=$JOB_CHIP-$JOB_TORUS" "--num-slices=$JOB_SLICES" "--docker-image=$JOB_IMAGE"
-  "--command=exec $JOB_COMMAND" "--restart-on-exit-codes=42,75,134,137" "--max-restarts=$JOB_RESTARTS"
+  "--command=exec $JOB_COMMAND" "--restart-on-exit-codes=42,75,76,134,137" "--max-restarts=$JOB_RESTARTS"
   --termination-grace-period-seconds=300)
 case $JOB_CAPACITY in
   reserved) CREATE+=("--reservation=$JOB_RESERVATION") ;;

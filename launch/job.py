@@ -165,6 +165,8 @@ class Job:
             "JAX_COMPILATION_CACHE_DIR": self.compile_cache,
             # also what compiles in less than a second, so that a restart compiles nothing
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            # what a worker that takes another's place is told of slices may be out of date
+            "FLEXOLMO_SLICES": str(self.slices),
         }
         variables = [f"{name}={value}" for name, value in environment.items()]
         train = ["flexolmo", "train", self.config, *_flags(self.set), "--out", self.out]

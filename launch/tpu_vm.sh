@@ -5,8 +5,9 @@
 #
 # Checks the job, asks for the slice, waits for it, starts the container on all workers, follows their logs, and deletes the slice when
 # the run is done, has failed, or this is interrupted. A slice that is not given in time makes way for the job's next one. Where a
-# worker ends with 42, 75, 134 or 137, or the slice is taken away, the same run starts again. Should this machine go down meanwhile the
-# workers go on, and the same command finds them again.
+# worker ends with 42, 75, 76, 134 or 137, or the slice is taken away, the same run starts again: on another slice where hosts of this one
+# were of no use three times in a row (76, or out of reach). Should this machine go down meanwhile the workers go on, and the same command
+# finds them again.
 #
 # Exit status: 0 done; 2 a mistake in the job, before anything was created; 1 gcloud refused something; 75 too many restarts; otherwise
 # what a worker ended with.
@@ -40,7 +41,7 @@ commands() { # of the job on the slice that is chosen
   LOG_IN="sudo gcloud auth configure-docker ${JOB_IMAGE%%/*} --quiet"
   START=("${WORKERS[@]}" "--command=sudo docker container inspect $JOB_RUN >/dev/null 2>&1 || { $LOG_IN && $RUN; }")
   FOLLOW=("${WORKERS[@]}" "--command=sudo docker logs --follow --tail 1000 $JOB_RUN 2>&1 | sed -u \"s/^/\$(hostname -s): /\"")
-  CODES=("${WORKERS[@]}" "--command=sudo docker wait $JOB_RUN")
+  CODES=("${WORKERS[@]}" "--command=sudo docker wait $JOB_RUN | sed \"s/^/\$(hostname -s) /\"")
   STOP=("${WORKERS[@]}" "--command=sudo docker stop $JOB_RUN")
   REMOVE=("${WORKERS[@]}" "--command=sudo docker rm --force $JOB_RUN")
 }
@@ -123,32 +124,46 @@ ready() {
   done
 }
 
+HOPELESS=3 # attempts in a row: an accelerator that a process still holds may be let go of before
+USELESS=0
+
+# useless WHAT: hosts of this slice are of no use, which may end the slice. Says so in $why.
+useless() {
+  why=$1
+  USELESS=$((USELESS + 1))
+  ((USELESS >= HOPELESS)) || return 0
+  why+=", $USELESS times in a row; asking for another slice"
+  USELESS=0
+  try "${DELETE[@]}" || why+=", but this one cannot be deleted: $complaint"
+}
+
 # The run, from its last checkpoint to its end. Where it has to start again, 1, and why.
 attempt() {
-  local code codes status=0
+  local worker workers bad='' status=0
   ready || return 1
   try "${START[@]}" || status=$?
   case $status in
     0) ;;
     125 | 126 | 127) die 1 "cannot start the container on every worker: $complaint" ;; # docker's own refusals
-    *) why="cannot reach every worker: $complaint" && return 1 ;;
+    *) useless "cannot reach every worker: $complaint" && return 1 ;;
   esac
   patiently "${FOLLOW[@]}" || true # whether it is over is for the next command to say
   try "${CODES[@]}" || { why="lost the workers: $complaint" && return 1; }
-  mapfile -t codes < <(grep -xE '[0-9]+' <<<"$answer")
-  ((${#codes[@]} == JOB_HOSTS)) || { why="${#codes[@]} of $JOB_HOSTS workers answered" && return 1; }
-  for code in "${codes[@]}"; do
-    case $code in
-      0 | 42 | 75 | 134 | 137 | 255) ;; # 255 is Docker's, for a container whose host went down and came back
-      *) die "$code" "a worker ended with $code, which starting again does not help; its last lines are above" ;;
+  mapfile -t workers < <(grep -xE '[^ ]+ [0-9]+' <<<"$answer") # host and exit code
+  ((${#workers[@]} == JOB_HOSTS)) || { why="${#workers[@]} of $JOB_HOSTS workers answered" && return 1; }
+  why=''
+  for worker in "${workers[@]}"; do
+    case ${worker#* } in
+      0) ;;
+      76) bad+=" ${worker% *}" ;;
+      42 | 75 | 134 | 137 | 255) why=${why:-${worker% *} ended with ${worker#* }} ;; # 255 is Docker's: a host went down and came back
+      *) die "${worker#* }" "${worker% *} ended with ${worker#* }, which starting again does not help; its last lines are above" ;;
     esac
   done
-  for code in "${codes[@]}"; do
-    [[ $code == 0 ]] && continue
-    why="a worker ended with $code"
-    try "${REMOVE[@]}" || true # so that the next attempt starts a new container
-    return 1
-  done
+  [[ -n $bad || -n $why ]] || return 0
+  try "${REMOVE[@]}" || true # so that the next attempt starts a new container
+  if [[ -n $bad ]]; then useless "the accelerator cannot be used on$bad"; else USELESS=0; fi
+  return 1
 }
 
 check_bucket

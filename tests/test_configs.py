@@ -113,7 +113,7 @@ def test_a_step_of_the_whole_size_has_the_shapes_it_should(path):
     params = shapes(model, pair=run.run == "pair")
     trained, frozen = partition(params, TRAINED[run.run])
     released = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), frozen)
-    optimizer = make_optimizer(run.optim, run.train.steps)
+    optimizer = make_optimizer(run.optim, run.train.steps, run.train.skip_spikes)
     state = TrainState(trained, jax.eval_shape(optimizer.init, trained))
     records = (run.data.batch_size, run.data.seq_len)
     batch = {

@@ -23,5 +23,6 @@ def test_every_case_but_cudnns_runs_without_a_gpu(tmp_path):
     ]
     assert measured["logits differ by"] < 1e-3
     assert measured["pair none"]["share"] > 0
+    assert {"experts blocks", "experts ragged_dot"} <= measured.keys()
     assert set(measured["decode here"]["seconds_a_token"]) == {"batch 1", "batch 16"}
     assert not [path for path in tmp_path.iterdir() if path != out]

@@ -6,12 +6,13 @@ Exit status:
     2    a user's mistake, told in one line
     42   stopped by SIGTERM, SIGUSR1, SIGUSR2 or SIGXCPU; a training run saves first
     75   another process of the run is lost, or nothing moved for too long
+    76   the accelerator of this host is held by another process
     129  stopped by a hangup (the terminal is closed); a training run saves first
     130  stopped by Ctrl-C; a training run saves first, and a second Ctrl-C ends it at once
 
-After 42 and 75 (and 134 and 137, by which the runtime and the system kill) a launcher may give the
-same command again: a run resumes. Progress and notes go to stderr; stdout holds the result, as one
-JSON object with --json.
+After 42, 75 and 76 (and 134 and 137, by which the runtime and the system kill) a launcher may give
+the same command again, after 76 on another host: a run resumes. Progress and notes go to stderr;
+stdout holds the result, as one JSON object with --json.
 """
 
 import argparse

@@ -104,6 +104,8 @@ class TrainConfig(Section):
     # after this long without a checkpoint there is one; 0: never. benchmarks/goodput.py chose 10
     save_minutes: float = 10.0
     keep: int = 2  # newest checkpoints kept, beside the best
+    # the run's last checkpoint stands for the mean of so many of its newest; 0: for itself
+    average: int = 0
     log_every: int = 1
     # of activations and matrix products; parameters stay float32
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -114,10 +116,16 @@ class TrainConfig(Section):
     # last, ends the run, with the stacks of its threads; 0: an hour
     watchdog: float = 600.0
     profile: str = ""  # START:STOP: steps of which a profile is written, for xprof
+    # a step whose loss or gradient norm lies more than this many standard deviations above the mean
+    # of the last 128 steps is not applied; 0: all are
+    skip_spikes: float = 0.0
 
     def check(self) -> None:
         self.expect_positive("steps", "accumulate", "keep", "log_every", "eval_records")
         self.expect_not_negative("eval_every", "save_every", "save_minutes", "seed", "watchdog")
+        self.expect_not_negative("skip_spikes")
+        is_kept = self.average == 0 or 2 <= self.average <= self.keep
+        self.expect("average", is_kept, f"0, or 2 to train.keep ({self.keep})")
         names_steps = not self.profile or self.profiled is not None
         self.expect("profile", names_steps, "START:STOP, two steps, as 10:13")
 

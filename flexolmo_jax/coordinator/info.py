@@ -39,7 +39,17 @@ def info(path: Path) -> dict[str, Any]:
         return Store.existing(path).info()
     artifact = open_artifact(path)
     description = artifact.description
-    keep = ("run", "base", "fingerprint", "embedder", "chat", "conventions", "public", "members")
+    keep = (
+        "run",
+        "average",
+        "base",
+        "fingerprint",
+        "embedder",
+        "chat",
+        "conventions",
+        "public",
+        "members",
+    )
     described = {key: description[key] for key in keep if key in description}
     if "members" in described:
         described["members"] = [_member(member) for member in described["members"]]

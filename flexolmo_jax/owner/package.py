@@ -12,7 +12,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from jax.sharding import Mesh
 
-from flexolmo_jax.artifact import Artifact, open_artifact, placement_on, places_of
+from flexolmo_jax.artifact import Artifact, Which, open_artifact, placement_on, places_of
 from flexolmo_jax.config import Dataset, MeshConfig, RunConfig, read_config, to_dict
 from flexolmo_jax.data.prepare import open_heldout
 from flexolmo_jax.data.records import Part, open_records
@@ -90,13 +90,13 @@ def package(
         )
     config = _config_of(path, run)
     base = open_anchor(run.base().path)
-    step = run.step(which)
+    steps = run.steps(which)
     devices = make_mesh(mesh) if mesh else _mesh_of(config)
     placement = placement_on(devices, run.config, pair=True)
-    expert = place_expert(_released(run, str(step), base.dtype), run.config, placement)
+    expert = place_expert(_released(run, steps, base.dtype), run.config, placement)
     pair = base.params(placement=placement) | {"expert": expert}
     scores = _evaluate(run, base, pair, _located(config, run), devices)
-    fields = _fields(config, step, scores)
+    fields = _fields(config, steps[-1], scores)
 
     def tensor(leaf: str, layer: int) -> np.ndarray:
         return np.asarray(expert[leaf][layer, 0])
@@ -165,7 +165,7 @@ def _fields(config: RunConfig, step: int, scores: dict[str, Any]) -> dict[str, A
     }
 
 
-def _released(run: Artifact, which: str, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _released(run: Artifact, which: Which, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """The expert's tensors by their names in a contribution, cast to the anchor's dtype."""
     for path, array in run.arrays(which).items():
         branch, leaf = path.rsplit("/", 1)

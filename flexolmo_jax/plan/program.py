@@ -15,11 +15,14 @@ def program_of(run: RunConfig) -> dict[str, Any]:
         "contrast": run.pair.is_contrasted,
         "router_noise": run.pair.router_noise > 0,
     }
+    train = {key: getattr(run.train, key) for key in ("accumulate", "compute_dtype", "remat")}
+    if run.train.skip_spikes:  # plans of earlier versions do not name it
+        train["skip_spikes"] = True
     return {
         "run": run.run,
         "model": to_dict(run.model),
         "data": {"batch_size": run.data.batch_size, "seq_len": run.data.seq_len},
-        "train": {key: getattr(run.train, key) for key in ("accumulate", "compute_dtype", "remat")},
+        "train": train,
         "pair": pair,
         "mesh": to_dict(run.mesh),
         **named(run.kernels),

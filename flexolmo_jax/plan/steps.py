@@ -126,7 +126,7 @@ def training_step(
         dtype=lambda path: "float32" if is_trained(path) else RELEASED,
     )
     trained, frozen = partition(params, is_trained)
-    optimizer = make_optimizer(run.optim, run.train.steps)
+    optimizer = make_optimizer(run.optim, run.train.steps, run.train.skip_spikes)
     state = abstract_state(optimizer, trained, mesh)
     B, T = run.data.batch_size, run.data.seq_len
     records = {

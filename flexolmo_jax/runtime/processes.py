@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexolmo_jax.errors import UserError
-from flexolmo_jax.runtime import interrupts, progress
+from flexolmo_jax.runtime import interrupts, progress, waiting
 from flexolmo_jax.runtime.interrupts import ENDING, PREEMPTED, Ended
 
-PEER_LOST = 75  # the exit status; as after PREEMPTED the same command resumes
+# After these, as after PREEMPTED, the same command resumes; after the second on another host.
+PEER_LOST, BAD_HOST = 75, 76
 HEARTBEAT = 10  # seconds without a sign of life after which a process counts as dead
 GOODBYE = 8  # seconds that a process waits at its end for the others to end too
 PATIENCE = 600  # seconds to wait for all others at the start
@@ -37,6 +38,11 @@ _PASSING = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED")
 _GONE = re.compile(
     r"connection|connect |timed? ?out|heartbeat|broken pipe|socket|by peer|remote process"
     r"|network|unreachable|barrier|coordination",
+    re.IGNORECASE,
+)
+# an accelerator that another process holds, often one of a run that was preempted there
+_HELD = re.compile(
+    r"(TPU|device) is already in use|device or resource busy|couldn't open iommu group",
     re.IGNORECASE,
 )
 _FOR_EVER = 7 * 24 * 3600 * 1000  # ms; if the awaited process dies, all end
@@ -83,6 +89,7 @@ def join(
             " them"
         )
     else:
+        waiting.correct(os.environ)
         place = detect(os.environ) if look else None
     if place is not None:
         _join(place)
@@ -99,16 +106,18 @@ def _join(place: Place) -> None:
     if place.coordinator is not None:
         options = {"cluster_detection_method": "deactivate", "local_device_ids": None}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    who = "a process" if place.process is None else f"process {place.process} of {place.processes}"
     try:
-        jax.distributed.initialize(
-            place.coordinator,
-            place.processes,
-            place.process,
-            initialization_timeout=PATIENCE,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=GOODBYE,
-            **options,
-        )
+        with waiting.at_most(PATIENCE, place.coordinator, who, PEER_LOST):
+            jax.distributed.initialize(
+                place.coordinator,
+                place.processes,
+                place.process,
+                initialization_timeout=PATIENCE + 60,  # later: it aborts, and names nobody
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=GOODBYE,
+                **options,
+            )
     except (RuntimeError, ValueError, OSError) as error:
         told = (
             f"cannot join the other processes ({place.coordinator or 'as the environment says'}):"
@@ -326,6 +335,10 @@ def _status_of(error: BaseException) -> int:
         ended = error if isinstance(error, Ended) else Ended()
         print(ended.told, file=sys.stderr)
         return ended.status
+    if isinstance(error, RuntimeError) and _HELD.search(str(error)):
+        told = " ".join(str(error).split())[:300]
+        print(f"flexolmo: host {socket.gethostname()} cannot be used: {told}", file=sys.stderr)
+        return BAD_HOST
     if _joined and _is_loss(error):
         told = " ".join(str(error).split())[:300]
         print(f"flexolmo: another process, or the way to it, is lost: {told}", file=sys.stderr)

@@ -1,8 +1,11 @@
 """What a run reports of its steps while it trains: a bar on stderr and entries in its metrics."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
+
+from flexolmo_jax.runtime.progress import note
 
 from .accounting import Accounting
 from .job import Job
@@ -39,9 +42,17 @@ class Log:
         now = time.perf_counter()
         took, self._clock = now - self._clock, now
         speed = self._tokens / took
-        self._advance(1, text=f"loss {entry['loss']:.3f}  {speed:,.0f} tokens/s")
+        skipped = f"  {entry['skipped']} skipped" if entry.get("skipped") else ""
+        self._advance(1, text=f"loss {entry['loss']:.3f}{skipped}  {speed:,.0f} tokens/s")
+        if entry.get("spike") and self._metrics is not None:
+            note(
+                f"step {number} is not applied (train.skip_spikes), {entry['skipped']} until now:"
+                f" loss {entry['loss']:.4g}, gradient norm {entry['gradient_norm']:.4g}"
+            )
         if number % self._every:
             return took
+        for key in ("loss", "total_loss", "gradient_norm"):  # of a step that was not applied
+            entry[key] = entry[key] if math.isfinite(entry[key]) else None
         entry |= {
             "router_share": dict(zip(self._experts, entry["router_share"], strict=True)),
             "tokens": number * self._tokens,

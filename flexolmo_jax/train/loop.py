@@ -20,11 +20,13 @@ from jax.sharding import Mesh
 from flexolmo_jax.artifact import placement_on
 from flexolmo_jax.config import check_microbatch
 from flexolmo_jax.errors import RunError
+from flexolmo_jax.model import Params
 from flexolmo_jax.model.tree import partition
 from flexolmo_jax.runtime import sharding
 from flexolmo_jax.runtime.processes import by_the_first, compile_for_all, is_first, stop_requests
 from flexolmo_jax.runtime.progress import bar, note
 from flexolmo_jax.storage import checkpoint
+from flexolmo_jax.storage.averages import restore_mean
 from flexolmo_jax.storage.files import write_text
 
 from .accounting import Accounting, least_step_seconds
@@ -67,6 +69,8 @@ def train(job: Job, out: Path, continues: bool = False) -> dict[str, Any]:
                 trainer.save(number)
         if done < last:
             trainer.read_back(last)
+        if every.average:
+            trainer.evaluate_mean()
     return trainer.finish()
 
 
@@ -79,6 +83,7 @@ class Trainer:
         self._accounting = Accounting()
         self._watchdog = stack.enter_context(Watchdog(job.config.train.watchdog))
         self._pending: tuple[int, dict[str, jax.Array]] | None = None  # a step and its metrics
+        self._was_finite = True  # the loss of the step that was read last
         self._scores: dict[str, float] = {}
         with self._accounting.spent("init"):
             self._mesh = sharding.make_mesh(job.config.mesh)
@@ -90,7 +95,9 @@ class Trainer:
             check_microbatch(job.config, self._mesh.shape)
             check_remat(job.config.train.remat, sharding.platform_of(self._mesh))
             claim(job, out, continues)
-            self._optimizer = make_optimizer(job.config.optim, job.config.train.steps)
+            self._optimizer = make_optimizer(
+                job.config.optim, job.config.train.steps, job.config.train.skip_spikes
+            )
             self._dispatch = make_step(job.model, job.config, self._optimizer, self._mesh)
             self._evaluation = Evaluation(job, self._mesh, self.stops)
             self._checkpoints = stack.enter_context(
@@ -153,7 +160,7 @@ class Trainer:
         logged = by_the_first(lambda: any(_is_score(entry, done) for entry in entries))
         if done and self.is_scored(done) and (not logged or done == self._job.config.train.steps):
             self._watchdog.expect(f"evaluating step {done}")
-            scored = self._evaluate()
+            scored = self._evaluate(self._state.params)
             if scored and not logged:
                 self._log.write(done, {"bits_per_byte": self._scores}, flush=True)
             if not scored or (self.stops() and done < self._job.config.train.steps):
@@ -192,12 +199,26 @@ class Trainer:
                 self._read_pending()
         self._profile.after(number)
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self, trained: Params) -> bool:
         """Whether the evaluation came to its end, before any signal."""
         with self._accounting.spent("eval"), suppress(CutShort):
-            self._scores = self._evaluation(self._state.params, self._frozen)
+            self._scores = self._evaluation(trained, self._frozen)
             return True
         return False
+
+    def evaluate_mean(self) -> None:
+        """Of the checkpoints that the run stands for when it has ended. Lets go of the state."""
+        self._watchdog.expect("evaluating the mean of checkpoints")
+        with self._accounting.spent("restore"):
+            steps = by_the_first(self._checkpoints.steps)[: self._job.config.train.average]
+            abstract = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+                self._state.params,
+            )
+            self._state = TrainState({}, None)
+            mean = restore_mean(self._checkpoints, "params", abstract, steps)
+        if not self._evaluate(mean):
+            self._stop(steps[0])
 
     def save(self, number: int) -> None:
         """Saves a step, which is evaluated first where `is_scored` says so. After a signal that is
@@ -205,7 +226,7 @@ class Trainer:
         self._watchdog.expect(f"evaluating and saving after step {number}")
         entry: dict[str, Any] = {}
         loss = None
-        if scored := self.is_scored(number) and self._evaluate():
+        if scored := self.is_scored(number) and self._evaluate(self._state.params):
             entry["bits_per_byte"] = self._scores
             loss = sum(self._scores.values()) / len(self._scores) if self._scores else None
         entry["seconds"] = self._accounting.seconds()
@@ -247,14 +268,17 @@ class Trainer:
 
     def _read_pending(self) -> None:
         """Waits for the step whose metrics are not read yet, if there is one. Raises RunError where
-        its loss is not finite."""
+        its loss is not finite, unless it alone was skipped as a spike."""
         if self._pending is None:
             return
         number, metrics = self._pending
         self._pending = None
         entry = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])):
+        is_finite = math.isfinite(entry["loss"]) and math.isfinite(entry["gradient_norm"])
+        # One that was skipped changed nothing. Two in a row are no batch's fault.
+        if not is_finite and not (entry.get("spike") and self._was_finite):
             raise self._not_finite(number, entry)
+        self._was_finite = is_finite
         self._watchdog.measured(self._log.step(number, entry))
 
     def _not_finite(self, number: int, entry: dict[str, Any]) -> RunError:

@@ -6,6 +6,8 @@ import optax
 from flexolmo_jax.config import OptimConfig
 from flexolmo_jax.model.tree import flatten, unflatten
 
+from .spikes import guarded
+
 
 def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
     """Warm-up from 0, then a cosine to `final_fraction` at `schedule_steps` (a run may stop before
@@ -20,8 +22,13 @@ def learning_rate(optim: OptimConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Initialise it with the trained parameters alone: the frozen ones need no state."""
+def make_optimizer(
+    optim: OptimConfig, steps: int, skip_spikes: float = 0.0
+) -> optax.GradientTransformation:
+    """Initialise it with the trained parameters alone: the frozen ones need no state.
+
+    `skip_spikes`: as in the config of `train`; above 0 its state holds what spikes are told by.
+    """
     adamw = optax.adamw(
         learning_rate(optim, steps),
         b1=optim.beta1,
@@ -33,7 +40,8 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     if optim.router_lr:
         scaled = optax.masked(optax.scale(optim.router_lr / optim.lr), _is_router)
         adamw = optax.chain(adamw, scaled)
-    return optax.chain(optax.clip_by_global_norm(optim.clip), adamw)
+    clipped = optax.chain(optax.clip_by_global_norm(optim.clip), adamw)
+    return guarded(clipped) if skip_spikes else clipped
 
 
 def _decayed(params: dict) -> dict:

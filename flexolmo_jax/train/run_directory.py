@@ -43,7 +43,16 @@ ELSEWHERE = "a new place (--out, or --work where that was given)"
 # Keys that may change when a run is resumed, beside the mesh: none of them changes what is learnt,
 # but for rounding.
 FREE = {"eval_every", "eval_records", "save_every", "save_minutes", "keep", "log_every"}
-FREE |= {"accumulate", "kernels", "remat", "watchdog", "profile", "allow_hub_embedder", "strict"}
+FREE |= {
+    "average",
+    "accumulate",
+    "kernels",
+    "remat",
+    "watchdog",
+    "profile",
+    "allow_hub_embedder",
+    "strict",
+}
 FREE |= {"owner", "domain", "licence", "expires", "sequence"}  # what an owner states
 # keys, by how they begin, that may change where a run is trained on
 CONTINUED = ("train.steps", "optim.", "data.train", "data.eval")
@@ -78,6 +87,7 @@ def describe_run(job: Job, out: Path, trained: Params) -> None:
             "tensors": describe(trained),
             "inputs": _inputs(job),
             **job.base,
+            **({"average": job.config.train.average} if job.config.train.average else {}),
             **{key: kept[key] for key in ("lineage",) if key in kept},
         }
         write_description(out, description)

@@ -19,6 +19,7 @@ from flexolmo_jax.runtime.tpus import step_options
 
 from .losses import Contrast, LossSums, loss_sums, predicts
 from .optimizer import learning_rate
+from .spikes import without_spike
 from .state import TrainState
 
 # "tokens", "segments" int32 [B, T]; "targets" bool [B, T]; contrast: "expert", "expert_weight" [B]
@@ -89,7 +90,10 @@ def make_step(
             metrics = jax.lax.with_sharding_constraint(metrics, replicated(mesh))
         # optax types its result as any kind of tree
         params: Any = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer_state), metrics
+        after = TrainState(params, optimizer_state)
+        if run.train.skip_spikes:
+            return without_spike(run.train.skip_spikes, state, after, metrics)
+        return after, metrics
 
     platform = platform_of(mesh) or jax.default_backend()
     return jax.jit(step, donate_argnums=0, compiler_options=step_options(platform))

@@ -21,13 +21,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from .. import names
-from . import blocks_cpu, grouped, reference
+from . import blocks, grouped, reference
 
 Implementation = Literal["blocks", "ragged_dot", "megablox", "megablox_interpret", "reference"]
 
 FORWARD, BACKWARD = 0, 1
 _PASSES = {
-    "blocks": (blocks_cpu.forward, blocks_cpu.backward),
+    "blocks": (blocks.forward, blocks.backward),
     "ragged_dot": grouped.with_products(grouped.RAGGED_DOT),
     "megablox": grouped.with_products(grouped.MEGABLOX),
     "megablox_interpret": grouped.with_products(grouped.MEGABLOX_INTERPRET),
@@ -52,12 +52,10 @@ def expert_ffn(
     matrices over all tokens of a group.
 
     `implementation` None chooses by the platform that the program is lowered for:
-    - CPU: `blocks`, a loop over blocks of tokens (`lax.ragged_dot` multiplies every token with
-      every expert there, E times the work);
+    - CPU and GPU: `blocks`, a loop over blocks of tokens. `lax.ragged_dot` multiplies every token
+      with every expert on a CPU, E times the work, and in several releases on a GPU too;
     - TPU: `ragged_dot` from jax 0.12 on; below, `megablox`, because ragged_dot's gradient of the
-      matrices is dense there (3.3 times the work of forward and backward at E = 8);
-    - GPU: `ragged_dot` from jax 0.11 on; below, where it is dense too, a loop over all experts
-      (`reference`). Not measured here.
+      matrices is dense there (3.3 times the work of forward and backward at E = 8).
 
     Raises ValueError for an unknown implementation; a known one is used or fails.
     """
@@ -73,11 +71,9 @@ def _by_platform(direction: int, implementation: Implementation | None, *args):
     """The forward or backward pass of the implementation, or of the platform's own."""
     if implementation is not None:
         return _PASSES[implementation][direction](*args)
-    version = jax.__version_info__
-    tpu = "ragged_dot" if version >= (0, 12) else "megablox"
-    gpu = "ragged_dot" if version >= (0, 11) else "reference"
-    cpu, tpu, other = (_PASSES[name][direction] for name in ("blocks", tpu, gpu))
-    return jax.lax.platform_dependent(*args, cpu=cpu, tpu=tpu, default=other)
+    on_tpu = "ragged_dot" if jax.__version_info__ >= (0, 12) else "megablox"
+    tpu, other = (_PASSES[name][direction] for name in (on_tpu, "blocks"))
+    return jax.lax.platform_dependent(*args, tpu=tpu, default=other)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -3,7 +3,7 @@
     matmul(x [M, K], w [E, K, N], sizes) -> [M, N]          the tokens of group e times w[e]
     outer(x [M, K], dy [M, N], sizes) -> [E, K, N]          x^T dy over the tokens of group e
 
-This is the form for TPUs and GPUs, whose libraries multiply groups natively. Both leave open what
+This is the form for TPUs, whose libraries multiply groups natively. Both leave open what
 `matmul` gives behind the last group. What another product takes is set to 0 there, in the same pass
 as what is between the products; the rest is left as it is.
 """

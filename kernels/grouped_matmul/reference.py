@@ -1,7 +1,6 @@
 """Every expert on every token, masked, in plain XLA: E times the work.
 
-It is the definition that the other implementations are tested against, and what runs on a GPU where
-`lax.ragged_dot` is dense as well.
+It is the definition that the other implementations are tested against.
 """
 
 import jax.numpy as jnp

@@ -6,6 +6,8 @@ suite too.
 """
 
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -16,8 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexolmo_jax.kernels.expert_ffn import swiglu
-from flexolmo_jax.kernels.grouped_matmul import Implementation, blocks_cpu, expert_ffn
-from flexolmo_jax.kernels.grouped_matmul.blocks_cpu import block_sizes
+from flexolmo_jax.kernels.grouped_matmul import Implementation, blocks, expert_ffn
+from flexolmo_jax.kernels.grouped_matmul.blocks import block_sizes
 from flexolmo_jax.kernels.grouped_matmul.shapes import SHAPES_7B
 from flexolmo_jax.kernels.grouped_matmul.tiles import executed_over_ideal, executed_tiles
 
@@ -44,7 +46,7 @@ SIZES = st.lists(st.integers(0, M), min_size=E, max_size=E).map(
 def many_sizes_of_blocks():
     """As for products that are not small."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks_cpu, "SMALL", 0)
+        patch.setattr(blocks, "SMALL", 0)
         yield
 
 
@@ -227,7 +229,6 @@ def test_an_unknown_implementation_is_refused():
 @pytest.mark.parametrize("lowered_for", ["cpu", "tpu", "cuda"])
 def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowered_for):
     tpu = "ragged_dot" if jax.__version_info__ >= (0, 12) else "megablox"
-    gpu = "ragged_dot" if jax.__version_info__ >= (0, 11) else "reference"
     x, probabilities, *matrices = arguments()
 
     def program(implementation):
@@ -252,8 +253,35 @@ def test_the_implementation_follows_the_platform_the_program_is_lowered_for(lowe
             operation: program(implementation).count(operation) for operation in OPERATIONS
         }
         assert same == (
-            implementation == {"cpu": "blocks", "tpu": tpu, "cuda": gpu}[lowered_for]
+            implementation == {"cpu": "blocks", "tpu": tpu, "cuda": "blocks"}[lowered_for]
         ), implementation
+
+
+def largest_buffer(function, *arguments) -> int:
+    """Elements of the largest array in the program that is compiled for this device."""
+    text = jax.jit(function).lower(*arguments).compile().as_text() or ""
+    shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", text)
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.gpu
+def test_no_buffer_of_the_compiled_program_holds_every_token_for_every_expert():
+    tokens, experts, width = 2048, 8, 64
+    of = jax.ShapeDtypeStruct
+    x, sizes = of((tokens, width), jnp.bfloat16), of((experts,), jnp.int32)
+    matrices = [of((experts, width, width), jnp.bfloat16)] * 3
+
+    def total(x, sizes, *matrices):
+        return jnp.sum(expert_ffn(x, jnp.ones(tokens), sizes, *matrices), dtype=jnp.float32)
+
+    def dense(x, sizes, *matrices):
+        each = jax.lax.optimization_barrier(jnp.einsum("md,edf->emf", x, matrices[0]))
+        return jnp.sum(each[0])
+
+    every = experts * tokens * width
+    assert largest_buffer(dense, x, sizes, *matrices) >= every
+    gradient = jax.grad(total, argnums=(0, 2, 3, 4))
+    assert largest_buffer(gradient, x, sizes, *matrices) < every
 
 
 def test_block_sizes_are_ascending_and_never_larger_than_the_array():
@@ -264,7 +292,7 @@ def test_block_sizes_are_ascending_and_never_larger_than_the_array():
 
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS.keys())
 def test_small_products_have_blocks_of_one_size(sizes, monkeypatch):
-    monkeypatch.setattr(blocks_cpu, "SMALL", M * D * F)
+    monkeypatch.setattr(blocks, "SMALL", M * D * F)
     assert len(block_sizes(M, E, D, F)) == 1 < len(block_sizes(M + 1, E, D, F))
     assert_equal_to_the_definition(functools.partial(expert_ffn, implementation="blocks"), sizes)
 

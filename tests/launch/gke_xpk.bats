@@ -37,7 +37,7 @@ run_ends_with() { # run_ends_with STATE: after two looks at which it is still ru
   job biomed 'restarts: 7'
   launch launch/gke_xpk.sh "$JOB"
   create=$(grep 'xpk workload create' "$FAKE/calls")
-  for flag in --restart-on-exit-codes=42,75,134,137 --max-restarts=7 --termination-grace-period-seconds=300 --tpu-type=v5p-4x4x4 --spot \
+  for flag in --restart-on-exit-codes=42,75,76,134,137 --max-restarts=7 --termination-grace-period-seconds=300 --tpu-type=v5p-4x4x4 --spot \
     --num-slices=1 --cluster=biomed-gke --project=biomed-4711 --zone=us-east5-a; do
     [[ " $create " == *" $flag "* ]] || { echo "no $flag in $create" && false; }
   done

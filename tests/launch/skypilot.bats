@@ -65,6 +65,12 @@ setup() {
   [[ $(called 'sky jobs cancel*') == 0 ]]
 }
 
+@test "SkyPilot starts the run again a few times, and without a bound only where it was preempted and saved" {
+  grep -qx '    max_restarts_on_errors: 5' launch/skypilot.yaml
+  grep -qx '    recover_on_exit_codes: \[42\]' launch/skypilot.yaml
+  for task in launch/skypilot.yaml launch/ray/skypilot.yaml; do [[ $(grep -c max_restarts_on_errors "$task") == 1 ]]; done
+}
+
 @test "SIGTERM cancels the job" {
   answer 'gcloud config get project' 0 biomed-4711
   answer 'sky jobs launch*' hang

@@ -23,14 +23,38 @@ setup() {
   [[ $(called "srun * --container-image=registry/flexolmo:1 --container-mounts=$PWD:$PWD --container-workdir=$PWD env * flexolmo train*") == 1 ]]
 }
 
-@test "42, 75, 134 and 137 requeue the job" {
-  for code in 42 75 134 137; do
+@test "42, 75, 76, 134 and 137 requeue the job" {
+  for code in 42 75 76 134 137; do
     forget
     answer 'srun*' "$code"
     launch "${RUN[@]}"
     ends_with 0 "a process ended with $code; restart 1, with the same run $FAKE/runs/biomed"
     [[ $(tail -n 1 "$FAKE/calls") == 'scontrol requeue 7' ]]
   done
+}
+
+@test "nodes whose GPUs could not be used are named, and the job is requeued without them and those before" {
+  answer 'srun*' 76 'step 1\nflexolmo: host gpu-7.cluster cannot be used: device or resource busy\nflexolmo: host gpu-12 cannot be used: x'
+  answer 'scontrol --oneliner show job 7' 0 'JobId=7 ReqNodeList=(null) ExcNodeList=gpu-[1-2] MinCPUsNode=1'
+  launch "${RUN[@]}"
+  ends_with 0 'a process ended with 76; restart 1 without gpu-[1-2],gpu-12,gpu-7, with the same run'
+  [[ $stderr == *'flexolmo: host gpu-7.cluster cannot be used'* ]]
+  [[ $(tail -n 2 "$FAKE/calls") == 'scontrol requeue 7'$'\n''scontrol update JobId=7 ExcNodeList=gpu-[1-2],gpu-12,gpu-7' ]]
+}
+
+@test "a node that cannot be excluded is told, and the job is requeued all the same" {
+  answer 'srun*' 76 'flexolmo: host gpu-7 cannot be used: busy'
+  answer 'scontrol --oneliner show job 7' 0 'JobId=7 ExcNodeList=(null)'
+  answer 'scontrol update*' 1 'Access denied'
+  launch "${RUN[@]}"
+  ends_with 0 'could not exclude gpu-7'
+  [[ $(called 'scontrol requeue 7') == 1 ]]
+}
+
+@test "what a run prints and what it complains of stay apart" {
+  answer 'srun*' 0 'the result'
+  launch "${RUN[@]}"
+  [[ $status == 0 && $output == 'the result' && -z $stderr ]]
 }
 
 @test "1 and 2 end it" {

@@ -89,7 +89,7 @@ def test_the_golden_manifest_is_of_what_gke_xpk_runs():
     )
     # A pod that ends with a code outside this list fails the run.
     assert (rule["action"], rule["onExitCodes"]["operator"]) == ("FailJob", "NotIn")
-    assert {42, 75, 134, 137} <= set(rule["onExitCodes"]["values"]) and not {1, 2} & set(
+    assert {42, 75, 76, 134, 137} <= set(rule["onExitCodes"]["values"]) and not {1, 2} & set(
         rule["onExitCodes"]["values"]
     )
     assert pod["terminationGracePeriodSeconds"] == 300

@@ -18,8 +18,8 @@ slice_is_given() { # the usual course of things, before the container's end
 
 workers_end_with() { # workers_end_with CODE...: of 16 workers the first ones; the others with 0
   local codes=("$@" 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0)
-  local text
-  text=$(printf '%s\\n' "${codes[@]:0:16}")
+  local text='' i
+  for i in {0..15}; do text+="w-$i ${codes[i]}\\n"; done
   answer 'gcloud*docker wait*' 0 "${text%\\n}"
 }
 
@@ -116,7 +116,7 @@ workers_end_with() { # workers_end_with CODE...: of 16 workers the first ones; t
 
 @test "a worker that does not answer at the end is asked again" {
   slice_is_given
-  answer 'gcloud*docker wait*' 0 '0\n0'
+  answer 'gcloud*docker wait*' 0 'w-0 0\nw-1 0'
   workers_end_with 0
   launch launch/tpu_vm.sh "$JOB"
   ends_with 0 'deleting'
@@ -137,7 +137,7 @@ for_code() { # for_code CODE: the same run starts again, in a new container on t
   workers_end_with 0
   launch launch/tpu_vm.sh "$JOB"
   ends_with 0 'deleting'
-  [[ $stderr == *"a worker ended with $1; restart 1 of 20 in 30 s, with the same run gs://biomed-4711-flexolmo/biomed-1"* ]]
+  [[ $stderr == *"w-0 ended with $1; restart 1 of 20 in 30 s, with the same run gs://biomed-4711-flexolmo/biomed-1"* ]]
   [[ $(called '*docker rm --force biomed-1') == 1 && $(called '*docker run*') == 2 && $(called '*queued-resources create*') == 1 ]]
   [[ $(grep 'docker run' "$FAKE/calls" | sort -u | wc -l) == 1 ]]
 }
@@ -147,12 +147,38 @@ for_code() { # for_code CODE: the same run starts again, in a new container on t
 @test "137, killed, starts the run again" { for_code 137; }
 @test "255, a host that went down and came back, starts the run again" { for_code 255; }
 
+@test "a host whose accelerator is held is tried twice more and then another slice, and it is named" {
+  slice_is_given
+  workers_end_with 75 76 0 76
+  workers_end_with 75 76
+  workers_end_with 75 76
+  workers_end_with 0
+  answer 'gcloud*queued-resources describe*' 0 ACTIVE
+  answer 'gcloud*queued-resources describe*' 0 ACTIVE
+  slice_is_given
+  launch launch/tpu_vm.sh "$JOB"
+  ends_with 0 'deleting'
+  [[ $stderr == *'the accelerator cannot be used on w-1 w-3; restart 1 of 20'*'cannot be used on w-1; restart 2'* ]]
+  [[ $stderr == *'cannot be used on w-1, 3 times in a row; asking for another slice; restart 3'* ]]
+  [[ $(called '*queued-resources delete*') == 2 && $(called '*queued-resources create*') == 2 && $(called '*docker run*') == 4 ]]
+}
+
+@test "hosts that stay out of reach make way for another slice, and restarts stay bounded" {
+  job biomed 'restarts: 4'
+  answer 'gcloud*describe*' 0 ACTIVE
+  answer 'gcloud*docker run*' 255 'ssh: connect to host w-3: timed out'
+  launch launch/tpu_vm.sh "$JOB"
+  ends_with 75 'deleting'
+  [[ $stderr == *'host w-3: timed out, 3 times in a row; asking for another slice; restart 3 of 4'* ]]
+  [[ $stderr == *'gave up after 4 restarts'* && $(called '*queued-resources delete*') == 2 ]]
+}
+
 @test "1 and 2 do not start the run again, whatever the others ended with" {
   slice_is_given
   workers_end_with 75 134 1
   launch launch/tpu_vm.sh "$JOB"
   ends_with 1 'deleting'
-  [[ $stderr == *'a worker ended with 1, which starting again does not help'* && $(called '*docker run*') == 1 ]]
+  [[ $stderr == *'w-2 ended with 1, which starting again does not help'* && $(called '*docker run*') == 1 ]]
   forget
   slice_is_given
   workers_end_with 2
@@ -220,7 +246,7 @@ interrupted_by() { # interrupted_by SIGNAL STATUS
   [[ ! -s $FAKE/calls ]]
 }
 
-eight_workers_end_with() { answer 'gcloud*docker wait*' 0 "$1"'\n0\n0\n0\n0\n0\n0\n0'; }
+eight_workers_end_with() { answer 'gcloud*docker wait*' 0 "w-0 $1"'\nw-1 0\nw-2 0\nw-3 0\nw-4 0\nw-5 0\nw-6 0\nw-7 0'; }
 states() { # states STATE...: in turn
   local state
   for state; do

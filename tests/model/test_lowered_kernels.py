@@ -68,6 +68,21 @@ def test_a_sparse_model_holds_the_kernels_that_the_table_names(tpu):
     assert products == set(re.findall(r"\bragged_dot\b|megablox_t?gmm", text))
 
 
+def test_sparse_experts_hold_no_ragged_dot_for_a_gpu():
+    """Some of XLA's releases make a dense product of it there."""
+    N, A, E, D, F = 16, 2, 4, 32, 64
+
+    def total(probabilities, ids, *arrays):
+        x, *matrices = arrays
+        return jnp.sum(sparse_experts(x, Routing(probabilities, ids, jnp.zeros(N)), *matrices))
+
+    routing = jnp.ones((N, A)), jnp.zeros((N, A), jnp.int32)
+    wide = jnp.ones((E, D, F))
+    traced = jax.jit(jax.grad(total)).trace(*routing, jnp.ones((N, D)), wide, wide, wide.mT)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "ragged_dot" not in text and "stablehlo.while" in text
+
+
 @pytest.mark.parametrize("tpu", ["v5e", "v5p"])
 def test_named_kernels_are_the_program_s(tpu):
     by_sparse_core = tpu == "v5p" and HAS_GATHER_SUM

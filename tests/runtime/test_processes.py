@@ -1,9 +1,11 @@
 """What is taken for several processes, and mistakes with them; tests/faults has the processes
 themselves."""
 
+import socket
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from flexolmo_jax.cli import main
@@ -11,6 +13,7 @@ from flexolmo_jax.config import dump_yaml
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.runtime import processes
 from flexolmo_jax.runtime.processes import Place, by_the_first, detect, is_first
+from flexolmo_jax.runtime.waiting import correct, missing
 from tests.tiny import run_config
 
 FOUND = Place(None, None, None)  # JAX reads the rest out of the environment
@@ -102,7 +105,84 @@ def test_others_that_cannot_be_reached_are_lost_not_a_mistake():
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
     )
-    assert ended.returncode in (75, -6), ended.stderr
+    assert ended.returncode == 75, ended.stderr
+    assert "process 1 of 2, has waited 2 s for the others to start: the first" in ended.stderr
+    assert "does not answer at 127.0.0.1:9" in ended.stderr
+
+
+def test_the_first_process_says_that_others_have_not_come():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = (
+        "from flexolmo_jax.runtime import processes\nprocesses.PATIENCE ="
+        f" 2\nprocesses.join('127.0.0.1:{port}', 3, 0)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 75, ended.stderr
+    assert "process 0 of 3, has waited 2 s for the others to start: not all" in ended.stderr
+
+
+def test_hosts_that_have_no_address_are_named_as_missing():
+    hosts = {"TPU_WORKER_HOSTNAMES": "localhost,gone.invalid"}
+    assert missing(None, hosts) == "no host has the name gone.invalid (TPU_WORKER_HOSTNAMES)"
+    slices = {"MEGASCALE_COORDINATOR_ADDRESS": "gone.invalid:8476", "MEGASCALE_NUM_SLICES": "3"}
+    assert missing(None, slices).startswith("no host has the name gone.invalid:8476")
+    slices["MEGASCALE_COORDINATOR_ADDRESS"] = "localhost"
+    assert missing(None, slices) == "not all processes of 3 slices have come"
+
+
+STALE = {
+    "MEGASCALE_COORDINATOR_ADDRESS": "old-0:8476",
+    "MEGASCALE_NUM_SLICES": "3",
+    "MEGASCALE_SLICE_ID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("slices", "left"),
+    [
+        ({}, STALE),
+        ({"FLEXOLMO_SLICES": "1"}, {}),
+        ({"FLEXOLMO_SLICES": "2"}, STALE | {"MEGASCALE_NUM_SLICES": "2"}),
+    ],
+)
+def test_a_worker_that_takes_anothers_place_believes_its_job_about_slices(slices, left):
+    environment = STALE | slices | {"HOME": "/root"}
+    correct(environment)
+    assert environment == left | slices | {"HOME": "/root"}
+
+
+def test_a_slice_that_is_none_of_the_jobs_is_refused():
+    with pytest.raises(UserError, match=r"MEGASCALE_SLICE_ID is 2 on .*; expected one of the 2 "):
+        correct(STALE | {"FLEXOLMO_SLICES": "2", "MEGASCALE_SLICE_ID": "2"})
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "Unable to initialize backend 'tpu': UNKNOWN: TPU initialization failed: open(/dev/vfio/0):"
+        " Device or resource busy: Device or resource busy; Couldn't open iommu group /dev/vfio/0",
+        "ABORTED: The TPU is already in use by process with pid 4711. Not attempting to load it",
+    ],
+)
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_an_accelerator_that_is_held_ends_with_a_status_of_its_own_and_names_the_host(
+    told, is_joined, monkeypatch, capsys
+):
+    monkeypatch.setattr(processes, "_joined", is_joined)
+    left: list[int] = []
+    monkeypatch.setattr(processes, "_leave", left.append)
+
+    def run() -> int:
+        raise jax.errors.JaxRuntimeError(told)
+
+    assert processes.ending(run, whole=True) == 76 and left == [76]
+    error = capsys.readouterr().err
+    assert error.startswith(f"flexolmo: host {socket.gethostname()} cannot be used: ")
+    assert len(error.splitlines()) == 1
 
 
 def test_the_watchdog_ends_what_hangs_and_shows_where():

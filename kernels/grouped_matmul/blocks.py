@@ -1,8 +1,8 @@
-"""The expert FFN for CPUs: loops over blocks of tokens that belong to one expert.
+"""The expert FFN for CPUs and GPUs: loops over blocks of tokens that belong to one expert.
 
-`lax.ragged_dot` is dense on CPU: it multiplies every token with every expert. Here a group is cut
-into blocks of one full size and a rest. A rest's size is one of a few, so that little is multiplied
-in vain, and each size has a loop whose number of turns is known only at run time:
+`lax.ragged_dot` may be dense there: it then multiplies every token with every expert. A group is
+cut into blocks of one full size and a rest. A rest's size is one of a few, so that little is
+multiplied in vain, and each size has a loop whose number of turns is known only at run time:
 
     for every block of size R:      tokens start .. start + R of one expert, others masked
 
