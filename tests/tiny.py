@@ -81,10 +81,10 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 def run_config(kind: str, train: Path, *overrides: str, **sections: Any) -> RunConfig:
     """A run of 20 steps of 8 records on one device. `overrides` are `a.b=c`; `sections` are whole
-    sections (pair, router)."""
+    sections (pair, router). Pairs and routers have the architecture of what they start from."""
     tree = {
         "run": kind,
-        "model": MODEL,
+        "model": {} if kind in ("pair", "router") else MODEL,
         "data": {"train": [{"path": str(train)}], "batch_size": 8, "seq_len": SEQ_LEN},
         "train": {"steps": 20},
         "optim": {"lr": 3e-3, "warmup": 2},

@@ -12,6 +12,7 @@ from flexolmo_jax.cli import main
 from flexolmo_jax.coordinator.merge import append, merge, replace
 from flexolmo_jax.coordinator.verify import verify
 from flexolmo_jax.data.records import open_records
+from flexolmo_jax.data.sample import sample_of
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.exchange.admission import TRIED, _texts, admit
 from flexolmo_jax.exchange.contribution import open_contribution
@@ -134,7 +135,7 @@ def test_an_expert_is_tried_on_public_text_and_not_on_random_tokens_alone(anchor
     """Random tokens are not what a model meets: an expert could be made to break on text only."""
     tokens, segments = _texts(open_artifact(anchor))
     records = open_records(anchor / "public", "train")
-    rows = [records[i]["tokens"] for i in range(TRIED[0])]
+    rows = [records[i]["tokens"] for i in sample_of(len(records), TRIED[0])]
     assert tokens.shape == (2 * TRIED[0], TRIED[1]) and segments[: TRIED[0]].all()
     for got, used, row in zip(tokens[TRIED[0] :], segments[TRIED[0] :], rows, strict=True):
         assert (

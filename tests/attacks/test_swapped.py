@@ -144,7 +144,7 @@ def test_what_is_published_was_verified(model, corpora, monkeypatch, tmp_path):
         values[at] ^= 1
     shard.unlink()
     shard.write_bytes(values)
-    import_hf(tmp_path / "hf", tmp_path / "two")
+    import_hf(tmp_path / "hf", tmp_path / "two", names=["code", "law", "care"])
 
     def swap_and_save(*given: Any, **more: Any) -> dict[str, str]:
         swap(tmp_path / "one", tmp_path / "two")
