@@ -113,8 +113,7 @@ def test_a_loaded_model_has_the_kernels_that_it_was_given(model, asked):
 def test_a_contribution_made_with_other_kernels_is_like_any(
     anchor, contributions, prepared, tmp_path
 ):
-    config = pair_config(anchor, prepared["law"], "law", "train.steps=2")
-    config = dataclasses.replace(config, kernels="pallas")
+    config = pair_config(anchor, prepared["law"], "law", "train.steps=2", "kernels=pallas")
     train_pair(config, tmp_path / "run")
     made = package(tmp_path / "run", tmp_path / "law").path
     together = merge(anchor, [contributions["code"], made], tmp_path / "model")

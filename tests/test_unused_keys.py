@@ -37,7 +37,6 @@ UNUSED = [
     ("pair", ["pair.router_noise=2", "pair.beside_anchor=false"], "pair.router_noise is 2.0"),
     ("pair", ["data.eval=[{path: x, weight: 2}]"], "weight is 2"),
     *((kind, ["optim.load_balance=0.1"], "optim.load_balance is 0.1") for kind in sorted(OTHERS)),
-    *((kind, ["kernels=xla"], "kernels is 'xla'") for kind in sorted(OTHERS)),
 ]
 
 

@@ -66,8 +66,7 @@ def _of_kind(run: RunConfig) -> dict[str, str]:
             for key in ("router_bias", "init_bias"):
                 found[f"model.{key}"] = "an anchor's expert has no bias: it is a pair's key"
     if run.run != "joint":
-        found["optim.load_balance"] = f"every expert is active in a run of run: {run.run}"
-        found["kernels"] = f"no token is routed in a run of run: {run.run}"
+        found["optim.load_balance"] = f"in {run.run} runs every expert is active"
     if run.run in ("pair", "joint") and not run.model.router_bias:
         found["model.init_bias"] = "model.router_bias is false"
     return found

@@ -111,8 +111,7 @@ class _Adapter:
         ends = chat.end_ids(self._tokenizer) if chat else ()
         self._ends = [*dict.fromkeys((eos, *ends, *self._tokenizer.end_ids))]
         # stands before a text that has nothing before it
-        start, *_ = [*self._tokenizer.start_ids, eos]
-        self._prefix = self._named.get(tokens.get("bos_token", ""), start)
+        self._prefix = self._named.get(tokens.get("bos_token", ""), eos)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         parts = [self._parts(*request.args) for request in requests]

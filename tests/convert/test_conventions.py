@@ -70,7 +70,8 @@ def written(source: Path, post: Any = None, **files: Any) -> Path:
 def bos(checkpoint: Make, tmp_path: Path) -> Path:
     """An imported model whose texts begin with BOS."""
     source = checkpoint(DENSE, np.float32)
-    return import_hf(written(source, TEMPLATE), tmp_path / "model").path
+    named = written(source, TEMPLATE, tokenizer_config={"bos_token": BOS})
+    return import_hf(named, tmp_path / "model").path
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,8 @@ def test_the_harness_scores_and_generates_behind_bos(bos):
     expected = [log_p([320, *text, *end], len(end)), log_p([320, *end], len(end))]
     assert found == pytest.approx(expected, rel=1e-5)
     (rolling,) = adapter.loglikelihood_rolling([SimpleNamespace(args=(TEXT,))])
-    assert rolling == pytest.approx(log_p([320, *text], len(text)), rel=1e-5)
+    # the harness's own backend has BOS once for the window and once for the text
+    assert rolling == pytest.approx(log_p([320, 320, *text], 1 + len(text)), rel=1e-5)
     options = {"max_gen_toks": 5}
     made = adapter.generate_until([SimpleNamespace(args=(TEXT, options))])
     assert made == model.generate([TEXT], 5)

@@ -96,7 +96,7 @@ def test_nothing_in_a_job_is_run_by_the_shell(tmp_path, value):
     job = load_job(changed(tmp_path, set=[f"pair.owner={value}"]))
     done = subprocess.run(
         ["bash", "-c",
-        f'eval {shlex.quote(variables(job))}; eval "set -- $JOB_COMMAND"; printf %s "$8"'],
+        f'eval {shlex.quote(variables(job))}; eval "set -- $JOB_COMMAND"; printf %s "$9"'],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.stdout == f"pair.owner={value}" and not (tmp_path / "owned").exists()
@@ -422,7 +422,7 @@ def test_every_fallback_is_checked_against_a_plan_of_its_own(tmp_path, capsys):
         ({"patience": 0}, "patience is 0; expected at least 1"),
         ({"fallbacks": ["v5p:4x4x12"]}, "192 devices; expected a divisor of v5p:4x4x4's 64 x"),
         (
-            {"fallbacks": ["v5p:2x4x4"], "set": ["pair.name=a", "optim.load_balance=0.01"]},
+            {"fallbacks": ["v5p:2x4x4"], "config": "configs/7b/joint.yaml", "set": []},
             "needs train.accumulate 8 instead of 4, with which optim.load_balance is another loss",
         ),
     ],
