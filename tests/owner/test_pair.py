@@ -159,7 +159,7 @@ def test_the_owners_text_belongs_to_the_new_expert_and_public_text_to_the_anchor
 ):
     """A batch's records are told apart by their tokens: no two domains share a sentence."""
     jobs: list[Job] = []
-    monkeypatch.setattr(pair_module, "train", lambda job, out: jobs.append(job))
+    monkeypatch.setattr(pair_module, "train", lambda job, *_: jobs.append(job))
     run = pair_config(anchor, prepared["law"], "law", "pair.contrast=0.5", "pair.public_share=0.25")
     train_pair(run, tmp_path / "run")
     records = open_records(prepared["law"], "train")
