@@ -24,6 +24,7 @@ from flexolmo_jax.model import Params, forward, init_params
 from flexolmo_jax.model.decoding import compiled, sample
 from flexolmo_jax.model.sizes import KEPT, rounded_up
 from flexolmo_jax.train.evaluate import make_scorer
+from tests.tiny import SEQ_LEN
 
 E, N = 4, 12
 # init_std makes logits of order 1: greedy completions then wander, and no two logits are within
@@ -511,12 +512,12 @@ def test_ids_that_would_be_cast_have_no_logits(model, ids):
         load(model).logits(ids)
 
 
-def test_ids_longer_than_the_context_are_told(model, capfd):
+def test_ids_longer_than_the_records_of_training_are_told(model, capfd):
     loaded = load(model)
-    loaded.logits(np.full((1, loaded.config.max_seq_len), 5))
+    loaded.logits(np.full((1, SEQ_LEN), 5))
     assert "longer than" not in capfd.readouterr().err
-    loaded.logits(np.full((1, loaded.config.max_seq_len + 1), 5))
-    assert "ids are longer than the" in capfd.readouterr().err
+    loaded.logits(np.full((1, SEQ_LEN + 1), 5))
+    assert f"ids are longer than the {SEQ_LEN} tokens" in capfd.readouterr().err
 
 
 def test_one_text_is_no_list_of_prompts(model):

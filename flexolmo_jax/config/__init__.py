@@ -17,6 +17,7 @@ from .loading import (
     section_of,
     to_dict,
 )
+from .mesh import MeshConfig
 from .model import LARGEST, LAYERS, PRESETS, ModelConfig, RopeScaling
 from .reading import COMPRESSIONS, END, FORMATS, Reading, suffixes_of, without_suffixes
 from .run import (
@@ -26,7 +27,6 @@ from .run import (
     Dataset,
     IdType,
     Loss,
-    MeshConfig,
     OptimConfig,
     PairConfig,
     Remat,
