@@ -40,7 +40,7 @@ def place(paths: Paths, tmp_path: Path) -> Path:
     return found
 
 
-SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("absolute", "here", "link")]
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("absolute", "here", "home", "link")]
 
 
 def text(path: str) -> str:
@@ -48,7 +48,7 @@ def text(path: str) -> str:
     return json.dumps(path)
 
 
-@pytest.fixture(params=["parent", "home", *SLOW])
+@pytest.fixture(params=["parent", *SLOW])
 def spelled(request, place, tmp_path, monkeypatch) -> Callable[[str], str]:
     """How a path in that folder is written."""
     (tmp_path / "aside" / "inner").mkdir(parents=True)

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.plain_yaml import parse_yaml, read_yaml, to_yaml
 
-from .model import PRESETS
+from .model import PRESETS, ModelConfig
 from .run import Date, RunConfig
 from .section import expect
 from .unused import refuse_unused
@@ -188,6 +188,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def dump_yaml(config: RunConfig) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     tree = {key: value for key, value in to_dict(config).items() if value is not None}
+    if config.run in ("pair", "router"):  # the rest is that of what they start from
+        usual = to_dict(ModelConfig())
+        tree["model"] = {k: v for k, v in tree["model"].items() if v != usual.get(k)}
     return to_yaml(tree)
 
 

@@ -7,7 +7,7 @@ from flexolmo_jax.config import Reading
 from flexolmo_jax.data.documents import AS_TEXT, document_files
 from flexolmo_jax.data.records import Index, InputFile, name_in_index, sha256_of
 from flexolmo_jax.storage.cache import cache_folder
-from flexolmo_jax.storage.paths import size_of
+from flexolmo_jax.storage.paths import in_bucket, size_of
 from flexolmo_jax.storage.seen import digests_of
 
 
@@ -24,7 +24,10 @@ def changed_documents(prepared: Path, documents: Sequence[Path], reading: Readin
     now = []
     for path in documents:
         files = document_files(path, reading)
-        digests = digests_of(path, files, cache_folder(on_disk=True), sha256_of)
+        if in_bucket(path):  # where nothing is to come to the disk
+            digests = [sha256_of(file) for file in files]
+        else:
+            digests = digests_of(path, files, cache_folder(on_disk=True), sha256_of)
         now += [
             InputFile(name_in_index(file.name), size_of(file), digest)
             for file, digest in zip(files, digests, strict=True)

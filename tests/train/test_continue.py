@@ -1,5 +1,6 @@
 """A finished run can be trained on, with more steps, another rate or other data; it is noted."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def weights(out: Path) -> dict[str, np.ndarray]:
     return {path: np.asarray(a) for path, a in flatten(artifact.trained()).items()}
 
 
-@pytest.fixture(params=["anchor", "pair"])
+@pytest.fixture(params=["pair", pytest.param("anchor", marks=pytest.mark.slow)])
 def config(request, anchor, prepared):
     def make(*settings: str, data: str = "code"):
         if request.param == "anchor":
@@ -74,7 +75,6 @@ def test_a_run_is_trained_on_with_another_rate_and_other_data(config, tmp_path, 
     [
         (("train.steps=4", "data.batch_size=4"), "be trained on with another data.batch_size"),
         (("train.steps=4", "train.seed=7"), "be trained on with another train.seed"),
-        (("train.steps=4", "optim.router_lr=1e-3"), "to be there from the start, or not at all"),
         (("optim.lr=1e-3",), "has 2 steps, and train.steps is 2; to train it on"),
     ],
 )  # fmt: skip
@@ -87,6 +87,18 @@ def test_what_would_be_another_run_is_refused_and_leaves_all_as_it_was(
     assert told in capfd.readouterr().err
     assert (tmp_path / "run" / DESCRIPTION).read_bytes() == before
     assert train(config("train.steps=2"), tmp_path / "run") == 0
+
+
+def test_a_rate_of_its_own_for_the_router_is_there_from_the_start(
+    anchor, prepared, tmp_path, capfd
+):
+    run = pair_config(anchor, prepared["code"], "code", *CONSTANT, "train.steps=2")
+    assert train(run, tmp_path / "run") == 0
+    optim = dataclasses.replace(run.optim, router_lr=1e-3)
+    steps = dataclasses.replace(run.train, steps=4)
+    another = dataclasses.replace(run, optim=optim, train=steps)
+    assert train(another, tmp_path / "run", "--continue") == 2
+    assert "to be there from the start, or not at all" in capfd.readouterr().err
 
 
 def test_there_has_to_be_a_run_to_train_on(config, tmp_path, capfd):
