@@ -98,8 +98,8 @@ settings.load_profile("any machine")
 jaxtyping.install_import_hook(CHECKED_AT_RUN_TIME, "beartype.beartype")
 
 # Fixtures that several files of tests share: trained anchors, experts and merges; an object store;
-# verbs that must refuse.
-pytest_plugins = ("tests.tiny", "tests.object_store", "tests.command_line")
+# verbs that must refuse; a program that generates.
+pytest_plugins = ("tests.tiny", "tests.object_store", "tests.command_line", "tests.generation")
 
 
 @pytest.fixture(scope="session", autouse=True)

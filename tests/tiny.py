@@ -5,6 +5,7 @@ Real files made by the real functions, once for all tests of a process: a model 
 width 32 trained for 20 steps.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -25,6 +26,7 @@ from flexolmo_jax.exchange.anchor import publish
 from flexolmo_jax.owner.package import package
 from flexolmo_jax.owner.pair import train_pair
 from flexolmo_jax.plan.report import size_of
+from flexolmo_jax.train import loop
 from flexolmo_jax.train.pretrain import pretrain
 from tests.families import FAMILIES
 
@@ -34,6 +36,7 @@ MODEL: dict[str, Any] = (
     dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64, max_seq_len=64)
     | FAMILIES[os.environ.get("TINY_FAMILY", "olmo2")]
 )
+Train = Callable[[RunConfig, Path], Any]
 DOMAINS = ("code", "law", "care")
 # Subjects, verbs and objects that no two domains share.
 WORDS = {
@@ -103,6 +106,19 @@ def pair_config(anchor: Path, train: Path, name: str, *overrides: str) -> RunCon
         *overrides,
         pair={"anchor": str(anchor), "name": name},
     )
+
+
+def train_until(last: int, train: Train, config: RunConfig, out: Path) -> None:
+    """Stops after a step, as a signal does."""
+
+    def step(self: loop.Trainer, number: int, compiles: bool, whole: Any = loop.Trainer.step):
+        whole(self, number, compiles)
+        if number == last:
+            self._stop_status = lambda: 42
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(loop.Trainer, "step", step)
+        train(config, out)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from flexolmo_jax.evals import harness
 from flexolmo_jax.evals.harness_options import NEW_TOKENS, Endings, Options
 from flexolmo_jax.generate import Sampling
 from flexolmo_jax.loaded import LoadedModel, load
-from flexolmo_jax.model import decoding
 from tests.chats import FORMS, byte_chat, byte_tokenizer, said, write_instruct
 from tests.convert.conftest import MOE
 
@@ -236,26 +235,14 @@ def test_sampling_is_asked_for_and_repeats_differ(lm):
     assert ask("generate_until", lm, *[(prompt, hot)] * 6) == sampled
 
 
-def test_generation_ends_where_a_text_does_that_ends_it(loaded, lm, monkeypatch):
-    limits = []
-
-    def compiled(*arguments):
-        both = decoding.compiled(*arguments)
-
-        def run(params, state, request, until):
-            limits.append(int(until))
-            return both.run(params, state, request, until)
-
-        return both._replace(run=run)
-
-    monkeypatch.setattr(generate, "compiled", compiled)
+def test_generation_ends_where_a_text_does_that_ends_it(lm, program_calls):
     (whole,) = ask("generate_until", lm, ("a farmer", {"max_gen_toks": 48}))
-    assert limits[-1] == 48 and len(whole) > 40
-    limits.clear()
+    assert program_calls[-1] == 48 and len(whole) > 40
+    program_calls.clear()
     stop = whole[6:12]  # of several tokens
     until = {"max_gen_toks": 48, "until": ["\0", stop]}
     assert ask("generate_until", lm, ("a farmer", until)) == [whole.split(stop)[0]]
-    assert limits[-1] < 48
+    assert program_calls[-1] < 48
 
 
 def test_a_text_ends_a_completion_across_tokens_and_inside_of_characters():

@@ -226,24 +226,13 @@ def test_another_batch_leaves_the_weights_where_they_are():
     assert before == {path: a.unsafe_buffer_pointer() for path, a in flatten(params).items()}
 
 
-def test_tokens_are_streamed_several_a_call_and_the_first_alone(monkeypatch):
-    calls, N = [], 2 + 2 * generate.STREAMED
-    generator = generator_of(params_of())
-
-    def compiled(*arguments):
-        both = programs.compiled(*arguments)
-
-        def run(params, state, request, until):
-            calls.append(int(until))
-            return both.run(params, state, request, until)
-
-        return both._replace(run=run)
-
-    monkeypatch.setattr(generate, "compiled", compiled)
+def test_tokens_are_streamed_several_a_call_and_the_first_alone(program_calls):
+    N = 2 + 2 * generate.STREAMED
     steps: list[Any] = []
+    generator = generator_of(params_of())
     generator.generate([[1, 2]], N, EXPERTS, on_token=lambda step, ids: steps.append(step))
     assert steps == list(range(N))
-    assert calls == [1, 1 + generate.STREAMED, 1 + 2 * generate.STREAMED, N]
+    assert program_calls == [1, 1 + generate.STREAMED, 1 + 2 * generate.STREAMED, N]
 
 
 def test_the_loop_writes_into_the_cache_that_it_is_given():

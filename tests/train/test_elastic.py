@@ -1,7 +1,6 @@
 """A run that may be taken away at any time: it goes on with another number of microbatches as the
 same run, and saves by the clock."""
 
-import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,26 +19,12 @@ from flexolmo_jax.train import loop
 from flexolmo_jax.train.feed import Feed
 from flexolmo_jax.train.metrics import read_metrics
 from flexolmo_jax.train.pretrain import pretrain
-from tests.tiny import pair_config, run_config
+from tests.tiny import Train, pair_config, run_config, train_until
 
 STEPS = 9
 # relative; measured: 2.6e-7 of losses and gradient norms, 7.3e-8 of parameters. Noise that were a
 # microbatch's own would be 6e-4 of the loss
 ROUNDING = 2e-6
-Train = Callable[[RunConfig, Path], Any]
-
-
-def train_until(last: int, train: Train, config: RunConfig, out: Path) -> None:
-    """Stops after a step, as a signal does."""
-
-    def step(self: loop.Trainer, number: int, compiles: bool, whole: Any = loop.Trainer.step):
-        whole(self, number, compiles)
-        if number == last:
-            self._stop_status = lambda: 42
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
-        patch.setattr(loop.Trainer, "step", step)
-        train(config, out)
 
 
 def read(run: Path, key: str) -> list[Any]:

@@ -30,8 +30,7 @@ from flexolmo_jax.train.evaluate import make_scorer, score_records
 from flexolmo_jax.train.metrics import MetricsWriter, read_metrics
 from flexolmo_jax.train.pretrain import pretrain
 from tests.faults.test_interrupts import STARTED
-from tests.tiny import documents, pair_config, run_config, write_jsonl
-from tests.train.test_elastic import train_until
+from tests.tiny import documents, pair_config, run_config, train_until, write_jsonl
 
 EVERY = ("train.eval_every=4", "train.save_every=4")
 # Orbax leaves coroutines behind when one of many arrays cannot be read.

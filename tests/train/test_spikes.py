@@ -21,8 +21,7 @@ from flexolmo_jax.train.optimizer import make_optimizer
 from flexolmo_jax.train.pretrain import pretrain
 from flexolmo_jax.train.spikes import FEWEST, WINDOW, guarded, without_spike
 from flexolmo_jax.train.state import TrainState
-from tests.tiny import pair_config, run_config
-from tests.train.test_elastic import train_until
+from tests.tiny import pair_config, run_config, train_until
 
 ON = ("train.skip_spikes=4", "train.steps=12", "train.save_every=1", "train.keep=20")
 AT = 10  # the step that spikes
