@@ -155,10 +155,12 @@ class Trainer:
 
     def catch_up(self, done: int) -> None:
         """Evaluates the step that was restored, if a signal kept it from being evaluated. The last
-        one anyway: a run that is started again after its end is asked for its result."""
+        one anyway: a run that is started again after its end is asked for its result, which may be
+        that of a mean."""
         entries = read_metrics(self._out) if is_first() and self.is_scored(done) else []
         logged = by_the_first(lambda: any(_is_score(entry, done) for entry in entries))
-        if done and self.is_scored(done) and (not logged or done == self._job.config.train.steps):
+        is_asked = done == self._job.config.train.steps and not self._job.config.train.average
+        if done and self.is_scored(done) and (is_asked or not logged):
             self._watchdog.expect(f"evaluating step {done}")
             scored = self._evaluate(self._state.params)
             if scored and not logged:

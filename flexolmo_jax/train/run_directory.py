@@ -42,17 +42,8 @@ CONFIG = "config.yaml"
 ELSEWHERE = "a new place (--out, or --work where that was given)"
 # Keys that may change when a run is resumed, beside the mesh: none of them changes what is learnt,
 # but for rounding.
-FREE = {"eval_every", "eval_records", "save_every", "save_minutes", "keep", "log_every"}
-FREE |= {
-    "average",
-    "accumulate",
-    "kernels",
-    "remat",
-    "watchdog",
-    "profile",
-    "allow_hub_embedder",
-    "strict",
-}
+FREE = {"eval_every", "eval_records", "save_every", "save_minutes", "keep", "log_every", "average"}
+FREE |= {"accumulate", "kernels", "remat", "watchdog", "profile", "allow_hub_embedder", "strict"}
 FREE |= {"owner", "domain", "licence", "expires", "sequence"}  # what an owner states
 # keys, by how they begin, that may change where a run is trained on
 CONTINUED = ("train.steps", "optim.", "data.train", "data.eval")
