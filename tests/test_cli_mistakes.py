@@ -280,11 +280,39 @@ def test_verify_refuses_to_be_asked_for_a_check_that_it_cannot_make(paths, tmp_p
         assert "leave out --public" in fails("verify", path, *public)
 
 
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [
+        ("generate MODEL --prompt a", "--top-k 5"),
+        ("generate MODEL --prompt a", "--top-p 0.9"),
+        ("generate MODEL --prompt a", "--seed 3"),
+        ("eval MODEL --tasks arc_easy", "--split all"),
+        ("eval MODEL --tasks arc_easy", "--loss assistant"),
+        ("eval MODEL --tasks arc_easy", "--text-key note"),
+        ("eval MODEL --tasks arc_easy", "--skip-bad"),
+        ("eval MODEL --data DATA", "--text-key note"),
+        ("eval MODEL --data DATA", "--separator END"),
+        ("package MODEL --expert code --anchor ANCHOR --out new", "--checkpoint best"),
+        (
+            "train RUN/config.yaml --out new --coordinator h:1 --processes 2 --process 0",
+            "--distributed none",
+        ),
+    ],
+)
+def test_an_option_that_changes_nothing_is_refused_by_name(paths, fails, verb, option):
+    places = {"MODEL": paths.model, "DATA": paths.data, "ANCHOR": paths.anchor, "RUN": paths.run}
+    for name, path in places.items():
+        verb = verb.replace(name, str(path))
+    name, *value = option.split()
+    told = fails(*verb.split(), name, *value)
+    assert f"{name} " in told and "has no effect: " in told and "leave it out" in told
+
+
 def test_a_mesh_that_has_nothing_to_hold_or_does_not_fit_is_refused(paths, tmp_path, fails):
     out, mesh = tmp_path / "out" / "it", ["--mesh", "fsdp=8"]
     code = paths.contributions[0]
     imported = ["--expert", "code", "--anchor", paths.anchor, "--out", out]
-    assert "--mesh is for evaluating a pair" in fails("package", paths.model, *imported, *mesh)
+    assert "--mesh has no effect" in fails("package", paths.model, *imported, *mesh)
     assert "give --public too" in fails("verify", code, "--anchor", paths.anchor, *mesh)
     assert "give --public too" in fails("verify", paths.model, *mesh)
     assert "--mesh is for scoring --eval-data" in fails("export-hf", paths.run, out, *mesh)

@@ -24,7 +24,7 @@ from .options import (
     reading_of,
     secret,
 )
-from .verbs import option, verb
+from .verbs import option, refuse_given, verb
 
 
 @verb(
@@ -96,12 +96,9 @@ def _package(args: argparse.Namespace) -> dict[str, Any]:
             "an expert of an imported model is packaged with --expert NAME and --anchor ANCHOR;"
             " give both"
         )
-    if args.expert and args.mesh:
-        raise UserError(
-            "--mesh is for evaluating a pair; an expert of an imported model is not evaluated:"
-            " leave it out"
-        )
     if args.expert:
+        why = "an expert of an imported model has no run that could be evaluated"
+        refuse_given(args, (CHECKPOINT, PAIR_MESH), why)
         made = package_imported(args.run, args.expert, args.anchor, args.out, args.sign_key)
     else:
         how = {"mesh": args.mesh, "anchor": args.anchor}

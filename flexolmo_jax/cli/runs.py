@@ -8,11 +8,20 @@ from flexolmo_jax.runtime.processes import join
 from flexolmo_jax.storage.paths import path_of
 
 from .options import CONTINUE, KERNELS, OUT, SET, local, positive, prompts_by_context
-from .verbs import option, verb
+from .verbs import option, refuse_given, verb
 
 _SEVERAL = (
     "several processes of one run",
     "found by themselves on TPU pods, on GKE and under Slurm's srun",
+)
+
+
+DISTRIBUTED = option(
+    "--distributed",
+    choices=("auto", "none"),
+    default="auto",
+    help="none: this process alone, whatever is around it",
+    group=_SEVERAL,
 )
 
 
@@ -34,13 +43,7 @@ _SEVERAL = (
     ),
     option("--processes", type=positive, metavar="N", help="how many there are", group=_SEVERAL),
     option("--process", type=int, metavar="I", help="which this is, from 0 on", group=_SEVERAL),
-    option(
-        "--distributed",
-        choices=("auto", "none"),
-        default="auto",
-        help="none: this process alone, whatever is around it",
-        group=_SEVERAL,
-    ),
+    DISTRIBUTED,
     joins=True,
 )
 def _train(args: argparse.Namespace) -> dict[str, Any]:
@@ -48,6 +51,8 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
     profile = [f"train.profile='{args.profile}'"] if args.profile else []
     run = load_config(args.config, [*args.set, *profile])
+    if args.coordinator is not None:
+        refuse_given(args, (DISTRIBUTED,), "--coordinator says who the others are")
     join(args.coordinator, args.processes, args.process, look=args.distributed == "auto")
     if run.run == "pair":
         from flexolmo_jax.owner.pair import train_pair as start

@@ -22,7 +22,25 @@ from .options import (
     size,
 )
 from .printing import for_terminal
-from .verbs import option, verb
+from .verbs import option, refuse_given, verb
+
+SPLIT = option(
+    "--split",
+    default="heldout",
+    choices=["heldout", "train", "all"],
+    help="documents that are held out (default; 1 in 20 of raw ones), those for training, or all",
+)
+LOSS = option(
+    "--loss",
+    choices=["all", "assistant"],
+    default="all",
+    help="of conversations, score every token (default) or only what the assistant says",
+)
+CHOOSING = (  # among the likeliest tokens
+    option("--top-k", type=int, default=0, help="0: all"),
+    option("--top-p", type=float, default=1.0),
+    option("--seed", type=int, default=0),
+)
 
 
 @verb(
@@ -46,19 +64,8 @@ from .verbs import option, verb
         help=f"run the tasks through lm-eval ({from_a_clone('eval')})",
     ),
     *SELECTING,
-    option(
-        "--split",
-        default="heldout",
-        choices=["heldout", "train", "all"],
-        help="documents that are held out (default; 1 in 20 of raw ones), those for training, or "
-        "all",
-    ),
-    option(
-        "--loss",
-        choices=["all", "assistant"],
-        default="all",
-        help="of conversations, score every token (default) or only what the assistant says",
-    ),
+    SPLIT,
+    LOSS,
     option(
         "--limit",
         type=positive,
@@ -79,6 +86,8 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("there is nothing to evaluate on; give --data, --tasks or both")
     if args.harness and not args.tasks:
         raise UserError("--harness is for tasks; give --tasks too")
+    if not args.data:
+        refuse_given(args, (*READING, SPLIT, LOSS), "it is for --data, which is not given")
     tasks = load_tasks(args.tasks.split(","), args.limit) if args.tasks else []
     model = load(args.path, args.checkpoint, args.mesh, args.kernels, anchor=args.anchor)
     result = {}
@@ -171,9 +180,7 @@ def _extract(args: argparse.Namespace) -> dict[str, Any]:
     option("--system", metavar="TEXT", help="with --chat: a message of the system before it"),
     option("--max-new-tokens", type=int, default=128),
     option("--temperature", type=float, default=0.0, help="0 (default) is greedy"),
-    option("--top-k", type=int, default=0, help="0: all"),
-    option("--top-p", type=float, default=1.0),
-    option("--seed", type=int, default=0),
+    *CHOOSING,
     option(
         "--dtype",
         choices=["bfloat16", "float32"],
@@ -190,6 +197,8 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.system is not None and not args.chat:
         raise UserError("--system is a message of a chat; give --chat too")
+    if args.temperature == 0:
+        refuse_given(args, CHOOSING, "--temperature is 0, which takes the likeliest token")
     how = {"kernels": args.kernels, "dtype": args.dtype, "anchor": args.anchor}
     model = load(args.path, args.checkpoint, args.mesh, **how)
     sampling = {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "seed")}

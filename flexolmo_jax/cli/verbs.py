@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
-from flexolmo_jax.errors import printable
+from flexolmo_jax.errors import UserError, printable
 from flexolmo_jax.runtime.environment import package_version
 from flexolmo_jax.storage.locks import alone
 
@@ -27,6 +27,11 @@ class Option(NamedTuple):
     names: tuple[str, ...]
     settings: dict[str, Any]
     group: tuple[str, str] | None = None  # title and description in the verb's help
+
+    @property
+    def default(self) -> Any:
+        is_flag = self.settings.get("action") == "store_true"
+        return self.settings.get("default", False if is_flag else None)
 
 
 class Verb(NamedTuple):
@@ -49,6 +54,15 @@ def verb(
     `joins`: several processes may run it for one `out`, which it locks itself once they have met.
     """
     return lambda run: Verb(name, help, example, options, run if joins else _alone(run))
+
+
+def refuse_given(args: argparse.Namespace, options: Iterable[Option], why: str) -> None:
+    """Raises UserError for one of these options that was given: it has no effect here."""
+    for option in options:
+        name = option.names[-1]
+        key = option.settings.get("dest", name.removeprefix("--").replace("-", "_"))
+        if getattr(args, key) != option.default:
+            raise UserError(f"{name} has no effect: {why}; leave it out")
 
 
 def _alone(run: Run) -> Run:

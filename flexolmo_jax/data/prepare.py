@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from flexolmo_jax.data.records import (
     Index,
     LeftOut,
     Part,
+    Records,
     name_in_index,
     open_records,
     sha256_of,
@@ -181,6 +182,21 @@ def ready(
     if dtype:
         raise UserError(f"{path} has the dtype {dtype}, and is no token file; leave that out")
     return prepare_cached(path, tokenizer, seq_len, reading=reading)
+
+
+def check_read(reading: Reading, sources: Iterable[Source], text_key: str, separator: str) -> None:
+    """Raises UserError where documents are to be read in a way, and none was; takes how the user
+    knows its keys."""
+    sources = [source for source in sources if isinstance(source, Records)]
+    for key, name in (("text_key", text_key), ("separator", separator)):
+        value = getattr(reading, key)
+        if value != getattr(AS_TEXT, key) and not any(
+            getattr(source.index, key) == value for source in sources
+        ):
+            raise UserError(
+                f"{name} is {value!r:.80}, which has no effect: all data are prepared already, and"
+                " not so; leave it out, or prepare them again"
+            )
 
 
 def open_heldout(

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexolmo_jax.config import Loss, Reading
 from flexolmo_jax.data.documents import AS_TEXT, name_of
-from flexolmo_jax.data.prepare import open_heldout
+from flexolmo_jax.data.prepare import check_read, open_heldout
 from flexolmo_jax.data.records import Part
 from flexolmo_jax.data.sample import sample_of, tell_heldout
 from flexolmo_jax.data.tokens import Source
@@ -96,6 +96,7 @@ def _opened(
         if split == "heldout":
             _check_heldout(path, records)
         opened[name] = records
+    check_read(reading, opened.values(), "--text-key", "--separator")
     return opened
 
 

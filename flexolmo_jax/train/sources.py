@@ -6,9 +6,9 @@ from pathlib import Path
 
 from flexolmo_jax.config import DataConfig, Dataset
 from flexolmo_jax.data.chat import CHAT_FILE
-from flexolmo_jax.data.documents import AS_TEXT, has_documents
+from flexolmo_jax.data.documents import has_documents
 from flexolmo_jax.data.mixture import Batches, mixture
-from flexolmo_jax.data.prepare import open_data, ready
+from flexolmo_jax.data.prepare import check_read, open_data, ready
 from flexolmo_jax.data.records import Part, Records, open_records
 from flexolmo_jax.data.sample import tell_heldout
 from flexolmo_jax.data.tokenizer import Tokenizer
@@ -144,22 +144,9 @@ def open_sources(
     before = (open_records(path, "train") for path in learnt)
     all_learnt = itertools.chain((records for records, _ in training), before)
     heldout = evaluation_sources(data, extra, opened, all_learnt)
-    _check_reading(data, [*(source for source, _ in training), *heldout.values()])
+    sources = [*(source for source, _ in training), *heldout.values()]
+    check_read(data.reading, sources, "data.text_key", "data.separator")
     return mixture(training, data.batch_size, seed), heldout
-
-
-def _check_reading(data: DataConfig, sources: Sequence[Source]) -> None:
-    """Raises UserError where documents are to be read in a way, and none was."""
-    for key in ("text_key", "separator"):
-        value, usual = getattr(data, key), getattr(AS_TEXT, key)
-        if value != usual and not any(
-            isinstance(source, Records) and getattr(source.index, key) == value
-            for source in sources
-        ):
-            raise UserError(
-                f"data.{key} is {value!r:.80}, which has no effect: all data are prepared already,"
-                " and not so; leave it out, or prepare them again"
-            )
 
 
 def _places(data: DataConfig, tokenizer: Tokenizer, datasets: Sequence[Dataset]) -> dict[str, Path]:
