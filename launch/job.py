@@ -11,6 +11,7 @@ It needs neither JAX nor a cloud.
 
 import argparse
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -22,9 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-try:
-    import yaml  # noqa: F401 - all files here are YAML
-except ImportError:
+if importlib.util.find_spec("yaml") is None:
     print(
         f"launch: {sys.executable} has no PyYAML; pip install -e . first, or name a Python that has"
         " it: PYTHON=",
