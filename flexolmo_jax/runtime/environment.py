@@ -9,19 +9,13 @@ from collections.abc import Mapping
 from flexolmo_jax.errors import UserError
 
 _YES = ("1", "on", "t", "true", "y", "yes")
-_GUARDED = (
-    ("disallow", "disallow_explicit"),
-    "'allow': data move to devices and back",
-)
+_GUARDED = (("disallow", "disallow_explicit"), "'allow': data move to devices and back")
 # Settings of JAX, by which other programs compute or are checked, and that this one cannot run
 # under: values in small letters, and what is expected instead.
 _REFUSED = {
     "JAX_ENABLE_X64": (_YES, "integers and numbers of 32 bits"),
     "JAX_NUMPY_RANK_PROMOTION": (("raise",), "'allow': ranks are combined"),
-    "JAX_NUMPY_DTYPE_PROMOTION": (
-        ("strict",),
-        "'standard': types are combined",
-    ),
+    "JAX_NUMPY_DTYPE_PROMOTION": (("strict",), "'standard': types are combined"),
     "JAX_TRANSFER_GUARD": _GUARDED,
     "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": _GUARDED,
     "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": _GUARDED,
@@ -31,6 +25,7 @@ _REFUSALS = (
     "Unable to initialize backend",
     "for JAX flag",
     "for environment 'JAX_",
+    "Disable jit is not supported",
     "Disallowed host-to-device transfer",
     "Disallowed device-to-host transfer",
 )

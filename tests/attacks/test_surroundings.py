@@ -66,6 +66,7 @@ def test_a_study_runs_no_modules_of_the_working_directory(tmp_path, monkeypatch)
         ("JAX_ENABLE_X64", "1"),
         ("JAX_ENABLE_X64", "maybe"),
         ("JAX_TRANSFER_GUARD", "disallow"),
+        ("JAX_DISABLE_JIT", "1"),
     ],
 )
 def test_mistakes_in_jaxs_variables_are_told_in_a_line(model, tmp_path, name, value):
