@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbclient
 import nbconvert
+import psutil
 import pytest
 
 from flexolmo_jax.artifact import open_artifact
@@ -19,6 +22,7 @@ from flexolmo_jax.errors import UserError
 from launch.colab.build import build, setup_cell
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+MEMORY = 10e9  # bytes that a notebook may hold at once, on a host that has 12 GB
 CALLS = ("flexolmo ", "flexolmo_jax.", "forward(")  # into the package
 QUIET = (
     "ignore::DeprecationWarning",
@@ -118,6 +122,32 @@ def quickstart(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs("quickstart", text, tmp_path_factory.mktemp("quickstart"))
 
 
+@contextmanager
+def little_memory(what: str) -> Iterator[None]:
+    """The processes that are started inside hold less than MEMORY at once, all of them together. A
+    CPU's arrays count, which on Colab lie on the accelerator."""
+    most, over = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.2):
+            held = 0
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # it has ended
+                    held += process.memory_info().rss
+            most = max(most, held)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    print(f"{what}: {most / 1e9:.1f} GB of the host's memory")
+    assert 0 < most < MEMORY
+
+
 def runs(
     name: str,
     text: Path,
@@ -134,12 +164,11 @@ def runs(
         cell.source = cell.source.replace('"/dev/', f'"{dev}/')
         for size, shorter in cuts.items():
             cell.source = cell.source.replace(size, shorter)
-    nbclient.NotebookClient(
-        notebook,
-        timeout=timeout,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(folder)}},
-    ).execute()
+    where = {"metadata": {"path": str(folder)}}
+    with little_memory(name):
+        nbclient.NotebookClient(
+            notebook, timeout=timeout, kernel_name="python3", resources=where
+        ).execute()
     html, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
     (folder / f"{name}.html").write_text(html, "utf-8")
     assert "Traceback" not in html and len(html) > 10_000
