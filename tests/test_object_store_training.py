@@ -68,6 +68,7 @@ def kill(arguments: list[object], when: Callable[[], bool]) -> None:
     assert process.returncode == -signal.SIGKILL, told
 
 
+@pytest.mark.slow
 def test_the_whole_story_in_a_bucket(bucket, empty_disk, tmp_path, capsys):
     for domain in ("public", "law", "code"):
         (bucket / "docs" / f"{domain}.jsonl").write_bytes(

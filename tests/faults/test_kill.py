@@ -51,7 +51,7 @@ def killed(arguments: list[str], out: Path, step: int, delay: float) -> None:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["anchor", "pair"])
+@pytest.mark.parametrize("kind", [pytest.param("anchor", marks=pytest.mark.slow), "pair"])
 def test_a_killed_run_ends_like_the_uninterrupted_one(anchor, prepared, tmp_path, kind, kills):
     # A save every other step: many kills hit one.
     overrides = (

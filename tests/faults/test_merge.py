@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [53, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_merge_or_opt_out_leaves_nothing_or_all_and_a_rerun_finishes(
     anchor, contributions, tmp_path, every
 ):

@@ -69,7 +69,11 @@ def test_rows_of_hidden_states_are_what_the_routers_read_on_average(anchor32, pr
 
 
 @pytest.mark.parametrize(
-    "mesh", [("mesh.fsdp=8",), ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")]
+    "mesh",
+    [
+        pytest.param(("mesh.fsdp=8",), marks=pytest.mark.slow),
+        ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+    ],
 )
 def test_rows_of_hidden_states_are_the_same_on_a_mesh_and_no_device_holds_all_of_the_anchor(
     mesh, anchor, prepared, held: Held
