@@ -1,6 +1,9 @@
 """The same small model as one of each family, as keys of its config."""
 
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 from flexolmo_jax.config import ModelConfig, build, to_dict
 
@@ -23,6 +26,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"norm": "pre", "qk_norm": "head", "d_head": 10, "renormalise": True},
 }
 OTHERS = tuple(name for name in FAMILIES if name != "olmo2")
+DISTINCT = ("olmo2", "olmo3", "qwen3")  # between them they have most of what families differ in
+
+
+def distinct_first(families: Iterable[str]) -> list[Any]:
+    """Parameters of a test: families beside DISTINCT are for the slow tier."""
+    slow = pytest.mark.slow
+    return [
+        pytest.param(name, id=name, marks=() if name in DISTINCT else slow) for name in families
+    ]
 
 
 def as_family(config: ModelConfig, family: str) -> ModelConfig:

@@ -180,7 +180,7 @@ def test_the_largest_configs_run_for_the_papers_tokens(kind, tokens):
     "path",
     [
         pytest.param(
-            path, marks=pytest.mark.slow if path.parent.name == "1b" else [], id=name(path)
+            path, marks=[] if path.parent.name == "tiny" else pytest.mark.slow, id=name(path)
         )
         for path in CONFIGS
     ],

@@ -54,6 +54,7 @@ def by_xla(prepared, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_run_trains_by_pallas_as_by_xla(by_xla, prepared, tmp_path, asked):
     run = tmp_path / "run"
     pretrain(run_config("joint", prepared["public"], *SPARSE, "kernels=pallas"), run)

@@ -211,7 +211,7 @@ def test_sigterm_to_any_process_saves_the_same_step_of_all_and_any_number_goes_o
 @pytest.mark.parametrize(
     ("count", "number", "which", "resumed_on"),
     [
-        (2, signal.SIGKILL, 1, 1),
+        pytest.param(2, signal.SIGKILL, 1, 1, marks=pytest.mark.slow),
         pytest.param(4, signal.SIGKILL, 1, 1, marks=pytest.mark.slow),
         pytest.param(4, signal.SIGKILL, 0, 4, marks=pytest.mark.slow),
         pytest.param(4, signal.SIGSTOP, 3, 2, marks=pytest.mark.slow),

@@ -11,7 +11,7 @@ import pytest
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.generate import Decoder, Generator
 from flexolmo_jax.model import forward, init_params
-from tests.families import FAMILIES, as_family
+from tests.families import FAMILIES, as_family, distinct_first
 
 CONFIG = ModelConfig(
     vocab_size=96,
@@ -25,9 +25,12 @@ CONFIG = ModelConfig(
     max_seq_len=64,
     init_std=0.3,
 )
-EVERY = pytest.mark.parametrize(
-    "config", [as_family(CONFIG, family) for family in FAMILIES], ids=FAMILIES
-)
+EVERY = pytest.mark.parametrize("family", distinct_first(FAMILIES))
+
+
+@pytest.fixture
+def config(family: str) -> ModelConfig:
+    return as_family(CONFIG, family)
 
 
 @EVERY

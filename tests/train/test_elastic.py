@@ -31,7 +31,7 @@ def read(run: Path, key: str) -> list[Any]:
     return [entry[key] for entry in read_metrics(run) if key in entry]
 
 
-@pytest.fixture(params=["anchor", "pair"])
+@pytest.fixture(params=[pytest.param("anchor", marks=pytest.mark.slow), "pair"])
 def kind(request, prepared, anchor) -> tuple[Train, Callable[..., RunConfig]]:
     """A pair has noise on its router's logits, and records that count differently."""
 
@@ -72,6 +72,7 @@ def test_an_earlier_versions_run_resumes_with_other_microbatches(anchor_run, pre
     assert load_config(run / "config.yaml").train.accumulate == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_balances_experts_over_a_microbatch_keeps_its_microbatches(prepared, tmp_path):
     """Balance is not a sum over tokens: another number of microbatches is another loss."""
 

@@ -76,6 +76,7 @@ def finished(uninterrupted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(uninterrupted, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_two_layer_model_memorises_64_records(tiny_tokenizer, tmp_path):
     corpus = write_jsonl(
         tmp_path / "c.jsonl",
@@ -341,7 +342,10 @@ def test_router_tuning_trains_rows_and_biases_and_nothing_else(model, prepared, 
     assert of_two != pytest.approx(of_all, rel=1e-4)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 42)],
+)
 def test_a_signal_saves_and_exits_and_the_same_command_goes_on(prepared, tmp_path, number, code):
     config = run_config("anchor", prepared["public"], "train.steps=400", "train.log_every=1")
     (tmp_path / "run.yaml").write_text(dump_yaml(config))

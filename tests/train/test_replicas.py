@@ -128,7 +128,7 @@ def moved(kind: str, accumulate: int, **optim: Any) -> float:
     return sum(one.total for one in found if "data" in one.axes)
 
 
-@pytest.mark.parametrize("kind", ["pair", "joint"])
+@pytest.mark.parametrize("kind", ["pair", pytest.param("joint", marks=pytest.mark.slow)])
 def test_gradients_cross_between_replicas_once_a_step(kind):
     """Whatever the number of microbatches; each device sends what it holds of a gradient."""
     _, (state, *_) = prepared(kind, MESHES["data 2 x fsdp 4"], 1)
