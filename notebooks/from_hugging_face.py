@@ -13,12 +13,12 @@
 # %% [markdown]
 # # From Hugging Face weights to a merged model
 #
-# Any OLMo 2 checkpoint can be an anchor: import it, publish it, let an owner train an expert
-# against it, merge, and go back to Hugging Face's format. Set `HF_CHECKPOINT` to a directory with
-# `config.json`, `*.safetensors` and `tokenizer.json` (`huggingface-cli download
-# allenai/OLMo-2-0425-1B --local-dir olmo2`). An expert of the 1B takes 16.7 GiB as compiled for a
-# TPU: a v6e holds it (31.2 GiB), a v5e does not (15.8). Without a checkpoint a small model is
-# trained and exported first, so that the notebook runs anywhere.
+# A dense checkpoint of an OLMo, Llama, Mistral or Qwen can be an anchor: import it, publish it, let
+# an owner train an expert against it, merge, and go back to Hugging Face's format. Set
+# `HF_CHECKPOINT` to a directory with `config.json`, `*.safetensors` and `tokenizer.json`
+# (`hf download allenai/OLMo-2-0425-1B --local-dir olmo2`). An expert of the 1B takes 16.7 GiB as
+# compiled for a TPU: a v6e holds it (31.2 GiB), a v5e does not (15.8). Without a checkpoint a small
+# model is trained and exported first, so that the notebook runs anywhere.
 
 # %%
 import os
