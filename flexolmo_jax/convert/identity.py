@@ -111,8 +111,8 @@ def from_note(value: Any, where: Path, experts: int) -> tuple[Noted, ...]:
         ) from None
     if len(noted) != experts or len({one.name for one in noted}) != experts:
         raise UserError(
-            f"{where}: {KEY} names {len(noted)} experts; expected {experts} different ones beside"
-            " the anchor; remove that key, or export again"
+            f"{where}: {KEY} names {len(noted)} experts; expected {experts} beside the anchor, each"
+            " with a name of its own; remove that key, or export again"
         )
     return noted
 
@@ -126,8 +126,8 @@ def named(names: Sequence[str], noted: Sequence[Noted], experts: int) -> Identif
     chosen = tuple(names) or tuple(f"expert{i}" for i in range(1, experts + 1))
     if len(chosen) != experts or len(set(chosen)) != len(chosen):
         raise UserError(
-            f"--names are {', '.join(chosen) or 'none'}; expected {experts} different ones: expert"
-            " 0 is the anchor"
+            f"--names are {', '.join(chosen)}; expected {experts} beside the anchor, each a name of"
+            " its own"
         )
     for name in chosen:
         check_expert_name(name)

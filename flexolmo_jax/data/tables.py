@@ -1,4 +1,4 @@
-"""The rows of tables: CSV, TSV and Parquet. A column is a key of a record (formats.py)."""
+"""Tables as records: CSV, TSV and Parquet. A column is a key (formats.py)."""
 
 import csv
 from collections.abc import Callable, Iterator
@@ -22,28 +22,28 @@ from .formats import (
     document_of,
 )
 
-_FIELDS = 1 << 22  # of a row: each takes more memory than its bytes
+_FIELDS = 1 << 22  # of a record: each takes more memory than its bytes
 
 
 def read_csv(content: BufferedReader, file: File) -> Records:
-    """The rows of a table whose first row names the columns; fields in quotes may hold lines."""
-    return _rows(content, file, ",")
+    """The records of a table whose first one names the columns; fields in quotes may hold lines."""
+    return _read(content, file, ",")
 
 
 def read_tsv(content: BufferedReader, file: File) -> Records:
     """The same with tabs between fields."""
-    return _rows(content, file, "\t")
+    return _read(content, file, "\t")
 
 
-def _rows(content: BufferedReader, file: File, delimiter: str) -> Records:
+def _read(content: BufferedReader, file: File, delimiter: str) -> Records:
     csv.field_size_limit(LONGEST)
     lines = _Lines(content, file.path, delimiter)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    records = csv.reader(lines, delimiter=delimiter, strict=True)
     column: int | None = None
     width, line = 0, 1
     while True:
         try:
-            row = next(rows, None)
+            fields = next(records, None)
         except csv.Error as error:
             if "end of data" in str(error) or "field limit" in str(error):
                 raise UserError(
@@ -52,18 +52,18 @@ def _rows(content: BufferedReader, file: File, delimiter: str) -> Records:
                 ) from error
             yield BadRecord(f"{file.path}, line {line}: {error}; put quotes around the field")
         else:
-            if row is None:
+            if fields is None:
                 return
-            if column is None and row:
-                column, width = _column(row, file), len(row)
-            elif row:
-                yield attempt(_row, row, column, width, file, line)
-        lines.end_row()
+            if column is None and fields:
+                column, width = _column(fields, file), len(fields)
+            elif fields:
+                yield attempt(_document, fields, column, width, file, line)
+        lines.end_record()
         line = lines.number + 1
 
 
 class _Lines:
-    """Lines of text, within the bounds of a document. What is not UTF-8 is told of its row."""
+    """Lines of text, within the bounds of a document. What is not UTF-8 is told of its record."""
 
     def __init__(self, content: BufferedReader, path: Path, delimiter: str):
         self._content, self._path, self._delimiter = content, path, delimiter.encode()
@@ -80,12 +80,12 @@ class _Lines:
         self._fields += line.count(self._delimiter)
         if self._size > LONGEST or self._fields > _FIELDS:
             raise UserError(
-                f"{self._path}, line {self.number}: its row has more than {LONGEST} bytes or"
+                f"{self._path}, line {self.number}: its record has more than {LONGEST} bytes or"
                 f" {_FIELDS} {self._delimiter.decode()!r}; cut the document into several"
             )
         return line.decode("utf-8", "surrogateescape")
 
-    def end_row(self) -> None:
+    def end_record(self) -> None:
         self._size = self._fields = 0
 
 
@@ -100,16 +100,16 @@ def _column(names: list[str], file: File) -> int:
     return names.index(key)
 
 
-def _row(row: list[str], column: int, width: int, file: File, line: int) -> Document:
+def _document(fields: list[str], column: int, width: int, file: File, line: int) -> Document:
     where = f"{file.path}, line {line}"
-    if len(row) != width:
-        raise BadRecord(f"{where}: it has {len(row)} fields; expected {width}, as its first line")
-    text = row[column].encode("utf-8", "surrogateescape")
+    if len(fields) != width:
+        raise BadRecord(f"{where}: got {len(fields)} fields; expected {width}, as its first line")
+    text = fields[column].encode("utf-8", "surrogateescape")
     return Document(decode(text, file.path, line), where)
 
 
 def read_parquet(raw: BinaryIO, file: File, advance: Callable[[int], Any]) -> Records:
-    """The rows of a Parquet file; `advance` is called with bytes, as `documents_in` does."""
+    """The records of a Parquet file; `advance` is called with bytes, as `documents_in` does."""
     path, key = file.path, file.reading.text_key
     try:
         import pyarrow
@@ -128,9 +128,9 @@ def read_parquet(raw: BinaryIO, file: File, advance: Callable[[int], Any]) -> Re
                     f' "{key}" or "{MESSAGES}"'
                 )
             for batch in table.iter_batches(batch_size=32, columns=columns):
-                for row in batch.to_pylist():
+                for record in batch.to_pylist():
                     number += 1
-                    yield attempt(document_of, row, f"{path}, document {number}", file.reading)
+                    yield attempt(document_of, record, f"{path}, document {number}", file.reading)
                 advance(size * batch.num_rows // table.metadata.num_rows)
     except pyarrow.ArrowException as error:
         raise UserError(

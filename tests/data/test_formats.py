@@ -165,7 +165,7 @@ def test_without_it_the_error_names_file_line_what_was_got_and_both_options(tmp_
 def test_bad_rows_of_tables_and_lists_are_left_out_too(tmp_path):
     (path := tmp_path / "a.csv").write_bytes(b'id,text\n1,a\n2\n3,\xff\n4,"x"y\n5,e,f\n6,b\n')
     assert read(path, skip_bad=True) == ["a", "b"]
-    assert "line 3: it has 1 fields; expected 2" in refused(path)
+    assert "line 3: got 1 fields; expected 2" in refused(path)
     (path := tmp_path / "a.json").write_text(
         '[{"text": "a"}, {"text": null}, {oops}, {"text": "b"}]'
     )
@@ -227,4 +227,4 @@ def test_files_joined_with_their_marks_are_read(tmp_path):
 
 def test_a_row_of_a_table_is_bounded(tmp_path):
     (path := tmp_path / "a.csv").write_bytes(b"text\n" + b",\n" * 2 + b"," * 5_000_000)
-    assert "its row has more than" in refused(path, skip_bad=True)
+    assert "its record has more than" in refused(path, skip_bad=True)
