@@ -191,6 +191,7 @@ def test_the_way_from_hugging_face_runs(text: Path, tmp_path: Path):
     runs("from_hugging_face", text, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_where_one_process_owns_the_device_and_goes_on_after_a_disconnect(
     text: Path, accelerator: Path, quickstart: Path
 ):

@@ -265,7 +265,7 @@ many = settings(
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"
 )
-@pytest.mark.parametrize("examples", [200, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [80, pytest.param(5000, marks=pytest.mark.slow)])
 def test_a_changed_directory_of_any_kind_is_told_in_a_line_or_read_right(
     whole, anchor, right, examples
 ):

@@ -187,12 +187,17 @@ def flipped(source: Path, copy: Path, rng: random.Random) -> tuple[Path, int]:
     return file, position
 
 
-FLIPS = 200
+@pytest.fixture(params=[60, pytest.param(400, marks=pytest.mark.slow)])
+def flips(request) -> int:
+    """How many bits are tried, one at a time."""
+    return request.param
 
 
-def test_every_flipped_bit_of_a_contribution_is_found_by_verify(anchor, contributions, tmp_path):
+def test_every_flipped_bit_of_a_contribution_is_found_by_verify(
+    anchor, contributions, tmp_path, flips
+):
     rng = random.Random(1)
-    for number in range(FLIPS):
+    for number in range(flips):
         file, position = flipped(contributions["care"], tmp_path / "copy", rng)
         with pytest.raises(UserError) as error:
             verify(tmp_path / "copy", anchor)
@@ -202,11 +207,11 @@ def test_every_flipped_bit_of_a_contribution_is_found_by_verify(anchor, contribu
 
 
 def test_every_flipped_bit_of_a_model_is_found_by_verify_and_none_is_loaded_as_another_weight(
-    anchor, model, tmp_path
+    anchor, model, tmp_path, flips
 ):
     source = opt_out(model, ["law"], tmp_path / "source").path  # with a receipt
     right, rng, loaded = bits(source), random.Random(2), 0
-    for number in range(FLIPS):
+    for number in range(flips):
         file, position = flipped(source, tmp_path / "copy", rng)
         with pytest.raises(UserError):
             verify(tmp_path / "copy")
@@ -219,11 +224,11 @@ def test_every_flipped_bit_of_a_model_is_found_by_verify_and_none_is_loaded_as_a
             except UserError:
                 pass
         shutil.rmtree(tmp_path / "copy")
-    assert loaded < FLIPS // 16
+    assert loaded < flips // 16
 
 
 def test_every_flipped_bit_of_a_store_is_found_by_verify_and_none_gets_into_a_model_unseen(
-    anchor, contributions, tmp_path
+    anchor, contributions, tmp_path, flips
 ):
     merge(anchor, [contributions["code"]], tmp_path / "model")
     assert verify(tmp_path / STORE) == {
@@ -233,7 +238,7 @@ def test_every_flipped_bit_of_a_store_is_found_by_verify_and_none_gets_into_a_mo
         "objects": 2,
     }
     right, rng = contents(tmp_path / "model"), random.Random(3)
-    for number in range(FLIPS):
+    for number in range(flips):
         file, position = flipped(tmp_path / STORE, tmp_path / "store", rng)
         with pytest.raises(UserError):
             verify(tmp_path / "store")
@@ -255,9 +260,9 @@ def test_every_flipped_bit_of_a_store_is_found_by_verify_and_none_gets_into_a_mo
         shutil.rmtree(tmp_path / "store")
 
 
-def test_every_flipped_bit_of_a_run_checkpoint_is_found_by_restoring(anchor_run, tmp_path):
+def test_every_flipped_bit_of_a_run_checkpoint_is_found_by_restoring(anchor_run, tmp_path, flips):
     right, rng, found = bits(anchor_run), random.Random(4), 0
-    for _ in range(FLIPS):
+    for _ in range(flips):
         copy = tmp_path / "run"
         shutil.copytree(anchor_run, copy, ignore=lambda *_: ["checkpoints"])
         file, position = flipped(anchor_run / "checkpoints", copy / "checkpoints", rng)
@@ -269,7 +274,7 @@ def test_every_flipped_bit_of_a_run_checkpoint_is_found_by_restoring(anchor_run,
         except UserError:
             found += 1
         shutil.rmtree(copy)
-    assert found > FLIPS * 0.8
+    assert found > flips * 0.8
 
 
 def test_a_missing_shard_is_an_error_and_not_zeros(model, tmp_path):
