@@ -9,8 +9,10 @@ whether that is the end. What makes the file itself unusable is raised.
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -244,13 +246,26 @@ def from_json(data: bytes, file: File, line: int, part: str = "") -> Document:
             f"{where}: it has more than {_LARGE} bytes that are no text; keep only"
             f' "{file.reading.text_key}" or "{MESSAGES}"'
         )
+    twice: set[str] = set()
     try:
-        fields = json.loads(content)
+        fields = json.loads(content, object_pairs_hook=partial(_object, twice))
     except (ValueError, RecursionError) as error:
         raise NotJSON(f"{where}: not JSON ({error}); {_expected(file.reading)}") from error
+    key = file.reading.text_key
+    if again := twice & {key, *key.split("."), MESSAGES, "role", "content"}:
+        raise BadRecord(f'{where}: it has "{min(again)}" twice; expected it once: take one out')
     if not isinstance(fields, dict):
         raise NoDocument(f"{where}: got a JSON {type(fields).__name__}; {_expected(file.reading)}")
     return document_of(fields, where, file.reading)
+
+
+def _object(twice: set[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; keys that stand in it more than once are added to `twice`."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice.update(name for name, number in counts.items() if number > 1)
+    return fields
 
 
 def document_of(fields: Mapping[str, Any], where: str, reading: Reading) -> Document:

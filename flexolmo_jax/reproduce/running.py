@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,15 @@ def run_cell(cell: Cell) -> int:
 
 
 def seconds_of(root: Path) -> dict[str, float]:
-    """Seconds of every cell; of one that ran more than once, its last run."""
-    took = [json.loads(line) for line in (root / SECONDS).read_text().splitlines()]
-    return {one["cell"]: one["seconds"] for one in took}
+    """Seconds of every cell; of one that ran more than once, its last run.
+
+    A crash may leave no file, or lines that are no entries: a log never decides whether work goes
+    on.
+    """
+    took: dict[str, float] = {}
+    with suppress(OSError):
+        for line in (root / SECONDS).read_bytes().splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                entry = json.loads(line)
+                took[str(entry["cell"])] = float(entry["seconds"])
+    return took

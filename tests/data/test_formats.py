@@ -162,6 +162,24 @@ def test_without_it_the_error_names_file_line_what_was_got_and_both_options(tmp_
     assert "--text-key (data.text_key)" in told and "--skip-bad (data.skip_bad)" in told
 
 
+@pytest.mark.parametrize(
+    ("text_key", "record"),
+    [
+        ("text", '{"text": "old", "text": "new"}'),
+        ("body.text", '{"body": {"text": "old"}, "body": {"text": "new"}}'),
+        ("text", '{"messages": [{"role": "assistant", "content": "old", "content": "new"}]}'),
+    ],
+)
+def test_a_text_that_stands_twice_in_a_record_is_told_and_other_keys_may(
+    tmp_path, text_key, record
+):
+    (path := tmp_path / "a.jsonl").write_text(record + "\n")
+    assert 'line 1: it has "' in (told := refused(path, text_key=text_key)) and "twice" in told
+    assert read(path, text_key=text_key, skip_bad=True) == []
+    path.write_text('{"text": "a", "id": 1, "id": 2, "meta": {"k": 1, "k": 2}}\n')
+    assert read(path) == ["a"]
+
+
 def test_bad_rows_of_tables_and_lists_are_left_out_too(tmp_path):
     (path := tmp_path / "a.csv").write_bytes(b'id,text\n1,a\n2\n3,\xff\n4,"x"y\n5,e,f\n6,b\n')
     assert read(path, skip_bad=True) == ["a", "b"]

@@ -23,7 +23,7 @@ from flexolmo_jax.reproduce.cells import cells, check_sources
 from flexolmo_jax.reproduce.orderings import AVERAGE, PRIVATE, orderings
 from flexolmo_jax.reproduce.overlap import overlaps
 from flexolmo_jax.reproduce.results import write_results
-from flexolmo_jax.reproduce.running import Cell, run_cells
+from flexolmo_jax.reproduce.running import SECONDS, Cell, run_cells, seconds_of
 from flexolmo_jax.reproduce.scores import heldout
 from flexolmo_jax.reproduce.spec import Spec, load_spec
 from flexolmo_jax.reproduce.study import reproduce
@@ -420,6 +420,13 @@ Path(sys.argv[1], sys.argv[2]).write_text(json.dumps(told))
     assert ("multi_thread_eigen=false" in first[2]) == (platform == "cpu")
     told = "one cell at a time, as they share the tpu" in capsys.readouterr().err
     assert told == (platform == "tpu")
+
+
+def test_a_damaged_log_of_seconds_ends_no_study(tmp_path):
+    assert seconds_of(tmp_path) == {}
+    entry = b'{"cell": "anchor", "seconds": 3.5}\n'
+    (tmp_path / SECONDS).write_bytes(b"\0\0\0\n" + entry + b'[]\n{"cell": "cut')
+    assert seconds_of(tmp_path) == {"anchor": 3.5}
 
 
 @pytest.mark.slow
