@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from flexolmo_jax.config import ModelConfig
 from flexolmo_jax.kernels import Kernels
 from flexolmo_jax.runtime import sharding
+from flexolmo_jax.runtime.environment import random_key
 
 from .layers import CACHE, CachedContext, KVCache, PromptContext
 from .moe import Choices
@@ -278,7 +279,7 @@ class Decoding:
     ) -> Int[Array, "B"]:
         if self.likeliest == GREEDY:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        key = jax.random.fold_in(jax.random.key(request.seed), step)
+        key = jax.random.fold_in(random_key(request.seed), step)
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
         draw = functools.partial(sample, likeliest=self.likeliest)
         draw = jax.vmap(draw, in_axes=(0, 0, None, None, None))

@@ -3,19 +3,29 @@ Mistakes there are told in one line.
 """
 
 import os
+import re
 import traceback
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from flexolmo_jax.errors import UserError
 
-_YES = ("1", "on", "t", "true", "y", "yes")
-_GUARDED = (("disallow", "disallow_explicit"), "'allow': data move to devices and back")
+if TYPE_CHECKING:
+    import jax
+
+_GUARDED = ("disallow|disallow_explicit", "'allow': data move to devices and back")
 # Settings of JAX, by which other programs compute or are checked, and that this one cannot run
-# under: values in small letters, and what is expected instead.
+# under, or only with other numbers: a pattern of values in small letters, and what is expected
+# instead.
 _REFUSED = {
-    "JAX_ENABLE_X64": (_YES, "integers and numbers of 32 bits"),
-    "JAX_NUMPY_RANK_PROMOTION": (("raise",), "'allow': ranks are combined"),
-    "JAX_NUMPY_DTYPE_PROMOTION": (("strict",), "'standard': types are combined"),
+    "JAX_ENABLE_X64": ("1|on|t|true|y|yes", "integers and numbers of 32 bits"),
+    "JAX_NUMPY_RANK_PROMOTION": ("raise", "'allow': ranks are combined"),
+    "JAX_NUMPY_DTYPE_PROMOTION": ("strict", "'standard': types are combined"),
+    "JAX_RANDOM_SEED_OFFSET": ("(?!0$).+", "0: a run's random numbers are those of train.seed"),
+    "JAX_THREEFRY_PARTITIONABLE": (
+        "0|off|f|false|n|no",
+        "'true': random numbers are the same on every mesh",
+    ),
     "JAX_TRANSFER_GUARD": _GUARDED,
     "JAX_TRANSFER_GUARD_HOST_TO_DEVICE": _GUARDED,
     "JAX_TRANSFER_GUARD_DEVICE_TO_HOST": _GUARDED,
@@ -28,6 +38,8 @@ _REFUSALS = (
     "Disable jit is not supported",
     "Disallowed host-to-device transfer",
     "Disallowed device-to-host transfer",
+    "but 'no_tracing' is set",
+    "the no_execution config option is set",
 )
 
 
@@ -40,10 +52,18 @@ def package_version() -> str:
         return "checkout"
 
 
+def random_key(seed: "jax.Array | int") -> "jax.Array":
+    """Where random numbers begin, with one generator whatever JAX's default is: with another, a run
+    that resumes would draw others, and so would another mesh."""
+    import jax
+
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def check(environment: Mapping[str, str]) -> None:
     """Raises UserError for a variable under which nothing here can run."""
     for name, (values, expected) in _REFUSED.items():
-        if environment.get(name, "").strip().lower() in values:
+        if re.fullmatch(values, environment.get(name, "").strip().lower()):
             raise UserError(f"{name} is {environment[name]!r:.20}; expected {expected}; unset it")
 
 
@@ -53,7 +73,7 @@ def check_config(config: object) -> None:
         name = variable.lower()
         value = getattr(config, name, None)
         value = getattr(value, "value", value)  # some are enumerations
-        if str(value).lower() in values:
+        if re.fullmatch(values, str(value).lower()):
             raise UserError(
                 f"jax.config.{name} is {value!r:.20}; expected {expected}; set it back with"
                 f" jax.config.update({name!r}, ...)"

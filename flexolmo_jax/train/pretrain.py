@@ -15,6 +15,7 @@ from flexolmo_jax.data.tokenizer import Tokenizer
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, init_params
 from flexolmo_jax.model.tree import flatten, unflatten
+from flexolmo_jax.runtime.environment import random_key
 from flexolmo_jax.storage.locks import alone_at
 from flexolmo_jax.storage.paths import takes_paths
 
@@ -44,7 +45,7 @@ def _job_from_nothing(run: RunConfig) -> Job:
     initialise = functools.partial(init_params, model)
 
     def initial(placement: Placement, base: Params) -> Params:
-        key = jax.random.key(run.train.seed)
+        key = random_key(run.train.seed)
         shapes = flatten(jax.eval_shape(initialise, key))
         shardings = unflatten({path: placement(path, a.shape) for path, a in shapes.items()})
         return jax.jit(initialise, out_shardings=shardings)(key)

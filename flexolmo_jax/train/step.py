@@ -14,6 +14,7 @@ from flexolmo_jax.config import ModelConfig, Remat, RunConfig
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.model import Params, forward
 from flexolmo_jax.model.tree import combine
+from flexolmo_jax.runtime.environment import random_key
 from flexolmo_jax.runtime.sharding import over_replicas, platform_of, replicated
 from flexolmo_jax.runtime.tpus import step_options
 
@@ -72,7 +73,7 @@ def make_step(
         count = jnp.maximum(jnp.sum(predicts(batch["targets"])), 1).astype(jnp.float32)
         if run.pair is not None and run.pair.router_noise:
             # Of the step's number, not of a state: a resumed run draws the same.
-            key = jax.random.fold_in(jax.random.key(run.train.seed), number)
+            key = jax.random.fold_in(random_key(run.train.seed), number)
             noise = router_noise(key, batch["tokens"].shape, model.n_layers)
             batch = batch | {"router_noise": run.pair.router_noise * noise}
         sums_of_gradients, sums = gradient(state.params, frozen, batch)

@@ -66,6 +66,8 @@ def test_a_study_runs_no_modules_of_the_working_directory(tmp_path, monkeypatch)
         ("JAX_ENABLE_X64", "1"),
         ("JAX_ENABLE_X64", "maybe"),
         ("JAX_TRANSFER_GUARD", "disallow"),
+        ("JAX_RANDOM_SEED_OFFSET", "1"),
+        ("JAX_NO_EXECUTION", "1"),
         ("JAX_DISABLE_JIT", "1"),
     ],
 )
