@@ -281,6 +281,8 @@ class Artifact:
 
     def check_experts(self, names: Sequence[str]) -> None:
         """Raises UserError for an expert that does not exist, and for the anchor."""
+        if isinstance(names, str):  # its letters would be names
+            raise UserError(f"experts are {names!r:.80}; expected a list of names, also of one")
         for name in names:
             if name not in self.experts:
                 known = ", ".join(self.experts)

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import jax
@@ -52,10 +53,14 @@ class Sampling:
     def check(self) -> None:
         """Raises UserError for values out of range."""
         warmth, k, p, seed = self.temperature, self.top_k, self.top_p, self.seed
-        _expect(0 <= warmth < math.inf, "temperature", warmth, "0 (greedy) or a positive number")
-        _expect(k >= 0, "top_k", k, "0 (all) or the number of tokens to choose from")
-        _expect(0 < p <= 1, "top_p", p, "a number above 0 and up to 1 (all)")
-        _expect(0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
+        is_warmth = isinstance(warmth, Real) and 0 <= warmth < math.inf
+        _expect(is_warmth, "temperature", warmth, "0 (greedy) or a positive number")
+        is_number = isinstance(k, Integral) and k >= 0
+        _expect(is_number, "top_k", k, "0 (all) or the number of tokens to choose from")
+        is_share = isinstance(p, Real) and 0 < p <= 1
+        _expect(is_share, "top_p", p, "a number above 0 and up to 1 (all)")
+        is_seed = isinstance(seed, Integral) and 0 <= seed < 2**32
+        _expect(is_seed, "seed", seed, "an integer from 0 to 2**32 - 1")
 
     def likeliest(self, vocab_size: int) -> int:
         """How many tokens have to be put in order, see `Decoding.likeliest`."""
@@ -268,7 +273,7 @@ def _checked(
     _expect(len(prompts) > 0, "prompts", "none", "at least one")
     checked = [checked_ids(ids, vocab_size, f"prompt {i}") for i, ids in enumerate(prompts)]
     for i, (prompt, max_new_tokens) in enumerate(zip(checked, limits, strict=True)):
-        is_number = isinstance(max_new_tokens, int) and max_new_tokens >= 1
+        is_number = isinstance(max_new_tokens, Integral) and max_new_tokens >= 1
         _expect(is_number, "max_new_tokens", max_new_tokens, "a whole number, 1 or more")
         fits = len(prompt) + max_new_tokens <= config.max_seq_len
         got = f"{len(prompt)} tokens and {max_new_tokens} new ones"

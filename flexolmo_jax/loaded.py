@@ -1,8 +1,9 @@
 """A run, anchor or model in memory, ready to use: `flexolmo_jax.load(PATH)`."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
@@ -84,7 +85,7 @@ class LoadedModel:
 
     def generate(  # noqa: PLR0913 - a model call
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Iterable[str] | Iterable[Sequence[int]],
         max_new_tokens: int = 128,
         *,
         without: Sequence[str] = (),
@@ -101,11 +102,13 @@ class LoadedModel:
         The sampling values are those of `Sampling`; by default it is greedy. `without` and `active`
         are as in `logits`, `on_token` is as in `Generator.generate`. Raises UserError.
         """
-        if isinstance(prompts, str):  # its characters would be prompts
+        # a text's characters would be prompts, and what a tokenizer of transformers gives has keys
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
             raise UserError(f"prompts are {prompts!r:.80}; expected a list, also of one")
-        k, allowed = self.selection(without, active)
-        self.check_batch(len(prompts))
         ids: list[Any] = list(prompts)
+        are_texts = all(isinstance(prompt, str) for prompt in ids)
+        k, allowed = self.selection(without, active)
+        self.check_batch(len(ids))
         for number, prompt in enumerate(ids):
             if isinstance(prompt, str):
                 _check_unicode(number, prompt)
@@ -116,7 +119,7 @@ class LoadedModel:
         completions = self.generator.generate(
             ids, max_new_tokens, (k, allowed), sampling, on_token, ends
         )
-        if all(isinstance(prompt, str) for prompt in prompts):
+        if are_texts:
             return [self.tokenizer.decode(ids) for ids in completions]
         return completions
 
@@ -242,12 +245,13 @@ def select_experts(
             " anchor itself"
         )
     stored = len(artifact.experts) if artifact.is_pair else artifact.config.n_active
-    if active is not None and not 1 <= active <= allowed.sum():
+    is_number = isinstance(active, Integral) and 1 <= active <= allowed.sum()
+    if active is not None and not is_number:
         raise UserError(
             f"--active is {active}; expected 1 to {allowed.sum()}, the number of experts that may"
             " be chosen"
         )
-    return active or min(stored, int(allowed.sum())), allowed
+    return int(active or min(stored, allowed.sum())), allowed
 
 
 @functools.lru_cache(KEPT)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import json
+from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from flexolmo_jax.cli import main
 from flexolmo_jax.config import MeshConfig, ModelConfig
+from flexolmo_jax.coordinator.merge import opt_out
 from flexolmo_jax.errors import UserError
 from flexolmo_jax.evals.harness import _scorer
 from flexolmo_jax.evals.predictors import _losses, _soups
@@ -408,6 +410,8 @@ def test_equal_prompts_of_a_batch_are_sampled_independently():
         ([[1]], {"sampling": Sampling(top_p=0)}, "top_p: got 0"),
         ([[1]], {"sampling": Sampling(top_p=1.1)}, r"top_p: got 1\.1"),
         ([[1]], {"sampling": Sampling(seed=-1)}, "seed: got -1"),
+        ([[1]], {"sampling": Sampling(temperature="hot")}, "temperature: got hot"),  # type: ignore
+        ([[1]], {"sampling": Sampling(top_k=1.5)}, r"top_k: got 1\.5"),  # type: ignore
     ],
 )
 def test_mistakes_are_refused_in_one_line(prompts, options, message):
@@ -520,6 +524,24 @@ def test_ids_longer_than_the_records_of_training_are_told(model, capfd):
     assert f"ids are longer than the {SEQ_LEN} tokens" in capfd.readouterr().err
 
 
-def test_one_text_is_no_list_of_prompts(model):
-    with pytest.raises(UserError, match="prompts are 'the'; expected a list"):
-        load(model).generate("the")
+@pytest.mark.parametrize(
+    "prompts", ["the", b"the", None, 5, {"input_ids": [[1]]}, UserDict(input_ids=[[1]])]
+)
+def test_what_is_no_list_is_no_list_of_prompts(model, prompts):
+    """Of what a tokenizer of transformers gives, the keys were taken for texts."""
+    with pytest.raises(UserError, match=r"prompts are .*; expected a list"):
+        load(model).generate(prompts)
+
+
+def test_prompts_may_come_one_by_one(model):
+    loaded, texts = load(model), ["the", "a mill"]
+    assert loaded.generate(iter(texts), 2) == loaded.generate(texts, 2)
+
+
+def test_one_name_is_no_list_of_experts_and_half_an_expert_is_none(model, tmp_path):
+    with pytest.raises(UserError, match="experts are 'law'; expected a list of names"):
+        load(model).generate(["the"], 2, without="law")
+    with pytest.raises(UserError, match="experts are 'law'; expected a list of names"):
+        opt_out(model, "law", tmp_path / "without")
+    with pytest.raises(UserError, match=r"--active is 1\.5"):
+        load(model).generate(["the"], 2, active=1.5)  # type: ignore[arg-type]

@@ -88,9 +88,10 @@ def _opened(
 ) -> dict[str, Source]:
     """The records of each data set, by its name."""
     seq_len, opened = raw_seq_len(model), dict[str, Source]()
-    for path, name in zip(data, names or [name_of(path) for path in data], strict=True):
-        if name in opened:
-            raise UserError(f"two data sets are called {name!r}; rename one of them")
+    names = names or [name_of(path) for path in data]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise UserError(f"two data sets are called {twice[0]!r}; rename one of them")
+    for path, name in zip(data, names, strict=True):
         records = open_heldout(path, model.tokenizer, seq_len, split, reading)
         model.artifact.warn_of_length(records.seq_len, f"{path} has records")
         if split == "heldout":
